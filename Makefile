@@ -1,0 +1,75 @@
+# The front door. `make` lists what it can do; every target sets up what it needs in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lint types contracts protos protos-check unit parity integration fault bench demo-model lock clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(STAMP):
+	@tools/setup-venv.sh $(PYTHON) $(VENV)
+	@rm -f $(VENV)/.installed-* && touch $@
+
+setup: $(STAMP) ## Install everything into .venv (done by every other target)
+
+demo: setup ## Start router, prefill and decode; stream a story; show where its time went
+	@$(BIN)/headrace demo
+
+test: check unit parity integration fault ## Everything CI runs: check, then all tests
+
+check: setup format-check lint types contracts protos-check ## Format, lint, types, import contracts, protos
+
+format: setup ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only .
+
+.PHONY: format-check
+format-check: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/buf lint protos
+
+types: setup
+	$(BIN)/pyright
+
+contracts: setup
+	$(BIN)/lint-imports
+
+protos: setup ## Regenerate protos/gen from the .proto files
+	tools/generate-protos.sh protos/gen
+
+protos-check: setup
+	tools/generate-protos.sh build/protos-gen
+	diff -r -x __pycache__ build/protos-gen protos/gen || { echo "protos/gen is out of date: run 'make protos'"; exit 1; }
+
+unit: setup ## Fast tests: no GPU, no other process
+	$(BIN)/pytest tests/unit
+
+parity: setup ## Against transformers, and absorbed against naive
+	$(BIN)/pytest tests/parity
+
+integration: setup ## Real processes on loopback
+	$(BIN)/pytest tests/integration
+
+fault: setup ## Kill, corrupt, expire, disconnect
+	$(BIN)/pytest tests/fault
+
+bench: setup ## Speed and memory beside transformers; writes build/bench/first-light.json
+	$(BIN)/python -m tests.perf.first_light
+
+demo-model: setup ## Train the demo model again (hours on a CPU)
+	PYTHONPATH=demo $(BIN)/python -m headrace_demo all
+
+lock: setup ## Write requirements.lock from what is installed
+	tools/write-lock.sh
+
+clean: ## Remove what was built; .venv stays
+	rm -rf build .pytest_cache .ruff_cache .import_linter_cache
