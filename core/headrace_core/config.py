@@ -1,0 +1,119 @@
+"""Settings of each process: read once in `main`, frozen, passed down by constructor.
+
+Every setting is a command-line option (`--max-step-tokens 512`) and an environment variable
+(`HEADRACE_PREFILL_MAX_STEP_TOKENS=512`); the option wins.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def _config(name: str) -> SettingsConfigDict:
+    return SettingsConfigDict(
+        env_prefix=f"HEADRACE_{name}_",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name=f"python -m headrace_{name.lower()}",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        protected_namespaces=(),
+    )
+
+
+class ProcessSettings(BaseSettings):
+    """What every process has."""
+
+    listen: str = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 lets the kernel choose")
+    metrics_listen: str = Field("127.0.0.1:0", description="host:port to serve Prometheus metrics on")
+    ready_file: Path | None = Field(None, description="written when the process serves: JSON with its addresses")
+    log_format: Literal["text", "json"] = Field("text", description="json: one object per line")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line shown")
+    drain_s: float = Field(10.0, ge=0, description="seconds that work under way has after SIGTERM")
+
+
+class WorkerSettings(ProcessSettings):
+    """What both kinds of worker have."""
+
+    model: Path = Field(description="folder of a Hugging Face checkpoint: config.json and *.safetensors")
+    model_name: str = Field("", description="name clients may ask for; default: the folder's name")
+    advertise: str = Field("", description="host:port at which others reach this worker; default: --listen")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type of weights, compute and cache; auto: the checkpoint's"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads for compute; 0: all cores")
+    page_size: int = Field(64, ge=1, le=1024, description="tokens a page holds")
+    kv_pool_mib: int = Field(256, ge=1, description="memory for pages, MiB")
+    max_context_tokens: int = Field(0, ge=0, description="longest sequence; 0: the model's own limit")
+    max_step_tokens: int = Field(1024, ge=1, description="tokens a step may compute")
+    max_step_sequences: int = Field(64, ge=1, description="sequences a step may run")
+    max_waiting_sequences: int = Field(512, ge=1, description="queue length at which new work is refused")
+
+
+class PrefillSettings(WorkerSettings):
+    """Prefill worker: computes prompts and holds their pages until a decode worker took them."""
+
+    model_config = _config("PREFILL")
+
+    lease_s: float = Field(30.0, gt=0, description="seconds that pages are held for a decode worker")
+    frame_kib: int = Field(1024, ge=4, le=4096, description="payload of one transfer frame, KiB")
+
+
+class DecodeSettings(WorkerSettings):
+    """Decode worker: takes sequences from prefill workers and generates; with --role both it computes prompts too."""
+
+    model_config = _config("DECODE")
+
+    role: Literal["decode", "both"] = Field("decode", description="both: prefill and decode in this one worker")
+    transport: Literal["auto", "grpc"] = Field(
+        "auto", description="how pages move; a name fails rather than falls back"
+    )
+    transfer_timeout_s: float = Field(30.0, gt=0, description="longest time one sequence's pages may take to move")
+
+
+class RouterSettings(ProcessSettings):
+    """Router: takes clients' requests, batches them, binds them to workers, streams text."""
+
+    model_config = _config("ROUTER")
+
+    listen: str = Field(
+        "127.0.0.1:50050",
+        description="host:port to serve clients on; port 0 lets the kernel choose",
+    )
+    model: Path = Field(description="folder with tokenizer.json and config.json; weights are not read")
+    model_name: str = Field("", description="name clients may ask for; default: the folder's name")
+    workers: str = Field(
+        "",
+        description="workers, host:port; a DNS name stands for all its addresses; comma-separated",
+    )
+    workers_file: Path | None = Field(None, description="one worker address per line; read again when it changes")
+    max_queued_requests: int = Field(1024, ge=1, description="queue length at which requests are refused")
+    max_prompt_bytes: int = Field(4 << 20, ge=1, description="largest prompt accepted, UTF-8 bytes")
+    max_attempts: int = Field(4, ge=1, description="attempts a request has before its failure is the client's")
+    request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request that brings none")
+    no_workers_timeout_s: float = Field(30.0, gt=0, description="how long a request waits when no worker is ready")
+    dns_refresh_s: float = Field(5.0, gt=0, description="how often DNS names are looked up again")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain for clients; needs --tls-key")
+    tls_key: Path | None = Field(None, description="PEM private key")
+    token: str = Field("", description="bearer token that clients must send; empty: none")
+
+
+def parse(settings: type[S], argv: list[str] | None = None) -> S:
+    """Read `settings` from the command line and the environment; print what is wrong and exit 2 if they don't fit."""
+    try:
+        return settings(_cli_parse_args=sys.argv[1:] if argv is None else argv)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "--" + ".".join(str(part) for part in problem["loc"]).replace("_", "-")
+            sys.stderr.write(f"{name}: {problem['msg']}\n")
+        sys.stderr.write("try --help\n")
+        raise SystemExit(2) from None

@@ -1,0 +1,53 @@
+"""What a step is asked to do and what it answers: the values that cross from scheduler to model and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace_core.request import SampledToken, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """All that choosing one sequence's next token depends on.
+
+    `params.seed` is set. `position` is the new token's, counted from the prompt's first token. `eos_token_ids` are
+    the model's; with `params.stop_token_ids` they are what `min_tokens` forbids.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    sample_index: int
+    position: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sequence's share of a step: compute `token_ids` at positions `start` ... and, at the end, maybe sample.
+
+    `page_ids` are the sequence's pages, in order, covering at least `start + len(token_ids)` tokens; positions before
+    `start` are already in them. `sampling` is None when the chunk does not reach the end of what is known.
+    """
+
+    key: int
+    token_ids: list[int]
+    start: int
+    page_ids: list[int]
+    sampling: SamplingRow | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass of one ragged batch; never empty."""
+
+    chunks: list[Chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The token sampled for each chunk that asked for one, by `Chunk.key`; `duration_s` on the engine's clock."""
+
+    tokens: dict[int, SampledToken]
+    duration_s: float

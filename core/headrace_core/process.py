@@ -1,0 +1,137 @@
+"""A service process from start to exit.
+
+    STARTING ──► SERVING ──SIGTERM/SIGINT──► DRAINING ──idle or drain_s──► STOPPED (exit 0)
+        │           └──────service.failed────────────────────────────────► STOPPED (exit 1)
+        └── an error while starting (exit 2, one readable line)
+A second signal while draining exits at once (130).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from headrace_core import __version__
+from headrace_core.config import ProcessSettings
+from headrace_core.errors import HeadraceError
+from headrace_core.telemetry import serve_metrics, setup_logging
+
+log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 2.0
+
+
+class Service(Protocol):
+    """What `run` needs of a service. Made and called on the event loop."""
+
+    registry: CollectorRegistry
+    """Its metrics; served from before `start`."""
+    failed: asyncio.Future[None]
+    """Done when the process can't go on; a result or an exception, either ends it with exit code 1."""
+
+    async def start(self) -> str:
+        """Bind, load, become ready; return the address served. Called once.
+
+        Raises:
+            HeadraceError: it can't serve; the message goes to the user, and the process exits with 2.
+        """
+        ...
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING, refuse new work, return when no work is left. Called at most once, after `start`."""
+        ...
+
+    async def stop(self) -> None:
+        """Cancel what is left and free everything. Called once, also after a failed `start`."""
+        ...
+
+
+def run(factory: Callable[[], Service], settings: ProcessSettings, *, role: str) -> None:
+    """Run the service that `factory` makes until a signal or its failure; does not return.
+
+    Args:
+        factory: called on the event loop.
+        settings: addresses, log format, ready file, drain time.
+        role: `router`, `prefill`, `decode` or `both`; for logs and the ready file.
+    """
+    setup_logging(role, log_format=settings.log_format, level=settings.log_level)
+    code = uvloop.run(_run(factory, settings, role))
+    # Not sys.exit: a library thread that does not end must not keep a drained process alive.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: str) -> int:
+    stopping = _signals()
+    service = factory()
+    try:
+        metrics_address = serve_metrics(settings.metrics_listen, service.registry)
+        address = await _start(service, stopping)
+        if address is None:
+            await service.stop()
+            return 0
+    except HeadraceError as error:
+        log.error("can't start", extra={"reason": error.reason, "problem": str(error)})
+        await service.stop()
+        return 2
+    if settings.ready_file:
+        _write_ready(settings.ready_file, role, address, metrics_address)
+    log.info("serving", extra={"role": role, "address": address, "metrics": metrics_address, "version": __version__})
+    await asyncio.wait([service.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if service.failed.done():
+        log.error("failed", exc_info=service.failed.exception())
+        await service.stop()
+        return 1
+    log.info("draining", extra={"drain_s": settings.drain_s})
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(service.drain(), settings.drain_s)
+    await asyncio.wait_for(service.stop(), settings.drain_s + _STOP_GRACE_S)
+    log.info("stopped")
+    return 0
+
+
+async def _start(service: Service, stopping: asyncio.Future[None]) -> str | None:
+    """Start, unless a signal comes first: then return None."""
+    starting = asyncio.ensure_future(service.start())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        return starting.result()
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+    return None
+
+
+def _signals() -> asyncio.Future[None]:
+    """Return a future that the first SIGTERM or SIGINT resolves; the second ends the process."""
+    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if stopping.done():
+            os._exit(130)
+        stopping.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stopping
+
+
+def _write_ready(path: Path, role: str, address: str, metrics_address: str) -> None:
+    """Write the ready file in one piece, so that a reader never sees half of it."""
+    content = {"role": role, "address": address, "metrics_address": metrics_address, "pid": os.getpid()}
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content))
+    scratch.replace(path)

@@ -1,0 +1,160 @@
+"""Between the wire's messages and the values of `request`, `kv.layout` and `errors`.
+
+Decoding checks; encoding can't fail.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from headrace.v1 import decode_service_pb2, types_pb2
+
+from headrace_core.errors import HeadraceError, InvalidRequestError, from_status
+from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
+from headrace_core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
+
+_OPTIONAL_SCALARS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "min_tokens", "ignore_eos", "top_logprobs",
+)  # fmt: skip
+
+_DTYPE_TO_WIRE = {
+    CacheDtype.FLOAT32: types_pb2.CACHE_DTYPE_FLOAT32,
+    CacheDtype.BFLOAT16: types_pb2.CACHE_DTYPE_BFLOAT16,
+    CacheDtype.FLOAT16: types_pb2.CACHE_DTYPE_FLOAT16,
+}
+_DTYPE_FROM_WIRE = {wire: dtype for dtype, wire in _DTYPE_TO_WIRE.items()}
+
+_FINISH_TO_WIRE: dict[FinishReason, types_pb2.FinishReason.ValueType] = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
+
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def decode_sampling(message: types_pb2.SamplingParams) -> SamplingParams:
+    """Return the checked parameters; an unset field takes its default.
+
+    Raises:
+        InvalidRequestError: BAD_SAMPLING.
+    """
+    scalars: dict[str, Any] = {
+        name: _float32(getattr(message, name))
+        for name in _OPTIONAL_SCALARS
+        if message.HasField(name)  # pyright: ignore[reportArgumentType]
+    }
+    params = SamplingParams(
+        **scalars,
+        stop_token_ids=tuple(message.stop_token_ids),
+        stop_strings=tuple(message.stop_strings),
+        logit_bias={entry.token_id: entry.bias for entry in message.logit_bias},
+    )
+    params.validate()
+    return params
+
+
+def _float32(value: float) -> float:
+    """Undo what float32 did to a short decimal, so that 0.7 is 0.7 in every process and message."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def encode_sampling(params: SamplingParams) -> types_pb2.SamplingParams:
+    """Return the message; every scalar that has a value is set."""
+    message = types_pb2.SamplingParams(
+        stop_token_ids=params.stop_token_ids,
+        stop_strings=params.stop_strings,
+        logit_bias=[types_pb2.LogitBias(token_id=token_id, bias=bias) for token_id, bias in params.logit_bias.items()],
+    )
+    for name in _OPTIONAL_SCALARS:
+        value = getattr(params, name)
+        if value is not None:
+            setattr(message, name, value)
+    return message
+
+
+def decode_layout(message: types_pb2.KvLayout) -> KvLayout:
+    """Return the layout.
+
+    Raises:
+        InvalidRequestError: BAD_HANDOFF, a part is missing or zero.
+    """
+    dtype = _DTYPE_FROM_WIRE.get(message.dtype)
+    kind = message.WhichOneof("attention")
+    if dtype is None or kind is None or not message.num_layers or not message.page_size:
+        raise InvalidRequestError("BAD_HANDOFF", "the layout lacks dtype, attention, layers or page size")
+    attention = (
+        LatentAttention(message.latent.kv_lora_rank, message.latent.rope_dim)
+        if kind == "latent"
+        else KeyValueAttention(message.key_value.num_kv_heads, message.key_value.head_dim)
+    )
+    return KvLayout(message.num_layers, message.page_size, dtype, attention)
+
+
+def encode_layout(layout: KvLayout) -> types_pb2.KvLayout:
+    """Return the message."""
+    message = types_pb2.KvLayout(
+        num_layers=layout.num_layers, page_size=layout.page_size, dtype=_DTYPE_TO_WIRE[layout.dtype]
+    )
+    match layout.attention:
+        case LatentAttention(kv_lora_rank, rope_dim):
+            message.latent.kv_lora_rank = kv_lora_rank
+            message.latent.rope_dim = rope_dim
+        case KeyValueAttention(num_kv_heads, head_dim):
+            message.key_value.num_kv_heads = num_kv_heads
+            message.key_value.head_dim = head_dim
+    return message
+
+
+def decode_finish(value: types_pb2.FinishReason.ValueType) -> FinishReason | None:
+    """Return the reason; None when unset.
+
+    Raises:
+        HeadraceError: PROTOCOL, a value this version does not know.
+    """
+    if value == types_pb2.FINISH_REASON_UNSPECIFIED:
+        return None
+    if value not in _FINISH_FROM_WIRE:
+        raise HeadraceError("PROTOCOL", f"unknown finish reason {value}; is a peer newer than this process?")
+    return _FINISH_FROM_WIRE[value]
+
+
+def encode_finish(reason: FinishReason | None) -> types_pb2.FinishReason.ValueType:
+    """Return the wire's value; unspecified for None."""
+    return _FINISH_TO_WIRE[reason] if reason else types_pb2.FINISH_REASON_UNSPECIFIED
+
+
+def decode_logprobs(message: types_pb2.TokenLogprobs) -> TokenLogprobs:
+    """Return the value."""
+    return TokenLogprobs(message.logprob, tuple((top.token_id, top.logprob) for top in message.top))
+
+
+def encode_logprobs(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
+    """Return the message."""
+    return types_pb2.TokenLogprobs(
+        logprob=logprobs.logprob,
+        top=[types_pb2.TopLogprob(token_id=token, logprob=value) for token, value in logprobs.top],
+    )
+
+
+def decode_tokens(message: decode_service_pb2.SequenceOutput) -> list[SampledToken]:
+    """Return an output's tokens with their log-probabilities, if any."""
+    if not message.logprobs:
+        return [SampledToken(token_id) for token_id in message.token_ids]
+    return [
+        SampledToken(token_id, decode_logprobs(logprobs))
+        for token_id, logprobs in zip(message.token_ids, message.logprobs, strict=True)
+    ]
+
+
+def decode_failure(message: decode_service_pb2.SequenceFailure) -> HeadraceError:
+    """Return the error a sequence failed with."""
+    code = _CODES.get(message.code, grpc.StatusCode.UNKNOWN)
+    return from_status(code, message.reason, message.message)
+
+
+def encode_failure(error: HeadraceError) -> decode_service_pb2.SequenceFailure:
+    """Return the message."""
+    return decode_service_pb2.SequenceFailure(code=error.code.value[0], reason=error.reason, message=str(error))

@@ -1,0 +1,138 @@
+"""A process from start to exit, as its parent sees it."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import urllib.request
+
+import pytest
+
+SERVICE = textwrap.dedent("""
+    import asyncio, sys
+    from prometheus_client import CollectorRegistry
+    from headrace_core.config import RouterSettings, parse
+    from headrace_core.errors import CheckpointError
+    from headrace_core.process import run
+
+    mode = sys.argv.pop(1)
+
+    class Fake:
+        def __init__(self):
+            self.registry = CollectorRegistry()
+            self.failed = asyncio.get_running_loop().create_future()
+        async def start(self):
+            if mode == "bad":
+                raise CheckpointError("DAMAGED_FILE", "shard 2 is cut short; download it again")
+            if mode == "slow":
+                print("loading", file=sys.stderr, flush=True)
+                await asyncio.Event().wait()
+            if mode == "fail":
+                self.failed.set_exception(RuntimeError("engine died"))
+            return "127.0.0.1:1"
+        async def drain(self):
+            if mode == "stuck":
+                await asyncio.Event().wait()
+        async def stop(self):
+            print("freed", flush=True)
+
+    run(Fake, parse(RouterSettings), role="router")
+""")
+
+
+@pytest.fixture
+def start(tmp_path):
+    children = []
+
+    def start(mode, *options):
+        script = tmp_path / "service.py"
+        script.write_text(SERVICE)
+        child = subprocess.Popen(
+            [sys.executable, str(script), mode, "--model", str(tmp_path), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def wait_for_line(child, text):
+    """Read standard error until a line holds `text`."""
+    while True:
+        ready, _, _ = select.select([child.stderr], [], [], 30)
+        assert ready, f"no line with {text!r} within 30 s"
+        line = child.stderr.readline()
+        assert line, f"the process ended before it said {text!r}"
+        if text in line:
+            return
+
+
+def test_sigterm_drains_and_exits_0(start, tmp_path):
+    ready_file = tmp_path / "ready.json"
+    child = start("ok", "--ready-file", str(ready_file))
+    wait_for_line(child, "serving")
+    ready = json.loads(ready_file.read_text())
+    assert (ready["role"], ready["address"], ready["pid"]) == ("router", "127.0.0.1:1", child.pid)
+    assert urllib.request.urlopen(f"http://{ready['metrics_address']}/metrics", timeout=5).status == 200
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out) == (0, "freed\n"), err
+
+
+def test_a_drain_that_hangs_ends_after_drain_s(start):
+    child = start("stuck", "--drain-s", "0.2")
+    wait_for_line(child, "serving")
+    child.send_signal(signal.SIGTERM)
+    assert child.communicate(timeout=30)[0] == "freed\n"
+    assert child.returncode == 0
+
+
+def test_a_second_signal_exits_at_once(start):
+    child = start("stuck", "--drain-s", "600")
+    wait_for_line(child, "serving")
+    child.send_signal(signal.SIGTERM)
+    wait_for_line(child, "draining")
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+
+
+def test_a_failed_service_exits_1(start):
+    child = start("fail")
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert "engine died" in err
+
+
+def test_an_error_at_start_is_one_line_and_exits_2(start):
+    child = start("bad")
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out) == (2, "freed\n")
+    assert "shard 2 is cut short; download it again" in err
+    assert "Traceback" not in err
+
+
+def test_a_signal_while_starting_exits_0(start):
+    child = start("slow")
+    wait_for_line(child, "loading")
+    child.send_signal(signal.SIGTERM)
+    assert child.communicate(timeout=30)[0] == "freed\n"
+    assert child.returncode == 0
+
+
+def test_a_bad_option_is_named_and_exits_2(start):
+    child = start("ok", "--drain-s", "-1")
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 2
+    assert "--drain-s" in err
+    assert "try --help" in err

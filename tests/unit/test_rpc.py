@@ -1,0 +1,112 @@
+"""The boundary: what a handler raises is what the caller sees."""
+
+import asyncio
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from headrace.v1 import worker_service_pb2 as pb
+from headrace.v1 import worker_service_pb2_grpc as pb_grpc
+from headrace_core import rpc
+from headrace_core.errors import HandoffLostError, HeadraceError, OverloadedError
+
+NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
+
+
+class Worker(pb_grpc.WorkerServiceServicer):
+    async def GetInfo(self, request, context):
+        raise OverloadedError("QUEUE_FULL", "come back later")
+
+    async def WatchLoad(self, request, context):
+        yield pb.WatchLoadResponse(num_running=1)
+        raise HandoffLostError("LEASE_EXPIRED", "prefill again")
+
+    async def Drain(self, request, context):
+        raise RuntimeError("a secret detail")
+
+
+async def serve(test):
+    server = rpc.Server([NAME])
+    pb_grpc.add_WorkerServiceServicer_to_server(Worker(), server.grpc)
+    address = server.bind("127.0.0.1:0")
+    await server.start()
+    try:
+        async with rpc.channel(address) as channel:
+            await test(server, channel)
+    finally:
+        await server.stop(0)
+
+
+async def failure(call) -> HeadraceError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return rpc.raised_from(caught.value)
+
+
+def test_a_raised_error_arrives_as_itself():
+    async def test(_, channel):
+        error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=5))
+        assert (type(error), error.reason, str(error)) == (OverloadedError, "QUEUE_FULL", "come back later")
+
+    asyncio.run(serve(test))
+
+
+def test_a_stream_delivers_what_came_before_its_error():
+    async def test(_, channel):
+        call = pb_grpc.WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(), timeout=5)
+        assert (await call.read()).num_running == 1
+        error = await failure(call.read())
+        assert (type(error), error.reason) == (HandoffLostError, "LEASE_EXPIRED")
+
+    asyncio.run(serve(test))
+
+
+def test_a_bug_is_internal_and_keeps_its_detail_to_the_log(caplog):
+    async def test(_, channel):
+        error = await failure(pb_grpc.WorkerServiceStub(channel).Drain(pb.DrainRequest(), timeout=5))
+        assert (type(error), error.reason, str(error)) == (HeadraceError, "BUG", "internal error")
+
+    asyncio.run(serve(test))
+    assert "a secret detail" in caplog.text
+
+
+def test_an_absent_server_is_unavailable():
+    async def test():
+        async with rpc.channel("127.0.0.1:1") as channel:
+            error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=5))
+        assert error.reason == "UNAVAILABLE"
+
+    asyncio.run(test())
+
+
+def test_health_follows_readiness():
+    async def test(server, channel):
+        health = health_pb2_grpc.HealthStub(channel)
+        for is_ready, status in [(None, "NOT_SERVING"), (True, "SERVING"), (False, "NOT_SERVING")]:
+            if is_ready is not None:
+                await server.set_ready(is_ready)
+            for name in ("", NAME):
+                answer = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+                assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == status
+
+    asyncio.run(serve(test))
+
+
+def test_reflection_lists_the_service():
+    async def test(_, channel):
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
+        async for answer in call:
+            assert NAME in {service.name for service in answer.list_services_response.service}
+
+    asyncio.run(serve(test))
+
+
+def test_an_address_in_use_is_named():
+    async def test(server, _):
+        address = server.bind("127.0.0.1:0")
+        with pytest.raises(HeadraceError, match=address):
+            rpc.Server([NAME]).bind(address)
+
+    asyncio.run(serve(test))
