@@ -99,15 +99,16 @@ async def _abort(context: Any, method: str, error: Exception) -> None:
     await context.abort(grpc.StatusCode.INTERNAL, "internal error", ((REASON_KEY, "BUG"),))
 
 
-def raised_from(error: grpc.aio.AioRpcError) -> HeadraceError:
+def raised_from(error: grpc.RpcError) -> HeadraceError:
     """Return the error that the other side raised, or the one that its absence amounts to.
 
     A status without our reason came from the transport itself: its reason is the code's name.
     """
     code = error.code()
-    metadata = dict(error.trailing_metadata() or ())
+    trailing: Any = error.trailing_metadata() or ()
+    metadata: dict[str, str | bytes] = dict(trailing)
     reason = metadata.get(REASON_KEY, code.name)
-    reason = reason.decode() if isinstance(reason, bytes) else str(reason)
+    reason = reason.decode() if isinstance(reason, bytes) else reason
     return from_status(code, reason, error.details() or code.name)
 
 
@@ -162,3 +163,10 @@ def channel(address: str, *, credentials: grpc.ChannelCredentials | None = None)
     if credentials:
         return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def blocking_channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+    """Return a channel for callers without an event loop, with the limits that `channel` has."""
+    if credentials:
+        return grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)

@@ -1,0 +1,320 @@
+"""A whole cluster on this machine: router and workers as real processes, for the command, the tests, the benchmarks.
+
+    with LocalCluster(model_dir, num_prefill=1, num_decode=2) as cluster:
+        client = Client(cluster.router_address)
+
+Workers start side by side, the router after them; each listens on a port that the kernel chose and says so in a
+ready file. The router learns its workers from a file that is written again when one is added. Every child ends when
+the process that made the cluster ends, however it ends (`child_process`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
+
+from headrace_core.cluster_process import ClusterProcess, LogSink, Role
+from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.rpc import blocking_channel
+
+Options = Mapping[str, str | int | float | bool | Path]
+"""Settings of a process by option name without dashes in front: {"max-step-tokens": 512}."""
+
+PROGRAMS: Mapping[Role, Sequence[str]] = {
+    "router": ("-m", "headrace_router"),
+    "prefill": ("-m", "headrace_prefill"),
+    "decode": ("-m", "headrace_decode"),
+    "both": ("-m", "headrace_decode"),
+}
+STOP_GRACE_S = 15.0
+
+_POLL_S = 0.02
+_STATUS_TIMEOUT_S = 2.0
+
+
+def no_options() -> Options:
+    """Return no options; a default for dataclass fields."""
+    return {}
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: its affinity, or less where a container's quota is lower."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+@dataclass(eq=False)
+class LocalCluster:
+    """Router and workers on this machine. A context manager; one thread at a time.
+
+    Each process's options are `worker_options` (workers) or `router_options`, over which `prefill_options` and
+    `decode_options` win. `log_sink` gets every line that a child prints, from the child's reader thread.
+    `wait_for_workers` makes `start` return only when the router says that every worker is ready; it is not done when
+    the router asks for TLS.
+    """
+
+    model_dir: Path
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_both: int = 0
+    router_options: Options = field(default_factory=no_options)
+    worker_options: Options = field(default_factory=no_options)
+    prefill_options: Options = field(default_factory=no_options)
+    decode_options: Options = field(default_factory=no_options)
+    log_sink: LogSink | None = None
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    start_timeout_s: float = 180.0
+    wait_for_workers: bool = True
+    programs: Mapping[Role, Sequence[str]] = field(default_factory=lambda: PROGRAMS)
+
+    processes: list[ClusterProcess] = field(default_factory=list[ClusterProcess], init=False)
+    """Every process ever started, in that order; also those that ended."""
+    _folder: Path | None = field(default=None, init=False)
+    _spawner: ThreadPoolExecutor | None = field(default=None, init=False)
+    _registered: list[str] = field(default_factory=list[str], init=False)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def router(self) -> ClusterProcess:
+        """The router that runs now."""
+        return next(process for process in reversed(self.processes) if process.role == "router")
+
+    @property
+    def router_address(self) -> str:
+        """`host:port` for clients."""
+        return self.router.address
+
+    @property
+    def workers(self) -> list[ClusterProcess]:
+        """Every worker ever started."""
+        return [process for process in self.processes if process.role != "router"]
+
+    def start(self) -> None:
+        """Start everything and return when it serves; on an error nothing is left running.
+
+        Raises:
+            InvalidRequestError: BAD_CLUSTER, these processes can't serve anything; NO_MODEL, `model_dir` is none.
+            UnavailableError: START_FAILED with the failing process's last lines; START_TIMEOUT.
+        """
+        self._check()
+        self._folder = Path(tempfile.mkdtemp(prefix="headrace-"))
+        # The kernel's parent is a thread: children must be started from one that lives as long as they do.
+        self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cluster-spawner")
+        try:
+            counts: dict[Role, int] = {"prefill": self.num_prefill, "decode": self.num_decode, "both": self.num_both}
+            self._wait_ready([self._spawn(role) for role, count in counts.items() for _ in range(count)])
+            self._write_workers([process.address for process in self.processes])
+            self._wait_ready([self._spawn("router", {"workers-file": self._path("workers")})])
+            self._wait_registered()
+        except BaseException:
+            self.stop()
+            raise
+
+    def add_prefill(self) -> ClusterProcess:
+        """Start one more prefill worker and return when the router has it. Raises as `start` does."""
+        return self._add("prefill")
+
+    def add_decode(self) -> ClusterProcess:
+        """Start one more decode worker and return when the router has it. Raises as `start` does."""
+        return self._add("decode")
+
+    def add_both(self) -> ClusterProcess:
+        """Start one more colocated worker and return when the router has it. Raises as `start` does."""
+        return self._add("both")
+
+    def restart(self, process: ClusterProcess) -> ClusterProcess:
+        """Start a successor of an ended process at its address; return it when it serves. Raises as `start` does."""
+        assert process.poll() is not None, f"{process.name} still runs"
+        options: dict[str, Any] = {"listen": process.address}
+        if process.role == "router":
+            options["workers-file"] = self._path("workers")
+        successor = self._spawn(process.role, options)
+        self._wait_ready([successor])
+        self._wait_registered()
+        return successor
+
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """End every process: SIGTERM, up to `grace_s` to drain, SIGKILL. The router first, so that work can finish.
+
+        Safe to call twice.
+        """
+        for group in ([p for p in self.processes if p.role == "router"], self.workers):
+            _end(group, grace_s)
+        if self._spawner:
+            self._spawner.shutdown()
+            self._spawner = None
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def kill(self) -> None:
+        """End every process at once."""
+        self.stop(grace_s=0.0)
+
+    def _check(self) -> None:
+        counts = (self.num_prefill, self.num_decode, self.num_both)
+        if min(counts) < 0 or not (self.num_both or (self.num_prefill and self.num_decode)):
+            raise InvalidRequestError(
+                "BAD_CLUSTER",
+                f"{self.num_prefill} prefill, {self.num_decode} decode and {self.num_both} colocated workers can't "
+                "serve: give at least one prefill and one decode worker, or one that does both",
+            )
+        if not (self.model_dir / "config.json").is_file():
+            raise InvalidRequestError(
+                "NO_MODEL", f"{self.model_dir} is not a model: it needs config.json, *.safetensors and tokenizer.json"
+            )
+
+    def _add(self, role: Role) -> ClusterProcess:
+        process = self._spawn(role)
+        self._wait_ready([process])
+        self._write_workers([*self._registered, process.address])
+        self._wait_registered()
+        return process
+
+    def _spawn(self, role: Role, options: Options | None = None) -> ClusterProcess:
+        assert self._spawner, "the cluster is not running"
+        name = f"{role}-{sum(process.role == role for process in self.processes)}" if role != "router" else role
+        ready_file = self._path(f"{len(self.processes)}.ready")
+        merged = {**self._options(role), **(options or {}), "ready-file": ready_file}
+        process = self._spawner.submit(
+            ClusterProcess,
+            name,
+            role,
+            command=[*self.programs[role], *_arguments(merged)],
+            env={**os.environ, **self._environment(), **self.env},
+            ready_file=ready_file,
+            log_sink=self.log_sink,
+        ).result()
+        self.processes.append(process)
+        return process
+
+    def _options(self, role: Role) -> dict[str, Any]:
+        common: dict[str, Any] = {"model": self.model_dir, "listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"}
+        if role == "router":
+            return {**common, **self.router_options}
+        worker: dict[str, Any] = {**common, "threads": self._threads(), **self.worker_options}
+        if role == "prefill":
+            return {**worker, **self.prefill_options}
+        return {**worker, "role": role, **self.decode_options}
+
+    def _environment(self) -> dict[str, str]:
+        """Keep the compute libraries of several processes from fighting over the cores."""
+        threads = str(self._threads())
+        return {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "KMP_BLOCKTIME": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _threads(self) -> int:
+        return max(1, available_cores() // (self.num_prefill + self.num_decode + self.num_both))
+
+    def _path(self, name: str) -> Path:
+        assert self._folder, "the cluster is not running"
+        return self._folder / name
+
+    def _write_workers(self, addresses: list[str]) -> None:
+        self._registered = addresses
+        scratch = self._path("workers.new")
+        scratch.write_text("".join(f"{address}\n" for address in addresses))
+        scratch.replace(self._path("workers"))
+
+    def _wait_ready(self, started: Sequence[ClusterProcess]) -> None:
+        deadline = time.monotonic() + self.start_timeout_s
+        waiting = list(started)
+        while waiting:
+            for process in waiting:
+                if process.poll() is not None:
+                    raise UnavailableError("START_FAILED", f"{process.name} could not start; {process.last_words()}")
+            waiting = [process for process in waiting if not process.read_ready()]
+            if waiting and time.monotonic() > deadline:
+                raise UnavailableError(
+                    "START_TIMEOUT",
+                    f"{waiting[0].name} was not ready after {self.start_timeout_s:.0f} s; {waiting[0].last_words()}",
+                )
+            if waiting:
+                time.sleep(_POLL_S)
+
+    def _wait_registered(self) -> None:
+        """Wait until the router says that every running worker is ready."""
+        if not self.wait_for_workers or "tls-cert" in self.router_options or "HEADRACE_ROUTER_TLS_CERT" in os.environ:
+            return
+        wanted = {process.address for process in self.workers if process.poll() is None}
+        deadline = time.monotonic() + self.start_timeout_s
+        token = str(self.router_options.get("token", os.environ.get("HEADRACE_ROUTER_TOKEN", "")))
+        with blocking_channel(self.router_address) as channel:
+            while missing := wanted - _ready_workers(channel, token):
+                if self.router.poll() is not None:
+                    raise UnavailableError("START_FAILED", f"the router ended; {self.router.last_words()}")
+                if time.monotonic() > deadline:
+                    raise UnavailableError(
+                        "START_TIMEOUT",
+                        f"the router did not take {', '.join(sorted(missing))} in {self.start_timeout_s:.0f} s; "
+                        f"{self.router.last_words()}",
+                    )
+                time.sleep(_POLL_S)
+
+
+def _ready_workers(channel: grpc.Channel, token: str) -> set[str]:
+    """Return the addresses that the router would send work to; none while it does not answer."""
+    stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    request = generation_service_pb2.GetServerInfoRequest()
+    try:
+        info = stub.GetServerInfo(request, timeout=_STATUS_TIMEOUT_S, metadata=metadata)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return set()
+        raise HeadraceError("START_FAILED", f"the router answers with {error.code().name}: {error.details()}") from None
+    return {worker.address for worker in info.workers if worker.state == "ready"}
+
+
+def _arguments(options: Options) -> list[str]:
+    arguments: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def _end(processes: Sequence[ClusterProcess], grace_s: float) -> None:
+    for process in processes:
+        if grace_s:
+            process.terminate()
+    deadline = time.monotonic() + grace_s
+    for process in processes:
+        if not process.wait(max(0.0, deadline - time.monotonic())):
+            process.kill()
+            process.wait()
+        process.close()
