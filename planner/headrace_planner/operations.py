@@ -1,0 +1,378 @@
+"""What each operation of a step computes, moves through memory, and sends: FLOPs and bytes, as a table of formulas.
+
+All values are per GPU, of the busiest one, and per layer; `Operation` has them for the whole step. What is counted:
+fused attention (scores never reach memory), the causal half only, both matrix products of attention; norms and
+activations as one pass; weights once per step; an expert's weights only if a token chose it. What is not: keys and
+values that later query tiles read again, biases, softmax's few FLOPs per score, FP8 scales.
+
+Symbols (`operation_symbols` has their values; sizes that TP or EP divide are a GPU's share):
+
+    T tokens of this GPU · A of all GPUs · B sequences · L tokens that get logits
+    Tp, Td tokens · Cp, Cd tokens of cache read · Pp, Pd query-key pairs; p in prefill, d in decode
+    N hidden · H heads · G KV heads · h head size · Q query rank · D latent · R rope · nope, v dims of a head
+    E experts · K per token · X distinct experts read · rows tokens x experts of this GPU · F, Fs, Fd widths
+    V vocabulary · w bytes of a weight · a of an activation · c of a cached value
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Literal
+
+from headrace_planner.communication import (
+    ATTENTION_REDUCE,
+    COMBINE,
+    DENSE_REDUCE,
+    DISPATCH,
+    EXCHANGE,
+    ONE_GPU,
+    REMOTE_RANKS,
+    VOCABULARY_GATHER,
+    Parallelism,
+)
+from headrace_planner.formula import Symbols, evaluate
+from headrace_planner.model_shape import Dtype, MlaShape, ModelShape
+from headrace_planner.routing import UNIFORM, Routing, expected_distinct
+
+Phase = Literal["prefill", "decode"]
+MlaPath = Literal["auto", "naive", "absorbed"]
+Group = Literal["norm", "projection", "attention", "experts", "communication", "vocabulary"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What one forward step of a worker, all its GPUs, has to do. Sums of `+`.
+
+    A pair is a query and a key it attends to. Prefill's part runs naive MLA, decode's absorbed, unless told otherwise.
+    """
+
+    num_sequences: int = 0
+    num_logits: int = 0
+    prefill_tokens: float = 0
+    prefill_context: float = 0
+    prefill_pairs: float = 0
+    decode_tokens: float = 0
+    decode_context: float = 0
+    decode_pairs: float = 0
+
+    @classmethod
+    def prefill(
+        cls, new_tokens: int, cached_tokens: int = 0, *, batch: int = 1, has_all_logits: bool = False
+    ) -> StepLoad:
+        """Return the load of `batch` prompts or chunks of `new_tokens` that follow `cached_tokens` in the cache."""
+        context = cached_tokens + new_tokens
+        return cls(
+            num_sequences=batch,
+            num_logits=batch * (new_tokens if has_all_logits else 1),
+            prefill_tokens=batch * new_tokens,
+            prefill_context=batch * context,
+            prefill_pairs=batch * (new_tokens * cached_tokens + new_tokens * (new_tokens + 1) / 2),
+        )
+
+    @classmethod
+    def decode(cls, batch: int, context_tokens_total: float, *, new_tokens: int = 1) -> StepLoad:
+        """Return the load of one decode step of `batch` sequences that have `context_tokens_total` tokens together."""
+        return cls(
+            num_sequences=batch,
+            num_logits=batch * new_tokens,
+            decode_tokens=batch * new_tokens,
+            decode_context=context_tokens_total,
+            decode_pairs=new_tokens * context_tokens_total,
+        )
+
+    def __add__(self, other: StepLoad) -> StepLoad:
+        """Return the load of a step that does both."""
+        return StepLoad(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class OperationFormula:
+    """One line of the table: what an operation costs each time it runs.
+
+    `runs` is a symbol, how often it runs in a step. `span` is a symbol, the GPUs that `sent` goes to; "0" another
+    worker. `math` says which peak counts: "weights" that of the weights' type, "activations" that of activations.
+    `is_overlapped`: it runs beside the others and adds no time.
+    """
+
+    name: str
+    group: Group
+    runs: str
+    flops: str
+    bytes: str
+    sent: str = "0"
+    span: str = "1"
+    math: Literal["weights", "activations"] = "activations"
+    is_overlapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation of a step, on the busiest GPU: totals over the `runs` times that it runs."""
+
+    name: str
+    group: Group
+    runs: int
+    flops: float
+    bytes: float
+    comm_bytes: float
+    comm_gpus: int
+    math: Dtype
+    is_overlapped: bool
+    formula: OperationFormula
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte of memory traffic; 0 if it moves none."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+def _matmul(
+    name: str, group: Group, runs: str, rows: str, inner: str, outer: str, *, weight: str = "w"
+) -> OperationFormula:
+    """Return a product of activations [rows, inner] and weights [inner, outer]."""
+    return OperationFormula(
+        name, group, runs, f"2*{rows}*{inner}*{outer}", f"{weight}*{inner}*{outer} + a*{rows}*({inner}+{outer})",
+        math="weights" if weight == "w" else "activations",
+    )  # fmt: skip
+
+
+def _norm(name: str, runs: str) -> OperationFormula:
+    # The residual is added in the same pass: two tensors in, two out.
+    return OperationFormula(name, "norm", runs, "5*T*N", "4*a*T*N")
+
+
+_QUERY = {
+    False: (_matmul("q_proj", "projection", "layers", "T", "N", "H*(nope+R)"),),
+    True: (
+        _matmul("q_down_proj", "projection", "layers", "T", "N", "Q"),
+        _matmul("q_up_proj", "projection", "layers", "T", "Q", "H*(nope+R)"),
+    ),
+}
+_LATENT = (
+    _matmul("kv_down_proj", "projection", "layers", "T", "N", "(D+R)"),
+    OperationFormula(
+        "latent_norms_and_rope", "norm", "layers", "5*T*(Q+D) + 3*T*(H+1)*R",
+        "2*a*T*(Q+H*R) + a*T*(D+R) + c*T*(D+R)",
+    ),
+)  # fmt: skip
+
+
+def _absorbed(part: str) -> tuple[OperationFormula, ...]:
+    tokens, context, pairs = f"T{part}", f"C{part}", f"P{part}"
+    return (
+        OperationFormula(
+            "absorb_query", "projection", "layers", f"2*{tokens}*H*nope*D", f"a*H*nope*D + a*{tokens}*H*(nope+D)"
+        ),
+        OperationFormula(
+            "attention_absorbed", "attention", "layers", f"2*H*{pairs}*(2*D+R)",
+            f"c*{context}*(D+R) + a*{tokens}*H*(2*D+R)",
+        ),
+        OperationFormula(
+            "absorb_value", "projection", "layers", f"2*{tokens}*H*D*v", f"a*H*D*v + a*{tokens}*H*(D+v)"
+        ),
+    )  # fmt: skip
+
+
+def _naive(part: str) -> tuple[OperationFormula, ...]:
+    tokens, context, pairs = f"T{part}", f"C{part}", f"P{part}"
+    return (
+        OperationFormula(
+            "kv_up_proj", "projection", "layers", f"2*{context}*D*H*(nope+v)",
+            f"w*D*H*(nope+v) + c*{context}*D + a*{context}*H*(nope+v)", math="weights",
+        ),
+        OperationFormula(
+            "attention_naive", "attention", "layers", f"2*H*{pairs}*(nope+R+v)",
+            f"a*{tokens}*H*(nope+R+v) + a*{context}*(H*(nope+v)+R)",
+        ),
+    )  # fmt: skip
+
+
+def _grouped(part: str) -> OperationFormula:
+    name = {"p": "attention_prefill", "d": "attention_decode"}[part]
+    return OperationFormula(
+        name, "attention", "layers", f"4*H*h*P{part}", f"c*2*C{part}*G*h + a*2*T{part}*H*h"
+    )  # fmt: skip
+
+
+_GROUPED_PROJECTION = (
+    _matmul("qkv_proj", "projection", "layers", "T", "N", "((H+2*G)*h)"),
+    OperationFormula("rope_and_cache", "norm", "layers", "3*T*(H+G)*h", "2*a*T*(H+G)*h + (a+c)*T*2*G*h"),
+)
+
+
+def _attention_output(width: str) -> tuple[OperationFormula, ...]:
+    return (
+        _matmul("output_proj", "projection", "layers", "T", f"H*{width}", "N"),
+        OperationFormula("attention_all_reduce", "communication", "layers", "0", "0", ATTENTION_REDUCE, "tp"),
+    )
+
+
+def _feed_forward(name: str, group: Group, runs: str, width: str) -> OperationFormula:
+    # Gate and up share their input; their product leaves as one tensor.
+    return OperationFormula(
+        name, group, runs, f"6*T*N*{width}", f"3*w*N*{width} + 2*a*T*(N+{width})", math="weights"
+    )  # fmt: skip
+
+
+_EXPERTS = (
+    OperationFormula("router", "experts", "moe_layers", "2*T*N*E", "a*N*E + a*T*N + 4*T*E"),
+    OperationFormula("dispatch", "communication", "moe_layers", "0", "exchange*a*rows*N", DISPATCH, "n"),
+    OperationFormula("expert_gate", "experts", "moe_layers", "2*rows*N*F", "w*X*N*F + a*rows*N", math="weights"),
+    OperationFormula("expert_up", "experts", "moe_layers", "2*rows*N*F", "w*X*N*F + a*rows*F", math="weights"),
+    OperationFormula("expert_down", "experts", "moe_layers", "2*rows*F*N", "w*X*F*N + a*rows*(F+N)", math="weights"),
+    OperationFormula("combine", "communication", "moe_layers", "2*rows*N", "a*rows*N + a*T*N", COMBINE, "n"),
+)
+_SHARED = _feed_forward("shared_experts", "experts", "moe_layers", "Fs")
+_DENSE = (
+    _feed_forward("dense_ffn", "experts", "dense_layers", "Fd"),
+    OperationFormula("dense_all_reduce", "communication", "dense_layers", "0", "0", DENSE_REDUCE, "tp"),
+)
+_VOCABULARY = (
+    OperationFormula("final_norm", "norm", "1", "5*L*N", "3*a*L*N"),
+    OperationFormula(
+        "head", "vocabulary", "1", "2*L*N*V", "a*N*V + a*L*N + 4*L*V", VOCABULARY_GATHER, "tp"
+    ),
+)  # fmt: skip
+_HANDOFF = OperationFormula(
+    "kv_transfer", "communication", "layers", "0", "Tp*cached*c", "Tp*cached*c", "0", is_overlapped=True
+)
+
+
+@lru_cache(maxsize=256)
+def operation_formulas(
+    shape: ModelShape, *, has_prefill: bool, has_decode: bool, mla: MlaPath = "auto"
+) -> tuple[OperationFormula, ...]:
+    """Return the operations of a step in the order in which they run."""
+    parts = [(part, mla if mla != "auto" else path) for part, path, is_there in
+             (("p", "naive", has_prefill), ("d", "absorbed", has_decode)) if is_there]  # fmt: skip
+    table = [OperationFormula("embedding", "vocabulary", "1", "0", "2*a*T*N"), _norm("attention_norm", "layers")]
+    if isinstance(shape.attention, MlaShape):
+        table += [*_QUERY[shape.attention.q_lora_rank > 0], *_LATENT]
+        for part, path in parts:
+            table += _naive(part) if path == "naive" else _absorbed(part)
+        table += _attention_output("v")
+    else:
+        table += [*_GROUPED_PROJECTION, *(_grouped(part) for part, _ in parts), *_attention_output("h")]
+    table.append(_norm("ffn_norm", "layers"))
+    if shape.num_dense_layers:
+        table += _DENSE
+    if shape.moe:
+        table += [*_EXPERTS[:1], *([_SHARED] if shape.moe.shared_intermediate_size else []), *_EXPERTS[1:]]
+    return (*table, *_VOCABULARY, *([_HANDOFF] if has_prefill else []))
+
+
+# Each is computed from those above it and from what `_inputs` gives.
+DERIVED_SYMBOLS = {
+    "n": "tp*dp",
+    # The busiest of dp groups has one sequence more if they do not divide evenly.
+    "share": "ceil(sequences/dp)/sequences",
+    "A": "prefill_tokens+decode_tokens",
+    "T": "share*A",
+    "B": "share*sequences",
+    "L": "share*logits",
+    "Tp": "share*prefill_tokens",
+    "Cp": "share*prefill_context",
+    "Pp": "share*prefill_pairs",
+    "Td": "share*decode_tokens",
+    "Cd": "share*decode_context",
+    "Pd": "share*decode_pairs",
+    "H": "heads/tp",
+    "G": "max(1, kv_heads/tp)",
+    "V": "vocabulary/tp",
+    "Fd": "dense_width/tp",
+    "Fs": "shared_width/tp",
+    "F": "expert_width*ep/n",
+    "rows": "A*K/ep*hot",
+    "X": "distinct(A)",
+    "own": "A/n",
+    "exchange": EXCHANGE,
+    "remote": REMOTE_RANKS,
+}
+
+
+def operation_symbols(
+    shape: ModelShape, load: StepLoad, parallel: Parallelism, *, routing: Routing = UNIFORM,
+    dtype: Dtype = Dtype.BF16, kv_dtype: Dtype | None = None,
+) -> Symbols:  # fmt: skip
+    """Return the value of every symbol that formulas use."""
+    symbols: dict[str, float | Callable[[float], float]] = dict(shape_symbols(shape))
+    symbols |= {
+        "tp": parallel.tp, "dp": parallel.dp, "ep": parallel.ep,
+        "w": dtype.itemsize, "a": dtype.activation.itemsize, "c": (kv_dtype or dtype.activation).itemsize,
+        "sequences": max(1, load.num_sequences), "logits": load.num_logits,
+        "prefill_tokens": load.prefill_tokens, "prefill_context": load.prefill_context,
+        "prefill_pairs": load.prefill_pairs, "decode_tokens": load.decode_tokens,
+        "decode_context": load.decode_context, "decode_pairs": load.decode_pairs,
+    }  # fmt: skip
+    symbols |= _routing_symbols(shape, routing, parallel.ep)
+    for name, formula in DERIVED_SYMBOLS.items():
+        (symbols[name],) = evaluate((formula,), symbols)
+    return symbols
+
+
+def shape_symbols(shape: ModelShape) -> dict[str, float]:
+    """Return the symbols that are the model's alone; 0 for what it does not have."""
+    attention, moe = shape.attention, shape.moe
+    is_mla = isinstance(attention, MlaShape)
+    return {
+        "layers": shape.num_layers, "moe_layers": shape.num_moe_layers, "dense_layers": shape.num_dense_layers,
+        "N": shape.hidden_size, "heads": shape.num_heads, "vocabulary": shape.vocab_size,
+        "dense_width": shape.dense_intermediate_size, "cached": attention.cached_values_per_token,
+        "kv_heads": 0 if is_mla else attention.num_kv_heads, "h": 0 if is_mla else attention.head_dim,
+        "Q": attention.q_lora_rank if is_mla else 0, "D": attention.kv_lora_rank if is_mla else 0,
+        "R": attention.rope_dim if is_mla else 0, "nope": attention.nope_dim if is_mla else 0,
+        "v": attention.value_dim if is_mla else 0, "E": moe.num_experts if moe else 0,
+        "K": moe.num_experts_per_token if moe else 0, "expert_width": moe.intermediate_size if moe else 0,
+        "shared_width": moe.shared_intermediate_size if moe else 0,
+    }  # fmt: skip
+
+
+def _routing_symbols(shape: ModelShape, routing: Routing, ep: int) -> dict[str, float | Callable[[float], float]]:
+    if shape.moe is None:
+        return {"hot": 1.0, "distinct": lambda num_tokens: 0.0 * num_tokens}
+    sizes = (shape.moe.num_experts, shape.moe.num_experts_per_token, ep)
+    busiest = routing.busiest(*sizes)
+    return {"hot": routing.imbalance(*sizes), "distinct": lambda num_tokens: expected_distinct(busiest, num_tokens)}
+
+
+def step_operations(
+    shape: ModelShape, load: StepLoad, parallel: Parallelism = ONE_GPU, *, routing: Routing = UNIFORM,
+    dtype: Dtype = Dtype.BF16, kv_dtype: Dtype | None = None, mla: MlaPath = "auto",
+) -> list[Operation]:  # fmt: skip
+    """Return what each operation of a step costs the busiest GPU; operations that cost nothing are left out."""
+    table = operation_formulas(shape, has_prefill=load.prefill_tokens > 0, has_decode=load.decode_tokens > 0, mla=mla)
+    symbols = operation_symbols(shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype)
+    values = evaluate([text for row in table for text in (row.runs, row.flops, row.bytes, row.sent, row.span)], symbols)
+    operations: list[Operation] = []
+    for index, row in enumerate(table):
+        runs, flops, moved, sent, span = values[5 * index : 5 * index + 5]
+        if flops or moved or sent:
+            math = dtype if row.math == "weights" else dtype.activation
+            operations.append(
+                Operation(row.name, row.group, int(runs), runs * flops, runs * moved, runs * sent, int(span), math,
+                          row.is_overlapped, row)
+            )  # fmt: skip
+    return operations
+
+
+def operations(
+    shape: ModelShape, *, phase: Phase, batch: int, context: int, new_tokens: int = 1, dtype: Dtype = Dtype.BF16,
+    parallel: Parallelism = ONE_GPU, routing: Routing = UNIFORM, kv_dtype: Dtype | None = None,
+    mla: MlaPath = "auto",
+) -> list[Operation]:  # fmt: skip
+    """Return the operations of a step of `batch` equal sequences.
+
+    `context` counts a sequence's tokens after the step, `new_tokens` those of them that the step computes.
+
+    Raises:
+        ValueError: `new_tokens` is not in 1..context, or `batch` is below 1.
+    """
+    if batch < 1 or not 1 <= new_tokens <= context:
+        raise ValueError(f"batch {batch} must be at least 1 and new_tokens {new_tokens} in 1..context {context}")
+    if phase == "prefill":
+        load = StepLoad.prefill(new_tokens, context - new_tokens, batch=batch)
+    else:
+        load = StepLoad.decode(batch, batch * context, new_tokens=new_tokens)
+    return step_operations(shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype, mla=mla)
