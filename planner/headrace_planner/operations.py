@@ -17,7 +17,7 @@ Symbols (`operation_symbols` has their values; sizes that TP or EP divide are a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -41,6 +41,25 @@ MlaPath = Literal["auto", "naive", "absorbed"]
 Group = Literal["norm", "projection", "attention", "experts", "communication", "vocabulary"]
 
 
+PREFILL_LOAD = {
+    "num_sequences": "batch",
+    "num_logits": "batch",
+    "prefill_tokens": "batch*new",
+    "prefill_context": "batch*(cached+new)",
+    "prefill_pairs": "batch*(new*cached + new*(new+1)/2)",
+}
+"""A prefill step of `batch` sequences that compute `new` tokens after `cached` ones; the causal half only."""
+
+DECODE_LOAD = {
+    "num_sequences": "batch",
+    "num_logits": "batch*new",
+    "decode_tokens": "batch*new",
+    "decode_context": "context_total",
+    "decode_pairs": "new*context_total",
+}
+"""A decode step of `batch` sequences that have `context_total` tokens together."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepLoad:
     """What one forward step of a worker, all its GPUs, has to do. Sums of `+`.
@@ -48,8 +67,8 @@ class StepLoad:
     A pair is a query and a key it attends to. Prefill's part runs naive MLA, decode's absorbed, unless told otherwise.
     """
 
-    num_sequences: int = 0
-    num_logits: int = 0
+    num_sequences: float = 0
+    num_logits: float = 0
     prefill_tokens: float = 0
     prefill_context: float = 0
     prefill_pairs: float = 0
@@ -62,25 +81,15 @@ class StepLoad:
         cls, new_tokens: int, cached_tokens: int = 0, *, batch: int = 1, has_all_logits: bool = False
     ) -> StepLoad:
         """Return the load of `batch` prompts or chunks of `new_tokens` that follow `cached_tokens` in the cache."""
-        context = cached_tokens + new_tokens
-        return cls(
-            num_sequences=batch,
-            num_logits=batch * (new_tokens if has_all_logits else 1),
-            prefill_tokens=batch * new_tokens,
-            prefill_context=batch * context,
-            prefill_pairs=batch * (new_tokens * cached_tokens + new_tokens * (new_tokens + 1) / 2),
-        )
+        symbols = {"batch": batch, "new": new_tokens, "cached": cached_tokens}
+        values = dict(zip(PREFILL_LOAD, evaluate(tuple(PREFILL_LOAD.values()), symbols), strict=True))
+        return cls(**(values | {"num_logits": batch * new_tokens} if has_all_logits else values))
 
     @classmethod
     def decode(cls, batch: int, context_tokens_total: float, *, new_tokens: int = 1) -> StepLoad:
         """Return the load of one decode step of `batch` sequences that have `context_tokens_total` tokens together."""
-        return cls(
-            num_sequences=batch,
-            num_logits=batch * new_tokens,
-            decode_tokens=batch * new_tokens,
-            decode_context=context_tokens_total,
-            decode_pairs=new_tokens * context_tokens_total,
-        )
+        symbols = {"batch": batch, "new": new_tokens, "context_total": context_tokens_total}
+        return cls(**dict(zip(DECODE_LOAD, evaluate(tuple(DECODE_LOAD.values()), symbols), strict=True)))
 
     def __add__(self, other: StepLoad) -> StepLoad:
         """Return the load of a step that does both."""
@@ -266,12 +275,13 @@ def operation_formulas(
 # Each is computed from those above it and from what `_inputs` gives.
 DERIVED_SYMBOLS = {
     "n": "tp*dp",
+    "sequences": "max(1, num_sequences)",
     # The busiest of dp groups has one sequence more if they do not divide evenly.
     "share": "ceil(sequences/dp)/sequences",
     "A": "prefill_tokens+decode_tokens",
     "T": "share*A",
     "B": "share*sequences",
-    "L": "share*logits",
+    "L": "share*num_logits",
     "Tp": "share*prefill_tokens",
     "Cp": "share*prefill_context",
     "Pp": "share*prefill_pairs",
@@ -298,13 +308,10 @@ def operation_symbols(
 ) -> Symbols:  # fmt: skip
     """Return the value of every symbol that formulas use."""
     symbols: dict[str, float | Callable[[float], float]] = dict(shape_symbols(shape))
+    symbols |= asdict(load)
     symbols |= {
         "tp": parallel.tp, "dp": parallel.dp, "ep": parallel.ep,
         "w": dtype.itemsize, "a": dtype.activation.itemsize, "c": (kv_dtype or dtype.activation).itemsize,
-        "sequences": max(1, load.num_sequences), "logits": load.num_logits,
-        "prefill_tokens": load.prefill_tokens, "prefill_context": load.prefill_context,
-        "prefill_pairs": load.prefill_pairs, "decode_tokens": load.decode_tokens,
-        "decode_context": load.decode_context, "decode_pairs": load.decode_pairs,
     }  # fmt: skip
     symbols |= _routing_symbols(shape, routing, parallel.ep)
     for name, formula in DERIVED_SYMBOLS.items():

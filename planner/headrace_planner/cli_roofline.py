@@ -1,0 +1,177 @@
+"""`headrace roofline`: what a step of a model costs on a machine, in the terminal, as JSON, or as a web page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from headrace_planner.communication import Parallelism
+from headrace_planner.compat import CompatSetting
+from headrace_planner.hardware import HARDWARE, Hardware, HardwareError, find_hardware, load_hardware
+from headrace_planner.hardware_measure import measure_cpu
+from headrace_planner.measured import MeasuredError, MeasuredPoints, load_measured
+from headrace_planner.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_planner.operations import MlaPath, Phase
+from headrace_planner.page import PageContent, PageSetting, build_page
+from headrace_planner.page_server import serve_page
+from headrace_planner.report import as_json, print_compat, print_roofline
+from headrace_planner.roofline import Roofline, roofline
+from headrace_planner.routing import Routing
+
+app = typer.Typer(help="Time and bytes of every operation of a step, at the roof of a machine.", no_args_is_help=False)
+
+
+class _Phases(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class _Mla(Enum):
+    AUTO = "auto"
+    NAIVE = "naive"
+    ABSORBED = "absorbed"
+
+
+class _Compat(Enum):
+    INTENSITY = "intensity"
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    shape: ModelShape
+    hardware: Hardware
+    parallel: Parallelism
+    routing: Routing
+    dtype: Dtype
+    kv_dtype: Dtype | None
+    mla: MlaPath
+
+
+_MODEL_HELP = f"A preset ({', '.join(MODELS)}), a config.json, or a folder that has one."
+_HARDWARE_HELP = f"{', '.join(HARDWARE)}, cpu (measured now), or a name in --hardware-file."
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "deepseek-v2-lite",
+    hardware: Annotated[str, typer.Option(help=_HARDWARE_HELP)] = "h200",
+    hardware_file: Annotated[Path | None, typer.Option(help="TOML or JSON with more hardware.")] = None,
+    phase: Annotated[_Phases, typer.Option(help="Which step to show.")] = _Phases.BOTH,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step, of all GPUs.")] = 64,
+    prefill_batch: Annotated[int, typer.Option(min=1, help="Prompts of a prefill step, of all GPUs.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence: prompt; cache in decode.")] = 4096,
+    cached: Annotated[int, typer.Option(min=0, help="Tokens of the prompt that are in the cache already.")] = 0,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism of attention.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Data parallelism of attention.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert parallelism; a divisor of tp*dp.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.BF16,
+    kv_dtype: Annotated[Dtype | None, typer.Option(help="Type of cached values; default: of activations.")] = None,
+    mla: Annotated[
+        _Mla, typer.Option(help="Latent attention; auto: naive in prefill, absorbed in decode.")
+    ] = _Mla.AUTO,
+    zipf: Annotated[float, typer.Option(min=0, help="Exponent of expert popularity; 0: uniform.")] = 0.0,
+    histogram: Annotated[Path | None, typer.Option(help="JSON list: how often each expert was chosen.")] = None,
+    balanced: Annotated[bool, typer.Option(help="Place experts so that ranks have even loads.")] = False,
+    formulas: Annotated[bool, typer.Option(help="Show each operation's formulas.")] = True,
+    as_json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    compat: Annotated[_Compat | None, typer.Option(help="The MoE-intensity page's own formulas and figures.")] = None,
+    serve: Annotated[bool, typer.Option(help="Serve the web page.")] = False,
+    host: Annotated[str, typer.Option(help="Where to serve it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port.")] = 8090,
+    build_page_at: Annotated[Path | None, typer.Option("--build-page", help="Write the web page to this file.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="JSON of measured operations to lay over the page.")] = None,
+) -> None:
+    """Show FLOPs, bytes, intensity, limit and time of every operation of a prefill and a decode step."""
+    console = Console()
+    if compat:
+        print_compat(console, CompatSetting())
+        return
+    try:
+        routing = Routing(zipf, _read_histogram(histogram), balanced)
+        setting = _Setting(
+            ModelShape.load(model), _find(hardware, hardware_file), Parallelism(tp, dp, ep), routing, dtype, kv_dtype,
+            mla.value,
+        )  # fmt: skip
+        if serve or build_page_at:
+            first = PageSetting(
+                setting.shape.name, setting.hardware.name, dtype.value, batch, prefill_batch, context, tp, dp, ep
+            )
+            content = _content(setting, first, hardware_file, load_measured(measured) if measured else None)
+            _page(console, content, (host, port) if serve else None, build_page_at)
+            return
+        results = _rooflines(setting, phase, (prefill_batch, batch), context, cached)
+    except (ModelShapeError, HardwareError, MeasuredError, ValueError) as error:
+        typer.echo(f"headrace roofline: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json_output:
+        typer.echo(json.dumps({name: as_json(result, kv_dtype) for name, result in results.items()}, indent=2))
+        return
+    for name, result in results.items():
+        print_roofline(console, name, result, has_formulas=formulas, kv_dtype=kv_dtype)
+
+
+def _rooflines(
+    setting: _Setting, phases: _Phases, batches: Sequence[int], context: int, cached: int
+) -> dict[str, Roofline]:
+    wanted: list[tuple[Phase, int, int | None]] = []
+    if phases is not _Phases.DECODE:
+        if cached >= context:
+            raise ValueError(f"--cached {cached} leaves nothing of --context {context} to prefill")
+        wanted.append(("prefill", batches[0], context - cached))
+    if phases is not _Phases.PREFILL:
+        wanted.append(("decode", batches[1], None))
+    return {
+        phase: roofline(
+            setting.shape, setting.hardware, phase=phase, batch=batch, context=context, new_tokens=new,
+            parallel=setting.parallel, routing=setting.routing, dtype=setting.dtype, kv_dtype=setting.kv_dtype,
+            mla=setting.mla,
+        )
+        for phase, batch, new in wanted
+    }  # fmt: skip
+
+
+def _find(name: str, file: Path | None) -> Hardware:
+    return measure_cpu() if name == "cpu" else find_hardware(name, file)
+
+
+def _read_histogram(path: Path | None) -> tuple[float, ...]:
+    if path is None:
+        return ()
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(float(value) for value in values)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} must be a JSON list of numbers, one per expert: {error}") from None
+
+
+def _content(
+    setting: _Setting, first: PageSetting, hardware_file: Path | None, measured: MeasuredPoints | None
+) -> PageContent:
+    more = load_hardware(hardware_file) if hardware_file else {}
+    hardware = HARDWARE | more | {setting.hardware.name: setting.hardware}
+    routing = {"as given": setting.routing} if setting.routing != Routing() else {}
+    return PageContent(
+        models=MODELS | {setting.shape.name: setting.shape},
+        hardware=hardware,
+        routings=routing,
+        first=first,
+        measured=measured,
+    )
+
+
+def _page(console: Console, content: PageContent, address: tuple[str, int] | None, path: Path | None) -> None:
+    html = build_page(content)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+        console.print(f"wrote {path} ({len(html) / 1000:.0f} kB); it needs no network and no server")
+    if address:
+        serve_page(html, *address, on_ready=lambda url: console.print(f"roofline at {url} (Ctrl-C ends)"))

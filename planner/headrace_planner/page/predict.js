@@ -1,0 +1,91 @@
+"use strict";
+// Evaluates the formulas that Python gave (headrace_planner/formula.py); has none of its own.
+
+const CONTENT = JSON.parse(document.getElementById("content").textContent);
+
+const FUNCTIONS = { ceil: Math.ceil, max: Math.max, min: Math.min, pow: Math.pow };
+const compiled = new Map();
+
+function evaluate(formula, symbols) {
+  if (!compiled.has(formula)) {
+    const body = formula.replace(/[A-Za-z_]\w*/g, (name) => (name in FUNCTIONS ? `f.${name}` : `s.${name}`));
+    compiled.set(formula, new Function("s", "f", `return ${body}`));
+  }
+  return compiled.get(formula)(symbols, FUNCTIONS);
+}
+
+function evaluateAll(formulas, symbols) {
+  return Object.fromEntries(Object.entries(formulas).map(([name, text]) => [name, evaluate(text, symbols)]));
+}
+
+function routingSymbols(model, setting) {
+  if (!model.routing) return { hot: 1, distinct: () => 0 };
+  const { hot, busiest } = model.routing[setting.routing][setting.ep];
+  return { hot, distinct: (tokens) => busiest.reduce((sum, [q, n]) => sum + n * (1 - Math.pow(1 - q, tokens)), 0) };
+}
+
+function load(phase, setting) {
+  const batch = phase === "prefill" ? setting.prompts : setting.batch;
+  const cached = phase === "prefill" ? Math.min(setting.cached, setting.context - 1) : 0;
+  const fresh = phase === "prefill" ? setting.context - cached : 1;
+  const symbols = { batch, cached, new: fresh, context_total: batch * setting.context };
+  // `new` is a word of JavaScript, but s.new is not.
+  return { ...CONTENT.noLoad, ...evaluateAll(CONTENT.loads[phase], symbols) };
+}
+
+function symbolsOf(phase, setting) {
+  const model = CONTENT.models[setting.model];
+  const weights = CONTENT.dtypes[setting.dtype];
+  const cache = setting.kv === "auto" ? CONTENT.dtypes[weights.activation] : CONTENT.dtypes[setting.kv];
+  const symbols = {
+    ...model.symbols, ...load(phase, setting), ...routingSymbols(model, setting),
+    tp: setting.tp, dp: setting.dp, ep: setting.ep,
+    w: weights.itemsize, a: CONTENT.dtypes[weights.activation].itemsize, c: cache.itemsize,
+  };
+  for (const [name, formula] of Object.entries(CONTENT.derived)) symbols[name] = evaluate(formula, symbols);
+  return symbols;
+}
+
+function operationOf(row, symbols, setting, hardware) {
+  const runs = evaluate(row.runs, symbols);
+  const dtype = row.math === "weights" ? setting.dtype : CONTENT.dtypes[setting.dtype].activation;
+  const total = {
+    flops: runs * evaluate(row.flops, symbols), bytes: runs * evaluate(row.bytes, symbols),
+    sent: runs * evaluate(row.sent, symbols), span: evaluate(row.span, symbols),
+    peak: hardware.flops[dtype], memory: hardware.memory, link: hardware.link, network: hardware.network,
+    domain: hardware.domain,
+  };
+  const resources = Object.entries(evaluateAll(CONTENT.roof, total));
+  const [bound, seconds] = resources.reduce((slowest, one) => (one[1] > slowest[1] ? one : slowest));
+  return {
+    name: row.name, group: row.group, shown: row.shown, isOverlapped: row.isOverlapped, runs, dtype, bound,
+    flops: total.flops, bytes: total.bytes, sent: total.sent, intensity: total.bytes ? total.flops / total.bytes : 0,
+    seconds: seconds + runs * hardware.overhead,
+  };
+}
+
+/** What a step of `phase` costs under `setting`, as `headrace roofline --json` says it. */
+function predict(phase, setting) {
+  const model = CONTENT.models[setting.model];
+  const hardware = CONTENT.hardware[setting.hardware];
+  const symbols = symbolsOf(phase, setting);
+  const operations = CONTENT.tables[model.tables[phase][setting.mla]]
+    .map((row) => operationOf(row, symbols, setting, hardware))
+    .filter((operation) => operation.flops || operation.bytes || operation.sent);
+  const sum = (list) => list.reduce((total, operation) => total + operation.seconds, 0);
+  const seconds = sum(operations.filter((operation) => !operation.isOverlapped));
+  const bounds = {};
+  for (const operation of operations) {
+    operation.share = operation.isOverlapped ? 0 : operation.seconds / seconds;
+    bounds[operation.bound] = (bounds[operation.bound] || 0) + operation.share;
+  }
+  const tokens = symbols.A;
+  const figures = { tokens, seconds, gpus: symbols.n, cost: hardware.cost };
+  return {
+    phase, operations, seconds, bounds, tokens,
+    summary: evaluateAll(CONTENT.summary, figures),
+    transferSeconds: sum(operations.filter((operation) => operation.isOverlapped)),
+    weightBytes: evaluate(model.weightBytes, symbols),
+    cacheBytes: (evaluate(model.cachedBytes, symbols) * (symbols.prefill_context + symbols.decode_context)) / symbols.dp,
+  };
+}
