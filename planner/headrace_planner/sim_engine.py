@@ -1,0 +1,313 @@
+"""A worker's engine loop under a simulated clock, around the product's own schedulers.
+
+The loop is `headrace_core.engine.engine`'s: commands between steps, plan, step, apply, publish. The step takes the
+time that the model of step times says; tokens are made up. With `unit_tokens` above 1 the same prefill scheduler works
+in units of so many tokens, one page each, which is what makes long prompts cheap at fast fidelity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from headrace_core.engine.admission import SequenceSpec
+from headrace_core.engine.engine import Scheduler
+from headrace_core.engine.finish import ModelLimits
+from headrace_core.engine.step import Chunk, StepPlan, StepResult
+from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.request import SampledToken, SamplingParams
+from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Started
+from headrace_decode.scheduler import Failed as DecodeFailed
+from headrace_prefill.scheduler import Failed as PrefillFailed
+from headrace_prefill.scheduler import Prefilled, PrefillEvent, PrefillScheduler
+
+from headrace_planner.sim_clock import Clock
+from headrace_planner.sim_config import WorkerSpec
+from headrace_planner.sim_host import Host, HostJob
+from headrace_planner.sim_request import SimRequest
+from headrace_planner.step_times import StepShape, StepTimes, chunk_pairs
+
+_LIMITS = ModelLimits(vocab_size=1 << 60, max_context_tokens=1 << 60, eos_token_ids=())
+_NO_LIMIT = 1 << 30
+_TOKEN = SampledToken(-1)
+
+S = TypeVar("S", bound=Scheduler[Any])
+
+
+class PrefillFlow(Protocol):
+    """What a prefill worker tells the simulation."""
+
+    def on_prefilled(self, key: int, num_cached: int) -> None:
+        """Take the end of a prompt; called once per key."""
+        ...
+
+    def on_refused(self, key: int) -> None:
+        """Take a failure: the worker can't hold it."""
+        ...
+
+    def on_report(self, worker: int) -> None:
+        """Take note that the worker's load changed."""
+        ...
+
+
+class DecodeFlow(Protocol):
+    """What a decode or colocated worker tells the simulation. Times are simulated seconds."""
+
+    def on_pages_ready(self, key: int) -> None:
+        """Begin the transfer of a handed-off sequence."""
+        ...
+
+    def on_started(self, key: int, num_cached: int) -> None:
+        """Take note that the sequence joined the batch."""
+        ...
+
+    def on_token(self, key: int, at_s: float, *, is_last: bool) -> None:
+        """Take a token computed at `at_s`."""
+        ...
+
+    def on_more_tokens(self, key: int, count: int, at_s: float, *, is_last: bool) -> None:
+        """Take `count` tokens whose gaps `on_gaps` has told; the last was computed at `at_s`."""
+        ...
+
+    def on_gaps(self, gap_s: float, count: int) -> None:
+        """Take `count` gaps between tokens of some sequences."""
+        ...
+
+    def on_refused(self, key: int) -> None:
+        """Take a failure: the worker can't hold it."""
+        ...
+
+    def on_report(self, worker: int) -> None:
+        """Take note that the worker's load changed."""
+        ...
+
+
+class Engine(Generic[S]):
+    """One scheduler and its loop. `busy_s`, `num_steps`, `num_tokens` accumulate."""
+
+    def __init__(
+        self, clock: Clock, scheduler: S, step_s: Callable[[StepPlan], float], publish: Callable[[], None], host: Host
+    ) -> None:
+        self.scheduler = scheduler
+        self.busy_s = 0.0
+        self.num_steps = 0
+        self.num_tokens = 0
+        self._clock = clock
+        self._step_s = step_s
+        self._publish = publish
+        self._host = host
+        self._commands: list[Callable[[S], None]] = []
+        self._plan: StepPlan | None = None
+        self._job: HostJob | None = None
+        self._is_looping = False
+
+    def submit(self, command: Callable[[S], None]) -> None:
+        """Run `command` on the scheduler between two steps."""
+        self._commands.append(command)
+        if self._plan is None and not self._is_looping:
+            self._loop()
+
+    def kill(self) -> None:
+        """Forget the step under way and every command."""
+        self._commands.clear()
+        if self._job is not None:
+            self._host.cancel(self._job)
+        self._plan = self._job = None
+
+    def _loop(self) -> None:
+        self._is_looping = True
+        while True:
+            commands, self._commands = self._commands, []
+            for command in commands:
+                command(self.scheduler)
+            plan = self.scheduler.plan(self._clock.now_s)
+            if plan is not None:
+                break
+            self._publish()
+            if not self._commands:
+                self._is_looping = False
+                return
+        self._is_looping = False
+        self._plan = plan
+        self._job = self._host.start(self._step_s(plan), self._end)
+
+    def _end(self, duration_s: float) -> None:
+        plan, self._plan, self._job = self._plan, None, None
+        assert plan is not None, "a step ended that never began"
+        self.busy_s += duration_s
+        self.num_steps += 1
+        self.num_tokens += plan.num_tokens
+        tokens = {chunk.key: _TOKEN for chunk in plan.chunks if chunk.sampling is not None}
+        self._is_looping = True
+        self.scheduler.apply(StepResult(tokens, duration_s), self._clock.now_s)
+        self._publish()
+        self._loop()
+
+
+class PrefillWorker:
+    """The product's prefill scheduler on a simulated worker, with one token or one block of tokens as its unit."""
+
+    def __init__(
+        self, number: int, spec: WorkerSpec, clock: Clock, flow: PrefillFlow, *, host: Host, unit_tokens: int
+    ) -> None:
+        self.number = number
+        self._times: StepTimes = spec.times
+        self._clock = clock
+        self._flow = flow
+        self._unit = unit_tokens
+        self._requests: dict[int, SimRequest] = {}
+        page_size = 1 if unit_tokens > 1 else spec.page_size
+        num_pages = max(1, spec.num_pages * spec.page_size // (page_size * unit_tokens))
+        scheduler = PrefillScheduler(
+            PageAllocator(num_pages, page_size),
+            _LIMITS,
+            max_step_tokens=max(1, spec.max_step_tokens // unit_tokens),
+            max_step_sequences=spec.max_step_sequences,
+            max_waiting_sequences=_NO_LIMIT,
+        )
+        self.num_pages, self.page_tokens = num_pages, page_size * unit_tokens
+        self.engine: Engine[PrefillScheduler] = Engine(clock, scheduler, self._step_s, self._publish, host)
+
+    @property
+    def num_free_pages(self) -> int:
+        """As a load report has it."""
+        return self.engine.scheduler.pages.num_available
+
+    def add(self, request: SimRequest, block_tokens: int) -> None:
+        """Queue an attempt."""
+        key, now_s = request.key, self._clock.now_s
+        self._requests[key] = request
+        spec = spec_of(request, request.token_ids(block_tokens, self._unit))
+        self.engine.submit(lambda scheduler: scheduler.add(key, spec, now_s))
+
+    def free(self, key: int) -> None:
+        """Give an attempt's pages back, whatever its state."""
+        self._requests.pop(key, None)
+        self.engine.submit(lambda scheduler: scheduler.free(key))
+
+    def kill(self) -> None:
+        """End the worker's process."""
+        self.engine.kill()
+
+    def check_integrity(self) -> None:
+        """Assert that no page is lost."""
+        self.engine.scheduler.check_integrity()
+
+    def _step_s(self, plan: StepPlan) -> float:
+        tokens, pairs = 0, 0.0
+        for chunk in plan.chunks:
+            request, start = self._requests.get(chunk.key), chunk.start * self._unit
+            end = start + len(chunk.token_ids) * self._unit
+            if request is not None:
+                end = min(end, request.num_to_prefill)
+            tokens += max(1, end - start)
+            pairs += chunk_pairs(start, max(1, end - start))
+        return self._times.step_s(StepShape(prompt_tokens=tokens, prompt_pairs=pairs, num_chunks=len(plan.chunks)))
+
+    def _publish(self) -> None:
+        events: Sequence[PrefillEvent] = self.engine.scheduler.take_events()
+        self._flow.on_report(self.number)
+        for event in events:
+            match event:
+                case Prefilled(key=key, num_cached_tokens=num_cached):
+                    self._flow.on_prefilled(key, num_cached * self._unit)
+                case PrefillFailed(key=key):
+                    self._requests.pop(key, None)
+                    self._flow.on_refused(key)
+
+
+class ExactDecodeWorker:
+    """The product's decode scheduler on a simulated worker, step by step; also colocated."""
+
+    def __init__(self, number: int, spec: WorkerSpec, clock: Clock, flow: DecodeFlow, *, host: Host) -> None:
+        self.number = number
+        self.num_pages, self.page_tokens = spec.num_pages, spec.page_size
+        self._times: StepTimes = spec.times
+        self._clock = clock
+        self._flow = flow
+        scheduler = DecodeScheduler(
+            PageAllocator(spec.num_pages, spec.page_size),
+            _LIMITS,
+            max_step_tokens=spec.max_step_tokens,
+            max_step_sequences=spec.max_step_sequences,
+            max_waiting_sequences=_NO_LIMIT,
+        )
+        self.engine: Engine[DecodeScheduler] = Engine(clock, scheduler, self._step_s, self._publish, host)
+
+    @property
+    def num_free_pages(self) -> int:
+        """As a load report has it."""
+        return self.engine.scheduler.pages.num_available
+
+    def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
+        """Queue an attempt; with `has_handoff` its pages come by transfer and one token is known."""
+        key, now_s = request.key, self._clock.now_s
+        token_ids = request.token_ids(block_tokens, 1)
+        if has_handoff:
+            del token_ids[request.num_to_prefill :]
+        spec = spec_of(request, token_ids)
+        first = -1 if has_handoff else None
+        self.engine.submit(lambda scheduler: scheduler.add(key, spec, first, now_s))
+
+    def arrived(self, key: int) -> None:
+        """Join a sequence whose pages arrived."""
+        self.engine.submit(lambda scheduler: scheduler.arrived(key))
+
+    def abort(self, key: int) -> None:
+        """Forget an attempt; nothing lands in its pages any more."""
+
+        def command(scheduler: DecodeScheduler) -> None:
+            scheduler.abort(key)
+            scheduler.drained(key)
+
+        self.engine.submit(command)
+
+    def kill(self) -> None:
+        """End the worker's process."""
+        self.engine.kill()
+
+    def check_integrity(self) -> None:
+        """Assert that no page is lost."""
+        self.engine.scheduler.check_integrity()
+
+    def _step_s(self, plan: StepPlan) -> float:
+        rows = context = tokens = chunks = 0
+        pairs = 0.0
+        for chunk in plan.chunks:
+            if _is_row(chunk):
+                rows += 1
+                context += chunk.start + 1
+            else:
+                chunks += 1
+                tokens += len(chunk.token_ids)
+                pairs += chunk_pairs(chunk.start, len(chunk.token_ids))
+        return self._times.step_s(StepShape(rows, context, tokens, pairs, chunks))
+
+    def _publish(self) -> None:
+        now_s, flow = self._clock.now_s, self._flow
+        events: Sequence[DecodeEvent] = self.engine.scheduler.take_events()
+        flow.on_report(self.number)
+        for event in events:
+            match event:
+                case Output(key=key, finish=finish):
+                    flow.on_token(key, now_s, is_last=finish is not None)
+                case PagesReady(key=key):
+                    flow.on_pages_ready(key)
+                case Started(key=key, num_cached_tokens=num_cached):
+                    flow.on_started(key, num_cached)
+                case DecodeFailed(key=key):
+                    flow.on_refused(key)
+                case _:
+                    pass  # pre-empted: it comes back by itself
+
+
+def spec_of(request: SimRequest, token_ids: list[int]) -> SequenceSpec:
+    """Return the attempt as schedulers take it."""
+    # Prompt and output are told apart by `num_prompt_tokens`; in units, only the sum of both matters.
+    num_prompt = min(len(token_ids), request.num_prompt)
+    params = SamplingParams(max_tokens=request.num_output, ignore_eos=True, seed=0)
+    return SequenceSpec("simulated", request.attempt, 0, token_ids, num_prompt, params)
+
+
+def _is_row(chunk: Chunk) -> bool:
+    return len(chunk.token_ids) == 1 and chunk.start > 0 and chunk.sampling is not None

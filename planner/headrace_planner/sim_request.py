@@ -1,0 +1,91 @@
+"""One simulated request: the mutable object that moves through router, prefill and decode.
+
+QUEUED ──placed──► PREFILL ──first token──► HANDOFF ──pages arrived──► DECODE ──last token──► DONE
+   ▲                  │  └───────────────only one token asked for────────────────────────────► DONE
+   │                  └── placed colocated: PREFILL and DECODE are one worker's, no HANDOFF
+   └───── a worker it was on ended: the next attempt prefills the prompt and every token so far
+QUEUED ──larger than any worker's memory──► REFUSED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, Waiting, prefix_key
+
+
+class State(Enum):
+    """See the module."""
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    HANDOFF = "handoff"
+    DECODE = "decode"
+    DONE = "done"
+    REFUSED = "refused"
+
+
+@dataclass(slots=True, eq=False)
+class SimRequest:
+    """`num_done` output tokens reached the router; `key` names the attempt under way."""
+
+    index: int
+    arrival_s: float
+    num_prompt: int
+    num_output: int
+    blocks: Sequence[int]
+    prefix: int
+    num_done: int = 0
+    attempt: int = 0
+    key: int = -1
+    state: State = State.QUEUED
+    avoid: frozenset[str] = frozenset()
+    num_overtaken: int = 0
+    num_to_prefill: int = 0
+    """Prompt tokens of the attempt under way: the prompt and what earlier attempts produced."""
+    num_cached: int = 0
+    prefill: int = -1
+    """Number of the worker that computes the prompt; -1: none, or the decode worker itself."""
+    decode: int = -1
+    last_token_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return self.num_prompt + self.num_done
+
+    @property
+    def num_left(self) -> int:
+        """Output tokens still to come."""
+        return self.num_output - self.num_done
+
+    def waiting(self) -> Waiting:
+        """Return what the router's policies need to know, as `headrace_router.sample` does."""
+        expected = self.num_left if self.attempt else min(self.num_left, EXPECTED_OUTPUT_TOKENS)
+        return Waiting(
+            self.num_tokens, self.num_tokens + expected, self.prefix, avoid=self.avoid, num_overtaken=self.num_overtaken
+        )
+
+    def token_ids(self, block_tokens: int, unit_tokens: int) -> list[int]:
+        """Return ids for what an attempt prefills, one for each `unit_tokens` tokens.
+
+        Equal blocks have equal ids. Output tokens of earlier attempts have ids that no other request has.
+        """
+        per_block = block_tokens // unit_tokens
+        units = -(-self.num_tokens // unit_tokens)
+        prompt_units = min(units, -(-self.num_prompt // unit_tokens))
+        ids = [block for block in self.blocks for _ in range(per_block)] if per_block > 1 else list(self.blocks)
+        del ids[prompt_units:]
+        own = -2 - self.index
+        ids.extend([own] * (units - len(ids)))
+        return ids
+
+
+def prefix_number(first_block: int, cache: dict[int, int]) -> int:
+    """Return the router's prefix key of prompts that begin with `first_block`; remembered in `cache`."""
+    key = cache.get(first_block)
+    if key is None:
+        key = cache[first_block] = prefix_key([first_block])
+    return key

@@ -1,0 +1,182 @@
+"""What a simulation measured: latencies, goodput, utilisation. Definitions are docs/glossary.md's.
+
+TTFT: arrival at the router to the first token at the client. ITL: a gap between two tokens of one request, a
+distribution over gaps. TPOT: (E2E - TTFT) / (output tokens - 1), one number per request. Goodput: requests per second
+whose TTFT and TPOT both met the objective.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace_planner.trace import Workload
+
+PERCENTILES = (25, 50, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Upper limits, seconds."""
+
+    ttft_s: float = float("inf")
+    itl_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUse:
+    """One worker's part. `busy_s` seconds computing, `num_tokens` computed in `num_steps` steps."""
+
+    address: str
+    role: str
+    busy_s: float
+    num_steps: int
+    num_tokens: int
+
+
+class Recorder:
+    """Collects while the simulation runs. One entry per request, one per gap or run of equal gaps."""
+
+    def __init__(self, num_requests: int) -> None:
+        self.first_s = np.full(num_requests, np.nan)
+        self.last_s = np.full(num_requests, np.nan)
+        self.is_done = np.zeros(num_requests, dtype=bool)
+        self.arrival_s = np.full(num_requests, np.nan)
+        self.num_tokens = np.zeros(num_requests, dtype=np.int64)
+        self.num_cached = np.zeros(num_requests, dtype=np.int64)
+        self.num_attempts = np.zeros(num_requests, dtype=np.int64)
+        self.num_refused = 0
+        self._gaps = array("d")
+        self._weights = array("d")
+
+    def gap(self, seconds: float, count: int = 1) -> None:
+        """Add `count` equal gaps."""
+        self._gaps.append(seconds)
+        self._weights.append(count)
+
+    def gaps(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the gaps and how often each occurred."""
+        return np.frombuffer(self._gaps, dtype=np.float64), np.frombuffer(self._weights, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """See the module. Arrays have one entry per request; NaN where a request did not get so far."""
+
+    workload: Workload
+    recorder: Recorder
+    workers: Sequence[WorkerUse]
+    end_s: float
+    wall_s: float
+    num_events: int
+    fidelity: str
+    transfer_bytes: float = 0.0
+    in_flight: Sequence[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+
+    @property
+    def ttft_s(self) -> NDArray[np.float64]:
+        """TTFT of each request."""
+        return self.recorder.first_s - self.recorder.arrival_s
+
+    @property
+    def e2e_s(self) -> NDArray[np.float64]:
+        """Arrival to last token of each request that ended."""
+        return np.where(self.recorder.is_done, self.recorder.last_s - self.recorder.arrival_s, np.nan)
+
+    @property
+    def tpot_s(self) -> NDArray[np.float64]:
+        """TPOT of each request of two tokens or more that ended."""
+        gaps = self.workload.num_output - 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            tpot = (self.recorder.last_s - self.recorder.first_s) / gaps
+        return np.where(self.recorder.is_done & (gaps > 0), tpot, np.nan)
+
+    @property
+    def num_done(self) -> int:
+        """Requests that got their last token."""
+        return int(self.recorder.is_done.sum())
+
+    @property
+    def request_rate(self) -> float:
+        """Finished requests per second, first arrival to last token."""
+        return self.num_done / self.end_s if self.end_s else 0.0
+
+    @property
+    def output_rate(self) -> float:
+        """Output tokens per second, first arrival to last token."""
+        return float(self.recorder.num_tokens.sum()) / self.end_s if self.end_s else 0.0
+
+    def attainment(self, slo: Slo) -> float:
+        """Return the share of requests that met `slo`; those that did not end, or were refused, did not."""
+        tpot = np.nan_to_num(self.tpot_s, nan=0.0)
+        is_met = self.recorder.is_done & (self.ttft_s <= slo.ttft_s) & (tpot <= slo.itl_s)
+        return float(is_met.mean()) if len(is_met) else 0.0
+
+    def goodput(self, slo: Slo) -> float:
+        """Return requests per second that met `slo`, over the time in which requests arrived."""
+        duration_s = max(self.workload.duration_s, 1e-9)
+        if self.workload.max_in_flight:
+            duration_s = max(self.end_s, 1e-9)
+        return self.attainment(slo) * len(self.workload) / duration_s
+
+    def itl_percentile(self, percent: float) -> float:
+        """Return a percentile of all gaps, seconds; NaN if there were none."""
+        gaps, weights = self.recorder.gaps()
+        return _weighted_percentile(gaps, weights, percent)
+
+    def itl_mean(self) -> float:
+        """Return the mean of all gaps, seconds."""
+        gaps, weights = self.recorder.gaps()
+        return float(np.average(gaps, weights=weights)) if len(gaps) else float("nan")
+
+    def utilisation(self, role: str) -> float:
+        """Return the share of time that workers of `role` computed."""
+        busy = [worker.busy_s for worker in self.workers if worker.role == role]
+        return float(np.mean(busy)) / self.end_s if busy and self.end_s else 0.0
+
+    def summary(self, slo: Slo | None = None) -> dict[str, Any]:
+        """Return everything as plain numbers, for JSON and tables."""
+        report: dict[str, Any] = {
+            "num_requests": len(self.workload),
+            "num_done": self.num_done,
+            "num_refused": self.recorder.num_refused,
+            "num_retried": int((self.recorder.num_attempts > 1).sum()),
+            "simulated_s": self.end_s,
+            "wall_s": self.wall_s,
+            "fidelity": self.fidelity,
+            "request_rate": self.request_rate,
+            "output_tokens_per_s": self.output_rate,
+            "cached_prompt_share": float(self.recorder.num_cached.sum() / max(1, self.workload.num_prompt.sum())),
+            "transfer_bytes": self.transfer_bytes,
+            "utilisation": {role: self.utilisation(role) for role in sorted({w.role for w in self.workers})},
+        }
+        for name, values in (("ttft_s", self.ttft_s), ("tpot_s", self.tpot_s), ("e2e_s", self.e2e_s)):
+            report[name] = {f"p{p}": _percentile(values, p) for p in PERCENTILES} | {"mean": _mean(values)}
+        report["itl_s"] = {f"p{p}": self.itl_percentile(p) for p in PERCENTILES} | {"mean": self.itl_mean()}
+        if slo is not None:
+            report["goodput"] = self.goodput(slo)
+            report["slo_attainment"] = self.attainment(slo)
+        return report
+
+
+def _percentile(values: NDArray[np.float64], percent: float) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.percentile(known, percent)) if len(known) else float("nan")
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _weighted_percentile(values: NDArray[np.float64], weights: NDArray[np.float64], percent: float) -> float:
+    if not len(values):
+        return float("nan")
+    order = np.argsort(values)
+    share = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][min(np.searchsorted(share, percent / 100), len(values) - 1)])

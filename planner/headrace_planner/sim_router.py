@@ -1,0 +1,295 @@
+"""The router's queue and its book of workers, around the product's own placement (`headrace_router.policy.plan`).
+
+What `headrace_router.dispatch` and `headrace_router.worker` do with sockets is done here with numbers: a reservation
+for every placement, load reports, a planning round whenever something changed, retried requests at their old place.
+
+Placement looks at every worker for every request; in Python that is about a millisecond for a thousand of them. With a
+`shortlist` of n, fast fidelity shows it only the n least loaded workers of each kind, and n prefill workers that
+belong to the prompt's beginning, always the same ones, so that prefix caches keep their prompts. Placement among those
+is the product's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from headrace_router import policy
+from headrace_router.policy import Assignment, WorkerView
+
+from headrace_planner.sim_config import WorkerSpec
+from headrace_planner.sim_request import SimRequest
+
+_BUDGET_STEPS = 2
+"""As `headrace_router.worker`: one step's tokens computing, one step's waiting."""
+_LOAD_STEPS = 4
+
+
+class Reporting(Protocol):
+    """A worker, as load reports show it."""
+
+    num_pages: int
+    page_tokens: int
+
+    @property
+    def num_free_pages(self) -> int:
+        """Free pages now."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Reservation:
+    request: SimRequest
+    num_pages: int
+    num_unseen: int
+    num_tokens: int
+    is_started: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """What the router knows of one worker and has promised of it."""
+
+    number: int
+    address: str
+    worker: Reporting
+    spec: WorkerSpec
+    can_prefill: bool
+    can_decode: bool
+    grows: bool
+    """True if sequences take pages as they grow; else the worker's report holds them from the start."""
+    is_up: bool = True
+    version: int = 0
+    num_unseen: int = 0
+    num_tokens: int = 0
+    _view: WorkerView | None = None
+    _held: dict[int, _Reservation] = field(default_factory=dict[int, _Reservation])
+
+    @property
+    def num_held(self) -> int:
+        """Sequences with a reservation."""
+        return len(self._held)
+
+    def view(self) -> WorkerView:
+        """Return what policies need to know."""
+        if self._view is None:
+            self._view = WorkerView(
+                address=self.address,
+                page_size=self.worker.page_tokens,
+                num_pages=self.worker.num_pages,
+                num_usable_pages=self.worker.num_pages,
+                num_free_pages=self.worker.num_free_pages - self.num_unseen,
+                token_budget=_BUDGET_STEPS * self.spec.max_step_tokens,
+                num_tokens_in_flight=self.num_tokens,
+                num_free_slots=self.spec.max_step_sequences - len(self._held),
+                can_prefill=self.can_prefill,
+                can_decode=self.can_decode,
+            )
+        return self._view
+
+    def reserve(self, request: SimRequest, *, prefills: bool, decodes: bool) -> None:
+        """Set aside what an attempt needs."""
+        view, waiting = self.view(), request.waiting()
+        pages = policy.decode_pages(waiting, view) if decodes else policy.prefill_pages(waiting, view)
+        tokens = waiting.num_tokens if prefills else 0
+        self._held[request.key] = _Reservation(request, pages, pages, tokens)
+        self._count(pages, tokens)
+
+    def computed(self, key: int) -> None:
+        """The prompt is computed; its pages are in the worker's report."""
+        held = self._held.get(key)
+        if held is not None:
+            self._count(-held.num_unseen, -held.num_tokens)
+            held.num_unseen = held.num_tokens = 0
+            held.is_started = True
+
+    def started(self, key: int) -> None:
+        """The sequence runs: what it has is in the worker's report, what it will grow by is not."""
+        held = self._held.get(key)
+        if held is not None:
+            seen = self._num_seen(held) if self.grows else held.num_unseen
+            self._count(-min(seen, held.num_unseen), -held.num_tokens)
+            held.num_unseen = max(0, held.num_unseen - seen)
+            held.num_tokens = 0
+            held.is_started = True
+
+    def report(self) -> None:
+        """Take a load report."""
+        self._view = None
+        if not self.grows:
+            return
+        for held in self._held.values():
+            if held.is_started and held.num_unseen:
+                unseen = max(0, held.num_pages - self._num_seen(held))
+                self._count(unseen - held.num_unseen, 0)
+                held.num_unseen = unseen
+
+    def release(self, key: int) -> None:
+        """Give a reservation back; idempotent."""
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._count(-held.num_unseen, -held.num_tokens)
+
+    def _num_seen(self, held: _Reservation) -> int:
+        return -(-held.request.num_tokens // self.worker.page_tokens)
+
+    def _count(self, pages: int, tokens: int) -> None:
+        self.num_unseen += pages
+        self.num_tokens += tokens
+        self.version += 1
+        self._view = None
+
+
+class Shortlist:
+    """Finds the least loaded workers without looking at all of them."""
+
+    def __init__(self, accounts: Iterable[Account], size: int, load: Callable[[Account], tuple[int, int]]) -> None:
+        self.accounts = list(accounts)
+        self._by_number = {account.number: account for account in self.accounts}
+        self._size = size
+        self._load = load
+        self._heap: list[tuple[tuple[int, int], int, int]] = []
+        for account in self.accounts:
+            self.touch(account)
+
+    def touch(self, account: Account) -> None:
+        """Take note that an account changed."""
+        if account.number in self._by_number:
+            heapq.heappush(self._heap, (self._load(account), account.version, account.number))
+
+    def least(self) -> list[Account]:
+        """Return the least loaded workers, least first; those whose entries are stale are looked up again."""
+        found: list[tuple[tuple[int, int], int, int]] = []
+        numbers: set[int] = set()
+        while self._heap and len(found) < self._size:
+            entry = heapq.heappop(self._heap)
+            account = self._by_number[entry[2]]
+            if account.version == entry[1] and account.is_up and entry[2] not in numbers:
+                found.append(entry)
+                numbers.add(entry[2])
+        for entry in found:
+            heapq.heappush(self._heap, entry)
+        return [self._by_number[number] for _, _, number in found]
+
+    def of(self, prefix: int) -> list[Account]:
+        """Return the workers that belong to prompts of this beginning."""
+        count = len(self.accounts)
+        step = prefix // count % max(1, count - 1) + 1
+        numbers = dict.fromkeys((prefix + i * step) % count for i in range(self._size))
+        return [self.accounts[number] for number in numbers if self.accounts[number].is_up]
+
+
+class Router:
+    """Binds requests to workers; tells `on_placed(request, prefill or None, decode)`."""
+
+    def __init__(
+        self,
+        accounts: list[Account],
+        on_placed: Callable[[SimRequest, Account | None, Account], None],
+        on_refused: Callable[[SimRequest], None],
+        *,
+        shortlist: int,
+    ) -> None:
+        self.accounts = accounts
+        self.num_rounds = 0
+        self._by_address = {account.address: account for account in accounts}
+        self._on_placed = on_placed
+        self._on_refused = on_refused
+        self._queue: list[SimRequest] = []
+        self._is_planning = False
+        self._prefills: Shortlist | None = None
+        self._decodes: Shortlist | None = None
+        if shortlist:
+            only_prefill = [a for a in accounts if a.can_prefill and not a.can_decode]
+            self._prefills = Shortlist(only_prefill, shortlist, _prefill_load)
+            can_decode = [a for a in accounts if a.can_decode]
+            # Most free pages wins: the first few are enough.
+            self._decodes = Shortlist(can_decode, max(2, shortlist // 2) if only_prefill else shortlist, _decode_load)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    def enqueue(self, request: SimRequest) -> None:
+        """Queue a request at its place: retried ones keep theirs."""
+        if not any(policy.can_ever_fit(request.waiting(), a.view()) for a in self._fitting()):
+            self._on_refused(request)
+            return
+        if self._queue and self._queue[-1].index > request.index:
+            insort(self._queue, request, key=_order)
+        else:
+            self._queue.append(request)
+        self.kick()
+
+    def touch(self, account: Account) -> None:
+        """Take note that an account changed."""
+        if self._prefills is not None and self._decodes is not None:
+            self._prefills.touch(account)
+            self._decodes.touch(account)
+
+    def kick(self) -> None:
+        """Plan, if anybody waits."""
+        if not self._queue or self._is_planning:
+            return
+        self._is_planning = True
+        while self._queue and self._round() and self._prefills is not None:
+            pass
+        self._is_planning = False
+
+    def _round(self) -> bool:
+        self.num_rounds += 1
+        views = [account.view() for account in self._candidates()]
+        assignments = policy.plan((request.waiting() for request in self._queue), views)
+        if not assignments:
+            return False
+        self._count_overtaken(assignments)
+        placed = [(self._queue[assignment.index], assignment) for assignment in assignments]
+        if len(placed) == 1:
+            del self._queue[placed[0][1].index]
+        else:
+            gone = {assignment.index for assignment in assignments}
+            self._queue = [request for index, request in enumerate(self._queue) if index not in gone]
+        for request, assignment in placed:
+            prefill = self._by_address[assignment.prefill] if assignment.prefill else None
+            self._on_placed(request, prefill, self._by_address[assignment.decode])
+        return True
+
+    def _candidates(self) -> list[Account]:
+        if self._prefills is None or self._decodes is None:
+            return [account for account in self.accounts if account.is_up]
+        found = {account.number: account for account in self._decodes.least()}
+        if self._prefills.accounts:
+            found |= {account.number: account for account in self._prefills.least()}
+            found |= {account.number: account for account in self._prefills.of(self._queue[0].prefix)}
+        return list(found.values())
+
+    def _fitting(self) -> Iterable[Account]:
+        return (account for account in self.accounts if account.can_decode)
+
+    def _count_overtaken(self, assignments: list[Assignment]) -> None:
+        """As `headrace_router.dispatch`."""
+        placed = {assignment.index for assignment in assignments}
+        behind = len(placed)
+        for index in range(max(placed)):
+            if index in placed:
+                behind -= 1
+            else:
+                self._queue[index].num_overtaken += behind
+
+
+def _prefill_load(account: Account) -> tuple[int, int]:
+    return account.num_tokens * _LOAD_STEPS // (_BUDGET_STEPS * account.spec.max_step_tokens), 0
+
+
+def _decode_load(account: Account) -> tuple[int, int]:
+    view = account.view()
+    is_full = view.num_free_slots <= 0 or (account.can_prefill and 2 * view.num_tokens_in_flight > view.token_budget)
+    return int(is_full), -view.num_free_pages
+
+
+def _order(request: SimRequest) -> int:
+    return request.index

@@ -1,0 +1,404 @@
+"""A discrete-event simulation of router, prefill, hand-off and decode, around the product's own policies.
+
+    arrive ─admit─► queue ─policy.plan─► prefill ─first token─► decode queue ─► transfer ─► batch ─► last token
+                      ▲                                                                       │
+                      └────── a worker ended: prompt and tokens so far, another attempt ◄─────┘
+
+Two fidelities. `exact`: every step goes through the product's prefill and decode schedulers, page by page. `fast`:
+placement and prefill are the product's, in blocks; decode jumps over steps in which nothing changes (`sim_fast`), and
+placement sees a shortlist (`sim_router`). `auto` is exact up to a few million tokens. Deterministic: the same
+configuration and workload give the same result.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from headrace_planner.sim_clock import Clock
+from headrace_planner.sim_config import Outage, SimConfig, WorkerSpec
+from headrace_planner.sim_engine import ExactDecodeWorker, PrefillWorker
+from headrace_planner.sim_fast import FastDecodeWorker
+from headrace_planner.sim_host import Host, SharedMachine
+from headrace_planner.sim_request import SimRequest, State, prefix_number
+from headrace_planner.sim_result import Recorder, SimResult, WorkerUse
+from headrace_planner.sim_router import Account, Router
+from headrace_planner.trace import Workload
+
+_EXACT_TOKENS = 3_000_000
+"""Tokens, prompt and output, up to which `auto` is exact."""
+_MAX_ATTEMPTS = 4
+"""As the router's `--max-attempts`, for refusals. Attempts that a worker's end cost are not counted."""
+
+DecodeWorker = ExactDecodeWorker | FastDecodeWorker
+
+
+def simulate(config: SimConfig, workload: Workload) -> SimResult:
+    """Run `workload` through the cluster until every request has ended."""
+    began_s = time.perf_counter()
+    simulation = _Simulation(config, workload)
+    # Millions of small objects that are all in use: looking for garbage among them doubles the time.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        simulation.run()
+    finally:
+        if was_enabled:
+            gc.enable()
+    return simulation.result(time.perf_counter() - began_s)
+
+
+def fidelity_of(config: SimConfig, workload: Workload) -> str:
+    """Return `exact` or `fast`: what `auto` means for this workload."""
+    if config.fidelity != "auto":
+        return config.fidelity
+    tokens = int(workload.num_prompt.sum()) // 16 + int(workload.num_output.sum())
+    return "exact" if tokens * max(1, config.num_workers // 16) <= _EXACT_TOKENS else "fast"
+
+
+class _Simulation:
+    """The flow of requests; a `PrefillFlow` and a `DecodeFlow` for its workers."""
+
+    def __init__(self, config: SimConfig, workload: Workload) -> None:
+        self._config = config
+        self._wire = config.wire
+        self._workload = workload
+        self._fidelity = fidelity_of(config, workload)
+        self._is_exact = self._fidelity == "exact"
+        self._clock = Clock()
+        self._recorder = Recorder(len(workload))
+        self._prefills: dict[int, PrefillWorker] = {}
+        self._decodes: dict[int, DecodeWorker] = {}
+        self._requests: dict[int, SimRequest] = {}
+        self._num_keys = 0
+        self._num_arrived = 0
+        self._num_over = 0
+        self._links: dict[int, float] = {}
+        self._transfer_bytes = 0.0
+        self._dead_use: dict[int, tuple[float, int, int]] = {}
+        self._prefixes: dict[int, int] = {}
+        self._in_flight: list[tuple[float, int]] = []
+        self._machine = SharedMachine(self._clock, config.interference)
+        self._router = Router(
+            [self._account(number) for number in range(config.num_workers)],
+            self._place,
+            self._refuse,
+            shortlist=0 if self._is_exact else config.shortlist,
+        )
+
+    def run(self) -> None:
+        """Simulate until nothing is left to happen."""
+        for outage in self._config.outages:
+            self._clock.at(outage.at_s, self._fail, outage)
+        if self._workload.max_in_flight:
+            for _ in range(min(self._workload.max_in_flight, len(self._workload))):
+                self._arrive(None)
+        elif len(self._workload):
+            self._clock.at(float(self._workload.arrival_s[0]), self._arrive)
+        self._clock.run()
+        assert self._num_over == len(self._workload), "a request neither ended nor was refused"
+
+    def result(self, wall_s: float) -> SimResult:
+        """Return what was measured."""
+        workers: list[WorkerUse] = []
+        for account in self._router.accounts:
+            busy_s, steps, tokens = self._use(account.number)
+            role = "both" if account.can_prefill and account.can_decode else "prefill" if account.can_prefill else ""
+            workers.append(WorkerUse(account.address, role or "decode", busy_s, steps, tokens))
+        recorder = self._recorder
+        ends = recorder.last_s[recorder.is_done]
+        return SimResult(
+            workload=self._workload,
+            recorder=recorder,
+            workers=workers,
+            end_s=float(ends.max()) if len(ends) else 0.0,
+            wall_s=wall_s,
+            num_events=self._clock.num_events,
+            fidelity=self._fidelity,
+            transfer_bytes=self._transfer_bytes,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that no worker holds anything: for tests, after `run`."""
+        for account in self._router.accounts:
+            assert account.num_held == 0, f"{account.address} has reservations"
+            assert account.num_unseen == account.num_tokens == 0, f"{account.address}'s books are open"
+        for worker in (*self._prefills.values(), *self._decodes.values()):
+            worker.check_integrity()
+            assert worker.num_free_pages == worker.num_pages, f"worker {worker.number} lost pages"
+
+    def _account(self, number: int) -> Account:
+        """Start worker `number`, empty; return the router's books on it."""
+        config = self._config
+        unit = 1 if self._is_exact else self._workload.block_tokens
+        if number < config.num_prefill:
+            spec = _need(config.prefill)
+            host = Host(self._machine, 0)
+            prefill = PrefillWorker(number, spec, self._clock, self, host=host, unit_tokens=unit)
+            self._prefills[number] = prefill
+            return Account(number, f"prefill-{number}", prefill, spec, True, False, grows=False)
+        is_both = number >= config.num_prefill + config.num_decode
+        spec = _need(config.both if is_both else config.decode)
+        if self._is_exact:
+            decode: DecodeWorker = ExactDecodeWorker(number, spec, self._clock, self, host=Host(self._machine, 1))
+        else:
+            page_tokens = unit if is_both else spec.page_size
+            decode = FastDecodeWorker(number, spec, self._clock, self, unit_tokens=page_tokens, is_colocated=is_both)
+        self._decodes[number] = decode
+        name = f"{'both' if is_both else 'decode'}-{number}"
+        return Account(number, name, decode, spec, is_both, True, grows=self._is_exact)
+
+    # Arrival and placement.
+
+    def _arrive(self, _: object) -> None:
+        workload, index = self._workload, self._num_arrived
+        self._num_arrived += 1
+        now_s = self._clock.now_s
+        if workload.blocks is not None and workload.blocks[index]:
+            blocks: Sequence[int] = workload.blocks[index]
+            prefix = prefix_number(blocks[0], self._prefixes)
+        else:
+            count = -(-int(workload.num_prompt[index]) // workload.block_tokens)
+            blocks = range(index << 20, (index << 20) + count)
+            prefix = index * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+        request = SimRequest(
+            index, now_s, int(workload.num_prompt[index]), int(workload.num_output[index]), blocks, prefix
+        )
+        self._recorder.arrival_s[index] = now_s
+        self._clock.after(self._wire.admit_s, self._router.enqueue, request)
+        if not workload.max_in_flight and self._num_arrived < len(workload):
+            self._clock.at(float(workload.arrival_s[self._num_arrived]), self._arrive)
+
+    def _place(self, request: SimRequest, prefill: Account | None, decode: Account) -> None:
+        self._num_keys += 1
+        request.key = self._num_keys
+        if prefill is not None:
+            prefill.reserve(request, prefills=True, decodes=False)
+            self._router.touch(prefill)
+        decode.reserve(request, prefills=prefill is None, decodes=True)
+        self._router.touch(decode)
+        request.attempt += 1
+        request.state = State.PREFILL
+        request.num_to_prefill = request.num_tokens
+        request.prefill, request.decode = (prefill.number if prefill else -1), decode.number
+        self._requests[request.key] = request
+        self._recorder.num_attempts[request.index] += 1
+        self._clock.after(self._wire.rpc_s, self._send, request.key)
+
+    def _send(self, key: int) -> None:
+        request = self._requests.get(key)
+        if request is None:
+            return
+        if request.prefill >= 0:
+            self._prefills[request.prefill].add(request, self._workload.block_tokens)
+        else:
+            self._decodes[request.decode].add(request, self._workload.block_tokens, has_handoff=False)
+
+    def _refuse(self, request: SimRequest) -> None:
+        request.state = State.REFUSED
+        self._recorder.num_refused += 1
+        self._finish()
+
+    # What prefill workers tell.
+
+    def on_prefilled(self, key: int, num_cached: int) -> None:
+        """See `PrefillFlow`."""
+        request = self._requests.get(key)
+        if request is not None:
+            request.num_cached = num_cached
+            self._clock.after(self._wire.rpc_s, self._take_first, key)
+
+    def _take_first(self, key: int) -> None:
+        request = self._requests.get(key)
+        if request is None:
+            return
+        account = self._router.accounts[request.prefill]
+        account.computed(key)
+        self._router.touch(account)
+        self._recorder.num_cached[request.index] += min(request.num_cached, request.num_to_prefill)
+        self._record_token(request, self._clock.now_s)
+        if request.num_left == 0:
+            self._prefills[request.prefill].free(key)
+            self._end(request)
+        else:
+            request.state = State.HANDOFF
+            self._clock.after(self._wire.rpc_s, self._start, key)
+        self._router.kick()
+
+    def _start(self, key: int) -> None:
+        request = self._requests.get(key)
+        if request is not None:
+            self._decodes[request.decode].add(request, self._workload.block_tokens, has_handoff=True)
+
+    # What decode workers tell.
+
+    def on_pages_ready(self, key: int) -> None:
+        """See `DecodeFlow`."""
+        request = self._requests.get(key)
+        if request is None:
+            return
+        wire, now_s = self._wire, self._clock.now_s
+        num_bytes = request.num_to_prefill * wire.bytes_per_token
+        self._transfer_bytes += num_bytes
+        begin_s = max(now_s, self._links.get(request.prefill, 0.0), self._links.get(request.decode, 0.0))
+        end_s = begin_s + num_bytes * (1 - wire.overlap) / wire.bandwidth
+        self._links[request.prefill] = self._links[request.decode] = end_s
+        end_s += wire.latency_s + wire.latency_per_token_s * request.num_to_prefill
+        self._clock.at(end_s, self._transferred, key)
+
+    def _transferred(self, key: int) -> None:
+        request = self._requests.get(key)
+        if request is not None:
+            self._prefills[request.prefill].free(key)
+            self._decodes[request.decode].arrived(key)
+
+    def on_started(self, key: int, num_cached: int) -> None:
+        """See `DecodeFlow`."""
+        request = self._requests.get(key)
+        if request is None:
+            return
+        if request.prefill >= 0:
+            request.state = State.DECODE
+            self._started(request)
+        else:
+            self._recorder.num_cached[request.index] += num_cached
+
+    def _started(self, request: SimRequest) -> None:
+        decode = self._router.accounts[request.decode]
+        decode.started(request.key)
+        self._router.touch(decode)
+        if request.prefill >= 0:
+            prefill = self._router.accounts[request.prefill]
+            prefill.release(request.key)
+            self._router.touch(prefill)
+            request.prefill = -1
+        self._router.kick()
+
+    def on_token(self, key: int, at_s: float, *, is_last: bool) -> None:
+        """See `DecodeFlow`."""
+        request = self._requests.get(key)
+        if request is None:
+            return
+        if request.state is State.PREFILL:  # colocated: the prompt is computed
+            request.state = State.DECODE
+            self._started(request)
+        self._record_token(request, at_s + self._wire.rpc_s)
+        if is_last:
+            self._end(request)
+            self._router.kick()
+
+    def on_more_tokens(self, key: int, count: int, at_s: float, *, is_last: bool) -> None:
+        """See `DecodeFlow`."""
+        request = self._requests.get(key)
+        if request is None:
+            return
+        request.num_done += count
+        request.last_token_s = at_s + self._wire.rpc_s
+        self._recorder.num_tokens[request.index] += count
+        if is_last:
+            self._end(request)
+            self._router.kick()
+
+    def on_gaps(self, gap_s: float, count: int) -> None:
+        """See `DecodeFlow`."""
+        self._recorder.gap(gap_s, count)
+
+    def on_refused(self, key: int) -> None:
+        """See both flows."""
+        request = self._requests.get(key)
+        if request is not None:
+            self._abandon(request)
+            if request.attempt >= _MAX_ATTEMPTS:
+                self._refuse(request)
+            else:
+                self._router.enqueue(request)
+
+    def on_report(self, worker: int) -> None:
+        """See both flows."""
+        account = self._router.accounts[worker]
+        account.report()
+        if self._is_exact:
+            self._router.kick()
+
+    def _record_token(self, request: SimRequest, at_s: float) -> None:
+        request.num_done += 1
+        self._recorder.num_tokens[request.index] += 1
+        if request.num_done == 1:
+            self._recorder.first_s[request.index] = at_s
+        else:
+            self._recorder.gap(at_s - request.last_token_s)
+        request.last_token_s = at_s
+
+    def _end(self, request: SimRequest) -> None:
+        """The last token is out."""
+        assert request.num_left == 0, "a request ended early"
+        self._recorder.last_s[request.index] = request.last_token_s
+        self._recorder.is_done[request.index] = True
+        self._forget(request)
+        request.state = State.DONE
+        self._finish()
+
+    def _finish(self) -> None:
+        self._num_over += 1
+        if self._workload.max_in_flight and self._num_arrived < len(self._workload):
+            self._clock.after(self._wire.rpc_s, self._arrive)
+
+    def _forget(self, request: SimRequest) -> None:
+        """Release both reservations; nothing that still comes for this attempt finds anybody."""
+        del self._requests[request.key]
+        for number in (request.prefill, request.decode):
+            if number >= 0:
+                account = self._router.accounts[number]
+                account.release(request.key)
+                self._router.touch(account)
+        request.key = -1
+
+    # Failures.
+
+    def _fail(self, outage: Outage) -> None:
+        account = self._router.accounts[outage.worker]
+        if not account.is_up:
+            return
+        (self._prefills.get(outage.worker) or self._decodes[outage.worker]).kill()
+        self._dead_use[outage.worker] = self._use(outage.worker)
+        account.is_up = False
+        # A new process takes its place, empty, and its address; it takes work from `_repair` on.
+        account.worker = self._account(outage.worker).worker
+        account.report()
+        lost = [r for r in self._requests.values() if outage.worker in (r.prefill, r.decode)]
+        for request in lost:
+            self._abandon(request)
+            request.avoid |= {account.address}
+            self._clock.after(self._config.detect_s, self._router.enqueue, request)
+        self._clock.after(outage.repair_s, self._repair, account)
+
+    def _repair(self, account: Account) -> None:
+        account.is_up = True
+        account.version += 1
+        self._router.touch(account)
+        self._router.kick()
+
+    def _abandon(self, request: SimRequest) -> None:
+        """End an attempt: both legs are told, the request is ready to be queued again."""
+        key = request.key
+        if request.prefill >= 0:
+            self._prefills[request.prefill].free(key)
+        if request.decode >= 0:
+            self._decodes[request.decode].abort(key)
+        self._forget(request)
+        request.state = State.QUEUED
+        request.prefill = request.decode = -1
+        request.num_overtaken = 0
+
+    def _use(self, number: int) -> tuple[float, int, int]:
+        before_s, before_steps, before_tokens = self._dead_use.get(number, (0.0, 0, 0))
+        worker: Any = self._prefills.get(number) or self._decodes[number]
+        engine = worker if isinstance(worker, FastDecodeWorker) else worker.engine
+        return before_s + engine.busy_s, before_steps + engine.num_steps, before_tokens + engine.num_tokens
+
+
+def _need(spec: WorkerSpec | None) -> WorkerSpec:
+    assert spec is not None, "a kind of worker that is counted has a specification"
+    return spec

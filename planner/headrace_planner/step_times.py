@@ -1,0 +1,201 @@
+"""How long one step of a worker takes: what the simulator and the planner ask of a time model. No torch.
+
+A step is one forward pass of a ragged batch: decode rows, one token each, and prompt chunks. Its time depends on a few
+sums over the batch (`StepShape`), so a thousand rows cost as much to look up as one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The sums over one step's batch that its time depends on."""
+
+    num_rows: int = 0
+    """Sequences that decode one token."""
+    context_tokens: int = 0
+    """Tokens they attend to, all together."""
+    prompt_tokens: int = 0
+    """Tokens of prompt chunks."""
+    prompt_pairs: float = 0.0
+    """Query-key pairs of prompt chunks; see `chunk_pairs`."""
+    num_chunks: int = 0
+    """Prompt chunks."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return self.num_rows + self.prompt_tokens
+
+
+def chunk_pairs(start: int, num_tokens: int) -> float:
+    """Return the causal query-key pairs of `num_tokens` queries at positions `start` and on."""
+    return num_tokens * (start + (num_tokens + 1) / 2)
+
+
+class StepTimes(Protocol):
+    """Seconds per step. Called once or more per simulated step: microseconds matter."""
+
+    def step_s(self, shape: StepShape) -> float:
+        """Return the seconds that a step of `shape` takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStepTimes:
+    """Seconds = a constant and a coefficient per feature, at least `floor_s`: what `sim_fit.fit_linear` finds.
+
+    `row_s` applies up to `knee_rows` rows and `row_beyond_s` above: experts are read once, however many rows use them.
+    """
+
+    fixed_s: float = 0.0
+    row_s: float = 0.0
+    context_s: float = 0.0
+    prompt_token_s: float = 0.0
+    pair_s: float = 0.0
+    chunk_s: float = 0.0
+    knee_rows: int = 1 << 30
+    row_beyond_s: float = 0.0
+    floor_s: float = 0.0
+
+    def step_s(self, shape: StepShape) -> float:
+        """Return the seconds that a step of `shape` takes."""
+        rows = shape.num_rows
+        seconds = (
+            self.fixed_s
+            + self.row_s * min(rows, self.knee_rows)
+            + self.row_beyond_s * max(0, rows - self.knee_rows)
+            + self.context_s * shape.context_tokens
+            + self.prompt_token_s * shape.prompt_tokens
+            + self.pair_s * shape.prompt_pairs
+            + self.chunk_s * shape.num_chunks
+        )
+        return max(seconds, self.floor_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A piecewise linear function through `points`, rising in x; beyond the ends it goes on as the last piece does."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+
+    @staticmethod
+    def sample(function: Callable[[float], float], xs: Sequence[float]) -> Curve:
+        """Return the curve through `function` at `xs`."""
+        return Curve(list(xs), [function(x) for x in xs])
+
+    def __post_init__(self) -> None:
+        """Check that there is something to interpolate."""
+        assert len(self.xs) == len(self.ys) > 0, "a curve needs points"
+        assert all(a < b for a, b in pairwise(self.xs)), "x must rise"
+
+    def __call__(self, x: float) -> float:
+        """Return the function's value at `x`."""
+        xs, ys = self.xs, self.ys
+        if len(xs) == 1:
+            return ys[0]
+        i = min(max(bisect_right(xs, x) - 1, 0), len(xs) - 2)
+        x0, y0 = xs[i], ys[i]
+        return y0 + (ys[i + 1] - y0) * (x - x0) / (xs[i + 1] - x0)
+
+
+def powers_of_two(low: float, high: float, per_octave: int = 1) -> list[float]:
+    """Return a geometric grid from `low` to at least `high`."""
+    grid, factor = [low], 2 ** (1 / per_octave)
+    while grid[-1] < high:
+        grid.append(grid[-1] * factor)
+    return grid
+
+
+@dataclass(frozen=True, slots=True)
+class TableStepTimes:
+    """Seconds from sampled functions: a slow model, such as the roofline, evaluated once on a grid.
+
+    A step costs `dense(tokens) + moe(tokens x imbalance) + decode attention + prompt attention`: the busiest rank of an
+    expert-parallel group, for which all others wait, works as every rank would if there were more tokens. Decode
+    attention is a family of curves over the mean context, one per batch size; between sizes it is interpolated.
+    """
+
+    dense: Curve
+    """All that depends on the number of tokens alone, routed experts apart."""
+    moe: Curve
+    """Routed experts, with dispatch and combine, when load is even."""
+    decode_rows: Sequence[float]
+    decode_attention: Sequence[Curve]
+    """For each of `decode_rows`: seconds by mean context."""
+    prompt_attention: Curve
+    """Seconds by query-key pairs."""
+    imbalance: float = 1.0
+    """Most loaded rank / mean rank."""
+
+    def step_s(self, shape: StepShape) -> float:
+        """Return the seconds that a step of `shape` takes."""
+        tokens = shape.num_rows + shape.prompt_tokens
+        seconds = self.dense(tokens) + self.moe(tokens * self.imbalance)
+        if shape.num_rows:
+            seconds += self._decode_attention(shape.num_rows, shape.context_tokens / shape.num_rows)
+        if shape.prompt_pairs:
+            seconds += self.prompt_attention(shape.prompt_pairs)
+        return max(0.0, seconds)
+
+    def with_imbalance(self, imbalance: float) -> TableStepTimes:
+        """Return the same model with the busiest rank `imbalance` times as loaded as the mean."""
+        return replace(self, imbalance=imbalance)
+
+    def _decode_attention(self, rows: int, context: float) -> float:
+        grid = self.decode_rows
+        if len(grid) == 1:
+            return self.decode_attention[0](context) * rows / grid[0]
+        i = min(max(bisect_right(grid, rows) - 1, 0), len(grid) - 2)
+        low, high = self.decode_attention[i](context), self.decode_attention[i + 1](context)
+        return low + (high - low) * (rows - grid[i]) / (grid[i + 1] - grid[i])
+
+
+def tabulate(
+    decode_step_s: Callable[[float, float], float],
+    prefill_s: Callable[[float, float], float],
+    moe_s: Callable[[float], float],
+    *,
+    max_rows: int,
+    max_tokens: int,
+    max_context: int,
+) -> TableStepTimes:
+    """Sample a slow model on grids.
+
+    Args:
+        decode_step_s: seconds of a step of (rows, mean context).
+        prefill_s: seconds of a step that computes (tokens) of one prompt, starting at position (start).
+        moe_s: the part of a step of (tokens) that routed experts, dispatch and combine take.
+        max_rows: largest decode batch.
+        max_tokens: largest step.
+        max_context: longest sequence.
+    """
+    tokens = powers_of_two(1, max(max_tokens, max_rows), 2)
+    linear = Curve.sample(lambda n: prefill_s(n, 0) - _own_pairs_s(prefill_s, n), tokens)
+    moe = Curve.sample(moe_s, tokens)
+    dense = Curve(linear.xs, [max(0.0, y - moe(x)) for x, y in zip(linear.xs, linear.ys, strict=True)])
+    rows = powers_of_two(1, max(2, max_rows), 2)
+    contexts = powers_of_two(16, max_context, 2)
+    attention = [Curve.sample(lambda c, b=b: decode_step_s(b, c) - linear(b), contexts) for b in rows]
+    chunk = float(min(2048, max_tokens))
+    starts = [0.0, *powers_of_two(chunk, max_context)]
+    base = linear(chunk)
+    pairs = Curve(
+        [0.0, *(chunk_pairs(int(start), int(chunk)) for start in starts)],
+        [0.0, *(max(0.0, prefill_s(chunk, start) - base) for start in starts)],
+    )
+    return TableStepTimes(dense, moe, rows, attention, pairs)
+
+
+def _own_pairs_s(prefill_s: Callable[[float, float], float], num_tokens: float) -> float:
+    """Return what a first chunk's attention to itself costs, from how the time grows with the chunk's start."""
+    far = 16384.0
+    per_pair = (prefill_s(num_tokens, far) - prefill_s(num_tokens, 0)) / (num_tokens * far)
+    return max(0.0, per_pair) * chunk_pairs(0, int(num_tokens))

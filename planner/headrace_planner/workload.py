@@ -1,0 +1,93 @@
+"""Synthetic requests: Poisson or closed-loop arrivals, fixed or spread lengths. Deterministic by seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from headrace_core.errors import InvalidRequestError
+from numpy.typing import NDArray
+
+from headrace_planner.trace import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Prompt and output lengths: log-normal around the means, clipped to 1 ... 8 times the mean; spread 0: all equal.
+
+    `spread` is the standard deviation of the logarithm. Mooncake's conversations have about 1.1 in and 0.9 out.
+    """
+
+    num_prompt: float
+    num_output: float
+    prompt_spread: float = 0.0
+    output_spread: float = 0.0
+
+
+def poisson(lengths: Lengths, *, rate: float, num_requests: int, seed: int = 0) -> Workload:
+    """Return requests whose gaps are exponential.
+
+    Args:
+        lengths: of prompts and outputs.
+        rate: requests per second.
+        num_requests: how many.
+        seed: of the generator.
+
+    Raises:
+        InvalidRequestError: BAD_WORKLOAD.
+    """
+    if rate <= 0 or num_requests < 1:
+        raise InvalidRequestError("BAD_WORKLOAD", f"rate {rate} and {num_requests} requests: both must be positive")
+    random = np.random.default_rng(seed)
+    arrival_s = np.cumsum(random.exponential(1 / rate, num_requests))
+    return _workload(lengths, arrival_s, random)
+
+
+def closed_loop(lengths: Lengths, *, concurrency: int, num_requests: int, seed: int = 0) -> Workload:
+    """Return requests of `concurrency` clients, each of which asks again as soon as it is answered.
+
+    Raises:
+        InvalidRequestError: BAD_WORKLOAD.
+    """
+    if concurrency < 1 or num_requests < 1:
+        text = f"concurrency {concurrency} and {num_requests} requests: both must be positive"
+        raise InvalidRequestError("BAD_WORKLOAD", text)
+    workload = _workload(lengths, np.zeros(num_requests), np.random.default_rng(seed))
+    return Workload(workload.arrival_s, workload.num_prompt, workload.num_output, max_in_flight=concurrency)
+
+
+def parse_workload(text: str) -> tuple[Lengths, float]:
+    """Read `isl,osl,rate`, as `4096,256,10`.
+
+    Raises:
+        InvalidRequestError: BAD_WORKLOAD.
+    """
+    try:
+        num_prompt, num_output, rate = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequestError("BAD_WORKLOAD", f"{text!r} is not isl,osl,rate, as 4096,256,10") from None
+    if min(num_prompt, num_output) < 1 or rate <= 0:
+        raise InvalidRequestError("BAD_WORKLOAD", f"{text!r}: lengths are at least 1 and the rate is positive")
+    return Lengths(num_prompt, num_output), rate
+
+
+def _workload(lengths: Lengths, arrival_s: NDArray[np.float64], random: np.random.Generator) -> Workload:
+    count = len(arrival_s)
+    return Workload(
+        arrival_s,
+        _draw(lengths.num_prompt, lengths.prompt_spread, count, random),
+        _draw(lengths.num_output, lengths.output_spread, count, random),
+        block_tokens=_block_tokens(lengths.num_prompt),
+    )
+
+
+def _block_tokens(num_prompt: float) -> int:
+    """Return the unit of fast fidelity's memory: about a tenth of a prompt, in pages of 64 tokens."""
+    return 64 * int(min(16, max(1, num_prompt // 640)))
+
+
+def _draw(mean: float, spread: float, count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    if not spread:
+        return np.full(count, round(mean), dtype=np.int64)
+    values = random.lognormal(np.log(mean) - spread**2 / 2, spread, count)
+    return np.clip(np.rint(values), 1, 8 * mean).astype(np.int64)
