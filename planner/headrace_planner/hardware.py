@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -137,12 +137,14 @@ def load_hardware(path: Path) -> dict[str, Hardware]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        entries: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        entries: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise HardwareError(
             f"{path} can't be read as {'JSON' if path.suffix == '.json' else 'TOML'}: {error}"
         ) from None
-    return {name: _parse(name, entry, path) for name, entry in entries.items()}
+    if not isinstance(entries, dict):
+        raise HardwareError(f"{path} must hold a table of hardware by name")
+    return {str(name): _parse(str(name), entry, path) for name, entry in cast("dict[Any, Any]", entries).items()}
 
 
 def _parse(name: str, entry: Any, path: Path) -> Hardware:

@@ -16,25 +16,24 @@ import numpy as np
 from headrace_planner.hardware import Hardware
 from headrace_planner.model_shape import Dtype
 
-_MATRIX_SIZE = 1536
-_BYTES_PER_CORE = 256 << 20
-"""More than a core's part of the last-level cache, so that it is memory that is measured."""
 
+def measure_cpu(*, repeats: int = 5, bytes_per_core: int = 256 << 20, matrix_size: int = 1536) -> Hardware:
+    """Return this machine's CPU as hardware named "cpu"; takes about two seconds.
 
-def measure_cpu(*, repeats: int = 5) -> Hardware:
-    """Return this machine's CPU as hardware named "cpu"; takes about a second and 0.5 GiB per core."""
+    `bytes_per_core`, taken twice, should exceed a core's part of the last-level cache: it is memory that is measured.
+    """
     cores = len(os.sched_getaffinity(0))
-    sources = [np.ones(_BYTES_PER_CORE // 4, dtype=np.float32) for _ in range(cores)]
+    sources = [np.ones(bytes_per_core // 4, dtype=np.float32) for _ in range(cores)]
     targets = [np.empty_like(source) for source in sources]
-    total = cores * _BYTES_PER_CORE
+    total = cores * bytes_per_core
     with ThreadPoolExecutor(cores) as pool:
         read_s = _best(lambda: list(pool.map(np.max, sources)), repeats)
         copy_s = _best(lambda: list(pool.map(np.copyto, targets, sources)), repeats)
-    matrix = np.ones((_MATRIX_SIZE, _MATRIX_SIZE), dtype=np.float32)
+    matrix = np.ones((matrix_size, matrix_size), dtype=np.float32)
     matmul_s = _best(lambda: matrix @ matrix, repeats)
     return Hardware(
         name="cpu",
-        flops={Dtype.FP32: 2 * _MATRIX_SIZE**3 / matmul_s},
+        flops={Dtype.FP32: 2 * matrix_size**3 / matmul_s},
         memory_bytes_per_s=total / read_s,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         link_bytes_per_s=total / copy_s,

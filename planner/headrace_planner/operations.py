@@ -17,7 +17,7 @@ Symbols (`operation_symbols` has their values; sizes that TP or EP divide are a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -244,9 +244,13 @@ _VOCABULARY = (
         "head", "vocabulary", "1", "2*L*N*V", "a*N*V + a*L*N + 4*L*V", VOCABULARY_GATHER, "tp"
     ),
 )  # fmt: skip
-_HANDOFF = OperationFormula(
-    "kv_transfer", "communication", "layers", "0", "Tp*cached*c", "Tp*cached*c", "0", is_overlapped=True
-)
+
+
+def _handoff(cached: str) -> OperationFormula:
+    # Every GPU of a TP group takes the whole latent, or its own heads' keys and values.
+    return OperationFormula(
+        "kv_transfer", "communication", "layers", "0", f"Tp*{cached}*c", f"Tp*{cached}*c", "0", is_overlapped=True
+    )
 
 
 @lru_cache(maxsize=256)
@@ -259,8 +263,11 @@ def operation_formulas(
     table = [OperationFormula("embedding", "vocabulary", "1", "0", "2*a*T*N"), _norm("attention_norm", "layers")]
     if isinstance(shape.attention, MlaShape):
         table += [*_QUERY[shape.attention.q_lora_rank > 0], *_LATENT]
+        # A mixed step that runs both parts the same way has each operation twice; names must tell them apart.
+        suffixes = {"p": "_prefill", "d": "_decode"} if len({path for _, path in parts}) < len(parts) else {}
         for part, path in parts:
-            table += _naive(part) if path == "naive" else _absorbed(part)
+            rows = _naive(part) if path == "naive" else _absorbed(part)
+            table += [replace(row, name=row.name + suffixes.get(part, "")) for row in rows]
         table += _attention_output("v")
     else:
         table += [*_GROUPED_PROJECTION, *(_grouped(part) for part, _ in parts), *_attention_output("h")]
@@ -269,10 +276,13 @@ def operation_formulas(
         table += _DENSE
     if shape.moe:
         table += [*_EXPERTS[:1], *([_SHARED] if shape.moe.shared_intermediate_size else []), *_EXPERTS[1:]]
-    return (*table, *_VOCABULARY, *([_HANDOFF] if has_prefill else []))
+    table += _VOCABULARY
+    if has_prefill:
+        table.append(_handoff("(D+R)" if isinstance(shape.attention, MlaShape) else "2*G*h"))
+    return tuple(table)
 
 
-# Each is computed from those above it and from what `_inputs` gives.
+# Each is computed from those above it and from those of the model, the load, the parallelism and the routing.
 DERIVED_SYMBOLS = {
     "n": "tp*dp",
     "sequences": "max(1, num_sequences)",
@@ -326,7 +336,7 @@ def shape_symbols(shape: ModelShape) -> dict[str, float]:
     return {
         "layers": shape.num_layers, "moe_layers": shape.num_moe_layers, "dense_layers": shape.num_dense_layers,
         "N": shape.hidden_size, "heads": shape.num_heads, "vocabulary": shape.vocab_size,
-        "dense_width": shape.dense_intermediate_size, "cached": attention.cached_values_per_token,
+        "dense_width": shape.dense_intermediate_size,
         "kv_heads": 0 if is_mla else attention.num_kv_heads, "h": 0 if is_mla else attention.head_dim,
         "Q": attention.q_lora_rank if is_mla else 0, "D": attention.kv_lora_rank if is_mla else 0,
         "R": attention.rope_dim if is_mla else 0, "nope": attention.nope_dim if is_mla else 0,

@@ -171,7 +171,7 @@ def _routing(shape: ModelShape, routing: Routing) -> dict[str, Any] | None:
         if ep <= moe.num_experts:
             busiest = sorted(routing.busiest(moe.num_experts, moe.num_experts_per_token, ep))
             by_ep[str(ep)] = {
-                "hot": routing.imbalance(moe.num_experts, moe.num_experts_per_token, ep),
+                "hot": float(f"{routing.imbalance(moe.num_experts, moe.num_experts_per_token, ep):.9g}"),
                 "busiest": [[q, len(list(same))] for q, same in groupby(float(f"{q:.6g}") for q in busiest)],
             }
     return by_ep

@@ -1,6 +1,5 @@
 """The roofline page in a real browser: headless Chromium, driven over chromedriver's W3C WebDriver protocol."""
 
-import base64
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
 from headrace_planner.communication import Parallelism
 from headrace_planner.hardware import HARDWARE
 from headrace_planner.measured import MeasuredPoint, MeasuredPoints
@@ -137,7 +135,9 @@ def test_page_computes_what_python_computes(browser, page, setting, more):
         assert shown["seconds"] == pytest.approx(figures["time_s"], rel=1e-5)
         assert shown["weightBytes"] == pytest.approx(figures["weight_bytes_per_gpu"])
         assert shown["cacheBytes"] == pytest.approx(figures["kv_bytes_per_gpu"])
-        assert shown["summary"]["cost_per_million_tokens"] == pytest.approx(figures["cost_per_million_tokens"], rel=1e-5)
+        assert shown["summary"]["cost_per_million_tokens"] == pytest.approx(
+            figures["cost_per_million_tokens"], rel=1e-5
+        )
 
 
 def test_page_is_there_within_a_second_without_a_network(browser, page):

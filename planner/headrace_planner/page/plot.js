@@ -48,26 +48,23 @@ function roofs(svg, x, y, range, hardware, dtypes) {
     .map(([a, b]) => `${x(a)},${y(b)}`).join(" ") }, svg);
   element("line", { class: "roof", x1: x(floorX), y1: y(floorX * hardware.memory),
     x2: x(top / hardware.memory), y2: y(top) }, svg);
-  let labelY = Infinity;
-  for (const dtype of [...dtypes].sort((a, b) => hardware.flops[b] - hardware.flops[a])) {
+  const ceilings = [...dtypes].sort((a, b) => hardware.flops[b] - hardware.flops[a]);
+  ceilings.forEach((dtype, index) => {
     const peak = hardware.flops[dtype], ridge = peak / hardware.memory;
     element("line", { class: "roof", x1: x(ridge), x2: WIDTH - FRAME.right, y1: y(peak), y2: y(peak) }, svg);
     element("line", { class: "ridge", x1: x(ridge), x2: x(ridge), y1: y(peak), y2: HEIGHT - FRAME.bottom }, svg);
-    const at = labelY === Infinity ? y(peak) - 6 : y(peak) + 14;
-    labelY = at;
-    element("text", { class: "roof-label", x: WIDTH - FRAME.right - 2, y: at, "text-anchor": "end" }, svg,
-      `${dtype} ${si(peak)}FLOP/s · ridge ${ridge.toFixed(0)}`);
-  }
-  const mid = floorX * Math.sqrt(top / hardware.memory / floorX) * 0.5;
-  const angle = (-Math.atan2(y(1) - y(10), x(10) - x(1)) * 180) / Math.PI;
-  const [labelX, onRoof] = [x(mid), y(mid * hardware.memory)];
-  element("text", { class: "roof-label", x: labelX, y: onRoof - 9, "text-anchor": "middle",
-    transform: `rotate(${angle} ${labelX} ${onRoof - 9})` }, svg, `${si(hardware.memory)}B/s`);
+    // The corner above the slope is empty whatever is drawn.
+    element("text", { class: "roof-label", x: FRAME.left + 8, y: FRAME.top + 14 + 16 * index }, svg,
+      `${dtype} ${si(peak)}FLOP/s, reached above ${ridge.toFixed(0)} FLOP/byte`);
+  });
+  element("text", { class: "roof-label", x: FRAME.left + 8, y: FRAME.top + 14 + 16 * ceilings.length }, svg,
+    `${si(hardware.memory)}B/s of memory`);
 }
 
 /** Put each label where it covers neither another nor a dot; leave it out if there is no such place. */
 function placeLabels(svg, dots) {
   const taken = dots.map(({ px, py, r }) => ({ x: px - r, y: py - r, w: 2 * r, h: 2 * r }));
+  taken.push({ x: FRAME.left, y: FRAME.top, w: 300, h: 52 });
   const clear = (box) => box.x > FRAME.left && box.x + box.w < WIDTH - FRAME.right && box.y > FRAME.top
     && box.y + box.h < HEIGHT - FRAME.bottom
     && !taken.some((t) => box.x < t.x + t.w && t.x < box.x + box.w && box.y < t.y + t.h && t.y < box.y + box.h);
@@ -75,14 +72,15 @@ function placeLabels(svg, dots) {
     if (operation.share < 0.01) break;
     const text = operation.name.replaceAll("_", " "), w = text.length * 6 + 4, h = 14;
     const places = [];
-    for (const dy of [0, 14, -14, 28, -28, 44, -44, 62, 80])
-      places.push({ x: px + r + 5, y: py - h / 2 + dy }, { x: px - r - 5 - w, y: py - h / 2 + dy });
+    for (const dy of [0, -18, 18, -34, 34, -50, 50, 66, 82])
+      for (const shift of dy ? [r + 5, -r - 5 - w, -w / 2, 30, -30 - w, 70, -70 - w] : [r + 5, -r - 5 - w])
+        places.push({ x: px + shift, y: py - h / 2 + dy });
     const found = places.find(({ x, y }) => clear({ x, y, w, h }));
     if (!found) continue;
     taken.push({ ...found, w, h });
     if (Math.abs(found.y + h / 2 - py) > 10) {
-      const side = found.x > px ? found.x - 1 : found.x + w - 2;
-      element("line", { class: "leader", x1: px, y1: py, x2: side, y2: found.y + h / 2 }, svg);
+      const toX = Math.min(Math.max(px, found.x), found.x + w - 4), toY = found.y > py ? found.y : found.y + h;
+      element("line", { class: "leader", x1: px, y1: py, x2: toX, y2: toY }, svg);
     }
     element("text", { class: "dot-label", x: found.x, y: found.y + 11 }, svg, text);
   }
@@ -132,5 +130,5 @@ function plotRange(results, hardware, measured) {
   const ys = [...shown.map((operation) => operation.flops / operation.seconds), peak,
     ...measured.filter(({ flops }) => flops).map(({ flops, point }) => flops / point.seconds)];
   const down = (value) => 10 ** Math.floor(Math.log10(value));
-  return { x: [down(Math.min(...xs)), 10 * down(Math.max(...xs))], y: [down(Math.min(...ys)), 2.5 * peak] };
+  return { x: [down(0.7 * Math.min(...xs)), 10 * down(Math.max(...xs))], y: [down(0.7 * Math.min(...ys)), 6 * peak] };
 }

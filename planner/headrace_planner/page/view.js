@@ -13,7 +13,7 @@ function time(value) {
 }
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
-const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(bytes < 10 * 2 ** 30 ? 1 : 0)} GiB`;
+const gib = (bytes) => (bytes / 2 ** 30).toFixed(bytes < 10 * 2 ** 30 ? 1 : 0);
 const count = (value) => Math.round(value).toLocaleString("en-US");
 
 function html(tag, attributes, ...children) {
@@ -33,8 +33,8 @@ function drawCards(host, result, setting) {
   const hardware = CONTENT.hardware[setting.hardware];
   const [bound, share] = Object.entries(result.bounds).reduce((most, one) => (one[1] > most[1] ? one : most));
   const held = result.weightBytes + result.cacheBytes;
-  const memory = card("Memory per GPU", gib(held), `${gib(result.weightBytes)} weights, ${gib(result.cacheBytes)} cache` +
-    (held > hardware.memoryBytes ? ` · more than ${gib(hardware.memoryBytes)}` : ` of ${gib(hardware.memoryBytes)}`));
+  const memory = card("Memory per GPU, GiB", `${gib(held)} of ${gib(hardware.memoryBytes)}`,
+    `${gib(result.weightBytes)} weights, ${gib(result.cacheBytes)} cache`);
   if (held > hardware.memoryBytes) memory.classList.add("over");
   host.replaceChildren(
     card(result.phase === "prefill" ? "Step, so TTFT at best" : "Step, so ITL at best", time(result.seconds),
@@ -49,7 +49,8 @@ function drawBar(host, result) {
     .reduce((sum, operation) => sum + operation.share, 0)]).filter(([, share]) => share > 0.0005);
   host.replaceChildren(...groups.map(([group, share]) => {
     const part = html("div", { class: `part ${group}`, style: `flex: ${share} 0 0`, title: `${group} ${percent(share)}` });
-    if (share > 0.09) part.append(html("span", {}, `${group} ${percent(share)}`));
+    const text = `${group} ${percent(share)}`;
+    if (share * host.clientWidth > 6.4 * text.length + 10) part.append(html("span", {}, text));
     return part;
   }));
 }
@@ -65,10 +66,11 @@ function drawTable(host, result, measured) {
   const isMeasured = measured.length > 0;
   const titles = ["operation", "FLOP/byte", "bound by", "time", "share", ...(isMeasured ? ["measured"] : [])];
   const body = html("tbody", {});
+  const greatest = Math.max(...result.operations.map(({ share }) => share));
   for (const operation of [...result.operations].sort((a, b) => a.intensity - b.intensity)) {
     const pair = measured.find((one) => one.operation === operation);
     const share = html("td", { class: "number share" }, html("i", { class: operation.group,
-      style: `width: ${(100 * operation.share).toFixed(1)}%` }), operation.isOverlapped ? "beside" : percent(operation.share));
+      style: `width: ${((66 * operation.share) / greatest).toFixed(1)}px` }), operation.isOverlapped ? "beside" : percent(operation.share));
     const row = html("tr", { "data-operation": operation.name, tabindex: "0", "aria-expanded": "false" },
       html("td", {}, html("i", { class: `swatch ${operation.group}` }), operation.name.replaceAll("_", " ")),
       html("td", { class: "number" }, operation.intensity ? String(Number(operation.intensity.toPrecision(4))) : "–"),
