@@ -108,7 +108,7 @@ def main(
             _page(console, content, (host, port) if serve else None, build_page_at)
             return
         results = _rooflines(setting, phase, (prefill_batch, batch), context, cached)
-    except (ModelShapeError, HardwareError, MeasuredError, ValueError) as error:
+    except (ModelShapeError, HardwareError, MeasuredError, ValueError, OSError) as error:
         typer.echo(f"headrace roofline: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json_output:
