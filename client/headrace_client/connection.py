@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from headrace_client.retry import RetryPolicy
 DEFAULT_ADDRESS = "127.0.0.1:50050"
 INFO_TIMEOUT_S = 10.0
 """Longest wait for an answer that needs no worker."""
+
+# What gRPC puts before the cause: "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:50050: ".
+_TRANSPORT_PREFIX = re.compile(r"^.*last error: (\w+: )?(ipv[46]:\S+: )?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +75,10 @@ def error_from(error: grpc.RpcError, address: str, *, has_answer: bool = False) 
     """
     raised = raised_from(error)
     if raised.reason == grpc.StatusCode.UNAVAILABLE.name:
+        cause = _TRANSPORT_PREFIX.sub("", str(raised))
         if has_answer:
-            return UnavailableError("CONNECTION_LOST", f"the connection to the router at {address} was lost: {raised}")
-        return UnavailableError("UNREACHABLE", f"no connection to a router at {address}: {raised}")
+            return UnavailableError("CONNECTION_LOST", f"the connection to the router at {address} was lost: {cause}")
+        return UnavailableError("UNREACHABLE", f"no connection to a router at {address}: {cause}")
     if raised.reason == grpc.StatusCode.DEADLINE_EXCEEDED.name:
         return DeadlineError(raised.reason, "the time limit passed before the answer was complete")
     return raised

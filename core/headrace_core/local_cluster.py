@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,8 @@ class LocalCluster:
     """Router and workers on this machine. A context manager; one thread at a time.
 
     Each process's options are `worker_options` (workers) or `router_options`, over which `prefill_options` and
-    `decode_options` win. `log_sink` gets every line that a child prints, from the child's reader thread.
+    `decode_options` win. `log_sink` gets every line that a child prints, from the child's reader thread;
+    `on_ready` is called with each process when it serves, from the thread that starts it.
     `wait_for_workers` makes `start` return only when the router says that every worker is ready; it is not done when
     the router asks for TLS.
     """
@@ -81,6 +82,7 @@ class LocalCluster:
     prefill_options: Options = field(default_factory=no_options)
     decode_options: Options = field(default_factory=no_options)
     log_sink: LogSink | None = None
+    on_ready: Callable[[ClusterProcess], None] | None = None
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     start_timeout_s: float = 180.0
     wait_for_workers: bool = True
@@ -255,7 +257,11 @@ class LocalCluster:
             for process in waiting:
                 if process.poll() is not None:
                     raise UnavailableError("START_FAILED", f"{process.name} could not start; {process.last_words()}")
-            waiting = [process for process in waiting if not process.read_ready()]
+            ready = [process for process in waiting if process.read_ready()]
+            waiting = [process for process in waiting if process not in ready]
+            for process in ready:
+                if self.on_ready:
+                    self.on_ready(process)
             if waiting and time.monotonic() > deadline:
                 raise UnavailableError(
                     "START_TIMEOUT",

@@ -297,7 +297,7 @@ def test_server_info_of_an_asyncio_client_is_the_same():
 def test_server_info_retries_and_then_raises():
     draining = UnavailableError("DRAINING", "bye")
     with (
-        FakeRouter(info=draining) as router,
+        FakeRouter(infos=[draining]) as router,
         Client(router.address, AT_ONCE) as client,
         pytest.raises(UnavailableError, match="bye"),
     ):

@@ -48,7 +48,7 @@ class FakeRouter(pb_grpc.GenerationServiceServicer):
     def __init__(
         self,
         *scripts: Sequence[Step],
-        info: pb.GetServerInfoResponse | HeadraceError | None = None,
+        infos: Sequence[pb.GetServerInfoResponse | HeadraceError] = (),
         token: str = "",
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
@@ -57,7 +57,7 @@ class FakeRouter(pb_grpc.GenerationServiceServicer):
         self.cancelled = threading.Event()
         """Set when a client cancelled a call or its deadline passed."""
         self._scripts = [list(script) for script in scripts] or [list(answer("A", " story."))]
-        self._info = info or default_info()
+        self._infos = list(infos) or [default_info()]
         self._token = token
         self._server = grpc.server(ThreadPoolExecutor(max_workers=8), options=_OPTIONS)
         pb_grpc.add_GenerationServiceServicer_to_server(self, self._server)
@@ -98,12 +98,13 @@ class FakeRouter(pb_grpc.GenerationServiceServicer):
         call.is_over = True
 
     def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
-        """Answer with what the constructor was given."""
+        """Answer with the next of `infos`; the last one again and again."""
         self._check_token(context)
-        if isinstance(self._info, HeadraceError):
-            _abort(context, self._info)
-        assert isinstance(self._info, pb.GetServerInfoResponse), "abort raises"
-        return self._info
+        info = self._infos.pop(0) if len(self._infos) > 1 else self._infos[0]
+        if isinstance(info, HeadraceError):
+            _abort(context, info)
+        assert isinstance(info, pb.GetServerInfoResponse), "abort raises"
+        return info
 
     def _check_token(self, context: Any) -> None:
         if self._token and dict(context.invocation_metadata()).get("authorization") != f"Bearer {self._token}":
