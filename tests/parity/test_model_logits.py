@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from headrace_core.model.load import load_model
@@ -18,7 +20,7 @@ def chunked_logits(model, token_ids, cuts, *, page_size=4):
     borders = [0, *cuts, len(token_ids)]
     pieces = [
         model.all_logits([sequences.chunk(0, token_ids[a:b])], sequences.cache)[0]
-        for a, b in zip(borders, borders[1:], strict=False)
+        for a, b in itertools.pairwise(borders)
     ]
     return torch.cat(pieces)
 
