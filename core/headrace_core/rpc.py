@@ -22,6 +22,9 @@ REASON_KEY = "headrace-reason"
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest control message; a prompt of a million token ids fits. Page frames are smaller."""
 
+_OWN = "/headrace."
+"""Our own methods. Health and reflection map errors themselves, and health's Watch is a coroutine, no generator."""
+
 # A stopped peer is noticed after about 10 s: a ping every 5 s, answered within 5 s.
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 5_000),
@@ -63,9 +66,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wrap the handler that serves this call."""
         handler: Any = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method: str = handler_call_details.method
+        details: Any = handler_call_details
+        method: str = details.method
+        if handler is None or not method.startswith(_OWN):
+            return handler
         if handler.unary_unary:
 
             async def unary(request: Any, context: Any) -> Any:
