@@ -66,11 +66,10 @@ def available_cores() -> int:
 class LocalCluster:
     """Router and workers on this machine. A context manager; one thread at a time.
 
-    Each process's options are `worker_options` (workers) or `router_options`, over which `prefill_options` and
-    `decode_options` win. `log_sink` gets every line that a child prints, from the child's reader thread;
-    `on_ready` is called with each process when it serves, from the thread that starts it.
-    `wait_for_workers` makes `start` return only when the router says that every worker is ready; it is not done when
-    the router asks for TLS.
+    Each process's options are `router_options` or `worker_options`, over which `prefill_options` and `decode_options`
+    (decode and colocated workers) win. `log_sink` gets every line that a child prints, from the child's reader thread;
+    `on_ready` gets each process when it serves, from the thread that starts it. `wait_for_workers` makes `start` return
+    only when the router says that every worker is ready; it is not done when the router asks for TLS.
     """
 
     model_dir: Path

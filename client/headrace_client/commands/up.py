@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Generator
@@ -142,7 +143,11 @@ def _say_ready(process: ClusterProcess) -> None:
 
 def _print_line(name: str, line: str) -> None:
     style = _STYLES[name.partition("-")[0]]
-    stdout.print(Text.assemble((f"{name:>{_NAME_WIDTH}} | ", style), line), soft_wrap=True)
+    try:
+        stdout.print(Text.assemble((f"{name:>{_NAME_WIDTH}} | ", style), line), soft_wrap=True)
+    except (SystemExit, OSError):
+        # Nobody reads any more (rich exits then): end as a pipeline's commands do, but in order.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _ending(process: ClusterProcess) -> str:
