@@ -81,4 +81,4 @@ class Waterfall:
 
 
 def _us(seconds: float) -> int:
-    return int(seconds * 1e6)
+    return round(seconds * 1e6)

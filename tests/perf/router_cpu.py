@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def _worker(step_ms: float) -> Iterator[str]:
+def _worker(step_ms: float) -> Generator[str]:
     command = [sys.executable, "-m", "headrace_core.testing.fake_worker", "--role", "both", "--vocab-size", "258"]
     with _process([*command, "--step-ms", str(step_ms)]) as process:
         assert process.stdout is not None, "stdout is a pipe"
@@ -84,7 +84,7 @@ def _worker(step_ms: float) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _router(root: Path, worker: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _router(root: Path, worker: str) -> Generator[tuple[subprocess.Popen[str], str]]:
     ready = root / "ready.json"
     command = [sys.executable, "-m", "headrace_router", "--model", str(write_tokenizer(root / "tiny"))]
     options = ["--workers", worker, "--listen", "127.0.0.1:0", "--ready-file", str(ready), "--log-level", "WARNING"]
@@ -98,7 +98,7 @@ def _router(root: Path, worker: str) -> Iterator[tuple[subprocess.Popen[str], st
 
 
 @contextlib.contextmanager
-def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+def _process(command: list[str]) -> Generator[subprocess.Popen[str]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield process

@@ -14,9 +14,8 @@ import contextlib
 import secrets
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import grpc.aio
@@ -35,13 +34,11 @@ from headrace.v1 import (
 from headrace_core import rpc
 from headrace_core.errors import ConflictError, HeadraceError, NotFoundError, UnavailableError
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
+from headrace_core.testing.fake_script import FakeFaults, NextToken, mixed, scripted
 from headrace_core.testing.fake_servicer import FakeServicer
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish
 
 FakeRole = Literal["prefill", "decode", "both"]
-NextToken = Callable[[Sequence[int], int], int]
-"""From the tokens so far and how many of them are the prompt's, the next token."""
-
 _ROLES: dict[FakeRole, types_pb2.WorkerRole.ValueType] = {
     "prefill": types_pb2.WORKER_ROLE_PREFILL,
     "decode": types_pb2.WORKER_ROLE_DECODE,
@@ -53,46 +50,6 @@ _LAYOUT = types_pb2.KvLayout(
     dtype=types_pb2.CACHE_DTYPE_FLOAT32,
     latent=types_pb2.LatentLayout(kv_lora_rank=8, rope_dim=4),
 )
-
-
-def scripted(token_ids: Sequence[int]) -> NextToken:
-    """Return a function that gives these tokens in turn, for ever, whatever the prompt."""
-    script = list(token_ids)
-
-    def next_token(tokens: Sequence[int], num_prompt_tokens: int) -> int:
-        return script[(len(tokens) - num_prompt_tokens) % len(script)]
-
-    return next_token
-
-
-def mixed(vocab_size: int) -> NextToken:
-    """Return a function of every token so far: a continuation after a lost or repeated token differs."""
-
-    def next_token(tokens: Sequence[int], num_prompt_tokens: int) -> int:
-        mix = num_prompt_tokens
-        for token_id in tokens:
-            mix = (mix * 31 + token_id + 7) % 1_000_003
-        return mix % vocab_size
-
-    return next_token
-
-
-@dataclass(slots=True)
-class FakeFaults:
-    """What goes wrong, each once, in order; and gates that calls wait at."""
-
-    prefill: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
-    start: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
-    sequence: deque[tuple[int, HeadraceError]] = field(default_factory=deque[tuple[int, HeadraceError]])
-    """(output tokens after which, error) for the sequences started next."""
-    prefill_gate: asyncio.Event = field(default_factory=asyncio.Event)
-    start_gate: asyncio.Event = field(default_factory=asyncio.Event)
-    ignores_cancel: bool = False
-    """Outputs go on after Cancel, as late ones do."""
-
-    def __post_init__(self) -> None:
-        self.prefill_gate.set()
-        self.start_gate.set()
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +117,7 @@ class FakeWorker:
         self._changed = asyncio.Event()
         self._is_draining = False
         self._stepping: asyncio.Task[None] | None = None
-        self._server = rpc.Server([f"headrace.v1.{name}" for name in ("WorkerService", "PrefillService")])
+        self._server: rpc.Server | None = None
         self._servicer = FakeServicer(self)
 
     @property
@@ -170,6 +127,7 @@ class FakeWorker:
 
     async def start(self, listen: str = "127.0.0.1:0") -> str:
         """Serve; return the address."""
+        self._server = rpc.Server(["headrace.v1.WorkerService"])
         server = self._server.grpc
         worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(self._servicer, server)
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self._servicer, server)
@@ -189,10 +147,12 @@ class FakeWorker:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._stepping
             self._stepping = None
-        await self._server.stop(0)
+        if self._server is not None:
+            await self._server.stop(0)
 
     async def set_ready(self, is_ready: bool) -> None:
         """Change what health says."""
+        assert self._server is not None, "it was started"
         await self._server.set_ready(is_ready)
 
     def drain(self) -> None:
@@ -403,7 +363,7 @@ async def _main() -> None:
         "--vocab-size",
         type=int,
         default=1000,
-        help="token ids below this are valid; it makes 32 to 126, text to a byte-level tokenizer",
+        help="it makes token ids 32 to 126: text, to bytes",
     )
     options = parser.parse_args()
     worker = FakeWorker(
