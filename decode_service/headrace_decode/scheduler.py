@@ -133,6 +133,7 @@ class DecodeScheduler:
         self._running: list[_Sequence] = []  # both oldest first
         self._num_transferring = 0
         self._planned: StepPlan | None = None
+        self._has_made_room = False
         self._events: list[DecodeEvent] = []
 
     def add(self, key: int, spec: SequenceSpec, first_token_id: int | None, now: float) -> None:
@@ -189,20 +190,9 @@ class DecodeScheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """Choose rows and chunks of at most `max_step_tokens` together; None when nothing can be computed."""
-        self._admit(now)
-        chunks: list[Chunk] = []
-        budget = self._max_step_tokens
-        # Decode rows first; sorting is stable, so each kind stays oldest first.
-        for sequence in sorted(self._running, key=lambda candidate: candidate.num_left > 1):
-            if not budget:
-                break
-            if sequence.state is not State.RUNNING:
-                continue  # pre-empted for one before it
-            end = sequence.num_computed + min(sequence.num_left, budget)
-            if not self._make_room(sequence, end, chunks):
-                continue
-            chunks.append(self._chunk(sequence, end))
-            budget -= len(chunks[-1].token_ids)
+        chunks = self._choose(now)
+        while not chunks and self._has_made_room:
+            chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
         self._planned = StepPlan(chunks) if chunks else None
         return self._planned
 
@@ -248,6 +238,24 @@ class DecodeScheduler:
         counts = self.pages.pool.counts()
         num_owned = sum(count for state, count in counts.items() if state.value in ("owned", "quarantined"))
         assert num_held == num_owned, "pages without a sequence"
+
+    def _choose(self, now: float) -> list[Chunk]:
+        self._has_made_room = False
+        self._admit(now)
+        chunks: list[Chunk] = []
+        budget = self._max_step_tokens
+        # Decode rows first; sorting is stable, so each kind stays oldest first.
+        for sequence in sorted(self._running, key=lambda candidate: candidate.num_left > 1):
+            if not budget:
+                break
+            if sequence.state is not State.RUNNING:
+                continue  # pre-empted for one before it
+            end = sequence.num_computed + min(sequence.num_left, budget)
+            if not self._make_room(sequence, end, chunks):
+                continue
+            chunks.append(self._chunk(sequence, end))
+            budget -= len(chunks[-1].token_ids)
+        return chunks
 
     def _admit(self, now: float) -> None:
         """Give pages to the queue's head while there are some."""
@@ -299,6 +307,7 @@ class DecodeScheduler:
                 self.pages.reserve(sequence.pages, end)
                 return True
             except OverloadedError:
+                self._has_made_room = True
                 if self.pages.pages_for(end) > self.pages.num_pages:
                     text = f"{end} tokens do not fit a pool of {self.pages.num_pages} pages; raise --kv-pool-mib"
                     self._fail(sequence, OverloadedError("NO_FREE_PAGES", text))
