@@ -68,7 +68,7 @@ class Link:
         self.detail = "not tried yet"
         self.worker: Worker | None = None
         self.info: worker_service_pb2.GetInfoResponse | None = None
-        self.is_listed = True
+        self._is_listed = True
         self._fleet = fleet
         self._is_serving = False
 
@@ -76,6 +76,18 @@ class Link:
     def takes_work(self) -> bool:
         """True if new sequences may go there now."""
         return self.is_listed and self.state is LinkState.READY and self.worker is not None and self.worker.takes_work
+
+    @property
+    def is_listed(self) -> bool:
+        """True while discovery names the address."""
+        return self._is_listed
+
+    def set_listed(self, is_listed: bool) -> None:
+        """Take what discovery says; a worker that is no longer listed gets nothing new."""
+        if is_listed != self._is_listed:
+            self._is_listed = is_listed
+            if self.worker is not None:
+                self._settle()
 
     async def run(self) -> None:
         """Connect, watch, reconnect; until cancelled."""
@@ -153,6 +165,8 @@ class Link:
         """Say what health and load amount to."""
         if self.worker is None:
             self._set(LinkState.STARTING, "loading")
+        elif not self._is_listed:
+            self._set(LinkState.DRAINING, "no longer listed; finishes what it has")
         elif self._is_serving and not self.worker.load.is_draining:
             self._set(LinkState.READY, "")
         else:

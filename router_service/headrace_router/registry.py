@@ -73,7 +73,7 @@ class Registry:
 
     def missing(self) -> str:
         """Say what the fleet lacks to serve any request; empty if it lacks nothing."""
-        ready = [link.worker for link, _ in self._links.values() if link.state is LinkState.READY and link.is_listed]
+        ready = [link.worker for link, _ in self._links.values() if link.state is LinkState.READY]
         has_prefill = any(worker is not None and worker.can_prefill for worker in ready)
         has_decode = any(worker is not None and worker.can_decode for worker in ready)
         if has_prefill and has_decode:
@@ -145,7 +145,7 @@ class Registry:
             link = Link(address, self)
             self._links[address] = link, asyncio.create_task(link.run(), name=f"link-{address}")
         for address, (link, _) in self._links.items():
-            link.is_listed = address in addresses
+            link.set_listed(address in addresses)
         self.on_change()
 
     def _leave_idle(self) -> None:
