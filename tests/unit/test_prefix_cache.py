@@ -20,7 +20,7 @@ def fill(allocator: PageAllocator, owner: int, tokens: list[int]) -> list[int]:
 def test_a_second_sequence_shares_full_pages_of_the_same_prefix():
     allocator = PageAllocator(8, PAGE)
     first = fill(allocator, 1, list(range(10)))
-    found = allocator.match(2, list(range(8)) + [99, 98, 97])
+    found = allocator.match(2, [*range(8), 99, 98, 97])
     assert found.page_ids == first[:2]
     assert not found.own_page_ids
 

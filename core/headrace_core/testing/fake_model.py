@@ -8,6 +8,7 @@ every chunking and batch, on the CPU only.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +26,18 @@ _WIDTH = 4
 
 
 class FakeModel:
-    """See the module. `salt` makes another model. While `failure` is set, `forward` raises it."""
+    """See the module. `salt` makes another model. While `failure` is set, `forward` raises it.
+
+    With a `gate`, `forward` sets `entered` and waits until the gate is open, at most 10 s.
+    """
 
     def __init__(self, *, vocab_size: int = 97, num_layers: int = 2, salt: int = 1) -> None:
         self.vocab_size = vocab_size
         self.num_layers = num_layers
         self._salt = salt
         self.failure: Exception | None = None
+        self.gate: threading.Event | None = None
+        self.entered = threading.Event()
         self.num_steps = 0
 
     def kv_layout(self, page_size: int) -> KvLayout:
@@ -41,6 +47,9 @@ class FakeModel:
     def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> Tensor:
         """See `StepModel`."""
         self.num_steps += 1
+        if self.gate is not None:
+            self.entered.set()
+            self.gate.wait(10)
         if self.failure is not None:
             raise self.failure
         rows = [self._compute(chunk, cache) for chunk in chunks]
