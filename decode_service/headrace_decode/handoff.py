@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _RENEWALS_PER_LEASE = 3
 _RELEASE_TIMEOUT_S = 2.0
-_DRAIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Receiver:
         layout: KvLayout,
         transports: Mapping[str, Transport],
         timeout_s: float,
-        drain_timeout_s: float = _DRAIN_TIMEOUT_S,
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         self._memory = memory
         self._fingerprint = fingerprint

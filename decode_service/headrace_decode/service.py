@@ -34,7 +34,7 @@ from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.transports import TRANSPORTS
 from prometheus_client import CollectorRegistry
 
-from headrace_decode.handoff import Receiver, TransferStats, check_ticket
+from headrace_decode.handoff import DRAIN_TIMEOUT_S, Receiver, TransferStats, check_ticket
 from headrace_decode.metrics import DecodeMetrics
 from headrace_decode.scheduler import (
     DecodeEvent,
@@ -71,7 +71,7 @@ class _Sequence:
 
 
 class DecodeService:
-    """See `process.Service`. Tests give `loader`, `transports` and `max_unread_tokens`."""
+    """See `process.Service`. Tests give what follows `settings`."""
 
     def __init__(
         self,
@@ -80,6 +80,7 @@ class DecodeService:
         loader: Loader = load_worker_model,
         transports: Sequence[str] = (),
         max_unread_tokens: int = MAX_UNREAD_TOKENS,
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         self.registry = CollectorRegistry()
         self._metrics = DecodeMetrics(self.registry)
@@ -87,6 +88,7 @@ class DecodeService:
         self._loader = loader
         self._transports = transports or (_AUTO_TRANSPORTS if settings.transport == "auto" else (settings.transport,))
         self._max_unread_tokens = max_unread_tokens
+        self._drain_timeout_s = drain_timeout_s
         is_both = settings.role == "both"
         self.host: WorkerHost[DecodeScheduler] = WorkerHost(
             settings,
@@ -104,6 +106,11 @@ class DecodeService:
         self._taking: set[asyncio.Task[TransferStats]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences begun and not over."""
+        return len(self._sequences)
 
     async def start(self) -> str:
         """See `process.Service`."""
@@ -124,6 +131,7 @@ class DecodeService:
             layout=model.layout,
             transports={name: TRANSPORTS[name](model.cache) for name in self._transports},
             timeout_s=settings.transfer_timeout_s,
+            drain_timeout_s=self._drain_timeout_s,
         )
         await self.host.go(model, scheduler, self._on_news)
         return address

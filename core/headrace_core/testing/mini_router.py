@@ -22,6 +22,8 @@ from headrace_core.rpc import channel, raised_from
 from headrace_core.wire import decode_failure, decode_finish, encode_sampling
 
 _TIMEOUT_S = 20.0
+_SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+"""A connection that buffers little, so that who does not read is soon noticed."""
 
 
 @dataclass(slots=True)
@@ -53,7 +55,11 @@ class Collected:
 class MiniRouter:
     """Use as an async context: it opens one session. Failed calls raise what the worker raised."""
 
-    def __init__(self, *, prefill: str = "", decode: str = "", session_id: str = "session") -> None:
+    def __init__(
+        self, *, prefill: str = "", decode: str = "", session_id: str = "session", is_reading: bool = True
+    ) -> None:
+        """Without `is_reading` the stream is only read from `read` on."""
+        self._is_reading = is_reading
         self._channels: list[grpc.aio.Channel] = []
         self.session_id = session_id
         self._prefill: Any = prefill_service_pb2_grpc.PrefillServiceStub(self._open(prefill)) if prefill else None
@@ -68,7 +74,8 @@ class MiniRouter:
         if self._decode:
             self._stream = self._decode.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id=self.session_id))
             await self._stream.read()
-            self._reading = asyncio.ensure_future(self._read())
+            if self._is_reading:
+                self.read()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -76,12 +83,17 @@ class MiniRouter:
         for open_channel in self._channels:
             await open_channel.close()
 
+    def read(self) -> None:
+        """Begin to read the stream."""
+        self._reading = asyncio.ensure_future(self._read())
+
     async def close_session(self) -> None:
         """End the stream, as a router does that goes away. Idempotent."""
         if self._reading:
             self._reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
+        if self._stream:
             self._stream.cancel()
 
     async def prefill(
@@ -172,8 +184,9 @@ class MiniRouter:
             self.stream_error = raised_from(error)
 
     def _open(self, address: str) -> grpc.aio.Channel:
-        self._channels.append(channel(address))
-        return self._channels[-1]
+        opened = channel(address) if self._is_reading else grpc.aio.insecure_channel(address, options=_SMALL_WINDOW)
+        self._channels.append(opened)
+        return opened
 
 
 async def _raising(call: Any) -> Any:
