@@ -112,6 +112,11 @@ class DecodeService:
         """Sequences begun and not over."""
         return len(self._sequences)
 
+    @property
+    def num_sessions(self) -> int:
+        """Sessions open."""
+        return len(self._sessions)
+
     async def start(self) -> str:
         """See `process.Service`."""
         add_decode_servicer(self, self.host.server.grpc)
