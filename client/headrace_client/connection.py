@@ -75,10 +75,15 @@ def error_from(error: grpc.RpcError, address: str, *, has_answer: bool = False) 
     """
     raised = raised_from(error)
     if raised.reason == grpc.StatusCode.UNAVAILABLE.name:
-        cause = _TRANSPORT_PREFIX.sub("", str(raised))
+        cause = cause_of(str(raised))
         if has_answer:
             return UnavailableError("CONNECTION_LOST", f"the connection to the router at {address} was lost: {cause}")
         return UnavailableError("UNREACHABLE", f"no connection to a router at {address}: {cause}")
     if raised.reason == grpc.StatusCode.DEADLINE_EXCEEDED.name:
         return DeadlineError(raised.reason, "the time limit passed before the answer was complete")
     return raised
+
+
+def cause_of(details: str) -> str:
+    """Return a transport failure's cause without what gRPC puts before it."""
+    return _TRANSPORT_PREFIX.sub("", details)

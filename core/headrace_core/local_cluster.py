@@ -3,9 +3,9 @@
     with LocalCluster(model_dir, num_prefill=1, num_decode=2) as cluster:
         client = Client(cluster.router_address)
 
-Workers start side by side, the router after them; each listens on a port that the kernel chose and says so in a
-ready file. The router learns its workers from a file that is written again when one is added. Every child ends when
-the process that made the cluster ends, however it ends (`child_process`).
+All start side by side; each listens on a port that the kernel chose and says so in a ready file. The router learns
+its workers from a file that is written when they serve, and again when one is added. Every child ends when the process
+that made the cluster ends, however it ends (`child_process`).
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ class LocalCluster:
         self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cluster-spawner")
         try:
             counts: dict[Role, int] = {"prefill": self.num_prefill, "decode": self.num_decode, "both": self.num_both}
-            self._wait_ready([self._spawn(role) for role, count in counts.items() for _ in range(count)])
-            self._write_workers([process.address for process in self.processes])
-            self._wait_ready([self._spawn("router", {"workers-file": self._path("workers")})])
+            workers = [self._spawn(role) for role, count in counts.items() for _ in range(count)]
+            self._write_workers([])
+            self._wait_ready([*workers, self._spawn("router", {"workers-file": self._path("workers")})])
+            self._write_workers([process.address for process in workers])
             self._wait_registered()
         except BaseException:
             self.stop()

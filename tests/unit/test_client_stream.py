@@ -154,7 +154,7 @@ def test_a_token_is_sent_and_a_wrong_one_refused(generate):
         assert generate(router, "Tell", options=ConnectionOptions(token="open sesame")).text == "A story."
         with pytest.raises(HeadraceError) as caught:
             generate(router, "Tell", options=ConnectionOptions(token="open barley"))
-    assert caught.value.reason == "UNAUTHENTICATED"
+    assert caught.value.reason == "BAD_TOKEN_AUTH"
 
 
 @pytest.fixture(scope="module")

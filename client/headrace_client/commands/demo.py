@@ -30,7 +30,7 @@ same processes as in a real deployment, with a model small enough for any CPU.
 """
 
 _PROMPT = "Once upon a time there was a little fox named Zorvim."
-_SAMPLING = SamplingParams(max_tokens=220, temperature=0.6, top_p=0.95, seed=7)
+_SAMPLING = SamplingParams(max_tokens=220, temperature=0.0)
 _KV_POOL_MIB = 64
 
 
@@ -92,6 +92,8 @@ def _show(result: Generation) -> None:
 
 
 def _suggest(folder: Path) -> None:
+    here = Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     stdout.print(Text("\nNext:", style="bold"))
     for line in (
         f"  headrace up --model {folder} --prefill 1 --decode 2",

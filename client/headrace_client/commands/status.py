@@ -16,7 +16,7 @@ from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.generate import to_plain
 from headrace_client.commands.terminal import stdout, write_text
-from headrace_client.connection import DEFAULT_ADDRESS
+from headrace_client.connection import DEFAULT_ADDRESS, cause_of
 from headrace_client.results import ServerInfo, Worker
 
 HELP = """Show the router's model, its workers, and how full they are.
@@ -31,6 +31,7 @@ has them. With --watch, --json prints one line per look.
 """
 
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "unreachable": "red", "refused": "red"}
+_LOST_STATES = ("unreachable", "starting", "refused")
 
 
 def status(
@@ -79,19 +80,18 @@ def _render(info: ServerInfo) -> RenderableType:
         table.add_column(name, justify="right")
     for worker in info.workers:
         table.add_row(*_row(worker))
-    details = [Text(f"{worker.address}: {worker.detail}") for worker in info.workers if worker.detail]
+    details = [Text(f"{worker.address}: {cause_of(worker.detail)}") for worker in info.workers if worker.detail]
     return Group(head, load, "", table if info.workers else Text("no workers"), *details)
 
 
 def _row(worker: Worker) -> tuple[RenderableType, ...]:
-    used = worker.num_pages - worker.num_free_pages
+    used = f"{worker.num_pages - worker.num_free_pages} / {worker.num_pages}"
+    counts = (used, str(worker.num_running), str(worker.num_waiting), str(worker.num_leases))
     return (
         worker.address,
         worker.role or "?",
         Text(worker.state, style=_STATE_STYLES.get(worker.state, "")),
         ", ".join(worker.transports) or "-",
-        f"{used} / {worker.num_pages}",
-        str(worker.num_running),
-        str(worker.num_waiting),
-        str(worker.num_leases),
+        # What a lost worker last said about itself holds no longer.
+        *(("-",) * len(counts) if worker.state in _LOST_STATES else counts),
     )

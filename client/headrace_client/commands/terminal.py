@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import grpc
 from headrace_core.errors import HeadraceError, InvalidRequestError, NotFoundError
 from headrace_core.rpc import MAX_MESSAGE_BYTES
 from rich.console import Console
@@ -16,7 +15,7 @@ stderr = Console(stderr=True, highlight=False)
 _HINTS = {
     "UNREACHABLE": "Start one with `headrace up --model DIR`, or name another with --server HOST:PORT.",
     "CONNECTION_LOST": "`headrace status` shows whether the router is back.",
-    grpc.StatusCode.UNAUTHENTICATED.name: "Give the router's token with --token or in HEADRACE_TOKEN.",
+    "BAD_TOKEN_AUTH": "Give the router's token with --token or in HEADRACE_TOKEN.",
     "NO_WORKERS": "`headrace status` shows the workers and what keeps them from serving.",
     "QUEUE_FULL": "Try again later, or add workers.",
     "UNKNOWN_MODEL": "`headrace status` names the model served.",

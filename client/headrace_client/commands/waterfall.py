@@ -36,8 +36,9 @@ def describe_handoff(timings: Timings) -> str:
     if timings.num_transfer_pages == 0:
         text = f"Nothing was handed off: {timings.decode_worker or 'one worker'} computed prompt and answer."
     else:
+        pages = "1 page" if timings.num_transfer_pages == 1 else f"{timings.num_transfer_pages} pages"
         text = (
-            f"Handed off: {timings.num_transfer_pages} pages, {format_bytes(timings.transfer_bytes)}, by "
+            f"Handed off: {pages}, {format_bytes(timings.transfer_bytes)}, by "
             f"{timings.transport}, from prefill {timings.prefill_worker} to decode {timings.decode_worker}."
         )
     return text if timings.num_attempts <= 1 else f"{text} It took {timings.num_attempts} attempts."
