@@ -68,4 +68,7 @@ def combine(rows: Tensor, weights: Tensor, blocks: ExpertBlocks) -> Tensor:
     place = weights.new_empty(blocks.num_assignments + 1, dtype=torch.int64)
     place[blocks.assignment] = torch.arange(len(rows), device=rows.device)
     per_token = rows.index_select(0, place[:-1]).view(*weights.shape, -1)
-    return (per_token * weights[..., None]).sum(dim=1).to(rows.dtype)
+    out = per_token[:, 0] * weights[:, 0, None]
+    for k in range(1, weights.shape[1]):
+        out.addcmul_(per_token[:, k], weights[:, k, None])
+    return out.to(rows.dtype)

@@ -34,8 +34,12 @@ def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         raise ValueError(f"latents is {latents.dtype} but cache is {cache.dtype}")
     if latents.stride(1) != 1 or cache.stride(1) != 1:
         raise ValueError("rows of latents and cache must be contiguous")
-    if num_tokens:
+    if num_tokens == 0:
+        return
+    if int(slot_mapping.min()) < 0:
         latent_store_ref(latents, cache, slot_mapping)
+    else:
+        cache.index_copy_(0, slot_mapping, latents)
 
 
 def latent_store_ref(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:

@@ -86,16 +86,16 @@ def test_mla_prefill_equals_its_specification_and_absorption(queries):
     cache, table, lens = scattered(keys, (12,), torch.float32)
     slots = paged_slots(table, lens, PAGE_SIZE)
     rows = torch.cat([cache.view(-1, 12)[s[:k]] for s, k in zip(slots, keys, strict=True)])
-    kv_weight, query = torch.randn(3, 7 + 5, 8), torch.randn(sum(queries), 3, 7 + 4)
-    arguments = (query, rows, kv_weight, starts(queries), starts(keys))
+    w_uk, w_uv, query = torch.randn(3, 7, 8), torch.randn(3, 5, 8), torch.randn(sum(queries), 3, 7 + 4)
+    arguments = (query, rows, w_uk, w_uv, starts(queries), starts(keys))
     found = mla_prefill(*arguments, scale=0.3)
     torch.testing.assert_close(found, mla_prefill_ref(*arguments, scale=0.3), rtol=0, atol=1e-5)
 
     last = starts(queries)[1:].long() - 1
-    absorbed = torch.einsum("bhn,hnd->bhd", query[last, :, :7], kv_weight[:, :7])
+    absorbed = torch.einsum("bhn,hnd->bhd", query[last, :, :7], w_uk)
     absorbed = torch.cat((absorbed, query[last, :, 7:]), dim=-1)
     latents = mla_decode(absorbed, cache, table, lens, kv_lora_rank=8, scale=0.3)
-    values = torch.einsum("bhd,hvd->bhv", latents, kv_weight[:, 7:])
+    values = torch.einsum("bhd,hvd->bhv", latents, w_uv)
     torch.testing.assert_close(found[last], values, rtol=0, atol=1e-5)
 
 
@@ -142,7 +142,9 @@ def test_shapes_that_do_not_fit_are_named():
         gqa_decode(torch.zeros(1, 3, 6), torch.zeros(1, 2, 4, 2, 6), table, lens, scale=1)
     with pytest.raises(ValueError, match="block_table"):
         paged_slots(table[0], lens, 4)
-    with pytest.raises(ValueError, match="kv_weight"):
-        mla_prefill(torch.zeros(1, 2, 5), torch.zeros(1, 6), torch.zeros(3, 8, 4), lens, lens, scale=1)
+    with pytest.raises(ValueError, match="w_uk"):
+        mla_prefill(
+            torch.zeros(1, 2, 5), torch.zeros(1, 6), torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), lens, lens, scale=1
+        )
     with pytest.raises(ValueError, match="key"):
         causal_attention(torch.zeros(1, 2, 5), torch.zeros(1, 2, 6), torch.zeros(1, 2, 6), lens, lens, scale=1)

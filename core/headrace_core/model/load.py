@@ -144,12 +144,14 @@ class _Builder:
         has_lora = shape.q_lora_rank is not None
         first = "q_a_proj" if has_lora else "q_proj"
         weight = torch.cat((take(f"{prefix}{first}.weight"), take(prefix + "kv_a_proj_with_mqa.weight")))
+        kv_b = take(prefix + "kv_b_proj.weight").view(num_heads, -1, shape.kv_lora_rank)
         weights = MlaWeights(
             input_proj=Linear(weight, self._mla_input_bias(prefix, shape, len(weight))),
             query_norm=take(prefix + "q_a_layernorm.weight") if has_lora else None,
             query_b=self._linear(prefix + "q_b_proj.weight") if has_lora else None,
             kv_norm=take(prefix + "kv_a_layernorm.weight"),
-            kv_b=take(prefix + "kv_b_proj.weight").view(num_heads, -1, shape.kv_lora_rank),
+            w_uk=kv_b[:, : shape.nope_dim].contiguous(),
+            w_uv=kv_b[:, shape.nope_dim :].contiguous(),
             output_proj=Linear(
                 take(prefix + "o_proj.weight"),
                 take(prefix + "o_proj.bias") if self._config.has_attention_bias else None,

@@ -31,14 +31,15 @@ class MlaWeights:
     """Weights of one layer.
 
     `input_proj` [Dq + D + R, N] yields the query's latent (or, without q_lora_rank, the query), `c_kv` and `k_pe` at
-    once. `kv_b` [H, Dn + Dv, D] is plain: prompt chunks use it whole, decode rows its two halves, W_UK and W_UV.
+    once. `w_uk` [H, Dn, D] and `w_uv` [H, Dv, D] are plain, because prompt chunks and decode rows use them differently.
     """
 
     input_proj: Linear
     query_norm: Tensor | None
     query_b: Linear | None
     kv_norm: Tensor
-    kv_b: Tensor
+    w_uk: Tensor
+    w_uv: Tensor
     output_proj: Linear
 
 
@@ -50,8 +51,6 @@ class LatentAttentionLayer:
         self._num_heads = num_heads
         self._scale = scale
         self._weights = weights
-        self._w_uk = weights.kv_b[:, : shape.nope_dim]
-        self._w_uv = weights.kv_b[:, shape.nope_dim :].transpose(1, 2)
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor) -> Tensor:
         """See `Attention`."""
@@ -65,7 +64,8 @@ class LatentAttentionLayer:
             out = mla_prefill(
                 query[group.first : group.end],
                 flat_cache.index_select(0, group.slots),
-                self._weights.kv_b,
+                self._weights.w_uk,
+                self._weights.w_uv,
                 group.query_starts,
                 group.key_starts,
                 scale=self._scale,
@@ -93,7 +93,7 @@ class LatentAttentionLayer:
     def _decode(self, query: Tensor, decode: DecodeRows, cache: Tensor) -> Tensor:
         """Return [B, H * Dv] for queries [B, H, Dn + R]."""
         nope_dim = self._shape.nope_dim
-        absorbed = torch.bmm(query[..., :nope_dim].transpose(0, 1), self._w_uk).transpose(0, 1)
+        absorbed = torch.bmm(query[..., :nope_dim].transpose(0, 1), self._weights.w_uk).transpose(0, 1)
         latents = mla_decode(
             torch.cat((absorbed, query[..., nope_dim:]), dim=-1),
             cache,
@@ -103,4 +103,5 @@ class LatentAttentionLayer:
             scale=self._scale,
             slots=decode.slots,
         )
-        return torch.bmm(latents.transpose(0, 1), self._w_uv).transpose(0, 1).flatten(1)
+        values = torch.bmm(latents.transpose(0, 1), self._weights.w_uv.transpose(1, 2))
+        return values.transpose(0, 1).flatten(1)

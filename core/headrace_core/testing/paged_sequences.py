@@ -27,6 +27,13 @@ class PagedSequences:
             for layer in self.cache.layers:
                 layer.fill_(float("nan"))
 
+    def free_all(self) -> None:
+        """Forget every sequence and take its pages back; their contents stay. Shared prefixes are not allowed for."""
+        for pages in self._pages.values():
+            self._free += pages
+        self._pages.clear()
+        self._lengths.clear()
+
     def num_computed(self, key: int) -> int:
         """Return how many tokens of sequence `key` have been handed out as chunks."""
         return self._lengths.get(key, 0)
