@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from headrace_core.engine.engine import Load, StepReport
 from headrace_core.kv.page_pool import PageState
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
+
+
+class ExpertTokens(Collector):
+    """`headrace_expert_tokens_total`: summed per step with plain additions, turned into samples only when scraped."""
+
+    def __init__(self) -> None:
+        self._totals: dict[int, list[int]] = {}
+
+    def add(self, counts: dict[int, list[int]]) -> None:
+        """Add tokens per routed expert, by layer."""
+        for layer, tokens in counts.items():
+            before = self._totals.get(layer)
+            self._totals[layer] = [a + b for a, b in zip(before, tokens, strict=True)] if before else list(tokens)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the samples; called by the registry, on its own thread."""
+        family = CounterMetricFamily(
+            "headrace_expert_tokens", "Tokens routed to each expert", labels=["layer", "expert"]
+        )
+        for layer, tokens in list(self._totals.items()):
+            for expert, count in enumerate(tokens):
+                family.add_metric([str(layer), str(expert)], count)
+        yield family
 
 
 class WorkerMetrics:
@@ -41,9 +68,8 @@ class WorkerMetrics:
         self.handoff_failures = Counter(
             "headrace_handoff_failures_total", "Hand-offs that ended without a takeover", ["reason"], registry=registry
         )
-        self.expert_tokens = Counter(
-            "headrace_expert_tokens_total", "Tokens routed to each expert", ["layer", "expert"], registry=registry
-        )
+        self.expert_tokens = ExpertTokens()
+        registry.register(self.expert_tokens)
         for state in PageState:
             self.kv_pages.labels(state.value).set(0)
 
@@ -58,7 +84,4 @@ class WorkerMetrics:
         """Count one step."""
         self.step_seconds.observe(report.duration_s)
         self.step_tokens.inc(report.num_tokens)
-        for layer, counts in report.expert_counts.items():
-            for expert, count in enumerate(counts):
-                if count:
-                    self.expert_tokens.labels(str(layer), str(expert)).inc(count)
+        self.expert_tokens.add(report.expert_counts)
