@@ -13,13 +13,17 @@ from headrace_core import local_cluster
 from typer.testing import CliRunner
 
 CHILD = """
-import json, os, signal, sys, threading
+import json, os, signal, sys, time
 
 from headrace_core.testing.fake_router import FakeRouter, default_info
 
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-ended = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: ended.set())
+
+def drain(*_):
+    os.write(1, b"drained\\n")
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, drain)
 if options.get("--max-step-tokens") == "13":
     print("can't start: problem=13 is unlucky", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -40,8 +44,8 @@ print("loading", flush=True)
 with open(options["--ready-file"] + ".new", "w") as file:
     json.dump({"address": address, "metrics_address": "127.0.0.1:9"}, file)
 os.replace(options["--ready-file"] + ".new", options["--ready-file"])
-ended.wait()
-print("drained", flush=True)
+while True:
+    time.sleep(0.05)
 """
 UP = """
 import sys

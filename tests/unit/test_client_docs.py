@@ -1,8 +1,6 @@
 """The Python snippets of docs/client.md run, against a scripted router."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,5 @@ def test_there_are_snippets():
 def test_a_snippet_of_the_page_runs(snippet):
     with FakeRouter() as router:
         code = snippet.replace("127.0.0.1:50050", router.address)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stderr) == (0, "")
+        exec(compile(code, "docs/client.md", "exec"), {"__name__": "snippet"})
     assert router.requests

@@ -92,14 +92,13 @@ def _run(cluster: LocalCluster) -> None:
         has_started = True
         _explain(cluster)
         _watch(cluster)
+        raise typer.Exit(1)
     except KeyboardInterrupt:
         # Once it serves, Ctrl-C is how it is meant to end.
         if not has_started:
             raise
     finally:
         _stop(cluster)
-    if cluster.router.poll():
-        raise typer.Exit(1)
 
 
 def _watch(cluster: LocalCluster) -> None:
@@ -114,9 +113,8 @@ def _watch(cluster: LocalCluster) -> None:
 
 
 def _stop(cluster: LocalCluster) -> None:
-    if not cluster.processes:
-        return
-    stdout.print("stopping; Ctrl-C again kills", style="dim")
+    if any(process.poll() is None for process in cluster.processes):
+        stdout.print("stopping; Ctrl-C again kills", style="dim")
     try:
         cluster.stop()
     except KeyboardInterrupt:
