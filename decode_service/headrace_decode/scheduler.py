@@ -301,7 +301,6 @@ class DecodeScheduler:
 
         A sequence that already has its row in this step is not pre-empted: it is older or needed no page.
         """
-        planned = {chunk.key for chunk in chunks}
         while True:
             try:
                 self.pages.reserve(sequence.pages, end)
@@ -312,6 +311,7 @@ class DecodeScheduler:
                     text = f"{end} tokens do not fit a pool of {self.pages.num_pages} pages; raise --kv-pool-mib"
                     self._fail(sequence, OverloadedError("NO_FREE_PAGES", text))
                     return False
+                planned = {chunk.key for chunk in chunks}
                 victim = max((s for s in self._running if s.key not in planned), key=_age)
                 self._preempt(victim)
                 if victim is sequence:

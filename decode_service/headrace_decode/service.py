@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from headrace.v1 import types_pb2
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.admission import SequenceSpec
 from headrace_core.engine.engine import News
+from headrace_core.engine.finish import finish_reason
 from headrace_core.engine.host import Loader, WorkerHost
 from headrace_core.engine.loading import load_worker_model
 from headrace_core.errors import (
@@ -220,6 +222,15 @@ class DecodeService:
         check_ticket(ticket, spec)
         if not 0 <= ticket.first_token.token_id < self.host.model.limits.vocab_size:
             raise InvalidRequestError("BAD_TOKEN", "the first token is outside the vocabulary")
+        ended = finish_reason(
+            ticket.first_token.token_id,
+            spec.params,
+            self.host.model.limits,
+            num_output_tokens=spec.num_output_tokens + 1,
+            num_tokens=len(spec.token_ids) + 1,
+        )
+        if ended:
+            raise InvalidRequestError("BAD_HANDOFF", f"the first token already ends the sequence: {ended.value}")
         assert self._receiver is not None, "ready"
         return self._receiver.choose(ticket)
 
@@ -236,7 +247,7 @@ class DecodeService:
         loop = asyncio.get_running_loop()
         self._num_keys += 1
         sequence = _Sequence(
-            self._num_keys, number, session, spec, loop.create_future(), loop.create_future(), loop.time()
+            self._num_keys, number, session, spec, loop.create_future(), loop.create_future(), time.monotonic()
         )
         session.keys[number] = sequence.key
         self._sequences[sequence.key] = self._by_request[spec.request_id, spec.sample_index] = sequence
@@ -356,7 +367,7 @@ class DecodeService:
                 "attempt": sequence.spec.attempt,
                 "context_tokens": len(sequence.spec.token_ids),
                 "output_tokens": sequence.num_output_tokens,
-                "seconds": asyncio.get_running_loop().time() - sequence.began_s,
+                "seconds": time.monotonic() - sequence.began_s,
                 "transfer_s": moved.duration_s if moved else 0.0,
                 "pages": moved.num_pages if moved else 0,
                 "bytes": moved.num_bytes if moved else 0,

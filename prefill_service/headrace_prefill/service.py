@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,7 @@ class PrefillService:
         lease = self.leases.create(spec.request_id, sample_index=spec.sample_index, attempt=spec.attempt)
         waiting: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
         self._waiting[lease.key] = waiting
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         self.host.engine.submit(lambda scheduler: scheduler.add(lease.key, spec, now))
         try:
             prefilled = await waiting

@@ -1,12 +1,13 @@
 """Abort in every phase, from either side: every page comes back, and none before the last byte has landed."""
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 
 import pytest
 from headrace_core.config import DecodeSettings, PrefillSettings
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import HeadraceError, NotFoundError, OverloadedError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import async_test, eventually
@@ -210,7 +211,8 @@ async def test_a_reader_that_stalls_loses_its_session_and_nobody_else():
         params = dataclasses.replace(ENDLESS, top_logprobs=20)
         for name in "abcd":
             handoff = (await stalled.prefill(name, PROMPT, params=params)).handoff
-            await stalled.start(name, PROMPT, params=params, handoff=handoff)
+            with contextlib.suppress(OverloadedError, NotFoundError):  # the session may be gone by now
+                await stalled.start(name, PROMPT, params=params, handoff=handoff)
         await eventually(lambda: not decoder.num_sequences, "the stalled session is aborted")
         assert len(await good.generate("q", PROMPT, params=GREEDY)) == 8
         stalled.read()

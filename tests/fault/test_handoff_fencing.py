@@ -15,7 +15,7 @@ from headrace_core.testing.worker_pair import running
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
-GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=8, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=8, ignore_eos=True, stop_token_ids=(96,))
 PROMPT = list(range(1, 23))
 
 
@@ -44,6 +44,7 @@ TAMPERED = [
     (lambda h: change(h.lease, "lease_id", "lease-999"), HandoffLostError, "LEASE_EXPIRED"),
     (lambda h: change(h, "num_tokens", 21), InvalidRequestError, "BAD_HANDOFF"),
     (lambda h: change(h, "first_token_id", 97), InvalidRequestError, "BAD_TOKEN"),
+    (lambda h: change(h, "first_token_id", 96), InvalidRequestError, "BAD_HANDOFF"),  # a stop token
     (lambda h: change(h, "request_id", "other"), InvalidRequestError, "BAD_HANDOFF"),
     (lambda h: change(h.sampling_state, "seed", 5), InvalidRequestError, "BAD_HANDOFF"),
     (lambda h: h.pages.pop(), InvalidRequestError, "BAD_HANDOFF"),

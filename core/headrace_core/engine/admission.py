@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from headrace_core.engine.finish import ModelLimits
 from headrace_core.errors import InvalidRequestError
-from headrace_core.request import SamplingParams, check_request_id, check_token_ids
+from headrace_core.request import DEFAULT_MAX_TOKENS, SamplingParams, check_request_id, check_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,11 @@ class SequenceSpec:
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens that earlier attempts already produced."""
+        return len(self.token_ids) - self.num_prompt_tokens
 
     def check(self, limits: ModelLimits) -> None:
         """Check every field.
@@ -45,5 +50,8 @@ class SequenceSpec:
             )
         if self.params.seed is None:
             raise InvalidRequestError("BAD_SAMPLING", "seed is unset; the router draws one")
+        max_tokens = DEFAULT_MAX_TOKENS if self.params.max_tokens is None else self.params.max_tokens
+        if self.num_output_tokens >= max_tokens:
+            raise InvalidRequestError("BAD_REQUEST", f"all of max_tokens={max_tokens} tokens are produced already")
         check_token_ids(self.token_ids, limits.vocab_size, "token_ids")
         self.params.validate_tokens(limits.vocab_size)
