@@ -38,6 +38,8 @@ class Vocabulary:
         )
         self.decode: Callable[[list[int]], str] = fast.decode
         self.token_bytes: list[bytes] | None = None
+        self.token_texts: list[str | None] = []
+        """For `token_bytes`: a token's text, if it is made of whole characters."""
         self.token_pieces: list[str | int] | None = None
         self.num_strip = 0
         decoder: dict[str, Any] = json.loads(fast.to_str()).get("decoder") or {}
@@ -45,6 +47,7 @@ class Vocabulary:
         steps = _fallback_steps(decoder)
         if decoder.get("type") == "ByteLevel":
             self.token_bytes = [_byte_level(text) for text in texts]
+            self.token_texts = [_whole_text(token) for token in self.token_bytes]
         elif steps is not None:
             replace, self.num_strip = steps
             self.token_pieces = [_fallback_piece(text, replace) for text in texts]
@@ -56,6 +59,8 @@ class Detokenizer:
     def __init__(self, vocabulary: Vocabulary, *, silent_ids: frozenset[int], is_continuation: bool) -> None:
         self._silent = vocabulary.special_ids | silent_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_inside = False
+        """True while the last character lacks bytes."""
         self._vocabulary = vocabulary
         self._num_strip = 0 if is_continuation else vocabulary.num_strip
         self._run = bytearray()
@@ -70,7 +75,7 @@ class Detokenizer:
         if token_id in self._silent:
             return ""
         if self._table is not None:
-            return self._utf8.decode(self._table[token_id]) if token_id < len(self._table) else ""
+            return self._push_bytes(token_id, self._table)
         if self._pieces is not None:
             return self._push_piece(self._pieces[token_id]) if token_id < len(self._pieces) else ""
         return self._push_window(token_id)
@@ -83,6 +88,16 @@ class Detokenizer:
             return self._strip(self._end_run())
         text = self._vocabulary.decode(self._window)
         return text[len(self._read_text) :]
+
+    def _push_bytes(self, token_id: int, table: list[bytes]) -> str:
+        if token_id >= len(table):
+            return ""
+        text = self._vocabulary.token_texts[token_id]
+        if text is not None and not self._is_inside:
+            return text
+        text = self._utf8.decode(table[token_id])
+        self._is_inside = bool(self._utf8.getstate()[0])
+        return text
 
     def _push_piece(self, piece: str | int) -> str:
         if isinstance(piece, int):
@@ -145,6 +160,13 @@ def _byte_level(text: str) -> bytes:
     if all(char in _ALPHABET for char in text):
         return bytes(_ALPHABET[char] for char in text)
     return text.encode("utf-8")
+
+
+def _whole_text(token: bytes) -> str | None:
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _fallback_steps(decoder: dict[str, Any]) -> tuple[tuple[str, str], int] | None:

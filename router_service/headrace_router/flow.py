@@ -6,7 +6,7 @@
 
 and colocated: place ──► Start without a ticket ──► step outputs. Whatever ends an attempt, both legs are told: a ticket
 that no decode worker took is released at its holder, a sequence that may run is cancelled at its decode worker, a call
-under way is cancelled by the cancellation of the task that awaits it.
+under way is cancelled by the cancellation of the task that awaits it, and a cancelled Prefill is withdrawn besides.
 
 Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
 far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause.
@@ -141,7 +141,12 @@ class Flow:
         )
         try:
             response = await worker.prefill.Prefill(request, timeout=_remaining_s(sample))
+        except asyncio.CancelledError:
+            self._spawn(_withdraw(worker, request))
+            raise
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._spawn(_withdraw(worker, request))
             raise _cause(error) from error
         placement.on_prefilled()
         now_s = time.monotonic()
@@ -285,6 +290,26 @@ async def _release(holder: Worker, handoff: types_pb2.Handoff) -> None:
         await holder.transfer.ReleaseLease(request, timeout=_CLEANUP_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         log.debug("can't release a lease", extra={"worker": holder.address, "problem": error.details()})
+
+
+async def _withdraw(worker: Worker, request: prefill_service_pb2.PrefillRequest) -> None:
+    """Free what a cancelled Prefill may hold: its answer, ticket and all, may have crossed the cancellation.
+
+    The lease's name was in that answer. But a higher attempt replaces a lower one, whose pages are freed: so one of a
+    single token, which ends at once and holds nothing.
+    """
+    again = prefill_service_pb2.PrefillRequest(
+        request_id=request.request_id,
+        attempt=request.attempt + 1,
+        token_ids=request.token_ids[:1],
+        num_prompt_tokens=1,
+        sampling=types_pb2.SamplingParams(max_tokens=1, temperature=0.0, seed=0),
+        sample_index=request.sample_index,
+    )
+    try:
+        await worker.prefill.Prefill(again, timeout=_CLEANUP_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        log.debug("can't withdraw a prefill", extra={"worker": worker.address, "problem": error.details()})
 
 
 async def _cancel(worker: Worker, number: int) -> None:

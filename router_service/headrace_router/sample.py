@@ -83,6 +83,7 @@ class Sample:
         self._stop = StopMatcher(spec.params.stop_strings) if spec.params.stop_strings else None
         self._is_start_marked = False
         self._first_step_s: float | None = None
+        self._has_logprobs = spec.params.top_logprobs is not None
         self._ending: FinishReason | None = None
         self._text = ""
         self._num_sent = 0
@@ -112,7 +113,7 @@ class Sample:
     @property
     def has_ended(self) -> bool:
         """True when the last token is known, be it that `finish` is still to come."""
-        return self._ending is not None or self.finish_reason is not None
+        return self._ending is not None
 
     @property
     def matched_stop_string(self) -> str:
@@ -160,18 +161,19 @@ class Sample:
 
     def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
         """Take a step's output. See `session.StepSink`."""
-        if self.has_ended or self.is_over:
+        if self._ending is not None or self.state is SampleState.FAILED:
             return
         if output.HasField("failure"):
             self.on_failure(decode_failure(output.failure))
             return
-        if self._first_step_s is None and output.token_ids:
+        token_ids = output.token_ids
+        if self._first_step_s is None and token_ids:
             self._first_step_s = now_s
             if self._is_start_marked:
                 self._mark_first_step(now_s)
         finish = decode_finish(output.finish_reason) if output.finish_reason else None
-        self._append(output.token_ids, output.logprobs, finish, now_s)
-        if finish is not None or self.has_ended:
+        self._append(token_ids, output.logprobs if self._has_logprobs else (), finish, now_s)
+        if self._ending is not None:
             self._resolve(None)
 
     def on_failure(self, error: HeadraceError) -> None:
@@ -190,16 +192,17 @@ class Sample:
         self.state = SampleState.FINISHED
         if self._is_start_marked and self._first_step_s is not None:
             self.waterfall.mark("decode", self.last_token_s)
-        if not self.matched_stop_string:
-            self._show(self._detokenizer.finish())
-        if self._stop is not None and not self._stop.matched:
-            self._text += self._stop.finish()
+        if self._stop is None:
+            self._text += self._detokenizer.finish()
+        elif not self._stop.matched:
+            self._text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()
         self._on_news(self)
 
     def take(self) -> generation_service_pb2.GenerateResponse:
         """Return what the client has not been sent yet; it counts as sent."""
+        token_ids = self.output_ids[self._num_sent :]
         message = generation_service_pb2.GenerateResponse(
-            sample_index=self.sample_index, text=self._text, token_ids=self.output_ids[self._num_sent :]
+            sample_index=self.sample_index, text=self._text, token_ids=token_ids
         )
         self._text = ""
         self._num_sent = len(self.output_ids)
@@ -221,14 +224,19 @@ class Sample:
         now_s: float,
     ) -> None:
         """Take new tokens; with `finish`, or when a stop string is complete, the sample ends."""
-        num_before = len(self.output_ids)
+        stop = self._stop
+        num_new = 0
         for token_id in token_ids:
+            num_new += 1
             self.output_ids.append(token_id)
-            self._show(self._detokenizer.push(token_id))
-            if self._stop is not None and self._stop.matched:
+            text = self._detokenizer.push(token_id)
+            if stop is None:
+                self._text += text
+                continue
+            self._text += stop.push(text)
+            if stop.matched:
                 finish = FinishReason.STOP
                 break
-        num_new = len(self.output_ids) - num_before
         if logprobs:
             self._logprobs.extend(list(logprobs)[:num_new])
         if num_new:
@@ -241,9 +249,6 @@ class Sample:
             # The last output overtook the answer to Start, which brings the transfer's figures: `on_started` finishes.
             self._ending = finish
             self._on_news(self)
-
-    def _show(self, text: str) -> None:
-        self._text += text if self._stop is None else self._stop.push(text)
 
     def _count(self, num_new: int, now_s: float) -> None:
         if self.first_token_s is None:

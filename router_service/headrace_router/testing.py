@@ -70,6 +70,8 @@ class RouterUnderTest:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     workers: list[FakeWorker] = field(default_factory=list[FakeWorker])
     address: str = ""
+    _started: list[FakeWorker] = field(default_factory=list[FakeWorker])
+    """Every worker there ever was: all are stopped, also when a test fails."""
 
     async def __aenter__(self) -> RouterUnderTest:
         model = self.folder / "tiny"
@@ -77,6 +79,7 @@ class RouterUnderTest:
             write_tokenizer(model)
         for worker in self.workers:
             await worker.start()
+            self._started.append(worker)
         self.write_workers()
         settings: dict[str, Any] = {"listen": "127.0.0.1:0", "dns_refresh_s": 0.05, "no_workers_timeout_s": 5.0}
         self.service = RouterService(
@@ -90,7 +93,7 @@ class RouterUnderTest:
     async def __aexit__(self, *_: object) -> None:
         await self.channel.close()
         await self.service.stop()
-        for worker in self.workers:
+        for worker in self._started:
             await worker.stop()
 
     def write_workers(self) -> None:
@@ -100,6 +103,7 @@ class RouterUnderTest:
     async def add(self, worker: FakeWorker, listen: str = "127.0.0.1:0") -> FakeWorker:
         """Start a worker and let the router know."""
         await worker.start(listen)
+        self._started.append(worker)
         self.workers.append(worker)
         self.write_workers()
         return worker

@@ -175,7 +175,7 @@ def test_log_probabilities_come_with_their_tokens(tmp_path):
     run(tmp_path, [worker("prefill"), worker("decode", tokens_per_step=2)], test)
 
 
-PHASES = ("queued", "prefilling", "starting", "decoding")
+PHASES = ("queued", "prefilling", "prefilled", "starting", "decoding")
 
 
 async def _reach(router, phase):
@@ -188,6 +188,9 @@ async def _reach(router, phase):
     if phase == "prefilling":
         prefill.faults.prefill_gate.clear()
         return lambda: bool(prefill.prefills)
+    if phase == "prefilled":
+        prefill.faults.answer_gate.clear()
+        return lambda: bool(prefill.leases)
     if phase == "starting":
         decode.faults.start_gate.clear()
         return lambda: bool(decode.starts)

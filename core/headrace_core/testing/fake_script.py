@@ -44,10 +44,13 @@ class FakeFaults:
     sequence: deque[tuple[int, HeadraceError]] = field(default_factory=deque[tuple[int, HeadraceError]])
     """(output tokens after which, error) for the sequences started next."""
     prefill_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    answer_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Closed: a Prefill that is done, its pages held, does not answer, and its cancellation frees nothing."""
     start_gate: asyncio.Event = field(default_factory=asyncio.Event)
     ignores_cancel: bool = False
     """Outputs go on after Cancel, as late ones do."""
 
     def __post_init__(self) -> None:
         self.prefill_gate.set()
+        self.answer_gate.set()
         self.start_gate.set()

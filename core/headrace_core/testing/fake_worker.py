@@ -111,6 +111,7 @@ class FakeWorker:
         self._next_token = next_token or mixed(vocab_size)
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
+        self._leases_of: dict[tuple[str, int], str] = {}
         self._pages_in_use = 0
         self._num_prefilling = 0
         self._sessions: dict[str, asyncio.Queue[decode_service_pb2.StreamStepsResponse]] = {}
@@ -205,7 +206,10 @@ class FakeWorker:
             await self.faults.prefill_gate.wait()
             if self.faults.prefill:
                 raise self.faults.prefill.popleft()
-            return self._prefilled(request)
+            response = self._prefilled(request)
+            if not response.finish_reason:
+                await self.faults.answer_gate.wait()
+            return response
         finally:
             self._num_prefilling -= 1
             self.on_change()
@@ -278,6 +282,8 @@ class FakeWorker:
 
     def _prefilled(self, request: prefill_service_pb2.PrefillRequest) -> prefill_service_pb2.PrefillResponse:
         params = decode_sampling(request.sampling)
+        owner = (request.request_id, request.sample_index)
+        self.release(self._leases_of.pop(owner, ""))
         tokens = list(request.token_ids)
         tokens.append(self._next_token(tokens, request.num_prompt_tokens))
         finish = self._finish(tokens, request.num_prompt_tokens, params)
@@ -298,6 +304,7 @@ class FakeWorker:
             num_pages = self._num_pages(len(request.token_ids))
             handoff.lease.lease_id, handoff.lease.duration_ms = lease_id, 30_000
             self.leases[lease_id] = num_pages
+            self._leases_of[owner] = lease_id
             self._pages_in_use += num_pages
         return prefill_service_pb2.PrefillResponse(
             handoff=handoff, finish_reason=encode_finish(finish), queue_us=20, compute_us=300
