@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from headrace_core.config import DecodeSettings, PrefillSettings
-from headrace_core.errors import HeadraceError, NotFoundError, OverloadedError
+from headrace_core.errors import HeadraceError, NotFoundError, OverloadedError, UnavailableError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import async_test, eventually
@@ -123,7 +123,10 @@ async def test_pages_of_a_cancelled_transfer_are_reused_only_when_drained(by: st
             assert (await inspect(decoder))[PageState.QUARANTINED] == len(handoff.pages)
             faults.gate.set()
         await all_free(decoder)
-        await asyncio.wait([starting])
+        if by != "call":
+            with pytest.raises(UnavailableError) as raised:
+                await starting
+            assert raised.value.reason == {"session": "SESSION_CLOSED", "cancel": "CANCELLED"}[by]
         prefiller.leases.release(handoff.lease.lease_id, incarnation=handoff.holder_incarnation)
 
 

@@ -151,7 +151,13 @@ class WorkerHost(Generic[S]):
             raise UnavailableError("DRAINING", "the worker takes no new work; try another")
 
     def begin_drain(self) -> None:
-        """Refuse new work from now on. Idempotent."""
+        """Refuse new work from now on. Idempotent.
+
+        Raises:
+            UnavailableError: STARTING, there is nothing to drain yet.
+        """
+        if self.state is HostState.STARTING:
+            raise UnavailableError("STARTING", "the worker is loading its model; stop the process instead")
         if self.state is HostState.READY:
             self.state = HostState.DRAINING
             self.board.set_draining()

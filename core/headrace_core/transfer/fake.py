@@ -54,7 +54,6 @@ class FakeTransfer:
     def __init__(self, moving: asyncio.Task[None], faults: FakeFaults) -> None:
         self._moving = moving
         self._faults = faults
-        self._is_cancelled = asyncio.Event()
 
     async def wait(self) -> None:
         """See `Transfer`."""
