@@ -21,7 +21,10 @@ def main() -> None:
     """Run the program named on the command line in this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A signal that the kernel gives to the watching thread would not wake the main one: the watcher blocks them all.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     program, *arguments = sys.argv[1:]
     if program == "-m":
         sys.argv = arguments

@@ -3,9 +3,9 @@
     with LocalCluster(model_dir, num_prefill=1, num_decode=2) as cluster:
         client = Client(cluster.router_address)
 
-Workers start side by side, the router after them; each listens on a port that the kernel chose and says so in a
-ready file. The router learns its workers from a file that is written again when one is added. Every child ends when
-the process that made the cluster ends, however it ends (`child_process`).
+All start side by side; each listens on a port that the kernel chose and says so in a ready file. The router learns
+its workers from a file that is written when they serve, and again when one is added. Every child ends when the process
+that made the cluster ends, however it ends (`child_process`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,10 +66,10 @@ def available_cores() -> int:
 class LocalCluster:
     """Router and workers on this machine. A context manager; one thread at a time.
 
-    Each process's options are `worker_options` (workers) or `router_options`, over which `prefill_options` and
-    `decode_options` win. `log_sink` gets every line that a child prints, from the child's reader thread.
-    `wait_for_workers` makes `start` return only when the router says that every worker is ready; it is not done when
-    the router asks for TLS.
+    Each process's options are `router_options` or `worker_options`, over which `prefill_options` and `decode_options`
+    (decode and colocated workers) win. `log_sink` gets every line that a child prints, from the child's reader thread;
+    `on_ready` gets each process when it serves, from the thread that starts it. `wait_for_workers` makes `start` return
+    only when the router says that every worker is ready; it is not done when the router asks for TLS.
     """
 
     model_dir: Path
@@ -81,6 +81,7 @@ class LocalCluster:
     prefill_options: Options = field(default_factory=no_options)
     decode_options: Options = field(default_factory=no_options)
     log_sink: LogSink | None = None
+    on_ready: Callable[[ClusterProcess], None] | None = None
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     start_timeout_s: float = 180.0
     wait_for_workers: bool = True
@@ -129,9 +130,10 @@ class LocalCluster:
         self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cluster-spawner")
         try:
             counts: dict[Role, int] = {"prefill": self.num_prefill, "decode": self.num_decode, "both": self.num_both}
-            self._wait_ready([self._spawn(role) for role, count in counts.items() for _ in range(count)])
-            self._write_workers([process.address for process in self.processes])
-            self._wait_ready([self._spawn("router", {"workers-file": self._path("workers")})])
+            workers = [self._spawn(role) for role, count in counts.items() for _ in range(count)]
+            self._write_workers([])
+            self._wait_ready([*workers, self._spawn("router", {"workers-file": self._path("workers")})])
+            self._write_workers([process.address for process in workers])
             self._wait_registered()
         except BaseException:
             self.stop()
@@ -255,7 +257,11 @@ class LocalCluster:
             for process in waiting:
                 if process.poll() is not None:
                     raise UnavailableError("START_FAILED", f"{process.name} could not start; {process.last_words()}")
-            waiting = [process for process in waiting if not process.read_ready()]
+            ready = [process for process in waiting if process.read_ready()]
+            waiting = [process for process in waiting if process not in ready]
+            for process in ready:
+                if self.on_ready:
+                    self.on_ready(process)
             if waiting and time.monotonic() > deadline:
                 raise UnavailableError(
                     "START_TIMEOUT",

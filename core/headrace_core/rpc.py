@@ -11,16 +11,20 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from headrace_core.errors import HeadraceError, from_status
+from headrace_core.errors import HeadraceError, InvalidRequestError, from_status
 
 log = logging.getLogger(__name__)
 
 REASON_KEY = "headrace-reason"
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest control message; a prompt of a million token ids fits. Page frames are smaller."""
+
+_OWN = "/headrace."
+"""Our own methods. Health and reflection map errors themselves, and health's Watch is a coroutine, no generator."""
 
 # A stopped peer is noticed after about 10 s: a ping every 5 s, answered within 5 s.
 _KEEPALIVE = [
@@ -53,7 +57,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns a raised `HeadraceError` into its status; anything else is a bug and becomes INTERNAL.
 
     The reason travels in trailing metadata under `headrace-reason`. Cancellation and aborts that a
-    handler made itself pass through untouched.
+    handler made itself pass through untouched. Requests are decoded here rather than by grpc, so that bytes which are
+    no message are the caller's error, too.
     """
 
     async def intercept_service(
@@ -63,31 +68,43 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wrap the handler that serves this call."""
         handler: Any = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method: str = handler_call_details.method
+        details: Any = handler_call_details
+        method: str = details.method
+        if handler is None or not method.startswith(_OWN):
+            return handler
+        decode = _decoder(handler.request_deserializer)
         if handler.unary_unary:
 
-            async def unary(request: Any, context: Any) -> Any:
+            async def unary(request: bytes, context: Any) -> Any:
                 try:
-                    return await handler.unary_unary(request, context)
+                    return await handler.unary_unary(decode(request), context)
                 except Exception as error:  # noqa: BLE001 - the boundary: nothing may leak past it
                     await _abort(context, method, error)
 
-            return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+            return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
         if handler.unary_stream:
 
-            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            async def stream(request: bytes, context: Any) -> AsyncIterator[Any]:
                 try:
-                    async for response in handler.unary_stream(request, context):
+                    async for response in handler.unary_stream(decode(request), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - the boundary: nothing may leak past it
                     await _abort(context, method, error)
 
-            return grpc.unary_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
         return handler
+
+
+def _decoder(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def decode(request: bytes) -> Any:
+        if deserialize is None:
+            return request
+        try:
+            return deserialize(request)
+        except DecodeError as error:
+            raise InvalidRequestError("BAD_REQUEST", f"the request can't be decoded: {error}") from error
+
+    return decode
 
 
 async def _abort(context: Any, method: str, error: Exception) -> None:

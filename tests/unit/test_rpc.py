@@ -9,7 +9,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from headrace.v1 import worker_service_pb2 as pb
 from headrace.v1 import worker_service_pb2_grpc as pb_grpc
 from headrace_core import rpc
-from headrace_core.errors import HandoffLostError, HeadraceError, OverloadedError
+from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, OverloadedError
 
 NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
 
@@ -69,6 +69,14 @@ def test_a_bug_is_internal_and_keeps_its_detail_to_the_log(caplog):
 
     asyncio.run(serve(test))
     assert "a secret detail" in caplog.text
+
+
+def test_bytes_that_are_no_message_are_the_callers_error():
+    async def test(_, channel):
+        error = await failure(channel.unary_unary(f"/{NAME}/Drain")(b"\xff\xff", timeout=5))
+        assert (type(error), error.reason) == (InvalidRequestError, "BAD_REQUEST")
+
+    asyncio.run(serve(test))
 
 
 def test_an_absent_server_is_unavailable():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace_core.request import SampledToken, SamplingParams
 
@@ -40,14 +40,28 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass of one ragged batch; never empty."""
+    """One forward pass of one ragged batch; never empty.
+
+    `zero_page_ids` are filled with zeros before it: pages that will be handed off with unused slots, which are zero on
+    the wire.
+    """
 
     chunks: list[Chunk]
+    zero_page_ids: list[int] = field(default_factory=list[int])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The token sampled for each chunk that asked for one, by `Chunk.key`; `duration_s` on the engine's clock."""
+    """The token sampled for each chunk that asked for one, by `Chunk.key`; `duration_s` on the engine's clock.
+
+    `expert_counts` are the tokens each routed expert got, by layer.
+    """
 
     tokens: dict[int, SampledToken]
     duration_s: float
+    expert_counts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])

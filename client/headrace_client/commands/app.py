@@ -1,0 +1,76 @@
+"""The command's entry: its subcommands, its help, and where an error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from headrace_core import __version__
+from headrace_core.errors import HeadraceError
+from typer.core import TyperGroup
+
+from headrace_client.commands import chat, demo, generate, status, up
+from headrace_client.commands.terminal import exit_code, report, stderr, stdout
+
+_HELP = """Serve language models with separate prefill and decode workers, and talk to them.
+
+[bold]Start here[/bold]
+  headrace demo                             a small model, and where its time goes
+
+[bold]On your own[/bold]
+  headrace up --model DIR                   start router and workers
+  headrace generate "Once upon a time"      stream text
+  headrace chat                             talk
+  headrace status                           what serves, and how full it is
+
+[bold]Exit codes[/bold]
+  0 done, 1 the server failed or is not there, 2 wrong input, 130 interrupted
+"""
+
+
+class _Group(TyperGroup):
+    """Turns the errors that users can cause into a line and an exit code; anything else is a bug and shows itself."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except HeadraceError as error:
+            report(error)
+            raise typer.Exit(exit_code(error)) from None
+        except KeyboardInterrupt:
+            stderr.print("\ninterrupted", style="dim")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="headrace",
+    help=_HELP,
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        stdout.print(f"headrace {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options that come before a subcommand; Typer shows `_HELP` instead of this line."""
+
+
+app.command(help=up.HELP)(up.up)
+app.command(help=generate.HELP)(generate.generate)
+app.command(help=chat.HELP)(chat.chat)
+app.command(help=status.HELP)(status.status)
+app.command(help=demo.HELP)(demo.demo)

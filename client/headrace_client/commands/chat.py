@@ -1,0 +1,143 @@
+"""`headrace chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.request import SamplingParams
+
+from headrace_client.client import Client
+from headrace_client.commands import options
+from headrace_client.commands.terminal import exit_code, report, stdout, write_text
+from headrace_client.connection import DEFAULT_ADDRESS
+from headrace_client.results import ChatMessage
+
+HELP = """Talk to the model; it remembers the conversation.
+
+Examples:
+  headrace chat
+  headrace chat --system "Answer in one sentence." --temperature 0.3
+
+/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops the current answer. The model needs a \
+chat template; one without it can be used with `headrace generate`.
+"""
+
+_PROMPT = "> "
+
+
+def chat(  # the signature is the command line
+    system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
+    model: Annotated[str, typer.Option(help="Model name; default: the one served.", show_default=False)] = "",
+    timeout: options.Timeout = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    server: options.Server = DEFAULT_ADDRESS,
+    token: options.Token = "",
+    tls: options.Tls = False,
+    tls_roots: options.TlsRoots = None,
+) -> None:
+    """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    sampling.validate()
+    with options.connect(server, token, tls=tls, tls_roots=tls_roots) as client:
+        info = client.server_info()
+        stdout.print(f"{info.model_name} at {server}; /reset forgets, /exit ends", style="dim", markup=False)
+        conversation = _Conversation(client, system, sampling, model, timeout)
+        code = conversation.run()
+    if code:
+        raise typer.Exit(code)
+
+
+class _Conversation:
+    def __init__(
+        self, client: Client, system: str, sampling: SamplingParams, model: str, timeout_s: float | None
+    ) -> None:
+        self._client = client
+        self._opening = [ChatMessage("system", system)] if system else []
+        self._messages = list(self._opening)
+        self._sampling = sampling
+        self._model = model
+        self._timeout_s = timeout_s
+
+    def run(self) -> int:
+        """Take turns until the input ends; return the last turn's exit code, so that scripts see a failure."""
+        code = 0
+        with contextlib.suppress(ImportError):
+            # Importing it is what gives `input` line editing and history.
+            import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        while (line := _read_line()) is not None:
+            match line.strip():
+                case "":
+                    continue
+                case "/exit" | "/quit":
+                    return code
+                case "/reset":
+                    self._messages = list(self._opening)
+                    stdout.print("forgotten", style="dim")
+                case "/help":
+                    stdout.print("/reset forgets the conversation, /exit ends it; Ctrl-C stops an answer", style="dim")
+                case text:
+                    code = self._take_turn(text)
+        return code
+
+    def _take_turn(self, text: str) -> int:
+        """Answer `text` and return the exit code that this turn alone would have; a failed turn leaves no trace."""
+        messages = [*self._messages, ChatMessage("user", text)]
+        try:
+            answer, code = self._answer(messages)
+        except HeadraceError as error:
+            report(error)
+            return exit_code(error)
+        self._messages = [*messages, ChatMessage("assistant", answer)] if answer else self._messages
+        return code
+
+    def _answer(self, messages: list[ChatMessage]) -> tuple[str, int]:
+        parts: list[str] = []
+        code = 0
+        try:
+            with self._client.stream(messages, self._sampling, model=self._model, timeout_s=self._timeout_s) as stream:
+                for delta in stream:
+                    parts.append(delta.text)
+                    write_text(delta.text)
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            if parts:
+                write_text("\n")
+        if code:
+            stdout.print("stopped", style="dim")
+        return "".join(parts), code
+
+
+def _read_line() -> str | None:
+    """Return the next line; None when the input ended or was interrupted.
+
+    Raises:
+        InvalidRequestError: BAD_REQUEST, the line is not UTF-8.
+    """
+    try:
+        return input(_PROMPT if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        stdout.print()
+        return None
+    except UnicodeDecodeError:
+        raise InvalidRequestError("BAD_REQUEST", "the input is not valid UTF-8") from None

@@ -1,0 +1,103 @@
+"""`headrace demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from headrace_core.cluster_process import ClusterProcess
+from headrace_core.errors import InvalidRequestError
+from headrace_core.local_cluster import LocalCluster
+from headrace_core.request import SamplingParams
+from rich.text import Text
+
+from headrace_client.client import Client
+from headrace_client.codec import Collector
+from headrace_client.commands.terminal import stdout, write_text
+from headrace_client.commands.waterfall import waterfall
+from headrace_client.results import Generation
+
+HELP = """Start a small cluster, stream a story, show where its time went, stop.
+
+Examples:
+  headrace demo
+  headrace demo --prompt "Once upon a time there was a brave owl named Quillo."
+
+A prefill worker computes the prompt, hands its pages over gRPC to a decode worker, which writes the story: the \
+same processes as in a real deployment, with a model small enough for any CPU.
+"""
+
+_PROMPT = "Once upon a time there was a little fox named Zorvim."
+_SAMPLING = SamplingParams(max_tokens=220, temperature=0.0)
+_KV_POOL_MIB = 64
+
+
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a checkpoint. Default: demo/model of the repository.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the story begins with.")] = _PROMPT,
+) -> None:
+    """Run the command. Raises what `LocalCluster.start` and `Client.generate` list; `app` reports it."""
+    folder = model or find_demo_model()
+    started_s = time.monotonic()
+
+    def say_ready(process: ClusterProcess) -> None:
+        elapsed_s = time.monotonic() - started_s
+        stdout.print(Text(f"  {process.name:<10} ready at {process.address} after {elapsed_s:.1f} s", style="dim"))
+
+    stdout.print(Text(f"Starting a prefill worker, a decode worker and a router with {folder}", style="bold"))
+    cluster = LocalCluster(folder, worker_options={"kv-pool-mib": _KV_POOL_MIB}, on_ready=say_ready)
+    with cluster:
+        stdout.print()
+        with Client(cluster.router_address) as client:
+            result = _stream(client, prompt)
+        _show(result)
+    stdout.print(Text(f"\nEverything is stopped again; {time.monotonic() - started_s:.1f} s in all.", style="dim"))
+    _suggest(folder)
+
+
+def find_demo_model() -> Path:
+    """Return the demo model's folder: in the repository this file belongs to, or under the working folder.
+
+    Raises:
+        InvalidRequestError: NO_MODEL, neither has it.
+    """
+    candidates = [Path(__file__).resolve().parents[3] / "demo" / "model", Path("demo") / "model"]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise InvalidRequestError(
+        "NO_MODEL", f"no demo model at {candidates[0]}: run this in the repository, or name a checkpoint with --model"
+    )
+
+
+def _stream(client: Client, prompt: str) -> Generation:
+    collector = Collector()
+    stdout.print(Text(prompt, style="bold"), end="", soft_wrap=True)
+    with client.stream(prompt, _SAMPLING, include_timings=True) as stream:
+        for delta in stream:
+            collector.add(delta)
+            write_text(delta.text)
+    write_text("\n")
+    return collector.generation()
+
+
+def _show(result: Generation) -> None:
+    stdout.print()
+    if result.timings:
+        stdout.print(waterfall(result.timings, result.usage))
+
+
+def _suggest(folder: Path) -> None:
+    here = Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    stdout.print(Text("\nNext:", style="bold"))
+    for line in (
+        f"  headrace up --model {folder} --prefill 1 --decode 2",
+        '  headrace generate "Once upon a time" --timings      (in another terminal)',
+        "  headrace status --watch                             (and kill a worker: the story goes on)",
+    ):
+        stdout.print(Text(line), soft_wrap=True)

@@ -1,0 +1,161 @@
+"""`headrace generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+from headrace_core.errors import InvalidRequestError
+from headrace_core.request import SamplingParams
+
+from headrace_client.client import Client
+from headrace_client.codec import Collector
+from headrace_client.commands import options
+from headrace_client.commands.terminal import read_prompt, stderr, write_text
+from headrace_client.commands.waterfall import waterfall
+from headrace_client.connection import DEFAULT_ADDRESS
+from headrace_client.results import ChatMessage, Generation, Prompt
+
+HELP = """Generate text from a prompt and stream it to standard output.
+
+Examples:
+  headrace generate "Once upon a time"
+  headrace generate "Once upon a time" --temperature 0 --max-tokens 50 --timings
+  headrace generate --chat "Tell me a story about a fox named Zorvim."
+  cat prompt.txt | headrace generate - --stop "The end."
+  headrace generate --tokens "0 17 42" --json --top-logprobs 5
+
+Text goes to standard output and nothing else does, so it can be piped; timings go to standard error. A prompt \
+from standard input loses one newline at its end.
+"""
+
+
+def generate(  # the signature is the command line
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; `-` reads standard input.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="IDS", help='Token ids instead of text: "0 17 42".')] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's message of a conversation.")
+    ] = False,
+    n: Annotated[
+        int, typer.Option("-n", help="Independent samples, 1 to 16; several are shown when all are done.")
+    ] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON when it is done.")] = False,
+    timings: Annotated[bool, typer.Option("--timings", help="Show where the time went, on standard error.")] = False,
+    model: Annotated[str, typer.Option(help="Model name; default: the one served.", show_default=False)] = "",
+    request_id: Annotated[
+        str, typer.Option(help="Name for logs; default: the router chooses.", show_default=False)
+    ] = "",
+    timeout: options.Timeout = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    seed: options.Seed = None,
+    min_tokens: options.MinTokens = 0,
+    ignore_eos: options.IgnoreEos = False,
+    stop: options.Stop = None,
+    stop_token_id: options.StopTokenId = None,
+    logit_bias: options.LogitBias = None,
+    top_logprobs: options.TopLogprobs = None,
+    server: options.Server = DEFAULT_ADDRESS,
+    token: options.Token = "",
+    tls: options.Tls = False,
+    tls_roots: options.TlsRoots = None,
+) -> None:
+    """Run the command. Raises what `Client.generate` lists; `app` reports it."""
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        min_tokens=min_tokens,
+        ignore_eos=ignore_eos,
+        stop_token_ids=tuple(stop_token_id or ()),
+        stop_strings=tuple(stop or ()),
+        logit_bias=options.parse_logit_bias(logit_bias),
+        top_logprobs=top_logprobs,
+    )
+    job = _Job(_prompt(prompt, tokens, is_chat=chat), sampling, n, model, request_id, timeout, timings)
+    with options.connect(server, token, tls=tls, tls_roots=tls_roots) as client:
+        result = job.run(client, is_streamed=not as_json and n == 1)
+    if as_json:
+        write_text(json.dumps(to_plain(result), ensure_ascii=False) + "\n")
+    elif n > 1:
+        for index, sample in enumerate(result.samples):
+            write_text(f"--- sample {index} ({sample.finish_reason.value})\n{sample.text}\n")
+    if timings and not as_json:
+        _show_timings(result)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Job:
+    prompt: Prompt
+    sampling: SamplingParams
+    n: int
+    model: str
+    request_id: str
+    timeout_s: float | None
+    include_timings: bool
+
+    def run(self, client: Client, *, is_streamed: bool) -> Generation:
+        """Generate; when streamed, write the text as it comes and end it with a newline, also when it fails."""
+        collector = Collector()
+        has_text = False
+        try:
+            with client.stream(
+                self.prompt,
+                self.sampling,
+                n=self.n,
+                model=self.model,
+                request_id=self.request_id,
+                timeout_s=self.timeout_s,
+                include_timings=self.include_timings,
+            ) as stream:
+                for delta in stream:
+                    collector.add(delta)
+                    if is_streamed:
+                        write_text(delta.text)
+                        has_text = True
+        finally:
+            if has_text:
+                write_text("\n")
+        return collector.generation()
+
+
+def _prompt(prompt: str | None, tokens: str | None, *, is_chat: bool) -> Prompt:
+    if (prompt is None) == (tokens is None):
+        raise InvalidRequestError("BAD_REQUEST", "give either a PROMPT (or `-` for standard input) or --tokens")
+    if tokens is not None:
+        return options.parse_token_ids(tokens)
+    text = read_prompt(prompt or "")
+    return [ChatMessage("user", text)] if is_chat else text
+
+
+def _show_timings(result: Generation) -> None:
+    for sample in result.samples:
+        if sample.timings:
+            stderr.print()
+            stderr.print(waterfall(sample.timings, sample.usage))
+
+
+def to_plain(value: Any) -> Any:
+    """Return dataclasses as dicts and enums as their values, all the way down, for JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value

@@ -1,0 +1,151 @@
+"""Options that several subcommands share, and what they turn into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from headrace_core.errors import InvalidRequestError
+
+from headrace_client.client import Client
+from headrace_client.connection import ConnectionOptions
+
+_CONNECTION = "Connection"
+_SAMPLING = "Sampling"
+
+Server = Annotated[
+    str,
+    typer.Option(
+        "--server", "-s", envvar="HEADRACE_SERVER", help="The router's HOST:PORT.", rich_help_panel=_CONNECTION
+    ),
+]
+Token = Annotated[
+    str,
+    typer.Option(
+        envvar="HEADRACE_TOKEN",
+        help="Bearer token, if the router asks for one.",
+        rich_help_panel=_CONNECTION,
+        show_default=False,
+    ),
+]
+Tls = Annotated[
+    bool, typer.Option("--tls", help="Encrypt, and trust the system's root certificates.", rich_help_panel=_CONNECTION)
+]
+TlsRoots = Annotated[
+    Path | None,
+    typer.Option(help="Encrypt, and trust the root certificates of this PEM file.", rich_help_panel=_CONNECTION),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="Seconds the whole answer may take. Default: the router's limit."),
+]
+
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", "-m", help="Most tokens to generate. Default: 256.", rich_help_panel=_SAMPLING),
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING)
+]
+TopP = Annotated[
+    float,
+    typer.Option(help="Choose among the likeliest tokens with this total probability.", rich_help_panel=_SAMPLING),
+]
+TopK = Annotated[int, typer.Option(help="Choose among this many likeliest tokens; 0: all.", rich_help_panel=_SAMPLING)]
+MinP = Annotated[
+    float,
+    typer.Option(help="Drop tokens less likely than this times the likeliest.", rich_help_panel=_SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(help="Above 1, tokens seen in prompt or output become less likely.", rich_help_panel=_SAMPLING),
+]
+PresencePenalty = Annotated[
+    float, typer.Option(help="Subtracted once from tokens already in the output.", rich_help_panel=_SAMPLING)
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="Subtracted from output tokens for each time they occurred.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Same seed, same text. Default: the router draws one.", rich_help_panel=_SAMPLING),
+]
+MinTokens = Annotated[int, typer.Option(help="Fewest tokens before the text may end.", rich_help_panel=_SAMPLING)]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.", rich_help_panel=_SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End before this text; may be repeated.", rich_help_panel=_SAMPLING),
+]
+StopTokenId = Annotated[
+    list[int] | None,
+    typer.Option("--stop-token-id", help="End at this token; may be repeated.", rich_help_panel=_SAMPLING),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logit-bias",
+        metavar="ID=BIAS",
+        help="Make a token likelier or less likely; may be repeated.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopLogprobs = Annotated[
+    int | None,
+    typer.Option(
+        help="Report each token's log-probability and those of this many likeliest; see --json.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+
+
+def connect(server: str, token: str, *, tls: bool, tls_roots: Path | None) -> Client:
+    """Return a client for the connection options given."""
+    return Client(server, ConnectionOptions(use_tls=tls, root_certificates=tls_roots, token=token))
+
+
+def parse_logit_bias(entries: list[str] | None) -> dict[int, float]:
+    """Return token id to bias from `ID=BIAS` entries.
+
+    Raises:
+        InvalidRequestError: BAD_SAMPLING, naming the entry.
+    """
+    biases: dict[int, float] = {}
+    for entry in entries or []:
+        token_id, _, bias = entry.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise InvalidRequestError("BAD_SAMPLING", f"--logit-bias {entry!r} is not ID=BIAS, such as 42=-5") from None
+    return biases
+
+
+def parse_token_ids(text: str) -> list[int]:
+    """Return token ids written with commas or spaces between them.
+
+    Raises:
+        InvalidRequestError: BAD_TOKEN, naming what is no number.
+    """
+    token_ids: list[int] = []
+    for part in text.replace(",", " ").split():
+        if not part.isdecimal():
+            raise InvalidRequestError("BAD_TOKEN", f"--tokens: {part!r} is not a token id")
+        token_ids.append(int(part))
+    return token_ids
+
+
+def parse_settings(entries: list[str] | None) -> dict[str, str]:
+    """Return setting to value from `NAME=VALUE` entries.
+
+    Raises:
+        InvalidRequestError: BAD_OPTION, naming the entry.
+    """
+    settings: dict[str, str] = {}
+    for entry in entries or []:
+        name, sign, value = entry.removeprefix("--").partition("=")
+        if not name or not sign:
+            raise InvalidRequestError("BAD_OPTION", f"{entry!r} is not NAME=VALUE, such as max-step-tokens=512")
+        settings[name.replace("_", "-")] = value
+    return settings

@@ -1,0 +1,97 @@
+"""`headrace status`."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from headrace_client.client import Client
+from headrace_client.commands import options
+from headrace_client.commands.generate import to_plain
+from headrace_client.commands.terminal import stdout, write_text
+from headrace_client.connection import DEFAULT_ADDRESS, cause_of
+from headrace_client.results import ServerInfo, Worker
+
+HELP = """Show the router's model, its workers, and how full they are.
+
+Examples:
+  headrace status
+  headrace status --watch
+  headrace status --json | jq '.workers[].state'
+
+Pages are the unit of the KV cache. A lease is a sequence whose pages a prefill worker keeps until a decode worker \
+has them. With --watch, --json prints one line per look.
+"""
+
+_STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "unreachable": "red", "refused": "red"}
+_LOST_STATES = ("unreachable", "starting", "refused")
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.0, help="Seconds between looks, with --watch.")] = 1.0,
+    server: options.Server = DEFAULT_ADDRESS,
+    token: options.Token = "",
+    tls: options.Tls = False,
+    tls_roots: options.TlsRoots = None,
+) -> None:
+    """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
+    with options.connect(server, token, tls=tls, tls_roots=tls_roots) as client:
+        if as_json:
+            _print_json(client, interval if watch else None)
+        elif not watch:
+            stdout.print(_render(client.server_info()))
+        else:
+            _watch(client, interval)
+
+
+def _print_json(client: Client, interval_s: float | None) -> None:
+    while True:
+        info = to_plain(client.server_info())
+        write_text(json.dumps(info, indent=2 if interval_s is None else None) + "\n")
+        if interval_s is None:
+            return
+        time.sleep(interval_s)
+
+
+def _watch(client: Client, interval_s: float) -> None:
+    with Live(_render(client.server_info()), console=stdout, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            live.update(_render(client.server_info()), refresh=True)
+
+
+def _render(info: ServerInfo) -> RenderableType:
+    context = f"context {info.max_context_tokens} tokens" if info.max_context_tokens else "no worker is ready yet"
+    head = Text.assemble((info.model_name, "bold"), f"  {info.model_fingerprint[:12]}  {context}")
+    load = Text(f"{info.num_running} requests running, {info.num_queued} queued; headrace {info.version}", style="dim")
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("worker", "role", "state", "transport"):
+        table.add_column(name)
+    for name in ("pages used", "running", "waiting", "leases"):
+        table.add_column(name, justify="right")
+    for worker in info.workers:
+        table.add_row(*_row(worker))
+    details = [Text(f"{worker.address}: {cause_of(worker.detail)}") for worker in info.workers if worker.detail]
+    return Group(head, load, "", table if info.workers else Text("no workers"), *details)
+
+
+def _row(worker: Worker) -> tuple[RenderableType, ...]:
+    used = f"{worker.num_pages - worker.num_free_pages} / {worker.num_pages}"
+    counts = (used, str(worker.num_running), str(worker.num_waiting), str(worker.num_leases))
+    return (
+        worker.address,
+        worker.role or "?",
+        Text(worker.state, style=_STATE_STYLES.get(worker.state, "")),
+        ", ".join(worker.transports) or "-",
+        # What a lost worker last said about itself holds no longer.
+        *(("-",) * len(counts) if worker.state in _LOST_STATES else counts),
+    )

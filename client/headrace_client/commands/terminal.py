@@ -1,0 +1,76 @@
+"""What every subcommand shares: the consoles, errors in words, prompts from arguments and pipes."""
+
+from __future__ import annotations
+
+import sys
+
+from headrace_core.errors import HeadraceError, InvalidRequestError, NotFoundError
+from headrace_core.rpc import MAX_MESSAGE_BYTES
+from rich.console import Console
+from rich.text import Text
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+_HINTS = {
+    "UNREACHABLE": "Start one with `headrace up --model DIR`, or name another with --server HOST:PORT.",
+    "CONNECTION_LOST": "`headrace status` shows whether the router is back.",
+    "BAD_TOKEN_AUTH": "Give the router's token with --token or in HEADRACE_TOKEN.",
+    "NO_WORKERS": "`headrace status` shows the workers and what keeps them from serving.",
+    "QUEUE_FULL": "Try again later, or add workers.",
+    "UNKNOWN_MODEL": "`headrace status` names the model served.",
+}
+
+
+def report(error: HeadraceError) -> None:
+    """Print what is wrong and, where it is known, what to do, to standard error."""
+    line = Text.assemble(("error: ", "bold red"), str(error))
+    if hint := _HINTS.get(error.reason):
+        line.append(f"\n{hint}")
+    stderr.print(line, soft_wrap=True)
+
+
+def exit_code(error: HeadraceError) -> int:
+    """Return 2 if the caller's input is wrong, 1 if the server failed."""
+    return 2 if isinstance(error, InvalidRequestError | NotFoundError) else 1
+
+
+def write_text(text: str) -> None:
+    """Write generated text to standard output as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def read_prompt(argument: str) -> str:
+    """Return a prompt given on the command line; `-` reads it from standard input, less one newline at its end.
+
+    Raises:
+        InvalidRequestError: BAD_REQUEST, not UTF-8; PROMPT_TOO_LONG, larger than any router takes.
+    """
+    # Bytes of an argument that are not UTF-8 arrive as lone surrogates; this makes them bytes again.
+    raw = _read_stdin() if argument == "-" else argument.encode(errors="surrogateescape")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            "BAD_REQUEST", f"the prompt is not valid UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
+        ) from None
+
+
+def _read_stdin() -> bytes:
+    raw = sys.stdin.buffer.read(MAX_MESSAGE_BYTES + 1)
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(
+            "PROMPT_TOO_LONG", f"the prompt is larger than {MAX_MESSAGE_BYTES >> 20} MiB, which no router takes"
+        )
+    return raw.removesuffix(b"\n")
+
+
+def format_bytes(size_bytes: int) -> str:
+    """Return a size with its unit: 640.0 KiB."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

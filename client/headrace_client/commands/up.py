@@ -1,0 +1,163 @@
+"""`headrace up`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from headrace_core.cluster_process import ClusterProcess
+from headrace_core.local_cluster import LocalCluster
+from rich.text import Text
+
+from headrace_client.commands.options import parse_settings
+from headrace_client.commands.terminal import stdout
+from headrace_client.connection import DEFAULT_ADDRESS
+
+HELP = """Start a router and its workers on this machine; Ctrl-C stops them.
+
+Examples:
+  headrace up --model demo/model
+  headrace up --model DIR --prefill 2 --decode 2 --kv-pool-mib 1024
+  headrace up --model DIR --both 1                (one worker, no hand-off)
+  headrace up --model DIR --worker-option max-step-tokens=512
+
+The cores are divided among the workers. A worker that dies is reported and not started again; its requests go on \
+elsewhere if another worker can take them. If the router dies, everything stops.
+
+Options of the processes:
+  python -m headrace_router --help
+  python -m headrace_prefill --help
+  python -m headrace_decode --help
+"""
+
+_LOOK_S = 0.2
+_STYLES = {"router": "magenta", "prefill": "cyan", "decode": "green", "both": "blue"}
+_NAME_WIDTH = 10
+
+_Settings = list[str] | None
+
+
+def up(  # the signature is the command line
+    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face checkpoint.", show_default=False)],
+    prefill: Annotated[
+        int | None, typer.Option("--prefill", "-p", min=0, help="Prefill workers. Default: 1, or 0 with --both.")
+    ] = None,
+    decode: Annotated[
+        int | None, typer.Option("--decode", "-d", min=0, help="Decode workers. Default: 1, or 0 with --both.")
+    ] = None,
+    both: Annotated[int, typer.Option("--both", "-b", min=0, help="Workers that prefill and decode.")] = 0,
+    listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = DEFAULT_ADDRESS,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the router's Prometheus metrics; 0: any.")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    kv_pool_mib: Annotated[int, typer.Option(min=1, help="Memory of each worker for pages, MiB.")] = 256,
+    worker_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For all workers.")] = None,
+    prefill_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For prefill workers.")] = None,
+    decode_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For decode workers.")] = None,
+    router_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For the router.")] = None,
+) -> None:
+    """Run the command. Raises what `LocalCluster.start` lists; `app` reports it."""
+    cluster = LocalCluster(
+        model,
+        (0 if both else 1) if prefill is None else prefill,
+        (0 if both else 1) if decode is None else decode,
+        num_both=both,
+        router_options={
+            "listen": listen,
+            "metrics-listen": f"127.0.0.1:{metrics_port}",
+            **parse_settings(router_option),
+        },
+        worker_options={"dtype": dtype, "kv-pool-mib": kv_pool_mib, **parse_settings(worker_option)},
+        prefill_options=parse_settings(prefill_option),
+        decode_options=parse_settings(decode_option),
+        log_sink=_print_line,
+        on_ready=_say_ready,
+    )
+    with _sigterm_as_interrupt():
+        _run(cluster)
+
+
+def _run(cluster: LocalCluster) -> None:
+    """Start, watch until Ctrl-C or the router's end, stop; a Ctrl-C while stopping kills."""
+    has_started = False
+    try:
+        cluster.start()
+        has_started = True
+        _explain(cluster)
+        _watch(cluster)
+        raise typer.Exit(1)
+    except KeyboardInterrupt:
+        # Once it serves, Ctrl-C is how it is meant to end.
+        if not has_started:
+            raise
+    finally:
+        _stop(cluster)
+
+
+def _watch(cluster: LocalCluster) -> None:
+    """Report each process that ends; return when the router has."""
+    reported: set[str] = set()
+    while "router" not in reported:
+        time.sleep(_LOOK_S)
+        for process in cluster.processes:
+            if process.name not in reported and process.poll() is not None:
+                reported.add(process.name)
+                stdout.print(Text(f"{process.name} ended unasked: {_ending(process)}", style="bold red"))
+
+
+def _stop(cluster: LocalCluster) -> None:
+    if any(process.poll() is None for process in cluster.processes):
+        stdout.print("stopping; Ctrl-C again kills", style="dim")
+    try:
+        cluster.stop()
+    except KeyboardInterrupt:
+        cluster.kill()
+
+
+def _explain(cluster: LocalCluster) -> None:
+    address = cluster.router_address
+    server = "" if address == DEFAULT_ADDRESS else f" --server {address}"
+    lines = [
+        Text(f"\n{cluster.model_dir} is served at {address}. In another terminal:", style="bold"),
+        Text(f'  headrace generate{server} "Once upon a time"'),
+        Text(f"  headrace chat{server}"),
+        Text(f"  headrace status{server} --watch"),
+        Text(f"Metrics: http://{cluster.router.metrics_address}/metrics. Ctrl-C stops everything.\n"),
+    ]
+    for line in lines:
+        stdout.print(line, soft_wrap=True)
+
+
+def _say_ready(process: ClusterProcess) -> None:
+    stdout.print(Text(f"{process.name} is ready at {process.address} (pid {process.pid})", style="bold"))
+
+
+def _print_line(name: str, line: str) -> None:
+    style = _STYLES[name.partition("-")[0]]
+    try:
+        stdout.print(Text.assemble((f"{name:>{_NAME_WIDTH}} | ", style), line), soft_wrap=True)
+    except (SystemExit, OSError):
+        # Nobody reads any more (rich exits then): end as a pipeline's commands do, but in order.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _ending(process: ClusterProcess) -> str:
+    code = process.poll() or 0
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Generator[None, Any, None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that its children drain."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

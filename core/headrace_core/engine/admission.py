@@ -1,0 +1,57 @@
+"""What every worker checks before it takes a sequence: fail closed, at the door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace_core.engine.finish import ModelLimits
+from headrace_core.errors import InvalidRequestError
+from headrace_core.request import DEFAULT_MAX_TOKENS, SamplingParams, check_request_id, check_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """What to compute for one sample of one request.
+
+    `token_ids` are the prompt, then the tokens that earlier attempts already produced.
+    """
+
+    request_id: str
+    attempt: int
+    sample_index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens that earlier attempts already produced."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def check(self, limits: ModelLimits) -> None:
+        """Check every field.
+
+        Raises:
+            InvalidRequestError: EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST.
+        """
+        check_request_id(self.request_id)
+        if self.attempt < 1:
+            raise InvalidRequestError("BAD_REQUEST", "attempt is 0; attempts count from 1")
+        if not self.token_ids:
+            raise InvalidRequestError("EMPTY_PROMPT", "token_ids is empty; send at least one")
+        if not 1 <= self.num_prompt_tokens <= len(self.token_ids):
+            raise InvalidRequestError(
+                "BAD_REQUEST", f"num_prompt_tokens is {self.num_prompt_tokens}, of {len(self.token_ids)} token_ids"
+            )
+        if len(self.token_ids) >= limits.max_context_tokens:
+            raise InvalidRequestError(
+                "PROMPT_TOO_LONG",
+                f"{len(self.token_ids)} tokens leave no room to generate in a context of {limits.max_context_tokens}",
+            )
+        if self.params.seed is None:
+            raise InvalidRequestError("BAD_SAMPLING", "seed is unset; the router draws one")
+        max_tokens = DEFAULT_MAX_TOKENS if self.params.max_tokens is None else self.params.max_tokens
+        if self.num_output_tokens >= max_tokens:
+            raise InvalidRequestError("BAD_REQUEST", f"all of max_tokens={max_tokens} tokens are produced already")
+        check_token_ids(self.token_ids, limits.vocab_size, "token_ids")
+        self.params.validate_tokens(limits.vocab_size)

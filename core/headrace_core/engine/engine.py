@@ -1,0 +1,173 @@
+"""The engine thread: plan, step, apply.
+
+The event loop and this thread meet at two queues and nowhere else. Inwards: commands, functions that run on the
+scheduler between two steps. Outwards: the scheduler's events, handed to the loop once per step. An idle engine blocks.
+
+A step that raises fails the sequences of that step and frees their pages; the engine goes on. Anything raised outside
+a step means that our own books can't be trusted: the thread ends, and the process with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from headrace_core.engine.step import StepPlan, StepResult
+from headrace_core.errors import HeadraceError
+from headrace_core.kv.page_pool import PageState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the scheduler holds now."""
+
+    num_free_pages: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_sequences: int = 0
+    page_counts: dict[PageState, int] = field(default_factory=dict[PageState, int])
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did, for metrics."""
+
+    num_tokens: int
+    duration_s: float
+    expert_counts: dict[int, list[int]]
+
+
+E_co = TypeVar("E_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class News(Generic[E_co]):
+    """What the engine thread tells the event loop, at most once per step; `report` is None if no step ran."""
+
+    events: Sequence[E_co]
+    report: StepReport | None
+    load: Load
+
+
+class FatalStepError(Exception):
+    """A step failed in a way that no later step can survive, as a sticky device error; the process must end."""
+
+
+class Scheduler(Protocol[E_co]):
+    """What the engine asks of a scheduler. Engine thread only; `now` is the engine's clock, seconds."""
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Choose the next step's work; None when nothing can be computed until a command comes."""
+        ...
+
+    def apply(self, result: StepResult, now: float) -> None:
+        """Take in what the planned step produced."""
+        ...
+
+    def fail_step(self, error: HeadraceError, now: float) -> None:
+        """End the sequences of the planned step with `error` and free their pages."""
+        ...
+
+    def take_events(self) -> Sequence[E_co]:
+        """Return what happened since the last call, in order; commands, plans and steps all make events."""
+        ...
+
+    def load(self) -> Load:
+        """Return what is held now."""
+        ...
+
+
+S = TypeVar("S", bound=Scheduler[Any])
+
+
+class Engine(Generic[S]):
+    """Runs a scheduler against a model on a thread of its own.
+
+    `deliver` and `on_fatal` are called on the event loop.
+    """
+
+    def __init__(
+        self,
+        scheduler: S,
+        step: Callable[[StepPlan], StepResult],
+        *,
+        deliver: Callable[[News[Any]], None],
+        on_fatal: Callable[[BaseException], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._step_model = step
+        self._deliver = deliver
+        self._on_fatal = on_fatal
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[Callable[[S], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._load = Load()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, command: Callable[[S], None]) -> None:
+        """Run `command` on the scheduler between two steps, after those submitted before. Any thread."""
+        self._commands.put(command)
+
+    async def stop(self) -> None:
+        """End the thread after the step under way and the commands before this call."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        is_idle = True
+        try:
+            while self._take_commands(wait=is_idle):
+                plan = self._scheduler.plan(self._clock())
+                report = self._step(plan) if plan else None
+                self._publish(report)
+                is_idle = plan is None
+        except BaseException as error:  # noqa: BLE001 - the boundary: the process ends on it
+            self._loop.call_soon_threadsafe(self._on_fatal, error)
+
+    def _take_commands(self, *, wait: bool) -> bool:
+        """Run the commands that are there, waiting for one if there is nothing to step; False when told to stop."""
+        while wait or not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                return False
+            command(self._scheduler)
+            wait = False
+        return True
+
+    def _step(self, plan: StepPlan) -> StepReport | None:
+        try:
+            result = self._step_model(plan)
+        except FatalStepError:
+            raise
+        except Exception as cause:  # the boundary: a failed step fails its sequences, not the process
+            error = cause if isinstance(cause, HeadraceError) else _engine_failed(cause)
+            log.error("step failed", extra={"reason": error.reason, "sequences": len(plan.chunks)}, exc_info=cause)
+            self._scheduler.fail_step(error, self._clock())
+            return None
+        self._scheduler.apply(result, self._clock())
+        return StepReport(plan.num_tokens, result.duration_s, result.expert_counts)
+
+    def _publish(self, report: StepReport | None) -> None:
+        load, events = self._scheduler.load(), self._scheduler.take_events()
+        if report or events or load != self._load:
+            self._load = load
+            self._loop.call_soon_threadsafe(self._deliver, News(events, report, load))
+
+
+def _engine_failed(cause: Exception) -> HeadraceError:
+    return HeadraceError("ENGINE_FAILED", f"the step raised {type(cause).__name__}; the worker's log has the traceback")

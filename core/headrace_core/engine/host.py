@@ -1,0 +1,203 @@
+"""The frame of a worker process: gRPC server, model, engine thread, readiness. Prefill and decode fill it.
+
+STARTING ──model loaded──► READY ──drain──► DRAINING ──► STOPPED
+    any state ──engine thread died──► FAILED (health NOT_SERVING; the process exits)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from headrace.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
+
+from headrace_core import __version__
+from headrace_core.config import WorkerSettings
+from headrace_core.engine.engine import Engine, News, Scheduler
+from headrace_core.engine.executor import Executor
+from headrace_core.engine.loading import LoadedModel
+from headrace_core.engine.metrics import WorkerMetrics
+from headrace_core.engine.worker_service import LoadBoard, WorkerServicer
+from headrace_core.errors import UnavailableError
+from headrace_core.rpc import Server
+from headrace_core.wire import encode_layout
+
+log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 0.5
+WORKER_SERVICE = "headrace.v1.WorkerService"
+
+Loader = Callable[[WorkerSettings], LoadedModel]
+
+
+class HostState(Enum):
+    """Where the process is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+S = TypeVar("S", bound=Scheduler[Any])
+
+
+class WorkerHost(Generic[S]):
+    """Event loop only. `failed` resolves when the engine thread dies."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        role: types_pb2.WorkerRole.ValueType,
+        services: Sequence[str],
+        transports: Sequence[str],
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._settings = settings
+        self._role: types_pb2.WorkerRole.ValueType = role
+        self._transports = transports
+        self._metrics = metrics
+        self.server = Server([*services, WORKER_SERVICE])
+        self.board = LoadBoard()
+        self.incarnation = secrets.randbits(64)
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.state = HostState.STARTING
+        self.address = ""
+        self._model: LoadedModel | None = None
+        self._engine: Engine[S] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(
+            WorkerServicer(self.info, self.board, self.begin_drain), self.server.grpc
+        )
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model.
+
+        Raises:
+            UnavailableError: STARTING, it is not loaded yet.
+        """
+        if self._model is None:
+            raise UnavailableError("STARTING", "the worker is loading its model; try again")
+        return self._model
+
+    @property
+    def engine(self) -> Engine[S]:
+        """The engine; there once the model is."""
+        assert self._engine is not None, "the engine starts with the model"
+        return self._engine
+
+    @property
+    def endpoint(self) -> str:
+        """Address at which others reach this worker."""
+        if self._settings.advertise:
+            return self._settings.advertise
+        host, _, port = self.address.rpartition(":")
+        return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "::") else self.address
+
+    async def bind(self) -> str:
+        """Serve with health NOT_SERVING; return the address. Add servicers before.
+
+        Raises:
+            HeadraceError: BIND.
+        """
+        self.address = self.server.bind(self._settings.listen)
+        await self.server.start()
+        return self.address
+
+    async def load(self, loader: Loader) -> LoadedModel:
+        """Load the model on another thread, while RPCs are answered.
+
+        Raises:
+            CheckpointError: it can't be served.
+        """
+        return await asyncio.to_thread(loader, self._settings)
+
+    async def go(self, model: LoadedModel, scheduler: S, on_news: Callable[[News[Any]], None]) -> None:
+        """Start the engine and take work; `on_news` is called on the event loop, once per step."""
+
+        def deliver(news: News[Any]) -> None:
+            self.board.set_load(news.load)
+            self._metrics.observe_load(news.load)
+            if news.report:
+                self._metrics.observe_step(news.report)
+            on_news(news)
+
+        executor = Executor(model.model, model.cache)
+        self._model = model
+        self._engine = Engine(scheduler, executor.step, deliver=deliver, on_fatal=self._on_fatal)
+        self._engine.start()
+        self._engine.submit(lambda _: None)  # makes the first load report
+        self.state = HostState.READY
+        await self.server.set_ready(True)
+
+    def require_ready(self) -> None:
+        """Refuse new work unless ready.
+
+        Raises:
+            UnavailableError: STARTING, DRAINING.
+        """
+        if self.state is HostState.STARTING:
+            raise UnavailableError("STARTING", "the worker is loading its model; try again")
+        if self.state is not HostState.READY:
+            raise UnavailableError("DRAINING", "the worker takes no new work; try another")
+
+    def begin_drain(self) -> None:
+        """Refuse new work from now on. Idempotent.
+
+        Raises:
+            UnavailableError: STARTING, there is nothing to drain yet.
+        """
+        if self.state is HostState.STARTING:
+            raise UnavailableError("STARTING", "the worker is loading its model; stop the process instead")
+        if self.state is HostState.READY:
+            self.state = HostState.DRAINING
+            self.board.set_draining()
+            self._draining = asyncio.ensure_future(self.server.set_ready(False))
+
+    async def stop(self) -> None:
+        """Stop answering and end the engine thread."""
+        self.state = HostState.STOPPED
+        await self.server.set_ready(False)
+        await self.server.stop(_STOP_GRACE_S)
+        if self._draining:
+            await self._draining
+        if self._engine:
+            await self._engine.stop()
+
+    def info(self) -> worker_service_pb2.GetInfoResponse:
+        """Return who this worker is.
+
+        Raises:
+            UnavailableError: STARTING.
+        """
+        model = self.model
+        return worker_service_pb2.GetInfoResponse(
+            role=self._role,
+            incarnation=self.incarnation,
+            model_name=model.name,
+            model_fingerprint=model.fingerprint,
+            layout=encode_layout(model.layout),
+            num_pages=model.num_pages,
+            max_context_tokens=model.limits.max_context_tokens,
+            max_step_tokens=self._settings.max_step_tokens,
+            max_step_sequences=self._settings.max_step_sequences,
+            vocab_size=model.limits.vocab_size,
+            eos_token_ids=model.limits.eos_token_ids,
+            transports=self._transports,
+            version=__version__,
+        )
+
+    def _on_fatal(self, error: BaseException) -> None:
+        self.state = HostState.FAILED
+        self._draining = asyncio.ensure_future(self.server.set_ready(False))
+        with contextlib.suppress(asyncio.InvalidStateError):
+            self.failed.set_exception(error)

@@ -1,0 +1,87 @@
+"""Metrics that every worker has, on its own registry. Seconds, bytes, tokens; docs/metrics.md lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from headrace_core.engine.engine import Load, StepReport
+from headrace_core.kv.page_pool import PageState
+from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
+
+
+class ExpertTokens(Collector):
+    """`headrace_expert_tokens_total`: summed per step with plain additions, turned into samples only when scraped."""
+
+    def __init__(self) -> None:
+        self._totals: dict[int, list[int]] = {}
+
+    def add(self, counts: dict[int, list[int]]) -> None:
+        """Add tokens per routed expert, by layer."""
+        for layer, tokens in counts.items():
+            before = self._totals.get(layer)
+            self._totals[layer] = [a + b for a, b in zip(before, tokens, strict=True)] if before else list(tokens)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the samples; called by the registry, on its own thread."""
+        family = CounterMetricFamily(
+            "headrace_expert_tokens", "Tokens routed to each expert", labels=["layer", "expert"]
+        )
+        for layer, tokens in list(self._totals.items()):
+            for expert, count in enumerate(tokens):
+                family.add_metric([str(layer), str(expert)], count)
+        yield family
+
+
+class WorkerMetrics:
+    """The metric objects of one worker process. Every label value that is known is there from the first scrape."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.kv_pages = Gauge("headrace_kv_pages", "Pages of the pool", ["state"], registry=registry)
+        self.running = Gauge("headrace_running_sequences", "Sequences computed in steps", registry=registry)
+        self.waiting = Gauge("headrace_waiting_sequences", "Sequences queued in this worker", registry=registry)
+        self.cache_hit_tokens = Counter(
+            "headrace_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache", registry=registry
+        )
+        self.cache_query_tokens = Counter(
+            "headrace_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache", registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "headrace_prompt_tokens_total", "Prompt tokens of prefilled sequences, cached ones included",
+            registry=registry,
+        )  # fmt: skip
+        self.output_tokens = Counter("headrace_output_tokens_total", "Tokens sampled", registry=registry)
+        self.step_seconds = Histogram(
+            "headrace_step_seconds", "Duration of a step", buckets=LATENCY_BUCKETS, registry=registry
+        )
+        self.step_tokens = Counter("headrace_step_tokens_total", "Tokens computed in steps", registry=registry)
+        self.queue_seconds = Histogram(
+            "headrace_queue_seconds", "From a sequence's arrival at this worker to its pages", buckets=PHASE_BUCKETS,
+            registry=registry,
+        )  # fmt: skip
+        self.transfer_bytes = Counter(
+            "headrace_transfer_bytes_total", "Page bytes moved", ["transport", "direction"], registry=registry
+        )
+        self.handoff_failures = Counter(
+            "headrace_handoff_failures_total", "Hand-offs that ended without a takeover", ["reason"], registry=registry
+        )
+        self.expert_tokens = ExpertTokens()
+        registry.register(self.expert_tokens)
+        for state in PageState:
+            self.kv_pages.labels(state.value).set(0)
+
+    def observe_load(self, load: Load) -> None:
+        """Show what the scheduler holds."""
+        for state, count in load.page_counts.items():
+            self.kv_pages.labels(state.value).set(count)
+        self.running.set(load.num_running)
+        self.waiting.set(load.num_waiting)
+
+    def observe_step(self, report: StepReport) -> None:
+        """Count one step."""
+        self.step_seconds.observe(report.duration_s)
+        self.step_tokens.inc(report.num_tokens)
+        self.expert_tokens.add(report.expert_counts)

@@ -1,0 +1,157 @@
+"""Who owns each page of the cache. Pure bookkeeping; engine thread only.
+
+    FREE ──allocate──► OWNED ──share──► CACHED (reference-counted) ──evict, at 0 references──► FREE
+                         │ ──free──────────────────────────────────────────────────────────► FREE
+                         └──quarantine──► QUARANTINED ──free──────────────────────────────► FREE
+
+An OWNED page has one owner, its only writer. A CACHED page is read-only and belongs to the prefix cache; sequences
+hold references. A QUARANTINED page may still be written by a cancelled transfer: nobody gets it until its owner says
+that the transfer is drained. Every way to FREE bumps the page's generation, so reuse is visible to whoever remembers
+the page by (id, generation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+from headrace_core.errors import OverloadedError
+
+
+class PageState(Enum):
+    """Where a page is in its life; the value is the metric label."""
+
+    FREE = "free"
+    OWNED = "owned"
+    CACHED = "cached"
+    QUARANTINED = "quarantined"
+
+
+_NOBODY = -1
+
+
+class PagePool:
+    """Pages 0 ... num_pages-1. Misuse is a bug of ours, hence assertions; only running out of pages is an error."""
+
+    def __init__(self, num_pages: int) -> None:
+        assert num_pages > 0, "a pool needs pages"
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._states = [PageState.FREE] * num_pages
+        self._counts = dict.fromkeys(PageState, 0) | {PageState.FREE: num_pages}
+        self._owners = [_NOBODY] * num_pages
+        self._references = [0] * num_pages
+        self._generations = [0] * num_pages
+        self._num_unreferenced = 0
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody has."""
+        return len(self._free)
+
+    @property
+    def num_unreferenced(self) -> int:
+        """Cached pages that no sequence uses; they can be evicted."""
+        return self._num_unreferenced
+
+    def state(self, page_id: int) -> PageState:
+        """Return the page's state."""
+        return self._states[page_id]
+
+    def references(self, page_id: int) -> int:
+        """Return how many sequences use the cached page."""
+        return self._references[page_id]
+
+    def generation(self, page_id: int) -> int:
+        """Return the page's generation. Any thread."""
+        return self._generations[page_id]
+
+    def counts(self) -> dict[PageState, int]:
+        """Return how many pages are in each state; they sum to `num_pages`."""
+        return dict(self._counts)
+
+    def allocate(self, count: int, owner: int) -> list[int]:
+        """Give `count` free pages to `owner` (at least 0).
+
+        Raises:
+            OverloadedError: NO_FREE_PAGES; nothing was allocated.
+        """
+        if count > len(self._free):
+            raise OverloadedError(
+                "NO_FREE_PAGES", f"{count} pages needed, {len(self._free)} of {self.num_pages} free; try again later"
+            )
+        assert owner >= 0, "owners are not negative"
+        page_ids = [self._free.pop() for _ in range(count)]
+        for page_id in page_ids:
+            self._move(page_id, PageState.OWNED)
+            self._owners[page_id] = owner
+        return page_ids
+
+    def free(self, page_ids: Iterable[int], owner: int) -> None:
+        """Take owned or quarantined pages back from `owner`."""
+        for page_id in page_ids:
+            assert self._states[page_id] in (PageState.OWNED, PageState.QUARANTINED), f"page {page_id} is not owned"
+            assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
+            self._put_back(page_id)
+
+    def quarantine(self, page_ids: Iterable[int], owner: int) -> None:
+        """Set owned pages aside until `free`: bytes may still land in them."""
+        for page_id in page_ids:
+            assert self._states[page_id] is PageState.OWNED, f"page {page_id} is not owned"
+            assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
+            self._move(page_id, PageState.QUARANTINED)
+
+    def share(self, page_id: int, owner: int) -> None:
+        """Make an owned page a cached one, of which its former owner holds the first reference."""
+        assert self._states[page_id] is PageState.OWNED, f"page {page_id} is not owned"
+        assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
+        self._move(page_id, PageState.CACHED)
+        self._owners[page_id] = _NOBODY
+        self._references[page_id] = 1
+
+    def retain(self, page_id: int) -> None:
+        """Add a reference to a cached page."""
+        assert self._states[page_id] is PageState.CACHED, f"page {page_id} is not cached"
+        if not self._references[page_id]:
+            self._num_unreferenced -= 1
+        self._references[page_id] += 1
+
+    def release(self, page_id: int) -> None:
+        """Drop a reference to a cached page; the page stays cached."""
+        assert self._references[page_id] > 0, f"page {page_id} has no references"
+        self._references[page_id] -= 1
+        if not self._references[page_id]:
+            self._num_unreferenced += 1
+
+    def evict(self, page_id: int) -> None:
+        """Free a cached page that nobody references."""
+        assert self._states[page_id] is PageState.CACHED, f"page {page_id} is not cached"
+        assert not self._references[page_id], f"page {page_id} is in use"
+        self._num_unreferenced -= 1
+        self._put_back(page_id)
+
+    def check_integrity(self) -> None:
+        """Assert that every page is somewhere exactly once. Linear in the pool; for tests and drained engines."""
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert sum(self._counts.values()) == self.num_pages, "pages do not sum up"
+        assert self._counts == {state: self._states.count(state) for state in PageState}, "pages are miscounted"
+        num_unreferenced = 0
+        for page_id, state in enumerate(self._states):
+            has_owner = state in (PageState.OWNED, PageState.QUARANTINED)
+            assert (self._owners[page_id] != _NOBODY) == has_owner, f"page {page_id}: owner does not fit {state}"
+            assert not self._references[page_id] or state is PageState.CACHED, f"page {page_id}: stray references"
+            num_unreferenced += state is PageState.CACHED and not self._references[page_id]
+        free_ids = {page_id for page_id, state in enumerate(self._states) if state is PageState.FREE}
+        assert free_ids == set(self._free), "the free list and the states differ"
+        assert num_unreferenced == self._num_unreferenced, "unreferenced pages are miscounted"
+
+    def _move(self, page_id: int, state: PageState) -> None:
+        self._counts[self._states[page_id]] -= 1
+        self._counts[state] += 1
+        self._states[page_id] = state
+
+    def _put_back(self, page_id: int) -> None:
+        self._move(page_id, PageState.FREE)
+        self._owners[page_id] = _NOBODY
+        self._generations[page_id] += 1
+        self._free.append(page_id)

@@ -1,0 +1,101 @@
+"""A sequence's pages: taken, grown, shared and given back in one place. Engine thread only.
+
+The first `len(nodes)` pages of a sequence are shared ones of the prefix cache, read-only; the rest are its own.
+`SequencePages.free` is the only way back, whatever ended the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headrace_core.errors import OverloadedError
+from headrace_core.kv.page_pool import PagePool
+from headrace_core.kv.prefix_cache import PrefixCache, PrefixNode
+
+
+@dataclass(slots=True)
+class SequencePages:
+    """What one sequence holds; `page_ids` in order of position."""
+
+    owner: int
+    page_ids: list[int] = field(default_factory=list[int])
+    nodes: list[PrefixNode] = field(default_factory=list[PrefixNode])
+    is_quarantined: bool = False
+
+    @property
+    def own_page_ids(self) -> list[int]:
+        """The pages that nobody else may read or write."""
+        return self.page_ids[len(self.nodes) :]
+
+
+class PageAllocator:
+    """Pages for sequences: a pool, and the prefix cache that gives way when the pool is empty."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.pool = PagePool(num_pages)
+        self.page_size = page_size
+        self._cache = PrefixCache(self.pool, page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool."""
+        return self.pool.num_pages
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `reserve` could give at once."""
+        return self.pool.num_free + self.pool.num_unreferenced
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Return how many pages hold `num_tokens`."""
+        return -(-num_tokens // self.page_size)
+
+    def match(self, owner: int, token_ids: Sequence[int]) -> SequencePages:
+        """Return the cached pages of the longest prefix of `token_ids` that leaves at least one token to compute."""
+        nodes = self._cache.match(token_ids, (len(token_ids) - 1) // self.page_size)
+        return SequencePages(owner, [node.page_id for node in nodes], nodes)
+
+    def reserve(self, pages: SequencePages, num_tokens: int) -> None:
+        """Add own pages until `num_tokens` fit; cached pages nobody uses are evicted to make room.
+
+        Raises:
+            OverloadedError: NO_FREE_PAGES; `pages` is unchanged.
+        """
+        count = self.pages_for(num_tokens) - len(pages.page_ids)
+        if count <= 0:
+            return
+        if count > self.num_available:
+            raise OverloadedError(
+                "NO_FREE_PAGES", f"{count} pages needed, {self.num_available} of {self.num_pages} available"
+            )
+        self._cache.evict(count - self.pool.num_free)
+        pages.page_ids += self.pool.allocate(count, pages.owner)
+
+    def commit(self, pages: SequencePages, token_ids: Sequence[int], num_computed: int) -> None:
+        """Give the full pages among the first `num_computed` tokens to the prefix cache, keeping references.
+
+        May replace a page id by that of an equal page that was cached first.
+        """
+        for index in range(len(pages.nodes), num_computed // self.page_size):
+            parent = pages.nodes[-1] if pages.nodes else None
+            node = self._cache.insert(parent, token_ids, index, page_id=pages.page_ids[index], owner=pages.owner)
+            pages.nodes.append(node)
+            pages.page_ids[index] = node.page_id
+
+    def quarantine(self, pages: SequencePages) -> None:
+        """Set the sequence's pages aside until `free`: a cancelled transfer may still write to them."""
+        assert not pages.nodes, "a transfer writes to no shared page"
+        self.pool.quarantine(pages.page_ids, pages.owner)
+        pages.is_quarantined = True
+
+    def free(self, pages: SequencePages) -> None:
+        """Give everything back: references to shared pages, and own pages."""
+        self.pool.free(pages.own_page_ids, pages.owner)
+        self._cache.release(pages.nodes)
+        pages.page_ids, pages.nodes = [], []
+
+    def check_integrity(self) -> None:
+        """Assert that no page is lost or held twice."""
+        self.pool.check_integrity()
+        self._cache.check_integrity()

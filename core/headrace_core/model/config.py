@@ -1,0 +1,136 @@
+"""What a checkpoint's config.json says about its network, checked, in one vocabulary for all families.
+
+Sizes keep Hugging Face's meaning; names are Headrace's. No torch here: the router reads this too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
+
+Family = Literal["deepseek_v3", "deepseek_v2", "mixtral"]
+
+
+@dataclass(frozen=True, slots=True)
+class MlaShape:
+    """Multi-head latent attention. `q_lora_rank` None: queries are projected in one step."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    is_rope_interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GqaShape:
+    """Grouped-query attention."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """Context extension by YaRN. `attention_factor` None: derived from the rest."""
+
+    factor: float
+    original_max_tokens: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+    attention_factor: float | None
+    is_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RopeShape:
+    """Rotary embedding of `dim` values of each head. `yarn` None: unscaled."""
+
+    dim: int
+    theta: float
+    yarn: YarnScaling | None
+
+
+@dataclass(frozen=True, slots=True)
+class MoeShape:
+    """Mixture of experts of the layers that have one.
+
+    A layer is dense if its index is below `num_first_dense_layers` or no multiple of `layer_stride`. The rest is
+    `headrace_kernels.moe_routing.RoutingRule`, and whether a correction bias joins the choice.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    num_shared_experts: int
+    num_first_dense_layers: int
+    layer_stride: int
+    scoring: Literal["sigmoid", "softmax"]
+    num_groups: int
+    num_groups_kept: int
+    is_group_score_top2: bool
+    is_normalised: bool
+    scaling_factor: float
+    has_correction_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A network that Headrace can run.
+
+    `checkpoint_dtype` is torch's name of the type that weights are meant to have ("bfloat16"; also for block-FP8
+    checkpoints, whose block's sides are `fp8_block`). `max_context_tokens` counts prompt and output. `num_mtp_layers`
+    are in the checkpoint after the others and are not run.
+    """
+
+    family: Family
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    dense_intermediate_size: int
+    max_context_tokens: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    checkpoint_dtype: str
+    rms_norm_eps: float
+    is_embedding_tied: bool
+    has_attention_bias: bool
+    attention: MlaShape | GqaShape
+    rope: RopeShape
+    moe: MoeShape
+    num_mtp_layers: int = 0
+    fp8_block: tuple[int, int] | None = None
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ModelConfig:
+        """Read `directory`/config.json.
+
+        Raises:
+            CheckpointError: BAD_CONFIG or UNSUPPORTED_MODEL, naming the field.
+        """
+        # The parser imports this module for the types above.
+        from headrace_core.model.config_json import parse_config
+
+        return parse_config(directory)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """True if the layer has routed experts; dense otherwise."""
+        moe = self.moe
+        return layer >= moe.num_first_dense_layers and layer % moe.layer_stride == 0
+
+    def kv_layout(self, page_size: int, dtype: CacheDtype) -> KvLayout:
+        """Return what a page of this network's cache holds."""
+        shape = self.attention
+        attention = (
+            LatentAttention(shape.kv_lora_rank, shape.rope_dim)
+            if isinstance(shape, MlaShape)
+            else KeyValueAttention(shape.num_kv_heads, shape.head_dim)
+        )
+        return KvLayout(self.num_layers, page_size, dtype, attention)

@@ -1,0 +1,83 @@
+"""Dense and mixture-of-experts feed-forward networks.
+
+Letters: T tokens, N hidden, I width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.nn.functional as F
+from headrace_kernels.grouped_gemm import combine, dispatch, grouped_gemm, silu_mul
+from headrace_kernels.linear import Linear
+from headrace_kernels.moe_routing import RoutingRule, moe_routing
+from headrace_kernels.moe_sort import moe_sort, prepare_blocks
+from torch import Tensor
+
+_BLOCK_ROWS = 1
+
+
+class FeedForward(Protocol):
+    """What a layer does after attention."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [T, N] for `x` [T, N], to be added to the residual."""
+        ...
+
+
+class DenseMlp:
+    """down(silu(gate(x)) * up(x)); `gate_up` [2 * I, N] is both projections at once."""
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self._gate_up = gate_up
+        self._down = down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `FeedForward`."""
+        return self._down(silu_mul(self._gate_up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class MoeWeights:
+    """Weights of one layer.
+
+    `router` [E, N] and `bias` [E] are float32; an expert has `gate_up` [2 * I, N] and `down` [N, I].
+    """
+
+    router: Tensor
+    bias: Tensor | None
+    gate_up: Sequence[Linear]
+    down: Sequence[Linear]
+    shared: DenseMlp | None
+
+
+class MoeMlp:
+    """Routed experts and, for some networks, shared ones that every token passes.
+
+    `expert_counts` [E] counts assignments since it was last taken.
+    """
+
+    def __init__(self, rule: RoutingRule, weights: MoeWeights) -> None:
+        self._rule = rule
+        self._weights = weights
+        self._counts = [0] * len(weights.gate_up)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `FeedForward`."""
+        weights = self._weights
+        logits = F.linear(x.float(), weights.router)
+        experts, expert_weights = moe_routing(logits, weights.bias, self._rule)
+        order, counts = moe_sort(experts, len(weights.gate_up))
+        blocks = prepare_blocks(order, counts, _BLOCK_ROWS)
+        rows = dispatch(x, blocks, experts.shape[1])
+        rows = silu_mul(grouped_gemm(rows, weights.gate_up, blocks))
+        out = combine(grouped_gemm(rows, weights.down, blocks), expert_weights, blocks)
+        self._counts = [a + b for a, b in zip(self._counts, counts.tolist(), strict=True)]
+        return out if weights.shared is None else out + weights.shared(x)
+
+    def take_counts(self) -> list[int]:
+        """Return how many assignments each expert got since the last call."""
+        counts, self._counts = self._counts, [0] * len(self._counts)
+        return counts

@@ -1,0 +1,211 @@
+"""Load a Hugging Face checkpoint: check everything that headers and config tell, then build layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from headrace_kernels.linear import Linear
+from headrace_kernels.moe_routing import RoutingRule
+from torch import Tensor
+
+from headrace_core.errors import CheckpointError
+from headrace_core.model.attention import Attention
+from headrace_core.model.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.model.expected_tensors import check_tensors, expected_tensors
+from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeWeights
+from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
+from headrace_core.model.memory import available_bytes, check_fits
+from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
+from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
+from headrace_core.model.rope_angles import softmax_scale
+from headrace_core.model.safetensors_file import StoredTensor, read_headers
+from headrace_core.model.weight_reader import WeightReader
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    kv_pool_bytes: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load the checkpoint in `directory`.
+
+    Args:
+        directory: holds config.json and model.safetensors or its shards with their index.
+        dtype: type of weights, compute and cache: "float32", "bfloat16", "float16", or "auto", the checkpoint's.
+        device: torch's name of where to compute.
+        kv_pool_bytes: memory that pages will take; counted when the model is checked against what is available.
+        on_progress: called with (bytes read, bytes to read) after every tensor.
+
+    Raises:
+        CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
+            EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE.
+    """
+    config = ModelConfig.from_directory(directory)
+    stored = read_headers(directory)
+    names = check_tensors(config, stored)
+    compute_dtype = _DTYPES[config.checkpoint_dtype if dtype == "auto" else dtype]
+    weight_bytes = _weight_bytes(config, compute_dtype)
+    if device == "cpu":
+        check_fits(weight_bytes, kv_pool_bytes, available_bytes())
+    progress = _Progress(sum(stored[name].size for name in names), on_progress)
+    reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
+    with torch.inference_mode():
+        weights = _Builder(config, reader).build()
+    _check_tied_head(config, stored, reader)
+    identity = ModelIdentity(reader.fingerprint(), compute_dtype, weight_bytes)
+    return Model(config, identity, weights)
+
+
+class _Progress:
+    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
+        self._done = 0
+        self._total = total
+        self._on_progress = on_progress
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._on_progress is not None:
+            self._on_progress(min(self._done, self._total), self._total)
+
+
+def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    return sum(
+        math.prod(shape) * (4 if is_float32(name) else dtype.itemsize)
+        for name, shape in expected_tensors(config).items()
+    )
+
+
+def is_float32(name: str) -> bool:
+    """True for the weights that are kept in float32 whatever the compute type: routers."""
+    return name.endswith((".gate.weight", ".e_score_correction_bias"))
+
+
+def _check_tied_head(config: ModelConfig, stored: dict[str, StoredTensor], reader: WeightReader) -> None:
+    if not config.is_embedding_tied or "lm_head.weight" not in stored:
+        return
+    if reader.digest("lm_head.weight") != reader.digest("model.embed_tokens.weight"):
+        raise CheckpointError(
+            "BAD_CONFIG",
+            "config.json: tie_word_embeddings is true but lm_head.weight differs from the embedding; "
+            "set it to false or remove the tensor",
+        )
+
+
+class _Builder:
+    """Builds the network from weights taken one at a time; a plain weight is dropped as soon as it is packed."""
+
+    def __init__(self, config: ModelConfig, reader: WeightReader) -> None:
+        self._config = config
+        self._reader = reader
+
+    def build(self) -> ModelWeights:
+        embedding = self._reader.take("model.embed_tokens.weight")
+        layers = [self._layer(index) for index in range(self._config.num_layers)]
+        norm = self._reader.take("model.norm.weight")
+        if self._config.is_embedding_tied:
+            # Packing would hold the embedding twice.
+            return ModelWeights(embedding, layers, norm, Linear(embedding, is_packed=False))
+        return ModelWeights(embedding, layers, norm, self._linear("lm_head.weight"))
+
+    def _layer(self, index: int) -> Layer:
+        prefix = f"model.layers.{index}."
+        return Layer(
+            attention_norm=self._reader.take(prefix + "input_layernorm.weight"),
+            attention=self._attention(prefix + "self_attn."),
+            feed_forward_norm=self._reader.take(prefix + "post_attention_layernorm.weight"),
+            feed_forward=self._feed_forward(prefix, index),
+        )
+
+    def _linear(self, *names: str) -> Linear:
+        """Return one linear layer whose outputs are those of the weights named, one after another."""
+        weights = [self._reader.take(name) for name in names]
+        return Linear(weights[0] if len(weights) == 1 else torch.cat(weights))
+
+    def _attention(self, prefix: str) -> Attention:
+        config = self._config
+        if isinstance(config.attention, GqaShape):
+            weights = GqaWeights(
+                input_proj=self._linear(prefix + "q_proj.weight", prefix + "k_proj.weight", prefix + "v_proj.weight"),
+                output_proj=self._linear(prefix + "o_proj.weight"),
+            )
+            return GroupedQueryAttentionLayer(config.attention, config.num_heads, weights)
+        return self._mla(prefix, config.attention)
+
+    def _mla(self, prefix: str, shape: MlaShape) -> Attention:
+        take, num_heads = self._reader.take, self._config.num_heads
+        has_lora = shape.q_lora_rank is not None
+        first = "q_a_proj" if has_lora else "q_proj"
+        weight = torch.cat((take(f"{prefix}{first}.weight"), take(prefix + "kv_a_proj_with_mqa.weight")))
+        kv_b = take(prefix + "kv_b_proj.weight").view(num_heads, -1, shape.kv_lora_rank)
+        weights = MlaWeights(
+            input_proj=Linear(weight, self._mla_input_bias(prefix, shape, len(weight))),
+            query_norm=take(prefix + "q_a_layernorm.weight") if has_lora else None,
+            query_b=self._linear(prefix + "q_b_proj.weight") if has_lora else None,
+            kv_norm=take(prefix + "kv_a_layernorm.weight"),
+            w_uk=kv_b[:, : shape.nope_dim].contiguous(),
+            w_uv=kv_b[:, shape.nope_dim :].contiguous(),
+            output_proj=Linear(
+                take(prefix + "o_proj.weight"),
+                take(prefix + "o_proj.bias") if self._config.has_attention_bias else None,
+            ),
+        )
+        scale = softmax_scale(shape.nope_dim + shape.rope_dim, self._config.rope.yarn)
+        return LatentAttentionLayer(shape, num_heads, scale, weights)
+
+    def _mla_input_bias(self, prefix: str, shape: MlaShape, width: int) -> Tensor | None:
+        if not self._config.has_attention_bias:
+            return None
+        kv_bias = self._reader.take(prefix + "kv_a_proj_with_mqa.bias")
+        if shape.q_lora_rank is None:
+            return torch.cat((kv_bias.new_zeros(width - len(kv_bias)), kv_bias))
+        return torch.cat((self._reader.take(prefix + "q_a_proj.bias"), kv_bias))
+
+    def _feed_forward(self, prefix: str, index: int) -> FeedForward:
+        if not self._config.is_moe_layer(index):
+            return self._mlp(prefix + "mlp.")
+        if self._config.family == "mixtral":
+            return self._moe(prefix + "block_sparse_moe.", ("w1", "w3", "w2"))
+        return self._moe(prefix + "mlp.", ("gate_proj", "up_proj", "down_proj"))
+
+    def _mlp(self, prefix: str) -> DenseMlp:
+        return DenseMlp(
+            self._linear(prefix + "gate_proj.weight", prefix + "up_proj.weight"),
+            self._linear(prefix + "down_proj.weight"),
+        )
+
+    def _moe(self, prefix: str, expert_names: tuple[str, str, str]) -> MoeMlp:
+        shape, (gate, up, down) = self._config.moe, expert_names
+        gate_up: list[Linear] = []
+        downs: list[Linear] = []
+        for expert in range(shape.num_experts):
+            name = f"{prefix}experts.{expert}."
+            gate_up.append(self._linear(f"{name}{gate}.weight", f"{name}{up}.weight"))
+            downs.append(self._linear(f"{name}{down}.weight"))
+        rule = RoutingRule(
+            shape.num_experts_per_token,
+            shape.scoring,
+            num_groups=shape.num_groups,
+            num_groups_kept=shape.num_groups_kept,
+            is_group_score_top2=shape.is_group_score_top2,
+            is_normalised=shape.is_normalised,
+            scaling_factor=shape.scaling_factor,
+        )
+        bias = None
+        if shape.has_correction_bias:
+            bias = self._reader.take(prefix + "gate.e_score_correction_bias", torch.float32)
+        weights = MoeWeights(
+            router=self._reader.take(prefix + "gate.weight", torch.float32),
+            bias=bias,
+            gate_up=gate_up,
+            down=downs,
+            shared=self._mlp(prefix + "shared_experts.") if shape.num_shared_experts else None,
+        )
+        return MoeMlp(rule, weights)

@@ -1,0 +1,107 @@
+"""Multi-head latent attention over the paged latent cache: naive for prompt chunks, absorbed for decode rows.
+
+Letters: T tokens, H heads, Dn width of a head without rope, R rope width, D latent width, Dv value width. A token
+caches its normalised `c_kv` [D], then its rotated `k_pe` [R].
+
+Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from headrace_kernels.latent_store import latent_store
+from headrace_kernels.linear import Linear
+from headrace_kernels.mla_decode import mla_decode
+from headrace_kernels.mla_prefill import mla_prefill
+from headrace_kernels.rms_norm import rms_norm
+from headrace_kernels.rope import rope
+from torch import Tensor
+
+from headrace_core.model.config import MlaShape
+from headrace_core.model.step_inputs import DecodeRows, StepInputs
+
+# The model's own code fixes the epsilon of the two inner norms, whatever rms_norm_eps says.
+_LORA_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class MlaWeights:
+    """Weights of one layer.
+
+    `input_proj` [Dq + D + R, N] yields the query's latent (or, without q_lora_rank, the query), `c_kv` and `k_pe` at
+    once. `w_uk` [H, Dn, D] and `w_uv` [H, Dv, D] are plain, because prompt chunks and decode rows use them differently.
+    """
+
+    input_proj: Linear
+    query_norm: Tensor | None
+    query_b: Linear | None
+    kv_norm: Tensor
+    w_uk: Tensor
+    w_uv: Tensor
+    output_proj: Linear
+
+
+class LatentAttentionLayer:
+    """`Attention` by latents."""
+
+    def __init__(self, shape: MlaShape, num_heads: int, scale: float, weights: MlaWeights) -> None:
+        self._shape = shape
+        self._num_heads = num_heads
+        self._scale = scale
+        self._weights = weights
+
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor) -> Tensor:
+        """See `Attention`."""
+        query, rows = self._project(x, angles)
+        latent_store(rows, cache.view(-1, cache.shape[2]), step.slot_mapping)
+        outputs: list[Tensor] = []
+        if step.decode is not None:
+            outputs.append(self._decode(query[: step.decode.num_rows], step.decode, cache))
+        flat_cache = cache.view(-1, cache.shape[2])
+        for group in step.prefill:
+            out = mla_prefill(
+                query[group.first : group.end],
+                flat_cache.index_select(0, group.slots),
+                self._weights.w_uk,
+                self._weights.w_uv,
+                group.query_starts,
+                group.key_starts,
+                scale=self._scale,
+            )
+            outputs.append(out.flatten(1))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self._weights.output_proj(out)
+
+    def _project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, Dn + R] and cache rows [T, D + R], rotated."""
+        shape, weights = self._shape, self._weights
+        projected = weights.input_proj(x)
+        query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
+        query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
+        if weights.query_b is not None and weights.query_norm is not None:
+            query = weights.query_b(rms_norm(query, weights.query_norm, _LORA_NORM_EPS))
+        query = query.reshape(len(x), self._num_heads, -1)
+        cos, sin = angles
+        interleaved = shape.is_rope_interleaved
+        query_pe = query[..., shape.nope_dim :]
+        query_pe.copy_(rope(query_pe, cos, sin, is_interleaved=interleaved))
+        k_pe = rope(k_pe[:, None], cos, sin, is_interleaved=interleaved)[:, 0]
+        return query, torch.cat((rms_norm(c_kv, weights.kv_norm, _LORA_NORM_EPS), k_pe), dim=1)
+
+    def _decode(self, query: Tensor, decode: DecodeRows, cache: Tensor) -> Tensor:
+        """Return [B, H * Dv] for queries [B, H, Dn + R]."""
+        nope_dim = self._shape.nope_dim
+        absorbed = torch.bmm(query[..., :nope_dim].transpose(0, 1), self._weights.w_uk).transpose(0, 1)
+        latents = mla_decode(
+            torch.cat((absorbed, query[..., nope_dim:]), dim=-1),
+            cache,
+            decode.block_table,
+            decode.context_lens,
+            kv_lora_rank=self._shape.kv_lora_rank,
+            scale=self._scale,
+            slots=decode.slots,
+        )
+        values = torch.bmm(latents.transpose(0, 1), self._weights.w_uv.transpose(1, 2))
+        return values.transpose(0, 1).flatten(1)

@@ -1,0 +1,133 @@
+"""The network: embedding, layers, final norm, logits.
+
+Letters: T tokens of the step, N hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from headrace_kernels.linear import Linear
+from headrace_kernels.rms_norm import rms_norm
+from torch import Tensor
+
+from headrace_core.engine.step import Chunk
+from headrace_core.kv.cache import TORCH_DTYPES, KvCache
+from headrace_core.kv.layout import KvLayout
+from headrace_core.model.attention import Attention
+from headrace_core.model.config import ModelConfig
+from headrace_core.model.feed_forward import FeedForward, MoeMlp
+from headrace_core.model.rope_angles import RopeAngles
+from headrace_core.model.step_inputs import StepInputs, prepare_step
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's norms and networks."""
+
+    attention_norm: Tensor
+    attention: Attention
+    feed_forward_norm: Tensor
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """What the network is made of."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What tells one loaded model from another: `fingerprint` is over config, weights and compute type."""
+
+    fingerprint: str
+    dtype: torch.dtype
+    weight_bytes: int
+
+
+class Model:
+    """A loaded network. Engine thread only."""
+
+    def __init__(self, config: ModelConfig, identity: ModelIdentity, weights: ModelWeights) -> None:
+        self.config = config
+        self.fingerprint = identity.fingerprint
+        self.dtype = identity.dtype
+        self.weight_bytes = identity.weight_bytes
+        # Chunks up to this long that have a cached prefix are computed as decode rows.
+        self.max_decode_chunk = 1
+        self._weights = weights
+        self._device = str(weights.embedding.device)
+        self._angles = RopeAngles(config.rope, self._device)
+
+    def kv_layout(self, page_size: int) -> KvLayout:
+        """Return what a page of this model's cache holds."""
+        dtype = next(key for key, value in TORCH_DTYPES.items() if value == self.dtype)
+        return self.config.kv_layout(page_size, dtype)
+
+    def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> Tensor:
+        """Compute a step: write the chunks' tokens to their pages, return the logits to sample from.
+
+        Returns:
+            [L, V] float32, one row for each chunk with `sampling`, in the order of the chunks.
+
+        Raises:
+            ValueError: a chunk is empty or its pages do not cover it.
+        """
+        with torch.inference_mode():
+            step = self._prepare(chunks, cache)
+            hidden = self._run_layers(step, cache)
+            rows = [
+                row + len(chunk.token_ids) - 1
+                for row, chunk in zip(step.chunk_rows, chunks, strict=True)
+                if chunk.sampling is not None
+            ]
+            return self._logits(hidden, rows)
+
+    def all_logits(self, chunks: Sequence[Chunk], cache: KvCache) -> list[Tensor]:
+        """Compute a step like `forward` and return every chunk's logits at every token, [tokens, V] float32 each."""
+        with torch.inference_mode():
+            step = self._prepare(chunks, cache)
+            hidden = self._run_layers(step, cache)
+            return [
+                self._logits(hidden, list(range(row, row + len(chunk.token_ids))))
+                for row, chunk in zip(step.chunk_rows, chunks, strict=True)
+            ]
+
+    def take_expert_counts(self) -> dict[int, list[int]]:
+        """Return, by layer, how many tokens each routed expert was chosen for since the last call."""
+        return {
+            i: layer.feed_forward.take_counts()
+            for i, layer in enumerate(self._weights.layers)
+            if isinstance(layer.feed_forward, MoeMlp)
+        }
+
+    def _prepare(self, chunks: Sequence[Chunk], cache: KvCache) -> StepInputs:
+        return prepare_step(
+            chunks,
+            cache.layout.page_size,
+            max_decode_chunk=self.max_decode_chunk,
+            device=self._device,
+        )
+
+    def _run_layers(self, step: StepInputs, cache: KvCache) -> Tensor:
+        eps = self.config.rms_norm_eps
+        angles = self._angles.at(step.positions)
+        x = self._weights.embedding.index_select(0, step.token_ids)
+        for layer, pages in zip(self._weights.layers, cache.layers, strict=True):
+            x = x + layer.attention(rms_norm(x, layer.attention_norm, eps), angles, step, pages)
+            x = x + layer.feed_forward(rms_norm(x, layer.feed_forward_norm, eps))
+        return x
+
+    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        if not rows:
+            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
+        normalised = rms_norm(last, self._weights.norm, self.config.rms_norm_eps)
+        return self._weights.head(normalised).float()

@@ -1,0 +1,144 @@
+"""Read safetensors files: headers first, all of them checked; then one tensor at a time, without mapping the file.
+
+Plain reads rather than a memory map, because pages of a map count as this process's memory until the kernel takes them
+back, and because the bytes are hashed on the way.
+Source: https://github.com/huggingface/safetensors README, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from headrace_core.errors import CheckpointError
+
+_MAX_HEADER_BYTES = 100_000_000
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` and `size` in bytes, from the file's start."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    def read(self) -> Tensor:
+        """Return the tensor as stored, in memory of its own.
+
+        Raises:
+            CheckpointError: DAMAGED_FILE if the file can't be read or has become shorter.
+        """
+        data = torch.empty(self.size, dtype=torch.uint8)
+        view = data.numpy().data if self.size else memoryview(b"")
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                done = 0
+                while done < self.size:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        damaged(self.path, f"it ends inside tensor {self.name}")
+                    done += count
+        except OSError as error:
+            damaged(self.path, str(error))
+        return data.view(DTYPES[self.dtype]).view(self.shape)
+
+
+def damaged(path: Path, problem: str) -> NoReturn:
+    """Refuse a file; always raises."""
+    raise CheckpointError("DAMAGED_FILE", f"{path}: {problem}; download the checkpoint again")
+
+
+def find_files(directory: Path) -> list[Path]:
+    """Return the checkpoint's weight files: those the index names, or model.safetensors.
+
+    Raises:
+        CheckpointError: DAMAGED_FILE if there are none, or the index can't be read or names a file that is missing.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        path = directory / "model.safetensors"
+        if not path.exists():
+            damaged(directory, "neither model.safetensors nor model.safetensors.index.json is there")
+        return [path]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        damaged(index, f"it is no index of weights ({error!r})")
+    paths: list[Path] = []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (directory / name).exists():
+            damaged(directory, f"the index names {name!r}, which is not there")
+        paths.append(directory / name)
+    return paths
+
+
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of the checkpoint, by name, having read headers only.
+
+    Raises:
+        CheckpointError: DAMAGED_FILE if a file is missing, truncated or not in the format, or a name occurs twice.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in find_files(directory):
+        for tensor in _read_header(path):
+            if tensor.name in tensors:
+                damaged(path, f"tensor {tensor.name} is in {tensors[tensor.name].path.name} too")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            header_size = int.from_bytes(file.read(8), "little")
+            if file_size < 8 or not 0 < header_size <= min(_MAX_HEADER_BYTES, file_size - 8):
+                damaged(path, "its header is cut off or it is no safetensors file")
+            header = json.loads(file.read(header_size))
+    except (OSError, ValueError) as error:
+        damaged(path, f"its header can't be read ({error})")
+    if not isinstance(header, dict):
+        damaged(path, "its header is no JSON object")
+    header.pop("__metadata__", None)
+    tensors = [_parse_entry(path, name, entry, 8 + header_size) for name, entry in header.items()]
+    described = 8 + header_size + sum(tensor.size for tensor in tensors)
+    end = max((tensor.offset + tensor.size for tensor in tensors), default=described)
+    if not described == end == file_size:
+        damaged(path, f"it has {file_size} bytes, its header describes {described} up to byte {end}")
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        size = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+        if begin < 0 or end - begin != size or any(side < 0 for side in shape):
+            raise ValueError(f"offsets {begin}..{end} do not fit {dtype} {list(shape)}")
+    except (KeyError, TypeError, ValueError) as error:
+        damaged(path, f"its entry for tensor {name} makes no sense ({error})")
+    return StoredTensor(path, name, dtype, shape, base + begin, size)

@@ -1,0 +1,94 @@
+"""Hand out a checkpoint's weights one at a time, in the compute type, and hash them on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+import xxhash
+from torch import Tensor
+
+from headrace_core.model.config import ModelConfig
+from headrace_core.model.expected_tensors import SCALE_SUFFIX
+from headrace_core.model.safetensors_file import StoredTensor
+
+
+class WeightReader:
+    """Reads each tensor once, when the network being built asks for it; nothing else is held."""
+
+    def __init__(
+        self,
+        stored: dict[str, StoredTensor],
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self._stored = stored
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._on_progress = on_progress
+        self._digests: dict[str, str] = {}
+
+    def take(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return tensor `name` as `dtype` (default: the compute type), dequantised if it is block-FP8.
+
+        Raises:
+            CheckpointError: DAMAGED_FILE.
+        """
+        tensor = self._read(name)
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert self._config.fp8_block is not None, "check_tensors lets FP8 pass only with blocks"
+            scale = self._read(name + SCALE_SUFFIX)
+            tensor = dequantise(tensor, scale.float(), self._config.fp8_block, dtype or self._dtype)
+        return tensor.to(device=self._device, dtype=dtype or self._dtype)
+
+    def digest(self, name: str) -> str:
+        """Return xxh3-128 of the bytes of `name`, reading them if nobody has."""
+        if name not in self._digests:
+            self._read(name)
+        return self._digests[name]
+
+    def fingerprint(self) -> str:
+        """Return xxh3-128, in hexadecimal, over config, compute type, and every tensor taken: name, type, shape, bytes.
+
+        How the checkpoint is cut into files does not matter.
+        """
+        whole = xxhash.xxh3_128()
+        whole.update(json.dumps(asdict(self._config), sort_keys=True).encode())
+        whole.update(str(self._dtype).encode())
+        for name in sorted(self._digests):
+            tensor = self._stored[name]
+            whole.update(f"\n{name} {tensor.dtype} {tensor.shape} {self._digests[name]}".encode())
+        return whole.hexdigest()
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._stored[name].read()
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        self._digests[name] = xxhash.xxh3_128_hexdigest(data)
+        self._on_progress(self._stored[name].size)
+        return tensor
+
+
+def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return `weight` [O, I] float8_e4m3fn times the scale of each block of `block` rows and columns.
+
+    Args:
+        weight: [O, I] float8_e4m3fn.
+        scale: [ceil(O / rows), ceil(I / columns)] float32.
+        block: rows, columns.
+        dtype: of the result; products are rounded once, from float32.
+
+    Source: deepseek-ai/DeepSeek-V3 README_WEIGHTS.md, "Dequantization Method".
+    """
+    rows, columns = block
+    out = torch.empty(weight.shape, dtype=dtype)
+    # One row of blocks at a time, so that no float32 copy of the whole weight exists.
+    for index, first in enumerate(range(0, len(weight), rows)):
+        per_column = scale[index].repeat_interleave(columns)[: weight.shape[1]]
+        out[first : first + rows] = weight[first : first + rows].float() * per_column
+    return out

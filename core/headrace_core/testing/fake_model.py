@@ -1,0 +1,110 @@
+"""A model that is no model: its next token is a hash of every token it can read back through its pages.
+
+Ships with the product, for tests of everything around the model. It caches, per layer and token, a row that is a
+function of the token and of the row before it, read through the page table; its logits are a function of all rows of
+all layers. One stale, foreign, torn or zero page, or one token twice, gives other tokens. Deterministic, the same for
+every chunking and batch, on the CPU only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headrace_core.engine.finish import ModelLimits
+from headrace_core.engine.loading import LoadedModel
+from headrace_core.engine.step import Chunk
+from headrace_core.kv.cache import KvCache
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
+
+_MODULUS = 16_777_213
+"""The largest prime below 2^24: every residue is exact in float32."""
+_WIDTH = 4
+
+
+class FakeModel:
+    """See the module. `salt` makes another model. While `failure` is set, `forward` raises it.
+
+    With a `gate`, `forward` sets `entered` and waits until the gate is open, at most 10 s.
+    """
+
+    def __init__(self, *, vocab_size: int = 97, num_layers: int = 2, salt: int = 1) -> None:
+        self.vocab_size = vocab_size
+        self.num_layers = num_layers
+        self._salt = salt
+        self.failure: Exception | None = None
+        self.gate: threading.Event | None = None
+        self.entered = threading.Event()
+        self.num_steps = 0
+
+    def kv_layout(self, page_size: int) -> KvLayout:
+        """Return what its pages hold."""
+        return KvLayout(self.num_layers, page_size, CacheDtype.FLOAT32, LatentAttention(_WIDTH - 1, 1))
+
+    def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> Tensor:
+        """See `StepModel`."""
+        self.num_steps += 1
+        if self.gate is not None:
+            self.entered.set()
+            self.gate.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        rows = [self._compute(chunk, cache) for chunk in chunks]
+        return torch.stack([row for row in rows if row is not None]) if any(row is not None for row in rows) else _NONE
+
+    def take_expert_counts(self) -> dict[int, list[int]]:
+        """See `StepModel`."""
+        return {}
+
+    def _compute(self, chunk: Chunk, cache: KvCache) -> Tensor | None:
+        page_size = cache.layout.page_size
+        end = chunk.start + len(chunk.token_ids)
+        positions = torch.arange(end)
+        slots = torch.tensor(chunk.page_ids)[positions // page_size] * page_size + positions % page_size
+        digest = self._salt
+        for layer, tensor in enumerate(cache.layers):
+            values = tensor.view(-1, _WIDTH)
+            for offset, token_id in enumerate(chunk.token_ids):
+                position = chunk.start + offset
+                before = int(values[slots[position - 1]].to(torch.int64).sum()) if position else self._salt
+                row = [(before * (7 + k) + token_id * 1_000_003 + position * 31 + layer) for k in range(_WIDTH)]
+                values[slots[position]] = torch.tensor([value % _MODULUS for value in row], dtype=torch.float32)
+            weights = (positions * 7919 + 1)[:, None] + torch.arange(_WIDTH)
+            digest = digest * 31 + int((values[slots].to(torch.int64) * weights % _MODULUS).sum())
+        if chunk.sampling is None:
+            return None
+        vocabulary = torch.arange(self.vocab_size, dtype=torch.int64)
+        mixed = ((vocabulary + 1) * (digest % _MODULUS + 1) + vocabulary * vocabulary * 104_729) % _MODULUS
+        return (mixed.to(torch.float64) / _MODULUS * 8).to(torch.float32)
+
+
+_NONE = torch.empty((0, 0))
+
+
+def loaded_fake_model(
+    *,
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_context_tokens: int = 512,
+    eos_token_ids: tuple[int, ...] = (0,),
+    fingerprint: str = "fa4e",
+    model: FakeModel | None = None,
+) -> LoadedModel:
+    """Return a fake model with its cache, as a worker loads a real one; the cache is poisoned with NaN."""
+    model = model or FakeModel()
+    layout = model.kv_layout(page_size)
+    cache = KvCache(layout, num_pages, "cpu")
+    for tensor in cache.layers:
+        tensor.fill_(torch.nan)
+    return LoadedModel(
+        name="fake",
+        model=model,
+        cache=cache,
+        limits=ModelLimits(model.vocab_size, max_context_tokens, eos_token_ids),
+        layout=layout,
+        fingerprint=fingerprint,
+        num_pages=num_pages,
+    )

@@ -1,0 +1,56 @@
+"""What a fake worker does: which tokens it makes, and what goes wrong. See `fake_worker`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from headrace_core.errors import HeadraceError
+
+NextToken = Callable[[Sequence[int], int], int]
+"""From the tokens so far and how many of them are the prompt's, the next token."""
+
+
+def scripted(token_ids: Sequence[int]) -> NextToken:
+    """Return a function that gives these tokens in turn, for ever, whatever the prompt."""
+    script = list(token_ids)
+
+    def next_token(tokens: Sequence[int], num_prompt_tokens: int) -> int:
+        return script[(len(tokens) - num_prompt_tokens) % len(script)]
+
+    return next_token
+
+
+def mixed(vocab_size: int) -> NextToken:
+    """Return a function of every token so far: a continuation after a lost or repeated token differs."""
+
+    def next_token(tokens: Sequence[int], num_prompt_tokens: int) -> int:
+        mix = num_prompt_tokens
+        for token_id in tokens:
+            mix = (mix * 31 + token_id + 7) % 1_000_003
+        return mix % vocab_size
+
+    return next_token
+
+
+@dataclass(slots=True)
+class FakeFaults:
+    """What goes wrong, each once, in order; and gates that calls wait at."""
+
+    prefill: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
+    start: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
+    sequence: deque[tuple[int, HeadraceError]] = field(default_factory=deque[tuple[int, HeadraceError]])
+    """(output tokens after which, error) for the sequences started next."""
+    prefill_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    answer_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Closed: a Prefill that is done, its pages held, does not answer, and its cancellation frees nothing."""
+    start_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    ignores_cancel: bool = False
+    """Outputs go on after Cancel, as late ones do."""
+
+    def __post_init__(self) -> None:
+        self.prefill_gate.set()
+        self.answer_gate.set()
+        self.start_gate.set()

@@ -1,0 +1,61 @@
+"""Worker services inside a test: started, and on the way out every page free and the process' books in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from headrace_core.kv.page_pool import PageState
+from headrace_core.testing.async_test import eventually
+
+
+@contextlib.asynccontextmanager
+async def running(*services: Any) -> AsyncGenerator[tuple[str, ...]]:
+    """Start worker services and yield their addresses; afterwards check that nothing leaked, and stop them."""
+    addresses = tuple([await service.start() for service in services])
+    try:
+        yield addresses
+        for service in services:
+            await all_free(service)
+            await service.drain()
+    finally:
+        for service in services:
+            await service.stop()
+
+
+async def all_free(service: Any) -> None:
+    """Return when no sequence holds a page of the worker; fail if that does not come, or if its books are wrong."""
+    with contextlib.suppress(AssertionError):
+        await eventually(lambda: _is_idle(service), "every page is free")
+    report = service.host.board.report
+    assert _is_idle(service), (
+        f"{service.host.model.num_pages} pages, {report.num_free_pages} free, leases {report.num_leases}"
+    )
+    counts = await inspect(service)
+    assert not counts[PageState.OWNED], f"pages still owned: {counts}"
+    assert not counts[PageState.QUARANTINED], f"pages still quarantined: {counts}"
+
+
+async def inspect(service: Any) -> dict[PageState, int]:
+    """Check the scheduler's integrity on the engine thread; return pages by state."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[dict[PageState, int]] = loop.create_future()
+
+    def look(scheduler: Any) -> None:
+        try:
+            scheduler.check_integrity()
+            loop.call_soon_threadsafe(done.set_result, scheduler.load().page_counts)
+        except AssertionError as error:
+            loop.call_soon_threadsafe(done.set_exception, error)
+
+    service.host.engine.submit(look)
+    async with asyncio.timeout(10):
+        return await done
+
+
+def _is_idle(service: Any) -> bool:
+    report = service.host.board.report
+    is_quiet = not report.num_running and not report.num_waiting and not report.num_leases
+    return is_quiet and report.num_free_pages == service.host.model.num_pages

@@ -1,0 +1,54 @@
+"""What makes a hand-off fail closed: the same model and layout before a byte moves, the same bytes after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import xxhash
+
+from headrace_core.errors import LayoutMismatchError, TransferCorruptError
+from headrace_core.kv.layout import KvLayout
+from headrace_core.transfer.base import PageMemory
+from headrace_core.transfer.ticket import Ticket
+
+
+def checksums(memory: PageMemory, num_layers: int, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return xxh3-64 of each page's bytes, [num_layers][pages]. Any thread."""
+    return tuple(
+        tuple(xxhash.xxh3_64_intdigest(memory.page_bytes(layer, page_id)) for page_id in page_ids)
+        for layer in range(num_layers)
+    )
+
+
+def check_compatible(ticket: Ticket, *, fingerprint: str, layout: KvLayout) -> None:
+    """Check that the ticket's pages mean here what they mean to their holder.
+
+    Raises:
+        LayoutMismatchError: MODEL_MISMATCH, LAYOUT_MISMATCH.
+    """
+    if ticket.model_fingerprint != fingerprint:
+        raise LayoutMismatchError(
+            "MODEL_MISMATCH",
+            f"{ticket.holder_endpoint} serves model {ticket.model_fingerprint[:12]}, this worker {fingerprint[:12]}: "
+            "both need the same config, weights and --dtype",
+        )
+    if ticket.layout != layout:
+        raise LayoutMismatchError(
+            "LAYOUT_MISMATCH", f"{ticket.holder_endpoint} has pages of {ticket.layout}, this worker of {layout}"
+        )
+
+
+def check_bytes(ticket: Ticket, memory: PageMemory, page_ids: Sequence[int]) -> None:
+    """Check the bytes that arrived against the ticket. Any thread.
+
+    Raises:
+        TransferCorruptError: CHECKSUM, naming layer and page.
+    """
+    arrived = checksums(memory, ticket.layout.num_layers, page_ids)
+    for layer, (expected, got) in enumerate(zip(ticket.checksums, arrived, strict=True)):
+        for index, (expected_sum, got_sum) in enumerate(zip(expected, got, strict=True)):
+            if expected_sum != got_sum:
+                raise TransferCorruptError(
+                    "CHECKSUM",
+                    f"page {index} of layer {layer} from {ticket.holder_endpoint} arrived with another checksum",
+                )

@@ -1,0 +1,21 @@
+"""Run the decode worker: `python -m headrace_decode --model FOLDER`; `--help` lists every setting."""
+
+from __future__ import annotations
+
+from headrace_core.config import DecodeSettings, parse
+from headrace_core.engine.threads import limit_threads
+from headrace_core.process import run
+
+
+def main() -> None:
+    """Run until a signal; exit codes are in `headrace_core.process`."""
+    settings = parse(DecodeSettings)
+    limit_threads(settings.threads)
+    # Only now: torch reads the thread limits when it is imported.
+    from headrace_decode.service import DecodeService
+
+    run(lambda: DecodeService(settings), settings, role=settings.role)
+
+
+if __name__ == "__main__":
+    main()

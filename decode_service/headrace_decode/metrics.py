@@ -1,0 +1,24 @@
+"""Metrics of the decode worker; docs/metrics.md lists them."""
+
+from __future__ import annotations
+
+from headrace_core.engine.metrics import WorkerMetrics
+from headrace_core.telemetry import PHASE_BUCKETS
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+
+class DecodeMetrics:
+    """`worker` has what every worker has."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.worker = WorkerMetrics(registry)
+        self.transfer_seconds = Histogram(
+            "headrace_transfer_seconds", "Moving and verifying one sequence's pages", ["transport"],
+            buckets=PHASE_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.preemptions = Counter(
+            "headrace_preemptions_total", "Sequences evicted to be computed again", registry=registry
+        )
+        self.slow_readers = Counter(
+            "headrace_slow_readers_total", "Sessions aborted because their reader stalled", registry=registry
+        )

@@ -1,0 +1,375 @@
+"""Which sequences a step advances. Pure: no torch, no grpc, no clock. Engine thread only.
+
+    WAITING ──pages, ticket──► TRANSFERRING ──arrived──► RUNNING ──finished, failed──► gone, pages free
+       │ ▲                          │ abort               │  │
+       │ └──────────────────────────┼──pre-empted─────────┘  │
+       │                            ▼                        │
+       │                       QUARANTINED ──drained──► gone │
+       └──────────abort─────────────────────────────────abort┴──► gone, pages free
+
+A RUNNING sequence computes its tokens from `num_computed` on: one in decode; many when this worker prefills it, or
+computes it again after pre-emption. Decode rows come first, then prompt chunks while the token budget lasts.
+When a running sequence needs a page and none is left, the youngest running one gives its pages back and waits, with
+all its tokens, to be computed again: no token is lost or emitted twice. One that outgrows the whole pool ends with
+NO_FREE_PAGES. Pages under transfer are never taken away: bytes may still land in them.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from headrace_core.engine.admission import SequenceSpec
+from headrace_core.engine.engine import Load
+from headrace_core.engine.finish import ModelLimits, finish_reason
+from headrace_core.engine.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.errors import HeadraceError, OverloadedError
+from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
+from headrace_core.request import FinishReason, SampledToken
+
+_RESERVE_SHARE = 4
+"""For every so many running sequences one page stays free at admission, since each will soon need one more."""
+
+
+class State(Enum):
+    """Where a sequence is; see the module."""
+
+    WAITING = "waiting"
+    TRANSFERRING = "transferring"
+    RUNNING = "running"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(frozen=True, slots=True)
+class PagesReady:
+    """A handed-off sequence has destination pages; move its bytes into them."""
+
+    key: int
+    page_ids: tuple[int, ...]
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A sequence joined the running batch for the first time."""
+
+    key: int
+    queue_s: float
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A sequence's next token; with `finish`, its last."""
+
+    key: int
+    token: SampledToken
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sequence can't go on; its pages are free."""
+
+    key: int
+    error: HeadraceError
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A sequence gave its pages back and waits to be computed again."""
+
+    key: int
+
+
+DecodeEvent = PagesReady | Started | Output | Failed | Preempted
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """`token_ids` are all known tokens; `output_ids` those after the prompt; both grow."""
+
+    key: int
+    spec: SequenceSpec
+    has_handoff: bool
+    token_ids: list[int]
+    prompt_ids: list[int]
+    output_ids: list[int]
+    added_s: float
+    state: State = State.WAITING
+    pages: SequencePages = field(default_factory=lambda: SequencePages(0))
+    num_computed: int = 0
+    num_cached: int = 0
+    queue_s: float = 0.0
+    is_started: bool = False
+
+    @property
+    def num_left(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+
+class DecodeScheduler:
+    """See the module. A sequence's key is its caller's, and rises with arrival: a higher key is younger."""
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        limits: ModelLimits,
+        *,
+        max_step_tokens: int,
+        max_step_sequences: int,
+        max_waiting_sequences: int,
+    ) -> None:
+        self.pages = pages
+        self._limits = limits
+        self._max_step_tokens = max_step_tokens
+        # More rows than tokens could never all run.
+        self._max_running = min(max_step_sequences, max_step_tokens)
+        self._max_waiting = max_waiting_sequences
+        self._sequences: dict[int, _Sequence] = {}
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []  # both oldest first
+        self._num_transferring = 0
+        self._planned: StepPlan | None = None
+        self._has_made_room = False
+        self._events: list[DecodeEvent] = []
+
+    def add(self, key: int, spec: SequenceSpec, first_token_id: int | None, now: float) -> None:
+        """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
+
+        With `first_token_id`, the cache of `spec.token_ids` comes by transfer; without, it is computed here.
+        """
+        first = [] if first_token_id is None else [first_token_id]
+        needed = self.pages.pages_for(len(spec.token_ids) + 1)
+        if needed > self.pages.num_pages:
+            self._refuse(key, "NO_FREE_PAGES", f"{needed} pages needed, the whole pool has {self.pages.num_pages}")
+        elif len(self._waiting) >= self._max_waiting:
+            self._refuse(key, "QUEUE_FULL", f"{len(self._waiting)} sequences wait already; try again later")
+        else:
+            sequence = self._sequences[key] = _Sequence(
+                key=key,
+                spec=spec,
+                has_handoff=first_token_id is not None,
+                token_ids=[*spec.token_ids, *first],
+                prompt_ids=spec.token_ids[: spec.num_prompt_tokens],
+                output_ids=[*spec.token_ids[spec.num_prompt_tokens :], *first],
+                added_s=now,
+            )
+            insort(self._waiting, sequence, key=_age)
+
+    def arrived(self, key: int) -> None:
+        """Join a sequence whose pages arrived and were verified. Unknown keys are no error."""
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.state is not State.TRANSFERRING:
+            return
+        sequence.num_computed = len(sequence.spec.token_ids)
+        sequence.has_handoff = False
+        self._num_transferring -= 1
+        self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed)
+        self._run(sequence)
+
+    def abort(self, key: int) -> None:
+        """Forget a sequence; pages under transfer are set aside until `drained`. Unknown keys are no error."""
+        sequence = self._sequences.get(key)
+        if sequence is None:
+            return
+        if sequence.state is State.TRANSFERRING:
+            sequence.state = State.QUARANTINED
+            self._num_transferring -= 1
+            self.pages.quarantine(sequence.pages)
+        elif sequence.state is not State.QUARANTINED:
+            self._free(sequence)
+
+    def drained(self, key: int) -> None:
+        """Free an aborted sequence's pages: nothing can land in them any more. Other keys are no error."""
+        sequence = self._sequences.get(key)
+        if sequence and sequence.state is State.QUARANTINED:
+            self._free(sequence)
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Choose rows and chunks of at most `max_step_tokens` together; None when nothing can be computed."""
+        chunks = self._choose(now)
+        while not chunks and self._has_made_room:
+            chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
+        self._planned = StepPlan(chunks) if chunks else None
+        return self._planned
+
+    def apply(self, result: StepResult, now: float) -> None:
+        """Advance the planned sequences by what was computed and sampled."""
+        for chunk in self._take_planned().chunks:
+            sequence = self._sequences[chunk.key]
+            sequence.num_computed += len(chunk.token_ids)
+            self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed)
+            if chunk.sampling is not None:
+                self._emit(sequence, result.tokens[chunk.key])
+
+    def fail_step(self, error: HeadraceError, now: float) -> None:
+        """End the planned sequences with `error`."""
+        for chunk in self._take_planned().chunks:
+            self._fail(self._sequences[chunk.key], error)
+
+    def take_events(self) -> Sequence[DecodeEvent]:
+        """Return what happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def load(self) -> Load:
+        """Return what is held now."""
+        return Load(
+            num_free_pages=self.pages.num_available,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting) + self._num_transferring,
+            num_waiting_tokens=sum(s.num_left for s in self._waiting if not s.has_handoff)
+            + sum(s.num_left for s in self._running if s.num_left > 1),
+            num_sequences=len(self._sequences),
+            page_counts=self.pages.pool.counts(),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that no page is lost or held twice, and that the queues agree."""
+        self.pages.check_integrity()
+        states = [sequence.state for sequence in self._sequences.values()]
+        assert states.count(State.WAITING) == len(self._waiting), "the waiting queue differs"
+        assert states.count(State.RUNNING) == len(self._running), "the running list differs"
+        assert states.count(State.TRANSFERRING) == self._num_transferring, "transfers are miscounted"
+        num_held = sum(len(sequence.pages.own_page_ids) for sequence in self._sequences.values())
+        counts = self.pages.pool.counts()
+        num_owned = sum(count for state, count in counts.items() if state.value in ("owned", "quarantined"))
+        assert num_held == num_owned, "pages without a sequence"
+
+    def _choose(self, now: float) -> list[Chunk]:
+        self._has_made_room = False
+        self._admit(now)
+        chunks: list[Chunk] = []
+        budget = self._max_step_tokens
+        # Decode rows first; sorting is stable, so each kind stays oldest first.
+        for sequence in sorted(self._running, key=lambda candidate: candidate.num_left > 1):
+            if not budget:
+                break
+            if sequence.state is not State.RUNNING:
+                continue  # pre-empted for one before it
+            end = sequence.num_computed + min(sequence.num_left, budget)
+            if not self._make_room(sequence, end, chunks):
+                continue
+            chunks.append(self._chunk(sequence, end))
+            budget -= len(chunks[-1].token_ids)
+        return chunks
+
+    def _admit(self, now: float) -> None:
+        """Give pages to the queue's head while there are some."""
+        while self._waiting and len(self._running) + self._num_transferring < self._max_running:
+            sequence = self._waiting[0]
+            num_tokens = len(sequence.spec.token_ids) if sequence.has_handoff else len(sequence.token_ids)
+            if sequence.has_handoff:
+                pages = SequencePages(sequence.key)
+            else:
+                pages = self.pages.match(sequence.key, sequence.token_ids)
+            if not self._reserve(pages, num_tokens):
+                self.pages.free(pages)
+                return
+            self._waiting.pop(0)
+            sequence.pages = pages
+            if not sequence.is_started:
+                sequence.queue_s = now - sequence.added_s
+            if sequence.has_handoff:
+                sequence.state = State.TRANSFERRING
+                self._num_transferring += 1
+                self._events.append(PagesReady(sequence.key, tuple(pages.page_ids), sequence.queue_s))
+            else:
+                sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
+                self._run(sequence)
+
+    def _reserve(self, pages: SequencePages, num_tokens: int) -> bool:
+        num_new = self.pages.pages_for(num_tokens) - len(pages.page_ids)
+        num_reserved = -(-len(self._running) // _RESERVE_SHARE)
+        if num_new + num_reserved > self.pages.num_available:
+            return False
+        self.pages.reserve(pages, num_tokens)
+        return True
+
+    def _run(self, sequence: _Sequence) -> None:
+        sequence.state = State.RUNNING
+        insort(self._running, sequence, key=_age)
+        if not sequence.is_started:
+            sequence.is_started = True
+            self._events.append(Started(sequence.key, sequence.queue_s, sequence.num_cached))
+
+    def _make_room(self, sequence: _Sequence, end: int, chunks: list[Chunk]) -> bool:
+        """Get pages for `end` tokens, pre-empting younger sequences if need be; False if it lost its own.
+
+        A sequence that already has its row in this step is not pre-empted: it is older or needed no page.
+        """
+        while True:
+            try:
+                self.pages.reserve(sequence.pages, end)
+                return True
+            except OverloadedError:
+                self._has_made_room = True
+                if self.pages.pages_for(end) > self.pages.num_pages:
+                    text = f"{end} tokens do not fit a pool of {self.pages.num_pages} pages; raise --kv-pool-mib"
+                    self._fail(sequence, OverloadedError("NO_FREE_PAGES", text))
+                    return False
+                planned = {chunk.key for chunk in chunks}
+                victim = max((s for s in self._running if s.key not in planned), key=_age)
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        self._running.remove(sequence)
+        self.pages.free(sequence.pages)
+        sequence.state, sequence.num_computed = State.WAITING, 0
+        insort(self._waiting, sequence, key=_age)
+        self._events.append(Preempted(sequence.key))
+
+    def _chunk(self, sequence: _Sequence, end: int) -> Chunk:
+        start = sequence.num_computed
+        sampling = None
+        if end == len(sequence.token_ids):
+            sampling = SamplingRow(
+                params=sequence.spec.params,
+                prompt_token_ids=sequence.prompt_ids,
+                output_token_ids=sequence.output_ids,
+                sample_index=sequence.spec.sample_index,
+                position=end,
+                eos_token_ids=self._limits.eos_token_ids,
+            )
+        return Chunk(sequence.key, sequence.token_ids[start:end], start, list(sequence.pages.page_ids), sampling)
+
+    def _emit(self, sequence: _Sequence, token: SampledToken) -> None:
+        sequence.token_ids.append(token.token_id)
+        sequence.output_ids.append(token.token_id)
+        finish = finish_reason(
+            token.token_id, sequence.spec.params, self._limits,
+            num_output_tokens=len(sequence.output_ids), num_tokens=len(sequence.token_ids),
+        )  # fmt: skip
+        self._events.append(Output(sequence.key, token, finish))
+        if finish:
+            self._free(sequence)
+
+    def _fail(self, sequence: _Sequence, error: HeadraceError) -> None:
+        self._free(sequence)
+        self._events.append(Failed(sequence.key, error))
+
+    def _refuse(self, key: int, reason: str, message: str) -> None:
+        self._events.append(Failed(key, OverloadedError(reason, message)))
+
+    def _free(self, sequence: _Sequence) -> None:
+        """Forget a sequence and give its pages back: the only way there is, but for pre-emption, which keeps it."""
+        del self._sequences[sequence.key]
+        if sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is State.RUNNING:
+            self._running.remove(sequence)
+        self.pages.free(sequence.pages)
+
+    def _take_planned(self) -> StepPlan:
+        plan, self._planned = self._planned, None
+        assert plan is not None, "no step is planned"
+        return plan
+
+
+def _age(sequence: _Sequence) -> int:
+    return sequence.key

@@ -1,0 +1,99 @@
+"""Causal attention of ragged sequences whose keys and values lie in plain tensors: what both prefill families run on.
+
+Shapes: T query tokens and S key tokens over all sequences, B sequences, H query heads, G key heads (H a multiple of G),
+Dq query and key width, Dv value width. Sequence b owns queries `query_starts[b]:query_starts[b + 1]` and keys
+`key_starts[b]:key_starts[b + 1]`; its last query stands at its last key, so that earlier keys are a cached prefix.
+FLOPs: 2 * H * (Dq + Dv) * pairs, pairs about T * S / 2 without a prefix; bound by compute.
+
+`causal_attention` is the entry; `causal_attention_ref` is the specification it is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Return causal softmax attention, sequence by sequence.
+
+    Args:
+        query: [T, H, Dq], any float dtype.
+        key: [S, G, Dq], dtype of `query`.
+        value: [S, G, Dv], Dv <= Dq, dtype of `query`.
+        query_starts: [B + 1] int32 on the host, ascending from 0 to T.
+        key_starts: [B + 1] int32 on the host, ascending from 0 to S; no sequence has fewer keys than queries.
+        scale: multiplies the scores.
+
+    Returns:
+        [T, H, Dv], dtype of `query`; scores and softmax in float32.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if key.shape[0] != value.shape[0] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
+            "do not fit [T, H, Dq], [S, G, Dq], [S, G, Dv]"
+        )
+    value_dim = value.shape[2]
+    # torch's fused CPU attention wants one width for keys and values.
+    padded = F.pad(value, (0, key.shape[2] - value_dim)) if value_dim < key.shape[2] else value
+    queries, keys = query_starts.tolist(), key_starts.tolist()
+    outputs = [
+        _one_sequence(query[q0:q1], key[k0:k1], padded[k0:k1], scale)
+        for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False)
+    ]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out[..., :value_dim]
+
+
+def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    mask = None
+    if 1 < num_queries < num_keys:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril_(num_keys - num_queries)
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=num_queries == num_keys,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def causal_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Specification of `causal_attention` in plain torch."""
+    group = query.shape[1] // key.shape[1]
+    out = query.new_empty((*query.shape[:2], value.shape[2]))
+    for b in range(len(query_starts) - 1):
+        q0, q1 = int(query_starts[b]), int(query_starts[b + 1])
+        k0, k1 = int(key_starts[b]), int(key_starts[b + 1])
+        keys = key[k0:k1].float().repeat_interleave(group, dim=1)
+        values = value[k0:k1].float().repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", query[q0:q1].float(), keys) * scale
+        is_visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril((k1 - k0) - (q1 - q0))
+        weights = torch.softmax(scores.masked_fill(~is_visible, float("-inf")), dim=-1)
+        out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
+    return out

@@ -1,0 +1,84 @@
+"""Grouped-query attention of single query tokens over paged keys and values.
+
+Shapes: B query tokens, H query heads, G key/value heads, D head width, P pages, L longest context. A page holds its
+tokens' keys, then their values. Query b attends to the first `context_lens[b]` tokens of its sequence.
+Bytes read: sum(context_lens) * 2 * G * D * itemsize; bound by memory bandwidth.
+
+`gqa_decode` is the entry; `gqa_decode_ref` is the specification it is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace_kernels.paged_slots import paged_slots
+
+
+def gqa_decode(
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Return each query's average of the values, weighted by softmax over its context.
+
+    Args:
+        query: [B, H, D], dtype of `cache`.
+        cache: [P, 2, page_size, G, D], contiguous; slots past a context may hold anything.
+        block_table: [B, max_pages] int32; entries past a context are not read.
+        context_lens: [B] int32, each at least 1.
+        scale: multiplies the scores.
+        slots: [B, L] int64, `paged_slots` of the three arguments before, if the caller has planned it already.
+
+    Returns:
+        [B, H, D], dtype of `query`; scores and softmax in float32.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    if query.shape[2] != cache.shape[4] or query.shape[1] % cache.shape[3] or query.dtype != cache.dtype:
+        raise ValueError(
+            f"query {tuple(query.shape)} {query.dtype} and cache {tuple(cache.shape)} {cache.dtype} "
+            "do not fit [B, H, D], [P, 2, page_size, G, D]"
+        )
+    if slots is None:
+        slots = paged_slots(block_table, context_lens, cache.shape[2])
+    batch, longest = slots.shape
+    key, value = gather_keys_values(cache, slots.view(-1))
+    num_groups, dim = cache.shape[3], cache.shape[4]
+    grouped = query.view(batch, num_groups, -1, dim)
+    key = key.view(batch, longest, num_groups, dim).transpose(1, 2)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scale)
+    if batch > 1:
+        past_end = torch.arange(longest, device=slots.device) >= context_lens[:, None]
+        scores.masked_fill_(past_end[:, None, None], float("-inf"))
+    weights = torch.softmax(scores, dim=-1).to(query.dtype)
+    value = value.view(batch, longest, num_groups, dim).transpose(1, 2)
+    return torch.matmul(weights, value).view(batch, -1, dim)
+
+
+def gather_keys_values(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keys and the values [S, G, D] that lie at `slots` [S] int64 of `cache` [P, 2, page_size, G, D]."""
+    page_size, num_groups, dim = cache.shape[2:]
+    rows = cache.view(-1, num_groups * dim)
+    # A page's values follow its page_size keys, so page p starts at row 2 * p * page_size.
+    key_rows = slots + slots.div(page_size, rounding_mode="floor") * page_size
+    key = rows.index_select(0, key_rows).view(-1, num_groups, dim)
+    return key, rows.index_select(0, key_rows + page_size).view(-1, num_groups, dim)
+
+
+def gqa_decode_ref(query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float) -> Tensor:
+    """Specification of `gqa_decode` in plain torch."""
+    page_size, group = cache.shape[2], query.shape[1] // cache.shape[3]
+    out = torch.empty_like(query)
+    for b, length in enumerate(context_lens.tolist()):
+        pages = cache[block_table[b, : -(-length // page_size)].long()].float()
+        key = pages[:, 0].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        value = pages[:, 1].flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        scores = torch.einsum("hd,khd->hk", query[b].float(), key) * scale
+        out[b] = torch.einsum("hk,khd->hd", torch.softmax(scores, dim=-1), value).to(query.dtype)
+    return out

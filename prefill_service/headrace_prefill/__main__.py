@@ -1,0 +1,21 @@
+"""Run the prefill worker: `python -m headrace_prefill --model FOLDER`; `--help` lists every setting."""
+
+from __future__ import annotations
+
+from headrace_core.config import PrefillSettings, parse
+from headrace_core.engine.threads import limit_threads
+from headrace_core.process import run
+
+
+def main() -> None:
+    """Run until a signal; exit codes are in `headrace_core.process`."""
+    settings = parse(PrefillSettings)
+    limit_threads(settings.threads)
+    # Only now: torch reads the thread limits when it is imported.
+    from headrace_prefill.service import PrefillService
+
+    run(lambda: PrefillService(settings), settings, role="prefill")
+
+
+if __name__ == "__main__":
+    main()

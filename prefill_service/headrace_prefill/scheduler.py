@@ -1,0 +1,249 @@
+"""Which prompts a step computes. Pure: no torch, no grpc, no clock. Engine thread only.
+
+    WAITING ──pages for the whole prompt──► RUNNING ──last chunk sampled──► PUBLISHED
+       └──────────────┴───────── free, or a failed step ────────┴──────────► gone, pages free
+
+First come, first served: a step goes on with what runs, oldest first, then admits from the queue's head while token
+and sequence budgets last. A sequence gets all its pages at once, so two half-done prompts can't wait for each other.
+PUBLISHED pages stay until the lease table says `free`; nothing else frees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from headrace_core.engine.admission import SequenceSpec
+from headrace_core.engine.engine import Load
+from headrace_core.engine.finish import ModelLimits, finish_reason
+from headrace_core.engine.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.errors import HeadraceError, OverloadedError
+from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
+from headrace_core.request import FinishReason, SampledToken
+
+
+class State(Enum):
+    """Where a sequence is; see the module."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PUBLISHED = "published"
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A sequence is published. Durations in seconds."""
+
+    key: int
+    token: SampledToken
+    finish: FinishReason | None
+    page_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+    num_cached_tokens: int
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sequence can't go on; its pages are free."""
+
+    key: int
+    error: HeadraceError
+
+
+PrefillEvent = Prefilled | Failed
+
+
+@dataclass(slots=True)
+class _Sequence:
+    key: int
+    spec: SequenceSpec
+    added_s: float
+    state: State = State.WAITING
+    pages: SequencePages | None = None
+    num_computed: int = 0
+    num_cached: int = 0
+    started_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.spec.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        return self.num_tokens - self.num_computed
+
+
+class PrefillScheduler:
+    """See the module. A sequence's key is its caller's: any number not in use."""
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        limits: ModelLimits,
+        *,
+        max_step_tokens: int,
+        max_step_sequences: int,
+        max_waiting_sequences: int,
+    ) -> None:
+        self.pages = pages
+        self._limits = limits
+        self._max_step_tokens = max_step_tokens
+        self._max_step_sequences = max_step_sequences
+        self._max_waiting = max_waiting_sequences
+        self._sequences: dict[int, _Sequence] = {}
+        # Both in order of arrival.
+        self._waiting: dict[int, _Sequence] = {}
+        self._running: dict[int, _Sequence] = {}
+        self._planned: StepPlan | None = None
+        self._events: list[PrefillEvent] = []
+
+    def add(self, key: int, spec: SequenceSpec, now: float) -> None:
+        """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES."""
+        needed = self.pages.pages_for(len(spec.token_ids))
+        if needed > self.pages.num_pages:
+            text = f"the prompt takes {needed} pages, the whole pool has {self.pages.num_pages}; raise --kv-pool-mib"
+            self._events.append(Failed(key, OverloadedError("NO_FREE_PAGES", text)))
+            return
+        if len(self._waiting) >= self._max_waiting:
+            text = f"{len(self._waiting)} sequences wait already; try again later"
+            self._events.append(Failed(key, OverloadedError("QUEUE_FULL", text)))
+            return
+        self._sequences[key] = self._waiting[key] = _Sequence(key, spec, now)
+
+    def free(self, key: int) -> None:
+        """Forget a sequence in whatever state and free its pages: the only way there is. Unknown keys are no error."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is None:
+            return
+        self._waiting.pop(key, None)
+        self._running.pop(key, None)
+        if sequence.pages:
+            self.pages.free(sequence.pages)
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Choose chunks of at most `max_step_tokens` together; None when nothing can be computed."""
+        chunks: list[Chunk] = []
+        zero_page_ids: list[int] = []
+        budget = self._max_step_tokens
+        for sequence in self._running.values():
+            if not budget or len(chunks) == self._max_step_sequences:
+                break
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].token_ids)
+        while budget and self._waiting and len(chunks) < self._max_step_sequences:
+            sequence = next(iter(self._waiting.values()))
+            if not self._admit(sequence, now):
+                break
+            if sequence.num_tokens % self.pages.page_size:
+                assert sequence.pages is not None, "admitted"
+                zero_page_ids.append(sequence.pages.page_ids[-1])
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].token_ids)
+        self._planned = StepPlan(chunks, zero_page_ids) if chunks else None
+        return self._planned
+
+    def apply(self, result: StepResult, now: float) -> None:
+        """Advance the planned sequences; publish those whose first token was sampled."""
+        for chunk in self._take_planned().chunks:
+            sequence = self._sequences[chunk.key]
+            assert sequence.pages is not None, "a running sequence has pages"
+            sequence.num_computed += len(chunk.token_ids)
+            self.pages.commit(sequence.pages, sequence.spec.token_ids, sequence.num_computed)
+            if not sequence.num_left:
+                self._publish(sequence, sequence.pages, result.tokens[chunk.key], now)
+
+    def fail_step(self, error: HeadraceError, now: float) -> None:
+        """End the planned sequences with `error`."""
+        for chunk in self._take_planned().chunks:
+            self.free(chunk.key)
+            self._events.append(Failed(chunk.key, error))
+
+    def take_events(self) -> Sequence[PrefillEvent]:
+        """Return what happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def load(self) -> Load:
+        """Return what is held now."""
+        return Load(
+            num_free_pages=self.pages.num_available,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_waiting_tokens=sum(s.num_tokens for s in self._waiting.values())
+            + sum(s.num_left for s in self._running.values()),
+            num_sequences=len(self._sequences),
+            page_counts=self.pages.pool.counts(),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that no page is lost or held twice, and that the queues agree."""
+        self.pages.check_integrity()
+        assert len(self._waiting) + len(self._running) <= len(self._sequences), "a sequence is in two queues"
+        num_held = sum(len(s.pages.own_page_ids) for s in self._sequences.values() if s.pages)
+        assert num_held == sum(
+            count for state, count in self.pages.pool.counts().items() if state.value in ("owned", "quarantined")
+        ), "pages without a sequence"
+
+    def _admit(self, sequence: _Sequence, now: float) -> bool:
+        pages = self.pages.match(sequence.key, sequence.spec.token_ids)
+        try:
+            self.pages.reserve(pages, sequence.num_tokens)
+        except OverloadedError:
+            self.pages.free(pages)
+            return False
+        sequence.pages = pages
+        sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
+        sequence.state, sequence.started_s = State.RUNNING, now
+        self._running[sequence.key] = self._waiting.pop(sequence.key)
+        return True
+
+    def _chunk(self, sequence: _Sequence, budget: int) -> Chunk:
+        assert sequence.pages is not None, "a running sequence has pages"
+        spec, start = sequence.spec, sequence.num_computed
+        end = min(start + budget, sequence.num_tokens)
+        return Chunk(
+            key=sequence.key,
+            token_ids=spec.token_ids[start:end],
+            start=start,
+            page_ids=list(sequence.pages.page_ids),
+            sampling=self._sampling(spec) if end == sequence.num_tokens else None,
+        )
+
+    def _sampling(self, spec: SequenceSpec) -> SamplingRow:
+        return SamplingRow(
+            params=spec.params,
+            prompt_token_ids=spec.token_ids[: spec.num_prompt_tokens],
+            output_token_ids=spec.token_ids[spec.num_prompt_tokens :],
+            sample_index=spec.sample_index,
+            position=len(spec.token_ids),
+            eos_token_ids=self._limits.eos_token_ids,
+        )
+
+    def _publish(self, sequence: _Sequence, pages: SequencePages, token: SampledToken, now: float) -> None:
+        spec = sequence.spec
+        del self._running[sequence.key]
+        sequence.state = State.PUBLISHED
+        num_tokens = sequence.num_tokens + 1
+        self._events.append(
+            Prefilled(
+                key=sequence.key,
+                token=token,
+                finish=finish_reason(
+                    token.token_id, spec.params, self._limits,
+                    num_output_tokens=num_tokens - spec.num_prompt_tokens, num_tokens=num_tokens,
+                ),
+                page_ids=tuple(pages.page_ids),
+                generations=tuple(self.pages.pool.generation(page_id) for page_id in pages.page_ids),
+                num_cached_tokens=sequence.num_cached,
+                queue_s=sequence.started_s - sequence.added_s,
+                compute_s=now - sequence.started_s,
+            )
+        )  # fmt: skip
+
+    def _take_planned(self) -> StepPlan:
+        plan, self._planned = self._planned, None
+        assert plan is not None, "no step is planned"
+        return plan

@@ -1,0 +1,228 @@
+"""The prefill worker: from a request to a ticket. Event loop only; the scheduler runs on the engine thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.v1 import types_pb2
+from headrace_core.config import PrefillSettings
+from headrace_core.engine.admission import SequenceSpec
+from headrace_core.engine.engine import News
+from headrace_core.engine.host import Loader, WorkerHost
+from headrace_core.engine.loading import LoadedModel, load_worker_model
+from headrace_core.errors import HandoffLostError, UnavailableError
+from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.transfer.grpc_stream import SERVICE as TRANSFER_SERVICE
+from headrace_core.transfer.grpc_stream import GrpcHolder
+from headrace_core.transfer.ticket import Ticket
+from headrace_core.transfer.verify import checksums
+from prometheus_client import CollectorRegistry
+
+from headrace_prefill.handoff import Lease, LeaseState, LeaseTable
+from headrace_prefill.metrics import PrefillMetrics
+from headrace_prefill.scheduler import Failed, Prefilled, PrefillEvent, PrefillScheduler
+from headrace_prefill.server import PREFILL_SERVICE, add_prefill_servicer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutcome:
+    """What `PrefillResponse` tells; `ticket` has no lease if `prefilled.finish` is set."""
+
+    ticket: Ticket
+    prefilled: Prefilled
+
+
+class PrefillService:
+    """See `process.Service`. Tests give `loader` and further `offers`."""
+
+    def __init__(
+        self,
+        settings: PrefillSettings,
+        *,
+        loader: Loader = load_worker_model,
+        offers: Sequence[types_pb2.TransportOffer] = (),
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._metrics = PrefillMetrics(self.registry)
+        self._settings = settings
+        self._loader = loader
+        self.host: WorkerHost[PrefillScheduler] = WorkerHost(
+            settings,
+            role=types_pb2.WORKER_ROLE_PREFILL,
+            services=[PREFILL_SERVICE, TRANSFER_SERVICE],
+            transports=["grpc"],
+            metrics=self._metrics.worker,
+        )
+        self.failed = self.host.failed
+        self._leases: LeaseTable | None = None
+        self._waiting: dict[int, asyncio.Future[Prefilled]] = {}
+        self._grpc_holder = GrpcHolder(
+            lambda: self.leases,
+            lambda: self.host.model.cache,
+            frame_bytes=settings.frame_kib << 10,
+            on_sent=self._metrics.worker.transfer_bytes.labels("grpc", "sent").inc,
+        )
+        self._is_stopping = False
+        self._offers = (*offers, self._grpc_holder.offer())
+
+    @property
+    def leases(self) -> LeaseTable:
+        """The lease table.
+
+        Raises:
+            UnavailableError: STARTING.
+        """
+        if self._leases is None:
+            raise UnavailableError("STARTING", "the worker is loading its model; try again")
+        return self._leases
+
+    async def start(self) -> str:
+        """See `process.Service`."""
+        add_prefill_servicer(self, self.host.server.grpc)
+        self._grpc_holder.add_to(self.host.server.grpc)
+        address = await self.host.bind()
+        model = await self.host.load(self._loader)
+        settings = self._settings
+        scheduler = PrefillScheduler(
+            PageAllocator(model.num_pages, model.layout.page_size),
+            model.limits,
+            max_step_tokens=settings.max_step_tokens,
+            max_step_sequences=settings.max_step_sequences,
+            max_waiting_sequences=settings.max_waiting_sequences,
+        )
+        self._leases = LeaseTable(
+            incarnation=self.host.incarnation,
+            lease_s=settings.lease_s,
+            generation=scheduler.pages.pool.generation,
+            on_end=self._on_lease_end,
+            on_change=self._on_lease_change,
+        )
+        await self.host.go(model, scheduler, self._on_news)
+        return address
+
+    async def drain(self) -> None:
+        """See `process.Service`: sequences under way finish, leases are released or expire."""
+        self.host.begin_drain()
+        if self._leases:
+            await self._leases.wait_idle()
+
+    async def stop(self) -> None:
+        """See `process.Service`."""
+        self._is_stopping = True
+        for lease in self._leases.leases if self._leases else ():
+            self.leases.abort(lease)
+        await self.host.stop()
+
+    async def prefill(self, spec: SequenceSpec) -> PrefillOutcome:
+        """Prefill one sequence and hold its pages under a lease. Cancelling frees everything.
+
+        Raises:
+            HeadraceError: as `PrefillService.Prefill` lists.
+        """
+        self.host.require_ready()
+        model = self.host.model
+        spec.check(model.limits)
+        lease = self.leases.create(spec.request_id, sample_index=spec.sample_index, attempt=spec.attempt)
+        waiting: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
+        self._waiting[lease.key] = waiting
+        now = time.monotonic()
+        self.host.engine.submit(lambda scheduler: scheduler.add(lease.key, spec, now))
+        try:
+            prefilled = await waiting
+            ticket = await self._write_ticket(lease, spec, prefilled, model)
+        except BaseException:
+            self.leases.abort(lease)
+            raise
+        finally:
+            del self._waiting[lease.key]
+        self._report(spec, prefilled, ticket)
+        return PrefillOutcome(ticket, prefilled)
+
+    async def _write_ticket(self, lease: Lease, spec: SequenceSpec, prefilled: Prefilled, model: LoadedModel) -> Ticket:
+        """Put the pages under the lease and describe them; a finished sequence has nothing to hand off."""
+        page_ids, generations, sums = prefilled.page_ids, prefilled.generations, ()
+        if prefilled.finish:
+            page_ids, generations = (), ()
+            self.leases.take(lease)
+        else:
+            # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
+            sums = await asyncio.to_thread(checksums, model.cache, model.layout.num_layers, page_ids)
+            if lease.outcome:
+                raise HandoffLostError("STALE_ATTEMPT", "a higher attempt replaced this one")
+            self.leases.hold(lease, page_ids, generations)
+        assert spec.params.seed is not None, "checked at the door"
+        return Ticket(
+            request_id=spec.request_id,
+            attempt=spec.attempt,
+            holder_endpoint=self.host.endpoint,
+            holder_incarnation=self.host.incarnation,
+            model_fingerprint=model.fingerprint,
+            layout=model.layout,
+            page_ids=page_ids,
+            generations=generations,
+            checksums=sums,
+            num_tokens=len(spec.token_ids),
+            first_token=prefilled.token,
+            seed=spec.params.seed,
+            sample_index=spec.sample_index,
+            lease_id="" if prefilled.finish else lease.lease_id,
+            lease_s=0.0 if prefilled.finish else self._settings.lease_s,
+            offers=self._offers,
+        )
+
+    def _on_news(self, news: News[PrefillEvent]) -> None:
+        for event in news.events:
+            waiting = self._waiting.get(event.key)
+            if waiting is None or waiting.done():
+                continue
+            match event:
+                case Prefilled():
+                    waiting.set_result(event)
+                case Failed():
+                    waiting.set_exception(event.error)
+
+    def _on_lease_end(self, lease: Lease) -> None:
+        self.host.engine.submit(lambda scheduler: scheduler.free(lease.key))
+        assert lease.outcome is not None, "the lease ended"
+        self._metrics.lease_ends.labels(lease.outcome.value).inc()
+        if lease.outcome is LeaseState.EXPIRED:
+            self._metrics.worker.handoff_failures.labels("LEASE_EXPIRED").inc()
+            log.warning("lease expired", extra={"request_id": lease.request_id, "pages": len(lease.page_ids)})
+        waiting = self._waiting.get(lease.key)
+        if waiting and not waiting.done():
+            stale = HandoffLostError("STALE_ATTEMPT", "a higher attempt replaced this one")
+            stopped = UnavailableError("DRAINING", "the worker is going away; try another")
+            waiting.set_exception(stopped if self._is_stopping else stale)
+
+    def _on_lease_change(self) -> None:
+        num_held = self.leases.num_held
+        self._metrics.leases.set(num_held)
+        self.host.board.set_num_leases(num_held)
+
+    def _report(self, spec: SequenceSpec, prefilled: Prefilled, ticket: Ticket) -> None:
+        num_tokens, worker = len(spec.token_ids), self._metrics.worker
+        worker.prompt_tokens.inc(num_tokens)
+        worker.output_tokens.inc()
+        worker.cache_query_tokens.inc(num_tokens)
+        worker.cache_hit_tokens.inc(prefilled.num_cached_tokens)
+        worker.queue_seconds.observe(prefilled.queue_s)
+        self._metrics.prefill_seconds.observe(prefilled.compute_s)
+        data: dict[str, Any] = {
+            "request_id": spec.request_id,
+            "sample": spec.sample_index,
+            "attempt": spec.attempt,
+            "tokens": num_tokens,
+            "cached_tokens": prefilled.num_cached_tokens,
+            "queue_s": prefilled.queue_s,
+            "prefill_s": prefilled.compute_s,
+            "pages": len(ticket.page_ids),
+            "bytes": ticket.num_bytes,
+        }
+        log.info("prefilled", extra=data)

@@ -1,0 +1,197 @@
+"""Token ids to text, one at a time: never half a character, and in the end exactly what decoding all at once gives.
+
+Three kinds of vocabulary, told apart by the `decoder` in tokenizer.json:
+
+- byte-level BPE (DeepSeek, Kimi, Llama 3, Qwen): each token is a run of bytes; an incremental UTF-8 decoder joins them.
+- byte fallback (Mixtral, Llama 2): tokens are text, and `<0xE2>` tokens are bytes. The reference decodes a run of byte
+  tokens as a whole (one wrong byte spoils the run), so a run is held back until it ends.
+- anything else: the text of a short window of tokens with the new one, less the text without it.
+
+The first two look a token up in a table: O(1). The third decodes a window that ends at the last token whose text was
+complete: O(1) amortised.
+
+Source: decode_chain of ByteLevel, ByteFallback, Fuse, Replace and Strip in huggingface/tokenizers, `decoders/`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_WINDOW_TOKENS = 6
+"""Tokens of context that the third kind decodes before a new one."""
+_MAX_PENDING_TOKENS = 16
+"""Pending tokens at which the third kind takes a trailing U+FFFD for real: no character has more bytes."""
+
+
+class Vocabulary:
+    """What the detokenizers of one model share. Immutable after construction."""
+
+    def __init__(self, fast: FastTokenizer) -> None:
+        self.special_ids = frozenset(
+            token_id for token_id, token in fast.get_added_tokens_decoder().items() if token.special
+        )
+        self.decode: Callable[[list[int]], str] = fast.decode
+        self.token_bytes: list[bytes] | None = None
+        self.token_texts: list[str | None] = []
+        """For `token_bytes`: a token's text, if it is made of whole characters."""
+        self.token_pieces: list[str | int] | None = None
+        self.num_strip = 0
+        decoder: dict[str, Any] = json.loads(fast.to_str()).get("decoder") or {}
+        texts = _token_texts(fast)
+        steps = _fallback_steps(decoder)
+        if decoder.get("type") == "ByteLevel":
+            self.token_bytes = [_byte_level(text) for text in texts]
+            self.token_texts = [_whole_text(token) for token in self.token_bytes]
+        elif steps is not None:
+            replace, self.num_strip = steps
+            self.token_pieces = [_fallback_piece(text, replace) for text in texts]
+
+
+class Detokenizer:
+    """Decodes one sample. `push` each token in order, then `finish` once; the texts, joined, are the whole."""
+
+    def __init__(self, vocabulary: Vocabulary, *, silent_ids: frozenset[int], is_continuation: bool) -> None:
+        self._silent = vocabulary.special_ids | silent_ids
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_inside = False
+        """True while the last character lacks bytes."""
+        self._vocabulary = vocabulary
+        self._num_strip = 0 if is_continuation else vocabulary.num_strip
+        self._run = bytearray()
+        self._window: list[int] = []
+        self._num_read = 0
+        self._read_text = ""
+        self._table = vocabulary.token_bytes
+        self._pieces = vocabulary.token_pieces
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is now certain; may be empty."""
+        if token_id in self._silent:
+            return ""
+        if self._table is not None:
+            return self._push_bytes(token_id, self._table)
+        if self._pieces is not None:
+            return self._push_piece(self._pieces[token_id]) if token_id < len(self._pieces) else ""
+        return self._push_window(token_id)
+
+    def finish(self) -> str:
+        """Return what was held back; an incomplete character becomes U+FFFD, as in decoding all at once."""
+        if self._table is not None:
+            return self._utf8.decode(b"", True)
+        if self._pieces is not None:
+            return self._strip(self._end_run())
+        text = self._vocabulary.decode(self._window)
+        return text[len(self._read_text) :]
+
+    def _push_bytes(self, token_id: int, table: list[bytes]) -> str:
+        if token_id >= len(table):
+            return ""
+        text = self._vocabulary.token_texts[token_id]
+        if text is not None and not self._is_inside:
+            return text
+        text = self._utf8.decode(table[token_id])
+        self._is_inside = bool(self._utf8.getstate()[0])
+        return text
+
+    def _push_piece(self, piece: str | int) -> str:
+        if isinstance(piece, int):
+            self._run.append(piece)
+            return ""
+        return self._strip(self._end_run() + piece if self._run else piece)
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode("utf-8")
+        except UnicodeDecodeError:
+            return _REPLACEMENT * len(run)
+
+    def _strip(self, text: str) -> str:
+        """Drop the first spaces of the whole text, as many as the decoder strips."""
+        while text and self._num_strip:
+            if text[0] != " ":
+                self._num_strip = 0
+            else:
+                text = text[1:]
+                self._num_strip -= 1
+        return text
+
+    def _push_window(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._vocabulary.decode(self._window)
+        num_pending = len(self._window) - self._num_read
+        if text.endswith(_REPLACEMENT) and num_pending < _MAX_PENDING_TOKENS:
+            return ""
+        new = text[len(self._read_text) :]
+        if len(self._window) > 2 * _WINDOW_TOKENS:
+            del self._window[:-_WINDOW_TOKENS]
+            text = self._vocabulary.decode(self._window)
+        self._num_read, self._read_text = len(self._window), text
+        return new
+
+
+def _token_texts(fast: FastTokenizer) -> list[str]:
+    """Return each id's token; an id without one is empty."""
+    vocabulary = fast.get_vocab(with_added_tokens=True)
+    texts = [""] * (max(vocabulary.values(), default=-1) + 1)
+    for text, token_id in vocabulary.items():
+        texts[token_id] = text
+    return texts
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _byte_level(text: str) -> bytes:
+    """A token with a character outside the alphabet (an added token) is its own UTF-8."""
+    if all(char in _ALPHABET for char in text):
+        return bytes(_ALPHABET[char] for char in text)
+    return text.encode("utf-8")
+
+
+def _whole_text(token: bytes) -> str | None:
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _fallback_steps(decoder: dict[str, Any]) -> tuple[tuple[str, str], int] | None:
+    """Return ((pattern, content), spaces stripped) of Replace, ByteFallback, Fuse[, Strip]; None for other decoders."""
+    steps: list[dict[str, Any]] = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else []
+    if [step["type"] for step in steps[:3]] != ["Replace", "ByteFallback", "Fuse"]:
+        return None
+    pattern = steps[0]["pattern"].get("String")
+    if pattern is None or len(steps) > 4:
+        return None
+    num_strip = 0
+    if len(steps) == 4:
+        strip = steps[3]
+        if strip["type"] != "Strip" or strip["content"] != " " or strip["stop"]:
+            return None
+        num_strip = int(strip["start"])
+    return (pattern, steps[0]["content"]), num_strip
+
+
+def _fallback_piece(text: str, replace: tuple[str, str]) -> str | int:
+    """Return the byte that `<0xE2>` stands for, or the token's text."""
+    text = text.replace(*replace)
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        try:
+            return int(text[3:5], 16)
+        except ValueError:
+            return text
+    return text

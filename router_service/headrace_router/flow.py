@@ -1,0 +1,321 @@
+"""The life of one sample, from the queue to its last token, and what is done about every failure on the way.
+
+`sample.py` draws the states; this file moves them. One attempt is
+
+    place ──► Prefill ──► first token to the client ──► Start with the ticket ──► step outputs ──► finished
+
+and colocated: place ──► Start without a ticket ──► step outputs. Whatever ends an attempt, both legs are told: a ticket
+that no decode worker took is released at its holder, a sequence that may run is cancelled at its decode worker, a call
+under way is cancelled by the cancellation of the task that awaits it, and a cancelled Prefill is withdrawn besides.
+
+Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
+far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause.
+
+    InvalidRequestError   to the client; but BAD_HANDOFF, which is between workers: AGAIN
+    NotFoundError         AGAIN (UNKNOWN_SESSION: the session went away under the call)
+    LayoutMismatchError   AGAIN, logged as an error
+    OverloadedError       AGAIN; the worker gets nothing before its next load report
+    UnavailableError      AGAIN; the same
+    HandoffLostError      AGAIN
+    TransferCorruptError  AGAIN, logged as an error
+    DeadlineError         to the client
+    anything else         to the client, logged as an error
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from headrace.v1 import decode_service_pb2, prefill_service_pb2, transfer_service_pb2, types_pb2
+from headrace_core.errors import (
+    HandoffLostError,
+    HeadraceError,
+    LayoutMismatchError,
+    NotFoundError,
+    OverloadedError,
+    TransferCorruptError,
+    UnavailableError,
+)
+from headrace_core.rpc import raised_from
+from headrace_core.wire import decode_finish
+
+from headrace_router.dispatch import Dispatcher, Placement
+from headrace_router.metrics import RouterMetrics
+from headrace_router.sample import Sample, SampleState
+from headrace_router.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_CLEANUP_TIMEOUT_S = 5.0
+_HOLDER_REASONS = frozenset({"HOLDER_LOST", "LEASE_EXPIRED", "WORKER_RESTARTED", "STALE_PAGE"})
+"""Reasons by which a decode worker blames the prefill worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reaction:
+    """What AGAIN means for one kind of error."""
+
+    holds_worker: bool = False
+    level: int = logging.WARNING
+
+
+_AGAIN: dict[type[HeadraceError], _Reaction] = {
+    NotFoundError: _Reaction(holds_worker=True),
+    LayoutMismatchError: _Reaction(level=logging.ERROR),
+    OverloadedError: _Reaction(holds_worker=True),
+    UnavailableError: _Reaction(holds_worker=True),
+    HandoffLostError: _Reaction(),
+    TransferCorruptError: _Reaction(level=logging.ERROR),
+}
+
+
+class Flow:
+    """Runs samples. Event loop only."""
+
+    def __init__(self, dispatcher: Dispatcher, metrics: RouterMetrics, *, max_attempts: int) -> None:
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._max_attempts = max_attempts
+        self._cleanups: set[asyncio.Task[None]] = set()
+
+    async def run(self, sample: Sample, on_placed: Callable[[], None]) -> None:
+        """Bring `sample` to FINISHED; cancelled, free everything it holds.
+
+        Args:
+            sample: in state QUEUED.
+            on_placed: called when it leaves the queue for the first time.
+
+        Raises:
+            HeadraceError: the client's error; everything is freed.
+        """
+        fingerprint = ""
+        while True:
+            placement = await self._dispatcher.place(sample)
+            on_placed()
+            try:
+                fingerprint = self._check_model(fingerprint, placement)
+                failure = await self._attempt(sample, placement)
+            finally:
+                placement.release()
+                self._dispatcher.kick()
+            if failure is None:
+                return
+            self._react(sample, placement, failure)
+
+    async def close(self) -> None:
+        """Wait for releases and cancellations under way."""
+        if self._cleanups:
+            await asyncio.wait(self._cleanups, timeout=_CLEANUP_TIMEOUT_S)
+
+    async def _attempt(self, sample: Sample, placement: Placement) -> HeadraceError | None:
+        """Make one attempt; return why it failed, or None when the sample is finished."""
+        sample.begin_attempt(
+            prefill_address=placement.prefill.address if placement.prefill else "",
+            decode_address=placement.decode.address,
+            now_s=time.monotonic(),
+        )
+        try:
+            handoff = await self._prefill(sample, placement, placement.prefill) if placement.prefill else None
+            if sample.state is not SampleState.FINISHED:
+                await self._decode(sample, placement, handoff)
+        except HeadraceError as error:
+            return error
+        return None
+
+    async def _prefill(self, sample: Sample, placement: Placement, worker: Worker) -> types_pb2.Handoff:
+        """Compute the prompt, take the first token, return the ticket; its pages are ours to release until Start."""
+        request = prefill_service_pb2.PrefillRequest(
+            request_id=sample.spec.request_id,
+            attempt=sample.attempt,
+            token_ids=sample.token_ids,
+            num_prompt_tokens=len(sample.spec.prompt_ids),
+            sampling=sample.spec.sampling,
+            sample_index=sample.sample_index,
+        )
+        try:
+            response = await worker.prefill.Prefill(request, timeout=_remaining_s(sample))
+        except asyncio.CancelledError:
+            self._spawn(_withdraw(worker, request))
+            raise
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._spawn(_withdraw(worker, request))
+            raise _cause(error) from error
+        placement.on_prefilled()
+        now_s = time.monotonic()
+        parts = (("prefill_queue", response.queue_us), ("prefill", response.compute_us))
+        sample.waterfall.split(parts, "prefill_rpc", now_s)
+        sample.num_cached_tokens = response.num_cached_tokens
+        sample.on_prefilled(response.handoff, decode_finish(response.finish_reason), now_s)
+        if sample.state is SampleState.FINISHED and response.handoff.lease.lease_id:
+            self._spawn(_release(worker, response.handoff))
+        self._dispatcher.kick()
+        return response.handoff
+
+    async def _decode(self, sample: Sample, placement: Placement, handoff: types_pb2.Handoff | None) -> None:
+        """Start the sequence and follow it to its end; the ticket is the decode worker's once it answered."""
+        worker = placement.decode
+        sample.state = SampleState.STARTING
+        sample.attempt_over = asyncio.get_running_loop().create_future()
+        number = 0
+        may_run = may_hold = True
+        try:
+            number = worker.session.add(sample)
+            request = _start_request(sample, worker.session.session_id, number, handoff)
+            response = await worker.decode.Start(request, timeout=_remaining_s(sample))
+            may_hold = False
+            placement.on_started()
+            if not sample.is_over:
+                sample.state = SampleState.DECODING
+            sample.on_started(response, time.monotonic())
+            failure = await sample.attempt_over
+            may_run = bool(sample.matched_stop_string)
+            if failure is not None:
+                raise failure
+        except grpc.aio.AioRpcError as error:
+            if not sample.has_ended:
+                raise _cause(error) from error
+            sample.on_started(decode_service_pb2.StartResponse(), time.monotonic())
+        finally:
+            worker.session.remove(number)
+            if may_hold and handoff is not None and placement.prefill is not None:
+                self._spawn(_release(placement.prefill, handoff))
+            if may_run and number:
+                self._spawn(_cancel(worker, number))
+
+    def _react(self, sample: Sample, placement: Placement, error: HeadraceError) -> None:
+        """Prepare another attempt, or raise what the client is told."""
+        blamed = _blamed(sample, placement, error)
+        sample.mark_failure(time.monotonic())
+        reaction = _AGAIN.get(type(error))
+        if error.reason == "BAD_HANDOFF":
+            reaction = _Reaction(level=logging.ERROR)
+        data = {
+            "request_id": sample.spec.request_id,
+            "sample": sample.sample_index,
+            "attempt": sample.attempt,
+            "phase": sample.state.value,
+            "worker": ",".join(worker.address for worker in blamed),
+            "reason": error.reason,
+            "problem": str(error),
+        }
+        if reaction is None:
+            level = logging.INFO if error.code in _CLIENT_CODES else logging.ERROR
+            log.log(level, "attempt failed for good", extra=data)
+            raise error
+        log.log(reaction.level, "attempt failed", extra=data)
+        sample.avoid |= {worker.address for worker in blamed}
+        if reaction.holds_worker:
+            for worker in blamed:
+                worker.hold()
+        if sample.attempt >= self._max_attempts:
+            raise UnavailableError(
+                "RETRIES_EXHAUSTED",
+                f"{sample.attempt} attempts failed; the last at {data['worker']} while {sample.state.value}: "
+                f"{error.reason}: {error}",
+            ) from error
+        self._metrics.retries.labels(error.reason).inc()
+        sample.state = SampleState.QUEUED
+
+    def _check_model(self, fingerprint: str, placement: Placement) -> str:
+        """Return the model's fingerprint; a retry on another model would continue a text that it did not write."""
+        current = placement.decode.info.model_fingerprint
+        if fingerprint and fingerprint != current:
+            raise UnavailableError("RETRIES_EXHAUSTED", "the workers failed, and those there now serve another model")
+        return current
+
+    def _spawn(self, cleanup: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(cleanup)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
+
+
+_CLIENT_CODES = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def _start_request(
+    sample: Sample, session_id: str, number: int, handoff: types_pb2.Handoff | None
+) -> decode_service_pb2.StartRequest:
+    # The handoff's first token is in the sample already, but not in the pages: it is not sent.
+    token_ids = sample.token_ids if handoff is None else sample.token_ids[:-1]
+    return decode_service_pb2.StartRequest(
+        session_id=session_id,
+        sequence_number=number,
+        request_id=sample.spec.request_id,
+        attempt=sample.attempt,
+        token_ids=token_ids,
+        num_prompt_tokens=len(sample.spec.prompt_ids),
+        sampling=sample.spec.sampling,
+        sample_index=sample.sample_index,
+        handoff=handoff,
+    )
+
+
+def _remaining_s(sample: Sample) -> float:
+    return max(0.001, sample.spec.deadline_s - time.monotonic())
+
+
+def _cause(error: grpc.aio.AioRpcError) -> HeadraceError:
+    """Return what a call's end amounts to; one that no handler of ours raised means that the worker is gone."""
+    cause = raised_from(error)
+    is_transport = cause.reason == error.code().name
+    if is_transport and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnavailableError("WORKER_LOST", str(cause))
+    return cause
+
+
+def _blamed(sample: Sample, placement: Placement, error: HeadraceError) -> list[Worker]:
+    if placement.prefill is None:
+        return [placement.decode]
+    if sample.state is SampleState.PREFILLING or error.reason in _HOLDER_REASONS:
+        return [placement.prefill]
+    if isinstance(error, TransferCorruptError | LayoutMismatchError):
+        return [placement.prefill, placement.decode]
+    return [placement.decode]
+
+
+async def _release(holder: Worker, handoff: types_pb2.Handoff) -> None:
+    """Tell the holder that nobody takes the pages; if it can't be told, the lease runs out."""
+    request = transfer_service_pb2.ReleaseLeaseRequest(
+        lease_id=handoff.lease.lease_id, holder_incarnation=handoff.holder_incarnation
+    )
+    try:
+        await holder.transfer.ReleaseLease(request, timeout=_CLEANUP_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        log.debug("can't release a lease", extra={"worker": holder.address, "problem": error.details()})
+
+
+async def _withdraw(worker: Worker, request: prefill_service_pb2.PrefillRequest) -> None:
+    """Free what a cancelled Prefill may hold: its answer, ticket and all, may have crossed the cancellation.
+
+    The lease's name was in that answer. But a higher attempt replaces a lower one, whose pages are freed: so one of a
+    single token, which ends at once and holds nothing.
+    """
+    again = prefill_service_pb2.PrefillRequest(
+        request_id=request.request_id,
+        attempt=request.attempt + 1,
+        token_ids=request.token_ids[:1],
+        num_prompt_tokens=1,
+        sampling=types_pb2.SamplingParams(max_tokens=1, temperature=0.0, seed=0),
+        sample_index=request.sample_index,
+    )
+    try:
+        await worker.prefill.Prefill(again, timeout=_CLEANUP_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        log.debug("can't withdraw a prefill", extra={"worker": worker.address, "problem": error.details()})
+
+
+async def _cancel(worker: Worker, number: int) -> None:
+    """Tell the decode worker to drop a sequence; if it can't be told, the session's end does it."""
+    request = decode_service_pb2.CancelRequest(session_id=worker.session.session_id, sequence_number=number)
+    try:
+        await worker.decode.Cancel(request, timeout=_CLEANUP_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        log.debug("can't cancel a sequence", extra={"worker": worker.address, "problem": error.details()})

@@ -1,0 +1,133 @@
+"""The router's metrics. Seconds and tokens; one object, on its own registry.
+
+ITL is observed for every token, so its histogram is a plain list of counts that is turned into samples when somebody
+scrapes; the others are observed once a request.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from headrace_router.timings import Waterfall
+
+OUTCOMES = ("ok", "invalid", "overloaded", "unavailable", "deadline", "cancelled", "failed")
+
+
+class TokenHistogram(Collector):
+    """A histogram whose `observe` costs a bisection. Written by the event loop, read by the metrics thread."""
+
+    def __init__(self, name: str, documentation: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._edges = tuple(buckets)
+        self._counts = [0] * (len(self._edges) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, num_tokens: int = 1) -> None:
+        """Count `num_tokens` observations of `value`."""
+        self._counts[bisect_left(self._edges, value)] += num_tokens
+        self._sum += value * num_tokens
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the samples; called by the registry."""
+        total = 0
+        buckets: list[tuple[str, float]] = []
+        for edge, count in zip((*self._edges, "+Inf"), list(self._counts), strict=True):
+            total += count
+            buckets.append((str(edge), total))
+        family = HistogramMetricFamily(self._name, self._documentation)
+        family.add_metric([], buckets, self._sum)
+        yield family
+
+
+class Gauges(Collector):
+    """What is read from the router when somebody scrapes."""
+
+    def __init__(
+        self,
+        requests: Callable[[], tuple[int, int]],
+        workers: Callable[[], Sequence[tuple[str, str]]],
+    ) -> None:
+        """Take what to ask: (queued, running) requests; each worker's (role, state)."""
+        self._requests = requests
+        self._workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the samples; called by the registry."""
+        num_queued, num_running = self._requests()
+        yield GaugeMetricFamily("headrace_queued_requests", "Requests waiting for a worker.", num_queued)
+        yield GaugeMetricFamily("headrace_running_requests", "Requests under way, queued ones included.", num_running)
+        family = GaugeMetricFamily("headrace_workers", "Workers the router knows.", labels=["role", "state"])
+        counts: dict[tuple[str, str], int] = {}
+        for key in self._workers():
+            counts[key] = counts.get(key, 0) + 1
+        for (role, state), count in sorted(counts.items()):
+            family.add_metric([role, state], count)
+        yield family
+
+
+@dataclass(frozen=True, slots=True)
+class RouterMetrics:
+    """Every metric of the router."""
+
+    registry: CollectorRegistry
+    ttft: Histogram
+    itl: TokenHistogram
+    tpot: Histogram
+    e2e: Histogram
+    queue: Histogram
+    prefill: Histogram
+    transfer: Histogram
+    decode: Histogram
+    prompt_tokens: Counter
+    output_tokens: Counter
+    requests: Counter
+    retries: Counter
+
+    @classmethod
+    def create(cls) -> RouterMetrics:
+        """Return fresh metrics on a registry of their own."""
+        registry = CollectorRegistry()
+
+        def histogram(name: str, documentation: str, buckets: Sequence[float] = PHASE_BUCKETS) -> Histogram:
+            return Histogram(f"headrace_{name}_seconds", documentation, buckets=buckets, registry=registry)
+
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"headrace_{name}", documentation, labels, registry=registry)
+
+        metrics = cls(
+            registry=registry,
+            ttft=histogram("ttft", "Arrival at the router to first token, per sample.", LATENCY_BUCKETS),
+            itl=TokenHistogram(
+                "headrace_itl_seconds", "Gap between two tokens of a sample, per token.", LATENCY_BUCKETS, registry
+            ),
+            tpot=histogram("tpot", "(E2E - TTFT) / (output tokens - 1), per sample.", LATENCY_BUCKETS),
+            e2e=histogram("e2e", "Arrival at the router to last token, per sample."),
+            queue=histogram("queue", "In the router's queue and the workers', per sample."),
+            prefill=histogram("prefill", "First prefill step to first token, per sample; as workers report it."),
+            transfer=histogram("transfer", "Moving and verifying pages, per sample; as workers report it."),
+            decode=histogram("decode", "Start at the decode worker to last token, per sample."),
+            prompt_tokens=counter("prompt_tokens", "Prompt tokens of accepted requests."),
+            output_tokens=counter("output_tokens", "Tokens generated."),
+            requests=counter("requests", "Requests, by how they ended.", "outcome"),
+            retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
+        )
+        for outcome in OUTCOMES:
+            metrics.requests.labels(outcome)
+        return metrics
+
+    def observe_phases(self, waterfall: Waterfall) -> None:
+        """Count one sample's phases when it ended well."""
+        self.e2e.observe(waterfall.total_us / 1e6)
+        self.queue.observe(waterfall.sum_s("queue", "prefill_queue", "decode_queue"))
+        self.prefill.observe(waterfall.sum_s("prefill"))
+        self.transfer.observe(waterfall.sum_s("transfer"))
+        self.decode.observe(waterfall.sum_s("first_step", "decode"))

@@ -1,0 +1,184 @@
+"""The router without its gRPC face: requests in, requests under way, what is known of the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from headrace.v1 import generation_service_pb2
+from headrace.v1.types_pb2 import WORKER_ROLE_UNSPECIFIED
+from headrace_core import __version__
+from headrace_core.config import RouterSettings
+from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnavailableError
+
+from headrace_router.admission import Admission, RequestSpec, Tokenized
+from headrace_router.discovery import Discovery
+from headrace_router.dispatch import Dispatcher
+from headrace_router.flow import Flow
+from headrace_router.link import Link
+from headrace_router.metrics import RouterMetrics
+from headrace_router.registry import ROLE_NAMES, Registry
+from headrace_router.running import RunningRequest, outcome_of
+from headrace_router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """Event loop only."""
+
+    def __init__(self, settings: RouterSettings, metrics: RouterMetrics) -> None:
+        """Load the tokenizer.
+
+        Raises:
+            CheckpointError: the model folder or an address can't be used.
+        """
+        self.fleet = Registry(Discovery(settings.workers, settings.workers_file), dns_refresh_s=settings.dns_refresh_s)
+        self._settings = settings
+        self._metrics = metrics
+        self._model_name = settings.model_name or settings.model.resolve().name
+        self._tokenizer = Tokenizer(settings.model)
+        dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=settings.no_workers_timeout_s)
+        self._flow = Flow(dispatcher, metrics, max_attempts=settings.max_attempts)
+        self._admission = Admission(
+            self._tokenizer, model_name=self._model_name, max_prompt_bytes=settings.max_prompt_bytes
+        )
+        self._running: dict[str, RunningRequest] = {}
+        self._num_entering = 0
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_queued(self) -> int:
+        """Requests of which a sample waits for a worker."""
+        return self._num_entering + sum(running.is_waiting for running in list(self._running.values()))
+
+    @property
+    def num_running(self) -> int:
+        """Requests under way, queued ones included."""
+        return self._num_entering + len(self._running)
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait until none is under way."""
+        self._is_draining = True
+        await self._idle.wait()
+
+    def fail_all(self, error: HeadraceError) -> None:
+        """Refuse new requests and end those under way with `error`."""
+        self._is_draining = True
+        for running in list(self._running.values()):
+            running.fail(error)
+
+    async def finish_cleanups(self) -> None:
+        """Wait, within bounds, until workers were told of what ended early."""
+        await self._flow.close()
+
+    async def open(self, message: generation_service_pb2.GenerateRequest, remaining_s: float | None) -> RunningRequest:
+        """Check a request and start it; `close` must follow.
+
+        Args:
+            message: the client's.
+            remaining_s: until the client's deadline; None if it has none.
+
+        Raises:
+            HeadraceError: it is refused.
+        """
+        self._num_entering += 1
+        self._idle.clear()
+        try:
+            spec = await self._admit(message, remaining_s)
+            running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics)
+            self._running[spec.request_id] = running
+            return running
+        except HeadraceError as error:
+            self._metrics.requests.labels(outcome_of(error)).inc()
+            log.info("request refused", extra={"request_id": message.request_id[:64], "reason": error.reason})
+            raise
+        except asyncio.CancelledError:
+            self._metrics.requests.labels("cancelled").inc()
+            raise
+        finally:
+            self._num_entering -= 1
+            self._check_idle()
+
+    def close(self, running: RunningRequest) -> None:
+        """End a request's bookkeeping, and what still runs of it; idempotent."""
+        running.close()
+        if self._running.get(running.spec.request_id) is running:
+            del self._running[running.spec.request_id]
+        self._check_idle()
+
+    def info(self) -> generation_service_pb2.GetServerInfoResponse:
+        """Return what is served and by whom."""
+        model = self.fleet.model
+        return generation_service_pb2.GetServerInfoResponse(
+            model_name=self._model_name,
+            model_fingerprint=model.fingerprint if model else "",
+            max_context_tokens=model.max_context_tokens if model else 0,
+            workers=[_worker_status(link) for link in self.fleet.links],
+            num_queued=self.num_queued,
+            num_running=self.num_running,
+            version=__version__,
+        )
+
+    async def _admit(self, message: generation_service_pb2.GenerateRequest, remaining_s: float | None) -> RequestSpec:
+        arrival_s = time.monotonic()
+        if self._is_draining:
+            raise UnavailableError("DRAINING", "the router is stopping; try another one")
+        if self.num_queued > self._settings.max_queued_requests:
+            raise OverloadedError("QUEUE_FULL", f"{self.num_queued - 1} requests are waiting; try again later")
+        self._check_unused(message.request_id)
+        limit_s = self._settings.request_timeout_s if remaining_s is None else remaining_s
+        tokenized = await self._admission.tokenize(message, arrival_s=arrival_s, deadline_s=arrival_s + limit_s)
+        spec = await self._wait_fleet(tokenized)
+        self._check_unused(spec.request_id)
+        return spec
+
+    async def _wait_fleet(self, tokenized: Tokenized) -> RequestSpec:
+        """Wait until a worker has said what the model can do, then check against it."""
+        limit_s = self._settings.no_workers_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                model = await self.fleet.wait_model()
+        except TimeoutError:
+            missing = self.fleet.missing() or "no worker was ready in time"
+            raise UnavailableError("NO_WORKERS", missing) from None
+        return self._admission.admit(tokenized, model)
+
+    def _check_unused(self, request_id: str) -> None:
+        if request_id in self._running:
+            raise InvalidRequestError("BAD_REQUEST", f"request_id {request_id!r} is under way; choose another")
+
+    def _check_idle(self) -> None:
+        if self.num_running == 0:
+            self._idle.set()
+
+    def worker_states(self) -> Sequence[tuple[str, str]]:
+        """Return each worker's (role, state). Also called from the metrics thread."""
+        return [(_role_name(link), link.state.value) for link in self.fleet.links]
+
+
+def _role_name(link: Link) -> str:
+    return ROLE_NAMES.get(link.info.role, "unknown") if link.info else "unknown"
+
+
+def _worker_status(link: Link) -> generation_service_pb2.WorkerStatus:
+    status = generation_service_pb2.WorkerStatus(
+        address=link.address,
+        role=link.info.role if link.info else WORKER_ROLE_UNSPECIFIED,
+        state=link.state.value,
+        detail=link.detail,
+    )
+    if link.info is not None:
+        status.num_pages = link.info.num_pages
+        status.transports.extend(link.info.transports)
+    if link.worker is not None:
+        load = link.worker.load
+        status.num_free_pages = load.num_free_pages
+        status.num_running = load.num_running
+        status.num_waiting = load.num_waiting
+        status.num_leases = load.num_leases
+    return status

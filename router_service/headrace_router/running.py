@@ -1,0 +1,191 @@
+"""One client request under way: its samples, their tasks, and the stream of messages to the client.
+
+    RUNNING ──► OK | FAILED (one error, all samples end) | CANCELLED (the client left)
+Nothing waits for the client but its own stream: samples go on, and what piles up leaves in one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+
+from headrace.v1 import generation_service_pb2
+from headrace_core.errors import DeadlineError, HeadraceError
+
+from headrace_router import policy
+from headrace_router.admission import RequestSpec
+from headrace_router.flow import Flow
+from headrace_router.metrics import RouterMetrics
+from headrace_router.sample import Sample, SampleState
+from headrace_router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_DEADLINE_SLACK_S = 0.02
+"""A client that leaves this shortly before its deadline left because of it."""
+
+_OUTCOMES = {
+    "INVALID_ARGUMENT": "invalid",
+    "NOT_FOUND": "invalid",
+    "RESOURCE_EXHAUSTED": "overloaded",
+    "UNAVAILABLE": "unavailable",
+    "DEADLINE_EXCEEDED": "deadline",
+}
+
+
+def outcome_of(error: HeadraceError) -> str:
+    """Return the `outcome` label of a request that ended with `error`."""
+    return _OUTCOMES.get(error.code.name, "failed")
+
+
+class RunningRequest:
+    """All samples of one request. Event loop only."""
+
+    def __init__(self, spec: RequestSpec, flow: Flow, tokenizer: Tokenizer, metrics: RouterMetrics) -> None:
+        """Start every sample; `close` must follow."""
+        self.spec = spec
+        self._flow = flow
+        self._metrics = metrics
+        self._error: HeadraceError | None = None
+        self._wake: asyncio.Future[None] | None = None
+        """What the client's stream waits for; a bare future, because an Event costs twice as much per token."""
+        self._news: list[Sample] = []
+        self._num_open = spec.num_samples
+        self._is_closed = False
+        self._waiting: set[int] = set(range(spec.num_samples))
+        key = policy.prefix_key(spec.prompt_ids)
+        self.samples = [self._sample(index, key, tokenizer) for index in range(spec.num_samples)]
+        metrics.prompt_tokens.inc(len(spec.prompt_ids))
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(0.0, spec.deadline_s - time.monotonic()), self._on_deadline)
+        self._tasks = [asyncio.create_task(self._run(sample)) for sample in self.samples]
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while one of its samples was never dispatched."""
+        return bool(self._waiting)
+
+    async def responses(self) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
+        """Yield the client's messages until every sample is finished.
+
+        Raises:
+            HeadraceError: the request failed; nothing follows.
+        """
+        while self._num_open:
+            if not self._news and self._error is None:
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
+            news, self._news = self._news, []
+            for sample in news:
+                if self._error is not None:
+                    raise self._error
+                if sample.is_closed:
+                    continue
+                response = sample.take()
+                self._num_open -= sample.is_closed
+                yield response
+            if self._error is not None:
+                raise self._error
+
+    def fail(self, error: HeadraceError) -> None:
+        """End the request with `error`; only the first error counts."""
+        if self._error is None:
+            self._error = error
+        self._stop()
+        self._wake_stream()
+
+    def close(self) -> None:
+        """End what still runs, count, and log; idempotent. The client's stream is over."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stop()
+        outcome = "ok"
+        if self._error is not None:
+            outcome = outcome_of(self._error)
+        elif self._num_open:
+            is_late = time.monotonic() >= self.spec.deadline_s - _DEADLINE_SLACK_S
+            outcome = "deadline" if is_late else "cancelled"
+        self._metrics.requests.labels(outcome).inc()
+        self._log(outcome)
+
+    def _sample(self, index: int, key: int, tokenizer: Tokenizer) -> Sample:
+        spec = self.spec
+        detokenizer = tokenizer.detokenizer(silent_ids=spec.silent_ids, is_continuation=spec.is_continuation)
+        return Sample(spec, index, detokenizer, prefix_key=key, itl=self._metrics.itl, on_news=self._on_news)
+
+    async def _run(self, sample: Sample) -> None:
+        try:
+            await self._flow.run(sample, on_placed=lambda: self._waiting.discard(sample.sample_index))
+        except HeadraceError as error:
+            self.fail(error)
+        except Exception as error:
+            log.error("unhandled error", extra={"request_id": self.spec.request_id}, exc_info=error)
+            self.fail(HeadraceError("BUG", "internal error"))
+        finally:
+            self._waiting.discard(sample.sample_index)
+            self._observe(sample)
+
+    def _on_news(self, sample: Sample) -> None:
+        if sample not in self._news:
+            self._news.append(sample)
+            self._wake_stream()
+
+    def _wake_stream(self) -> None:
+        wake, self._wake = self._wake, None
+        if wake is not None and not wake.done():
+            wake.set_result(None)
+
+    def _on_deadline(self) -> None:
+        limit_s = self.spec.deadline_s - self.spec.arrival_s
+        self.fail(DeadlineError("DEADLINE_EXCEEDED", f"the request did not end in {limit_s:.3g} s"))
+
+    def _stop(self) -> None:
+        self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        for sample in self.samples:
+            if not sample.is_over:
+                sample.state = SampleState.FAILED
+
+    def _observe(self, sample: Sample) -> None:
+        metrics, num_output = self._metrics, len(sample.output_ids)
+        metrics.output_tokens.inc(num_output)
+        if sample.first_token_s is not None:
+            metrics.ttft.observe(sample.first_token_s - self.spec.arrival_s)
+        if sample.state is SampleState.FINISHED:
+            metrics.observe_phases(sample.waterfall)
+            tpot_s = _tpot_s(sample)
+            if tpot_s is not None:
+                metrics.tpot.observe(tpot_s)
+
+    def _log(self, outcome: str) -> None:
+        first = self.samples[0]
+        extra: dict[str, object] = {
+            "request_id": self.spec.request_id,
+            "outcome": outcome,
+            "prompt_tokens": len(self.spec.prompt_ids),
+            "output_tokens": sum(len(sample.output_ids) for sample in self.samples),
+            "cached_tokens": first.num_cached_tokens,
+            "pages": sum(sample.num_transfer_pages for sample in self.samples),
+            "bytes": sum(sample.transfer_bytes for sample in self.samples),
+            "attempts": max(sample.attempt for sample in self.samples),
+            "total_s": time.monotonic() - self.spec.arrival_s,
+        }
+        if first.first_token_s is not None:
+            extra["ttft_s"] = first.first_token_s - self.spec.arrival_s
+        tpot_s = _tpot_s(first)
+        if tpot_s is not None:
+            extra["tpot_s"] = tpot_s
+        if self._error is not None:
+            extra["reason"] = self._error.reason
+        log.info("request ended", extra=extra)
+
+
+def _tpot_s(sample: Sample) -> float | None:
+    num_output = len(sample.output_ids)
+    if sample.first_token_s is None or num_output < 2:
+        return None
+    return (sample.last_token_s - sample.first_token_s) / (num_output - 1)

@@ -1,0 +1,296 @@
+"""One sample of one request: its state, its tokens, its text, and what the client has not been sent yet.
+
+States (moved by `flow.py` only):
+
+    QUEUED ── placed ──► PREFILLING ── first token, ticket ──► STARTING ── Start answered ──► DECODING ──► FINISHED
+       ▲                     │  └── first token ends it ──► FINISHED │                           │
+       └─────────────────────┴──── the attempt failed, another one ──┴───────────────────────────┘
+    QUEUED ── placed, colocated ──► STARTING
+    any but FINISHED ── cancel, deadline, an error for the client ──► FAILED
+
+Tokens are appended once, whoever computed them; a new attempt prefills the prompt and all of them. So the client sees
+every token once, and, as randomness depends on the position alone, the same ones as without the failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+
+from headrace.v1 import decode_service_pb2, generation_service_pb2, types_pb2
+from headrace_core.errors import HeadraceError
+from headrace_core.request import FinishReason
+from headrace_core.wire import decode_failure, decode_finish, encode_finish
+
+from headrace_router.admission import RequestSpec
+from headrace_router.detokenizer import Detokenizer
+from headrace_router.metrics import TokenHistogram
+from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, Waiting
+from headrace_router.stop import StopMatcher
+from headrace_router.timings import Waterfall
+
+
+class SampleState(Enum):
+    """See the module's docstring."""
+
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    STARTING = "starting"
+    DECODING = "decoding"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+class Sample:
+    """The mutable object of one sample. A `StepSink` while a decode worker runs it. Event loop only."""
+
+    def __init__(
+        self,
+        spec: RequestSpec,
+        sample_index: int,
+        detokenizer: Detokenizer,
+        *,
+        prefix_key: int,
+        itl: TokenHistogram,
+        on_news: Callable[[Sample], None],
+    ) -> None:
+        self.spec = spec
+        self.sample_index = sample_index
+        self.state = SampleState.QUEUED
+        self.attempt = 0
+        self.avoid: frozenset[str] = frozenset()
+        self.output_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.waterfall = Waterfall(spec.arrival_s)
+        self.waterfall.mark("tokenize", spec.tokenized_s)
+        self.first_token_s: float | None = None
+        self.last_token_s = 0.0
+        self.num_cached_tokens = 0
+        self.transfer_bytes = 0
+        self.num_transfer_pages = 0
+        self.transport = ""
+        self.prefill_address = ""
+        self.decode_address = ""
+        self.is_closed = False
+        """True when the client's last message was taken."""
+        self.attempt_over: asyncio.Future[HeadraceError | None] | None = None
+        """Resolved when the decode worker has no more for this attempt: with None, or why it failed."""
+        self._prefix_key = prefix_key
+        self._itl = itl
+        self._on_news = on_news
+        self._detokenizer = detokenizer
+        self._stop = StopMatcher(spec.params.stop_strings) if spec.params.stop_strings else None
+        self._is_start_marked = False
+        self._first_step_s: float | None = None
+        self._has_logprobs = spec.params.top_logprobs is not None
+        self._ending: FinishReason | None = None
+        self._text = ""
+        self._num_sent = 0
+        self._logprobs: list[types_pb2.TokenLogprobs] = []
+        self._is_introduced = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return len(self.spec.prompt_ids) + len(self.output_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far: what an attempt prefills."""
+        return self.spec.prompt_ids + self.output_ids
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Place in the queue; a retried sample keeps its own."""
+        return self.spec.arrival_s, self.sample_index
+
+    @property
+    def is_over(self) -> bool:
+        """True in a terminal state."""
+        return self.state in (SampleState.FINISHED, SampleState.FAILED)
+
+    @property
+    def has_ended(self) -> bool:
+        """True when the last token is known, be it that `finish` is still to come."""
+        return self._ending is not None
+
+    @property
+    def matched_stop_string(self) -> str:
+        """The stop string that ended it; empty if none did."""
+        return self._stop.matched if self._stop else ""
+
+    def waiting(self) -> Waiting:
+        """Return what policies need to know."""
+        left = (self.spec.params.max_tokens or 0) - len(self.output_ids)
+        expected = left if self.attempt else min(left, EXPECTED_OUTPUT_TOKENS)
+        return Waiting(
+            num_tokens=self.num_tokens,
+            num_expected_tokens=self.num_tokens + expected,
+            prefix_key=self._prefix_key,
+            avoid=self.avoid,
+        )
+
+    def begin_attempt(self, *, prefill_address: str, decode_address: str, now_s: float) -> None:
+        """Leave the queue."""
+        self.attempt += 1
+        self.prefill_address, self.decode_address = prefill_address, decode_address
+        self.state = SampleState.PREFILLING if prefill_address else SampleState.STARTING
+        self._is_start_marked = False
+        self._first_step_s = None
+        self.waterfall.mark("queue", now_s)
+
+    def on_prefilled(self, first: types_pb2.Handoff, finish: FinishReason | None, now_s: float) -> None:
+        """Take the prefill worker's token, whose phases are marked already."""
+        self.waterfall.mark_first_token()
+        logprobs = [first.first_token_logprobs] if first.HasField("first_token_logprobs") else ()
+        self._append([first.first_token_id], logprobs, finish, now_s)
+
+    def on_started(self, response: decode_service_pb2.StartResponse, now_s: float) -> None:
+        """Take the decode worker's answer to Start; outputs may have come before it."""
+        self.transfer_bytes += response.transfer_bytes
+        self.num_transfer_pages += response.num_transfer_pages
+        self.transport = response.transport or self.transport
+        parts = (("decode_queue", response.queue_us), ("transfer", response.transfer_us))
+        self.waterfall.split(parts, "start_rpc", self._first_step_s or now_s)
+        self._is_start_marked = True
+        if self._first_step_s is not None:
+            self._mark_first_step(self._first_step_s)
+        if self._ending is not None:
+            self.finish(self._ending)
+
+    def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
+        """Take a step's output. See `session.StepSink`."""
+        if self._ending is not None or self.state is SampleState.FAILED:
+            return
+        if output.HasField("failure"):
+            self.on_failure(decode_failure(output.failure))
+            return
+        token_ids = output.token_ids
+        if self._first_step_s is None and token_ids:
+            self._first_step_s = now_s
+            if self._is_start_marked:
+                self._mark_first_step(now_s)
+        finish = decode_finish(output.finish_reason) if output.finish_reason else None
+        self._append(token_ids, output.logprobs if self._has_logprobs else (), finish, now_s)
+        if self._ending is not None:
+            self._resolve(None)
+
+    def on_failure(self, error: HeadraceError) -> None:
+        """The attempt failed. See `session.StepSink`."""
+        self._resolve(error)
+
+    def mark_failure(self, now_s: float) -> None:
+        """Account for the time of an attempt that failed."""
+        if self._is_start_marked and self._first_step_s is not None:
+            self.waterfall.mark("decode", self.last_token_s)
+        self.waterfall.mark("retry", now_s)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Enter FINISHED; the client's last message is due."""
+        self._ending = self.finish_reason = reason
+        self.state = SampleState.FINISHED
+        if self._is_start_marked and self._first_step_s is not None:
+            self.waterfall.mark("decode", self.last_token_s)
+        if self._stop is None:
+            self._text += self._detokenizer.finish()
+        elif not self._stop.matched:
+            self._text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()
+        self._on_news(self)
+
+    def take(self) -> generation_service_pb2.GenerateResponse:
+        """Return what the client has not been sent yet; it counts as sent."""
+        token_ids = self.output_ids[self._num_sent :]
+        message = generation_service_pb2.GenerateResponse(
+            sample_index=self.sample_index, text=self._text, token_ids=token_ids
+        )
+        self._text = ""
+        self._num_sent = len(self.output_ids)
+        if self._logprobs:
+            message.logprobs.extend(self._logprobs)
+            self._logprobs.clear()
+        if not self._is_introduced:
+            message.request_id = self.spec.request_id
+            self._is_introduced = True
+        if self.finish_reason is not None:
+            self._close(message)
+        return message
+
+    def _append(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Iterable[types_pb2.TokenLogprobs],
+        finish: FinishReason | None,
+        now_s: float,
+    ) -> None:
+        """Take new tokens; with `finish`, or when a stop string is complete, the sample ends."""
+        stop = self._stop
+        num_new = 0
+        for token_id in token_ids:
+            num_new += 1
+            self.output_ids.append(token_id)
+            text = self._detokenizer.push(token_id)
+            if stop is None:
+                self._text += text
+                continue
+            self._text += stop.push(text)
+            if stop.matched:
+                finish = FinishReason.STOP
+                break
+        if logprobs:
+            self._logprobs.extend(list(logprobs)[:num_new])
+        if num_new:
+            self._count(num_new, now_s)
+        if finish is None:
+            self._on_news(self)
+        elif self._is_start_marked or self.state is SampleState.PREFILLING:
+            self.finish(finish)
+        else:
+            # The last output overtook the answer to Start, which brings the transfer's figures: `on_started` finishes.
+            self._ending = finish
+            self._on_news(self)
+
+    def _count(self, num_new: int, now_s: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        else:
+            self._itl.observe((now_s - self.last_token_s) / num_new, num_new)
+        self.last_token_s = now_s
+
+    def _mark_first_step(self, now_s: float) -> None:
+        self.waterfall.mark("first_step", now_s)
+        self.waterfall.mark_first_token()
+
+    def _resolve(self, error: HeadraceError | None) -> None:
+        if self.attempt_over is not None and not self.attempt_over.done():
+            self.attempt_over.set_result(error)
+
+    def _close(self, message: generation_service_pb2.GenerateResponse) -> None:
+        self.is_closed = True
+        message.finish_reason = encode_finish(self.finish_reason)
+        message.matched_stop_string = self.matched_stop_string
+        message.usage.num_prompt_tokens = len(self.spec.prompt_ids)
+        message.usage.num_output_tokens = len(self.output_ids)
+        message.usage.num_cached_tokens = self.num_cached_tokens
+        if self.spec.include_timings:
+            message.timings.CopyFrom(self._timings())
+
+    def _timings(self) -> generation_service_pb2.Timings:
+        return generation_service_pb2.Timings(
+            phases=[
+                generation_service_pb2.Phase(
+                    name=phase.name,
+                    duration_us=phase.duration_us,
+                    is_before_first_token=phase.is_before_first_token,
+                )
+                for phase in self.waterfall.phases
+            ],
+            total_us=self.waterfall.total_us,
+            ttft_us=self.waterfall.ttft_us or 0,
+            transfer_bytes=self.transfer_bytes,
+            num_transfer_pages=self.num_transfer_pages,
+            transport=self.transport,
+            num_attempts=self.attempt,
+            prefill_worker=self.prefill_address,
+            decode_worker=self.decode_address,
+        )

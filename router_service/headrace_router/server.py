@@ -1,0 +1,104 @@
+"""The router's gRPC face: decode, delegate, encode; and the service object that `process.run` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
+from headrace_core import rpc
+from headrace_core.config import RouterSettings
+from headrace_core.errors import UnavailableError
+
+from headrace_router.auth import TokenInterceptor, server_credentials
+from headrace_router.metrics import Gauges, RouterMetrics
+from headrace_router.router import Router
+
+log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 1.0
+
+
+class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
+    """Serves clients. Event loop only."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Generate(
+        self, request: generation_service_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
+        """Serve one request; see generation_service.proto."""
+        running = await self._router.open(request, context.time_remaining())
+
+        def on_done(_: Any) -> None:
+            self._router.close(running)
+
+        context.add_done_callback(on_done)
+        try:
+            async for response in running.responses():
+                yield response
+        finally:
+            self._router.close(running)
+
+    async def GetServerInfo(
+        self, request: generation_service_pb2.GetServerInfoRequest, context: Any
+    ) -> generation_service_pb2.GetServerInfoResponse:
+        """Say what is served and by whom."""
+        del request, context
+        return self._router.info()
+
+
+class RouterService:
+    """The router as a process; a `headrace_core.process.Service`. Event loop only."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.metrics = RouterMetrics.create()
+        self.registry = self.metrics.registry
+        self._settings = settings
+        self._router: Router | None = None
+        self._following: asyncio.Task[None] | None = None
+        interceptors = [TokenInterceptor(settings.token)] if settings.token else []
+        self._server = rpc.Server(["headrace.v1.GenerationService"], interceptors=interceptors)
+
+    async def start(self) -> str:
+        """Load the tokenizer and serve. Workers are connected in the background; until then requests wait."""
+        settings = self._settings
+        credentials = server_credentials(settings.tls_cert, settings.tls_key)
+        if settings.token and credentials is None:
+            log.warning("the token crosses the network in clear text; set --tls-cert and --tls-key")
+        router = self._router = Router(settings, self.metrics)
+        self.registry.register(Gauges(lambda: (router.num_queued, router.num_running), router.worker_states))
+        generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationServicer(router), self._server.grpc
+        )
+        address = self._server.bind(settings.listen, credentials)
+        await self._server.start()
+        self._following = asyncio.create_task(router.fleet.run(), name="registry")
+        self._following.add_done_callback(self._on_registry_end)
+        await self._server.set_ready(True)
+        return address
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING, refuse new requests, wait for those under way."""
+        await self._server.set_ready(False)
+        if self._router is not None:
+            await self._router.drain()
+
+    async def stop(self) -> None:
+        """End what is under way with UNAVAILABLE, tell the workers, leave them."""
+        if self._router is not None:
+            self._router.fail_all(UnavailableError("DRAINING", "the router stops"))
+        await self._server.stop(_STOP_GRACE_S)
+        if self._router is not None:
+            await self._router.finish_cleanups()
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+
+    def _on_registry_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not self.failed.done():
+            self.failed.set_exception(task.exception() or RuntimeError("the registry ended"))

@@ -1,0 +1,100 @@
+"""Step outputs of one decode worker: one stream for all sequences, fanned out by number.
+
+    OPENING ── first, empty message ──► OPEN ── end of stream, whatever the reason ──► LOST
+Numbers are never reused in a session, so an output that comes late, for an attempt that is over, finds nobody and is
+dropped. A session that is lost fails the sequences it still has; the worker frees their pages by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import grpc.aio
+from headrace.v1 import decode_service_pb2
+from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.rpc import raised_from
+
+if TYPE_CHECKING:
+    from headrace.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
+
+log = logging.getLogger(__name__)
+
+
+class StepSink(Protocol):
+    """Takes one sequence's outputs. Called on the event loop; must not block."""
+
+    def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
+        """Take what a step produced. A raised `HeadraceError` becomes the sequence's failure."""
+        ...
+
+    def on_failure(self, error: HeadraceError) -> None:
+        """The attempt is over: nothing more comes for it."""
+        ...
+
+
+class StepSession:
+    """One `StreamSteps` call and those who listen to it."""
+
+    def __init__(self) -> None:
+        self.session_id = secrets.token_hex(12)
+        self.opened = asyncio.Event()
+        self._sinks: dict[int, StepSink] = {}
+        self._num_given = 0
+        self._lost: HeadraceError | None = None
+
+    def add(self, sink: StepSink) -> int:
+        """Return the number under which `sink` gets outputs from now on.
+
+        Raises:
+            UnavailableError: the session is lost.
+        """
+        if self._lost is not None:
+            raise self._lost
+        self._num_given += 1
+        self._sinks[self._num_given] = sink
+        return self._num_given
+
+    def remove(self, number: int) -> None:
+        """Drop what still comes for `number`."""
+        self._sinks.pop(number, None)
+
+    async def run(self, stub: DecodeServiceAsyncStub) -> None:
+        """Read the stream until it ends.
+
+        Raises:
+            HeadraceError: always; why it ended.
+        """
+        try:
+            call = stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id=self.session_id))
+            async for message in call:
+                self.opened.set()
+                self._fan_out(message)
+        except grpc.aio.AioRpcError as error:
+            raise raised_from(error) from error
+        raise UnavailableError("WORKER_LOST", "the worker ended the step stream")
+
+    def fail(self, error: HeadraceError) -> None:
+        """End the session: every sequence in it fails with `error`."""
+        self._lost = error
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink.on_failure(error)
+
+    def _fan_out(self, message: decode_service_pb2.StreamStepsResponse) -> None:
+        now_s = time.monotonic()
+        sinks = self._sinks
+        for output in message.outputs:
+            sink = sinks.get(output.sequence_number)
+            if sink is None:
+                continue
+            try:
+                sink.on_output(output, now_s)
+            except HeadraceError as error:
+                sink.on_failure(error)
+            except Exception as error:
+                log.error("unhandled error in a step output", exc_info=error)
+                sink.on_failure(HeadraceError("BUG", "internal error"))

@@ -1,0 +1,84 @@
+"""Where one sample's time goes: a waterfall whose parts sum to the whole, by construction.
+
+One clock (the router's), whole microseconds. Each `mark` closes the interval since the previous mark, so there are no
+gaps. What a worker reports of an interval is nested in it by subtraction: no part is longer than what is left, and
+the remainder has a name of its own. Phases, in the order of an attempt:
+
+    tokenize        arrival to token ids
+    queue           in the router's queue
+    prefill_queue   in the prefill worker's queue (reported)
+    prefill         first step to first token (reported)
+    prefill_rpc     the rest of the Prefill call; then the first token is the client's
+    decode_queue    waiting for pages at the decode worker (reported)
+    transfer        moving and verifying the pages (reported)
+    start_rpc       the rest of the Start call
+    first_step      from there to the first token of the decode worker; colocated, it holds the prefill
+    decode          to the last token
+    retry           an attempt that failed: from its last mark, or its last token, to the failure
+
+A retried sample has further `queue`, `prefill`, ... phases after `retry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One part of the time."""
+
+    name: str
+    duration_us: int
+    is_before_first_token: bool
+
+
+class Waterfall:
+    """The phases of one sample. Times are seconds of one monotonic clock."""
+
+    def __init__(self, arrival_s: float) -> None:
+        self._start_us = self._last_us = _us(arrival_s)
+        self._phases: list[Phase] = []
+        self.ttft_us: int | None = None
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """What was marked so far, in order."""
+        return self._phases
+
+    @property
+    def total_us(self) -> int:
+        """From arrival to the last mark: the sum of the phases."""
+        return self._last_us - self._start_us
+
+    def mark(self, name: str, now_s: float) -> None:
+        """Close the interval since the last mark."""
+        self.split((), name, now_s)
+
+    def split(self, parts: Sequence[tuple[str, int]], rest: str, now_s: float) -> None:
+        """Close the interval since the last mark, reported parts (name, us) first, the remainder as `rest`."""
+        now_us = max(_us(now_s), self._last_us)
+        left_us = now_us - self._last_us
+        for name, reported_us in parts:
+            part_us = min(max(reported_us, 0), left_us)
+            left_us -= part_us
+            self._add(name, part_us)
+        self._add(rest, left_us)
+        self._last_us = now_us
+
+    def mark_first_token(self) -> None:
+        """Say that the first token came with the last mark; only the first call counts."""
+        if self.ttft_us is None:
+            self.ttft_us = self.total_us
+
+    def sum_s(self, *names: str) -> float:
+        """Return the seconds spent in the phases named."""
+        return sum(phase.duration_us for phase in self._phases if phase.name in names) / 1e6
+
+    def _add(self, name: str, duration_us: int) -> None:
+        self._phases.append(Phase(name, duration_us, self.ttft_us is None))
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)

@@ -1,0 +1,138 @@
+"""One worker over one connection: who it is, its load, and what the router has promised of it.
+
+Free pages are the last report's, less every reservation as far as the report can't know it: all of it until the
+sequence has started there, then its expected growth. The same goes for prompt tokens in flight and sequence slots:
+what other routers use is in the report, what this one uses it knows itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc.aio
+from headrace.v1 import worker_service_pb2
+from headrace.v1.decode_service_pb2_grpc import DecodeServiceStub
+from headrace.v1.prefill_service_pb2_grpc import PrefillServiceStub
+from headrace.v1.transfer_service_pb2_grpc import TransferServiceStub
+from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
+from headrace_core.errors import HeadraceError
+
+from headrace_router.policy import Waiting, WorkerView, decode_pages, prefill_pages
+from headrace_router.session import StepSession
+
+_BUDGET_STEPS = 2
+"""Steps of prompt tokens that a worker may have in flight: one computing, one waiting."""
+
+
+class TokenCount(Protocol):
+    """A sequence, as a reservation sees it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """What one sequence may use of one worker."""
+
+    owner: TokenCount
+    num_pages: int
+    num_unseen_pages: int
+    """The part that the last load report does not show."""
+    num_prefill_tokens: int
+    """Prompt tokens in flight; 0 once they are computed."""
+    is_started: bool = False
+    """True when the worker has allocated the sequence's pages."""
+
+
+class Worker:
+    """One incarnation of a worker, connected. Event loop only."""
+
+    def __init__(self, address: str, info: worker_service_pb2.GetInfoResponse, channel: grpc.aio.Channel) -> None:
+        self.address = address
+        self.info = info
+        self.prefill = PrefillServiceStub(channel)
+        self.decode = DecodeServiceStub(channel)
+        self.transfer = TransferServiceStub(channel)
+        self.session = StepSession()
+        self.can_decode = info.role in (WORKER_ROLE_DECODE, WORKER_ROLE_BOTH)
+        self.can_prefill = info.role in (WORKER_ROLE_PREFILL, WORKER_ROLE_BOTH)
+        self.reported = asyncio.Event()
+        self.load = worker_service_pb2.WatchLoadResponse()
+        self._reservations: set[Reservation] = set()
+        self._is_held = False
+        self._num_usable_pages = 0
+        self._num_foreign_tokens = 0
+        self._num_foreign_sequences = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a sequence of this router uses the worker."""
+        return bool(self._reservations)
+
+    @property
+    def takes_work(self) -> bool:
+        """True unless it refused work since its last report."""
+        return not self._is_held
+
+    def on_report(self, load: worker_service_pb2.WatchLoadResponse) -> None:
+        """Take a load report."""
+        self.load = load
+        self._is_held = False
+        self._num_usable_pages = max(self._num_usable_pages, load.num_free_pages)
+        own_tokens = num_started = 0
+        for reservation in self._reservations:
+            own_tokens += reservation.num_prefill_tokens
+            if reservation.is_started:
+                num_started += 1
+                num_seen = -(-reservation.owner.num_tokens // self.info.layout.page_size)
+                reservation.num_unseen_pages = max(0, reservation.num_pages - num_seen)
+        self._num_foreign_tokens = max(0, load.num_waiting_tokens - own_tokens)
+        self._num_foreign_sequences = max(0, load.num_running + load.num_waiting - len(self._reservations))
+        self.reported.set()
+
+    def hold(self) -> None:
+        """Give it nothing more until its next load report: what the router knows of it is wrong."""
+        self._is_held = True
+
+    def reserve(self, owner: TokenCount, waiting: Waiting, *, prefills: bool, decodes: bool) -> Reservation:
+        """Set aside what a sequence needs here until `release`."""
+        view = self.view()
+        num_pages = decode_pages(waiting, view) if decodes else prefill_pages(waiting, view)
+        num_tokens = waiting.num_tokens if prefills else 0
+        reservation = Reservation(owner, num_pages, num_pages, num_tokens)
+        self._reservations.add(reservation)
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        """Give a reservation back; idempotent."""
+        self._reservations.discard(reservation)
+
+    def view(self) -> WorkerView:
+        """Return what policies need to know."""
+        info = self.info
+        num_unseen = own_tokens = 0
+        for reservation in self._reservations:
+            num_unseen += reservation.num_unseen_pages
+            own_tokens += reservation.num_prefill_tokens
+        return WorkerView(
+            address=self.address,
+            page_size=info.layout.page_size,
+            num_pages=info.num_pages,
+            num_usable_pages=self._num_usable_pages,
+            num_free_pages=self.load.num_free_pages - num_unseen,
+            token_budget=_BUDGET_STEPS * info.max_step_tokens,
+            num_tokens_in_flight=own_tokens + self._num_foreign_tokens,
+            num_free_slots=info.max_step_sequences - len(self._reservations) - self._num_foreign_sequences,
+            can_prefill=self.can_prefill,
+            can_decode=self.can_decode,
+        )
+
+    def on_lost(self, error: HeadraceError) -> None:
+        """The connection is gone: fail what runs here."""
+        self._is_held = True
+        self.session.fail(error)

@@ -1,0 +1,162 @@
+"""SIGKILL, SIGSTOP and SIGTERM of workers under load, and clients that leave: exact tokens, and every page free."""
+
+import asyncio
+import signal
+
+import pytest
+from headrace_client import AsyncClient
+from headrace_core.errors import UnavailableError
+from headrace_core.local_cluster import LocalCluster
+from headrace_core.request import SamplingParams
+from headrace_core.testing.cluster_checks import all_pages_free, eventually
+
+PROMPT = "Once upon a time there was a little fox named Zorvim."
+OPTIONS = {"dtype": "float32", "page-size": 16, "kv-pool-mib": 8, "max-step-tokens": 96}
+
+
+@pytest.fixture
+def cluster(model_dir):
+    with LocalCluster(model_dir, num_prefill=2, num_decode=2, worker_options=OPTIONS) as cluster:
+        yield cluster
+
+
+def requests(reference, count):
+    words = reference.tokenize(PROMPT + " The fox lived in the forest with a bear." * 40)
+    return [(words[: 20 + 9 * i], 16 + 2 * i) for i in range(count)]
+
+
+async def started(client, tasks, at_least):
+    """Wait until some requests run and some have not ended."""
+
+    async def some_run():
+        return (await client.server_info()).num_running >= at_least
+
+    await eventually(some_run, what="requests running")
+    assert not all(task.done() for task in tasks)
+
+
+def start_all(client, load, **sampling):
+    return [
+        asyncio.create_task(
+            client.generate(prompt, SamplingParams(max_tokens=most, ignore_eos=True, **sampling), timeout_s=100)
+        )
+        for prompt, most in load
+    ]
+
+
+async def baseline(client, load, **sampling):
+    """The same requests while nothing goes wrong."""
+    return [result.token_ids for result in await asyncio.gather(*start_all(client, load, **sampling))]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 11}], ids=["greedy", "sampled"]
+)
+def test_kill_9_of_one_worker_costs_no_request_and_no_token(cluster, reference, role, sampling):
+    load = requests(reference, 16)
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            want = await baseline(client, load, **sampling)
+            tasks = start_all(client, load, **sampling)
+            await started(client, tasks, 8)
+            next(process for process in cluster.processes if process.role == role).kill()
+            got = [result.token_ids for result in await asyncio.gather(*tasks)]
+            assert got == want
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())
+
+
+def test_a_stopped_decode_worker_is_noticed_and_its_streams_go_on(cluster, reference):
+    load = requests(reference, 8)
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            want = await baseline(client, load, temperature=0.0)
+            tasks = start_all(client, load, temperature=0.0)
+            await started(client, tasks, 4)
+            next(process for process in cluster.processes if process.role == "decode").send_signal(signal.SIGSTOP)
+            assert [result.token_ids for result in await asyncio.gather(*tasks)] == want
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())
+
+
+def test_sigterm_drains_a_worker_without_losing_a_token(cluster, reference):
+    load = requests(reference, 16)
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            want = await baseline(client, load, temperature=0.0)
+            tasks = start_all(client, load, temperature=0.0)
+            await started(client, tasks, 8)
+            leaving = [
+                next(process for process in cluster.processes if process.role == role) for role in ("prefill", "decode")
+            ]
+            for process in leaving:
+                process.terminate()
+            assert [result.token_ids for result in await asyncio.gather(*tasks)] == want
+            for process in leaving:
+                assert await asyncio.to_thread(process.wait, 30)
+                assert process.poll() == 0
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())
+
+
+def test_clients_that_leave_free_everything(cluster, reference):
+    """Cancelled in every phase: queued, prefilling, transferring, decoding."""
+    load = requests(reference, 24)
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            tasks = start_all(client, load, temperature=0.0)
+            await started(client, tasks, 8)
+            for task in tasks[::2]:
+                task.cancel()
+            kept = await asyncio.gather(*tasks[1::2])
+            for (prompt, most), result in zip(load[1::2], kept, strict=True):
+                assert len(result.token_ids) == most, prompt
+            await all_pages_free(client.server_info)
+
+            tasks = start_all(client, load, temperature=0.0)
+            await started(client, tasks, 8)
+            await client.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        async with AsyncClient(cluster.router_address) as client:
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())
+
+
+def test_a_deadline_frees_everything(cluster, reference):
+    prompt = reference.tokenize(PROMPT)
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            params = SamplingParams(max_tokens=3000, ignore_eos=True)
+            with pytest.raises(Exception, match=r"(?i)deadline"):
+                await client.generate(prompt, params, timeout_s=1.0)
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())
+
+
+def test_without_workers_the_error_says_what_is_missing(model_dir):
+    options = {"no-workers-timeout-s": 1.0}
+    with LocalCluster(
+        model_dir, num_prefill=1, num_decode=1, router_options=options, worker_options=OPTIONS
+    ) as cluster:
+        for process in cluster.processes:
+            if process.role == "decode":
+                process.kill()
+
+        async def main():
+            async with AsyncClient(cluster.router_address) as client:
+                with pytest.raises(UnavailableError, match="decode"):
+                    await client.generate(PROMPT, timeout_s=60)
+                await all_pages_free(client.server_info)
+
+        asyncio.run(main())

@@ -1,0 +1,124 @@
+"""The router's CPU time per token: the real router process between a fake worker process and this one.
+
+    python tests/perf/router_cpu.py --streams 32 --tokens 500
+
+32 clients' streams at 50 steps a second (1600 tokens/s) are paced by the fake worker, so that what is measured is the
+cost of a token and not of saturation. CPU time is user and system time of the router process, all threads, from
+/proc/<pid>/stat, between the first and the last token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
+from headrace_core import rpc
+from headrace_router.testing import text_request, write_tokenizer
+
+_PROMPT = "In the beginning there was a small river and a mill. "
+_START_TIMEOUT_S = 30.0
+
+
+def measure_router_cpu(*, num_streams: int = 32, num_tokens: int = 500, step_ms: float = 20.0) -> dict[str, Any]:
+    """Return `cpu_us_per_token`, `streams`, `tokens`, and how busy the router was meanwhile."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        root = Path(folder)
+        worker = stack.enter_context(_worker(step_ms))
+        router, address = stack.enter_context(_router(root, worker))
+        return asyncio.run(_measure(router.pid, address, num_streams, num_tokens))
+
+
+async def _measure(pid: int, address: str, num_streams: int, num_tokens: int) -> dict[str, Any]:
+    async with rpc.channel(address) as channel:
+        stub: Any = GenerationServiceStub(channel)
+        await _generate(stub, 8)
+        streams = [asyncio.create_task(_generate(stub, num_tokens)) for _ in range(num_streams)]
+        first_cpu_s, first_s = _cpu_s(pid), time.monotonic()
+        counts = await asyncio.gather(*streams)
+        cpu_s, wall_s = _cpu_s(pid) - first_cpu_s, time.monotonic() - first_s
+    tokens = sum(count for count, _ in counts)
+    messages = sum(count for _, count in counts)
+    return {
+        "cpu_us_per_token": round(1e6 * cpu_s / tokens, 1),
+        "streams": num_streams,
+        "tokens": tokens,
+        "messages": messages,
+        "tokens_per_s": round(tokens / wall_s, 1),
+        "router_cpu_share": round(cpu_s / wall_s, 3),
+    }
+
+
+async def _generate(stub: Any, num_tokens: int) -> tuple[int, int]:
+    """Read one stream; return its tokens and messages."""
+    tokens = messages = 0
+    request = text_request(_PROMPT, sampling={"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True})
+    async for response in stub.Generate(request, timeout=600):
+        tokens += len(response.token_ids)
+        messages += 1
+    return tokens, messages
+
+
+def _cpu_s(pid: int) -> float:
+    """Return user and system time of a process, all its threads, seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def _worker(step_ms: float) -> Generator[str]:
+    command = [sys.executable, "-m", "headrace_core.testing.fake_worker", "--role", "both", "--vocab-size", "258"]
+    with _process([*command, "--step-ms", str(step_ms)]) as process:
+        assert process.stdout is not None, "stdout is a pipe"
+        yield process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def _router(root: Path, worker: str) -> Generator[tuple[subprocess.Popen[str], str]]:
+    ready = root / "ready.json"
+    command = [sys.executable, "-m", "headrace_router", "--model", str(write_tokenizer(root / "tiny"))]
+    options = ["--workers", worker, "--listen", "127.0.0.1:0", "--ready-file", str(ready), "--log-level", "WARNING"]
+    with _process([*command, *options]) as process:
+        limit_s = time.monotonic() + _START_TIMEOUT_S
+        while not ready.exists():
+            assert process.poll() is None, "the router ended"
+            assert time.monotonic() < limit_s, "the router did not start in time"
+            time.sleep(0.02)
+        yield process, json.loads(ready.read_text())["address"]
+
+
+@contextlib.contextmanager
+def _process(command: list[str]) -> Generator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def main() -> None:
+    """Print the measurement as JSON."""
+    parser = argparse.ArgumentParser(description="Measure the router's CPU time per token.")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=500, help="of each stream")
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    options = parser.parse_args()
+    figures = measure_router_cpu(num_streams=options.streams, num_tokens=options.tokens, step_ms=options.step_ms)
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""`headrace up` and `headrace demo` with stand-ins for the services: scripts that write a ready file, and a router
+that plays a script over real gRPC."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from headrace_client.commands.app import app
+from headrace_core import local_cluster
+from typer.testing import CliRunner
+
+CHILD = """
+import json, os, signal, sys, time
+
+from headrace_core.testing.fake_router import FakeRouter, default_info
+
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+
+def drain(*_):
+    os.write(1, b"drained\\n")
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, drain)
+if options.get("--max-step-tokens") == "13":
+    print("can't start: problem=13 is unlucky", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+address = f"127.0.0.1:{os.getpid()}"
+class Router(FakeRouter):
+    def GetServerInfo(self, request, context):
+        info = default_info()
+        del info.workers[:]
+        for worker in open(options["--workers-file"]).read().split():
+            info.workers.add(address=worker, state="ready")
+        return info
+
+if "--workers-file" in options:
+    router = Router()
+    router.__enter__()
+    address = router.address
+print("loading", flush=True)
+with open(options["--ready-file"] + ".new", "w") as file:
+    json.dump({"address": address, "metrics_address": "127.0.0.1:9"}, file)
+os.replace(options["--ready-file"] + ".new", options["--ready-file"])
+while True:
+    time.sleep(0.05)
+"""
+UP = """
+import sys
+from headrace_core import local_cluster
+local_cluster.PROGRAMS = {role: (sys.argv[1],) for role in local_cluster.PROGRAMS}
+sys.argv = ["headrace", *sys.argv[2:]]
+from headrace_client.__main__ import main
+main()
+"""
+WAIT_S = 30.0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "child.py").write_text(CHILD)
+    return tmp_path
+
+
+def start_up(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", UP, str(folder / "child.py"), "up", "--model", str(folder), *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+
+
+def read_until(child: subprocess.Popen, text: str) -> list[str]:
+    """Read lines up to one that contains `text`; the test's own timeout bounds it."""
+    lines = []
+    for line in child.stdout:
+        lines.append(line.rstrip())
+        if text in line:
+            return lines
+    pytest.fail(f"{text!r} never came; standard error: {child.stderr.read()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_starts_explains_and_ends_everything_on_a_signal(folder, number):
+    with start_up(folder, "--decode", "2") as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.send_signal(number)
+        rest, complaint = up.communicate(timeout=WAIT_S)
+    assert (up.returncode, complaint) == (0, "")
+    for name in ("prefill-0", "decode-0", "decode-1", "router"):
+        assert any(f"{name} is ready at 127.0.0.1:" in line for line in lines)
+        assert any(line.split() == [name, "|", "loading"] for line in lines)
+        assert f"{name} | drained" in rest
+    assert any("headrace generate --server 127.0.0.1:" in line for line in lines)
+
+
+def test_up_reports_a_worker_that_dies_and_goes_on(folder):
+    with start_up(folder) as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        ready = next(line for line in lines if line.startswith("decode-0 is ready"))
+        os.kill(int(ready.rpartition("pid ")[2].rstrip(")")), signal.SIGKILL)
+        read_until(up, "decode-0 ended unasked: SIGKILL")
+        assert up.poll() is None
+        up.terminate()
+        up.communicate(timeout=WAIT_S)
+    assert up.returncode == 0
+
+
+def test_up_ends_when_the_router_dies(folder):
+    with start_up(folder) as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        ready = next(line for line in lines if line.startswith("router is ready"))
+        os.kill(int(ready.rpartition("pid ")[2].rstrip(")")), signal.SIGKILL)
+        rest, _ = up.communicate(timeout=WAIT_S)
+    assert up.returncode == 1
+    assert "router ended unasked: SIGKILL" in rest
+    assert "prefill-0 | drained" in rest
+
+
+def test_up_that_cannot_start_shows_why_and_exits_with_1(folder):
+    with start_up(folder, "--decode-option", "max_step_tokens=13") as up:
+        _, complaint = up.communicate(timeout=WAIT_S)
+    assert up.returncode == 1
+    assert "error: decode-0 could not start; it exited with code 2" in complaint
+    assert "13 is unlucky" in complaint
+
+
+def test_up_with_only_colocated_workers_starts_no_others(folder):
+    with start_up(folder, "--both", "1") as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        up.communicate(timeout=WAIT_S)
+    assert sorted(line.split()[0] for line in lines if " is ready at " in line) == ["both-0", "router"]
+
+
+def test_demo_streams_a_story_and_explains_its_time(folder, monkeypatch):
+    programs = {role: (str(folder / "child.py"),) for role in local_cluster.PROGRAMS}
+    monkeypatch.setattr(local_cluster, "PROGRAMS", programs)
+    result = CliRunner().invoke(app, ["demo", "--model", str(folder)], catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.stderr
+    for part in (
+        "Zorvim.A story.",
+        "first token: 10.00 ms",
+        "2 pages, 640.0 KiB, by grpc",
+        "is stopped again",
+        "Next:",
+    ):
+        assert part in result.stdout

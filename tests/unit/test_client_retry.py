@@ -1,0 +1,49 @@
+"""The retry policy alone: no network, a clock and a die of its own."""
+
+import pytest
+from headrace_client.retry import Attempts, RetryPolicy
+from headrace_core.errors import (
+    DeadlineError,
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+
+POLICY = RetryPolicy(max_attempts=5, first_pause_s=1.0, longest_pause_s=3.0)
+FULL = OverloadedError("QUEUE_FULL", "full")
+
+
+def test_pauses_double_up_to_the_longest_and_end():
+    attempts = Attempts(POLICY, None, draw=lambda: 1.0)
+    assert [attempts.pause_after(FULL) for _ in range(4)] == [1.0, 2.0, 3.0, 3.0]
+    with pytest.raises(OverloadedError):
+        attempts.pause_after(FULL)
+
+
+def test_a_pause_is_drawn_from_zero_to_its_limit():
+    assert Attempts(POLICY, None, draw=lambda: 0.25).pause_after(UnavailableError("DRAINING", "bye")) == 0.25
+
+
+def test_no_pause_reaches_past_the_deadline():
+    now = [0.0]
+    attempts = Attempts(POLICY, 2.5, draw=lambda: 1.0, clock=lambda: now[0])
+    assert attempts.pause_after(FULL) == 1.0
+    now[0] = 1.0
+    assert attempts.remaining_s() == 1.5
+    with pytest.raises(OverloadedError):
+        attempts.pause_after(FULL)
+    now[0] = 9.0
+    assert attempts.remaining_s() == 0.0
+
+
+@pytest.mark.parametrize("kind", [InvalidRequestError, DeadlineError, HandoffLostError, HeadraceError])
+def test_other_errors_are_final(kind):
+    with pytest.raises(kind):
+        Attempts(POLICY, None).pause_after(kind("X", "x"))
+
+
+def test_one_attempt_means_no_retry():
+    with pytest.raises(OverloadedError):
+        Attempts(RetryPolicy(max_attempts=1), None).pause_after(FULL)

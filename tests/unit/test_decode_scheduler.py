@@ -1,0 +1,252 @@
+"""The decode scheduler neither loses nor repeats a token, and keeps its budgets and pages, whatever is asked of it."""
+
+from headrace_core.engine.admission import SequenceSpec
+from headrace_core.engine.finish import ModelLimits
+from headrace_core.engine.step import StepPlan, StepResult
+from headrace_core.errors import HeadraceError
+from headrace_core.kv.page_pool import PageState
+from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.request import FinishReason, SampledToken, SamplingParams
+from headrace_decode.scheduler import DecodeScheduler, Failed, Output, PagesReady, Preempted, Started
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+LIMITS = ModelLimits(vocab_size=1000, max_context_tokens=40, eos_token_ids=(0,))
+PAGE = 2
+
+
+def scheduler(num_pages=16, max_step_tokens=8, max_step_sequences=4, max_waiting=100) -> DecodeScheduler:
+    return DecodeScheduler(
+        PageAllocator(num_pages, PAGE),
+        LIMITS,
+        max_step_tokens=max_step_tokens,
+        max_step_sequences=max_step_sequences,
+        max_waiting_sequences=max_waiting,
+    )
+
+
+def spec(tokens: list[int], max_tokens: int = 6, **params) -> SequenceSpec:
+    return SequenceSpec("r", 1, 0, tokens, len(tokens), SamplingParams(seed=1, max_tokens=max_tokens, **params))
+
+
+def next_token(known: list[int]) -> int:
+    """Stand for a model: a function of every token before, never end-of-sequence."""
+    return hash(tuple(known)) % 999 + 1
+
+
+def answer(s: DecodeScheduler, plan: StepPlan) -> None:
+    """Compute a plan, reading each sequence's tokens as a model would: prompt and output of its sampling row."""
+    tokens = {
+        c.key: SampledToken(next_token(c.sampling.prompt_token_ids + c.sampling.output_token_ids))
+        for c in plan.chunks
+        if c.sampling
+    }
+    s.apply(StepResult(tokens, 0.0), 0.0)
+
+
+def run_all(s: DecodeScheduler) -> dict[int, list[int]]:
+    outputs: dict[int, list[int]] = {}
+    while plan := s.plan(0.0):
+        answer(s, plan)
+        for event in s.take_events():
+            if isinstance(event, Output):
+                outputs.setdefault(event.key, []).append(event.token.token_id)
+        s.check_integrity()
+    return outputs
+
+
+def expected(tokens: list[int], count: int) -> list[int]:
+    known = list(tokens)
+    for _ in range(count):
+        known.append(next_token(known))
+    return known[len(tokens) :]
+
+
+def test_a_local_prompt_is_chunked_and_then_decoded():
+    s = scheduler(max_step_tokens=4)
+    s.add(1, spec([1, 2, 3, 4, 5, 6]), None, 0.0)
+    assert run_all(s) == {1: expected([1, 2, 3, 4, 5, 6], 6)}
+
+
+def test_a_handed_off_sequence_runs_once_its_pages_arrived_and_does_not_repeat_the_first_token():
+    s = scheduler()
+    s.add(1, spec([1, 2, 3]), 9, 0.0)
+    assert s.plan(0.0) is None
+    (ready,) = s.take_events()
+    assert isinstance(ready, PagesReady)
+    assert len(ready.page_ids) == 2
+    s.arrived(1)
+    plan = s.plan(0.0)
+    assert plan is not None
+    assert [(c.token_ids, c.start) for c in plan.chunks] == [([9], 3)]
+    assert [type(e) for e in s.take_events()] == [Started]
+    answer(s, plan)
+    assert run_all(s)[1] == expected([1, 2, 3, 9], 5)
+
+
+def test_an_aborted_transfer_keeps_its_pages_until_drained():
+    s = scheduler()
+    s.add(1, spec([1, 2, 3]), 9, 0.0)
+    s.plan(0.0)
+    s.abort(1)
+    assert s.load().page_counts[PageState.QUARANTINED] == 2
+    s.arrived(1)
+    assert s.plan(0.0) is None
+    s.drained(1)
+    assert s.load().num_free_pages == 16
+    s.check_integrity()
+
+
+def test_preempted_sequences_finish_with_the_same_tokens():
+    prompts = {key: [key] * 3 for key in range(1, 5)}
+    s = scheduler(num_pages=8)
+    for key, prompt in prompts.items():
+        s.add(key, spec(prompt, max_tokens=9), None, 0.0)
+    preempted = 0
+    outputs: dict[int, list[int]] = {}
+    while plan := s.plan(0.0):
+        answer(s, plan)
+        for event in s.take_events():
+            preempted += isinstance(event, Preempted)
+            if isinstance(event, Output):
+                outputs.setdefault(event.key, []).append(event.token.token_id)
+    assert preempted
+    assert outputs == {key: expected(prompt, 9) for key, prompt in prompts.items()}
+    assert s.load().num_free_pages == 8
+
+
+def test_a_sequence_that_outgrows_the_pool_ends_with_an_error():
+    s = scheduler(num_pages=3)
+    s.add(1, spec([1, 2], max_tokens=30), None, 0.0)
+    events = []
+    while plan := s.plan(0.0):
+        answer(s, plan)
+        events += s.take_events()
+    events += s.take_events()
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error.reason == "NO_FREE_PAGES"
+    assert sum(isinstance(event, Output) for event in events) == 5
+    s.check_integrity()
+    assert s.load().num_sequences == 0
+
+
+def test_end_of_sequence_counts_only_after_min_tokens():
+    for min_tokens, finishes in ((0, [FinishReason.STOP]), (2, [None, None, FinishReason.STOP])):
+        s = scheduler()
+        s.add(1, spec([1], min_tokens=min_tokens), None, 0.0)
+        got = []
+        while plan := s.plan(0.0):
+            s.apply(StepResult({c.key: SampledToken(0) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+            got += [event.finish for event in s.take_events() if isinstance(event, Output)]
+        assert got == finishes
+
+
+def test_the_context_limit_ends_a_sequence():
+    s = scheduler(num_pages=64)
+    s.add(1, spec([1] * 38, max_tokens=100), None, 0.0)
+    assert len(run_all(s)[1]) == 2
+
+
+def test_decode_rows_are_not_held_up_by_a_long_prompt():
+    s = scheduler(num_pages=64, max_step_tokens=5)
+    s.add(1, spec([1, 2], max_tokens=20), None, 0.0)
+    plan = s.plan(0.0)
+    assert plan is not None
+    answer(s, plan)
+    s.add(2, spec([3] * 30), None, 0.0)
+    for _ in range(5):
+        plan = s.plan(0.0)
+        assert plan is not None
+        assert plan.chunks[0].key == 1
+        assert [len(c.token_ids) for c in plan.chunks] == [1, 4]
+        answer(s, plan)
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("local"), st.lists(st.integers(1, 2), min_size=1, max_size=9)),
+        st.tuples(st.just("handoff"), st.lists(st.integers(1, 2), min_size=1, max_size=9)),
+        st.tuples(st.sampled_from(["abort", "arrived", "drained"]), st.integers(1, 20)),
+        st.tuples(st.just("step"), st.integers(0, 9)),
+    ),
+    max_size=80,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(OPERATIONS, st.integers(1, 7), st.integers(5, 14))
+def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_step_tokens, num_pages):
+    s = scheduler(num_pages=num_pages, max_step_tokens=max_step_tokens)
+    prompts: dict[int, list[int]] = {}
+    outputs: dict[int, list[int]] = {}
+    over: set[int] = set()
+    moving: set[int] = set()
+
+    def take_events() -> None:
+        for event in s.take_events():
+            if event.key in over:
+                continue
+            if isinstance(event, PagesReady):
+                moving.add(event.key)
+            elif isinstance(event, Output):
+                outputs[event.key].append(event.token.token_id)
+                if event.finish:
+                    over.add(event.key)
+            elif isinstance(event, Failed):
+                over.add(event.key)
+
+    def step(fails: bool) -> bool:
+        plan = s.plan(0.0)
+        if plan is None:
+            take_events()
+            return False
+        assert 0 < plan.num_tokens <= max_step_tokens
+        assert len({c.key for c in plan.chunks}) == len(plan.chunks) <= 4
+        for chunk in plan.chunks:
+            known = prompts[chunk.key] + outputs[chunk.key]
+            end = chunk.start + len(chunk.token_ids)
+            assert chunk.token_ids == known[chunk.start : end]
+            assert (chunk.sampling is not None) == (end == len(known))
+            assert len(chunk.page_ids) >= s.pages.pages_for(end)
+        if fails:
+            s.fail_step(HeadraceError("ENGINE_FAILED", "x"), 0.0)
+        else:
+            answer(s, plan)
+        take_events()
+        return True
+
+    for name, value in operations:
+        if name in ("local", "handoff"):
+            key = len(prompts) + 1
+            first = next_token(value) if name == "handoff" else None
+            prompts[key], outputs[key] = value, [first] if first else []
+            s.add(key, spec(value, max_tokens=8), first, 0.0)
+        elif name == "abort":
+            s.abort(value)
+            if value in prompts:
+                over.add(value)
+        elif name == "arrived":
+            if value in moving:
+                s.arrived(value)
+        elif name == "drained":
+            if value in over:
+                s.drained(value)
+        else:
+            step(value == 0)
+        take_events()
+        s.check_integrity()
+    for _ in range(10_000):
+        is_stepped = step(False)
+        for key in sorted(moving):
+            s.drained(key) if key in over else s.arrived(key)
+        has_moved = bool(moving)
+        moving.clear()
+        s.check_integrity()
+        if not is_stepped and not has_moved:
+            break
+    assert s.load().num_sequences == 0, "a sequence is stuck"
+    assert s.load().num_free_pages == num_pages
+    for key, prompt in prompts.items():
+        assert outputs[key] == expected(prompt, len(outputs[key]))
+        if key not in over:
+            raise AssertionError("a sequence ended without news")

@@ -1,0 +1,240 @@
+"""The decode worker over real gRPC with the fake model."""
+
+import asyncio
+import dataclasses
+
+import grpc.aio
+import pytest
+from headrace.v1 import decode_service_pb2, decode_service_pb2_grpc
+from headrace_core.config import DecodeSettings, PrefillSettings
+from headrace_core.errors import (
+    ConflictError,
+    HeadraceError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from headrace_core.request import FinishReason, SamplingParams
+from headrace_core.rpc import channel, raised_from
+from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.worker_pair import running
+from headrace_core.wire import encode_sampling
+from headrace_decode.service import DecodeService
+from headrace_prefill.service import PrefillService
+
+GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=24, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.2, top_p=0.95, seed=77, max_tokens=24, ignore_eos=True)
+PENALISED = dataclasses.replace(
+    SAMPLED, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, top_k=40, min_p=0.01
+)
+PROMPT = [(7 * i) % 90 + 1 for i in range(43)]
+
+
+def service(*, num_pages: int = 128, **settings) -> DecodeService:
+    settings = {"role": "both", **settings}
+    return DecodeService(DecodeSettings(model=".", **settings), loader=lambda _: loaded_fake_model(num_pages=num_pages))
+
+
+def prefill_service(**settings) -> PrefillService:
+    return PrefillService(PrefillSettings(model=".", **settings), loader=lambda _: loaded_fake_model(num_pages=128))
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
+@async_test
+async def test_many_at_once_give_the_tokens_of_each_alone(params: SamplingParams):
+    prompts = {f"r{i}": PROMPT[: 5 + 3 * i] for i in range(10)}
+    async with (
+        running(prefill_service(max_step_tokens=16), service(role="decode"), service(max_step_sequences=1)) as (
+            a,
+            b,
+            c,
+        ),
+        MiniRouter(prefill=a, decode=b) as split,
+        MiniRouter(decode=c) as alone,
+    ):
+        together = await asyncio.gather(*(split.generate(name, p, params=params) for name, p in prompts.items()))
+        expected = [await alone.generate_colocated(name, p, params=params) for name, p in prompts.items()]
+        assert together == expected
+
+
+@async_test
+async def test_preemption_changes_no_token():
+    prompts = {f"r{i}": PROMPT[: 5 + i] for i in range(6)}
+    small = service(num_pages=20, role="decode")
+    async with (
+        running(prefill_service(), small, service(max_step_sequences=1)) as (a, b, c),
+        MiniRouter(prefill=a, decode=b) as split,
+        MiniRouter(decode=c) as alone,
+    ):
+        together = await asyncio.gather(*(split.generate(name, p, params=SAMPLED) for name, p in prompts.items()))
+        expected = [await alone.generate_colocated(name, p, params=SAMPLED) for name, p in prompts.items()]
+        assert together == expected
+        assert small.registry.get_sample_value("headrace_preemptions_total")
+
+
+@async_test
+async def test_a_later_attempt_goes_on_where_the_first_stopped():
+    async with (
+        running(prefill_service(), service(role="decode")) as (a, b),
+        MiniRouter(prefill=a, decode=b) as router,
+    ):
+        whole = await router.generate("whole", PROMPT, params=PENALISED)
+        rest = await router.generate(
+            "rest", [*PROMPT, *whole[:9]], params=PENALISED, attempt=2, num_prompt_tokens=len(PROMPT)
+        )
+        assert rest == whole[9:]
+
+
+@async_test
+async def test_samples_of_one_request_differ_and_repeat():
+    async with (
+        running(prefill_service(), service(role="decode")) as (a, b),
+        MiniRouter(prefill=a, decode=b) as router,
+    ):
+        first = [await router.generate("r", PROMPT, params=SAMPLED, sample_index=i) for i in range(3)]
+        again = [await router.generate("r", PROMPT, params=SAMPLED, sample_index=i) for i in range(3)]
+        assert first == again
+        assert len({tuple(tokens) for tokens in first}) == 3
+
+
+@async_test
+async def test_a_stop_token_ends_the_sequence():
+    async with running(service()) as (address,), MiniRouter(decode=address) as router:
+        whole = await router.generate_colocated("a", PROMPT, params=GREEDY)
+        stop = next(token for token in whole[3:] if token not in whole[:3])
+        collected, _ = await router.start("b", PROMPT, params=dataclasses.replace(GREEDY, stop_token_ids=(stop,)))
+        await collected.wait_end()
+        assert collected.token_ids == whole[: whole.index(stop) + 1]
+        assert collected.finish is FinishReason.STOP
+
+
+@async_test
+async def test_the_context_window_ends_the_sequence():
+    async with running(service(num_pages=160)) as (address,), MiniRouter(decode=address) as router:
+        collected, _ = await router.start("a", [1] * 500, params=GREEDY)
+        await collected.wait_end()
+        assert len(collected.token_ids) == 12
+        assert collected.finish is FinishReason.LENGTH
+
+
+@async_test
+async def test_start_tells_what_was_moved():
+    decoder = service(role="decode")
+    async with running(prefill_service(), decoder) as (a, b), MiniRouter(prefill=a, decode=b) as router:
+        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
+        collected, started = await router.start("r", PROMPT, params=GREEDY, handoff=handoff)
+        assert (started.transport, started.num_transfer_pages, started.transfer_bytes) == ("grpc", 11, 11 * 128)
+        assert started.transfer_us > 0
+        await collected.wait_end()
+        labels = {"transport": "grpc", "direction": "received"}
+        assert decoder.registry.get_sample_value("headrace_transfer_bytes_total", labels) == 11 * 128
+        assert decoder.registry.get_sample_value("headrace_output_tokens_total") == 23
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        ({"token_ids": []}, InvalidRequestError, "EMPTY_PROMPT"),
+        ({"token_ids": [97]}, InvalidRequestError, "BAD_TOKEN"),
+        ({"token_ids": [1] * 512}, InvalidRequestError, "PROMPT_TOO_LONG"),
+        ({"request_id": ""}, InvalidRequestError, "BAD_REQUEST"),
+        ({"params": SamplingParams(temperature=0.0)}, InvalidRequestError, "BAD_SAMPLING"),
+        ({"params": SamplingParams(seed=1, logit_bias={97: 1.0})}, InvalidRequestError, "BAD_TOKEN"),
+    ],
+)
+@async_test
+async def test_bad_input_is_refused_by_name(change, error: type[HeadraceError], reason: str):
+    call = {"request_id": "r", "token_ids": PROMPT, "params": GREEDY, **change}
+    async with running(service()) as (address,), MiniRouter(decode=address) as router:
+        with pytest.raises(error) as raised:
+            await router.start(**call)
+        assert raised.value.reason == reason
+
+
+@async_test
+async def test_a_worker_that_only_decodes_prefills_nothing():
+    async with running(service(role="decode")) as (address,), MiniRouter(decode=address) as router:
+        with pytest.raises(InvalidRequestError) as raised:
+            await router.start("r", PROMPT, params=GREEDY)
+        assert raised.value.reason == "BAD_HANDOFF"
+
+
+@async_test
+async def test_a_sequence_larger_than_the_pool_ends_with_an_error():
+    async with running(service(num_pages=12)) as (address,), MiniRouter(decode=address) as router:
+        collected, _ = await router.start("r", PROMPT, params=GREEDY)
+        await collected.wait_end()
+        assert isinstance(collected.failure, OverloadedError)
+        assert len(collected.token_ids) == 6
+        with pytest.raises(OverloadedError) as raised:
+            await router.start("q", [1] * 60, params=GREEDY)
+        assert raised.value.reason == "NO_FREE_PAGES"
+
+
+@async_test
+async def test_sessions_are_needed_and_unique():
+    async with running(service()) as (address,), MiniRouter(decode=address) as router, channel(address) as other:
+        stub = decode_service_pb2_grpc.DecodeServiceStub(other)
+        request = decode_service_pb2.StartRequest(
+            session_id="none", request_id="r", attempt=1, token_ids=PROMPT, num_prompt_tokens=43,
+            sampling=encode_sampling(GREEDY),
+        )  # fmt: skip
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.Start(request, timeout=5)
+        assert isinstance(raised_from(raised.value), NotFoundError)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id="session"), timeout=5).read()
+        assert isinstance(raised_from(raised.value), ConflictError)
+        assert len(await router.generate_colocated("r", PROMPT, params=GREEDY)) == 24
+
+
+@async_test
+async def test_a_session_id_can_be_used_again_once_its_stream_ended():
+    worker = service()
+    async with running(worker) as (address,):
+        async with MiniRouter(decode=address) as router:
+            await router.generate_colocated("r", PROMPT, params=GREEDY)
+        await eventually(lambda: not worker.num_sessions, "the session is gone")
+        async with MiniRouter(decode=address) as router:
+            await router.generate_colocated("r", PROMPT, params=GREEDY)
+
+
+@async_test
+async def test_a_draining_worker_finishes_what_it_has():
+    worker = service()
+    async with running(worker) as (address,), MiniRouter(decode=address) as router:
+        collected, _ = await router.start("r", PROMPT, params=GREEDY)
+        draining = asyncio.ensure_future(worker.drain())
+        await asyncio.wait([draining])
+        await collected.wait_end()
+        assert len(collected.token_ids) == 24
+        with pytest.raises(UnavailableError) as raised:
+            await router.start("q", PROMPT, params=GREEDY)
+        assert raised.value.reason == "DRAINING"
+
+
+@async_test
+async def test_a_worker_that_stops_tells_its_sessions():
+    worker = service(num_pages=256)
+    (address,) = [await worker.start()]
+    async with MiniRouter(decode=address) as router:
+        collected, _ = await router.start("r", PROMPT, params=dataclasses.replace(GREEDY, max_tokens=400))
+        await collected.wait_tokens(1)
+        await worker.stop()
+        await eventually(lambda: router.stream_error is not None, "the stream ends")
+        assert isinstance(router.stream_error, UnavailableError)
+        assert router.stream_error.reason == "DRAINING"
+
+
+@async_test
+async def test_a_dead_engine_fails_the_process():
+    worker = service()
+    (address,) = [await worker.start()]
+    async with MiniRouter(decode=address):
+        worker.host.engine.submit(lambda _: 1 / 0)
+        await eventually(worker.failed.done, "the worker has failed")
+        assert isinstance(worker.failed.exception(), ZeroDivisionError)
+        await worker.stop()

@@ -1,0 +1,39 @@
+"""What dashboards read is there from the first scrape, under its documented name."""
+
+import pytest
+from headrace_core.engine.engine import StepReport
+from headrace_core.engine.metrics import WorkerMetrics
+from headrace_decode.metrics import DecodeMetrics
+from headrace_prefill.metrics import PrefillMetrics
+from prometheus_client import CollectorRegistry, generate_latest
+
+WORKER = [
+    "headrace_kv_pages", "headrace_running_sequences", "headrace_waiting_sequences",
+    "headrace_prefix_cache_hit_tokens_total", "headrace_prefix_cache_query_tokens_total",
+    "headrace_prompt_tokens_total", "headrace_output_tokens_total", "headrace_step_seconds",
+    "headrace_queue_seconds", "headrace_transfer_bytes_total", "headrace_handoff_failures_total",
+    "headrace_expert_tokens_total",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "names"),
+    [
+        (PrefillMetrics, ["headrace_prefill_seconds", "headrace_leases", "headrace_lease_ends_total"]),
+        (DecodeMetrics, ["headrace_transfer_seconds", "headrace_preemptions_total"]),
+    ],
+)
+def test_every_documented_metric_is_scraped(metrics, names):
+    registry = CollectorRegistry()
+    metrics(registry)
+    text = generate_latest(registry).decode()
+    assert [name for name in [*WORKER, *names] if f"# TYPE {name} " not in text] == []
+
+
+def test_expert_tokens_add_up():
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    for _ in range(2):
+        metrics.observe_step(StepReport(3, 0.1, {1: [1, 0, 2]}))
+    labels = [{"layer": "1", "expert": str(expert)} for expert in range(3)]
+    assert [registry.get_sample_value("headrace_expert_tokens_total", label) for label in labels] == [2, 0, 4]

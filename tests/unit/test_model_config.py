@@ -1,0 +1,205 @@
+"""config.json: old and new spellings mean the same; what can't be computed is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from headrace_core.errors import CheckpointError
+from headrace_core.kv.layout import CacheDtype, KeyValueAttention, LatentAttention
+from headrace_core.model.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
+
+V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(config, **changes):
+        write_config(tmp_path, {**config, **changes})
+        return ModelConfig.from_directory(tmp_path)
+
+    return read
+
+
+def test_v2_lite_is_read_as_published(read):
+    config = read(V2_LITE)
+    assert config.family == "deepseek_v2"
+    assert config.attention == MlaShape(None, 512, 128, 64, 128, is_rope_interleaved=True)
+    assert (config.moe.num_experts, config.moe.num_experts_per_token) == (64, 6)
+    assert config.eos_token_ids == (100001,)
+    assert config.rope.yarn is not None
+    assert config.rope.yarn.factor == 40
+    assert [layer for layer in range(27) if not config.is_moe_layer(layer)] == [0]
+    layout = config.kv_layout(64, CacheDtype.BFLOAT16)
+    assert layout.attention == LatentAttention(512, 64)
+    assert layout.page_layer_bytes == 64 * 576 * 2
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name(read):
+    assert read(TINY_CONFIGS["v3"], model_type="kimi_k2").family == "deepseek_v3"
+
+
+def test_mixtral_head_dim_follows_from_hidden_size_unless_given(read):
+    assert read(TINY_CONFIGS["mixtral"]).attention == GqaShape(2, 8)
+    config = read(TINY_CONFIGS["mixtral"], head_dim=24)
+    assert config.kv_layout(4, CacheDtype.FLOAT32).attention == KeyValueAttention(2, 24)
+
+
+def test_old_and_new_spellings_of_rope_agree(read):
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}
+    old = read(TINY_CONFIGS["v3"], rope_theta=500.0, rope_scaling={"type": "yarn", **yarn})
+    base = {k: v for k, v in TINY_CONFIGS["v3"].items() if not k.startswith("rope_")}
+    new = read(base, rope_parameters={"rope_type": "yarn", "rope_theta": 500.0, **yarn})
+    assert old.rope == new.rope
+    assert read(base).rope.theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.float32"}, "float32"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "float32"),
+        ({}, "bfloat16"),
+    ],
+)
+def test_dtype_in_either_spelling(read, fields, expected):
+    base = {k: v for k, v in TINY_CONFIGS["v3"].items() if k != "torch_dtype"}
+    assert read({**base, **fields}).checkpoint_dtype == expected
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(1, (1,)), ([1, 5], (1, 5)), (None, ())])
+def test_end_of_sequence_is_one_token_several_or_none(read, eos, expected):
+    assert read(TINY_CONFIGS["v3"], eos_token_id=eos).eos_token_ids == expected
+
+
+def test_no_shared_experts_may_be_said_with_null(read):
+    assert read(TINY_CONFIGS["v3"], n_shared_experts=None).moe.num_shared_experts == 0
+
+
+def test_every_second_layer_may_have_experts(read):
+    config = read(TINY_CONFIGS["v3"], moe_layer_freq=2, num_hidden_layers=5)
+    assert [config.is_moe_layer(layer) for layer in range(5)] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("v3", {"model_type": "llama"}, "model_type"),
+        ("v3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("v3", {"topk_method": "greedy"}, "topk_method"),
+        ("v3", {"dtype": "int8"}, "dtype"),
+        ("v3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("v3", {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial"),
+        ("v3", {"quantization_config": {"quant_method": "gptq"}}, "quant_method"),
+        ("v3", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
+        ("v3", {"v_head_dim": 64}, "v_head_dim"),
+        ("v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("v2", {"scoring_func": "sigmoid"}, "scoring_func"),
+        ("v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("v2", {"mlp_bias": True}, "mlp_bias"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window"),
+        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(read, name, changes, field):
+    with pytest.raises(CheckpointError, match=field) as caught:
+        read(TINY_CONFIGS[name], **changes)
+    assert caught.value.reason == "UNSUPPORTED_MODEL"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("v3", {"vocab_size": 0}, "vocab_size"),
+        ("v3", {"vocab_size": "160"}, "vocab_size"),
+        ("v3", {"hidden_size": None}, "hidden_size"),
+        ("v3", {"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ("v3", {"rms_norm_eps": True}, "rms_norm_eps"),
+        ("v3", {"attention_bias": "no"}, "attention_bias"),
+        ("v3", {"model_type": 3}, "model_type"),
+        ("v3", {"eos_token_id": 160}, "eos_token_id"),
+        ("v3", {"n_group": 3}, "n_group"),
+        ("v3", {"n_group": 8}, "n_group"),
+        ("v3", {"topk_group": 5}, "topk_group"),
+        ("v3", {"topk_group": 1}, "num_experts_per_tok"),
+        ("v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("v3", {"qk_rope_head_dim": 7}, "rotary"),
+        ("v3", {"rope_scaling": {"type": "yarn"}}, "factor"),
+        ("v3", {"rope_scaling": "yarn"}, "rope_scaling"),
+        ("mixtral", {"num_key_value_heads": 3}, "num_key_value_heads"),
+        ("mixtral", {"hidden_size": 30}, "hidden_size"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(read, name, changes, field):
+    with pytest.raises(CheckpointError, match=field) as caught:
+        read(TINY_CONFIGS[name], **changes)
+    assert caught.value.reason == "BAD_CONFIG"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "\xff"])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        ModelConfig.from_directory(tmp_path)
+    assert caught.value.reason == "BAD_CONFIG"
+
+
+def test_a_missing_field_is_named(tmp_path):
+    config = {k: v for k, v in TINY_CONFIGS["v3"].items() if k != "kv_lora_rank"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="kv_lora_rank is missing"):
+        ModelConfig.from_directory(tmp_path)

@@ -1,0 +1,214 @@
+"""Loading: every refusal by name and before any tensor is read; fingerprint, progress, memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import psutil
+import pytest
+import torch
+from headrace_core.errors import CheckpointError
+from headrace_core.kv.layout import CacheDtype
+from headrace_core.model import memory
+from headrace_core.model.load import load_model
+from headrace_core.model.safetensors_file import StoredTensor
+from headrace_core.testing.tiny_checkpoints import (
+    TINY_CONFIGS,
+    Variation,
+    write_checkpoint,
+    write_config,
+    write_tensors,
+)
+
+CONFIG = {**TINY_CONFIGS["v3"], "num_hidden_layers": 2}
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture
+def written(tmp_path):
+    return write_checkpoint(tmp_path, CONFIG)
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    """Load, expecting a refusal that came before any tensor was read."""
+
+    def refuse(reason, match):
+        def read(self):
+            pytest.fail(f"{self.name} was read")
+
+        monkeypatch.setattr(StoredTensor, "read", read)
+        with pytest.raises(CheckpointError, match=match) as caught:
+            load_model(tmp_path)
+        assert caught.value.reason == reason
+        assert len(str(caught.value)) > 40, "the message says what to do"
+
+    return refuse
+
+
+def test_a_missing_tensor_is_named(tmp_path, written, refusal):
+    del written[NORM]
+    write_tensors(tmp_path, written)
+    refusal("MISSING_TENSOR", NORM)
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path, written, refusal):
+    written["model.layers.2.input_layernorm.weight"] = torch.ones(32)
+    write_tensors(tmp_path, written)
+    refusal("EXTRA_TENSOR", "model.layers.2.input_layernorm.weight")
+
+
+def test_a_misshapen_tensor_is_named(tmp_path, written, refusal):
+    written[NORM] = torch.ones(31)
+    write_tensors(tmp_path, written)
+    refusal("BAD_TENSOR_SHAPE", rf"{NORM} is \[31\].*\[32\]")
+
+
+def test_an_integer_tensor_is_named(tmp_path, written, refusal):
+    written[NORM] = torch.ones(32, dtype=torch.int64)
+    write_tensors(tmp_path, written)
+    refusal("UNSUPPORTED_MODEL", NORM)
+
+
+def test_fp8_without_a_description_of_blocks_is_refused(tmp_path, written, refusal):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    written[name] = written[name].to(torch.float8_e4m3fn)
+    write_tensors(tmp_path, written)
+    refusal("UNSUPPORTED_MODEL", name)
+
+
+def test_fp8_without_its_scale_is_refused(tmp_path, written, refusal):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    written[name] = written[name].to(torch.float8_e4m3fn)
+    quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    write_config(tmp_path, {**CONFIG, "quantization_config": quantisation})
+    write_tensors(tmp_path, written)
+    refusal("MISSING_TENSOR", name + "_scale_inv")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path, written, refusal, kept):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    refusal("DAMAGED_FILE", "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path, written, refusal, header):
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    refusal("DAMAGED_FILE", "model.safetensors")
+
+
+def test_missing_weights_are_refused(tmp_path, written, refusal):
+    (tmp_path / "model.safetensors").unlink()
+    refusal("DAMAGED_FILE", r"neither model\.safetensors")
+
+
+def test_a_missing_shard_is_named(tmp_path, written, refusal):
+    write_tensors(tmp_path, written, num_shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    refusal("DAMAGED_FILE", "model-00002-of-00003")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_makes_no_sense_is_refused(tmp_path, written, refusal, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    refusal("DAMAGED_FILE", "index")
+
+
+def test_an_index_can_not_point_out_of_the_folder(tmp_path, written, refusal):
+    text = json.dumps({"weight_map": {NORM: "../model.safetensors"}})
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    refusal("DAMAGED_FILE", "index")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path, written, refusal):
+    write_tensors(tmp_path, written, num_shards=2)
+    shutil.copy(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors")
+    refusal("DAMAGED_FILE", "too")
+
+
+def test_a_model_too_large_is_refused_with_the_figures(tmp_path, written, refusal, monkeypatch):
+    monkeypatch.setattr("headrace_core.model.load.available_bytes", lambda: 100 << 20)
+    refusal("MODEL_TOO_LARGE", r"weights \d+, KV pool 0.*100 MiB are available")
+
+
+def test_the_kv_pool_counts(tmp_path, written):
+    with pytest.raises(CheckpointError, match="KV pool 1073741824") as caught:
+        load_model(tmp_path, kv_pool_bytes=1 << 50)
+    assert caught.value.reason == "MODEL_TOO_LARGE"
+
+
+def test_a_control_group_limits_what_is_available(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP_V2", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP_V1", tmp_path / "none")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    assert memory.available_bytes() > 1 << 20, "no limit"
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.available_bytes() == 300
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200\n")
+    assert memory.available_bytes() == 500
+    assert memory.available_bytes() <= psutil.virtual_memory().total
+
+
+def test_tied_embeddings_need_no_head_and_refuse_another(tmp_path):
+    tensors = write_checkpoint(tmp_path, {**CONFIG, "tie_word_embeddings": True})
+    assert "lm_head.weight" not in tensors
+    load_model(tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write_tensors(tmp_path, tensors)
+    load_model(tmp_path)
+    tensors["lm_head.weight"][3, 4] += 1
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings") as caught:
+        load_model(tmp_path)
+    assert caught.value.reason == "BAD_CONFIG"
+
+
+def test_fingerprint_changes_with_weights_config_and_compute_type_only(tmp_path, written):
+    first = load_model(tmp_path).fingerprint
+    assert len(first) == 32
+    write_tensors(tmp_path, dict(reversed(written.items())))
+    assert load_model(tmp_path).fingerprint == first, "the order in the file does not matter"
+    assert load_model(tmp_path, dtype="bfloat16").fingerprint != first
+    write_config(tmp_path, {**CONFIG, "transformers_version": "9"})
+    assert load_model(tmp_path).fingerprint == first, "nor do fields that are not used"
+    write_config(tmp_path, {**CONFIG, "rope_theta": 10001.0})
+    assert load_model(tmp_path).fingerprint != first
+    write_config(tmp_path, CONFIG)
+    written[NORM][3] += 1e-3
+    write_tensors(tmp_path, written)
+    assert load_model(tmp_path).fingerprint != first
+
+
+def test_progress_reaches_the_end(tmp_path):
+    tensors = write_checkpoint(tmp_path, CONFIG, Variation(num_shards=2))
+    seen: list[tuple[int, int]] = []
+    model = load_model(tmp_path, on_progress=lambda done, total: seen.append((done, total)))
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len(seen) == len(tensors)
+    assert seen[-1] == (total, total)
+    assert model.weight_bytes == total
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_the_compute_type_is_the_caches(tmp_path, dtype, expected, written):
+    model = load_model(tmp_path, dtype=dtype)
+    assert model.dtype == getattr(torch, expected)
+    assert model.kv_layout(8).dtype == CacheDtype(expected)
+    assert model.kv_layout(8).num_layers == 2

@@ -1,0 +1,86 @@
+"""Laying out steps, cache memory, expert counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from headrace_core.engine.step import Chunk
+from headrace_core.kv.cache import KvCache
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
+from headrace_core.model import step_inputs
+from headrace_core.model.load import load_model
+from headrace_core.model.step_inputs import prepare_step
+from headrace_core.testing.paged_sequences import GREEDY_ROW, PagedSequences
+from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
+
+
+def chunk(key, count, start, pages):
+    return Chunk(key, list(range(10, 10 + count)), start, pages, GREEDY_ROW)
+
+
+def test_decode_rows_come_first_and_chunks_know_their_place():
+    chunks = [chunk(0, 5, 0, [3, 1]), chunk(1, 1, 6, [8, 2]), chunk(2, 3, 4, [5, 6, 7])]
+    step = prepare_step(chunks, 4, max_decode_chunk=1)
+    assert step.chunk_rows == [1, 0, 6]
+    assert step.positions.tolist() == [6, 0, 1, 2, 3, 4, 4, 5, 6]
+    assert step.slot_mapping.tolist() == [10, 12, 13, 14, 15, 4, 24, 25, 26]
+    assert step.decode is not None
+    assert step.decode.context_lens.tolist() == [7]
+    (group,) = step.prefill
+    assert (group.first, group.end) == (1, 9)
+    assert group.query_starts.tolist() == [0, 5, 8]
+    assert group.key_starts.tolist() == [0, 5, 12]
+    assert group.slots.tolist() == [12, 13, 14, 15, 4, 20, 21, 22, 23, 24, 25, 26]
+
+
+def test_a_short_chunk_may_become_decode_rows():
+    step = prepare_step([chunk(0, 3, 4, [5, 6])], 4, max_decode_chunk=3)
+    assert step.decode is not None
+    assert step.decode.context_lens.tolist() == [5, 6, 7]
+    assert step.decode.block_table.tolist() == [[5, 6]] * 3
+    assert step.prefill == []
+
+
+def test_groups_bound_how_many_keys_are_expanded_at_once(monkeypatch):
+    monkeypatch.setattr(step_inputs, "_GROUP_KEY_TOKENS", 8)
+    chunks = [chunk(i, 3, 2 * i, list(range(9))) for i in range(4)]
+    groups = prepare_step(chunks, 4, max_decode_chunk=0).prefill
+    assert [(g.first, g.end, len(g.slots)) for g in groups] == [(0, 6, 8), (6, 9, 7), (9, 12, 9)]
+
+
+@pytest.mark.parametrize("bad", [chunk(7, 0, 0, [1]), chunk(7, 5, 0, [1]), chunk(7, 1, -1, [1])])
+def test_a_chunk_that_does_not_fit_its_pages_is_refused(bad):
+    with pytest.raises(ValueError, match="chunk 7"):
+        prepare_step([bad], 4, max_decode_chunk=1)
+
+
+def test_page_bytes_are_the_caches_own_memory():
+    layout = KvLayout(2, 4, CacheDtype.BFLOAT16, LatentAttention(6, 2))
+    cache = KvCache(layout, 3)
+    assert [tuple(layer.shape) for layer in cache.layers] == [(3, 4, 8)] * 2
+    page = cache.page_bytes(1, 2)
+    assert len(page) == layout.page_layer_bytes
+    page[:2] = torch.tensor([1.5], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    assert cache.layers[1][2, 0, 0] == 1.5
+    cache.layers[1][2, 3, 7] = -2.0
+    assert bytes(page[-2:]) == b"\x00\xc0"
+    cache.layers[0][1] = 5
+    cache.zero_pages([2])
+    assert not cache.layers[1][2].any()
+    assert cache.layers[0][1].all()
+    cache.zero_pages([])
+    for page_id in (-1, 3):
+        with pytest.raises(IndexError):
+            cache.page_bytes(0, page_id)
+
+
+def test_expert_counts_cover_every_token_and_are_taken_once(tmp_path):
+    write_checkpoint(tmp_path, TINY_CONFIGS["v3"])
+    model = load_model(tmp_path)
+    sequences = PagedSequences(model, page_size=4, num_pages=8)
+    model.forward([sequences.chunk(0, range(10, 19))], sequences.cache)
+    model.forward([sequences.chunk(0, [5])], sequences.cache)
+    counts = model.take_expert_counts()
+    assert sorted(counts) == [1, 2], "layer 0 is dense"
+    assert all(sum(layer) == 10 * 3 and len(layer) == 8 for layer in counts.values())
+    assert all(sum(layer) == 0 for layer in model.take_expert_counts().values())

@@ -1,0 +1,194 @@
+"""The policy, by example and by random fleets: nothing is promised twice, nobody starves."""
+
+from dataclasses import replace
+
+from headrace_router.policy import (
+    MAX_OVERTAKEN,
+    Assignment,
+    Waiting,
+    WorkerView,
+    can_ever_fit,
+    decode_pages,
+    plan,
+    prefix_key,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def prefill(address="p", **fields):
+    return replace(_view(address, can_prefill=True, can_decode=False), **fields)
+
+
+def decode(address="d", **fields):
+    return replace(_view(address, can_prefill=False, can_decode=True), **fields)
+
+
+def both(address="b", **fields):
+    return replace(_view(address, can_prefill=True, can_decode=True), **fields)
+
+
+def _view(address, *, can_prefill, can_decode):
+    return WorkerView(
+        address=address, page_size=16, num_pages=100, num_usable_pages=100, num_free_pages=100, token_budget=512,
+        num_tokens_in_flight=0, num_free_slots=8, can_prefill=can_prefill, can_decode=can_decode,
+    )  # fmt: skip
+
+
+def waiting(num_tokens=64, num_output=64, **fields):
+    return Waiting(num_tokens=num_tokens, num_expected_tokens=num_tokens + num_output, prefix_key=1, **fields)
+
+
+def test_a_sequence_starts_when_both_sides_have_room():
+    assert plan([waiting()], [prefill(), decode()]) == [Assignment(0, "p", "d")]
+
+
+def test_nothing_starts_without_a_decode_worker():
+    assert plan([waiting()], [prefill()]) == []
+    assert plan([waiting()], []) == []
+
+
+def test_both_is_used_colocated_when_there_is_no_prefill_worker():
+    assert plan([waiting()], [both(), decode()]) == [Assignment(0, "", "b")]
+
+
+def test_both_takes_hand_offs_when_there_is_a_prefill_worker():
+    assert plan([waiting()], [both(), prefill()]) == [Assignment(0, "p", "b")]
+
+
+def test_the_queue_is_emptied_up_to_the_token_budget():
+    queue = [waiting(200)] * 5
+    assert [a.index for a in plan(queue, [prefill(), decode()])] == [0, 1]
+
+
+def test_an_idle_worker_takes_a_prompt_larger_than_its_budget():
+    assert plan([waiting(900)], [prefill(), decode()]) == [Assignment(0, "p", "d")]
+    assert plan([waiting(900)], [prefill(num_tokens_in_flight=1), decode()]) == []
+
+
+def test_pages_and_slots_of_the_decode_worker_bound_what_starts():
+    assert plan([waiting()], [prefill(), decode(num_free_pages=7)]) == []
+    assert plan([waiting()], [prefill(), decode(num_free_slots=0)]) == []
+    assert len(plan([waiting()] * 5, [prefill(), decode(num_free_pages=17)])) == 2
+
+
+def test_an_output_larger_than_the_pool_waits_for_the_whole_pool_and_no_longer():
+    large = waiting(64, num_output=10_000)
+    assert decode_pages(large, decode()) == 100
+    assert plan([large], [prefill(), decode(num_free_pages=99)]) == []
+    assert plan([large], [prefill(), decode()]) != []
+    assert not can_ever_fit(waiting(1600), decode())
+
+
+def test_the_least_loaded_prefill_worker_is_chosen():
+    workers = [prefill("p1", num_tokens_in_flight=300), prefill("p2"), decode()]
+    assert plan([waiting()], workers) == [Assignment(0, "p2", "d")]
+
+
+def test_equal_loads_are_decided_by_the_beginning_of_the_prompt():
+    workers = [*(prefill(f"p{i}") for i in range(4)), decode()]
+    chosen = {}
+    for start in range(20):
+        key = prefix_key([start] * 80)
+        for tail in range(3):
+            assert prefix_key([start] * 64 + [tail]) == key
+            item = replace(waiting(), prefix_key=key)
+            chosen.setdefault(start, set()).add(plan([item], workers)[0].prefill)
+    assert all(len(workers) == 1 for workers in chosen.values())
+    assert len(set.union(*chosen.values())) > 1
+
+
+def test_the_decode_worker_with_most_free_pages_is_chosen():
+    workers = [prefill(), decode("d1", num_free_pages=50), decode("d2", num_free_pages=60)]
+    assert plan([waiting()], workers)[0].decode == "d2"
+
+
+def test_workers_that_failed_it_are_the_last_choice_but_a_choice():
+    again = waiting(avoid=frozenset({"p1", "d1"}))
+    workers = [prefill("p1"), prefill("p2", num_tokens_in_flight=400), decode("d1"), decode("d2", num_free_pages=9)]
+    assert plan([again], workers) == [Assignment(0, "p2", "d2")]
+    assert plan([again], [prefill("p1"), decode("d1")]) == [Assignment(0, "p1", "d1")]
+
+
+def test_a_long_prompt_claims_a_worker_and_lets_others_go_on():
+    long, short = waiting(600), waiting(50)
+    workers = [prefill("p1", num_tokens_in_flight=100), prefill("p2", num_tokens_in_flight=400), decode()]
+    assert plan([long, short], workers) == [Assignment(1, "p2", "d")]
+    assert plan([long, short], [prefill("p1", num_tokens_in_flight=100), decode()]) == []
+
+
+def test_nobody_is_overtaken_for_ever():
+    long = waiting(600, num_overtaken=MAX_OVERTAKEN)
+    workers = [prefill("p1", num_tokens_in_flight=100), prefill("p2", num_tokens_in_flight=400), decode()]
+    assert plan([long, waiting(50)], workers) == []
+
+
+_WORKERS = st.builds(
+    lambda kind, i, free, flight, slots: kind(
+        f"{kind.__name__}{i}", num_free_pages=free, num_tokens_in_flight=flight, num_free_slots=slots
+    ),
+    st.sampled_from([prefill, decode, both]), st.integers(0, 3), st.integers(0, 100), st.integers(0, 600),
+    st.integers(0, 4),
+)  # fmt: skip
+_QUEUE = st.lists(st.builds(waiting, st.integers(1, 900), st.integers(1, 300)), max_size=12)
+
+
+@given(_QUEUE, st.lists(_WORKERS, max_size=6, unique_by=lambda worker: worker.address))
+def test_no_plan_promises_more_than_there_is(queue, workers):
+    by_address = {worker.address: worker for worker in workers}
+    pages = {address: worker.num_free_pages for address, worker in by_address.items()}
+    slots = {address: worker.num_free_slots for address, worker in by_address.items()}
+    flight = {address: worker.num_tokens_in_flight for address, worker in by_address.items()}
+    assignments = plan(queue, workers)
+    assert [a.index for a in assignments] == sorted({a.index for a in assignments})
+    for assignment in assignments:
+        item = queue[assignment.index]
+        computes = assignment.prefill or assignment.decode
+        assert by_address[computes].can_prefill
+        assert by_address[assignment.decode].can_decode
+        assert flight[computes] == 0 or flight[computes] + item.num_tokens <= by_address[computes].token_budget
+        flight[computes] += item.num_tokens
+        pages[assignment.decode] -= decode_pages(item, by_address[assignment.decode])
+        if assignment.prefill:
+            pages[assignment.prefill] -= -(-item.num_tokens // 16)
+        slots[assignment.decode] -= 1
+    assert all(left >= 0 for left in (*pages.values(), *slots.values()))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.randoms(use_true_random=False))
+def test_every_sequence_starts_within_bounded_rounds_whatever_arrives(rng):
+    long = waiting(1000, num_output=400)
+    running, queue, rounds = [], [long], 0
+    while long in queue:
+        rounds += 1
+        assert rounds < 300, "the long prompt starves"
+        queue.extend(waiting(rng.randint(1, 200), rng.randint(1, 100)) for _ in range(rng.randint(0, 4)))
+        running = [item for item in running if rng.random() < 0.7]
+        workers = _loaded(running)
+        placed = {assignment.index: assignment for assignment in plan(queue, workers)}
+        running += [(queue[index], assignment) for index, assignment in placed.items()]
+        behind = len(placed)
+        kept = []
+        for index, item in enumerate(queue):
+            if index in placed:
+                behind -= 1
+            else:
+                overtaken = replace(item, num_overtaken=item.num_overtaken + behind)
+                kept.append(overtaken)
+                if item is long:
+                    long = overtaken
+        queue = kept
+
+
+def _loaded(running):
+    """Return two prefill and two decode workers under the load of what runs."""
+    workers = {view.address: view for view in (prefill("p1"), prefill("p2"), decode("d1"), decode("d2"))}
+    for item, assignment in running:
+        source, target = workers[assignment.prefill], workers[assignment.decode]
+        tokens = source.num_tokens_in_flight + item.num_tokens
+        pages = source.num_free_pages - -(-item.num_tokens // 16)
+        workers[source.address] = replace(source, num_tokens_in_flight=tokens, num_free_pages=pages)
+        left = target.num_free_pages - decode_pages(item, target)
+        workers[target.address] = replace(target, num_free_pages=left, num_free_slots=target.num_free_slots - 1)
+    return list(workers.values())

@@ -1,0 +1,416 @@
+"""The router's door: what it refuses and how, who may come in, what it says of itself."""
+
+import asyncio
+import subprocess
+import sys
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from headrace.v1 import generation_service_pb2 as pb
+from headrace.v1 import types_pb2
+from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
+from headrace_core import rpc
+from headrace_core.config import RouterSettings
+from headrace_core.errors import CheckpointError, UnavailableError
+from headrace_core.testing.fake_script import scripted
+from headrace_core.testing.fake_worker import FakeWorker
+from headrace_router.server import RouterService
+from headrace_router.testing import (
+    BOS,
+    VOCAB_SIZE,
+    RouterUnderTest,
+    byte_ids,
+    text_request,
+    wait_until,
+    write_tokenizer,
+)
+
+
+def worker(role, **options):
+    return FakeWorker(role, next_token=scripted(byte_ids("abcdefgh ")), vocab_size=VOCAB_SIZE, **options)
+
+
+def run(folder, workers, test, **settings):
+    async def main():
+        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
+            await router.wait_states(["ready"] * len(workers))
+            await test(router)
+            await router.wait_empty()
+
+    asyncio.run(main())
+
+
+def tokens_request(*token_ids, **fields):
+    return pb.GenerateRequest(tokens=pb.TokenPrompt(token_ids=token_ids), **fields)
+
+
+def chat_request(*messages, **fields):
+    chat = pb.ChatPrompt(messages=[pb.ChatMessage(role=role, content=content) for role, content in messages])
+    return pb.GenerateRequest(chat=chat, **fields)
+
+
+BAD_REQUESTS = {
+    "no input": (pb.GenerateRequest(), "EMPTY_PROMPT", "one of"),
+    "empty text": (text_request(""), "EMPTY_PROMPT", ""),
+    "no tokens": (tokens_request(), "EMPTY_PROMPT", ""),
+    "no messages": (chat_request(), "EMPTY_PROMPT", ""),
+    "prompt past the context": (tokens_request(*[1] * 64), "PROMPT_TOO_LONG", "64"),
+    "prompt past the bytes": (text_request("x" * 5000), "PROMPT_TOO_LONG", "5000 bytes; this router takes 4096"),
+    "token outside the vocabulary": (tokens_request(1, VOCAB_SIZE), "BAD_TOKEN", str(VOCAB_SIZE)),
+    "stop token outside": (text_request("a", sampling={"stop_token_ids": [9999]}), "BAD_TOKEN", "stop_token_ids"),
+    "other model": (text_request("a", model="gpt"), "UNKNOWN_MODEL", "'tiny' is"),
+    "n of 0": (text_request("a", n=0), "BAD_REQUEST", "1 to 16"),
+    "n of 17": (text_request("a", n=17), "BAD_REQUEST", "1 to 16"),
+    "max_tokens of 0": (text_request("a", sampling={"max_tokens": 0}), "BAD_SAMPLING", "max_tokens"),
+    "temperature": (text_request("a", sampling={"temperature": -1}), "BAD_SAMPLING", "temperature"),
+    "empty stop string": (text_request("a", sampling={"stop_strings": [""]}), "BAD_SAMPLING", "stop_strings"),
+    "request id": (text_request("a", request_id="no spaces"), "BAD_REQUEST", "request_id"),
+    "role": (chat_request(("robot", "hi")), "BAD_REQUEST", "assistant"),
+    "template says no": (chat_request(("user", "a"), ("system", "b")), "BAD_REQUEST", "system comes first"),
+}
+
+
+def test_bad_requests_are_refused_with_what_is_wrong(tmp_path):
+    async def test(router):
+        for name, (request, reason, words) in BAD_REQUESTS.items():
+            error = await router.refused(request)
+            assert error.reason == reason, name
+            assert words in str(error), name
+        assert router.workers[0].starts == []
+        assert router.metric("headrace_requests_total", outcome="invalid") == len(BAD_REQUESTS)
+
+    run(tmp_path, [worker("both", max_context_tokens=64)], test, max_prompt_bytes=4096)
+
+
+def test_a_message_over_grpcs_limit_is_refused(tmp_path):
+    async def test(router):
+        options = [("grpc.max_send_message_length", -1)]
+        async with grpc.aio.insecure_channel(router.address, options=options) as channel:
+            request = text_request("x" * (rpc.MAX_MESSAGE_BYTES + 1))
+            call = GenerationServiceStub(channel).Generate(request, timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_max_tokens_past_the_context_ends_with_length_at_the_context(tmp_path):
+    async def test(router):
+        (sample,) = await router.generate(text_request("abc", sampling={"max_tokens": 5000, "min_tokens": 4000}))
+        assert sample.last.finish_reason == types_pb2.FINISH_REASON_LENGTH
+        assert len(sample.token_ids) == 64 - 4
+
+    run(tmp_path, [worker("both", max_context_tokens=64)], test)
+
+
+def test_defaults_are_filled_in_for_workers(tmp_path):
+    async def test(router):
+        for _ in range(2):
+            await router.generate(text_request("a", sampling={"stop_strings": ["zzz"]}))
+        first, second = (call.sampling for call in router.workers[0].starts)
+        assert first.max_tokens == 256
+        assert first.seed != second.seed
+        assert not first.stop_strings
+        assert len(router.workers[0].starts[0].request_id) == 24
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_text_tokens_and_chat_become_the_right_ids(tmp_path):
+    async def test(router):
+        short = {"max_tokens": 1}
+        await router.generate(text_request("é", sampling=short))
+        await router.generate(tokens_request(5, 6, sampling=types_pb2.SamplingParams(**short)))
+        await router.generate(chat_request(("user", "hi"), sampling=types_pb2.SamplingParams(**short)))
+        await router.generate(text_request("long " * 1000, sampling=short))
+        prompts = [list(call.token_ids) for call in router.workers[0].starts]
+        assert prompts[:3] == [[BOS, *byte_ids("é")], [5, 6], [BOS, *byte_ids("[user]hi[assistant]")]]
+        assert prompts[3] == [BOS, *byte_ids("long " * 1000)]
+
+    run(tmp_path, [worker("both", max_context_tokens=8192, num_pages=1024)], test)
+
+
+def test_chat_needs_a_template(tmp_path):
+    write_tokenizer(tmp_path / "tiny", with_template=False)
+
+    async def test(router):
+        assert "no chat template" in str(await router.refused(chat_request(("user", "hi"))))
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_a_request_id_can_not_run_twice_but_again(tmp_path):
+    async def test(router):
+        both = router.workers[0]
+        both.faults.start_gate.clear()
+        running = asyncio.create_task(router.generate(text_request("a", request_id="same")))
+        await wait_until(lambda: len(both.starts) == 1)
+        assert "under way" in str(await router.refused(text_request("a", request_id="same")))
+        both.faults.start_gate.set()
+        await running
+        await router.generate(text_request("a", request_id="same"))
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_a_full_queue_refuses(tmp_path):
+    async def test(router):
+        both = router.workers[0]
+        both.drain()
+        await router.wait_states(["draining"])
+        waiting = [asyncio.create_task(router.generate(text_request("a"), timeout_s=1)) for _ in range(2)]
+        await wait_until(lambda: router.service._router.num_queued == 2)
+        assert (await router.refused(text_request("a"))).reason == "QUEUE_FULL"
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    run(tmp_path, [worker("both")], test, max_queued_requests=2)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", None])
+def test_without_workers_the_error_says_what_is_missing(tmp_path, role):
+    async def test(router):
+        error = await router.refused(text_request("a"))
+        assert error.reason == "NO_WORKERS"
+        missing = {"prefill": "no decode worker", "decode": "no prefill worker", None: "no worker"}[role]
+        assert missing in str(error)
+
+    run(tmp_path, [worker(role)] if role else [], test, no_workers_timeout_s=0.3)
+
+
+def test_a_prompt_larger_than_every_pool_is_refused(tmp_path):
+    async def test(router):
+        error = await router.refused(text_request("x" * 100))
+        assert (error.reason, "largest pool holds 64" in str(error)) == ("NO_FREE_PAGES", True)
+
+    run(tmp_path, [worker("both", num_pages=4)], test)
+
+
+def test_requests_wait_for_workers_that_come_later(tmp_path):
+    async def test(router):
+        running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
+        await wait_until(lambda: router.service._router.num_queued == 1)
+        await router.add(worker("prefill"))
+        await router.add(worker("decode"))
+        assert (await running)[0].text == "abc"
+
+    run(tmp_path, [], test)
+
+
+def test_a_worker_taken_off_the_list_gets_nothing_new_and_ends_what_it_has(tmp_path):
+    async def test(router):
+        (first,) = router.workers
+        first.faults.start_gate.clear()
+        running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
+        await wait_until(lambda: len(first.starts) == 1)
+        router.workers.clear()
+        second = await router.add(worker("both"))
+        await router.wait_states(["draining", "ready"])
+        await router.generate(text_request("b", sampling={"max_tokens": 3}))
+        assert (len(first.starts), len(second.starts)) == (1, 1)
+        first.faults.start_gate.set()
+        assert (await running)[0].text == "abc"
+        await router.wait_states(["ready"])
+        await first.stop()
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_a_draining_worker_gets_nothing_new_and_ends_what_it_has(tmp_path):
+    async def test(router):
+        first = router.workers[0]
+        first.faults.start_gate.clear()
+        running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
+        await wait_until(lambda: len(first.starts) == 1)
+        first.faults.start_gate.set()
+        await first.set_ready(False)
+        second = await router.add(worker("both"))
+        await router.wait_states(["draining", "ready"])
+        await router.generate(text_request("b", sampling={"max_tokens": 3}))
+        assert len(second.starts) == 1
+        await running
+
+    run(tmp_path, [worker("both", step_s=0.05)], test)
+
+
+def test_a_worker_with_another_model_or_layout_is_refused(tmp_path):
+    layout = types_pb2.KvLayout(
+        num_layers=9, page_size=16, dtype=types_pb2.CACHE_DTYPE_FLOAT32,
+        latent=types_pb2.LatentLayout(kv_lora_rank=8, rope_dim=4),
+    )  # fmt: skip
+
+    async def test(router):
+        for other in (worker("both", fingerprint="beef" * 16), worker("both", layout=layout)):
+            await router.add(other)
+        await router.wait_states(["ready", "refused", "refused"])
+        details = sorted(status.detail for status in (await router.info()).workers)
+        assert "cache layout" in details[1]
+        assert details[2] == "its model is beefbeefbeef; this fleet serves fa4efa4efa4e"
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_one_process_at_two_addresses_is_one_worker(tmp_path):
+    async def test(router):
+        port = router.workers[0].address.rpartition(":")[2]
+        (tmp_path / "workers").write_text(f"# twice\n127.0.0.1:{port}\nlocalhost:{port}\nnonsense\n")
+        await router.wait_states(["ready", "refused"])
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_a_dns_name_stands_for_its_addresses(tmp_path, monkeypatch):
+    answers = {"workers.example": ["127.0.0.1"]}
+
+    async def look_up(self, host, port, **_):
+        if host not in answers:
+            raise OSError("no such name")
+        return [(2, 1, 6, "", (address, port)) for address in answers[host]]
+
+    async def test(router):
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", look_up)
+        port = router.workers[0].address.rpartition(":")[2]
+        (tmp_path / "workers").write_text(f"workers.example:{port}\n")
+        await asyncio.sleep(0)
+        await router.generate(text_request("a"))
+        answers["workers.example"] = ["127.0.0.1", "127.0.0.2"]
+        await router.wait_states(["ready", "unreachable"])
+        answers.clear()
+        await router.generate(text_request("a"))
+        monkeypatch.undo()
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_a_token_is_asked_for_but_not_by_probes(tmp_path):
+    async def main():
+        async with RouterUnderTest(tmp_path, settings={"token": "secret"}) as router:
+            for metadata in (
+                (),
+                (("authorization", "Bearer wrong"),),
+                (("authorization", "Bearer secre\u0074\u0074"),),
+            ):
+                for call in (
+                    router.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata, timeout=10),
+                    router.stub.Generate(text_request("a"), metadata=metadata, timeout=10).read(),
+                ):
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await call
+                    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+                    assert (rpc.REASON_KEY, "BAD_TOKEN_AUTH") in tuple(caught.value.trailing_metadata())
+            good = (("authorization", "Bearer secret"),)
+            assert (await router.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=good)).model_name == "tiny"
+            health = health_pb2_grpc.HealthStub(router.channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+
+    asyncio.run(main())
+
+
+def test_tls_serves_and_plain_text_is_refused(tmp_path):
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    curve = (
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    )
+    command = ["openssl", "req", "-x509", *curve, "-keyout", key, "-out", cert, "-addext", names]
+    subprocess.run(command, check=True, capture_output=True)
+
+    async def main():
+        async with RouterUnderTest(tmp_path, settings={"tls_cert": cert, "tls_key": key}) as router:
+            credentials = grpc.ssl_channel_credentials(cert.read_bytes())
+            async with rpc.channel(router.address, credentials=credentials) as channel:
+                info = await GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
+                assert info.model_name == "tiny"
+            with pytest.raises(grpc.aio.AioRpcError):
+                await router.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model": "nowhere"}, "NO_TOKENIZER"),
+        ({"workers": "no-port"}, "BAD_ADDRESS"),
+        ({"tls_cert": "cert.pem"}, "BAD_TLS"),
+        ({"tls_cert": "cert.pem", "tls_key": "key.pem"}, "BAD_TLS"),
+    ],
+)
+def test_settings_that_can_not_work_end_the_start(tmp_path, settings, reason):
+    async def main():
+        options = {"model": write_tokenizer(tmp_path / "tiny"), "listen": "127.0.0.1:0", **settings}
+        service = RouterService(RouterSettings(**options))
+        with pytest.raises(CheckpointError) as caught:
+            await service.start()
+        assert caught.value.reason == reason
+        await service.stop()
+
+    asyncio.run(main())
+
+
+def test_draining_refuses_new_requests_and_ends_those_under_way(tmp_path):
+    async def test(router):
+        both = router.workers[0]
+        both.faults.start_gate.clear()
+        running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
+        await wait_until(lambda: len(both.starts) == 1)
+        draining = asyncio.create_task(router.service.drain())
+        await asyncio.sleep(0)
+        assert (await router.refused(text_request("a"))).reason == "DRAINING"
+        assert not draining.done()
+        both.faults.start_gate.set()
+        assert (await running)[0].text == "abc"
+        await draining
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_stopping_ends_what_is_under_way_with_one_clear_error(tmp_path):
+    async def main():
+        async with RouterUnderTest(tmp_path, workers=[worker("both", step_s=0.01)]) as router:
+            running = asyncio.create_task(router.generate(text_request("a")))
+            await wait_until(lambda: bool(router.workers[0].sequences))
+            await router.service.stop()
+            with pytest.raises(UnavailableError):
+                await running
+            await wait_until(lambda: router.workers[0].is_empty)
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_stops_holds_up_nobody(tmp_path):
+    async def test(router):
+        slow = router.stub.Generate(text_request("a", sampling={"max_tokens": 900}))
+        await slow.read()
+        for _ in range(3):
+            await router.generate(text_request("b", sampling={"max_tokens": 50}))
+        last = None
+        while (response := await slow.read()) is not grpc.aio.EOF:
+            last = response
+        assert last.usage.num_output_tokens == 900
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_server_info_names_the_model_and_every_worker(tmp_path):
+    async def test(router):
+        info = await router.info()
+        assert (info.model_name, info.max_context_tokens, len(info.workers)) == ("tiny", 1024, 2)
+        assert {status.address for status in info.workers} == {each.address for each in router.workers}
+        assert {status.num_free_pages for status in info.workers} == {256}
+
+    run(tmp_path, [worker("prefill"), worker("decode")], test)
+
+
+def test_the_router_never_loads_torch():
+    code = "import sys, headrace_router.__main__, headrace_router.testing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
