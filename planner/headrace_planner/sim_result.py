@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from headrace_core.errors import InvalidRequestError
 from numpy.typing import NDArray
 
 from headrace_planner.trace import Workload
@@ -180,3 +181,23 @@ def _weighted_percentile(values: NDArray[np.float64], weights: NDArray[np.float6
     order = np.argsort(values)
     share = np.cumsum(weights[order]) / weights.sum()
     return float(values[order][min(np.searchsorted(share, percent / 100), len(values) - 1)])
+
+
+def parse_slo(text: str) -> Slo:
+    """Read `ttft=2,itl=0.05`; seconds, or milliseconds as `50ms`; either may be left out.
+
+    Raises:
+        InvalidRequestError: BAD_SLO.
+    """
+    limits: dict[str, float] = {}
+    try:
+        for part in text.split(","):
+            name, value = part.split("=")
+            scale = 1e-3 if value.strip().endswith("ms") else 1.0
+            limits[name.strip()] = float(value.strip().removesuffix("ms").removesuffix("s")) * scale
+    except ValueError:
+        raise InvalidRequestError("BAD_SLO", f"{text!r} is not ttft=SECONDS,itl=SECONDS, as ttft=2,itl=50ms") from None
+    unknown = set(limits) - {"ttft", "itl"}
+    if unknown or min(limits.values()) <= 0:
+        raise InvalidRequestError("BAD_SLO", f"{text!r}: give positive ttft and itl, nothing else")
+    return Slo(limits.get("ttft", float("inf")), limits.get("itl", float("inf")))

@@ -6,7 +6,7 @@
 
 Two fidelities. `exact`: every step goes through the product's prefill and decode schedulers, page by page. `fast`:
 placement and prefill are the product's, in blocks; decode jumps over steps in which nothing changes (`sim_fast`), and
-placement sees a shortlist (`sim_router`). `auto` is exact up to a few million tokens. Deterministic: the same
+placement sees a shortlist (`sim_router`). `auto` is exact for small workloads. Deterministic: the same
 configuration and workload give the same result.
 """
 
@@ -27,7 +27,7 @@ from headrace_planner.sim_result import Recorder, SimResult, WorkerUse
 from headrace_planner.sim_router import Account, Router
 from headrace_planner.trace import Workload
 
-_EXACT_TOKENS = 3_000_000
+_EXACT_TOKENS = 200_000
 """Tokens, prompt and output, up to which `auto` is exact."""
 _MAX_ATTEMPTS = 4
 """As the router's `--max-attempts`, for refusals. Attempts that a worker's end cost are not counted."""
@@ -154,6 +154,8 @@ class _Simulation:
 
     def _arrive(self, _: object) -> None:
         workload, index = self._workload, self._num_arrived
+        if index == len(workload):
+            return  # closed loop: the last ones were asked for by others
         self._num_arrived += 1
         now_s = self._clock.now_s
         if workload.blocks is not None and workload.blocks[index]:

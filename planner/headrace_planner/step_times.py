@@ -162,6 +162,7 @@ def tabulate(
     decode_step_s: Callable[[float, float], float],
     prefill_s: Callable[[float, float], float],
     moe_s: Callable[[float], float],
+    pairs_of: Callable[[float, float], float],
     *,
     max_rows: int,
     max_tokens: int,
@@ -171,31 +172,35 @@ def tabulate(
 
     Args:
         decode_step_s: seconds of a step of (rows, mean context).
-        prefill_s: seconds of a step that computes (tokens) of one prompt, starting at position (start).
+        prefill_s: seconds of a step that computes (tokens) of prompts, of each of which (start) are in the cache.
         moe_s: the part of a step of (tokens) that routed experts, dispatch and combine take.
+        pairs_of: query-key pairs of such a prefill step of (tokens, start).
         max_rows: largest decode batch.
         max_tokens: largest step.
         max_context: longest sequence.
     """
     tokens = powers_of_two(1, max(max_tokens, max_rows), 2)
-    linear = Curve.sample(lambda n: prefill_s(n, 0) - _own_pairs_s(prefill_s, n), tokens)
+    linear = Curve.sample(lambda n: prefill_s(n, 0) - _own_pairs_s(prefill_s, pairs_of, n), tokens)
     moe = Curve.sample(moe_s, tokens)
     dense = Curve(linear.xs, [max(0.0, y - moe(x)) for x, y in zip(linear.xs, linear.ys, strict=True)])
-    rows = powers_of_two(1, max(2, max_rows), 2)
-    contexts = powers_of_two(16, max_context, 2)
+    rows = powers_of_two(1, max(2, max_rows))
+    contexts = powers_of_two(64, max_context)
     attention = [Curve.sample(lambda c, b=b: decode_step_s(b, c) - linear(b), contexts) for b in rows]
-    chunk = float(min(2048, max_tokens))
+    chunk = float(max_tokens)
     starts = [0.0, *powers_of_two(chunk, max_context)]
     base = linear(chunk)
     pairs = Curve(
-        [0.0, *(chunk_pairs(int(start), int(chunk)) for start in starts)],
+        [0.0, *(pairs_of(chunk, start) for start in starts)],
         [0.0, *(max(0.0, prefill_s(chunk, start) - base) for start in starts)],
     )
     return TableStepTimes(dense, moe, rows, attention, pairs)
 
 
-def _own_pairs_s(prefill_s: Callable[[float, float], float], num_tokens: float) -> float:
-    """Return what a first chunk's attention to itself costs, from how the time grows with the chunk's start."""
+def _own_pairs_s(
+    prefill_s: Callable[[float, float], float], pairs_of: Callable[[float, float], float], num_tokens: float
+) -> float:
+    """Return what first chunks' attention to themselves costs, from how the time grows with the chunks' start."""
     far = 16384.0
-    per_pair = (prefill_s(num_tokens, far) - prefill_s(num_tokens, 0)) / (num_tokens * far)
-    return max(0.0, per_pair) * chunk_pairs(0, int(num_tokens))
+    own = pairs_of(num_tokens, 0)
+    per_pair = (prefill_s(num_tokens, far) - prefill_s(num_tokens, 0)) / (pairs_of(num_tokens, far) - own)
+    return max(0.0, per_pair) * own

@@ -1,0 +1,175 @@
+"""`headrace plan`: the cluster that a model, an objective and a load need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from headrace_core.errors import InvalidRequestError
+from rich.console import Console
+from rich.table import Table
+
+from headrace_planner import plots
+from headrace_planner.capacity import Demand, Plan, make_plan
+from headrace_planner.communication import Parallelism
+from headrace_planner.hardware import Hardware, HardwareError, find_hardware
+from headrace_planner.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_planner.sim_capacity import Verified, verify
+from headrace_planner.sim_result import parse_slo
+from headrace_planner.sim_roofline import Machine
+from headrace_planner.sim_tradeoffs import crossover, decode_speed, kv_memory
+from headrace_planner.trace import Workload, load_trace, prefix_hit_share
+from headrace_planner.workload import parse_workload, poisson
+
+_SIMULATED = 4000
+"""Requests of a trace that the plan is tried on."""
+
+app = typer.Typer(help="How many workers, divided how, for an objective and a load.", no_args_is_help=False)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}, or a folder with config.json.")] = "deepseek-v3",
+    hardware: Annotated[str, typer.Option(help="As for `headrace roofline`.")] = "h200-attainable",
+    hardware_file: Annotated[Path | None, typer.Option(help="TOML or JSON with more hardware.")] = None,
+    slo: Annotated[str, typer.Option(help="ttft=SECONDS,itl=SECONDS; 50ms is understood.")] = "ttft=2,itl=50ms",
+    workload: Annotated[str, typer.Option(help="isl,osl,rate: tokens in, tokens out, requests per second.")] = "",
+    trace: Annotated[Path | None, typer.Option(help="Mooncake .jsonl or Azure .csv, in place of --workload.")] = None,
+    scale: Annotated[float, typer.Option(min=1e-6, help="Replay the trace so many times as fast.")] = 1.0,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.FP8,
+    kv_dtype: Annotated[Dtype | None, typer.Option(help="Type of cached values; default bf16.")] = None,
+    max_gpus: Annotated[int, typer.Option(min=1, help="Largest worker, GPUs.")] = 64,
+    simulate: Annotated[bool, typer.Option(help="Run the plan in the simulator and correct it.")] = True,
+    plot_dir: Annotated[Path | None, typer.Option(help="Write trade-off plots into this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Plan a disaggregated cluster: workers, division, batch sizes, bandwidth, cost, and what limits."""
+    try:
+        shape = ModelShape.load(model)
+        machine = find_hardware(hardware, hardware_file)
+        requests, demand = _demand(workload, trace, scale)
+        plan = make_plan(shape, machine, demand, parse_slo(slo), dtype=dtype, kv_dtype=kv_dtype, max_gpus=max_gpus)
+        verified = verify(plan, requests) if simulate else None
+        if plot_dir:
+            _plot(shape, machine, dtype, plot_dir)
+    except (InvalidRequestError, ModelShapeError, HardwareError) as error:
+        typer.echo(f"headrace plan: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(as_dict(plan, verified), indent=2))
+    else:
+        _print(plan, verified)
+
+
+def as_dict(plan: Plan, verified: Verified | None) -> dict[str, Any]:
+    """Return the plan as plain numbers."""
+    report: dict[str, Any] = {
+        "prefill": {
+            "num_workers": plan.prefill.num_workers,
+            "parallel": str(plan.prefill.machine.parallel),
+            "step_tokens": plan.prefill.step_tokens,
+            "ttft_s": plan.prefill.ttft_s,
+            "limit": plan.prefill.limit,
+        },
+        "decode": {
+            "num_workers": plan.decode.num_workers,
+            "parallel": str(plan.decode.machine.parallel),
+            "batch": plan.decode.batch,
+            "step_s": plan.decode.step_s,
+            "kv_tokens": plan.decode.kv_tokens,
+            "limit": plan.decode.limit,
+        },
+        "num_gpus": plan.num_gpus,
+        "transfer_bytes_per_s": plan.transfer_bytes_per_s,
+        "link_bytes_per_s": plan.link_bytes_per_s,
+        "cost_per_million_tokens": plan.cost_per_million_tokens,
+        "cost_per_million_output_tokens": plan.cost_per_million_output_tokens,
+    }
+    if verified:
+        report["simulated"] = {
+            "num_prefill": verified.num_prefill,
+            "num_decode": verified.num_decode,
+            **verified.result.summary(plan.slo),
+        }
+    return report
+
+
+def _demand(workload: str, trace: Path | None, scale: float) -> tuple[Workload, Demand]:
+    if bool(workload) == bool(trace):
+        raise InvalidRequestError("BAD_WORKLOAD", "give either --workload isl,osl,rate or --trace FILE")
+    if trace:
+        requests = load_trace(trace).scaled(scale)
+        demand = Demand(
+            float(requests.num_prompt.mean()),
+            float(requests.num_output.mean()),
+            requests.rate,
+            prefix_hit_share(requests),
+            float(requests.num_prompt.max()),
+            float(np.square(requests.num_prompt).mean() / requests.num_prompt.mean() ** 2),
+        )
+        return requests.head(_SIMULATED), demand
+    lengths, rate = parse_workload(workload)
+    # Long enough for decode batches to fill: a few times what is in flight.
+    requests = poisson(lengths, rate=rate, num_requests=int(min(20_000, max(500, rate * 120))))
+    return requests, Demand(lengths.num_prompt, lengths.num_output, rate)
+
+
+def _print(plan: Plan, verified: Verified | None) -> None:
+    console, prefill, decode = Console(), plan.prefill, plan.decode
+    demand = plan.demand
+    console.print(
+        f"{demand.rate:.3g} requests/s, {demand.num_prompt:.0f} tokens in ({demand.cached_share:.0%} cached), "
+        f"{demand.num_output:.0f} out; TTFT <= {plan.slo.ttft_s:g} s, ITL <= {plan.slo.itl_s:g} s"
+    )
+    table = Table("", "workers", "division", "GPUs", "batch", "time", "limit")
+    table.add_row(
+        "prefill", str(prefill.num_workers), str(prefill.machine.parallel), str(prefill.num_gpus),
+        f"{prefill.step_tokens} tokens", f"TTFT p99 {prefill.ttft_s:.2f} s", prefill.limit,
+    )  # fmt: skip
+    table.add_row(
+        "decode", str(decode.num_workers), str(decode.machine.parallel), str(decode.num_gpus),
+        f"{decode.batch} rows", f"ITL {decode.step_s * 1e3:.1f} ms", decode.limit,
+    )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"hand-off: {plan.transfer_bytes_per_s / 1e9:.2f} GB/s in all, {plan.link_bytes_per_s / 1e9:.1f} GB/s per "
+        f"prefill worker to move a prompt within a decode step; {plan.num_gpus} GPUs, "
+        f"${plan.cost_per_million_tokens:.3f} per million tokens, "
+        f"${plan.cost_per_million_output_tokens:.3f} per million output tokens"
+    )
+    if verified:
+        result = verified.result
+        console.print(
+            f"simulated with {verified.num_prefill} prefill and {verified.num_decode} decode workers: "
+            f"{verified.attainment:.1%} of requests met both objectives, goodput {result.goodput(plan.slo):.3g}/s, "
+            f"prefill {result.utilisation('prefill'):.0%} and decode {result.utilisation('decode'):.0%} busy"
+        )
+    others = [f"{o.machine.parallel} x{o.num_workers} = {o.num_gpus} GPUs" for o in plan.decode_options[1:4]]
+    console.print(f"next best for decode: {'; '.join(others) or 'none'}")
+
+
+def _plot(shape: ModelShape, hardware: Hardware, dtype: Dtype, folder: Path) -> None:
+    def on(parallel: Parallelism, model: ModelShape = shape) -> Machine:
+        return Machine(model, hardware, parallel, dtype)
+
+    eight = Parallelism(8, 1, 1)
+    models = [on(eight), *(on(eight, MODELS[name]) for name in ("mixtral-8x7b",) if name != shape.name)]
+    tp, dp = on(Parallelism(8, 1, 8)), on(Parallelism(1, 8, 8))
+    cross = crossover(tp, dp, context=4096)
+    title = f"{shape.name}, 8 GPUs, 4096 tokens: DP attention wins from batch {cross.batch}"
+    plots.save(
+        [kv_memory(models, context=4096), decode_speed([tp, dp], context=4096, title=title)], folder / "tp-dp.svg"
+    )
+    experts = [
+        on(Parallelism(1, 8, 1)),
+        on(Parallelism(1, 8, 8)),
+        on(Parallelism(1, 16, 16)),
+        on(Parallelism(1, 32, 32)),
+    ]
+    plots.save(
+        [decode_speed(experts, context=2048, most=16384, title=f"{shape.name}: experts by TP (EP1) or EP")],
+        folder / "tp-ep.svg",
+    )
