@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,6 @@ class SimResult:
     num_events: int
     fidelity: str
     transfer_bytes: float = 0.0
-    in_flight: Sequence[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
 
     @property
     def ttft_s(self) -> NDArray[np.float64]:

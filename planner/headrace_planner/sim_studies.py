@@ -1,4 +1,4 @@
-"""What the docs show, each made by one command: `headrace simulate --study NAME --out FOLDER`.
+"""What the docs show, each made by one command: `headrace simulate --study NAME --plot FILE`.
 
 Every study returns the figures of one file and a table of the numbers behind them.
 """

@@ -79,7 +79,6 @@ class _Simulation:
         self._transfer_bytes = 0.0
         self._dead_use: dict[int, tuple[float, int, int]] = {}
         self._prefixes: dict[int, int] = {}
-        self._in_flight: list[tuple[float, int]] = []
         self._machine = SharedMachine(self._clock, config.interference)
         self._router = Router(
             [self._account(number) for number in range(config.num_workers)],
@@ -150,8 +149,6 @@ class _Simulation:
         name = f"{'both' if is_both else 'decode'}-{number}"
         return Account(number, name, decode, spec, is_both, True, grows=self._is_exact)
 
-    # Arrival and placement.
-
     def _arrive(self, _: object) -> None:
         workload, index = self._workload, self._num_arrived
         if index == len(workload):
@@ -203,8 +200,6 @@ class _Simulation:
         self._recorder.num_refused += 1
         self._finish()
 
-    # What prefill workers tell.
-
     def on_prefilled(self, key: int, num_cached: int) -> None:
         """See `PrefillFlow`."""
         request = self._requests.get(key)
@@ -233,8 +228,6 @@ class _Simulation:
         request = self._requests.get(key)
         if request is not None:
             self._decodes[request.decode].add(request, self._workload.block_tokens, has_handoff=True)
-
-    # What decode workers tell.
 
     def on_pages_ready(self, key: int) -> None:
         """See `DecodeFlow`."""
@@ -356,8 +349,6 @@ class _Simulation:
                 account.release(request.key)
                 self._router.touch(account)
         request.key = -1
-
-    # Failures.
 
     def _fail(self, outage: Outage) -> None:
         account = self._router.accounts[outage.worker]

@@ -72,7 +72,7 @@ async def measure_cell(address: str, cell: Cell, *, cell_s: float) -> Outcome:
         async def one_client(number: int) -> None:
             rng = random.Random(hash((cell.isl, cell.osl, number)))
             count = 0
-            while count < 3 or time.monotonic() - began_s < cell_s:
+            while count < 2 or time.monotonic() - began_s < cell_s:
                 await _request(client, cell, rng, samples if count else _Samples(), began_s)
                 count += 1
 
