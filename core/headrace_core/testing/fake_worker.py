@@ -216,6 +216,10 @@ class FakeWorker:
             self._num_prefilling -= 1
             self.on_change()
 
+    def cancel_prefill(self, request: prefill_service_pb2.CancelPrefillRequest) -> None:
+        """Serve `PrefillService.CancelPrefill`."""
+        self.release(self._leases_of.pop((request.request_id, request.sample_index), ""))
+
     def release(self, lease_id: str) -> None:
         """Serve `TransferService.ReleaseLease`."""
         self._pages_in_use -= self.leases.pop(lease_id, 0)
