@@ -311,7 +311,8 @@ class DecodeService:
                     worker.prompt_tokens.inc(len(sequence.spec.token_ids))
                     worker.cache_query_tokens.inc(len(sequence.spec.token_ids))
                     worker.cache_hit_tokens.inc(num_cached)
-                sequence.started.set_result(event)
+                if not sequence.started.done():  # its call may have been cancelled in this very turn of the loop
+                    sequence.started.set_result(event)
             case Output(token=token, finish=finish):
                 worker.output_tokens.inc()
                 sequence.num_output_tokens += 1

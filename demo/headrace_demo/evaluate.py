@@ -37,7 +37,7 @@ _OPENINGS = (
     "There once was a {trait} {kind} called {name}",
 )
 _CAPITALISED = re.compile(r"\b[A-Z][a-z]+")
-_BATCH = 50
+_BATCH = 100
 _MAX_NEW_TOKENS = 320
 _WINDOW = 288
 

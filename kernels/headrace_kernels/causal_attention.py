@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_QUERIES_PER_MASK = 256
+
 
 def causal_attention(
     query: Tensor,
@@ -46,8 +48,10 @@ def causal_attention(
             "do not fit [T, H, Dq], [S, G, Dq], [S, G, Dv]"
         )
     value_dim = value.shape[2]
-    # torch's fused CPU attention wants one width for keys and values.
-    padded = F.pad(value, (0, key.shape[2] - value_dim)) if value_dim < key.shape[2] else value
+    padded = value
+    if value_dim < key.shape[2]:
+        # torch's fused CPU attention wants one width for keys and values.
+        padded = F.pad(value, (0, key.shape[2] - value_dim))
     queries, keys = query_starts.tolist(), key_starts.tolist()
     outputs = [
         _one_sequence(query[q0:q1], key[k0:k1], padded[k0:k1], scale)
@@ -59,16 +63,34 @@ def causal_attention(
 
 def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     num_queries, num_keys = query.shape[0], key.shape[0]
-    mask = None
-    if 1 < num_queries < num_keys:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        mask = mask.tril_(num_keys - num_queries)
+    if num_queries in (1, num_keys):
+        return _attend(query, key, value, scale, None, is_causal=num_queries == num_keys)
+    # Behind a cached prefix, queries go in pieces: less is computed only to be masked, and masks stay small.
+    outputs: list[Tensor] = []
+    for first in range(0, num_queries, _QUERIES_PER_MASK):
+        end = min(first + _QUERIES_PER_MASK, num_queries)
+        visible = num_keys - num_queries + end
+        mask = torch.ones(end - first, visible, dtype=torch.bool, device=query.device)
+        mask.tril_(visible - (end - first))
+        outputs.append(_attend(query[first:end], key[:visible], value[:visible], scale, mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],
         value.transpose(0, 1)[None],
         attn_mask=mask,
-        is_causal=num_queries == num_keys,
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

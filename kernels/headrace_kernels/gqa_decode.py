@@ -53,9 +53,8 @@ def gqa_decode(
     grouped = query.view(batch, num_groups, -1, dim)
     key = key.view(batch, longest, num_groups, dim).transpose(1, 2)
     scores = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scale)
-    if batch > 1:
-        past_end = torch.arange(longest, device=slots.device) >= context_lens[:, None]
-        scores.masked_fill_(past_end[:, None, None], float("-inf"))
+    past_end = torch.arange(longest, device=slots.device) >= context_lens[:, None]
+    scores.masked_fill_(past_end[:, None, None], float("-inf"))
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     value = value.view(batch, longest, num_groups, dim).transpose(1, 2)
     return torch.matmul(weights, value).view(batch, -1, dim)

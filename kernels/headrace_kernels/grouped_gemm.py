@@ -36,10 +36,12 @@ def grouped_gemm(rows: Tensor, experts: Sequence[Linear], blocks: ExpertBlocks) 
     """
     if len(rows) != len(blocks.assignment):
         raise ValueError(f"rows {tuple(rows.shape)} but the blocks hold {len(blocks.assignment)} rows")
-    pieces = rows.split(blocks.expert_rows)
-    return torch.cat(
-        [expert(piece) for expert, piece, count in zip(experts, pieces, blocks.expert_rows, strict=True) if count]
-    )
+    out = rows.new_empty((len(rows), experts[0].out_features))
+    pieces = zip(rows.split(blocks.expert_rows), out.split(blocks.expert_rows), strict=True)
+    for expert, (piece, place) in zip(experts, pieces, strict=True):
+        if len(piece):
+            place.copy_(expert(piece))
+    return out
 
 
 def grouped_gemm_ref(rows: Tensor, weight: Tensor, blocks: ExpertBlocks) -> Tensor:

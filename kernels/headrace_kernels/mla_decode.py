@@ -55,9 +55,8 @@ def mla_decode(
     rows = cache.view(-1, cache.shape[2]).index_select(0, slots.view(-1))
     rows = rows.view(batch, longest, cache.shape[2])
     scores = torch.bmm(query, rows.transpose(1, 2)).float().mul_(scale)
-    if batch > 1:
-        past_end = torch.arange(longest, device=slots.device) >= context_lens[:, None]
-        scores.masked_fill_(past_end[:, None], float("-inf"))
+    past_end = torch.arange(longest, device=slots.device) >= context_lens[:, None]
+    scores.masked_fill_(past_end[:, None], float("-inf"))
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     # Over whole rows: the columns of k_pe cost less than the copy that a slice would.
     return torch.bmm(weights, rows)[..., :kv_lora_rank]

@@ -13,10 +13,10 @@ Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headrace_kernels.causal_attention import causal_attention, causal_attention_ref
+from headrace_kernels.linear import linear
 
 
 def mla_prefill(
@@ -75,7 +75,7 @@ def _expand(query: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor) -> tuple[Te
         )
     latents = rows[:, :latent_dim]
     key = torch.empty((len(rows), *query.shape[1:]), dtype=rows.dtype, device=rows.device)
-    key[..., :nope_dim] = F.linear(latents, w_uk.view(-1, latent_dim)).view(-1, num_heads, nope_dim)
+    key[..., :nope_dim] = linear(latents, w_uk.view(-1, latent_dim)).view(-1, num_heads, nope_dim)
     key[..., nope_dim:] = rows[:, None, latent_dim:]
-    value = F.linear(latents, w_uv.view(-1, latent_dim)).view(len(rows), num_heads, -1)
+    value = linear(latents, w_uv.view(-1, latent_dim)).view(len(rows), num_heads, -1)
     return key, value

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A CPU's matrix library compiles a program for each new shape; see linear.py.
+_ROUNDING = 32
+
 
 def paged_slots(block_table: Tensor, context_lens: Tensor, page_size: int) -> Tensor:
     """Return the slot of every token of every sequence, in order.
@@ -19,8 +22,8 @@ def paged_slots(block_table: Tensor, context_lens: Tensor, page_size: int) -> Te
         page_size: tokens a page holds.
 
     Returns:
-        [B, L] int64, L the longest context. Places past a sequence's end repeat its last token's slot, so that a
-        gather never reads a slot that holds nothing.
+        [B, L] int64, L the longest context, rounded up so that few shapes occur. Places past a sequence's end repeat
+        its last token's slot, so that a gather never reads a slot that holds nothing.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -30,7 +33,7 @@ def paged_slots(block_table: Tensor, context_lens: Tensor, page_size: int) -> Te
             f"block_table {tuple(block_table.shape)} and context_lens {tuple(context_lens.shape)} "
             "do not fit [B, max_pages], [B]"
         )
-    longest = int(context_lens.max()) if len(context_lens) else 0
+    longest = -(-int(context_lens.max()) // _ROUNDING) * _ROUNDING if len(context_lens) else 0
     tokens = torch.arange(longest, device=block_table.device)
     tokens = torch.minimum(tokens[None], (context_lens.long() - 1)[:, None])
     page_ids = block_table.gather(1, tokens // page_size)

@@ -108,6 +108,12 @@ class LeaseTable:
         """End a lease whose sequence is not wanted any more. Idempotent."""
         self._end(lease, LeaseState.ABORTED)
 
+    def abort_attempts(self, request_id: str, *, sample_index: int, attempt: int) -> None:
+        """Abort a sample's lease unless it is of a higher attempt. One that is not here is no error."""
+        current = self._by_request.get((request_id, sample_index))
+        if current and current.attempt <= attempt:
+            self.abort(current)
+
     def take(self, lease: Lease) -> None:
         """End a lease that fulfilled its purpose. Idempotent."""
         self._end(lease, LeaseState.TAKEN)

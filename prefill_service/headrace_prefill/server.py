@@ -36,6 +36,10 @@ class Prefiller(Protocol):
         """Prefill one sequence and hold its pages under a lease."""
         ...
 
+    def cancel(self, request_id: str, *, sample_index: int, attempt: int) -> None:
+        """Abort this and earlier attempts of a sample."""
+        ...
+
 
 class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
     """Adapts `PrefillService` to the worker."""
@@ -64,6 +68,13 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
             queue_us=round(prefilled.queue_s * 1e6),
             compute_us=round(prefilled.compute_s * 1e6),
         )
+
+    async def CancelPrefill(
+        self, request: prefill_service_pb2.CancelPrefillRequest, context: Any
+    ) -> prefill_service_pb2.CancelPrefillResponse:
+        """See `prefill_service.proto`."""
+        self._prefiller.cancel(request.request_id, sample_index=request.sample_index, attempt=request.attempt)
+        return prefill_service_pb2.CancelPrefillResponse()
 
 
 def add_prefill_servicer(prefiller: Prefiller, server: grpc.aio.Server) -> None:

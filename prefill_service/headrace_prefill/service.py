@@ -145,6 +145,11 @@ class PrefillService:
         self._report(spec, prefilled, ticket)
         return PrefillOutcome(ticket, prefilled)
 
+    def cancel(self, request_id: str, *, sample_index: int, attempt: int) -> None:
+        """Abort this and earlier attempts of a sample, whatever their phase; one that is not here is no error."""
+        if self._leases:
+            self._leases.abort_attempts(request_id, sample_index=sample_index, attempt=attempt)
+
     async def _write_ticket(self, lease: Lease, spec: SequenceSpec, prefilled: Prefilled, model: LoadedModel) -> Ticket:
         """Put the pages under the lease and describe them; a finished sequence has nothing to hand off."""
         page_ids, generations, sums = prefilled.page_ids, prefilled.generations, ()

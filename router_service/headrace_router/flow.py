@@ -293,21 +293,12 @@ async def _release(holder: Worker, handoff: types_pb2.Handoff) -> None:
 
 
 async def _withdraw(worker: Worker, request: prefill_service_pb2.PrefillRequest) -> None:
-    """Free what a cancelled Prefill may hold: its answer, ticket and all, may have crossed the cancellation.
-
-    The lease's name was in that answer. But a higher attempt replaces a lower one, whose pages are freed: so one of a
-    single token, which ends at once and holds nothing.
-    """
-    again = prefill_service_pb2.PrefillRequest(
-        request_id=request.request_id,
-        attempt=request.attempt + 1,
-        token_ids=request.token_ids[:1],
-        num_prompt_tokens=1,
-        sampling=types_pb2.SamplingParams(max_tokens=1, temperature=0.0, seed=0),
-        sample_index=request.sample_index,
+    """Free what a cancelled Prefill may hold: its answer, lease and all, may have crossed the cancellation."""
+    cancel = prefill_service_pb2.CancelPrefillRequest(
+        request_id=request.request_id, attempt=request.attempt, sample_index=request.sample_index
     )
     try:
-        await worker.prefill.Prefill(again, timeout=_CLEANUP_TIMEOUT_S)
+        await worker.prefill.CancelPrefill(cancel, timeout=_CLEANUP_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         log.debug("can't withdraw a prefill", extra={"worker": worker.address, "problem": error.details()})
 

@@ -7,12 +7,13 @@ import threading
 
 import pytest
 from headrace_core.config import DecodeSettings, PrefillSettings
+from headrace_core.engine.admission import SequenceSpec
 from headrace_core.errors import HeadraceError, NotFoundError, OverloadedError, UnavailableError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
-from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.mini_router import Collected, MiniRouter
 from headrace_core.testing.worker_pair import all_free, inspect, running
 from headrace_core.transfer.fake import POOLS, FakeFaults, FakePool, fake_offer
 from headrace_decode.service import DecodeService
@@ -223,3 +224,26 @@ async def test_a_reader_that_stalls_loses_its_session_and_nobody_else():
         assert stalled.stream_error is not None
         assert stalled.stream_error.reason == "SLOW_READER"
         assert not any(collected.finish for collected in stalled.outputs.values())
+
+
+@async_test
+async def test_a_start_cancelled_as_it_joins_the_batch_disturbs_nobody():
+    model = FakeModel()
+    decoder = decode_service(model=model, role="both")
+    async with running(decoder) as (decode,), MiniRouter(decode=decode) as router:
+        other, _ = await router.start("other", PROMPT, params=GREEDY)
+        model.gate = threading.Event()
+        router.outputs[99] = Collected()
+        spec = SequenceSpec("r", 1, 0, PROMPT, len(PROMPT), ENDLESS)
+        starting = asyncio.ensure_future(decoder.start_sequence("session", 99, spec, None))
+        await eventually(lambda: decoder.num_sequences == 2, "both are there")
+        # Hold the loop still until the news that the sequence runs lies in its queue; then cancel, in the same turn.
+        model.entered.clear()
+        model.gate.set()
+        for _ in range(3):
+            assert model.entered.wait(10)
+            model.entered.clear()
+        starting.cancel()
+        await asyncio.wait([starting])
+        await other.wait_end()
+        assert len(other.token_ids) == 8

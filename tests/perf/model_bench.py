@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python -m tests.perf.model_bench build/checkpoint-280m --threads 2
 
-Both engines live in one process and take turns, step by step, so that what else the machine does hits both; figures are
-medians. Memory is each engine's peak in a process of its own. transformers runs as `from_pretrained` sets it up, without
-`generate` around it, which is in its favour.
+Both engines live in one process and take turns, step by step, so that what else the machine does hits both; figures
+are medians. Memory is each engine's peak in a process of its own. transformers runs as `from_pretrained` sets it up,
+without `generate` around it, which is in its favour.
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def test_gqa_decode_equals_its_specification(lengths, groups, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("queries", "keys"), [([1], [1]), ([1], [9]), ([7], [7]), ([3], [8]), ([2, 5, 1], [2, 9, 4])])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [([1], [1]), ([1], [9]), ([7], [7]), ([3], [8]), ([2, 5, 1], [2, 9, 4]), ([300], [303])]
+)
 @pytest.mark.parametrize("value_dim", [8, 5])
 def test_causal_attention_equals_its_specification(queries, keys, value_dim, dtype):
     query = torch.randn(sum(queries), 4, 8, dtype=dtype)
@@ -113,7 +115,9 @@ def test_gqa_prefill_equals_its_specification():
 def test_paged_slots_repeats_the_last_slot_past_the_end():
     table = torch.tensor([[5, 2], [9, 0]], dtype=torch.int32)
     slots = paged_slots(table, torch.tensor([6, 3], dtype=torch.int32), 4)
-    assert slots.tolist() == [[20, 21, 22, 23, 8, 9], [36, 37, 38, 38, 38, 38]]
+    assert slots.shape == (2, 32)
+    assert slots[0].tolist() == [20, 21, 22, 23, 8, 9] + [9] * 26
+    assert slots[1].tolist() == [36, 37, 38] + [38] * 29
 
 
 def test_latent_store_skips_slot_minus_one_and_touches_nothing_else():

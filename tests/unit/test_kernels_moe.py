@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_kernels.grouped_gemm import combine, dispatch, grouped_gemm, grouped_gemm_ref, silu_mul
-from headrace_kernels.linear import Linear
+from headrace_kernels.linear import Linear, padded_count
 from headrace_kernels.moe_routing import RoutingRule, moe_routing
 from headrace_kernels.moe_sort import moe_sort, prepare_blocks
 from hypothesis import given
@@ -115,3 +115,11 @@ def test_packed_linear_equals_plain(rows, has_bias):
     x = torch.randn(rows, 32).bfloat16()
     expected = torch.nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(Linear(weight, bias)(x), expected, rtol=2e-2, atol=5e-2)
+
+
+@given(st.integers(1, 5000))
+def test_rows_are_padded_to_few_counts(count):
+    padded = padded_count(count)
+    assert count <= padded < count * 1.125 + 1
+    assert padded_count(padded) == padded
+    assert len({padded_count(n) for n in range(1, 1025)}) <= 64

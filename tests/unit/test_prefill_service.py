@@ -63,6 +63,19 @@ async def test_any_protobuf_client_can_pull_renew_and_release():
 
 
 @async_test
+async def test_an_attempt_is_cancelled_by_its_name_and_a_later_one_is_not():
+    prefiller = service()
+    async with running(prefiller) as (address,), MiniRouter(prefill=address) as router:
+        await router.prefill("r", PROMPT, params=GREEDY, attempt=2)
+        await router.cancel_prefill("r", attempt=1)
+        assert prefiller.leases.num_held == 1
+        for _ in range(2):  # idempotent
+            await router.cancel_prefill("r", attempt=2)
+            assert prefiller.leases.num_held == 0
+        await router.cancel_prefill("unknown", attempt=1)
+
+
+@async_test
 async def test_slots_past_the_prompt_are_zero_on_the_wire():
     loaded = loaded_fake_model()
     async with running(service(loaded=loaded)) as (address,), MiniRouter(prefill=address) as router:

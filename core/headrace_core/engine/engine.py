@@ -133,8 +133,9 @@ class Engine(Generic[S]):
         try:
             while self._take_commands(wait=is_idle):
                 plan = self._scheduler.plan(self._clock())
-                report = self._step(plan) if plan else None
-                self._publish(report)
+                self._publish()  # what commands and plan brought about need not wait for the step
+                if plan:
+                    self._publish(self._step(plan))
                 is_idle = plan is None
         except BaseException as error:  # noqa: BLE001 - the boundary: the process ends on it
             self._loop.call_soon_threadsafe(self._on_fatal, error)
@@ -162,8 +163,8 @@ class Engine(Generic[S]):
         self._scheduler.apply(result, self._clock())
         return StepReport(plan.num_tokens, result.duration_s, result.expert_counts)
 
-    def _publish(self, report: StepReport | None) -> None:
-        load, events = self._scheduler.load(), self._scheduler.take_events()
+    def _publish(self, report: StepReport | None = None) -> None:
+        events, load = self._scheduler.take_events(), self._scheduler.load()
         if report or events or load != self._load:
             self._load = load
             self._loop.call_soon_threadsafe(self._deliver, News(events, report, load))

@@ -16,7 +16,9 @@ from headrace_kernels.moe_routing import RoutingRule, moe_routing
 from headrace_kernels.moe_sort import moe_sort, prepare_blocks
 from torch import Tensor
 
-_BLOCK_ROWS = 1
+# Many tokens: an expert's rows are padded to whole tiles, so that few shapes occur. Few: weights are what costs.
+_TILE_ROWS = 32
+_ROWS_WORTH_TILES = 16
 
 
 class FeedForward(Protocol):
@@ -70,7 +72,8 @@ class MoeMlp:
         logits = F.linear(x.float(), weights.router)
         experts, expert_weights = moe_routing(logits, weights.bias, self._rule)
         order, counts = moe_sort(experts, len(weights.gate_up))
-        blocks = prepare_blocks(order, counts, _BLOCK_ROWS)
+        is_tiled = len(order) >= _ROWS_WORTH_TILES * len(weights.gate_up)
+        blocks = prepare_blocks(order, counts, _TILE_ROWS if is_tiled else 1)
         rows = dispatch(x, blocks, experts.shape[1])
         rows = silu_mul(grouped_gemm(rows, weights.gate_up, blocks))
         out = combine(grouped_gemm(rows, weights.down, blocks), expert_weights, blocks)

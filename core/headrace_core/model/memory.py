@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 
 import psutil
@@ -43,6 +45,14 @@ def check_fits(weight_bytes: int, kv_pool_bytes: int, available: int) -> None:
             f"working margin {WORKING_BYTES // _MIB}) and {available // _MIB} MiB are available; "
             "free memory, lower --kv-pool-mib, or use a larger machine",
         )
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc); elsewhere do nothing."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _number(path: Path) -> int | None:

@@ -19,8 +19,11 @@ from headrace_core.kv.layout import KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.config import ModelConfig
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
+from headrace_core.model.memory import release_freed_memory
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.step_inputs import StepInputs, prepare_step
+
+_MANY_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,9 @@ class Model:
         with torch.inference_mode():
             step = self._prepare(chunks, cache)
             hidden = self._run_layers(step, cache)
+            if len(step.token_ids) >= _MANY_TOKENS:
+                # Activations of odd sizes leave holes among what oneDNN keeps; 5 ms here save 100 MiB at peak.
+                release_freed_memory()
             rows = [
                 row + len(chunk.token_ids) - 1
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)

@@ -61,6 +61,13 @@ class FakeServicer(
         """See the proto."""
         return await self._worker.prefill(request)
 
+    async def CancelPrefill(
+        self, request: prefill_service_pb2.CancelPrefillRequest, context: Any
+    ) -> prefill_service_pb2.CancelPrefillResponse:
+        """See the proto."""
+        self._worker.cancel_prefill(request)
+        return prefill_service_pb2.CancelPrefillResponse()
+
     async def StreamSteps(
         self, request: decode_service_pb2.StreamStepsRequest, context: Any
     ) -> AsyncIterator[decode_service_pb2.StreamStepsResponse]:

@@ -192,8 +192,10 @@ class FakeWorker:
     async def wait_change(self, timeout_s: float) -> None:
         """Wait for the next change of the load, at most so long."""
         self._changed.clear()
+        # Not wait_for: it loses a cancellation that comes with the change, and the server would never stop.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     async def prefill(self, request: prefill_service_pb2.PrefillRequest) -> prefill_service_pb2.PrefillResponse:
         """Serve `PrefillService.Prefill`."""
@@ -213,6 +215,10 @@ class FakeWorker:
         finally:
             self._num_prefilling -= 1
             self.on_change()
+
+    def cancel_prefill(self, request: prefill_service_pb2.CancelPrefillRequest) -> None:
+        """Serve `PrefillService.CancelPrefill`."""
+        self.release(self._leases_of.pop((request.request_id, request.sample_index), ""))
 
     def release(self, lease_id: str) -> None:
         """Serve `TransferService.ReleaseLease`."""

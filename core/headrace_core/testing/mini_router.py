@@ -117,6 +117,11 @@ class MiniRouter:
         )
         return await _raising(self._prefill.Prefill(request, timeout=_TIMEOUT_S))
 
+    async def cancel_prefill(self, request_id: str, *, attempt: int) -> None:
+        """Abort a sample's attempts up to `attempt` at the prefill worker."""
+        request = prefill_service_pb2.CancelPrefillRequest(request_id=request_id, attempt=attempt)
+        await _raising(self._prefill.CancelPrefill(request, timeout=_TIMEOUT_S))
+
     async def start(
         self,
         request_id: str,

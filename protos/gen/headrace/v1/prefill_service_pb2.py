@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!headrace/v1/prefill_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xa8\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x14\n\x0csample_index\x18\x06 \x01(\r\"\xab\x01\n\x0fPrefillResponse\x12%\n\x07handoff\x18\x01 \x01(\x0b\x32\x14.headrace.v1.Handoff\x12\x30\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\x32V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1b.headrace.v1.PrefillRequest\x1a\x1c.headrace.v1.PrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!headrace/v1/prefill_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xa8\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x14\n\x0csample_index\x18\x06 \x01(\r\"\xab\x01\n\x0fPrefillResponse\x12%\n\x07handoff\x18\x01 \x01(\x0b\x32\x14.headrace.v1.Handoff\x12\x30\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\"Q\n\x14\x43\x61ncelPrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0csample_index\x18\x03 \x01(\r\"\x17\n\x15\x43\x61ncelPrefillResponse2\xae\x01\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1b.headrace.v1.PrefillRequest\x1a\x1c.headrace.v1.PrefillResponse\x12V\n\rCancelPrefill\x12!.headrace.v1.CancelPrefillRequest\x1a\".headrace.v1.CancelPrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLREQUEST']._serialized_end=244
   _globals['_PREFILLRESPONSE']._serialized_start=247
   _globals['_PREFILLRESPONSE']._serialized_end=418
-  _globals['_PREFILLSERVICE']._serialized_start=420
-  _globals['_PREFILLSERVICE']._serialized_end=506
+  _globals['_CANCELPREFILLREQUEST']._serialized_start=420
+  _globals['_CANCELPREFILLREQUEST']._serialized_end=501
+  _globals['_CANCELPREFILLRESPONSE']._serialized_start=503
+  _globals['_CANCELPREFILLRESPONSE']._serialized_end=526
+  _globals['_PREFILLSERVICE']._serialized_start=529
+  _globals['_PREFILLSERVICE']._serialized_end=703
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class PrefillServiceStub:
                 request_serializer=headrace_dot_v1_dot_prefill__service__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_prefill__service__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.CancelPrefill = channel.unary_unary(
+                '/headrace.v1.PrefillService/CancelPrefill',
+                request_serializer=headrace_dot_v1_dot_prefill__service__pb2.CancelPrefillRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_prefill__service__pb2.CancelPrefillResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
@@ -55,6 +60,14 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelPrefill(self, request, context):
+        """Frees what an attempt and those before it hold, whatever their phase: for a caller that cancelled a Prefill whose
+        answer, lease and all, may have crossed the cancellation. Idempotent; an unknown sequence is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +75,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=headrace_dot_v1_dot_prefill__service__pb2.PrefillRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_prefill__service__pb2.PrefillResponse.SerializeToString,
+            ),
+            'CancelPrefill': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelPrefill,
+                    request_deserializer=headrace_dot_v1_dot_prefill__service__pb2.CancelPrefillRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_prefill__service__pb2.CancelPrefillResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +110,33 @@ class PrefillService:
             '/headrace.v1.PrefillService/Prefill',
             headrace_dot_v1_dot_prefill__service__pb2.PrefillRequest.SerializeToString,
             headrace_dot_v1_dot_prefill__service__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelPrefill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.PrefillService/CancelPrefill',
+            headrace_dot_v1_dot_prefill__service__pb2.CancelPrefillRequest.SerializeToString,
+            headrace_dot_v1_dot_prefill__service__pb2.CancelPrefillResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,10 @@ class PrefillServiceStub:
     frees its pages. Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN),
     RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING).
     """
+    CancelPrefill: _grpc.UnaryUnaryMultiCallable[_prefill_service_pb2.CancelPrefillRequest, _prefill_service_pb2.CancelPrefillResponse]
+    """Frees what an attempt and those before it hold, whatever their phase: for a caller that cancelled a Prefill whose
+    answer, lease and all, may have crossed the cancellation. Idempotent; an unknown sequence is no error.
+    """
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
@@ -48,6 +52,10 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     """Prefills one sequence and answers when its first token is sampled. Cancelling the call aborts the sequence and
     frees its pages. Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN),
     RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING).
+    """
+    CancelPrefill: _aio.UnaryUnaryMultiCallable[_prefill_service_pb2.CancelPrefillRequest, _prefill_service_pb2.CancelPrefillResponse]  # type: ignore[assignment]
+    """Frees what an attempt and those before it hold, whatever their phase: for a caller that cancelled a Prefill whose
+    answer, lease and all, may have crossed the cancellation. Idempotent; an unknown sequence is no error.
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +70,16 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         """Prefills one sequence and answers when its first token is sampled. Cancelling the call aborts the sequence and
         frees its pages. Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN),
         RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING).
+        """
+
+    @_abc_1.abstractmethod
+    def CancelPrefill(
+        self,
+        request: _prefill_service_pb2.CancelPrefillRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_prefill_service_pb2.CancelPrefillResponse, _abc.Awaitable[_prefill_service_pb2.CancelPrefillResponse]]:
+        """Frees what an attempt and those before it hold, whatever their phase: for a caller that cancelled a Prefill whose
+        answer, lease and all, may have crossed the cancellation. Idempotent; an unknown sequence is no error.
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
