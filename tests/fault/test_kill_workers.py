@@ -6,6 +6,7 @@ import signal
 import pytest
 from headrace_client import AsyncClient
 from headrace_core.errors import UnavailableError
+from headrace_core.errors import DeadlineError, UnavailableError
 from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from headrace_core.testing.cluster_checks import all_pages_free, eventually
