@@ -5,7 +5,6 @@ import signal
 
 import pytest
 from headrace_client import AsyncClient
-from headrace_core.errors import UnavailableError
 from headrace_core.errors import DeadlineError, UnavailableError
 from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
