@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import HARDWARE, Hardware, HardwareError, find_hardware, load_hardware
+from headrace_core.roofline.hardware_measure import measure_cpu
+from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_core.roofline.operations import MlaPath, Phase
+from headrace_core.roofline.roofline import Roofline, roofline
+from headrace_core.roofline.routing import Routing
 from rich.console import Console
 
-from headrace_planner.communication import Parallelism
 from headrace_planner.compat import CompatSetting
-from headrace_planner.hardware import HARDWARE, Hardware, HardwareError, find_hardware, load_hardware
-from headrace_planner.hardware_measure import measure_cpu
 from headrace_planner.measured import MeasuredError, MeasuredPoints, load_measured
-from headrace_planner.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
-from headrace_planner.operations import MlaPath, Phase
 from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import serve_page
 from headrace_planner.report import as_json, print_compat, print_roofline
-from headrace_planner.roofline import Roofline, roofline
-from headrace_planner.routing import Routing
 
 app = typer.Typer(help="Time and bytes of every operation of a step, at the roof of a machine.", no_args_is_help=False)
 

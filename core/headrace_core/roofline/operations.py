@@ -21,7 +21,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from headrace_planner.communication import (
+from headrace_core.roofline.communication import (
     ATTENTION_REDUCE,
     COMBINE,
     DENSE_REDUCE,
@@ -32,9 +32,9 @@ from headrace_planner.communication import (
     VOCABULARY_GATHER,
     Parallelism,
 )
-from headrace_planner.formula import Symbols, evaluate
-from headrace_planner.model_shape import Dtype, MlaShape, ModelShape
-from headrace_planner.routing import UNIFORM, Routing, expected_distinct
+from headrace_core.roofline.formula import Symbols, evaluate
+from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
+from headrace_core.roofline.routing import UNIFORM, Routing, expected_distinct
 
 Phase = Literal["prefill", "decode"]
 MlaPath = Literal["auto", "naive", "absorbed"]

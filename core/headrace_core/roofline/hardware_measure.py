@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from headrace_planner.hardware import Hardware
-from headrace_planner.model_shape import Dtype
+from headrace_core.roofline.hardware import Hardware
+from headrace_core.roofline.model_shape import Dtype
 
 
 def measure_cpu(*, repeats: int = 5, bytes_per_core: int = 256 << 20, matrix_size: int = 1536) -> Hardware:

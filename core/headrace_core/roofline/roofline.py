@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headrace_planner.communication import CROSSING, ONE_GPU, Parallelism
-from headrace_planner.formula import evaluate
-from headrace_planner.hardware import Hardware
-from headrace_planner.model_shape import Dtype, ModelShape
-from headrace_planner.operations import MlaPath, Operation, Phase, StepLoad, operations, step_operations
-from headrace_planner.routing import UNIFORM, Routing
+from headrace_core.roofline.communication import CROSSING, ONE_GPU, Parallelism
+from headrace_core.roofline.formula import evaluate
+from headrace_core.roofline.hardware import Hardware
+from headrace_core.roofline.model_shape import Dtype, ModelShape
+from headrace_core.roofline.operations import MlaPath, Operation, Phase, StepLoad, operations, step_operations
+from headrace_core.roofline.routing import UNIFORM, Routing
 
 Bound = Literal["compute", "memory", "link", "network"]
 
