@@ -167,7 +167,11 @@ async def test_a_machine_that_can_not_be_measured_stops_nobody(caplog):
     metrics = OpMetrics(Prediction(SHAPE, Dtype.BF16, fail))
     metrics.add(StepTiming(StepLoad.decode(1, 9), {"head": 0.5}), {})
     metrics.drain()
+    num_lines = len(caplog.records)
+    metrics.add(StepTiming(StepLoad.decode(1, 9), {"head": 0.5}), {})
+    metrics.drain()
     assert "roofline failed" in caplog.text
+    assert len(caplog.records) == num_lines, "said once, not for every step"
     assert [sample for family in metrics.collect() for sample in family.samples] == []
     metrics.close()
 

@@ -86,15 +86,16 @@ class OpMetrics(Collector):
 
     def add(self, timing: StepTiming, expert_counts: ExpertCounts) -> None:
         """Predict a measured step and count it, soon."""
-        self._thread.submit(self._add, timing, expert_counts).add_done_callback(_log_failure)
+        if not self._has_failed():
+            self._thread.submit(self._add, timing, expert_counts).add_done_callback(_log_failure)
 
     def drain(self) -> None:
         """Return when all that was added is counted; for tests."""
         self._thread.submit(int).result()
 
     def close(self) -> None:
-        """Drop what waits and end the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """Drop what waits; the thread ends when it has finished what it does."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the samples; called by the registry, on its own thread."""
@@ -111,8 +112,12 @@ class OpMetrics(Collector):
             for phase, sums in loads.items():
                 family.add_metric([phase], sums[i])
             yield family
-        if self._hardware.done() and not self._hardware.cancelled() and not self._hardware.exception():
+        if self._hardware.done() and not self._has_failed():
             yield from _hardware_metrics(self._prediction, self._hardware.result())
+
+    def _has_failed(self) -> bool:
+        """True if there is no machine to predict for; said in the log, once."""
+        return self._hardware.done() and (self._hardware.cancelled() or self._hardware.exception() is not None)
 
     def _add(self, timing: StepTiming, expert_counts: ExpertCounts) -> None:
         predicted = self._prediction.predict(self._hardware.result(), timing.load, expert_counts)
