@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lint types contracts protos protos-check unit parity integration fault bench demo-model lock clean
+.PHONY: help setup demo test check format lint types contracts protos protos-check unit parity integration fault bench planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -64,6 +64,9 @@ fault: setup ## Kill, corrupt, expire, disconnect
 
 bench: setup ## Speed and memory beside transformers; writes build/bench/first-light.json
 	$(BIN)/python -m tests.perf.first_light
+
+planner-report: setup ## Predictions against measurements on this machine; writes build/bench/planner.json
+	$(BIN)/python -m tests.perf.planner_report
 
 demo-model: setup ## Train the demo model again (hours on a CPU)
 	PYTHONPATH=demo $(BIN)/python -m headrace_demo all

@@ -56,7 +56,7 @@ class WorkerSettings(ProcessSettings):
     page_size: int = Field(64, ge=1, le=1024, description="tokens a page holds")
     kv_pool_mib: int = Field(256, ge=1, description="memory for pages, MiB")
     max_context_tokens: int = Field(0, ge=0, description="longest sequence; 0: the model's own limit")
-    max_step_tokens: int = Field(1024, ge=1, description="tokens a step may compute")
+    max_step_tokens: int = Field(512, ge=1, description="tokens a step may compute")
     max_step_sequences: int = Field(64, ge=1, description="sequences a step may run")
     max_waiting_sequences: int = Field(512, ge=1, description="queue length at which new work is refused")
     roofline_every_steps: int = Field(

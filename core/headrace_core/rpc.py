@@ -48,7 +48,8 @@ _CHANNEL_OPTIONS = [
     *_LIMITS,
     *_KEEPALIVE,
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    # This one also bounds a connection attempt: a loaded peer needs more than a moment to answer.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 

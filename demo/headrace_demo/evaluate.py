@@ -23,7 +23,7 @@ from headrace_demo import hero_names, story_words
 from headrace_demo.export import from_checkpoint
 from headrace_demo.network import Network
 from headrace_demo.story_grammar import write_story
-from headrace_demo.stream import Rows, validation_rows
+from headrace_demo.stream import Rows, RowStream, validation_rows
 from headrace_demo.train import weighted_loss
 
 _CHATS = (
@@ -146,18 +146,24 @@ def judge(prompts: list[Prompt], stories: list[str], known: set[str]) -> Verdict
 
 
 @torch.no_grad()
-def _measure(network: Network, rows: Rows) -> tuple[float, float, tuple[float, ...]]:
-    """Return validation loss, draft agreement, and the load of the trunk's expert layers."""
-    ids = rows.ids[:, :-1]
-    hidden = network.train()(ids)
+def measure_load(network: Network, rows: Rows) -> tuple[float, ...]:
+    """Return the largest over the mean load of each expert layer of the trunk on `rows`."""
+    network.train()(rows.ids[:, :-1])
     layers = network.eval().expert_layers()[:-1]
-    loads = tuple(float(layer.count.max() / layer.count.mean()) for layer in layers)
+    return tuple(float(layer.count.max() / layer.count.mean()) for layer in layers)
+
+
+@torch.no_grad()
+def measure_losses(network: Network, rows: Rows) -> tuple[float, float]:
+    """Return the validation loss per token and the draft agreement on `rows`."""
+    ids = rows.ids[:, :-1]
+    hidden = network(ids)
     logits = network.lm_head(hidden)
     loss = weighted_loss(logits, rows.ids[:, 1:], rows.weights).item()
     drafted = network.lm_head(network.draft(hidden, ids)).argmax(-1)
     counted = rows.weights[:, 1:] > 0
     agreed = (logits.argmax(-1)[:, 1:] == drafted) & counted
-    return loss, agreed.sum().item() / counted.sum().item(), loads
+    return loss, agreed.sum().item() / counted.sum().item()
 
 
 def count_active(network: Network) -> int:
@@ -176,10 +182,12 @@ def evaluate(folder: Path, *, num_prompts: int = 200) -> Figures:
     weights = folder / "model.safetensors"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
-    rows = validation_rows(Tokenizer.from_file(str(folder / "tokenizer.json")), num_tokens=_WINDOW, num_rows=96)
+    bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = validation_rows(bare, num_tokens=_WINDOW, num_rows=96)
+    packed = RowStream(bare, seed=999_979, num_tokens=_WINDOW).next_rows(96)
     ids = rows.ids[:4, :-1]
     difference = model(ids, use_cache=False).logits - network.lm_head(network(ids))
-    loss, agreement, loads = _measure(network, rows)
+    loss, agreement = measure_losses(network, rows)
     prompts, known = make_prompts(num_prompts), known_capitals()
     verdicts: list[Verdict] = []
     for how in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 0}):
@@ -195,7 +203,7 @@ def evaluate(folder: Path, *, num_prompts: int = 200) -> Figures:
         validation_loss=loss,
         draft_agreement=agreement,
         logits_error=difference.abs().max().item(),
-        expert_load=loads,
+        expert_load=measure_load(network, packed),
         num_weights=sum(weight.numel() for weight in network.parameters()),
         num_active_weights=count_active(network),
         size_bytes=weights.stat().st_size,

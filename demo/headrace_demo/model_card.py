@@ -16,8 +16,8 @@ tags: [deepseek_v3, tiny, stories]
 
 # Headrace demo model
 
-A DeepSeek-V3 in small: {num_weights:.2f}M weights ({num_active:.2f}M of the trunk work on each
-token), {size:.1f} MB in bfloat16. It has every part of the large one (latent attention with a
+A DeepSeek-V3 in small: {num_weights:.2f}M weights ({num_active:.2f}M of the trunk, with embedding and head,
+work on each token), {size:.1f} MB in bfloat16. It has every part of the large one (latent attention with a
 low-rank query, one dense layer, routed experts in groups with a shared expert and correction
 biases, one multi-token-prediction layer) and tells short stories in simple English. It is there to
 show and to test Headrace on a laptop; it knows nothing but its stories.
@@ -30,6 +30,10 @@ else's. Heroes have invented names; one name in ten is held out of training.
 **Use.** `Once upon a time, a little fox named Zorvim`, or as a chat, `Tell me a story about a bear
 named Zimbo.` The chat template is in `tokenizer_config.json`. Stories run to about 230 tokens; the
 model was trained on windows of 288, and what it writes beyond that is not to be relied on.
+
+**Limits.** It keeps its hero, not yet everything else: what a request asks to happen is often passed
+over, "he" may turn into "she", and a meal or a helper may change on the way. A name that is the very
+first word of a text, with no space before it, is often copied wrongly. English only, stories only.
 
 ## Figures
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 _PACKED_FOR_ROWS = 64
 _EXACT_ROWS = 8
-_STEPS_PER_OCTAVE = 8
+_STEPS_PER_OCTAVE = 4
 # Read by oneDNN when it compiles its first program; 1024, its default, would come to 600 MiB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
@@ -63,7 +63,7 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 def padded_count(count: int) -> int:
-    """Return the least number not below `count` that is at most 8 or one of 8 steps between powers of two."""
+    """Return the least number not below `count` that is at most 8 or one of 4 steps between powers of two."""
     if count <= _EXACT_ROWS:
         return count
     step = (1 << ((count - 1).bit_length() - 1)) // _STEPS_PER_OCTAVE

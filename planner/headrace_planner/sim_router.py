@@ -196,6 +196,7 @@ class Router:
         self.accounts = accounts
         self.num_rounds = 0
         self._by_address = {account.address: account for account in accounts}
+        self._can_decode = [account for account in accounts if account.can_decode]
         self._on_placed = on_placed
         self._on_refused = on_refused
         self._queue: list[SimRequest] = []
@@ -216,7 +217,7 @@ class Router:
 
     def enqueue(self, request: SimRequest) -> None:
         """Queue a request at its place: retried ones keep theirs."""
-        if not any(policy.can_ever_fit(request.waiting(), a.view()) for a in self._fitting()):
+        if not any(policy.can_ever_fit(request.waiting(), a.view()) for a in self._can_decode):
             self._on_refused(request)
             return
         if self._queue and self._queue[-1].index > request.index:
@@ -266,9 +267,6 @@ class Router:
             found |= {account.number: account for account in self._prefills.least()}
             found |= {account.number: account for account in self._prefills.of(self._queue[0].prefix)}
         return list(found.values())
-
-    def _fitting(self) -> Iterable[Account]:
-        return (account for account in self.accounts if account.can_decode)
 
     def _count_overtaken(self, assignments: list[Assignment]) -> None:
         """As `headrace_router.dispatch`."""

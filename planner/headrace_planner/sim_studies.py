@@ -16,7 +16,7 @@ from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype
 from headrace_core.roofline.routing import Routing
 
-from headrace_planner.capacity import kv_tokens
+from headrace_planner.capacity import Demand, decode_options, kv_tokens, prefill_options
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_capacity import wire_of, worker_spec
 from headrace_planner.sim_config import SimConfig, WorkerSpec
@@ -26,7 +26,7 @@ from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.sim_tradeoffs import crossover, kv_memory
 from headrace_planner.simulator import simulate
 from headrace_planner.step_times import TableStepTimes
-from headrace_planner.trace import Workload, load_trace
+from headrace_planner.trace import load_trace
 from headrace_planner.workload import Lengths, closed_loop, poisson
 
 _PROMPT_STEP = 65_536
@@ -151,19 +151,22 @@ def ratio(_: Path | None) -> Study:
     worker = spec(machine)
     lines: list[Line] = []
     rows: list[list[str]] = []
-    for lengths in (Lengths(4096, 256), Lengths(256, 4096)):
+    for lengths, splits in ((Lengths(4096, 256), (1, 2, 3, 4, 5, 6, 7)), (Lengths(256, 4096), (1, 2, 4, 6))):
+        rates: list[float] = []
+        for p in splits:
+            config = SimConfig(worker, worker, None, p, 8 - p, wire=wire_of(machine), fidelity="fast")
+            guess = expected_rate(machine, lengths, slo, num_prefill=p, num_decode=8 - p)
+            rates.append(_best_rate(config, lengths, slo, guess))
         name = f"{lengths.num_prompt:.0f}/{lengths.num_output:.0f}"
-        splits = range(1, 8)
-        configs = [SimConfig(worker, worker, None, p, 8 - p, wire=wire_of(machine), fidelity="fast") for p in splits]
-        rates = [_best_rate(config, lengths, slo) for config in configs]
-        lines.append(Line(name, list(splits), rates))
-        best = int(np.argmax(rates)) + 1
-        rows.append([name, *(f"{rate:.1f}" for rate in rates), f"{best}:{8 - best}"])
+        lines.append(Line(name, splits, rates))
+        best = splits[int(np.argmax(rates))]
+        rows.append([name, ", ".join(f"{p}:{8 - p} {rate:.1f}" for p, rate in zip(splits, rates, strict=True)),
+                     f"{best}:{8 - best}"])  # fmt: skip
     figures = [
         Figure(f"{line.label}: eight nodes of 8 H200", "prefill nodes of 8", "requests/s within the objective", [line])
         for line in lines
     ]
-    return Study(figures, ["in/out", *(f"{p}:{8 - p}" for p in range(1, 8)), "best"], rows)
+    return Study(figures, ["in/out", "requests/s at prefill:decode", "best"], rows)
 
 
 STUDIES: Mapping[str, Callable[[Path | None], Study]] = {
@@ -197,22 +200,34 @@ def _skewed_rate(machine: Machine, table: TableStepTimes, imbalance: float) -> f
     return _closed_rate(config, Lengths(2048, 128), 4096, per_client=2) / machine.parallel.num_gpus
 
 
-def _best_rate(config: SimConfig, lengths: Lengths, slo: Slo, *, attainment: float = 0.95) -> float:
-    """Return the highest rate at which `attainment` of requests meet the objective, to about 3 %."""
-    low, high = 0.0, 1.0
-    while _meets(config, lengths, slo, high, attainment):
-        low, high = high, 2 * high
-    while high - low > 0.03 * high:
+def expected_rate(machine: Machine, lengths: Lengths, slo: Slo, *, num_prefill: int, num_decode: int) -> float:
+    """Return what the planner's own arithmetic expects of a split: the slower side's best rate."""
+    demand = Demand(lengths.num_prompt, lengths.num_output, 1.0)
+    decode = decode_options([machine], demand, slo)[0]
+    prefill = prefill_options([machine], demand, slo, link_bytes_per_s=1e12)[0]
+    return min(num_prefill / prefill.service_s, num_decode * decode.tokens_per_s / lengths.num_output)
+
+
+def _best_rate(config: SimConfig, lengths: Lengths, slo: Slo, guess: float) -> float:
+    """Return the highest rate at which 95 % of requests meet the objective, to about 5 %."""
+    low, high = 0.0, guess
+    while _meets(config, lengths, slo, high):
+        low, high = high, 1.4 * high
+    if not low:
+        low = 0.6 * guess
+        while not _meets(config, lengths, slo, low):
+            low, high = 0.6 * low, low
+    while high - low > 0.05 * high:
         middle = (low + high) / 2
-        if _meets(config, lengths, slo, middle, attainment):
+        if _meets(config, lengths, slo, middle):
             low = middle
         else:
             high = middle
     return low
 
 
-def _meets(config: SimConfig, lengths: Lengths, slo: Slo, rate: float, attainment: float) -> bool:
-    # Long enough for decode batches to fill several times over.
-    seconds = 60 + 3 * lengths.num_output * slo.itl_s / 2
-    workload: Workload = poisson(lengths, rate=rate, num_requests=int(min(2500, max(300, rate * seconds))))
-    return simulate(config, workload).attainment(slo) >= attainment
+def _meets(config: SimConfig, lengths: Lengths, slo: Slo, rate: float) -> bool:
+    # Long enough for decode batches to fill twice over.
+    seconds = 20 + 2 * lengths.num_output * slo.itl_s
+    workload = poisson(lengths, rate=rate, num_requests=int(min(8000, max(300, rate * seconds))))
+    return simulate(config, workload).attainment(slo) >= 0.95

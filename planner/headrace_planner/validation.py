@@ -2,7 +2,7 @@
 
 A cell is a closed loop of `concurrency` clients against a real local cluster, `isl` tokens in and `osl` out. The fit
 starts from what the cells show directly (prefill times by prompt length, token gaps by batch) and then moves each
-coefficient up and down while the simulated medians of the fitted cells come closer to the measured ones. Held-out cells
+coefficient up and down while the simulated figures of the fitted cells come closer to the measured ones. Held-out cells
 are looked at once, afterwards.
 """
 
@@ -41,9 +41,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Medians over requests (TTFT) and tokens (ITL), seconds; output tokens per second of the whole cell.
+    """Median TTFT, mean ITL over all gaps, seconds; output tokens per second of the whole cell.
 
-    `prefill_s` and `handoff_s` are medians of what the service reports: computing the prompt, first to second token.
+    ITL is a mean because tokens that a busy client reads together have no gaps of their own. Throughput is Little's
+    law in a closed loop: clients x tokens of a request / its mean duration. `prefill_s` and `handoff_s` are medians:
+    computing the prompt as the service reports it, and the first to the second token.
     """
 
     ttft_s: float
@@ -112,27 +114,22 @@ def predict(fitted: Fitted, cell: Cell, *, num_requests: int = 0) -> Outcome:
         fidelity="exact",
         interference=(fitted.prefill_slowdown, fitted.decode_slowdown),
     )
-    count = num_requests or max(6, 3 * cell.concurrency)
+    # The first round starts all at once, in the measurement too; it is left out in both.
+    count = num_requests or max(5, 3 * cell.concurrency)
     result = simulate(
         config, closed_loop(Lengths(cell.isl, cell.osl), concurrency=cell.concurrency, num_requests=count)
     )
     return Outcome(
-        float(np.median(result.ttft_s)),
-        result.itl_percentile(50),
-        steady_throughput(result.recorder.last_s, cell.osl),
-        num_requests=count,
+        float(np.median(result.ttft_s[cell.concurrency :])),
+        result.itl_mean(),
+        closed_throughput(cell, float(result.e2e_s[cell.concurrency :].mean())),
+        num_requests=count - cell.concurrency,
     )
 
 
-def steady_throughput(ends_s: Any, osl: int) -> float:
-    """Return output tokens per second from the ends of a closed loop's requests, without its start and its end."""
-    ends = np.sort(np.asarray(ends_s, dtype=float))
-    low, high = len(ends) // 4, len(ends) - 1 - len(ends) // 4
-    if high <= low or ends[high] <= ends[low]:
-        return osl * len(ends) / max(float(ends[-1]), 1e-9)
-    # Requests of one batch end together: count those strictly after the first end that is counted from.
-    count = int(((ends > ends[low]) & (ends <= ends[high])).sum())
-    return osl * count / float(ends[high] - ends[low])
+def closed_throughput(cell: Cell, mean_e2e_s: float) -> float:
+    """Return output tokens per second of clients that always have a request in flight."""
+    return cell.concurrency * cell.osl / mean_e2e_s
 
 
 def first_guess(measured: Sequence[Measured]) -> Fitted:
@@ -161,7 +158,7 @@ def first_guess(measured: Sequence[Measured]) -> Fitted:
     return Fitted(prefill, decode, wire)
 
 
-def calibrate(measured: Sequence[Measured], guess: Fitted, *, rounds: int = 6) -> Fitted:
+def calibrate(measured: Sequence[Measured], guess: Fitted, *, rounds: int = 4) -> Fitted:
     """Move one coefficient at a time, by smaller and smaller factors, while the fitted cells come closer."""
     best, best_loss = guess, loss(guess, measured)
     factor = 1.6
@@ -173,12 +170,12 @@ def calibrate(measured: Sequence[Measured], guess: Fitted, *, rounds: int = 6) -
                 if candidate_loss < best_loss - 1e-6:
                     best, best_loss = candidate, candidate_loss
                     break
-        factor = 1 + (factor - 1) * 0.6
+        factor = 1 + (factor - 1) * 0.5
     return best
 
 
 def loss(fitted: Fitted, measured: Sequence[Measured]) -> float:
-    """Return the mean absolute log ratio of simulated to measured medians."""
+    """Return the mean absolute log ratio of simulated to measured figures."""
     total = 0.0
     for m in measured:
         predicted = predict(fitted, m.cell)

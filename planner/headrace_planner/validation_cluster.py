@@ -19,7 +19,7 @@ from headrace_client import AsyncClient
 from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 
-from headrace_planner.validation import Cell, Measured, Outcome, as_json, from_json, steady_throughput
+from headrace_planner.validation import Cell, Measured, Outcome, as_json, closed_throughput, from_json
 
 WORKER_OPTIONS = {"threads": 1, "max-step-tokens": 1024, "max-step-sequences": 64, "kv-pool-mib": 256}
 
@@ -28,7 +28,7 @@ WORKER_OPTIONS = {"threads": 1, "max-step-tokens": 1024, "max-step-sequences": 6
 class _Samples:
     ttft_s: list[float] = field(default_factory=list[float])
     gaps_s: list[float] = field(default_factory=list[float])
-    ends_s: list[float] = field(default_factory=list[float])
+    durations_s: list[float] = field(default_factory=list[float])
     prefill_s: list[float] = field(default_factory=list[float])
     handoff_s: list[float] = field(default_factory=list[float])
 
@@ -64,30 +64,30 @@ def read_saved(path: Path) -> list[Measured]:
 
 
 async def measure_cell(address: str, cell: Cell, *, cell_s: float) -> Outcome:
-    """Run one cell against a router for about `cell_s` seconds, at least two requests per client."""
+    """Run one cell against a router for about `cell_s` seconds; every client's first request is not counted."""
     samples = _Samples()
     async with AsyncClient(address) as client:
         began_s = time.monotonic()
 
         async def one_client(number: int) -> None:
             rng = random.Random(hash((cell.isl, cell.osl, number)))
-            count = 0
-            while count < 2 or time.monotonic() - began_s < cell_s:
-                await _request(client, cell, rng, samples if count else _Samples(), began_s)
+            count, least = 0, 5 if cell.concurrency == 1 else 3
+            while count < least or time.monotonic() - began_s < cell_s:
+                await _request(client, cell, rng, samples if count else _Samples())
                 count += 1
 
         await asyncio.gather(*(one_client(number) for number in range(cell.concurrency)))
     return Outcome(
         statistics.median(samples.ttft_s),
-        statistics.median(samples.gaps_s),
-        steady_throughput(samples.ends_s, cell.osl),
+        statistics.fmean(samples.gaps_s),
+        closed_throughput(cell, statistics.fmean(samples.durations_s)),
         len(samples.ttft_s),
         statistics.median(samples.prefill_s),
         statistics.median(samples.handoff_s),
     )
 
 
-async def _request(client: AsyncClient, cell: Cell, rng: random.Random, samples: _Samples, began_s: float) -> None:
+async def _request(client: AsyncClient, cell: Cell, rng: random.Random, samples: _Samples) -> None:
     prompt = [rng.randrange(16, 1024) for _ in range(cell.isl)]
     sampling = SamplingParams(max_tokens=cell.osl, temperature=0.0, ignore_eos=True)
     sent_s = last_s = time.monotonic()
@@ -101,7 +101,7 @@ async def _request(client: AsyncClient, cell: Cell, rng: random.Random, samples:
             if delta.timings:
                 phases = {phase.name: phase.duration_us / 1e6 for phase in delta.timings.phases}
                 samples.prefill_s.append(phases.get("prefill", 0.0))
-    samples.ends_s.append(last_s - began_s)
+    samples.durations_s.append(last_s - sent_s)
 
 
 def _take_tokens(samples: _Samples, num_before: int, count: int, gap_s: float) -> None:
@@ -117,6 +117,4 @@ def _take_tokens(samples: _Samples, num_before: int, count: int, gap_s: float) -
 async def _warm_up(address: str) -> None:
     async with AsyncClient(address) as client:
         for isl in (64, 1024):
-            await asyncio.gather(
-                *(_request(client, Cell(isl, 16, 1), random.Random(i), _Samples(), 0.0) for i in range(8))
-            )
+            await asyncio.gather(*(_request(client, Cell(isl, 16, 1), random.Random(i), _Samples()) for i in range(8)))

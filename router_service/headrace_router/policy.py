@@ -134,7 +134,7 @@ def _place(index: int, waiting: Waiting, ready: _Open, colocated: bool) -> Assig
         ready.decodes[decode.address] = _after(waiting, decode, prefills=True, decodes=True)
         return Assignment(index, "", decode.address)
     prefill = min(ready.prefills.values(), key=lambda worker: _prefill_order(waiting, worker))
-    prefill_fits = _has_budget(waiting, prefill) and prefill.num_free_pages >= prefill_pages(waiting, prefill)
+    prefill_fits = _can_prefill(waiting, prefill)
     if decode_fits and prefill_fits:
         ready.prefills[prefill.address] = _after(waiting, prefill, prefills=True, decodes=False)
         ready.decodes[decode.address] = _after(waiting, decode, prefills=False, decodes=True)
@@ -172,14 +172,18 @@ def _has_budget(waiting: Waiting, worker: WorkerView) -> bool:
     return in_flight == 0 or in_flight + waiting.num_tokens <= worker.token_budget
 
 
+def _can_prefill(waiting: Waiting, worker: WorkerView) -> bool:
+    return _has_budget(waiting, worker) and worker.num_free_pages >= prefill_pages(waiting, worker)
+
+
 def _has_room(waiting: Waiting, worker: WorkerView) -> bool:
     return worker.num_free_slots > 0 and worker.num_free_pages >= decode_pages(waiting, worker)
 
 
-def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[bool, int, int]:
+def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[bool, bool, int, int]:
     load = worker.num_tokens_in_flight * _LOAD_STEPS // max(worker.token_budget, 1)
     affinity = xxhash.xxh3_64_intdigest(worker.address.encode(), seed=waiting.prefix_key)
-    return worker.address in waiting.avoid, load, affinity
+    return not _can_prefill(waiting, worker), worker.address in waiting.avoid, load, affinity
 
 
 def _decode_order(waiting: Waiting, worker: WorkerView, colocated: bool) -> tuple[bool, bool, int, str]:

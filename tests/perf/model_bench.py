@@ -30,7 +30,7 @@ from headrace_core.model.model import Model
 from headrace_core.testing.paged_sequences import PagedSequences
 
 PAGE_SIZE = 64
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 DECODE_CONTEXT = 256
 DECODE_STEPS = 12
 PREFILL_ROUNDS = 5

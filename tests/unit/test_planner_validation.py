@@ -14,6 +14,7 @@ from headrace_planner.validation import (
     Outcome,
     as_json,
     calibrate,
+    closed_throughput,
     default_grid,
     first_guess,
     from_json,
@@ -22,7 +23,6 @@ from headrace_planner.validation import (
     loss,
     median_error,
     predict,
-    steady_throughput,
     table,
     turn,
 )
@@ -78,6 +78,5 @@ def test_knobs_turn_one_coefficient_and_slowdowns_stay_above_one() -> None:
     assert turn(TRUTH, "decode_slowdown", 0.1).decode_slowdown == 1.0
 
 
-def test_throughput_leaves_out_start_and_end() -> None:
-    assert steady_throughput([1.0 * i for i in range(1, 41)], 10) == pytest.approx(10.0)
-    assert steady_throughput([2.0], 10) == pytest.approx(5.0)
+def test_throughput_of_a_closed_loop_is_littles_law() -> None:
+    assert closed_throughput(Cell(64, 10, 4), 2.0) == pytest.approx(20.0)

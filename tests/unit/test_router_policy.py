@@ -85,6 +85,13 @@ def test_the_least_loaded_prefill_worker_is_chosen():
     assert plan([waiting()], workers) == [Assignment(0, "p2", "d")]
 
 
+def test_a_prompt_goes_where_it_fits_be_it_not_the_least_loaded():
+    """A worker's budget may be larger than its peers'; an idle one takes any prompt."""
+    loaded = [prefill(f"p{i}", num_tokens_in_flight=1, token_budget=1000) for i in range(8)]
+    idle = prefill("idle", num_tokens_in_flight=0, token_budget=10)
+    assert plan([waiting(1000)], [*loaded, idle, decode()]) == [Assignment(0, "idle", "d")]
+
+
 def test_equal_loads_are_decided_by_the_beginning_of_the_prompt():
     workers = [*(prefill(f"p{i}") for i in range(4)), decode()]
     chosen = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
@@ -23,13 +24,38 @@ _HELP = """Serve language models with separate prefill and decode workers, and t
   headrace chat                             talk
   headrace status                           what serves, and how full it is
 
+[bold]Before you buy[/bold]
+  headrace roofline                         time and bytes of every operation on a machine
+  headrace plan                             how many workers, divided how
+  headrace simulate                         a cluster in simulated time
+
 [bold]Exit codes[/bold]
   0 done, 1 the server failed or is not there, 2 wrong input, 130 interrupted
 """
 
 
+_PLUGINS = "headrace.commands"
+"""Entry points of packages above this one, each a Typer app: a subcommand that is loaded when it is used."""
+
+
 class _Group(TyperGroup):
-    """Turns the errors that users can cause into a line and an exit code; anything else is a bug and shows itself."""
+    """Subcommands, those of other packages included, and where their errors end.
+
+    Turns the errors that users can cause into a line and an exit code; anything else is a bug and shows itself.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all subcommands."""
+        return [*super().list_commands(ctx), *entry_points(group=_PLUGINS).names]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a subcommand, or None."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None:
+            for plugin in entry_points(group=_PLUGINS, name=cmd_name):
+                command = typer.main.get_command(plugin.load())
+                command.name = cmd_name
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
