@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from headrace_core.roofline.hardware import HARDWARE, find_hardware
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -57,6 +59,20 @@ class WorkerSettings(ProcessSettings):
     max_step_tokens: int = Field(512, ge=1, description="tokens a step may compute")
     max_step_sequences: int = Field(64, ge=1, description="sequences a step may run")
     max_waiting_sequences: int = Field(512, ge=1, description="queue length at which new work is refused")
+    roofline_every_steps: int = Field(
+        64, ge=0, description="one step in so many is measured operation by operation; 0: none"
+    )
+    hardware: str = Field(
+        "cpu",
+        description=f"what the roofline predicts for: cpu, measured when the worker starts; {', '.join(HARDWARE)}",
+    )
+
+    @field_validator("hardware")
+    @classmethod
+    def _check_hardware(cls, name: str) -> str:
+        if name != "cpu":
+            find_hardware(name)
+        return name
 
 
 class PrefillSettings(WorkerSettings):

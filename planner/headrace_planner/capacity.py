@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from headrace_core.errors import InvalidRequestError
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import Hardware
+from headrace_core.roofline.memory import kv_bytes_per_token_per_gpu, weight_bytes_per_gpu
+from headrace_core.roofline.model_shape import Dtype, ModelShape
+from headrace_core.roofline.operations import StepLoad
 
-from headrace_planner.communication import Parallelism
-from headrace_planner.hardware import Hardware
-from headrace_planner.memory import kv_bytes_per_token_per_gpu, weight_bytes_per_gpu
-from headrace_planner.model_shape import Dtype, ModelShape
-from headrace_planner.operations import StepLoad
 from headrace_planner.sim_result import Slo
 from headrace_planner.sim_roofline import Machine
 

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from headrace_core.errors import InvalidRequestError
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import Hardware, HardwareError, find_hardware
+from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
 from rich.console import Console
 from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import Demand, Plan, make_plan
-from headrace_planner.communication import Parallelism
-from headrace_planner.hardware import Hardware, HardwareError, find_hardware
-from headrace_planner.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
 from headrace_planner.sim_capacity import Verified, verify
 from headrace_planner.sim_result import parse_slo
 from headrace_planner.sim_roofline import Machine

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import HARDWARE, Hardware, HardwareError, find_hardware, load_hardware
+from headrace_core.roofline.hardware_measure import measure_cpu
+from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_core.roofline.operations import MlaPath, Phase
+from headrace_core.roofline.roofline import Roofline, roofline
+from headrace_core.roofline.routing import Routing
 from rich.console import Console
 
-from headrace_planner.communication import Parallelism
+from headrace_planner.cli_live import read_workers, save_points, show_live
 from headrace_planner.compat import CompatSetting
-from headrace_planner.hardware import HARDWARE, Hardware, HardwareError, find_hardware, load_hardware
-from headrace_planner.hardware_measure import measure_cpu
+from headrace_planner.live import PHASES, LiveError, Reading, mean_load, measured_points
 from headrace_planner.measured import MeasuredError, MeasuredPoints, load_measured
-from headrace_planner.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
-from headrace_planner.operations import MlaPath, Phase
 from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import serve_page
 from headrace_planner.report import as_json, print_compat, print_roofline
-from headrace_planner.roofline import Roofline, roofline
-from headrace_planner.routing import Routing
 
 app = typer.Typer(help="Time and bytes of every operation of a step, at the roof of a machine.", no_args_is_help=False)
 
@@ -88,6 +90,10 @@ def main(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port.")] = 8090,
     build_page_at: Annotated[Path | None, typer.Option("--build-page", help="Write the web page to this file.")] = None,
     measured: Annotated[Path | None, typer.Option(help="JSON of measured operations to lay over the page.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="What running workers measure, beside the prediction.")] = False,
+    metrics: Annotated[list[str] | None, typer.Option(help="HOST:PORT of a worker's metrics; once per worker.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="With --live: again every two seconds.")] = False,
+    save_measured: Annotated[Path | None, typer.Option(help="With --live: write a file for --measured.")] = None,
 ) -> None:
     """Show FLOPs, bytes, intensity, limit and time of every operation of a prefill and a decode step."""
     console = Console()
@@ -95,6 +101,12 @@ def main(
         print_compat(console, CompatSetting())
         return
     try:
+        readings = read_workers(metrics or []) if live else []
+        if live and save_measured:
+            save_points(readings, ModelShape.load(model), save_measured)
+        if live and not (serve or build_page_at):
+            show_live(console, readings, as_json=as_json_output, watch=watch)
+            return
         routing = Routing(zipf, _read_histogram(histogram), balanced)
         setting = _Setting(
             ModelShape.load(model), _find(hardware, hardware_file), Parallelism(tp, dp, ep), routing, dtype, kv_dtype,
@@ -105,10 +117,12 @@ def main(
                 setting.shape.name, setting.hardware.name, dtype.value, batch, prefill_batch, context, tp, dp, ep
             )
             content = _content(setting, first, hardware_file, load_measured(measured) if measured else None)
+            if live:
+                content = _with_live(content, setting.shape, readings)
             _page(console, content, (host, port) if serve else None, build_page_at)
             return
         results = _rooflines(setting, phase, (prefill_batch, batch), context, cached)
-    except (ModelShapeError, HardwareError, MeasuredError, ValueError, OSError) as error:
+    except (ModelShapeError, HardwareError, MeasuredError, LiveError, ValueError, OSError) as error:
         typer.echo(f"headrace roofline: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json_output:
@@ -165,6 +179,20 @@ def _content(
         first=first,
         measured=measured,
     )
+
+
+def _with_live(content: PageContent, shape: ModelShape, readings: Sequence[Reading]) -> PageContent:
+    """Return the page with what workers measured, opened at their machine and their mean step."""
+    points = measured_points(readings, shape)
+    machine = next(reading.machine for reading in readings if reading.machine)
+    prefill, decode = (mean_load(readings, phase) for phase in PHASES)
+    batch, context = decode or prefill or (1, 1)
+    first = replace(
+        content.first, hardware="worker", dtype=machine.dtype.value, batch=batch, context=context,
+        prompts=prefill[0] if prefill else content.first.prompts, tp=1, dp=1, ep=1,
+    )  # fmt: skip
+    hardware = {**content.hardware, "worker": machine.as_hardware()}
+    return replace(content, hardware=hardware, first=first, measured=points)
 
 
 def _page(console: Console, content: PageContent, address: tuple[str, int] | None, path: Path | None) -> None:

@@ -9,17 +9,17 @@ from typing import Annotated, Any
 
 import typer
 from headrace_core.errors import InvalidRequestError
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import HardwareError, find_hardware
+from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_core.roofline.routing import Routing
 from rich.console import Console
 from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import kv_tokens
-from headrace_planner.communication import Parallelism
-from headrace_planner.hardware import HardwareError, find_hardware
 from headrace_planner.measured_times import load_tables, measured_times
-from headrace_planner.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
 from headrace_planner.plots import Figure, Line
-from headrace_planner.routing import Routing
 from headrace_planner.sim_capacity import wire_of
 from headrace_planner.sim_config import Fidelity, SimConfig, WorkerSpec, random_outages
 from headrace_planner.sim_experts import balanced, in_order

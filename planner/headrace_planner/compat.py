@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from headrace_planner.formula import evaluate
-from headrace_planner.hardware import HARDWARE
+from headrace_core.roofline.formula import evaluate
+from headrace_core.roofline.hardware import HARDWARE
 
 CompatPhase = Literal["prefill", "sampling"]
 

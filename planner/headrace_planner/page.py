@@ -16,12 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from headrace_planner.formula import pretty
-from headrace_planner.hardware import Hardware
-from headrace_planner.measured import MeasuredPoints
-from headrace_planner.memory import cached_bytes_formula, weight_bytes_formula
-from headrace_planner.model_shape import Dtype, MlaShape, ModelShape
-from headrace_planner.operations import (
+from headrace_core.roofline.formula import pretty
+from headrace_core.roofline.hardware import Hardware
+from headrace_core.roofline.memory import cached_bytes_formula, weight_bytes_formula
+from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
+from headrace_core.roofline.operations import (
     DECODE_LOAD,
     DERIVED_SYMBOLS,
     PREFILL_LOAD,
@@ -30,9 +29,11 @@ from headrace_planner.operations import (
     operation_formulas,
     shape_symbols,
 )
+from headrace_core.roofline.roofline import ROOF
+from headrace_core.roofline.routing import Routing
+
+from headrace_planner.measured import MeasuredPoints
 from headrace_planner.report import SUMMARY
-from headrace_planner.roofline import ROOF
-from headrace_planner.routing import Routing
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = ("predict.js", "plot.js", "view.js", "app.js")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from headrace_core.roofline.formula import evaluate, pretty
+from headrace_core.roofline.memory import kv_bytes_per_token_per_gpu, weight_bytes_per_gpu
+from headrace_core.roofline.model_shape import Dtype
+from headrace_core.roofline.roofline import OperationTime, Roofline
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from headrace_planner.compat import CompatSetting, compat_critical_intensities, compat_operations
-from headrace_planner.formula import evaluate, pretty
-from headrace_planner.memory import kv_bytes_per_token_per_gpu, weight_bytes_per_gpu
-from headrace_planner.model_shape import Dtype
-from headrace_planner.roofline import OperationTime, Roofline
 
 SUMMARY = {
     "tokens_per_s": "tokens/seconds",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from headrace_core.roofline.model_shape import Dtype
+
 from headrace_planner.capacity import Plan
-from headrace_planner.model_shape import Dtype
 from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
 from headrace_planner.sim_result import SimResult
 from headrace_planner.sim_roofline import Machine, roofline_times

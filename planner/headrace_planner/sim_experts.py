@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from headrace_planner.routing import Routing
+from headrace_core.roofline.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace_planner.communication import ONE_GPU, Parallelism
-from headrace_planner.hardware import Hardware
-from headrace_planner.model_shape import Dtype, ModelShape
-from headrace_planner.operations import StepLoad
-from headrace_planner.roofline import Roofline, predict_step
+from headrace_core.roofline.communication import ONE_GPU, Parallelism
+from headrace_core.roofline.hardware import Hardware
+from headrace_core.roofline.model_shape import Dtype, ModelShape
+from headrace_core.roofline.operations import StepLoad
+from headrace_core.roofline.roofline import Roofline, predict_step
+
 from headrace_planner.step_times import TableStepTimes, chunk_pairs, tabulate
 
 _ROUTED = frozenset({"dispatch", "expert_gate", "expert_up", "expert_down", "combine"})

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from headrace_core.errors import InvalidRequestError
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import find_hardware
+from headrace_core.roofline.model_shape import MODELS, Dtype
+from headrace_core.roofline.routing import Routing
 
 from headrace_planner.capacity import Demand, decode_options, kv_tokens, prefill_options
-from headrace_planner.communication import Parallelism
-from headrace_planner.hardware import find_hardware
-from headrace_planner.model_shape import MODELS, Dtype
 from headrace_planner.plots import Figure, Line
-from headrace_planner.routing import Routing
 from headrace_planner.sim_capacity import wire_of, worker_spec
 from headrace_planner.sim_config import SimConfig, WorkerSpec
 from headrace_planner.sim_experts import balanced, in_order

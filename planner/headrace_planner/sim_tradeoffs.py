@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.memory import kv_bytes_per_gpu
+from headrace_core.roofline.model_shape import Dtype
+
 from headrace_planner.capacity import kv_tokens
-from headrace_planner.communication import Parallelism
-from headrace_planner.memory import kv_bytes_per_gpu
-from headrace_planner.model_shape import Dtype
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_roofline import Machine
 

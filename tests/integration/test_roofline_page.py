@@ -10,15 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from headrace_planner.communication import Parallelism
-from headrace_planner.hardware import HARDWARE
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import HARDWARE
+from headrace_core.roofline.model_shape import MODELS, Dtype
+from headrace_core.roofline.roofline import roofline
+from headrace_core.roofline.routing import Routing
 from headrace_planner.measured import MeasuredPoint, MeasuredPoints
-from headrace_planner.model_shape import MODELS, Dtype
 from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import page_server
 from headrace_planner.report import summary
-from headrace_planner.roofline import roofline
-from headrace_planner.routing import Routing
 
 _CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 _FLAGS = [

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from headrace_core.errors import InvalidRequestError
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.hardware import find_hardware
+from headrace_core.roofline.model_shape import MODELS, Dtype
+from headrace_core.roofline.operations import StepLoad
+from headrace_core.roofline.routing import Routing
 from headrace_planner import plots
 from headrace_planner.__main__ import app
 from headrace_planner.capacity import Demand, erlang_c, kv_tokens, make_plan, wait_percentile
-from headrace_planner.communication import Parallelism
-from headrace_planner.hardware import find_hardware
 from headrace_planner.measured_times import load_tables
-from headrace_planner.model_shape import MODELS, Dtype
-from headrace_planner.operations import StepLoad
 from headrace_planner.plots import Figure, Line
-from headrace_planner.routing import Routing
 from headrace_planner.sim_capacity import verify
 from headrace_planner.sim_experts import balanced, in_order, sampled_imbalance
 from headrace_planner.sim_fit import MeasuredStep, fit_linear, nonnegative_least_squares

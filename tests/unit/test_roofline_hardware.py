@@ -1,7 +1,7 @@
 import pytest
-from headrace_planner.hardware import HARDWARE, HardwareError, find_hardware, load_hardware
-from headrace_planner.hardware_measure import measure_cpu
-from headrace_planner.model_shape import Dtype
+from headrace_core.roofline.hardware import HARDWARE, HardwareError, find_hardware, load_hardware
+from headrace_core.roofline.hardware_measure import measure_cpu
+from headrace_core.roofline.model_shape import Dtype
 
 _COMPLETE = """
 [mine]

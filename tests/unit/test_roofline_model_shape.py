@@ -2,9 +2,9 @@ import json
 
 import pytest
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
-from headrace_planner.communication import Parallelism
-from headrace_planner.memory import kv_bytes_per_gpu, parameters, weight_bytes_per_gpu
-from headrace_planner.model_shape import (
+from headrace_core.roofline.communication import Parallelism
+from headrace_core.roofline.memory import kv_bytes_per_gpu, parameters, weight_bytes_per_gpu
+from headrace_core.roofline.model_shape import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
     MIXTRAL_8X7B,

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from headrace_planner.hardware import HARDWARE
-from headrace_planner.model_shape import MODELS
+from headrace_core.roofline.hardware import HARDWARE
+from headrace_core.roofline.model_shape import MODELS
 from headrace_planner.page import PageContent, PageSetting, build_page
 
 _DOCS = Path(__file__).parents[2] / "docs"

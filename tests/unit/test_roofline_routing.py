@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from headrace_planner.routing import UNIFORM, Routing, expected_distinct
+from headrace_core.roofline.routing import UNIFORM, Routing, expected_distinct
 
 
 @pytest.mark.parametrize(("num_tokens", "distinct", "tokens_each"), [(8, 57.4, 1.1), (128, 251.6, 4.1)])

@@ -136,7 +136,8 @@ def _explain(cluster: LocalCluster) -> None:
 
 
 def _say_ready(process: ClusterProcess) -> None:
-    stdout.print(Text(f"{process.name} is ready at {process.address} (pid {process.pid})", style="bold"))
+    where = f"{process.address}, metrics at {process.metrics_address}"
+    stdout.print(Text(f"{process.name} is ready at {where} (pid {process.pid})", style="bold"), soft_wrap=True)
 
 
 def _print_line(name: str, line: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from headrace_core.engine.step import StepPlan, StepResult
+from headrace_core.engine.step import StepPlan, StepResult, StepTiming
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.page_pool import PageState
 
@@ -44,6 +44,7 @@ class StepReport:
     num_tokens: int
     duration_s: float
     expert_counts: dict[int, list[int]]
+    timing: StepTiming | None = None
 
 
 E_co = TypeVar("E_co", covariant=True)
@@ -161,7 +162,7 @@ class Engine(Generic[S]):
             self._scheduler.fail_step(error, self._clock())
             return None
         self._scheduler.apply(result, self._clock())
-        return StepReport(plan.num_tokens, result.duration_s, result.expert_counts)
+        return StepReport(plan.num_tokens, result.duration_s, result.expert_counts, result.timing)
 
     def _publish(self, report: StepReport | None = None) -> None:
         events, load = self._scheduler.take_events(), self._scheduler.load()

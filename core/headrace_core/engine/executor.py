@@ -9,15 +9,16 @@ from typing import Protocol
 import torch
 
 from headrace_core.engine.engine import FatalStepError
-from headrace_core.engine.step import Chunk, StepPlan, StepResult
+from headrace_core.engine.step import Chunk, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.kv.cache import KvCache
+from headrace_core.model.op_timer import OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
 from headrace_core.model.sampler import sample
 
 
 class StepModel(Protocol):
     """What the executor needs of a model. Engine thread only."""
 
-    def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> torch.Tensor:
+    def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> torch.Tensor:
         """Compute the chunks, writing their cache; return [chunks with sampling, V] float32 logits, in order."""
         ...
 
@@ -27,11 +28,16 @@ class StepModel(Protocol):
 
 
 class Executor:
-    """Owns the model and its cache; engine thread only."""
+    """Owns the model and its cache; engine thread only.
 
-    def __init__(self, model: StepModel, cache: KvCache) -> None:
+    Every `timing_period`-th step is measured operation by operation; 0: none.
+    """
+
+    def __init__(self, model: StepModel, cache: KvCache, *, timing_period: int = 0) -> None:
         self._model = model
         self._cache = cache
+        self._timing_period = timing_period
+        self._num_steps = 0
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one plan.
@@ -41,13 +47,17 @@ class Executor:
             FatalStepError: the device is lost.
         """
         started = time.perf_counter()
+        running = self._running_timer()
+        timer = running or OFF
         rows = [chunk.sampling for chunk in plan.chunks if chunk.sampling is not None]
         with torch.inference_mode():
             if plan.zero_page_ids:
                 self._cache.zero_pages(plan.zero_page_ids)
             try:
-                logits = self._model.forward(plan.chunks, self._cache)
+                timer.mark(OTHER)
+                logits = self._model.forward(plan.chunks, self._cache, timer)
                 tokens = sample(logits, rows) if rows else []
+                timer.mark(SAMPLING)
             except torch.AcceleratorError as error:
                 raise FatalStepError(f"the device failed: {error}") from error
         keys = [chunk.key for chunk in plan.chunks if chunk.sampling is not None]
@@ -55,4 +65,10 @@ class Executor:
             tokens=dict(zip(keys, tokens, strict=True)),
             duration_s=time.perf_counter() - started,
             expert_counts=self._model.take_expert_counts(),
+            timing=StepTiming(step_load(plan.chunks), dict(running.seconds)) if running else None,
         )
+
+    def _running_timer(self) -> RunningOpTimer | None:
+        self._num_steps += 1
+        is_due = self._timing_period > 0 and self._num_steps % self._timing_period == 0
+        return RunningOpTimer() if is_due else None

@@ -131,7 +131,10 @@ class WorkerHost(Generic[S]):
                 self._metrics.observe_step(news.report)
             on_news(news)
 
-        executor = Executor(model.model, model.cache)
+        timing_period = self._settings.roofline_every_steps if model.prediction else 0
+        if model.prediction and timing_period:
+            self._metrics.show_operations(model.prediction)
+        executor = Executor(model.model, model.cache, timing_period=timing_period)
         self._model = model
         self._engine = Engine(scheduler, executor.step, deliver=deliver, on_fatal=self._on_fatal)
         self._engine.start()
@@ -172,6 +175,7 @@ class WorkerHost(Generic[S]):
             await self._draining
         if self._engine:
             await self._engine.stop()
+        self._metrics.close()
 
     def info(self) -> worker_service_pb2.GetInfoResponse:
         """Return who this worker is.

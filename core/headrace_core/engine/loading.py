@@ -8,26 +8,35 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headrace_core.config import WorkerSettings
+from headrace_core.engine.cpu_speed import measure_worker_cpu
 from headrace_core.engine.executor import StepModel
 from headrace_core.engine.finish import ModelLimits
+from headrace_core.engine.op_metrics import Prediction
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.cache import KvCache
-from headrace_core.kv.layout import KvLayout
+from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.load import load_model
+from headrace_core.roofline.hardware import find_hardware
+from headrace_core.roofline.model_shape import Dtype, ModelShape, ModelShapeError
 
 log = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 5.0
+_ROOFLINE_DTYPES = {CacheDtype.FLOAT32: Dtype.FP32, CacheDtype.BFLOAT16: Dtype.BF16, CacheDtype.FLOAT16: Dtype.FP16}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to step, and what others must know of it."""
+    """A model ready to step, and what others must know of it.
+
+    `prediction` None: the roofline does not know such a network.
+    """
 
     name: str
     model: StepModel
@@ -36,6 +45,7 @@ class LoadedModel:
     layout: KvLayout
     fingerprint: str
     num_pages: int
+    prediction: Prediction | None = None
 
 
 def load_worker_model(settings: WorkerSettings) -> LoadedModel:
@@ -77,7 +87,19 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         layout=layout,
         fingerprint=model.fingerprint,
         num_pages=num_pages,
+        prediction=_prediction(settings, _ROOFLINE_DTYPES[layout.dtype], model.weight_bytes),
     )
+
+
+def _prediction(settings: WorkerSettings, dtype: Dtype, weight_bytes: int) -> Prediction | None:
+    try:
+        shape = ModelShape.load(settings.model / "config.json")
+    except ModelShapeError as error:
+        log.warning("no roofline", extra={"problem": str(error)})
+        return None
+    if settings.hardware == "cpu":
+        return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, weight_bytes))
+    return Prediction(shape, dtype, partial(find_hardware, settings.hardware))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from headrace_core.engine.engine import Load, StepReport
+from headrace_core.engine.op_metrics import OpMetrics, Prediction
 from headrace_core.kv.page_pool import PageState
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
 
@@ -70,8 +71,20 @@ class WorkerMetrics:
         )
         self.expert_tokens = ExpertTokens()
         registry.register(self.expert_tokens)
+        self._registry = registry
+        self._operations: OpMetrics | None = None
         for state in PageState:
             self.kv_pages.labels(state.value).set(0)
+
+    def show_operations(self, prediction: Prediction) -> None:
+        """Show measured steps beside their prediction, from now on."""
+        self._operations = OpMetrics(prediction)
+        self._registry.register(self._operations)
+
+    def close(self) -> None:
+        """End what runs for metrics; they can still be read."""
+        if self._operations:
+            self._operations.close()
 
     def observe_load(self, load: Load) -> None:
         """Show what the scheduler holds."""
@@ -85,3 +98,5 @@ class WorkerMetrics:
         self.step_seconds.observe(report.duration_s)
         self.step_tokens.inc(report.num_tokens)
         self.expert_tokens.add(report.expert_counts)
+        if report.timing and self._operations:
+            self._operations.add(report.timing, report.expert_counts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from headrace_core.request import SampledToken, SamplingParams
+from headrace_core.roofline.operations import StepLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,37 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
+def step_load(chunks: Sequence[Chunk]) -> StepLoad:
+    """Return what the chunks ask of the network, in the roofline's terms.
+
+    A single token after a cached prefix is decode, whichever worker it runs on: that is how the network computes it.
+    """
+    load = StepLoad()
+    for chunk in chunks:
+        count = len(chunk.token_ids)
+        if chunk.start > 0 and count == 1:
+            load += StepLoad.decode(1, chunk.start + 1)
+        else:
+            load += StepLoad.prefill(count, chunk.start)
+    return replace(load, num_logits=sum(chunk.sampling is not None for chunk in chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """A step that was measured: its load, and where its seconds went (`model.op_timer`), which sum to the step's."""
+
+    load: StepLoad
+    op_seconds: dict[str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """The token sampled for each chunk that asked for one, by `Chunk.key`; `duration_s` on the engine's clock.
 
-    `expert_counts` are the tokens each routed expert got, by layer.
+    `expert_counts` are the tokens each routed expert got, by layer. `timing` is there if the step was measured.
     """
 
     tokens: dict[int, SampledToken]
     duration_s: float
     expert_counts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    timing: StepTiming | None = None

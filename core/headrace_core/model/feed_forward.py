@@ -16,6 +16,8 @@ from headrace_kernels.moe_routing import RoutingRule, moe_routing
 from headrace_kernels.moe_sort import moe_sort, prepare_blocks
 from torch import Tensor
 
+from headrace_core.model.op_timer import OFF, OpTimer
+
 # Many tokens: an expert's rows are padded to whole tiles, so that few shapes occur. Few: weights are what costs.
 _TILE_ROWS = 32
 _ROWS_WORTH_TILES = 16
@@ -24,8 +26,8 @@ _ROWS_WORTH_TILES = 16
 class FeedForward(Protocol):
     """What a layer does after attention."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, N] for `x` [T, N], to be added to the residual."""
+    def __call__(self, x: Tensor, timer: OpTimer) -> Tensor:
+        """Return [T, N] for `x` [T, N], to be added to the residual; `timer` is told what ran."""
         ...
 
 
@@ -36,9 +38,11 @@ class DenseMlp:
         self._gate_up = gate_up
         self._down = down
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timer: OpTimer) -> Tensor:
         """See `FeedForward`."""
-        return self._down(silu_mul(self._gate_up(x)))
+        out = self._down(silu_mul(self._gate_up(x)))
+        timer.mark("dense_ffn")
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class MoeMlp:
         self._weights = weights
         self._counts = [0] * len(weights.gate_up)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timer: OpTimer) -> Tensor:
         """See `FeedForward`."""
         weights = self._weights
         logits = F.linear(x.float(), weights.router)
@@ -74,11 +78,20 @@ class MoeMlp:
         order, counts = moe_sort(experts, len(weights.gate_up))
         is_tiled = len(order) >= _ROWS_WORTH_TILES * len(weights.gate_up)
         blocks = prepare_blocks(order, counts, _TILE_ROWS if is_tiled else 1)
-        rows = dispatch(x, blocks, experts.shape[1])
-        rows = silu_mul(grouped_gemm(rows, weights.gate_up, blocks))
-        out = combine(grouped_gemm(rows, weights.down, blocks), expert_weights, blocks)
         self._counts = [a + b for a, b in zip(self._counts, counts.tolist(), strict=True)]
-        return out if weights.shared is None else out + weights.shared(x)
+        timer.mark("router")
+        rows = dispatch(x, blocks, experts.shape[1])
+        timer.mark("dispatch")
+        rows = silu_mul(grouped_gemm(rows, weights.gate_up, blocks))
+        timer.mark("expert_gate+expert_up")
+        rows = grouped_gemm(rows, weights.down, blocks)
+        timer.mark("expert_down")
+        out = combine(rows, expert_weights, blocks)
+        timer.mark("combine")
+        if weights.shared is not None:
+            out = out + weights.shared(x, OFF)
+            timer.mark("shared_experts")
+        return out
 
     def take_counts(self) -> list[int]:
         """Return how many assignments each expert got since the last call."""

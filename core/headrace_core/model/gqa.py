@@ -17,6 +17,7 @@ from headrace_kernels.rope import rope
 from torch import Tensor
 
 from headrace_core.model.config import GqaShape
+from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import StepInputs
 
 
@@ -37,13 +38,17 @@ class GroupedQueryAttentionLayer:
         self._weights = weights
         self._scale = shape.head_dim**-0.5
 
-    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor, timer: OpTimer
+    ) -> Tensor:
         """See `Attention`."""
         num_tokens, groups = len(x), self._shape.num_kv_heads
         heads = self._weights.input_proj(x).view(num_tokens, -1, self._shape.head_dim)
+        timer.mark("qkv_proj")
         rotated = rope(heads[:, :-groups], *angles, is_interleaved=False)
         query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
         _store(cache, key, heads[:, -groups:], step.slot_mapping)
+        timer.mark("rope_and_cache")
         outputs: list[Tensor] = []
         if step.decode is not None:
             rows = step.decode
@@ -56,6 +61,7 @@ class GroupedQueryAttentionLayer:
                 slots=rows.slots,
             )
             outputs.append(out.flatten(1))
+            timer.mark("attention_decode")
         for group in step.prefill:
             out = gqa_prefill(
                 query[group.first : group.end],
@@ -66,7 +72,10 @@ class GroupedQueryAttentionLayer:
                 scale=self._scale,
             )
             outputs.append(out.flatten(1))
-        return self._weights.output_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+            timer.mark("attention_prefill")
+        out = self._weights.output_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        timer.mark("output_proj")
+        return out
 
 
 def _store(cache: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:

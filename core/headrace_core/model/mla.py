@@ -20,6 +20,7 @@ from headrace_kernels.rope import rope
 from torch import Tensor
 
 from headrace_core.model.config import MlaShape
+from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import DecodeRows, StepInputs
 
 # The model's own code fixes the epsilon of the two inner norms, whatever rms_norm_eps says.
@@ -52,13 +53,16 @@ class LatentAttentionLayer:
         self._scale = scale
         self._weights = weights
 
-    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor, timer: OpTimer
+    ) -> Tensor:
         """See `Attention`."""
-        query, rows = self._project(x, angles)
+        query, rows = self._project(x, angles, timer)
         latent_store(rows, cache.view(-1, cache.shape[2]), step.slot_mapping)
+        timer.mark("latent_norms_and_rope")
         outputs: list[Tensor] = []
         if step.decode is not None:
-            outputs.append(self._decode(query[: step.decode.num_rows], step.decode, cache))
+            outputs.append(self._decode(query[: step.decode.num_rows], step.decode, cache, timer))
         flat_cache = cache.view(-1, cache.shape[2])
         for group in step.prefill:
             out = mla_prefill(
@@ -71,17 +75,23 @@ class LatentAttentionLayer:
                 scale=self._scale,
             )
             outputs.append(out.flatten(1))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._weights.output_proj(out)
+            timer.mark("kv_up_proj+attention_naive")
+        out = self._weights.output_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        timer.mark("output_proj")
+        return out
 
-    def _project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _project(self, x: Tensor, angles: tuple[Tensor, Tensor], timer: OpTimer) -> tuple[Tensor, Tensor]:
         """Return queries [T, H, Dn + R] and cache rows [T, D + R], rotated."""
         shape, weights = self._shape, self._weights
         projected = weights.input_proj(x)
+        timer.mark("q_proj+kv_down_proj" if weights.query_b is None else "q_down_proj+kv_down_proj")
         query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
         query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
         if weights.query_b is not None and weights.query_norm is not None:
-            query = weights.query_b(rms_norm(query, weights.query_norm, _LORA_NORM_EPS))
+            query = rms_norm(query, weights.query_norm, _LORA_NORM_EPS)
+            timer.mark("latent_norms_and_rope")
+            query = weights.query_b(query)
+            timer.mark("q_up_proj")
         query = query.reshape(len(x), self._num_heads, -1)
         cos, sin = angles
         interleaved = shape.is_rope_interleaved
@@ -90,10 +100,11 @@ class LatentAttentionLayer:
         k_pe = rope(k_pe[:, None], cos, sin, is_interleaved=interleaved)[:, 0]
         return query, torch.cat((rms_norm(c_kv, weights.kv_norm, _LORA_NORM_EPS), k_pe), dim=1)
 
-    def _decode(self, query: Tensor, decode: DecodeRows, cache: Tensor) -> Tensor:
+    def _decode(self, query: Tensor, decode: DecodeRows, cache: Tensor, timer: OpTimer) -> Tensor:
         """Return [B, H * Dv] for queries [B, H, Dn + R]."""
         nope_dim = self._shape.nope_dim
         absorbed = torch.bmm(query[..., :nope_dim].transpose(0, 1), self._weights.w_uk).transpose(0, 1)
+        timer.mark("absorb_query")
         latents = mla_decode(
             torch.cat((absorbed, query[..., nope_dim:]), dim=-1),
             cache,
@@ -103,5 +114,7 @@ class LatentAttentionLayer:
             scale=self._scale,
             slots=decode.slots,
         )
-        values = torch.bmm(latents.transpose(0, 1), self._weights.w_uv.transpose(1, 2))
-        return values.transpose(0, 1).flatten(1)
+        timer.mark("attention_absorbed")
+        values = torch.bmm(latents.transpose(0, 1), self._weights.w_uv.transpose(1, 2)).transpose(0, 1).flatten(1)
+        timer.mark("absorb_value")
+        return values

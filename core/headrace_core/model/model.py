@@ -20,6 +20,7 @@ from headrace_core.model.attention import Attention
 from headrace_core.model.config import ModelConfig
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
 from headrace_core.model.memory import release_freed_memory
+from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.step_inputs import StepInputs, prepare_step
 
@@ -75,8 +76,10 @@ class Model:
         dtype = next(key for key, value in TORCH_DTYPES.items() if value == self.dtype)
         return self.config.kv_layout(page_size, dtype)
 
-    def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> Tensor:
         """Compute a step: write the chunks' tokens to their pages, return the logits to sample from.
+
+        `timer` is told what ran, from the step's preparation to the head.
 
         Returns:
             [L, V] float32, one row for each chunk with `sampling`, in the order of the chunks.
@@ -86,21 +89,22 @@ class Model:
         """
         with torch.inference_mode():
             step = self._prepare(chunks, cache)
-            hidden = self._run_layers(step, cache)
+            hidden = self._run_layers(step, cache, timer)
             rows = [
                 row + len(chunk.token_ids) - 1
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)
                 if chunk.sampling is not None
             ]
-            return self._logits(hidden, rows)
+            timer.mark(OTHER)
+            return self._logits(hidden, rows, timer)
 
     def all_logits(self, chunks: Sequence[Chunk], cache: KvCache) -> list[Tensor]:
         """Compute a step like `forward` and return every chunk's logits at every token, [tokens, V] float32 each."""
         with torch.inference_mode():
             step = self._prepare(chunks, cache)
-            hidden = self._run_layers(step, cache)
+            hidden = self._run_layers(step, cache, OFF)
             return [
-                self._logits(hidden, list(range(row, row + len(chunk.token_ids))))
+                self._logits(hidden, list(range(row, row + len(chunk.token_ids))), OFF)
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)
             ]
 
@@ -120,22 +124,32 @@ class Model:
             device=self._device,
         )
 
-    def _run_layers(self, step: StepInputs, cache: KvCache) -> Tensor:
+    def _run_layers(self, step: StepInputs, cache: KvCache, timer: OpTimer) -> Tensor:
         eps = self.config.rms_norm_eps
         angles = self._angles.at(step.positions)
+        timer.mark(OTHER)
         x = self._weights.embedding.index_select(0, step.token_ids)
+        timer.mark("embedding")
         is_long = len(step.token_ids) >= _MANY_TOKENS
         for index, (layer, pages) in enumerate(zip(self._weights.layers, cache.layers, strict=True), start=1):
-            x = x + layer.attention(rms_norm(x, layer.attention_norm, eps), angles, step, pages)
-            x = x + layer.feed_forward(rms_norm(x, layer.feed_forward_norm, eps))
+            normalised = rms_norm(x, layer.attention_norm, eps)
+            timer.mark("attention_norm")
+            x = x + layer.attention(normalised, angles, step, pages, timer)
+            normalised = rms_norm(x, layer.feed_forward_norm, eps)
+            timer.mark("ffn_norm")
+            x = x + layer.feed_forward(normalised, timer)
             if is_long and index % _LAYERS_PER_RELEASE == 0:
                 # Activations of odd sizes leave holes among what oneDNN keeps; 5 ms here save 100 MiB at peak.
                 release_freed_memory()
+                timer.mark(OTHER)
         return x
 
-    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+    def _logits(self, hidden: Tensor, rows: list[int], timer: OpTimer) -> Tensor:
         if not rows:
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
         normalised = rms_norm(last, self._weights.norm, self.config.rms_norm_eps)
-        return self._weights.head(normalised).float()
+        timer.mark("final_norm")
+        logits = self._weights.head(normalised).float()
+        timer.mark("head")
+        return logits

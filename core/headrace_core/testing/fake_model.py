@@ -19,6 +19,7 @@ from headrace_core.engine.loading import LoadedModel
 from headrace_core.engine.step import Chunk
 from headrace_core.kv.cache import KvCache
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
+from headrace_core.model.op_timer import OFF, OpTimer
 
 _MODULUS = 16_777_213
 """The largest prime below 2^24: every residue is exact in float32."""
@@ -44,7 +45,7 @@ class FakeModel:
         """Return what its pages hold."""
         return KvLayout(self.num_layers, page_size, CacheDtype.FLOAT32, LatentAttention(_WIDTH - 1, 1))
 
-    def forward(self, chunks: Sequence[Chunk], cache: KvCache) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> Tensor:
         """See `StepModel`."""
         self.num_steps += 1
         if self.gate is not None:

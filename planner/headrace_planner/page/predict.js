@@ -1,5 +1,5 @@
 "use strict";
-// Evaluates the formulas that Python gave (headrace_planner/formula.py); has none of its own.
+// Evaluates the formulas that Python gave (headrace_core/roofline/formula.py); has none of its own.
 
 const CONTENT = JSON.parse(document.getElementById("content").textContent);
 

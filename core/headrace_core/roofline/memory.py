@@ -12,10 +12,10 @@ those of `operations`.
 
 from __future__ import annotations
 
-from headrace_planner.communication import ONE_GPU, Parallelism
-from headrace_planner.formula import evaluate
-from headrace_planner.model_shape import Dtype, MlaShape, ModelShape
-from headrace_planner.operations import StepLoad, operation_symbols
+from headrace_core.roofline.communication import ONE_GPU, Parallelism
+from headrace_core.roofline.formula import evaluate
+from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
+from headrace_core.roofline.operations import StepLoad, operation_symbols
 
 
 def cached_bytes_formula(shape: ModelShape) -> str:

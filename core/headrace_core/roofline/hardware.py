@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headrace_planner.model_shape import Dtype
+from headrace_core.roofline.model_shape import Dtype
 
 
 class HardwareError(ValueError):

@@ -21,7 +21,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from headrace_planner.communication import (
+from headrace_core.roofline.communication import (
     ATTENTION_REDUCE,
     COMBINE,
     DENSE_REDUCE,
@@ -32,9 +32,9 @@ from headrace_planner.communication import (
     VOCABULARY_GATHER,
     Parallelism,
 )
-from headrace_planner.formula import Symbols, evaluate
-from headrace_planner.model_shape import Dtype, MlaShape, ModelShape
-from headrace_planner.routing import UNIFORM, Routing, expected_distinct
+from headrace_core.roofline.formula import Symbols, evaluate
+from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
+from headrace_core.roofline.routing import UNIFORM, Routing, expected_distinct
 
 Phase = Literal["prefill", "decode"]
 MlaPath = Literal["auto", "naive", "absorbed"]
@@ -314,9 +314,9 @@ DERIVED_SYMBOLS = {
 
 def operation_symbols(
     shape: ModelShape, load: StepLoad, parallel: Parallelism, *, routing: Routing = UNIFORM,
-    dtype: Dtype = Dtype.BF16, kv_dtype: Dtype | None = None,
+    dtype: Dtype = Dtype.BF16, kv_dtype: Dtype | None = None, experts_read: float | None = None,
 ) -> Symbols:  # fmt: skip
-    """Return the value of every symbol that formulas use."""
+    """Return the value of every symbol that formulas use; see `predict_step`."""
     symbols: dict[str, float | Callable[[float], float]] = dict(shape_symbols(shape))
     symbols |= asdict(load)
     symbols |= {
@@ -324,6 +324,8 @@ def operation_symbols(
         "w": dtype.itemsize, "a": dtype.activation.itemsize, "c": (kv_dtype or dtype.activation).itemsize,
     }  # fmt: skip
     symbols |= _routing_symbols(shape, routing, parallel.ep)
+    if experts_read is not None:
+        symbols["distinct"] = lambda num_tokens: experts_read + 0.0 * num_tokens
     for name, formula in DERIVED_SYMBOLS.items():
         (symbols[name],) = evaluate((formula,), symbols)
     return symbols
@@ -357,10 +359,13 @@ def _routing_symbols(shape: ModelShape, routing: Routing, ep: int) -> dict[str, 
 def step_operations(
     shape: ModelShape, load: StepLoad, parallel: Parallelism = ONE_GPU, *, routing: Routing = UNIFORM,
     dtype: Dtype = Dtype.BF16, kv_dtype: Dtype | None = None, mla: MlaPath = "auto",
+    experts_read: float | None = None,
 ) -> list[Operation]:  # fmt: skip
     """Return what each operation of a step costs the busiest GPU; operations that cost nothing are left out."""
     table = operation_formulas(shape, has_prefill=load.prefill_tokens > 0, has_decode=load.decode_tokens > 0, mla=mla)
-    symbols = operation_symbols(shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype)
+    symbols = operation_symbols(
+        shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype, experts_read=experts_read
+    )
     values = evaluate([text for row in table for text in (row.runs, row.flops, row.bytes, row.sent, row.span)], symbols)
     operations: list[Operation] = []
     for index, row in enumerate(table):

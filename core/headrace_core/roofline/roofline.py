@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headrace_planner.communication import CROSSING, ONE_GPU, Parallelism
-from headrace_planner.formula import evaluate
-from headrace_planner.hardware import Hardware
-from headrace_planner.model_shape import Dtype, ModelShape
-from headrace_planner.operations import MlaPath, Operation, Phase, StepLoad, operations, step_operations
-from headrace_planner.routing import UNIFORM, Routing
+from headrace_core.roofline.communication import CROSSING, ONE_GPU, Parallelism
+from headrace_core.roofline.formula import evaluate
+from headrace_core.roofline.hardware import Hardware
+from headrace_core.roofline.model_shape import Dtype, ModelShape
+from headrace_core.roofline.operations import MlaPath, Operation, Phase, StepLoad, operations, step_operations
+from headrace_core.roofline.routing import UNIFORM, Routing
 
 Bound = Literal["compute", "memory", "link", "network"]
 
@@ -92,9 +92,15 @@ class Roofline:
 def predict_step(
     shape: ModelShape, hardware: Hardware, load: StepLoad, parallel: Parallelism = ONE_GPU, *,
     routing: Routing = UNIFORM, dtype: Dtype = Dtype.BF16, kv_dtype: Dtype | None = None, mla: MlaPath = "auto",
+    experts_read: float | None = None,
 ) -> Roofline:  # fmt: skip
-    """Return seconds and bytes of each operation of a worker's step, which may mix prefill chunks and decode."""
-    costs = step_operations(shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype, mla=mla)
+    """Return seconds and bytes of each operation of a worker's step, which may mix prefill chunks and decode.
+
+    `experts_read` is how many experts a layer's tokens did choose, on average, if that is known; else it is expected.
+    """
+    costs = step_operations(
+        shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype, mla=mla, experts_read=experts_read
+    )
     return _at_the_roof(shape, hardware, load, parallel, dtype, costs)
 
 
