@@ -1,6 +1,24 @@
-"""For every test: hypothesis judges results, never wall-clock."""
+"""For every test: hypothesis judges results, never wall-clock. For tests of clusters: the demo model and its oracle."""
 
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
 
 settings.register_profile("headrace", deadline=None)
 settings.load_profile("headrace")
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    return ROOT / "demo" / "model"
+
+
+@pytest.fixture(scope="session")
+def reference(model_dir):
+    # Not at the top: most tests need no torch.
+    from headrace_core.testing.cluster_checks import Reference
+
+    return Reference(model_dir)
