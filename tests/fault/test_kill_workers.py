@@ -8,7 +8,7 @@ from headrace_client import AsyncClient
 from headrace_core.errors import DeadlineError, UnavailableError
 from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
-from headrace_core.testing.cluster_checks import all_pages_free, eventually
+from headrace_core.testing.cluster_checks import all_pages_free
 
 PROMPT = "Once upon a time there was a little fox named Zorvim."
 OPTIONS = {"dtype": "float32", "page-size": 16, "kv-pool-mib": 8, "max-step-tokens": 96}
@@ -22,31 +22,39 @@ def cluster(model_dir):
 
 def requests(reference, count):
     words = reference.tokenize(PROMPT + " The fox lived in the forest with a bear." * 40)
-    return [(words[: 20 + 9 * i], 16 + 2 * i) for i in range(count)]
+    return [(words[: 20 + 9 * i], 48 + 2 * i) for i in range(count)]
 
 
-async def started(client, tasks, at_least):
-    """Wait until some requests run and some have not ended."""
+class Load:
+    """Requests at once; `begun` when some of them have tokens, while all of them still go on."""
 
-    async def some_run():
-        return (await client.server_info()).num_running >= at_least
+    def __init__(self, client, requests, **sampling):
+        self._client = client
+        self._num_begun = 0
+        self._begun = asyncio.Event()
+        self.tasks = [
+            asyncio.create_task(self._run(prompt, SamplingParams(max_tokens=most, ignore_eos=True, **sampling)))
+            for prompt, most in requests
+        ]
 
-    await eventually(some_run, what="requests running")
-    assert not all(task.done() for task in tasks)
+    async def _run(self, prompt, params):
+        token_ids = []
+        async with self._client.stream(prompt, params, timeout_s=100) as stream:
+            async for delta in stream:
+                if not token_ids:
+                    self._num_begun += 1
+                token_ids.extend(delta.token_ids)
+                if self._num_begun >= 4:
+                    self._begun.set()
+        return token_ids
 
+    async def begun(self):
+        async with asyncio.timeout(60):
+            await self._begun.wait()
+        assert not any(task.done() for task in self.tasks), "nothing was left to disturb"
 
-def start_all(client, load, **sampling):
-    return [
-        asyncio.create_task(
-            client.generate(prompt, SamplingParams(max_tokens=most, ignore_eos=True, **sampling), timeout_s=100)
-        )
-        for prompt, most in load
-    ]
-
-
-async def baseline(client, load, **sampling):
-    """The same requests while nothing goes wrong."""
-    return [result.token_ids for result in await asyncio.gather(*start_all(client, load, **sampling))]
+    async def results(self):
+        return await asyncio.gather(*self.tasks)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -58,12 +66,11 @@ def test_kill_9_of_one_worker_costs_no_request_and_no_token(cluster, reference, 
 
     async def main():
         async with AsyncClient(cluster.router_address) as client:
-            want = await baseline(client, load, **sampling)
-            tasks = start_all(client, load, **sampling)
-            await started(client, tasks, 8)
+            want = await Load(client, load, **sampling).results()
+            disturbed = Load(client, load, **sampling)
+            await disturbed.begun()
             next(process for process in cluster.processes if process.role == role).kill()
-            got = [result.token_ids for result in await asyncio.gather(*tasks)]
-            assert got == want
+            assert await disturbed.results() == want
             await all_pages_free(client.server_info)
 
     asyncio.run(main())
@@ -74,11 +81,11 @@ def test_a_stopped_decode_worker_is_noticed_and_its_streams_go_on(cluster, refer
 
     async def main():
         async with AsyncClient(cluster.router_address) as client:
-            want = await baseline(client, load, temperature=0.0)
-            tasks = start_all(client, load, temperature=0.0)
-            await started(client, tasks, 4)
+            want = await Load(client, load, temperature=0.0).results()
+            disturbed = Load(client, load, temperature=0.0)
+            await disturbed.begun()
             next(process for process in cluster.processes if process.role == "decode").send_signal(signal.SIGSTOP)
-            assert [result.token_ids for result in await asyncio.gather(*tasks)] == want
+            assert await disturbed.results() == want
             await all_pages_free(client.server_info)
 
     asyncio.run(main())
@@ -89,15 +96,15 @@ def test_sigterm_drains_a_worker_without_losing_a_token(cluster, reference):
 
     async def main():
         async with AsyncClient(cluster.router_address) as client:
-            want = await baseline(client, load, temperature=0.0)
-            tasks = start_all(client, load, temperature=0.0)
-            await started(client, tasks, 8)
+            want = await Load(client, load, temperature=0.0).results()
+            disturbed = Load(client, load, temperature=0.0)
+            await disturbed.begun()
             leaving = [
                 next(process for process in cluster.processes if process.role == role) for role in ("prefill", "decode")
             ]
             for process in leaving:
                 process.terminate()
-            assert [result.token_ids for result in await asyncio.gather(*tasks)] == want
+            assert await disturbed.results() == want
             for process in leaving:
                 assert await asyncio.to_thread(process.wait, 30)
                 assert process.poll() == 0
@@ -112,19 +119,18 @@ def test_clients_that_leave_free_everything(cluster, reference):
 
     async def main():
         async with AsyncClient(cluster.router_address) as client:
-            tasks = start_all(client, load, temperature=0.0)
-            await started(client, tasks, 8)
-            for task in tasks[::2]:
+            disturbed = Load(client, load, temperature=0.0)
+            await disturbed.begun()
+            for task in disturbed.tasks[::2]:
                 task.cancel()
-            kept = await asyncio.gather(*tasks[1::2])
-            for (prompt, most), result in zip(load[1::2], kept, strict=True):
-                assert len(result.token_ids) == most, prompt
+            kept = await asyncio.gather(*disturbed.tasks[1::2])
+            assert [len(token_ids) for token_ids in kept] == [most for _, most in load[1::2]]
             await all_pages_free(client.server_info)
 
-            tasks = start_all(client, load, temperature=0.0)
-            await started(client, tasks, 8)
+            disturbed = Load(client, load, temperature=0.0)
+            await disturbed.begun()
             await client.close()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*disturbed.tasks, return_exceptions=True)
         async with AsyncClient(cluster.router_address) as client:
             await all_pages_free(client.server_info)
 
