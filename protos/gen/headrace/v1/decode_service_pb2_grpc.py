@@ -61,7 +61,8 @@ class DecodeServiceServicer:
     def StreamSteps(self, request, context):
         """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
         whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-        the session exists. Errors: ALREADY_EXISTS (SESSION_EXISTS), UNAVAILABLE (DRAINING).
+        the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
+        (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,11 +71,11 @@ class DecodeServiceServicer:
     def Start(self, request, context):
         """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
         verified, and the lease is released. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-        running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (EMPTY_PROMPT,
-        PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
+        running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
+        EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
         (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
         (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (CHECKSUM, SHORT_READ),
-        UNAVAILABLE (DRAINING).
+        UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,16 +38,17 @@ class DecodeServiceStub:
     StreamSteps: _grpc.UnaryStreamMultiCallable[_decode_service_pb2.StreamStepsRequest, _decode_service_pb2.StreamStepsResponse]
     """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
     whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-    the session exists. Errors: ALREADY_EXISTS (SESSION_EXISTS), UNAVAILABLE (DRAINING).
+    the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
+    (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
     """
     Start: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.StartRequest, _decode_service_pb2.StartResponse]
     """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
     verified, and the lease is released. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-    running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (EMPTY_PROMPT,
-    PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
+    running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
+    EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
     (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
     (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (CHECKSUM, SHORT_READ),
-    UNAVAILABLE (DRAINING).
+    UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED).
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.CancelRequest, _decode_service_pb2.CancelResponse]
     """Aborts a sequence, whatever its phase, and frees its pages. Idempotent; an unknown sequence is no error."""
@@ -62,16 +63,17 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     StreamSteps: _aio.UnaryStreamMultiCallable[_decode_service_pb2.StreamStepsRequest, _decode_service_pb2.StreamStepsResponse]  # type: ignore[assignment]
     """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
     whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-    the session exists. Errors: ALREADY_EXISTS (SESSION_EXISTS), UNAVAILABLE (DRAINING).
+    the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
+    (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
     """
     Start: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.StartRequest, _decode_service_pb2.StartResponse]  # type: ignore[assignment]
     """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
     verified, and the lease is released. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-    running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (EMPTY_PROMPT,
-    PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
+    running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
+    EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
     (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
     (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (CHECKSUM, SHORT_READ),
-    UNAVAILABLE (DRAINING).
+    UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED).
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.CancelRequest, _decode_service_pb2.CancelResponse]  # type: ignore[assignment]
     """Aborts a sequence, whatever its phase, and frees its pages. Idempotent; an unknown sequence is no error."""
@@ -89,7 +91,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_decode_service_pb2.StreamStepsResponse], _abc.AsyncIterator[_decode_service_pb2.StreamStepsResponse]]:
         """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
         whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-        the session exists. Errors: ALREADY_EXISTS (SESSION_EXISTS), UNAVAILABLE (DRAINING).
+        the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
+        (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
         """
 
     @_abc_1.abstractmethod
@@ -100,11 +103,11 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_decode_service_pb2.StartResponse, _abc.Awaitable[_decode_service_pb2.StartResponse]]:
         """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
         verified, and the lease is released. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-        running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (EMPTY_PROMPT,
-        PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
+        running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
+        EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
         (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
         (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (CHECKSUM, SHORT_READ),
-        UNAVAILABLE (DRAINING).
+        UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED).
         """
 
     @_abc_1.abstractmethod
