@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace_kernels.backend import backend
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `x` normalised over its last axis and scaled by `weight`.
@@ -28,6 +30,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.shape[-1:] != weight.shape or x.dtype != weight.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype} do not fit")
+    if backend(x) == "triton":
+        from headrace_kernels.gpu import rms_norm as gpu
+
+        return gpu.rms_norm(x, weight, eps)
     wide = x.to(torch.float32)
     # Five times faster on a CPU than torch's own rms_norm in bfloat16: one pass for the norm, none for squares.
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

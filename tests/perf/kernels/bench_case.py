@@ -1,0 +1,29 @@
+"""What the kernels' benchmark needs to know of a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Calls = Callable[[], list[Callable[[], object]]]
+"""Makes inputs on the GPU and returns calls on different buffers, taken in turn so that the L2 cache does not help."""
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One kernel at one shape.
+
+    `bytes_moved` and `flops` are what cannot be avoided; the floor is the longer of both at the measured ceilings.
+    `ceiling` names the matrix rate that bounds it ("bf16" or "fp8"). `peers` are others' kernels of the same function
+    on the same buffers. `published_us` is another's figure on an H200, with its source.
+    """
+
+    family: str
+    shape: str
+    calls: Calls
+    bytes_moved: float
+    flops: float = 0.0
+    ceiling: str = "bf16"
+    peers: dict[str, Calls] = field(default_factory=dict)
+    published_us: float | None = None
+    published_source: str = ""
