@@ -1,0 +1,90 @@
+"""The fp8 row of the latent cache: what a token's bytes mean.
+
+Shapes: D latent width (a multiple of 128), R rope width (even). A row is, in this order and little-endian:
+    D        float8_e4m3fn   the normalised latent, each 128 columns divided by their scale
+    D / 128  float32         the scales: max|x| of their 128 columns / 448, at least `MIN_SCALE`, so never 0
+    R        bfloat16        the rotated rope columns, not quantised
+For D = 512 and R = 64 that is 656 bytes, against 1152 in bfloat16. A cache of such rows is uint8 [.., row_bytes].
+
+`pack_latents` and `unpack_latents` are the specification of every kernel that writes or reads such a cache.
+Source: deepseek-ai/FlashMLA README.md, the fp8 KV cache format.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 128
+"""Columns that share a scale."""
+
+FP8_MAX = 448.0
+"""The largest finite float8_e4m3fn."""
+
+MIN_SCALE = torch.finfo(torch.float32).tiny
+"""The smallest scale: a group of zeros is divided by it and stays zero."""
+
+
+def row_bytes(kv_lora_rank: int, rope_dim: int) -> int:
+    """Return the bytes of one token's row: 656 for a latent of 512 and 64 rope columns.
+
+    Raises:
+        ValueError: `kv_lora_rank` is not a positive multiple of 128, or `rope_dim` is negative or odd.
+    """
+    if kv_lora_rank <= 0 or kv_lora_rank % GROUP or rope_dim < 0 or rope_dim % 2:
+        raise ValueError(
+            f"an fp8 row needs a latent width that is a multiple of {GROUP} and an even rope width, "
+            f"not {kv_lora_rank} and {rope_dim}"
+        )
+    return kv_lora_rank + kv_lora_rank // GROUP * 4 + rope_dim * 2
+
+
+def pack_latents(rows: Tensor, kv_lora_rank: int, rope_dim: int) -> Tensor:
+    """Return the fp8 rows of `rows`.
+
+    Args:
+        rows: [.., D + R], any float dtype: normalised latent, then rotated rope columns.
+        kv_lora_rank: D.
+        rope_dim: R.
+
+    Returns:
+        [.., row_bytes(D, R)] uint8, contiguous.
+
+    Raises:
+        ValueError: the widths do not fit each other or the format.
+    """
+    row_bytes(kv_lora_rank, rope_dim)
+    if rows.shape[-1] != kv_lora_rank + rope_dim:
+        raise ValueError(f"rows {tuple(rows.shape)} do not fit a width of {kv_lora_rank} + {rope_dim}")
+    latents, pe = rows.split([kv_lora_rank, rope_dim], dim=-1)
+    groups = latents.to(torch.float32).unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / FP8_MAX).clamp_min(MIN_SCALE)
+    values = (groups / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).flatten(-2).to(torch.float8_e4m3fn)
+    parts = (values, scales, pe.to(torch.bfloat16).contiguous())
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
+
+
+def unpack_latents(packed: Tensor, kv_lora_rank: int, rope_dim: int) -> Tensor:
+    """Return what the fp8 rows `packed` stand for.
+
+    Args:
+        packed: [.., row_bytes(D, R)] uint8.
+        kv_lora_rank: D.
+        rope_dim: R.
+
+    Returns:
+        [.., D + R] float32: latent, then rope columns.
+
+    Raises:
+        ValueError: the dtype or the widths do not fit.
+    """
+    if packed.dtype != torch.uint8 or packed.shape[-1] != row_bytes(kv_lora_rank, rope_dim):
+        raise ValueError(
+            f"{packed.dtype} {tuple(packed.shape)} is no fp8 cache of rows of {row_bytes(kv_lora_rank, rope_dim)} bytes"
+        )
+    values, scales, pe = (
+        part.contiguous() for part in packed.split([kv_lora_rank, kv_lora_rank // GROUP * 4, rope_dim * 2], dim=-1)
+    )
+    groups = values.view(torch.float8_e4m3fn).to(torch.float32).unflatten(-1, (-1, GROUP))
+    latents = (groups * scales.view(torch.float32)[..., None]).flatten(-2)
+    return torch.cat((latents, pe.view(torch.bfloat16).to(torch.float32)), dim=-1)
