@@ -2,8 +2,10 @@
 
 Shapes: T tokens, K experts per token, E experts. An assignment is a pair (token, k), numbered `token * K + k`.
 First two of the three steps of a mixture-of-experts layer; the third is `grouped_gemm`.
+Tiny: T * K numbers read, about as many written; bound by launch latency.
 
-`moe_sort` and `prepare_blocks` are the entries and their own specifications.
+`moe_sort` and `prepare_blocks` bring the counts to the host: what a loop over experts on a CPU wants. `sort_blocks`
+does both and leaves all on the device: what a kernel's grid and a CUDA graph want; `sort_blocks_ref` specifies it.
 Source: vllm-project/vllm, moe_align_block_size, whose result this is, in two visible steps.
 """
 
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from headrace_kernels.backend import backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,41 @@ class ExpertBlocks:
     block_size: int
     expert_rows: list[int]
     num_assignments: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBlocks:
+    """As `ExpertBlocks`, but nothing is known on the host: tensors have their largest sizes, which `bounds` gives.
+
+    `assignment` [max_rows] int32: which assignment each row is; T * K marks padding, also past the last block.
+    `block_expert` [max_blocks] int32: the expert of each block, counted from the first local one; -1 past the last.
+    `num_blocks` [1] int32. `counts` [E] int32: the assignments of every expert, local or not.
+    """
+
+    assignment: Tensor
+    block_expert: Tensor
+    num_blocks: Tensor
+    counts: Tensor
+    block_size: int
+    num_assignments: int
+
+
+def bounds(num_assignments: int, num_local: int, block_size: int) -> tuple[int, int]:
+    """Return the largest numbers of rows and blocks that `num_assignments` to `num_local` experts can come to.
+
+    An expert with c assignments has ceil(c / block_size) <= 1 + (c - 1) / block_size blocks. Summed over h experts hit:
+    h + (num_assignments - h) / block_size, which grows with h; and h <= min(num_assignments, num_local).
+    """
+    most_hit = min(num_assignments, num_local)
+    max_blocks = most_hit + (num_assignments - most_hit) // block_size if most_hit else 0
+    return max_blocks * block_size, max_blocks
+
+
+def empty_blocks(num_assignments: int, num_experts: int, num_local: int, block_size: int, like: Tensor) -> DeviceBlocks:
+    """Return blocks with tensors of the largest sizes, not filled, on the device of `like`."""
+    max_rows, max_blocks = bounds(num_assignments, num_local, block_size)
+    tensors = (like.new_empty(size, dtype=torch.int32) for size in (max_rows, max_blocks, 1, num_experts))
+    return DeviceBlocks(*tensors, block_size=block_size, num_assignments=num_assignments)
 
 
 def moe_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -66,3 +105,67 @@ def prepare_blocks(order: Tensor, counts: Tensor, block_size: int) -> ExpertBloc
     assignment = order.new_full((len(block_expert) * block_size,), total)
     assignment[places] = order
     return ExpertBlocks(assignment, block_expert.int(), block_size, padded.tolist(), total)
+
+
+def sort_blocks(
+    experts: Tensor, num_experts: int, block_size: int, *, first_local: int = 0, num_local: int | None = None
+) -> DeviceBlocks:
+    """Sort the assignments by expert, within an expert by token, and pad each expert's to whole blocks.
+
+    Does not synchronise with the device. Only the experts that are local take part: the assignments of others, and of
+    experts outside [0, E) such as -1, have no row.
+
+    Args:
+        experts: [T, K] int32 or int64.
+        num_experts: E.
+        block_size: rows of a block, at least 1.
+        first_local: the first expert whose weights are here.
+        num_local: how many experts' weights are here; None: all from `first_local` on.
+
+    Raises:
+        ValueError: the dtype does not fit, or the local experts are not among the E.
+    """
+    num_local = num_experts - first_local if num_local is None else num_local
+    if experts.dtype not in (torch.int32, torch.int64) or experts.ndim != 2:
+        raise ValueError(f"experts {tuple(experts.shape)} {experts.dtype} must be [T, K] int32 or int64")
+    check_local(num_experts, block_size, first_local, num_local)
+    if backend(experts) == "triton":
+        from headrace_kernels.gpu import moe_sort as gpu
+
+        return gpu.sort_blocks(experts, num_experts, block_size, first_local, num_local)
+    return sort_blocks_ref(experts, num_experts, block_size, first_local=first_local, num_local=num_local)
+
+
+def check_local(num_experts: int, block_size: int, first_local: int, num_local: int) -> None:
+    """Raise ValueError unless the local experts are among the E and a block has a row."""
+    if block_size < 1 or first_local < 0 or num_local < 0 or first_local + num_local > num_experts:
+        raise ValueError(
+            f"blocks of {block_size} rows for experts {first_local}..{first_local + num_local} of {num_experts}"
+        )
+
+
+def sort_blocks_ref(
+    experts: Tensor, num_experts: int, block_size: int, *, first_local: int, num_local: int
+) -> DeviceBlocks:
+    """Specification of `sort_blocks` in plain torch."""
+    flat = experts.reshape(-1).long()
+    total = len(flat)
+    max_rows, max_blocks = bounds(total, num_local, block_size)
+    is_local = (flat >= first_local) & (flat < first_local + num_local)
+    local = torch.where(is_local, flat - first_local, num_local)
+    counts = torch.bincount(local, minlength=num_local + 1)
+    num_blocks = (counts + block_size - 1) // block_size
+    num_blocks[num_local] = 0
+    ends = num_blocks.cumsum(0)
+    order = local.argsort(stable=True)
+    sorted_local = local[order]
+    rank = torch.arange(total, device=flat.device) - (counts.cumsum(0) - counts)[sorted_local]
+    place = ((ends - num_blocks) * block_size)[sorted_local] + rank
+    is_kept = sorted_local < num_local
+    assignment = flat.new_full((max_rows,), total, dtype=torch.int32)
+    assignment[place[is_kept]] = order[is_kept].int()
+    blocks = torch.arange(max_blocks, device=flat.device)
+    block_expert = torch.where(blocks < ends[-1], torch.searchsorted(ends, blocks, right=True), -1)
+    is_expert = (flat >= 0) & (flat < num_experts)
+    all_counts = torch.bincount(flat[is_expert], minlength=num_experts)
+    return DeviceBlocks(assignment, block_expert.int(), ends[-1:].int(), all_counts.int(), block_size, total)
