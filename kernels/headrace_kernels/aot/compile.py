@@ -1,0 +1,128 @@
+"""Compile recorded launches, in several processes, and read what they take."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton import knobs
+
+from headrace_kernels.aot.launches import TARGETS, Job, Specialised, recorded, specialise
+from headrace_kernels.aot.resources import (
+    Resources,
+    amd_excess,
+    amdgcn_resources,
+    cubin_usage,
+    cuda_excess,
+    ptx_matrix_units,
+    ptxas_spilled_bytes,
+)
+
+_CRASHED = "the compiler crashed, without an exception: look above for what it printed"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """How the compilation of a job ended: `resources` if it compiled, and what is wrong, in words."""
+
+    resources: Resources | None
+    problems: tuple[str, ...]
+    seconds: float
+    from_cache: bool
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile one launch; what the compiler raises is a problem of that launch."""
+    launch = recorded(job.family, job.case, job.target)[job.launch]
+    cache_hits: list[bool] = []
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        cache_hits.append(cache_hit)
+
+    knobs.compilation.listener = listen
+    began_s = time.monotonic()
+    try:
+        specialised = specialise(launch, job.target)
+        with contextlib.redirect_stdout(io.StringIO()):  # on an error Triton prints the whole PTX
+            kernel = triton.compile(specialised.source, target=TARGETS[job.target], options=specialised.options)
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises, the other launches still compile
+        return Compiled(None, (f"does not compile: {_gist(error)}",), time.monotonic() - began_s, False)
+    seconds = time.monotonic() - began_s
+    if job.target == "cuda":
+        resources = _cuda_resources(kernel, specialised)
+        problems = cuda_excess(resources, launch.num_warps)
+    else:
+        resources = amdgcn_resources(kernel.asm["amdgcn"], kernel.metadata.shared)
+        problems = amd_excess(resources, launch.num_warps)
+    return Compiled(resources, tuple(problems), seconds, all(cache_hits))
+
+
+def _gist(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".strip()
+    return text if len(text) <= 1500 else f"{text[:500]} [...] {text[-900:]}"
+
+
+def _cuda_resources(kernel: Any, specialised: Specialised) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    registers, stack_bytes, static_shared = cubin_usage(usage)
+    return Resources(
+        registers=registers,
+        # Without a stack nothing can be spilled; with one, only ptxas knows whether it holds spills.
+        spilled_bytes=_spilled_bytes(specialised) if stack_bytes else 0,
+        shared_bytes=max(kernel.metadata.shared, static_shared),
+        matrix_units=ptx_matrix_units(kernel.asm["ptx"]),
+    )
+
+
+def _spilled_bytes(specialised: Specialised) -> int:
+    # Compiled once more, with ptxas's log on Triton's standard output: its own command line, whatever the version's.
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        triton.compile(specialised.source, target=TARGETS["cuda"], options=specialised.options)
+    return ptxas_spilled_bytes(log.getvalue())
+
+
+def compile_all(jobs: Iterable[Job], num_processes: int, finished: Callable[[], None]) -> dict[Job, Compiled]:
+    """Compile every job in `num_processes` processes; `finished` is called after each.
+
+    A job that makes the compiler abort takes its process along, and with it what the others were doing: these jobs
+    are tried again, each alone, so that the one to blame is named.
+    """
+    results: dict[Job, Compiled] = {}
+    again: list[Job] = []
+    with _pool(num_processes) as pool:
+        futures = {pool.submit(compile_job, job): job for job in jobs}
+        for future in as_completed(futures):
+            try:
+                results[futures[future]] = future.result()
+                finished()
+            except BrokenProcessPool:
+                again.append(futures[future])
+    for job in again:
+        with _pool(1) as pool:
+            try:
+                results[job] = pool.submit(compile_job, job).result()
+            except BrokenProcessPool:
+                results[job] = Compiled(None, (_CRASHED,), 0.0, False)
+        finished()
+    return results
+
+
+def _pool(num_processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn"))

@@ -1,0 +1,142 @@
+"""From compiled launches to a verdict, the JSON report and the table. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from headrace_kernels.aot.resources import Resources
+from headrace_kernels.gpu.launch import Target
+
+TARGET_NAMES: dict[Target, str] = {"cuda": "cuda:90", "hip": "hip:gfx942"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One compiled launch: where it came from, what it takes, what is wrong with it.
+
+    `nth` counts launches of one kernel within a case, from 0: rows of both targets with the same family, case, kernel
+    and `nth` belong together. `key` is equal for equal machine code.
+    """
+
+    family: str
+    case: str
+    kernel: str
+    nth: int
+    target: Target
+    tiles: str
+    key: str
+    resources: Resources | None
+    problems: tuple[str, ...] = ()
+    seconds: float = 0.0
+    from_cache: bool = False
+    needs_matrix_units: bool = False
+
+
+def without_matrix_units(rows: Sequence[Row]) -> list[str]:
+    """Return a message for each case that must multiply on matrix units and, on a target, has no launch that does."""
+    must: set[tuple[str, str, Target]] = {
+        (r.family, r.case, r.target) for r in rows if r.needs_matrix_units and r.resources is not None
+    }
+    does = {(r.family, r.case, r.target) for r in rows if r.resources is not None and r.resources.matrix_units}
+    return [
+        f"{family}, case '{case}', {TARGET_NAMES[target]}: no launch uses matrix instructions: check that tl.dot's "
+        "tiles are at least 16 in every dimension and its operands of a type the target multiplies"
+        for family, case, target in sorted(must - does)
+    ]
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Return a message for everything that is wrong; nothing if all is well."""
+    of_launches = [
+        f"{row.family}, case '{row.case}', {TARGET_NAMES[row.target]}, kernel {row.kernel} ({row.tiles}): {problem}"
+        for row in rows
+        for problem in row.problems
+    ]
+    return of_launches + without_matrix_units(rows)
+
+
+def report(rows: Sequence[Row], versions: dict[str, str], seconds: float) -> dict[str, Any]:
+    """Return what build/bench/kernels-aot.json holds.
+
+    `kernels` counts the kernels, `cuda90_ok` and `gfx942_ok` those of them that have no problem in any launch for that
+    target, `spills` sums the bytes that a thread spills over all launches, `uses_matrix_units` says whether every case
+    that must does, on both targets.
+    """
+    kernels = {(row.family, row.kernel) for row in rows}
+    found = failures(rows)
+
+    def num_ok(target: Target) -> int:
+        of_target = [row for row in rows if row.target == target]
+        bad = {(row.family, row.kernel) for row in of_target if row.problems}
+        return len({(row.family, row.kernel) for row in of_target} - bad)
+
+    compiled = {row.key: row for row in rows}.values()
+    return {
+        "kernels": len(kernels),
+        "cuda90_ok": num_ok("cuda"),
+        "gfx942_ok": num_ok("hip"),
+        "spills": sum(row.resources.spilled_bytes for row in compiled if row.resources is not None),
+        "uses_matrix_units": not without_matrix_units(rows),
+        "matrix_kernels": {
+            name: len(
+                {(r.family, r.kernel) for r in rows if r.target == t and r.resources and r.resources.matrix_units}
+            )
+            for t, name in TARGET_NAMES.items()
+        },
+        "cases": len({(row.family, row.case) for row in rows}),
+        "compiled": len(compiled),
+        "from_cache": sum(row.from_cache for row in compiled),
+        "compile_cpu_s": round(sum(row.seconds for row in compiled), 1),
+        "wall_s": round(seconds, 1),
+        "versions": versions,
+        "failures": found,
+        "launches": [asdict(row) for row in rows],
+    }
+
+
+def table(rows: Sequence[Row], versions: dict[str, str]) -> str:
+    """Return the table for docs/kernels.md: a line a launch, both targets in it; equal machine code only once."""
+    pairs: dict[tuple[str, str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        pairs.setdefault((row.family, row.case, row.kernel, row.nth), {})[row.target] = row
+    lines = [
+        f"Compiled with Triton {versions['triton']}. Registers are a thread's (a lane's, of which accumulators), "
+        "shared memory a program's.",
+        "",
+        "| Family: case | Kernel | sm_90: registers | shared KiB | matrix | spills "
+        "| gfx942: registers | LDS KiB | matrix | spills |",
+        "|---|---|--:|--:|---|--:|--:|--:|---|--:|",
+    ]
+    seen: set[tuple[str, ...]] = set()
+    for (family, case, kernel, _), pair in pairs.items():
+        key = tuple(row.key for row in pair.values())
+        if key in seen:
+            continue
+        seen.add(key)
+        cells = " | ".join(_cells(pair.get(target)) for target in TARGET_NAMES)
+        lines.append(f"| {family}: {case} | `{kernel}` | {cells} |")
+    return "\n".join(lines)
+
+
+def _cells(row: Row | None) -> str:
+    if row is None:
+        return "not launched | | | "
+    if row.resources is None:
+        return "does not compile | | | "
+    r = row.resources
+    registers = f"{r.registers} ({r.accumulators})" if row.target == "hip" else f"{r.registers}"
+    return f"{registers} | {r.shared_bytes / 1024:.1f} | {r.matrix_units or 'none'} | {r.spilled_bytes}"
+
+
+def put_between(text: str, name: str, content: str) -> str:
+    """Return `text` with what is between `<!-- name: begin -->` and `<!-- name: end -->` replaced by `content`.
+
+    ValueError if the two markers are not there, once and in this order.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the markers {begin} and {end} must be in the text, once and in this order")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
