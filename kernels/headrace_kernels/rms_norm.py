@@ -1,9 +1,11 @@
-"""Root-mean-square normalisation of rows.
+"""Root-mean-square normalisation of rows, alone or after a residual has been added.
 
 Shapes: T tokens, N hidden. `y = (x / sqrt(mean(x^2) + eps)) * weight`, the mean in float32.
-Bytes moved: 2 * T * N * itemsize, so the kernel is bound by memory bandwidth.
+Bytes moved: 2 * T * N * itemsize by `rms_norm`, 4 * T * N * itemsize by `add_rms_norm`, so both are bound by memory
+bandwidth.
 
-`rms_norm` is the entry; `rms_norm_ref` is the specification it is tested against.
+`rms_norm` and `add_rms_norm` are the entries; `rms_norm_ref` and `add_rms_norm_ref` are the specifications they are
+tested against.
 """
 
 from __future__ import annotations
@@ -18,18 +20,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `x` normalised over its last axis and scaled by `weight`.
 
     Args:
-        x: [T, N], any float dtype.
-        weight: [N], dtype of `x`.
+        x: [T, N], any float dtype; rows contiguous.
+        weight: [N], dtype of `x`; contiguous.
         eps: added to the mean square.
 
     Returns:
-        [T, N], dtype of `x`.
+        [T, N], dtype of `x`, contiguous.
 
     Raises:
         ValueError: the widths or dtypes differ.
     """
-    if x.shape[-1:] != weight.shape or x.dtype != weight.dtype:
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype} do not fit")
+    _check(x, weight)
     if backend(x) == "triton":
         from headrace_kernels.gpu import rms_norm as gpu
 
@@ -41,6 +42,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype).mul_(weight)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `x + residual` normalised, and `x + residual` itself: what a layer computes on and what it adds to.
+
+    Args:
+        x: [T, N], any float dtype; rows contiguous.
+        residual: [T, N], dtype of `x`; rows contiguous.
+        weight: [N], dtype of `x`; contiguous.
+        eps: added to the mean square.
+
+    Returns:
+        Two tensors [T, N], dtype of `x`, contiguous. The sum is rounded to that dtype before it is normalised.
+
+    Raises:
+        ValueError: the shapes or dtypes differ.
+    """
+    _check(x, weight)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} is added to {tuple(residual.shape)} {residual.dtype}")
+    if backend(x) == "triton":
+        from headrace_kernels.gpu import rms_norm as gpu
+
+        return gpu.add_rms_norm(x, residual, weight, eps)
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Specification of `rms_norm` in plain torch: rounds to the dtype of `x` before the weight is applied.
 
@@ -49,3 +76,14 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.float32)
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype)
+
+
+def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Specification of `add_rms_norm` in plain torch."""
+    total = x + residual
+    return rms_norm_ref(total, weight, eps), total
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.shape[-1:] != weight.shape or x.dtype != weight.dtype:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype} do not fit")

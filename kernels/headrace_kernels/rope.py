@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace_kernels.backend import backend
+
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:
     """Return the heads of `x` rotated.
@@ -24,7 +26,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor
         is_interleaved: how pairs lie in `x`.
 
     Returns:
-        [T, H, R], dtype of `x`, de-interleaved. The rotation is computed in float32.
+        [T, H, R], dtype of `x`, contiguous, de-interleaved. The rotation is computed in float32.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -34,6 +36,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor
             f"x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} "
             "do not fit [T, H, R], [T, R/2], [T, R/2]"
         )
+    if backend(x) == "triton":
+        from headrace_kernels.gpu import rope as gpu
+
+        return gpu.rope(x, cos, sin, is_interleaved=is_interleaved)
     return rope_ref(x, cos, sin, is_interleaved=is_interleaved)
 
 
