@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from headrace_kernels.backend import backend
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingRule:
@@ -34,26 +36,50 @@ class RoutingRule:
     scaling_factor: float = 1.0
 
 
-def moe_routing(logits: Tensor, bias: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
+def moe_routing(logits: Tensor, bias: Tensor | None, rule: RoutingRule, num_shared: int = 0) -> tuple[Tensor, Tensor]:
     """Return every token's experts and weights.
+
+    Of experts that are equally good the lowest is chosen on a GPU; on a CPU, one of them. A token with a NaN among its
+    scores gets experts of no meaning, each in [0, E), and weights that are not all finite: so whatever multiplies them
+    gives it a result that the sampler refuses, and no other token is touched.
 
     Args:
         logits: [T, E] float32.
         bias: [E] float32, added to the scores for the choice but not for the weights; None: none.
         rule: how to choose.
+        num_shared: how many shared experts every token passes as well, with weight 1: E, E + 1, ..., after its K. So a
+            grouped GEMM takes them in with the routed ones.
 
     Returns:
-        experts [T, K] int64, in no defined order, and their weights [T, K] float32.
+        experts [T, K + num_shared] int64, the K in no defined order, and their weights, float32.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit.
+        ValueError: the shapes or dtypes do not fit, or the rule asks for more experts than there are to choose from.
     """
     if logits.dtype != torch.float32 or (bias is not None and bias.shape != logits.shape[1:]):
         raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype} must be [T, E] float32, bias [E]")
-    return moe_routing_ref(logits, bias, rule)
+    check_rule(rule, logits.shape[1])
+    if num_shared < 0:
+        raise ValueError(f"num_shared is {num_shared}")
+    if backend(logits) == "triton":
+        from headrace_kernels.gpu import moe_routing as gpu
+
+        return gpu.moe_routing(logits, bias, rule, num_shared)
+    return moe_routing_ref(logits, bias, rule, num_shared)
 
 
-def moe_routing_ref(logits: Tensor, bias: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
+def check_rule(rule: RoutingRule, num_experts: int) -> None:
+    """Raise ValueError unless `rule` can be applied to `num_experts` experts."""
+    group_size, rest = divmod(num_experts, max(rule.num_groups, 1))
+    num_candidates = min(rule.num_groups_kept, rule.num_groups) * group_size
+    is_top2_short = rule.is_group_score_top2 and rule.num_groups_kept < rule.num_groups and group_size < 2
+    if rest or is_top2_short or rule.num_groups_kept < 1 or not 1 <= rule.num_experts_per_token <= num_candidates:
+        raise ValueError(f"{rule} cannot be applied to {num_experts} experts")
+
+
+def moe_routing_ref(
+    logits: Tensor, bias: Tensor | None, rule: RoutingRule, num_shared: int = 0
+) -> tuple[Tensor, Tensor]:
     """Specification of `moe_routing` in plain torch."""
     scores = logits.sigmoid() if rule.scoring == "sigmoid" else logits.softmax(dim=-1)
     for_choice = scores if bias is None else scores + bias
@@ -63,7 +89,14 @@ def moe_routing_ref(logits: Tensor, bias: Tensor | None, rule: RoutingRule) -> t
     weights = scores.gather(1, experts)
     if rule.is_normalised:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return experts, weights * rule.scaling_factor
+    weights = weights * rule.scaling_factor
+    if num_shared == 0:
+        return experts, weights
+    shared = torch.arange(num_shared, device=logits.device) + logits.shape[1]
+    return (
+        torch.cat([experts, shared.expand(len(experts), -1)], dim=1),
+        torch.cat([weights, weights.new_ones(len(weights), num_shared)], dim=1),
+    )
 
 
 def _keep_best_groups(for_choice: Tensor, rule: RoutingRule) -> Tensor:

@@ -47,7 +47,7 @@ def sort_blocks(
 
 def bins(num_experts: int) -> int:
     """Return how many counters a program keeps: one an expert, and at least one for assignments of none."""
-    return max(triton.next_power_of_2(num_experts + 1), 16)
+    return 1 << max(num_experts.bit_length(), 4)
 
 
 def aot_cases() -> list[AotCase]:
