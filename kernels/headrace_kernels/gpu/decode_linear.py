@@ -1,0 +1,189 @@
+"""`headrace_kernels.decode_linear` in Triton: weights are the rows of the product and tokens its columns.
+
+So few tokens waste little of a matrix instruction. The fewer outputs a layer has, the fewer a program takes, so that
+every multiprocessor reads; with fewer than 64 the matrix instruction is mma instead of wgmma, still faster than memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace_kernels import decode_linear as family
+from headrace_kernels.gpu import configs
+from headrace_kernels.gpu.configs import Config
+from headrace_kernels.gpu.launch import AotCase, launch, num_sms, operand_dtype, target
+
+# What a program may take to load ahead, of the 227 KiB of a multiprocessor.
+_SHARED_BYTES = 144 * 1024
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: float, bias: Tensor | None) -> Tensor:
+    """See `headrace_kernels.decode_linear.norm_linear`."""
+    return _launch(x, weight, bias, norm_weight, None, eps, is_normalised=True)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    """See `headrace_kernels.decode_linear.linear_add`."""
+    return _launch(x, weight, bias, None, residual, 0.0, is_normalised=False)
+
+
+def key(num_rows: int, weight: Tensor) -> str:
+    """Return the name of a layer's configurations: its shape, and the power of two of tokens."""
+    out_features, in_features = weight.shape
+    return f"{out_features}x{in_features} {weight.dtype} tokens {_bucket(num_rows)}"
+
+
+def default_config(num_rows: int, weight: Tensor) -> Config:
+    """Return the tiles with which the busiest multiprocessor reads least; of equals, those with most outputs."""
+    if weight.dtype == torch.float32:
+        tokens = min(_bucket(num_rows), 32)
+        return {"BLOCK_O": 32, "BLOCK_T": tokens, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2}
+    tiles = [(outputs, tokens) for outputs in (128, 64, 32, 16) for tokens in (16, 32, 64, 128)]
+    outputs, tokens = min(tiles, key=lambda tile: _most_read(num_rows, weight, *tile))
+    inputs = 256 if outputs + tokens <= 64 else 128 if outputs + tokens <= 128 else 64
+    num_stages = min(_SHARED_BYTES // (2 * inputs * (outputs + tokens)), 6)
+    if target() == "hip":
+        inputs, num_stages = min(inputs, 128), 2
+    num_warps = 4 if outputs + tokens <= 128 else 8
+    return {
+        "BLOCK_O": outputs,
+        "BLOCK_T": tokens,
+        "BLOCK_I": inputs,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+def _bucket(num_rows: int) -> int:
+    return 1 << max((num_rows - 1).bit_length(), 4)
+
+
+def _most_read(num_rows: int, weight: Tensor, outputs: int, tokens: int) -> int:
+    """Return how many rows, of weights and of tokens, the busiest multiprocessor reads."""
+    rows = _bucket(num_rows)
+    num_programs = -(-len(weight) // outputs) * -(-rows // tokens)
+    return -(-num_programs // num_sms(weight)) * (outputs + min(rows, tokens))
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    *,
+    is_normalised: bool,
+) -> Tensor:
+    num_rows, in_features = x.shape
+    out_features = len(weight)
+    out = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
+    config = configs.config("decode_linear", key(num_rows, weight), default_config(num_rows, weight), x)
+    launch(
+        _linear_kernel,
+        (triton.cdiv(out_features, config["BLOCK_O"]), triton.cdiv(num_rows, config["BLOCK_T"])),
+        *(x, x.stride(0), norm_weight, weight, weight.stride(0), bias),
+        *(residual, 0 if residual is None else residual.stride(0), out),
+        *(num_rows, in_features, out_features, eps),
+        IS_NORMALISED=is_normalised,
+        HAS_NORM_WEIGHT=norm_weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        OPERAND=operand_dtype(weight),
+        **config,
+    )
+    return out
+
+
+def aot_cases() -> list[AotCase]:
+    """Projections of DeepSeek-V2-Lite, DeepSeek-V3 and Mixtral, for each number of tokens a program can take."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def norm(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, has_bias: bool) -> AotCase:
+        x, norm_weight, weight, bias = (
+            meta(*shape, dtype=dtype) for shape in ((tokens, inputs), (inputs,), (outputs, inputs), (outputs,))
+        )
+        return AotCase(
+            f"norm_linear {dtype} T={tokens} {inputs} to {outputs}",
+            lambda: family.norm_linear(x, norm_weight, weight, 1e-6, bias if has_bias else None),
+            uses_matrix_units=dtype == torch.bfloat16,
+        )
+
+    def add(tokens: int, inputs: int, outputs: int) -> AotCase:
+        x, weight, residual = meta(tokens, inputs), meta(outputs, inputs), meta(tokens, outputs)
+        return AotCase(
+            f"linear_add T={tokens} {inputs} to {outputs}",
+            lambda: family.linear_add(x, weight, residual),
+            uses_matrix_units=True,
+        )
+
+    return [
+        norm(8, 2048, 3648, torch.bfloat16, False),
+        norm(32, 2048, 3648, torch.bfloat16, False),
+        norm(128, 7168, 2112, torch.bfloat16, False),
+        norm(64, 4096, 6144, torch.bfloat16, True),
+        norm(8, 2048, 3648, torch.float32, False),
+        add(1, 2048, 2048),
+        add(32, 4096, 4096),
+        add(256, 16384, 7168),
+    ]
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr,
+    x_stride,
+    norm_weight_ptr,
+    weight_ptr,
+    weight_stride,
+    bias_ptr,
+    residual_ptr,
+    residual_stride,
+    out_ptr,
+    num_rows,
+    in_features,
+    out_features,
+    eps,
+    IS_NORMALISED: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    OPERAND: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i = tl.arange(0, BLOCK_I)
+    is_output, is_token = o < out_features, t < num_rows
+    weight_ptrs = weight_ptr + o.to(tl.int64)[:, None] * weight_stride + i[None, :]
+    x_ptrs = x_ptr + t.to(tl.int64)[None, :] * x_stride + i[:, None]
+    sums = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+    squares = tl.zeros([BLOCK_I, BLOCK_T], tl.float32)
+    for start in range(0, in_features, BLOCK_I):
+        is_input = start + i < in_features
+        weight = tl.load(weight_ptrs + start, mask=is_output[:, None] & is_input[None, :], other=0.0).to(OPERAND)
+        x = tl.load(x_ptrs + start, mask=is_input[:, None] & is_token[None, :], other=0.0).to(OPERAND)
+        if IS_NORMALISED:
+            wide = x.to(tl.float32)
+            squares += wide * wide
+            if HAS_NORM_WEIGHT:
+                norm_weight = tl.load(norm_weight_ptr + start + i, mask=is_input, other=0.0).to(tl.float32)
+                x = (wide * norm_weight[:, None]).to(OPERAND)
+        sums = tl.dot(weight, x, sums, input_precision="ieee")
+    if IS_NORMALISED:
+        sums *= tl.rsqrt(tl.sum(squares, axis=0) / in_features + eps)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + o, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    is_inside = is_output[:, None] & is_token[None, :]
+    rows = t.to(tl.int64)[None, :]
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + rows * residual_stride + o[:, None]
+        sums += tl.load(residual_ptrs, mask=is_inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * out_features + o[:, None], sums.to(out_ptr.dtype.element_ty), mask=is_inside)
