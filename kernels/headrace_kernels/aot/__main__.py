@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from headrace_kernels.aot.compile import Compiled, compile_all
 from headrace_kernels.aot.launches import Job, cases, find_families, keyed_jobs, recorded, tile_text, versions
-from headrace_kernels.aot.report import TARGET_NAMES, Row, put_between, report, table
+from headrace_kernels.aot.report import OK_FIELDS, TARGET_NAMES, Row, put_between, report, table
 from headrace_kernels.gpu.launch import Target
 
 console = Console(soft_wrap=True)
@@ -87,10 +87,13 @@ def _row(job: Job, key: str, compiled: Compiled) -> Row:
 
 def _say(result: dict[str, Any], rows: list[Row]) -> None:
     cached = f", {result['from_cache']} of them from Triton's cache" if result["from_cache"] else ""
+    tried = {row.target for row in rows}
+    well = " and ".join(
+        f"{result[field]} on {TARGET_NAMES[target]}" for target, field in OK_FIELDS.items() if target in tried
+    )
     console.print(
-        f"{result['kernels']} kernels in {result['cases']} cases: {result['cuda90_ok']} well on cuda:90, "
-        f"{result['gfx942_ok']} on hip:gfx942; {result['compiled']} distinct launches compiled in "
-        f"{result['wall_s']} s{cached}."
+        f"{result['kernels']} kernels in {result['cases']} cases, well are {well or 'none'}; "
+        f"{result['compiled']} distinct launches in {result['wall_s']} s{cached}."
     )
     compiled = {row.key: row for row in rows if not row.from_cache}.values()
     for row in sorted(compiled, key=lambda r: -r.seconds)[:3]:

@@ -10,6 +10,7 @@ from headrace_kernels.aot.resources import Resources
 from headrace_kernels.gpu.launch import Target
 
 TARGET_NAMES: dict[Target, str] = {"cuda": "cuda:90", "hip": "hip:gfx942"}
+OK_FIELDS: dict[Target, str] = {"cuda": "cuda90_ok", "hip": "gfx942_ok"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,7 @@ def report(rows: Sequence[Row], versions: dict[str, str], seconds: float) -> dic
     compiled = {row.key: row for row in rows}.values()
     return {
         "kernels": len(kernels),
-        "cuda90_ok": num_ok("cuda"),
-        "gfx942_ok": num_ok("hip"),
+        **{field: num_ok(target) for target, field in OK_FIELDS.items()},
         "spills": sum(row.resources.spilled_bytes for row in compiled if row.resources is not None),
         "uses_matrix_units": not without_matrix_units(rows),
         "matrix_kernels": {

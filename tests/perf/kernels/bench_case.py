@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from headrace_kernels.gpu.configs import Config
+
 Calls = Callable[[], list[Callable[[], object]]]
 """Makes inputs on the GPU and returns calls on different buffers, taken in turn so that the L2 cache does not help."""
 
@@ -27,3 +29,7 @@ class BenchCase:
     peers: dict[str, Calls] = field(default_factory=dict)
     published_us: float | None = None
     published_source: str = ""
+
+
+TuningCase = tuple[str, str, list[Config], BenchCase]
+"""What a family's `tuning()` lists: family, key of `configs.config`, candidates (the default first), a case to time."""

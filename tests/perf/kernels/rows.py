@@ -1,0 +1,91 @@
+"""From a case and its time to a row, and from rows to the table. Pure: no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tests.perf.kernels.bench_case import BenchCase
+from tests.perf.kernels.ceilings import Ceilings
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case: its floor, its median time (None: not measured), the peers' times or why they have none.
+
+    `is_in_l2` says that all buffers together fit the L2 cache twice over or less although bytes bound the case: its
+    time is then no measure of memory.
+    """
+
+    family: str
+    shape: str
+    floor_us: float
+    bound: str
+    us: float | None = None
+    error: str = ""
+    peers: dict[str, float | str] = field(default_factory=dict)
+    published_us: float | None = None
+    published_source: str = ""
+    is_in_l2: bool = False
+
+    @property
+    def fraction(self) -> float | None:
+        """How much of the measured time the floor is; None if not measured."""
+        return None if self.us is None else self.floor_us / self.us
+
+
+def floor(case: BenchCase, ceilings: Ceilings) -> tuple[float, str]:
+    """Return the shortest time that the case can take, µs, and what bounds it: "bytes" or the matrix rate's name."""
+    if case.bytes_moved <= 0 and case.flops <= 0:
+        raise ValueError(f"{case.family} {case.shape}: a case needs bytes_moved or flops above 0")
+    bytes_us = case.bytes_moved / ceilings.tb_s() / 1e6
+    flops_us = case.flops / ceilings.tflops(case.ceiling) / 1e6
+    return (bytes_us, "bytes") if bytes_us >= flops_us else (flops_us, case.ceiling)
+
+
+def fits_l2(case: BenchCase, num_calls: int, l2_bytes: int, bound: str) -> bool:
+    """Say whether the calls' buffers together are too small to measure memory: less than twice the L2 cache."""
+    return bound == "bytes" and case.bytes_moved * num_calls < 2 * l2_bytes
+
+
+def unmeasured(case: BenchCase, ceilings: Ceilings) -> Row:
+    """Return the row of a case without a time."""
+    floor_us, bound = floor(case, ceilings)
+    published = {"published_us": case.published_us, "published_source": case.published_source}
+    return Row(case.family, case.shape, floor_us, bound, peers=dict.fromkeys(case.peers, NOT_MEASURED), **published)
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows as kernels-gpu.json has them, each with its fraction of the floor."""
+    return [asdict(row) | {"fraction": row.fraction} for row in rows]
+
+
+def table(rows: Sequence[Row], ceilings: Ceilings, heading: Mapping[str, str]) -> str:
+    """Return the Markdown table under a paragraph of what `heading` names: GPU, date, versions."""
+    what = "; ".join(f"{name} {value}" for name, value in heading.items())
+    fp8 = NOT_MEASURED if ceilings.fp8_tflops is None else f"{ceilings.fp8_tflops:.0f} TFLOP/s"
+    lines = [
+        f"{what}. Ceilings: copy {ceilings.copy_tb_s:.2f} TB/s, read {ceilings.read_tb_s:.2f} TB/s, "
+        f"bf16 {ceilings.bf16_tflops:.0f} TFLOP/s, fp8 {fp8}, {ceilings.launch_gap_us:.1f} µs from one empty kernel to "
+        "the next.",
+        "",
+        "| Family | Shape | µs | Floor, µs | Bound by | % of floor | Peers, µs | Published on an H200, µs |",
+        "|---|---|--:|--:|---|--:|---|---|",
+    ]
+    return "\n".join([*lines, *(_line(row) for row in rows)])
+
+
+def _line(row: Row) -> str:
+    time = row.error or (NOT_MEASURED if row.us is None else f"{row.us:.1f}" + (" (in L2)" if row.is_in_l2 else ""))
+    share = NOT_MEASURED if row.fraction is None else f"{row.fraction:.0%}"
+    peers = "; ".join(f"{name} {_time(us)}" for name, us in row.peers.items()) or "–"
+    published = "–" if row.published_us is None else f"{row.published_us:g} ({row.published_source})"
+    cells = (row.family, row.shape, time, f"{row.floor_us:.1f}", row.bound, share, peers, published)
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _time(us: float | str) -> str:
+    return us if isinstance(us, str) else f"{us:.1f}"

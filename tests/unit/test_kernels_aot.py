@@ -1,0 +1,214 @@
+"""The pure parts of ahead-of-time compilation: specialisation, reading resources, limits, verdicts, the table."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton.language as tl
+from headrace_kernels.aot.launches import cases, specialise
+from headrace_kernels.aot.report import Row, failures, put_between, report, table
+from headrace_kernels.aot.resources import (
+    Resources,
+    amd_excess,
+    amdgcn_resources,
+    cubin_usage,
+    cuda_excess,
+    ptx_matrix_units,
+    ptxas_spilled_bytes,
+)
+from headrace_kernels.gpu.launch import Launch
+from triton.runtime.jit import JITFunction
+
+
+def _kernel(x_ptr, y_ptr, stride, count, scale, flag, absent, BLOCK_N: tl.constexpr, OPERAND: tl.constexpr):
+    tl.store(y_ptr, tl.load(x_ptr + stride + count))
+
+
+KERNEL = JITFunction(_kernel)
+
+
+def specialised(x, stride=32, count=7, target="cuda", block=64, num_warps=4):
+    arguments = (x, torch.empty(8, device="meta"), stride, count, 0.5, True, None)
+    return specialise(Launch(KERNEL, (1,), arguments, {"BLOCK_N": block, "OPERAND": tl.bfloat16}, num_warps, 2), target)
+
+
+def bf16(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def test_arguments_are_specialised_as_a_launch_would():
+    source = specialised(bf16(4, 64)).source
+    assert source.signature == {
+        "x_ptr": "*bf16",
+        "y_ptr": "*fp32",
+        "stride": "i32",
+        "count": "i32",
+        "scale": "fp32",
+        "flag": "u1",
+        "absent": "constexpr",
+        "BLOCK_N": "constexpr",
+        "OPERAND": "constexpr",
+    }
+    assert source.constants == {(6,): None, (7,): 64, (8,): tl.bfloat16}
+    divisible = [index for (index,), attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes]
+    assert divisible == [0, 1, 2]
+
+
+def test_an_integer_one_is_a_constant_and_a_wide_one_has_64_bits():
+    assert specialised(bf16(64), stride=1).source.constants[(2,)] == 1
+    assert specialised(bf16(64), stride=2**40).source.signature["stride"] == "i64"
+
+
+def test_a_view_at_an_odd_offset_is_not_taken_as_aligned():
+    assert [["tt.divisibility", 16]] in specialised(bf16(4, 64)[:, 8:]).source.attrs.values()
+    attributes = specialised(bf16(4, 64)[:, 1:]).source.attrs
+    assert ["tt.divisibility", 16] not in attributes.get((0,), [])
+
+
+def test_amd_knows_which_tensors_32_bit_offsets_reach():
+    small, large = (specialised(bf16(n), target="hip").source.attrs[(0,)] for n in (64, 2**31))
+    assert ["tt.pointer_range", 32] in small
+    assert ["tt.pointer_range", 32] not in large
+
+
+def test_only_launches_that_compile_alike_share_a_key():
+    key = specialised(bf16(4, 64)).key
+    assert specialised(bf16(9, 64), count=9).key == key
+    others = [
+        specialised(bf16(4, 64), count=16),
+        specialised(bf16(4, 64), target="hip"),
+        specialised(bf16(4, 64), block=128),
+        specialised(bf16(4, 64), num_warps=8),
+        specialised(torch.empty(4, 64, device="meta")),
+    ]
+    assert len({key, *(other.key for other in others)}) == 6
+
+
+def test_an_unknown_family_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"no kernel family 'rms_nrm'.*rms_norm"):
+        cases("rms_nrm")
+
+
+CUOBJDUMP = """
+Resource usage:
+ Common:
+  GLOBAL:11 CONSTANT[4]:8
+ Function _k:
+  REG:38 STACK:24 SHARED:1024 LOCAL:0 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+PTXAS = """ptxas info    : Function properties for _k
+    160 bytes stack frame, 152 bytes spill stores, 200 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+AMDGCN = """
+	v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+	.amdgpu_metadata
+amdhsa.kernels:
+  - .agpr_count:     16
+    .group_segment_fixed_size: 0
+    .sgpr_spill_count: 3
+    .vgpr_count:     88
+    .vgpr_spill_count: 5
+"""
+
+
+def test_resources_of_a_cubin_are_read():
+    assert cubin_usage(CUOBJDUMP) == (38, 24, 1024)
+    assert ptxas_spilled_bytes(PTXAS) == 200
+    with pytest.raises(ValueError, match="cuobjdump"):
+        cubin_usage("cuobjdump fatal: no such file")
+    with pytest.raises(ValueError, match="ptxas"):
+        ptxas_spilled_bytes("")
+
+
+def test_resources_of_amd_assembly_are_read():
+    assert amdgcn_resources(AMDGCN, 4096) == Resources(88, 20, 4096, "mfma", accumulators=16, scalar_spills=3)
+    with pytest.raises(ValueError, match="vgpr_spill_count"):
+        amdgcn_resources(AMDGCN.replace(".vgpr_spill_count", ".other"), 0)
+
+
+@pytest.mark.parametrize(
+    ("ptx", "units"),
+    [
+        ("wgmma.mma_async.sync.aligned.m64n64k16", "wgmma"),
+        ("mma.sync.aligned.m16n8k16.row.col", "mma.sync"),
+        ("wgmma.fence.sync.aligned; fma.rn.f32", ""),
+    ],
+)
+def test_matrix_instructions_are_told_apart(ptx, units):
+    assert ptx_matrix_units(ptx) == units
+
+
+def test_every_limit_of_sm_90_is_checked():
+    assert cuda_excess(Resources(255, 0, 227 * 1024, ""), num_warps=8) == []
+    assert "spills 8 bytes" in cuda_excess(Resources(255, 8, 0, ""), num_warps=4)[0]
+    assert "of 232448" in cuda_excess(Resources(32, 0, 227 * 1024 + 1, ""), num_warps=4)[0]
+    # 129 registers are allocated as 136: 16 warps of them are more than 65536.
+    assert "use fewer warps than 16" in cuda_excess(Resources(129, 0, 0, ""), num_warps=16)[0]
+    assert cuda_excess(Resources(128, 0, 0, ""), num_warps=16) == []
+
+
+def test_every_limit_of_gfx942_is_checked():
+    assert amd_excess(Resources(256, 0, 65536, "", scalar_spills=4), num_warps=8) == []
+    assert "spills 4 bytes" in amd_excess(Resources(256, 4, 0, ""), num_warps=8)[0]
+    assert "of 65536" in amd_excess(Resources(64, 0, 65537, ""), num_warps=4)[0]
+    assert "use fewer warps than 8" in amd_excess(Resources(264, 0, 0, ""), num_warps=8)[0]
+
+
+def row(kernel="_k", target="cuda", units="wgmma", spilled=0, key=None, **changes):
+    found = Resources(64, spilled, 2048, units)
+    fields = {"family": "f", "case": "c", "nth": 0, "tiles": "BLOCK_N=64", "key": key or f"{kernel}{target}"}
+    return Row(kernel=kernel, target=target, **{**fields, "resources": found, "needs_matrix_units": True, **changes})
+
+
+VERSIONS = {"triton": "3.7.1", "torch": "2.13.0"}
+
+
+def test_all_well_is_reported_as_such():
+    rows = [row(), row("_combine", units=""), row(target="hip", units="mfma"), row("_combine", "hip", "")]
+    result = report(rows, VERSIONS, 12.34)
+    wanted = {"kernels": 2, "cuda90_ok": 2, "gfx942_ok": 2, "spills": 0, "uses_matrix_units": True, "failures": []}
+    assert wanted.items() <= result.items()
+
+
+def test_a_spill_fails_with_a_message_that_names_where():
+    bad = row("_combine", target="hip", spilled=8, problems=("spills 8 bytes a thread: use smaller tiles",))
+    result = report([row(), row("_combine"), row(target="hip"), bad, bad], VERSIONS, 1.0)
+    assert (result["cuda90_ok"], result["gfx942_ok"], result["spills"]) == (2, 1, 8)
+    message = failures([bad])[0]
+    assert message.startswith("f, case 'c', hip:gfx942, kernel _combine (BLOCK_N=64): spills 8 bytes")
+
+
+def test_a_case_that_lost_its_matrix_units_fails():
+    rows = [row(), row(target="hip", units="")]
+    assert report(rows, VERSIONS, 1.0)["uses_matrix_units"] is False
+    assert failures(rows)[0].startswith("f, case 'c', hip:gfx942: no launch uses matrix instructions")
+
+
+def test_a_launch_that_does_not_compile_is_one_failure():
+    rows = [row(resources=None, problems=("does not compile: CompilationError: no",)), row(target="hip", units="mfma")]
+    assert len(failures(rows)) == 1
+    assert "does not compile" in table(rows, VERSIONS)
+
+
+def test_the_table_shows_both_targets_once_for_equal_machine_code():
+    rows = [row(case=case, key=key, target=t) for case in ("c", "d") for t, key in (("cuda", "1"), ("hip", "2"))]
+    lines = [line for line in table(rows, VERSIONS).splitlines() if "`_k`" in line]
+    assert lines == ["| f: c | `_k` | 64 | 2.0 | wgmma | 0 | 64 (0) | 2.0 | wgmma | 0 |"]
+
+
+def test_a_table_replaces_only_what_is_between_its_markers():
+    text = "a\n<!-- t: begin -->\nold\n<!-- t: end -->\nb\n"
+    assert put_between(text, "t", "new") == "a\n<!-- t: begin -->\nnew\n<!-- t: end -->\nb\n"
+    with pytest.raises(ValueError, match="t: begin"):
+        put_between("no markers", "t", "new")
+
+
+def test_the_interpreter_is_refused():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "headrace_kernels.aot"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in done.stdout

@@ -1,0 +1,189 @@
+"""The kernels' benchmark and tuner as far as they go without a GPU: floors, the table, choosing, refusing."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from headrace_kernels.gpu import configs
+
+from tests.perf.kernels import harness, report, tune
+from tests.perf.kernels.bench_case import BenchCase
+from tests.perf.kernels.ceilings import Ceilings
+from tests.perf.kernels.harness import NoGpuError, families, measure_us, require_gpu
+from tests.perf.kernels.peers import load_adapters, peers_of
+from tests.perf.kernels.rows import Row, as_json, fits_l2, floor, table, unmeasured
+from tests.perf.kernels.tune import Trial, best, is_close, keep
+
+CEILINGS = Ceilings(copy_tb_s=4.0, read_tb_s=5.0, bf16_tflops=800.0, fp8_tflops=None, launch_gap_us=1.0)
+
+
+def case(**changes):
+    return BenchCase(**{"family": "f", "shape": "B=1", "calls": list, "bytes_moved": 10e6} | changes)
+
+
+def test_the_floor_is_the_longer_of_bytes_and_flops():
+    assert floor(case(), CEILINGS) == (pytest.approx(2.0), "bytes")
+    assert floor(case(flops=8e9), CEILINGS) == (pytest.approx(10.0), "bf16")
+
+
+def test_a_floor_needs_a_bound_and_a_measured_ceiling():
+    with pytest.raises(ValueError, match="bytes_moved or flops"):
+        floor(case(bytes_moved=0), CEILINGS)
+    with pytest.raises(ValueError, match="'fp8'"):
+        floor(case(flops=1.0, ceiling="fp8"), CEILINGS)
+
+
+def test_buffers_that_fit_the_cache_are_told():
+    assert fits_l2(case(), num_calls=9, l2_bytes=50_000_000, bound="bytes")
+    assert not fits_l2(case(), num_calls=10, l2_bytes=50_000_000, bound="bytes")
+    assert not fits_l2(case(), num_calls=1, l2_bytes=50_000_000, bound="bf16")
+
+
+def test_a_row_without_a_time_says_not_measured():
+    row = unmeasured(case(peers={"torch": list}, published_us=3.5, published_source="x"), CEILINGS)
+    line = table([row], CEILINGS, {"GPU": "none"}).splitlines()[-1]
+    assert line == "| f | B=1 | not measured | 2.0 | bytes | not measured | torch not measured | 3.5 (x) |"
+    assert as_json([row])[0]["fraction"] is None
+
+
+def test_a_measured_row_shows_its_share_of_the_floor():
+    rows = [
+        Row("f", "B=1", 2.0, "bytes", us=2.5, peers={"torch": 4.0, "other": "fails: no"}),
+        Row("f", "B=2", 2.0, "bytes", us=2.0, is_in_l2=True),
+        Row("f", "B=3", 2.0, "bytes", error="fails: RuntimeError: a | b"),
+    ]
+    lines = table(rows, CEILINGS, {"GPU": "G", "torch": "2"}).splitlines()
+    assert lines[0].startswith("GPU G; torch 2. Ceilings: copy 4.00 TB/s, read 5.00 TB/s, bf16 800 TFLOP/s, fp8 not")
+    assert lines[-3] == "| f | B=1 | 2.5 | 2.0 | bytes | 80% | torch 4.0; other fails: no | – |"
+    assert "2.0 (in L2)" in lines[-2]
+    assert "| fails: RuntimeError: a / b |" in lines[-1]
+    assert as_json(rows)[0]["fraction"] == pytest.approx(0.8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("program", [report, tune])
+def test_without_a_gpu_nothing_is_measured_or_written(program, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["program"])
+    with pytest.raises(NoGpuError, match="sees no GPU"):
+        require_gpu()
+    assert program.main() == 2
+
+
+class FakeGpu:
+    """Stands in for torch.cuda: calls advance a clock, a graph repeats them when replayed."""
+
+    def __init__(self):
+        self.now_us, self.captured, self.made = 0.0, None, []
+
+    def call(self, name, us):
+        def run():
+            if self.captured is None:
+                self.now_us += us
+            else:
+                self.captured.append(us)
+                self.made.append(name)
+
+        return run
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.captured = graph.calls
+        yield
+        self.captured = None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeGpu()
+
+    class Graph:
+        def __init__(self):
+            self.calls = []
+
+        def replay(self):
+            fake.now_us += sum(self.calls)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at_us = fake.now_us
+
+        def elapsed_time(self, end):
+            return (end.at_us - self.at_us) / 1e3
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", fake.capture)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: fake.now_us / 1e6)
+    return fake
+
+
+def test_a_time_is_that_of_one_call_with_the_buffers_in_turn(gpu):
+    assert measure_us([gpu.call("a", 1000.0), gpu.call("b", 3000.0)]) == pytest.approx(2000.0)
+    assert gpu.made == ["a", "b", "a", "b"]
+
+
+def test_a_case_without_calls_is_refused():
+    with pytest.raises(ValueError, match="no calls"):
+        measure_us([])
+
+
+def test_every_family_lists_cases_with_a_floor():
+    for name, make in families("cases").items():
+        for listed in make():
+            assert listed.family == name
+            assert unmeasured(listed, harness_ceilings()).floor_us > 0
+
+
+def harness_ceilings():
+    return Ceilings(copy_tb_s=4.3, read_tb_s=4.3, bf16_tflops=790.0, fp8_tflops=1480.0, launch_gap_us=1.0)
+
+
+def test_every_family_tunes_keys_with_its_own_cases():
+    for name, make in families("tuning").items():
+        for family, key, candidates, to_time in make():
+            assert (family, to_time.family) == (name, name)
+            assert key
+            assert len(candidates) > 1
+
+
+def test_adapters_of_other_projects_add_peers(tmp_path):
+    assert load_adapters(tmp_path / "missing") == []
+    (tmp_path / "a.py").write_text("def peers(case):\n    return {'theirs': list} if case.family == 'f' else {}\n")
+    adapters = load_adapters(tmp_path)
+    assert set(peers_of(case(peers={"torch": list}), adapters)) == {"torch", "theirs"}
+    assert set(peers_of(case(family="g"), adapters)) == set()
+    (tmp_path / "b.py").write_text("")
+    with pytest.raises(ValueError, match=r"b\.py must define peers"):
+        load_adapters(tmp_path)
+
+
+def test_the_fastest_candidate_that_runs_is_chosen():
+    trials = [Trial({"BLOCK_M": 16}, 9.0), Trial({"BLOCK_M": 32}, None, "too large"), Trial({"BLOCK_M": 64}, 7.0)]
+    assert best(trials) == {"config": {"BLOCK_M": 64}, "us": 7.0, "num_candidates": 3, "num_ran": 2}
+    with pytest.raises(ValueError, match="none of 1 candidates runs: too large"):
+        best([trials[1]])
+
+
+def test_a_candidate_that_computes_something_else_is_told():
+    x = torch.tensor([1.0, -4.0])
+    assert is_close([x], [x + 0.05])
+    assert not is_close([x], [x + 0.5])
+    assert not is_close([x, x], [x])
+    assert not is_close([x * float("nan")], [x])
+
+
+def test_what_was_tuned_is_what_configs_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    path = configs.tuned_path("NVIDIA H200")
+    keep(path, "NVIDIA H200", "f", "small", {"config": {"BLOCK_M": 16}, "us": 9.0})
+    keep(path, "NVIDIA H200", "f", "large", {"config": {"BLOCK_M": 64}, "us": 7.0})
+    keep(path, "NVIDIA H200", "f", "small", {"config": {"BLOCK_M": 32}, "us": 8.0})
+    assert json.loads(path.read_text())["device"] == "NVIDIA H200"
+    configs._tuned.cache_clear()
+    assert configs._tuned("NVIDIA H200") == {"f": {"small": {"BLOCK_M": 32}, "large": {"BLOCK_M": 64}}}
+    configs._tuned.cache_clear()
