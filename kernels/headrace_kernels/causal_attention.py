@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace_kernels.backend import backend
+
 _QUERIES_PER_MASK = 256
 
 
@@ -34,19 +36,27 @@ def causal_attention(
         value: [S, G, Dv], Dv <= Dq, dtype of `query`.
         query_starts: [B + 1] int32 on the host, ascending from 0 to T.
         key_starts: [B + 1] int32 on the host, ascending from 0 to S; no sequence has fewer keys than queries.
-        scale: multiplies the scores.
+        scale: multiplies the scores; positive.
 
     Returns:
-        [T, H, Dv], dtype of `query`; scores and softmax in float32.
+        [T, H, Dv], dtype of `query`; scores and softmax in float32. A sequence's rows do not depend on the others, on
+        "triton" to the last bit.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes, types or starts do not fit.
     """
-    if key.shape[0] != value.shape[0] or key.shape[2] != query.shape[2]:
+    if key.shape[:2] != value.shape[:2] or key.shape[2] != query.shape[2] or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
             "do not fit [T, H, Dq], [S, G, Dq], [S, G, Dv]"
         )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}")
+    check_starts(query_starts, key_starts, len(query), len(key), scale)
+    if backend(query) == "triton":
+        from headrace_kernels.gpu import causal_attention as gpu
+
+        return gpu.causal_attention(query, key, value, query_starts, key_starts, scale=scale)
     value_dim = value.shape[2]
     padded = value
     if value_dim < key.shape[2]:
@@ -59,6 +69,28 @@ def causal_attention(
     ]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out[..., :value_dim]
+
+
+def check_starts(query_starts: Tensor, key_starts: Tensor, num_queries: int, num_keys: int, scale: float) -> None:
+    """Refuse starts that would let a kernel read or write beyond its tensors, and a scale that is not positive.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    if query_starts.device.type != "cpu" or key_starts.device.type != "cpu":
+        raise ValueError("query_starts and key_starts must be on the host: reading them there must not wait for a GPU")
+    queries, keys = query_starts.tolist(), key_starts.tolist()
+    does_fit = len(queries) == len(keys) > 0 and queries[0] == keys[0] == 0
+    if not does_fit or queries[-1] != num_queries or keys[-1] != num_keys:
+        raise ValueError(
+            f"query_starts {queries} and key_starts {keys} must be as many, begin at 0 "
+            f"and end at {num_queries} queries and {num_keys} keys"
+        )
+    for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
+        if not 0 <= q1 - q0 <= k1 - k0:
+            raise ValueError(f"a sequence of query_starts {queries}, key_starts {keys} has more queries than keys")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be positive")
 
 
 def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

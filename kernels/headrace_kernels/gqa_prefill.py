@@ -1,16 +1,19 @@
 """Grouped-query attention of prompt chunks over paged keys and values.
 
 Shapes: T query tokens, S key tokens over all sequences, H query heads, G key/value heads, D head width, P pages.
-FLOPs: those of `causal_attention`; bound by compute.
+FLOPs: those of `causal_attention`; bound by compute. On "triton" keys and values are read where they lie, page by page;
+nothing is gathered.
 
 `gqa_prefill` is the entry; `gqa_prefill_ref` is the specification it is tested against.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from headrace_kernels.causal_attention import causal_attention, causal_attention_ref
+from headrace_kernels.backend import backend
+from headrace_kernels.causal_attention import causal_attention, causal_attention_ref, check_starts
 from headrace_kernels.gqa_decode import gather_keys_values
 
 
@@ -37,8 +40,20 @@ def gqa_prefill(
         [T, H, D], dtype of `query`.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes, types or starts do not fit.
     """
+    if query.shape[2] != cache.shape[4] or query.shape[1] % cache.shape[3] or query.dtype != cache.dtype:
+        raise ValueError(
+            f"query {tuple(query.shape)} {query.dtype} and cache {tuple(cache.shape)} {cache.dtype} "
+            "do not fit [T, H, D], [P, 2, page_size, G, D]"
+        )
+    if slots.ndim != 1 or slots.dtype != torch.int64 or not cache.is_contiguous():
+        raise ValueError(f"slots {tuple(slots.shape)} {slots.dtype} must be [S] int64 and the cache contiguous")
+    check_starts(query_starts, key_starts, len(query), len(slots), scale)
+    if backend(query) == "triton":
+        from headrace_kernels.gpu import gqa_prefill as gpu
+
+        return gpu.gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
     key, value = gather_keys_values(cache, slots)
     return causal_attention(query, key, value, query_starts, key_starts, scale=scale)
 
