@@ -8,6 +8,7 @@ in units of so many tokens, one page each, which is what makes long prompts chea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 from headrace_core.engine.admission import SequenceSpec
@@ -305,8 +306,12 @@ def spec_of(request: SimRequest, token_ids: list[int]) -> SequenceSpec:
     """Return the attempt as schedulers take it."""
     # Prompt and output are told apart by `num_prompt_tokens`; in units, only the sum of both matters.
     num_prompt = min(len(token_ids), request.num_prompt)
-    params = SamplingParams(max_tokens=request.num_output, ignore_eos=True, seed=0)
-    return SequenceSpec("simulated", request.attempt, 0, token_ids, num_prompt, params)
+    return SequenceSpec("simulated", request.attempt, 0, token_ids, num_prompt, _params(request.num_output))
+
+
+@lru_cache
+def _params(num_output: int) -> SamplingParams:
+    return SamplingParams(max_tokens=num_output, ignore_eos=True, seed=0)
 
 
 def _is_row(chunk: Chunk) -> bool:

@@ -2,7 +2,9 @@
 
 Between two events (a command, a sequence's end, a prompt chunk) the batch does not change, and its steps take times
 that rise evenly with the context: a span of n steps is one event. A command shortens the span under way to the next
-step boundary, so commands take effect exactly when `headrace_core.engine.engine` lets them.
+step boundary, so commands take effect exactly when `headrace_core.engine.engine` lets them. Admitting a handed-off
+sequence changes no batch before its pages arrive, so it leaves the span alone: only its transfer begins, when the step
+after the boundary ends.
 
 What differs from the product's decode scheduler, and from exact fidelity: a sequence gets the pages of its whole
 output when it is admitted, so nothing is pre-empted; a colocated prompt's pages are blocks of the workload's size.
@@ -16,7 +18,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace_core.errors import OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 
 from headrace_planner.sim_clock import Clock
@@ -83,8 +84,7 @@ class FastDecodeWorker:
         self._flow = flow
         self._max_running = min(spec.max_step_sequences, spec.max_step_tokens)
         # Handed-off sequences share nothing: their pages are only counted.
-        self._pages = PageAllocator(self.num_pages if is_colocated else 1, 1)
-        self._num_counted = 0 if is_colocated else self.num_pages - 1
+        self._pages = PageAllocator(self.num_pages, 1) if is_colocated else None
         self._num_owned = 0
         self._commands: list[Callable[[], None]] = []
         self._waiting: deque[_Row] = deque()
@@ -102,7 +102,8 @@ class FastDecodeWorker:
     @property
     def num_free_pages(self) -> int:
         """As a load report has it."""
-        return self._pages.num_available + self._num_counted - self._num_owned
+        pages = self._pages
+        return (self.num_pages if pages is None else pages.num_available) - self._num_owned
 
     def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
         """Queue an attempt; with `has_handoff` its pages come by transfer and one token is known."""
@@ -117,7 +118,15 @@ class FastDecodeWorker:
             pages=SequencePages(request.key),
             num_pages=num_pages,
         )
-        self._submit(lambda: self._waiting.append(row))
+        span = self._span
+        if has_handoff and span is not None and span.num_steps > 1:
+            self._waiting.append(row)
+            self._admit()
+            ready, self._ready = self._ready, []
+            for key in ready:
+                self._clock.at(span.start_s + span.duration_s(self._next_boundary(span) + 1), self._tell_ready, key)
+        else:
+            self._submit(lambda: self._waiting.append(row))
 
     def arrived(self, key: int) -> None:
         """Join a sequence whose pages arrived."""
@@ -146,7 +155,8 @@ class FastDecodeWorker:
         """Assert that an idle worker has all its pages."""
         rows = [*self._moving.values(), *self._prompts.values(), *self._rows.values()]
         assert self._num_owned == sum(row.num_pages for row in rows if row.has_handoff), "pages are lost"
-        self._pages.check_integrity()
+        if self._pages is not None:
+            self._pages.check_integrity()
 
     def _submit(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -158,11 +168,18 @@ class FastDecodeWorker:
     def _shorten(self, span: _Span) -> None:
         if span.num_steps == 1:
             return
-        elapsed_s = self._clock.now_s - span.start_s
-        steps = max(1, math.ceil(span.steps_until(elapsed_s) - 1e-9))
+        steps = self._next_boundary(span)
         if steps < span.num_steps:
             span.num_steps = steps
             self._schedule(span)
+
+    def _next_boundary(self, span: _Span) -> int:
+        """Return how many steps of the span will be complete when the one under way is."""
+        return max(1, math.ceil(span.steps_until(self._clock.now_s - span.start_s) - 1e-9))
+
+    def _tell_ready(self, key: int) -> None:
+        self._flow.on_report(self.number)
+        self._flow.on_pages_ready(key)
 
     def _schedule(self, span: _Span) -> None:
         self._version += 1
@@ -186,9 +203,11 @@ class FastDecodeWorker:
         self._begin()
 
     def _begin(self) -> None:
-        rows, chunks = len(self._rows), self._take_chunks()
-        tokens = sum(count for _, count in chunks)
-        pairs = sum(chunk_pairs(row.num_computed, count) for row, count in chunks)
+        rows, tokens, pairs = len(self._rows), 0, 0.0
+        chunks = self._take_chunks() if self._prompts else []
+        for row, count in chunks:
+            tokens += count
+            pairs += chunk_pairs(row.num_computed, count)
         first_s = self._times.step_s(StepShape(rows, self._context, tokens, pairs, len(chunks)))
         slope_s, steps = 0.0, 1
         if not (chunks or self._ready):
@@ -238,20 +257,21 @@ class FastDecodeWorker:
             self._flow.on_gaps(duration_s / num_steps, regular)
         self._fresh = []
         for row in fresh:
-            self._flow.on_token(row.key, span.start_s + span.first_s, is_last=row.num_left == 1)
             row.num_left -= 1
             row.since_step += 1
             row.num_context += 1
             if not row.num_left:
                 self._drop(row)
+            self._flow.on_token(row.key, span.start_s + span.first_s, is_last=not row.num_left)
         while self._ends and self._ends[0][0] <= self.num_steps:
             row = self._rows.get(heapq.heappop(self._ends)[1])
             if row is not None:
-                self._flow.on_more_tokens(row.key, row.num_left, self._clock.now_s, is_last=True)
                 self._drop(row)
+                self._flow.on_more_tokens(row.key, row.num_left, self._clock.now_s, is_last=True)
 
     def _finish_prompt(self, row: _Row) -> None:
         del self._prompts[row.key]
+        assert self._pages is not None, "a prompt is computed by a colocated worker"
         self._pages.commit(row.pages, row.units, len(row.units))
         self._flow.on_token(row.key, self._clock.now_s, is_last=row.num_left == 1)
         row.num_left -= 1
@@ -300,18 +320,18 @@ class FastDecodeWorker:
                 return False
             self._num_owned += row.num_pages
             return True
+        assert self._pages is not None, "a prompt is computed by a colocated worker"
         row.pages = self._pages.match(row.key, row.units)
         cached = len(row.pages.page_ids)
-        try:
-            self._pages.reserve(row.pages, row.num_pages)
-        except OverloadedError:
+        if row.num_pages - cached > self.num_free_pages:
             self._pages.free(row.pages)
             return False
+        self._pages.reserve(row.pages, row.num_pages)
         row.num_computed = min(cached * self.page_tokens, row.num_prompt - 1)
         return True
 
     def _give_back(self, row: _Row) -> None:
-        if row.has_handoff:
+        if self._pages is None or row.has_handoff:
             self._num_owned -= row.num_pages
         else:
             self._pages.free(row.pages)

@@ -46,9 +46,11 @@ class SimRequest:
     num_to_prefill: int = 0
     """Prompt tokens of the attempt under way: the prompt and what earlier attempts produced."""
     num_cached: int = 0
+    """Prompt tokens that were found in caches, of all attempts."""
     prefill: int = -1
     """Number of the worker that computes the prompt; -1: none, or the decode worker itself."""
     decode: int = -1
+    first_token_s: float = float("nan")
     last_token_s: float = 0.0
 
     @property

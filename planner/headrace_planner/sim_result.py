@@ -16,6 +16,7 @@ import numpy as np
 from headrace_core.errors import InvalidRequestError
 from numpy.typing import NDArray
 
+from headrace_planner.sim_request import SimRequest
 from headrace_planner.trace import Workload
 
 PERCENTILES = (25, 50, 99)
@@ -54,6 +55,20 @@ class Recorder:
         self.num_refused = 0
         self._gaps = array("d")
         self._weights = array("d")
+
+    def over(self, request: SimRequest, *, is_done: bool) -> None:
+        """Take note of a request that got its last token, or was refused."""
+        index = request.index
+        self.arrival_s[index] = request.arrival_s
+        self.first_s[index] = request.first_token_s
+        self.num_tokens[index] = request.num_done
+        self.num_cached[index] = request.num_cached
+        self.num_attempts[index] = request.attempt
+        if is_done:
+            self.last_s[index] = request.last_token_s
+            self.is_done[index] = True
+        else:
+            self.num_refused += 1
 
     def gap(self, seconds: float, count: int = 1) -> None:
         """Add `count` equal gaps."""

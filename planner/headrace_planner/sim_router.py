@@ -11,14 +11,14 @@ is the product's.
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from headrace_router import policy
-from headrace_router.policy import Assignment, WorkerView
+from headrace_router.policy import Assignment, Waiting, WorkerView
 
 from headrace_planner.sim_config import WorkerSpec
 from headrace_planner.sim_request import SimRequest
@@ -26,6 +26,10 @@ from headrace_planner.sim_request import SimRequest
 _BUDGET_STEPS = 2
 """As `headrace_router.worker`: one step's tokens computing, one step's waiting."""
 _LOAD_STEPS = 4
+_MOST_PAGES = 1 << 28
+_FULL = 1 << 29
+"""Added to the load of a worker that can't take more. Loads stay below 2^30, and their keys below 2^62."""
+_NEVER = np.iinfo(np.int64).max
 
 
 class Reporting(Protocol):
@@ -62,7 +66,6 @@ class Account:
     grows: bool
     """True if sequences take pages as they grow; else the worker's report holds them from the start."""
     is_up: bool = True
-    version: int = 0
     num_unseen: int = 0
     num_tokens: int = 0
     _view: WorkerView | None = None
@@ -73,26 +76,38 @@ class Account:
         """Sequences with a reservation."""
         return len(self._held)
 
+    @property
+    def num_free_pages(self) -> int:
+        """Pages neither taken nor promised."""
+        return self.worker.num_free_pages - self.num_unseen
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences it can still run."""
+        return self.spec.max_step_sequences - len(self._held)
+
     def view(self) -> WorkerView:
         """Return what policies need to know."""
-        if self._view is None:
-            self._view = WorkerView(
-                address=self.address,
-                page_size=self.worker.page_tokens,
-                num_pages=self.worker.num_pages,
-                num_usable_pages=self.worker.num_pages,
-                num_free_pages=self.worker.num_free_pages - self.num_unseen,
-                token_budget=_BUDGET_STEPS * self.spec.max_step_tokens,
-                num_tokens_in_flight=self.num_tokens,
-                num_free_slots=self.spec.max_step_sequences - len(self._held),
-                can_prefill=self.can_prefill,
-                can_decode=self.can_decode,
+        view = self._view
+        if view is None:
+            worker, spec = self.worker, self.spec
+            view = self._view = WorkerView(
+                self.address,
+                worker.page_tokens,
+                worker.num_pages,
+                worker.num_pages,
+                self.num_free_pages,
+                _BUDGET_STEPS * spec.max_step_tokens,
+                self.num_tokens,
+                self.num_free_slots,
+                self.can_prefill,
+                self.can_decode,
             )
-        return self._view
+        return view
 
-    def reserve(self, request: SimRequest, *, prefills: bool, decodes: bool) -> None:
+    def reserve(self, request: SimRequest, waiting: Waiting, *, prefills: bool, decodes: bool) -> None:
         """Set aside what an attempt needs."""
-        view, waiting = self.view(), request.waiting()
+        view = self.view()
         pages = policy.decode_pages(waiting, view) if decodes else policy.prefill_pages(waiting, view)
         tokens = waiting.num_tokens if prefills else 0
         self._held[request.key] = _Reservation(request, pages, pages, tokens)
@@ -139,40 +154,41 @@ class Account:
     def _count(self, pages: int, tokens: int) -> None:
         self.num_unseen += pages
         self.num_tokens += tokens
-        self.version += 1
         self._view = None
 
 
 class Shortlist:
-    """Finds the least loaded workers without looking at all of them."""
+    """Finds the least loaded workers; among equally loaded ones those that changed longest ago.
 
-    def __init__(self, accounts: Iterable[Account], size: int, load: Callable[[Account], tuple[int, int]]) -> None:
+    One number per worker: its load, then when it changed. Looking for the least among a thousand takes a microsecond.
+    """
+
+    def __init__(self, accounts: Iterable[Account], size: int, load: Callable[[Account], int]) -> None:
         self.accounts = list(accounts)
-        self._by_number = {account.number: account for account in self.accounts}
-        self._size = size
+        self._places = {account.number: place for place, account in enumerate(self.accounts)}
+        self._size = min(size, len(self.accounts))
         self._load = load
-        self._heap: list[tuple[tuple[int, int], int, int]] = []
+        self._num_changes = 0
+        self._loads = np.zeros(len(self.accounts), dtype=np.int64)
         for account in self.accounts:
             self.touch(account)
 
     def touch(self, account: Account) -> None:
-        """Take note that an account changed."""
-        if account.number in self._by_number:
-            heapq.heappush(self._heap, (self._load(account), account.version, account.number))
+        """Take note that one of `accounts` changed."""
+        self._num_changes += 1
+        key = (self._load(account) << 32) + self._num_changes if account.is_up else _NEVER
+        self._loads[self._places[account.number]] = key
 
     def least(self) -> list[Account]:
-        """Return the least loaded workers, least first; those whose entries are stale are looked up again."""
-        found: list[tuple[tuple[int, int], int, int]] = []
-        numbers: set[int] = set()
-        while self._heap and len(found) < self._size:
-            entry = heapq.heappop(self._heap)
-            account = self._by_number[entry[2]]
-            if account.version == entry[1] and account.is_up and entry[2] not in numbers:
-                found.append(entry)
-                numbers.add(entry[2])
-        for entry in found:
-            heapq.heappush(self._heap, entry)
-        return [self._by_number[number] for _, _, number in found]
+        """Return the least loaded workers, least first."""
+        loads, found = self._loads, list[tuple[int, int]]()
+        for _ in range(self._size):
+            place = int(loads.argmin())
+            found.append((place, loads.item(place)))
+            loads[place] = _NEVER
+        for place, load in found:
+            loads[place] = load
+        return [self.accounts[place] for place, load in found if load != _NEVER]
 
     def of(self, prefix: int) -> list[Account]:
         """Return the workers that belong to prompts of this beginning."""
@@ -196,7 +212,9 @@ class Router:
         self.accounts = accounts
         self.num_rounds = 0
         self._by_address = {account.address: account for account in accounts}
-        self._can_decode = [account for account in accounts if account.can_decode]
+        can_decode = [account for account in accounts if account.can_decode]
+        # Who can't hold a sequence, nobody can.
+        self._roomiest = max(can_decode, key=lambda a: a.worker.num_pages * a.worker.page_tokens).view()
         self._on_placed = on_placed
         self._on_refused = on_refused
         self._queue: list[SimRequest] = []
@@ -206,7 +224,6 @@ class Router:
         if shortlist:
             only_prefill = [a for a in accounts if a.can_prefill and not a.can_decode]
             self._prefills = Shortlist(only_prefill, shortlist, _prefill_load)
-            can_decode = [a for a in accounts if a.can_decode]
             # Most free pages wins: the first few are enough.
             self._decodes = Shortlist(can_decode, max(2, shortlist // 2) if only_prefill else shortlist, _decode_load)
 
@@ -217,7 +234,7 @@ class Router:
 
     def enqueue(self, request: SimRequest) -> None:
         """Queue a request at its place: retried ones keep theirs."""
-        if not any(policy.can_ever_fit(request.waiting(), a.view()) for a in self._can_decode):
+        if not policy.can_ever_fit(request.waiting(), self._roomiest):
             self._on_refused(request)
             return
         if self._queue and self._queue[-1].index > request.index:
@@ -228,9 +245,9 @@ class Router:
 
     def touch(self, account: Account) -> None:
         """Take note that an account changed."""
-        if self._prefills is not None and self._decodes is not None:
-            self._prefills.touch(account)
-            self._decodes.touch(account)
+        shortlist = self._decodes if account.can_decode else self._prefills
+        if shortlist is not None:
+            shortlist.touch(account)
 
     def kick(self) -> None:
         """Plan, if anybody waits."""
@@ -279,14 +296,15 @@ class Router:
                 self._queue[index].num_overtaken += behind
 
 
-def _prefill_load(account: Account) -> tuple[int, int]:
-    return account.num_tokens * _LOAD_STEPS // (_BUDGET_STEPS * account.spec.max_step_tokens), 0
+def _prefill_load(account: Account) -> int:
+    load = account.num_tokens * _LOAD_STEPS // (_BUDGET_STEPS * account.spec.max_step_tokens)
+    return min(load, _MOST_PAGES)
 
 
-def _decode_load(account: Account) -> tuple[int, int]:
-    view = account.view()
-    is_full = view.num_free_slots <= 0 or (account.can_prefill and 2 * view.num_tokens_in_flight > view.token_budget)
-    return int(is_full), -view.num_free_pages
+def _decode_load(account: Account) -> int:
+    is_busy = account.can_prefill and account.num_tokens > account.spec.max_step_tokens
+    is_full = is_busy or account.num_free_slots <= 0
+    return _MOST_PAGES - max(0, min(account.num_free_pages, _MOST_PAGES)) + (_FULL if is_full else 0)
 
 
 def _order(request: SimRequest) -> int:

@@ -93,9 +93,9 @@ class _Simulation:
             self._clock.at(outage.at_s, self._fail, outage)
         if self._workload.max_in_flight:
             for _ in range(min(self._workload.max_in_flight, len(self._workload))):
-                self._arrive(None)
+                self._arrive_in_turn(None)
         elif len(self._workload):
-            self._clock.at(float(self._workload.arrival_s[0]), self._arrive)
+            self._clock.at(float(self._workload.arrival_s[0]) + self._wire.admit_s, self._arrive_next)
         self._clock.run()
         assert self._num_over == len(self._workload), "a request neither ended nor was refused"
 
@@ -149,12 +149,23 @@ class _Simulation:
         name = f"{'both' if is_both else 'decode'}-{number}"
         return Account(number, name, decode, spec, is_both, True, grows=self._is_exact)
 
-    def _arrive(self, _: object) -> None:
+    def _arrive_next(self, _: object) -> None:
+        """Queue a request of an open loop, admitted since it arrived; its arrival is the workload's."""
+        arrivals = self._workload.arrival_s
+        request = self._request(float(arrivals[self._num_arrived]))
+        if self._num_arrived < len(arrivals):
+            self._clock.at(float(arrivals[self._num_arrived]) + self._wire.admit_s, self._arrive_next)
+        self._router.enqueue(request)
+
+    def _arrive_in_turn(self, _: object) -> None:
+        """Begin a request of a closed loop, unless the last one was asked for by others."""
+        if self._num_arrived < len(self._workload):
+            self._clock.after(self._wire.admit_s, self._router.enqueue, self._request(self._clock.now_s))
+
+    def _request(self, arrival_s: float) -> SimRequest:
+        """Return the next request of the workload."""
         workload, index = self._workload, self._num_arrived
-        if index == len(workload):
-            return  # closed loop: the last ones were asked for by others
         self._num_arrived += 1
-        now_s = self._clock.now_s
         if workload.blocks is not None and workload.blocks[index]:
             blocks: Sequence[int] = workload.blocks[index]
             prefix = prefix_number(blocks[0], self._prefixes)
@@ -162,28 +173,24 @@ class _Simulation:
             count = -(-int(workload.num_prompt[index]) // workload.block_tokens)
             blocks = range(index << 20, (index << 20) + count)
             prefix = index * 0x9E3779B97F4A7C15 & (1 << 64) - 1
-        request = SimRequest(
-            index, now_s, int(workload.num_prompt[index]), int(workload.num_output[index]), blocks, prefix
+        return SimRequest(
+            index, arrival_s, int(workload.num_prompt[index]), int(workload.num_output[index]), blocks, prefix
         )
-        self._recorder.arrival_s[index] = now_s
-        self._clock.after(self._wire.admit_s, self._router.enqueue, request)
-        if not workload.max_in_flight and self._num_arrived < len(workload):
-            self._clock.at(float(workload.arrival_s[self._num_arrived]), self._arrive)
 
     def _place(self, request: SimRequest, prefill: Account | None, decode: Account) -> None:
         self._num_keys += 1
         request.key = self._num_keys
+        waiting = request.waiting()
         if prefill is not None:
-            prefill.reserve(request, prefills=True, decodes=False)
+            prefill.reserve(request, waiting, prefills=True, decodes=False)
             self._router.touch(prefill)
-        decode.reserve(request, prefills=prefill is None, decodes=True)
+        decode.reserve(request, waiting, prefills=prefill is None, decodes=True)
         self._router.touch(decode)
         request.attempt += 1
         request.state = State.PREFILL
         request.num_to_prefill = request.num_tokens
         request.prefill, request.decode = (prefill.number if prefill else -1), decode.number
         self._requests[request.key] = request
-        self._recorder.num_attempts[request.index] += 1
         self._clock.after(self._wire.rpc_s, self._send, request.key)
 
     def _send(self, key: int) -> None:
@@ -197,14 +204,14 @@ class _Simulation:
 
     def _refuse(self, request: SimRequest) -> None:
         request.state = State.REFUSED
-        self._recorder.num_refused += 1
+        self._recorder.over(request, is_done=False)
         self._finish()
 
     def on_prefilled(self, key: int, num_cached: int) -> None:
         """See `PrefillFlow`."""
         request = self._requests.get(key)
         if request is not None:
-            request.num_cached = num_cached
+            request.num_cached += min(num_cached, request.num_to_prefill)
             self._clock.after(self._wire.rpc_s, self._take_first, key)
 
     def _take_first(self, key: int) -> None:
@@ -214,7 +221,6 @@ class _Simulation:
         account = self._router.accounts[request.prefill]
         account.computed(key)
         self._router.touch(account)
-        self._recorder.num_cached[request.index] += min(request.num_cached, request.num_to_prefill)
         self._record_token(request, self._clock.now_s)
         if request.num_left == 0:
             self._prefills[request.prefill].free(key)
@@ -258,7 +264,7 @@ class _Simulation:
             request.state = State.DECODE
             self._started(request)
         else:
-            self._recorder.num_cached[request.index] += num_cached
+            request.num_cached += num_cached
 
     def _started(self, request: SimRequest) -> None:
         decode = self._router.accounts[request.decode]
@@ -291,7 +297,6 @@ class _Simulation:
             return
         request.num_done += count
         request.last_token_s = at_s + self._wire.rpc_s
-        self._recorder.num_tokens[request.index] += count
         if is_last:
             self._end(request)
             self._router.kick()
@@ -319,9 +324,8 @@ class _Simulation:
 
     def _record_token(self, request: SimRequest, at_s: float) -> None:
         request.num_done += 1
-        self._recorder.num_tokens[request.index] += 1
         if request.num_done == 1:
-            self._recorder.first_s[request.index] = at_s
+            request.first_token_s = at_s
         else:
             self._recorder.gap(at_s - request.last_token_s)
         request.last_token_s = at_s
@@ -329,8 +333,7 @@ class _Simulation:
     def _end(self, request: SimRequest) -> None:
         """The last token is out."""
         assert request.num_left == 0, "a request ended early"
-        self._recorder.last_s[request.index] = request.last_token_s
-        self._recorder.is_done[request.index] = True
+        self._recorder.over(request, is_done=True)
         self._forget(request)
         request.state = State.DONE
         self._finish()
@@ -338,7 +341,7 @@ class _Simulation:
     def _finish(self) -> None:
         self._num_over += 1
         if self._workload.max_in_flight and self._num_arrived < len(self._workload):
-            self._clock.after(self._wire.rpc_s, self._arrive)
+            self._clock.after(self._wire.rpc_s, self._arrive_in_turn)
 
     def _forget(self, request: SimRequest) -> None:
         """Release both reservations; nothing that still comes for this attempt finds anybody."""
@@ -360,6 +363,7 @@ class _Simulation:
         # A new process takes its place, empty, and its address; it takes work from `_repair` on.
         account.worker = self._account(outage.worker).worker
         account.report()
+        self._router.touch(account)
         lost = [r for r in self._requests.values() if outage.worker in (r.prefill, r.decode)]
         for request in lost:
             self._abandon(request)
@@ -369,7 +373,6 @@ class _Simulation:
 
     def _repair(self, account: Account) -> None:
         account.is_up = True
-        account.version += 1
         self._router.touch(account)
         self._router.kick()
 

@@ -38,10 +38,11 @@ class PagePool:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._states = [PageState.FREE] * num_pages
-        self._counts = dict.fromkeys(PageState, 0) | {PageState.FREE: num_pages}
         self._owners = [_NOBODY] * num_pages
         self._references = [0] * num_pages
         self._generations = [0] * num_pages
+        self._num_cached = 0
+        self._num_quarantined = 0
         self._num_unreferenced = 0
 
     @property
@@ -68,7 +69,13 @@ class PagePool:
 
     def counts(self) -> dict[PageState, int]:
         """Return how many pages are in each state; they sum to `num_pages`."""
-        return dict(self._counts)
+        num_owned = self.num_pages - len(self._free) - self._num_cached - self._num_quarantined
+        return {
+            PageState.FREE: len(self._free),
+            PageState.OWNED: num_owned,
+            PageState.CACHED: self._num_cached,
+            PageState.QUARANTINED: self._num_quarantined,
+        }
 
     def allocate(self, count: int, owner: int) -> list[int]:
         """Give `count` free pages to `owner` (at least 0).
@@ -83,7 +90,7 @@ class PagePool:
         assert owner >= 0, "owners are not negative"
         page_ids = [self._free.pop() for _ in range(count)]
         for page_id in page_ids:
-            self._move(page_id, PageState.OWNED)
+            self._states[page_id] = PageState.OWNED
             self._owners[page_id] = owner
         return page_ids
 
@@ -92,6 +99,7 @@ class PagePool:
         for page_id in page_ids:
             assert self._states[page_id] in (PageState.OWNED, PageState.QUARANTINED), f"page {page_id} is not owned"
             assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
+            self._num_quarantined -= self._states[page_id] is PageState.QUARANTINED
             self._put_back(page_id)
 
     def quarantine(self, page_ids: Iterable[int], owner: int) -> None:
@@ -99,13 +107,15 @@ class PagePool:
         for page_id in page_ids:
             assert self._states[page_id] is PageState.OWNED, f"page {page_id} is not owned"
             assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
-            self._move(page_id, PageState.QUARANTINED)
+            self._states[page_id] = PageState.QUARANTINED
+            self._num_quarantined += 1
 
     def share(self, page_id: int, owner: int) -> None:
         """Make an owned page a cached one, of which its former owner holds the first reference."""
         assert self._states[page_id] is PageState.OWNED, f"page {page_id} is not owned"
         assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
-        self._move(page_id, PageState.CACHED)
+        self._states[page_id] = PageState.CACHED
+        self._num_cached += 1
         self._owners[page_id] = _NOBODY
         self._references[page_id] = 1
 
@@ -127,14 +137,14 @@ class PagePool:
         """Free a cached page that nobody references."""
         assert self._states[page_id] is PageState.CACHED, f"page {page_id} is not cached"
         assert not self._references[page_id], f"page {page_id} is in use"
+        self._num_cached -= 1
         self._num_unreferenced -= 1
         self._put_back(page_id)
 
     def check_integrity(self) -> None:
         """Assert that every page is somewhere exactly once. Linear in the pool; for tests and drained engines."""
         assert len(set(self._free)) == len(self._free), "a page is free twice"
-        assert sum(self._counts.values()) == self.num_pages, "pages do not sum up"
-        assert self._counts == {state: self._states.count(state) for state in PageState}, "pages are miscounted"
+        assert self.counts() == {state: self._states.count(state) for state in PageState}, "pages are miscounted"
         num_unreferenced = 0
         for page_id, state in enumerate(self._states):
             has_owner = state in (PageState.OWNED, PageState.QUARANTINED)
@@ -145,13 +155,8 @@ class PagePool:
         assert free_ids == set(self._free), "the free list and the states differ"
         assert num_unreferenced == self._num_unreferenced, "unreferenced pages are miscounted"
 
-    def _move(self, page_id: int, state: PageState) -> None:
-        self._counts[self._states[page_id]] -= 1
-        self._counts[state] += 1
-        self._states[page_id] = state
-
     def _put_back(self, page_id: int) -> None:
-        self._move(page_id, PageState.FREE)
+        self._states[page_id] = PageState.FREE
         self._owners[page_id] = _NOBODY
         self._generations[page_id] += 1
         self._free.append(page_id)
