@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.console import Console
 from headrace_planner.cli_live import read_workers, save_points, show_live
 from headrace_planner.compat import CompatSetting
 from headrace_planner.live import PHASES, LiveError, Reading, mean_load, measured_points
-from headrace_planner.measured import MeasuredError, MeasuredPoints, load_measured
+from headrace_planner.measured import MeasuredError, load_measured
 from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import serve_page
 from headrace_planner.report import as_json, print_compat, print_roofline
@@ -55,6 +56,33 @@ class _Setting:
     dtype: Dtype
     kv_dtype: Dtype | None
     mla: MlaPath
+    hardware_file: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Which steps to show, and how large they are."""
+
+    phases: _Phases
+    prefill_batch: int
+    batch: int
+    context: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where to show it: on a web page if there is an address to serve it at or a file to write, or in the terminal."""
+
+    is_json: bool
+    has_formulas: bool
+    address: tuple[str, int] | None
+    page_path: Path | None
+    measured: Path | None
+
+    @property
+    def is_page(self) -> bool:
+        return bool(self.address or self.page_path)
 
 
 _MODEL_HELP = f"A preset ({', '.join(MODELS)}), a config.json, or a folder that has one."
@@ -76,9 +104,7 @@ def main(
     ep: Annotated[int, typer.Option(min=1, help="Expert parallelism; a divisor of tp*dp.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.BF16,
     kv_dtype: Annotated[Dtype | None, typer.Option(help="Type of cached values; default: of activations.")] = None,
-    mla: Annotated[
-        _Mla, typer.Option(help="Latent attention; auto: naive in prefill, absorbed in decode.")
-    ] = _Mla.AUTO,
+    mla: Annotated[_Mla, typer.Option(help="Latent attention; auto: naive prefill, absorbed decode.")] = _Mla.AUTO,
     zipf: Annotated[float, typer.Option(min=0, help="Exponent of expert popularity; 0: uniform.")] = 0.0,
     histogram: Annotated[Path | None, typer.Option(help="JSON list: how often each expert was chosen.")] = None,
     balanced: Annotated[bool, typer.Option(help="Place experts so that ranks have even loads.")] = False,
@@ -96,55 +122,64 @@ def main(
     save_measured: Annotated[Path | None, typer.Option(help="With --live: write a file for --measured.")] = None,
 ) -> None:
     """Show FLOPs, bytes, intensity, limit and time of every operation of a prefill and a decode step."""
-    console = Console()
     if compat:
-        print_compat(console, CompatSetting())
+        print_compat(Console(), CompatSetting())
         return
-    try:
-        readings = read_workers(metrics or []) if live else []
-        if live and save_measured:
-            save_points(readings, ModelShape.load(model), save_measured)
-        if live and not (serve or build_page_at):
-            show_live(console, readings, as_json=as_json_output, watch=watch)
+    output = _Output(as_json_output, formulas, (host, port) if serve else None, build_page_at, measured)
+    with _readable_errors():
+        readings = _readings(metrics or [], model, save_measured) if live else None
+        if readings is not None and not output.is_page:
+            show_live(Console(), readings, as_json=as_json_output, watch=watch)
             return
-        routing = Routing(zipf, _read_histogram(histogram), balanced)
         setting = _Setting(
-            ModelShape.load(model), _find(hardware, hardware_file), Parallelism(tp, dp, ep), routing, dtype, kv_dtype,
-            mla.value,
+            ModelShape.load(model), _find(hardware, hardware_file), Parallelism(tp, dp, ep),
+            Routing(zipf, _read_histogram(histogram), balanced), dtype, kv_dtype, mla.value, hardware_file,
         )  # fmt: skip
-        if serve or build_page_at:
-            first = PageSetting(
-                setting.shape.name, setting.hardware.name, dtype.value, batch, prefill_batch, context, tp, dp, ep
-            )
-            content = _content(setting, first, hardware_file, load_measured(measured) if measured else None)
-            if live:
-                content = _with_live(content, setting.shape, readings)
-            _page(console, content, (host, port) if serve else None, build_page_at)
-            return
-        results = _rooflines(setting, phase, (prefill_batch, batch), context, cached)
+        _show(setting, _Steps(phase, prefill_batch, batch, context, cached), output, readings)
+
+
+@contextmanager
+def _readable_errors() -> Generator[None]:
+    """Turn what the command line, a file or a worker can cause into one line and exit status 2."""
+    try:
+        yield
     except (ModelShapeError, HardwareError, MeasuredError, LiveError, ValueError, OSError) as error:
         typer.echo(f"headrace roofline: {error}", err=True)
         raise typer.Exit(2) from None
-    if as_json_output:
-        typer.echo(json.dumps({name: as_json(result, kv_dtype) for name, result in results.items()}, indent=2))
+
+
+def _readings(metrics: Sequence[str], model: str, save_measured: Path | None) -> list[Reading]:
+    """Ask the workers; with `save_measured` write what they say to that file."""
+    readings = read_workers(metrics)
+    if save_measured:
+        save_points(readings, ModelShape.load(model), save_measured)
+    return readings
+
+
+def _show(setting: _Setting, steps: _Steps, output: _Output, readings: Sequence[Reading] | None) -> None:
+    console = Console()
+    if output.is_page:
+        _page(console, _content(setting, steps, output, readings), output.address, output.page_path)
+        return
+    results = _rooflines(setting, steps)
+    if output.is_json:
+        typer.echo(json.dumps({name: as_json(result, setting.kv_dtype) for name, result in results.items()}, indent=2))
         return
     for name, result in results.items():
-        print_roofline(console, name, result, has_formulas=formulas, kv_dtype=kv_dtype)
+        print_roofline(console, name, result, has_formulas=output.has_formulas, kv_dtype=setting.kv_dtype)
 
 
-def _rooflines(
-    setting: _Setting, phases: _Phases, batches: Sequence[int], context: int, cached: int
-) -> dict[str, Roofline]:
+def _rooflines(setting: _Setting, steps: _Steps) -> dict[str, Roofline]:
     wanted: list[tuple[Phase, int, int | None]] = []
-    if phases is not _Phases.DECODE:
-        if cached >= context:
-            raise ValueError(f"--cached {cached} leaves nothing of --context {context} to prefill")
-        wanted.append(("prefill", batches[0], context - cached))
-    if phases is not _Phases.PREFILL:
-        wanted.append(("decode", batches[1], None))
+    if steps.phases is not _Phases.DECODE:
+        if steps.cached >= steps.context:
+            raise ValueError(f"--cached {steps.cached} leaves nothing of --context {steps.context} to prefill")
+        wanted.append(("prefill", steps.prefill_batch, steps.context - steps.cached))
+    if steps.phases is not _Phases.PREFILL:
+        wanted.append(("decode", steps.batch, None))
     return {
         phase: roofline(
-            setting.shape, setting.hardware, phase=phase, batch=batch, context=context, new_tokens=new,
+            setting.shape, setting.hardware, phase=phase, batch=batch, context=steps.context, new_tokens=new,
             parallel=setting.parallel, routing=setting.routing, dtype=setting.dtype, kv_dtype=setting.kv_dtype,
             mla=setting.mla,
         )
@@ -166,19 +201,21 @@ def _read_histogram(path: Path | None) -> tuple[float, ...]:
         raise ValueError(f"{path} must be a JSON list of numbers, one per expert: {error}") from None
 
 
-def _content(
-    setting: _Setting, first: PageSetting, hardware_file: Path | None, measured: MeasuredPoints | None
-) -> PageContent:
-    more = load_hardware(hardware_file) if hardware_file else {}
-    hardware = HARDWARE | more | {setting.hardware.name: setting.hardware}
-    routing = {"as given": setting.routing} if setting.routing != Routing() else {}
-    return PageContent(
+def _content(setting: _Setting, steps: _Steps, output: _Output, readings: Sequence[Reading] | None) -> PageContent:
+    parallel = setting.parallel
+    first = PageSetting(
+        setting.shape.name, setting.hardware.name, setting.dtype.value, steps.batch, steps.prefill_batch,
+        steps.context, parallel.tp, parallel.dp, parallel.ep,
+    )  # fmt: skip
+    more = load_hardware(setting.hardware_file) if setting.hardware_file else {}
+    content = PageContent(
         models=MODELS | {setting.shape.name: setting.shape},
-        hardware=hardware,
-        routings=routing,
+        hardware=HARDWARE | more | {setting.hardware.name: setting.hardware},
+        routings={"as given": setting.routing} if setting.routing != Routing() else {},
         first=first,
-        measured=measured,
+        measured=load_measured(output.measured) if output.measured else None,
     )
+    return content if readings is None else _with_live(content, setting.shape, readings)
 
 
 def _with_live(content: PageContent, shape: ModelShape, readings: Sequence[Reading]) -> PageContent:
