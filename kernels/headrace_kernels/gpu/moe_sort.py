@@ -114,3 +114,44 @@ def _sort_kernel(
             rank = tl.cumsum(is_own.to(tl.int32), axis=0) - 1
             tl.store(assignment_ptr + row + rank, start + i, mask=is_own)
             row += tl.sum(is_own.to(tl.int32))
+
+
+@triton.jit
+def sort_few(
+    experts_ptr,
+    assignment_ptr,
+    block_expert_ptr,
+    num_blocks_ptr,
+    counts_ptr,
+    total,
+    num_experts,
+    first_local,
+    num_local,
+    BLOCK_SIZE: tl.constexpr,
+    COUNT: tl.constexpr,
+    BINS: tl.constexpr,
+) -> None:
+    """Do in one program what `_sort_kernel` does, for up to COUNT assignments, a power of two.
+
+    Writes no padding: the caller has filled `assignment` with `total` and `block_expert` with -1.
+    """
+    i = tl.arange(0, COUNT)
+    bin_ids = tl.arange(0, BINS)
+    # Other programs wrote the experts during this launch: past the L1 cache, which does not know.
+    expert = tl.load(experts_ptr + i, mask=i < total, other=-1, cache_modifier=".cg").to(tl.int32)
+    is_expert = (expert >= 0) & (expert < num_experts)
+    counts = tl.histogram(tl.where(is_expert, expert, num_experts), BINS)
+    tl.store(counts_ptr + bin_ids, counts, mask=bin_ids < num_experts)
+    is_local_bin = (bin_ids >= first_local) & (bin_ids < first_local + num_local)
+    local_counts = tl.where(is_local_bin, counts, 0)
+    blocks = (local_counts + BLOCK_SIZE - 1) // BLOCK_SIZE
+    tl.store(num_blocks_ptr, tl.sum(blocks))
+    # How far padding moves each expert's rows from their places in the sorted order.
+    shifts = (tl.cumsum(blocks) - blocks) * BLOCK_SIZE - (tl.cumsum(local_counts) - local_counts)
+    is_local = (expert >= first_local) & (expert < first_local + num_local)
+    keys = tl.sort(tl.where(is_local, expert, BINS) * COUNT + i)
+    expert = keys // COUNT
+    is_local = expert < BINS
+    row = i + tl.gather(shifts, tl.minimum(expert, BINS - 1), axis=0)
+    tl.store(assignment_ptr + row, keys % COUNT, mask=is_local)
+    tl.store(block_expert_ptr + row // BLOCK_SIZE, expert - first_local, mask=is_local & (row % BLOCK_SIZE == 0))

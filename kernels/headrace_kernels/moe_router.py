@@ -1,0 +1,122 @@
+"""What a mixture-of-experts layer does before its experts: norm, router, routing and sorting.
+
+Shapes: T tokens, N hidden, E routed experts, K experts per token.
+Bytes read: the router's weights, 4 * E * N, and the tokens. For a decode step each of the four would be a launch of a
+microsecond or two, so up to FUSED_ROWS tokens are one launch on a GPU; more, and any on a CPU, are four steps:
+`rms_norm`, a linear layer, `moe_routing`, `sort_blocks`.
+
+`route_and_sort` is the entry; the four steps, `route_and_sort_ref`, are its specification.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace_kernels.backend import backend
+from headrace_kernels.moe_routing import RoutingRule, check_rule, moe_routing
+from headrace_kernels.moe_sort import DeviceBlocks, check_local, sort_blocks
+from headrace_kernels.rms_norm import rms_norm
+
+# One launch beyond this would leave too much to its last program. 0: always four steps.
+FUSED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A layer's router.
+
+    `weight` [E, N] and `bias` [E] are float32. `num_shared` experts beyond the E are every token's, with weight 1, as
+    `moe_routing` says.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rule: RoutingRule
+    num_shared: int = 0
+
+
+class RoutedTokens(NamedTuple):
+    """`x` [T, N] normalised; `experts` int64 and `weights` float32 [T, K + num_shared]; the sorted assignments."""
+
+    x: Tensor
+    experts: Tensor
+    weights: Tensor
+    blocks: DeviceBlocks
+
+
+def route_and_sort(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    router: Router,
+    block_size: int,
+    *,
+    first_local: int = 0,
+    num_local: int | None = None,
+) -> RoutedTokens:
+    """Normalise tokens, choose their experts, and sort the assignments into blocks; synchronises with nothing.
+
+    On a GPU, calls for up to FUSED_ROWS tokens must follow one another on a device, as on one stream: they share
+    counters. The first must not be captured into a CUDA graph.
+
+    Args:
+        x: [T, N] float32 or bfloat16, rows contiguous.
+        norm_weight: [N], dtype of `x`.
+        eps: added to the mean square.
+        router: how experts are chosen.
+        block_size: rows of a block, at least 1.
+        first_local: see `sort_blocks`; shared experts count, from E on.
+        num_local: see `sort_blocks`.
+
+    Raises:
+        ValueError: the shapes, dtypes, strides, rule or local experts do not fit.
+        RuntimeError: the first call on a device is captured into a CUDA graph.
+    """
+    num_experts = len(router.weight) + router.num_shared
+    num_local = num_experts - first_local if num_local is None else num_local
+    _check(x, norm_weight, router)
+    check_local(num_experts, block_size, first_local, num_local)
+    if backend(x) == "triton" and len(x) <= FUSED_ROWS:
+        from headrace_kernels.gpu import moe_router as gpu
+
+        return gpu.route_and_sort(x, norm_weight, eps, router, block_size, first_local, num_local)
+    return route_and_sort_ref(x, norm_weight, eps, router, block_size, first_local=first_local, num_local=num_local)
+
+
+def route_and_sort_ref(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    router: Router,
+    block_size: int,
+    *,
+    first_local: int,
+    num_local: int,
+) -> RoutedTokens:
+    """Specification of `route_and_sort`: its steps, one after another."""
+    x = rms_norm(x, norm_weight, eps)
+    logits = F.linear(x.float(), router.weight)
+    experts, weights = moe_routing(logits, router.bias, router.rule, router.num_shared)
+    num_experts = len(router.weight) + router.num_shared
+    blocks = sort_blocks(experts, num_experts, block_size, first_local=first_local, num_local=num_local)
+    return RoutedTokens(x, experts, weights, blocks)
+
+
+def _check(x: Tensor, norm_weight: Tensor, router: Router) -> None:
+    weight, bias = router.weight, router.bias
+    if x.ndim != 2 or norm_weight.shape != x.shape[1:] or weight.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"x {tuple(x.shape)}, norm_weight {tuple(norm_weight.shape)} and router {tuple(weight.shape)} do not fit"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16) or norm_weight.dtype != x.dtype:
+        raise ValueError(f"x {x.dtype} and norm_weight {norm_weight.dtype} must both be float32 or both bfloat16")
+    if weight.dtype != torch.float32 or (bias is not None and (bias.shape != weight.shape[:1])):
+        raise ValueError(f"the router's weight {tuple(weight.shape)} {weight.dtype} must be float32, its bias [E]")
+    if not weight.is_contiguous() or (x.shape[1] > 1 and x.stride(1) != 1) or router.num_shared < 0:
+        raise ValueError(f"rows must be contiguous and num_shared, {router.num_shared}, not negative")
+    check_rule(router.rule, len(weight))
