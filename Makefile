@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault bench planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault bench kernels-check kernels-aot kernels-bench tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,7 +21,7 @@ setup: $(STAMP) ## Install everything into .venv (done by every other target)
 demo: setup ## Start router, prefill and decode; stream a story; show where its time went
 	@$(BIN)/headrace demo
 
-test: check unit parity integration fault ## Everything CI runs: check, then all tests
+test: check unit parity kernels-check integration fault ## Everything CI runs: check, then all tests
 
 check: setup format-check lint types contracts protos-check ## Format, lint, types, import contracts, protos
 
@@ -63,6 +63,18 @@ fault: setup ## Kill, corrupt, expire, disconnect
 
 bench: setup ## Speed and memory beside transformers; writes build/bench/first-light.json
 	$(BIN)/python -m tests.perf.first_light
+
+kernels-check: setup ## Compile every kernel for sm_90 and gfx942; writes build/bench/kernels-aot.json
+	$(BIN)/python -m headrace_kernels.aot --json build/bench/kernels-aot.json
+
+kernels-aot: setup ## kernels-check, and rewrite its table in docs/kernels.md
+	$(BIN)/python -m headrace_kernels.aot --json build/bench/kernels-aot.json --write-table docs/kernels.md
+
+kernels-bench: setup ## On a GPU: parity, ceilings, every kernel; writes build/bench/kernels-gpu.json
+	$(BIN)/python -m tests.perf.kernels.report
+
+tune: setup ## On a GPU: time the kernels' configurations and keep the best
+	$(BIN)/python -m tests.perf.kernels.tune
 
 planner-report: setup ## Predictions against measurements on this machine; writes build/bench/planner.json
 	$(BIN)/python -m tests.perf.planner_report
