@@ -15,21 +15,21 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The sums over one step's batch that its time depends on."""
+    """The sums over one step's batch that its time depends on; of a mean step they have fractions."""
 
-    num_rows: int = 0
+    num_rows: float = 0
     """Sequences that decode one token."""
-    context_tokens: int = 0
+    context_tokens: float = 0
     """Tokens they attend to, all together."""
-    prompt_tokens: int = 0
+    prompt_tokens: float = 0
     """Tokens of prompt chunks."""
     prompt_pairs: float = 0.0
     """Query-key pairs of prompt chunks; see `chunk_pairs`."""
-    num_chunks: int = 0
+    num_chunks: float = 0
     """Prompt chunks."""
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self) -> float:
         """Tokens the step computes."""
         return self.num_rows + self.prompt_tokens
 
@@ -149,7 +149,7 @@ class TableStepTimes:
         """Return the same model with the busiest rank `imbalance` times as loaded as the mean."""
         return replace(self, imbalance=imbalance)
 
-    def _decode_attention(self, rows: int, context: float) -> float:
+    def _decode_attention(self, rows: float, context: float) -> float:
         grid = self.decode_rows
         if len(grid) == 1:
             return self.decode_attention[0](context) * rows / grid[0]

@@ -1,28 +1,24 @@
-"""How wrong the simulator is: fitted on some cells of a grid of real runs, judged on the others.
+"""The cells that predictions are judged on: what each serves, what it gave, how far a prediction is from that.
 
-A cell is a closed loop of `concurrency` clients against a real local cluster, `isl` tokens in and `osl` out. The fit
-starts from what the cells show directly (prefill times by prompt length, token gaps by batch) and then moves each
-coefficient up and down while the simulated figures of the fitted cells come closer to the measured ones. Held-out cells
-are looked at once, afterwards.
+A cell is a closed loop of `concurrency` clients against a real local cluster, `isl` tokens in and about `osl` out. A
+trial is one round of it. Output lengths vary, by the same draw in the measurement and in the simulation: with equal
+lengths requests would start and end in step with each other, which no real load does and no model can follow.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
-import numpy as np
-
-from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
-from headrace_planner.sim_fit import MeasuredStep, fit_linear
-from headrace_planner.simulator import simulate
-from headrace_planner.step_times import LinearStepTimes, StepShape, chunk_pairs
+from headrace_planner.trace import Workload
 from headrace_planner.workload import Lengths, closed_loop
 
 METRICS = ("ttft_s", "itl_s", "throughput")
+_OUTPUT_SPREAD = 0.3
+_TOKENS_PER_CLIENT = 240
+_LEAST_PER_CLIENT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,40 +35,100 @@ class Cell:
         return f"{self.isl}/{self.osl} x{self.concurrency}"
 
 
+def trial_workload(cell: Cell, number: int) -> Workload:
+    """Return the requests of round `number` of a cell; outputs are log-normal. -1 is a round that is not counted."""
+    per_client = max(_LEAST_PER_CLIENT, _TOKENS_PER_CLIENT // cell.osl)
+    return closed_loop(
+        Lengths(cell.isl, cell.osl, output_spread=_OUTPUT_SPREAD),
+        concurrency=cell.concurrency,
+        num_requests=cell.concurrency * per_client,
+        seed=number + 1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """One request as its client saw it: seconds from asking to the first, second and last of `num_tokens` tokens."""
+
+    first_s: float
+    second_s: float
+    last_s: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """A worker's steps: how many, their seconds, their tokens."""
+
+    num_steps: float
+    seconds: float
+    num_tokens: float
+
+    def since(self, before: StepSums) -> StepSums:
+        """Return what came after `before`."""
+        return StepSums(
+            self.num_steps - before.num_steps, self.seconds - before.seconds, self.num_tokens - before.num_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One round of a cell, as measured."""
+
+    cell: Cell
+    round: int
+    requests: Sequence[RequestTimes]
+    prefill: StepSums
+    decode: StepSums
+    wall_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Read what `as_json` returned."""
+        requests = [RequestTimes(**request) for request in value["requests"]]
+        prefill, decode = StepSums(**value["prefill"]), StepSums(**value["decode"])
+        return cls(Cell(**value["cell"]), value["round"], requests, prefill, decode, value["wall_s"])
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Median TTFT, mean ITL over all gaps, seconds; output tokens per second of the whole cell.
+    """What clients saw of a cell: seconds, and output tokens per second.
 
-    ITL is a mean because tokens that a busy client reads together have no gaps of their own. Throughput is Little's
-    law in a closed loop: clients x tokens of a request / its mean duration. `prefill_s` and `handoff_s` are medians:
-    computing the prompt as the service reports it, and the first to the second token.
+    TTFT is the median over requests. ITL is the mean over all gaps: tokens that a busy client reads together have no
+    gaps of their own. Throughput is Little's law in a closed loop: clients x mean tokens of a request / its mean
+    duration.
     """
 
     ttft_s: float
     itl_s: float
     throughput: float
-    num_requests: int = 0
-    prefill_s: float = 0.0
-    handoff_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A cell and what it gave."""
+def outcome(cell: Cell, rounds: Iterable[Sequence[RequestTimes]]) -> Outcome:
+    """Return what a cell's rounds, measured or simulated, come to: of each figure the median round.
 
-    cell: Cell
-    outcome: Outcome
+    A round's requests are in the order in which they were asked for. Every client's first is left out, since those
+    start all at once. Rounds that a stall of the machine hit do not count for more than others.
+    """
+    each = [_round_outcome(cell, requests[cell.concurrency :]) for requests in rounds]
+    return Outcome(
+        ttft_s=statistics.median(one.ttft_s for one in each),
+        itl_s=statistics.median(one.itl_s for one in each),
+        throughput=statistics.median(one.throughput for one in each),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """All that the simulated cluster's speed follows from: one prefill and one decode worker on one machine."""
-
-    prefill: LinearStepTimes
-    decode: LinearStepTimes
-    wire: Wire
-    prefill_slowdown: float = 1.0
-    decode_slowdown: float = 1.0
+def _round_outcome(cell: Cell, counted: Sequence[RequestTimes]) -> Outcome:
+    num_tokens = sum(request.num_tokens for request in counted)
+    return Outcome(
+        ttft_s=statistics.median(request.first_s for request in counted),
+        itl_s=sum(request.last_s - request.first_s for request in counted) / (num_tokens - len(counted)),
+        throughput=cell.concurrency * num_tokens / sum(request.last_s for request in counted),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +137,7 @@ class Row:
 
     cell: Cell
     is_held_out: bool
+    num_requests: int
     measured: Outcome
     predicted: Outcome
 
@@ -101,149 +158,23 @@ def is_held_out(index: int, cell: Cell) -> bool:
     return (ladder + (cell.osl > 64) + {64: 0, 256: 1, 1024: 2}.get(cell.isl, index)) % 2 == 1
 
 
-def predict(fitted: Fitted, cell: Cell, *, num_requests: int = 0) -> Outcome:
-    """Simulate a cell."""
-    spec = WorkerSpec(fitted.prefill, num_pages=4096, max_step_tokens=1024, max_step_sequences=64)
-    config = SimConfig(
-        spec,
-        replace(spec, times=fitted.decode),
-        None,
-        1,
-        1,
-        wire=fitted.wire,
-        fidelity="exact",
-        interference=(fitted.prefill_slowdown, fitted.decode_slowdown),
-    )
-    # The first round starts all at once, in the measurement too; it is left out in both.
-    count = num_requests or max(5, 3 * cell.concurrency)
-    result = simulate(
-        config, closed_loop(Lengths(cell.isl, cell.osl), concurrency=cell.concurrency, num_requests=count)
-    )
-    return Outcome(
-        float(np.median(result.ttft_s[cell.concurrency :])),
-        result.itl_mean(),
-        closed_throughput(cell, float(result.e2e_s[cell.concurrency :].mean())),
-        num_requests=count - cell.concurrency,
-    )
-
-
-def closed_throughput(cell: Cell, mean_e2e_s: float) -> float:
-    """Return output tokens per second of clients that always have a request in flight."""
-    return cell.concurrency * cell.osl / mean_e2e_s
-
-
-def first_guess(measured: Sequence[Measured]) -> Fitted:
-    """Return what the cells show directly; slowdowns are left at 1."""
-    alone = [m for m in measured if m.cell.concurrency == 1] or list(measured)
-    prefill = fit_linear(
-        [
-            MeasuredStep(
-                StepShape(prompt_tokens=m.cell.isl, prompt_pairs=chunk_pairs(0, m.cell.isl), num_chunks=1),
-                max(m.outcome.prefill_s, 1e-5),
-            )
-            for m in (alone if len(alone) >= 3 else measured)
-        ]
-    )
-    decode = fit_linear(
-        [
-            MeasuredStep(
-                StepShape(m.cell.concurrency, int(m.cell.concurrency * (m.cell.isl + m.cell.osl / 2))), m.outcome.itl_s
-            )
-            for m in measured
-        ]
-    )
-    call_s = statistics.median(max(1e-4, m.outcome.ttft_s - m.outcome.prefill_s) for m in alone) / 4
-    move_s = statistics.median(max(1e-4, m.outcome.handoff_s - m.outcome.itl_s) for m in alone)
-    wire = Wire(bytes_per_token=1.0, bandwidth=1e12, latency_s=move_s, admit_s=call_s, rpc_s=call_s)
-    return Fitted(prefill, decode, wire)
-
-
-def calibrate(measured: Sequence[Measured], guess: Fitted, *, rounds: int = 4) -> Fitted:
-    """Move one coefficient at a time, by smaller and smaller factors, while the fitted cells come closer."""
-    best, best_loss = guess, loss(guess, measured)
-    factor = 1.6
-    for _ in range(rounds):
-        for knob in KNOBS:
-            for direction in (factor, 1 / factor):
-                candidate = turn(best, knob, direction)
-                candidate_loss = loss(candidate, measured)
-                if candidate_loss < best_loss - 1e-6:
-                    best, best_loss = candidate, candidate_loss
-                    break
-        factor = 1 + (factor - 1) * 0.5
-    return best
-
-
-def loss(fitted: Fitted, measured: Sequence[Measured]) -> float:
-    """Return the mean absolute log ratio of simulated to measured figures."""
-    total = 0.0
-    for m in measured:
-        predicted = predict(fitted, m.cell)
-        for metric in METRICS:
-            ratio = getattr(predicted, metric) / getattr(m.outcome, metric)
-            total += abs(math.log(max(ratio, 1e-9)))
-    return total / (len(METRICS) * len(measured))
-
-
-KNOBS = (
-    "prefill.fixed_s",
-    "prefill.prompt_token_s",
-    "prefill.pair_s",
-    "decode.fixed_s",
-    "decode.row_s",
-    "decode.context_s",
-    "wire.rpc_s",
-    "wire.latency_s",
-    "prefill_slowdown",
-    "decode_slowdown",
-)
-_SMALLEST = {"fixed_s": 2e-4, "row_s": 1e-5, "context_s": 1e-9, "prompt_token_s": 1e-6, "pair_s": 1e-10}
-
-
-def turn(fitted: Fitted, knob: str, factor: float) -> Fitted:
-    """Return `fitted` with one coefficient multiplied; one that was 0 gets a small value, slowdowns stay above 1."""
-    part, _, name = knob.partition(".")
-    if not name:
-        return replace(fitted, **{part: max(1.0, getattr(fitted, part) * factor)})
-    whole: Any = getattr(fitted, part)
-    value = getattr(whole, name) or _SMALLEST.get(name, 1e-4)
-    return replace(fitted, **{part: replace(whole, **{name: value * factor})})
-
-
-def judge(fitted: Fitted, measured: Sequence[Measured]) -> list[Row]:
-    """Return every cell's line, fitted ones too."""
-    return [
-        Row(m.cell, is_held_out(index, m.cell), m.outcome, predict(fitted, m.cell)) for index, m in enumerate(measured)
-    ]
-
-
-def median_error(rows: Sequence[Row], metric: str) -> float:
-    """Return the median error of the held-out cells."""
-    errors = [row.error(metric) for row in rows if row.is_held_out]
+def median_error(rows: Sequence[Row], metric: str, *, held_out: bool = True) -> float:
+    """Return the median error of the held-out cells, or of the fitted ones; NaN if there are none."""
+    errors = [row.error(metric) for row in rows if row.is_held_out is held_out]
     return statistics.median(errors) if errors else float("nan")
 
 
 def table(rows: Sequence[Row]) -> str:
     """Return the published table, Markdown."""
     lines = [
-        "| in/out x clients | | TTFT ms measured | predicted | error | ITL ms measured | predicted | error "
+        "| in/out x clients | | requests | TTFT ms measured | predicted | error | ITL ms measured | predicted | error "
         "| tok/s measured | predicted | error |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda row: (not row.is_held_out, row.cell.isl, row.cell.osl, row.cell.concurrency)):
-        cells = [row.cell.name, "held out" if row.is_held_out else "fitted"]
+        cells = [row.cell.name, "held out" if row.is_held_out else "fitted", str(row.num_requests)]
         for metric, scale, digits in (("ttft_s", 1e3, 1), ("itl_s", 1e3, 2), ("throughput", 1, 0)):
             real, guess = getattr(row.measured, metric) * scale, getattr(row.predicted, metric) * scale
             cells += [f"{real:.{digits}f}", f"{guess:.{digits}f}", f"{row.error(metric):.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def as_json(measured: Measured) -> dict[str, Any]:
-    """Return a measured cell as plain values."""
-    return {"cell": asdict(measured.cell), "outcome": asdict(measured.outcome)}
-
-
-def from_json(value: dict[str, Any]) -> Measured:
-    """Read what `as_json` wrote."""
-    return Measured(Cell(**value["cell"]), Outcome(**value["outcome"]))

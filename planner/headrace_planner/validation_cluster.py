@@ -1,7 +1,9 @@
-"""Measures the grid on a real local cluster: one prefill worker, one decode worker, a router, this process as client.
+"""Measures cells on a real local cluster: one prefill worker, one decode worker, a router, this process as client.
 
-Each cell is a closed loop for some seconds, warmed up by one request per client. Prompts are random token ids, so no
-prefix is shared. Finished cells are written down at once: a run that was interrupted goes on where it stopped.
+A trial serves the requests of `trial_workload`, in that order, in a closed loop. Prompts are random token ids, so no
+prefix is shared. Trials are taken in rounds over all cells, since a machine's speed drifts while it is measured: what
+slows one round down slows down every cell of it. Each trial is written down at once: a run that was interrupted goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -9,112 +11,100 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from headrace_client import AsyncClient
+from headrace_core.cluster_process import ClusterProcess
 from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
+from prometheus_client.parser import text_string_to_metric_families
 
-from headrace_planner.validation import Cell, Measured, Outcome, as_json, closed_throughput, from_json
+from headrace_planner.validation import Cell, RequestTimes, StepSums, Trial, trial_workload
 
 WORKER_OPTIONS = {"threads": 1, "max-step-tokens": 1024, "max-step-sequences": 64, "kv-pool-mib": 256}
+_TIMEOUT_S = 120.0
+_WARM_UP = (Cell(64, 16, 8), Cell(1024, 16, 8))
 
 
-@dataclass(slots=True)
-class _Samples:
-    ttft_s: list[float] = field(default_factory=list[float])
-    gaps_s: list[float] = field(default_factory=list[float])
-    durations_s: list[float] = field(default_factory=list[float])
-    prefill_s: list[float] = field(default_factory=list[float])
-    handoff_s: list[float] = field(default_factory=list[float])
-
-
-def measure_grid(
-    model_dir: Path, cells: Sequence[Cell], saved: Path, *, cell_s: float = 4.0, report: Callable[[str], None] = print
-) -> list[Measured]:
-    """Measure the cells that `saved` does not have yet, write each there, return all.
+def measure_rounds(
+    model_dir: Path, cells: Sequence[Cell], saved: Path, *, num_rounds: int, report: Callable[[str], None] = print
+) -> list[Trial]:
+    """Measure the trials that `saved` (JSON lines) does not have yet, add each to it, return all of `cells`.
 
     Raises:
         HeadraceError: the cluster does not start or a request fails.
     """
-    done = {m.cell: m for m in read_saved(saved)}
-    missing = [cell for cell in cells if cell not in done]
+    done = {(trial.cell, trial.round): trial for trial in read_saved(saved)}
+    wanted = [(cell, number) for number in range(num_rounds) for cell in cells]
+    missing = [key for key in wanted if key not in done]
     if missing:
-        with LocalCluster(model_dir, worker_options=WORKER_OPTIONS) as cluster:
-            asyncio.run(_warm_up(cluster.router_address))
-            for index, cell in enumerate(missing):
-                outcome = asyncio.run(measure_cell(cluster.router_address, cell, cell_s=cell_s))
-                done[cell] = Measured(cell, outcome)
-                saved.parent.mkdir(parents=True, exist_ok=True)
-                saved.write_text(json.dumps([as_json(m) for m in done.values()], indent=1))
-                report(
-                    f"[{index + 1}/{len(missing)}] {cell.name}: TTFT {outcome.ttft_s * 1e3:.1f} ms, "
-                    f"ITL {outcome.itl_s * 1e3:.2f} ms, {outcome.throughput:.0f} tok/s, {outcome.num_requests} requests"
-                )
-    return [done[cell] for cell in cells]
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        with LocalCluster(model_dir, worker_options=WORKER_OPTIONS) as cluster, saved.open("a") as file:
+            for cell in _WARM_UP:
+                asyncio.run(_serve(cluster.router_address, cell, -1))
+            for count, (cell, number) in enumerate(missing):
+                trial = done[cell, number] = measure_trial(cluster, cell, number)
+                file.write(json.dumps(trial.as_json()) + "\n")
+                file.flush()
+                report(f"[{count + 1}/{len(missing)}] round {number}, {cell.name}: {trial.wall_s:.1f} s")
+    return [done[key] for key in wanted]
 
 
-def read_saved(path: Path) -> list[Measured]:
-    """Return the cells of an earlier run; none if there was none."""
-    return [from_json(value) for value in json.loads(path.read_text())] if path.is_file() else []
+def read_saved(path: Path) -> Iterator[Trial]:
+    """Yield the trials of an earlier run; none if there was none."""
+    if path.is_file():
+        yield from (Trial.from_json(json.loads(line)) for line in path.read_text().splitlines())
 
 
-async def measure_cell(address: str, cell: Cell, *, cell_s: float) -> Outcome:
-    """Run one cell against a router for about `cell_s` seconds; every client's first request is not counted."""
-    samples = _Samples()
+def measure_trial(cluster: LocalCluster, cell: Cell, number: int) -> Trial:
+    """Run round `number` of one cell."""
+    before = [read_steps(worker) for worker in cluster.workers]
+    began_s = time.monotonic()
+    requests = asyncio.run(_serve(cluster.router_address, cell, number))
+    wall_s = time.monotonic() - began_s
+    prefill, decode = (read_steps(worker).since(start) for worker, start in zip(cluster.workers, before, strict=True))
+    return Trial(cell, number, requests, prefill, decode, wall_s)
+
+
+def read_steps(worker: ClusterProcess) -> StepSums:
+    """Return how many steps a worker ran, their seconds and their tokens, from its metrics."""
+    with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics", timeout=_TIMEOUT_S) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    values = {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+    names = ("headrace_step_seconds_count", "headrace_step_seconds_sum", "headrace_step_tokens_total")
+    return StepSums(*(values[name] for name in names))
+
+
+async def _serve(address: str, cell: Cell, number: int) -> list[RequestTimes]:
+    """Serve a trial's requests in a closed loop; return their times in the order in which they were asked for."""
+    lengths = [int(count) for count in trial_workload(cell, number).num_output]
+    rng = random.Random(f"{cell.name} {number}")
+    # Made before the clock runs: a client that makes prompts delays the others' tokens.
+    prompts = [[rng.randrange(16, 1024) for _ in range(cell.isl)] for _ in lengths]
+    times: dict[int, RequestTimes] = {}
+    left = iter(range(len(lengths)))
     async with AsyncClient(address) as client:
-        began_s = time.monotonic()
 
-        async def one_client(number: int) -> None:
-            rng = random.Random(hash((cell.isl, cell.osl, number)))
-            count, least = 0, 5 if cell.concurrency == 1 else 3
-            while count < least or time.monotonic() - began_s < cell_s:
-                await _request(client, cell, rng, samples if count else _Samples())
-                count += 1
+        async def one_client() -> None:
+            for index in left:
+                times[index] = await _request(client, prompts[index], lengths[index])
 
-        await asyncio.gather(*(one_client(number) for number in range(cell.concurrency)))
-    return Outcome(
-        statistics.median(samples.ttft_s),
-        statistics.fmean(samples.gaps_s),
-        closed_throughput(cell, statistics.fmean(samples.durations_s)),
-        len(samples.ttft_s),
-        statistics.median(samples.prefill_s),
-        statistics.median(samples.handoff_s),
-    )
+        await asyncio.gather(*(one_client() for _ in range(cell.concurrency)))
+    return [times[index] for index in range(len(lengths))]
 
 
-async def _request(client: AsyncClient, cell: Cell, rng: random.Random, samples: _Samples) -> None:
-    prompt = [rng.randrange(16, 1024) for _ in range(cell.isl)]
-    sampling = SamplingParams(max_tokens=cell.osl, temperature=0.0, ignore_eos=True)
-    sent_s = last_s = time.monotonic()
+async def _request(client: AsyncClient, prompt: list[int], num_output: int) -> RequestTimes:
+    sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
+    first_s = second_s = last_s = 0.0
     num_tokens = 0
-    async with client.stream(prompt, sampling, include_timings=True, timeout_s=120) as stream:
+    sent_s = time.monotonic()
+    async with client.stream(prompt, sampling, timeout_s=_TIMEOUT_S) as stream:
         async for delta in stream:
-            now_s, count = time.monotonic(), len(delta.token_ids)
-            if count:
-                _take_tokens(samples, num_tokens, count, now_s - (last_s if num_tokens else sent_s))
-                num_tokens, last_s = num_tokens + count, now_s
-            if delta.timings:
-                phases = {phase.name: phase.duration_us / 1e6 for phase in delta.timings.phases}
-                samples.prefill_s.append(phases.get("prefill", 0.0))
-    samples.durations_s.append(last_s - sent_s)
-
-
-def _take_tokens(samples: _Samples, num_before: int, count: int, gap_s: float) -> None:
-    """Tokens that came together share the gap, as in the router's own metric."""
-    if not num_before:
-        samples.ttft_s.append(gap_s)
-        return
-    if num_before == 1:
-        samples.handoff_s.append(gap_s / count)
-    samples.gaps_s.extend([gap_s / count] * count)
-
-
-async def _warm_up(address: str) -> None:
-    async with AsyncClient(address) as client:
-        for isl in (64, 1024):
-            await asyncio.gather(*(_request(client, Cell(isl, 16, 1), random.Random(i), _Samples()) for i in range(8)))
+            if delta.token_ids:
+                last_s = time.monotonic() - sent_s
+                first_s, second_s = (first_s or last_s), (second_s or (last_s if num_tokens else 0.0))
+                num_tokens += len(delta.token_ids)
+    return RequestTimes(first_s, second_s or last_s, last_s, num_tokens)

@@ -1,11 +1,12 @@
 """`make planner-report`: how far the planner's predictions are from this machine, and how fast the simulator is.
 
-    python -m tests.perf.planner_report [--fresh] [--quick]
+    python -m tests.perf.planner_report [--fresh] [--quick] [--rounds N] [--skip-simulation]
 
-Measures a grid of prompt lengths, output lengths and clients on a real local cluster with the demo model, fits the
-simulator on half of it, predicts the other half, and simulates 10^6 requests on 1,000 workers meanwhile. Writes
-build/bench/planner.json and the table in docs/planner.md. Finished cells are kept in build/bench/planner-cells.json and
-not measured again, unless `--fresh`. The machine must be quiet while cells are measured.
+Measures a grid of prompt lengths, output lengths and clients on a real local cluster with the demo model, in rounds of
+about 2.5 minutes each, fits the simulator's speeds on half of the cells, predicts the other half, and simulates 10^6
+requests on 1,000 workers meanwhile. Writes build/bench/planner.json and the table in docs/planner.md. Finished trials
+are kept in build/bench/planner-trials.jsonl and not measured again, unless `--fresh`. The machine must be quiet while
+they are measured; where it can't be for long, ask for one round more at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 import platform
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,20 +25,21 @@ from typing import Any
 from headrace_planner.validation import (
     METRICS,
     Cell,
-    calibrate,
+    Row,
+    Trial,
     default_grid,
-    first_guess,
     is_held_out,
-    judge,
     median_error,
+    outcome,
     table,
 )
-from headrace_planner.validation_cluster import measure_grid
+from headrace_planner.validation_cluster import measure_rounds
+from headrace_planner.validation_fit import Fitted, fit, predict
 from rich.console import Console
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "build" / "bench" / "planner.json"
-CELLS = ROOT / "build" / "bench" / "planner-cells.json"
+TRIALS = ROOT / "build" / "bench" / "planner-trials.jsonl"
 DOCS = ROOT / "docs" / "planner.md"
 BEGIN, END = "<!-- validation: begin -->", "<!-- validation: end -->"
 MILLION_SIM = [sys.executable, "-m", "headrace_planner.sim_million"]
@@ -46,37 +49,76 @@ console = Console()
 
 def main() -> None:
     """Measure, fit, judge, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="measure every cell again")
-    parser.add_argument("--quick", action="store_true", help="a small grid, 20,000 requests in place of 10^6")
-    parser.add_argument("--model", type=Path, default=ROOT / "demo" / "model", help="checkpoint to serve")
-    options = parser.parse_args()
+    options = _options()
     if options.fresh:
-        CELLS.unlink(missing_ok=True)
-    cells = [Cell(isl, 24, c) for isl in (64, 256) for c in (1, 4, 8)] if options.quick else default_grid()
-    measured = measure_grid(options.model, cells, CELLS, cell_s=1.5 if options.quick else 4.0, report=console.print)
+        TRIALS.unlink(missing_ok=True)
+    cells, num_rounds, count = default_grid(), options.rounds, 1_000_000
+    if options.quick:
+        cells, num_rounds, count = [Cell(i, o, c) for i in (64, 256, 1024) for o in (24, 72) for c in (1, 4)], 1, 20_000
+    trials = measure_rounds(options.model, cells, TRIALS, num_rounds=num_rounds, report=console.print)
 
-    count = 20_000 if options.quick else 1_000_000
-    million = subprocess.Popen([*MILLION_SIM, str(count)], stdout=subprocess.PIPE, text=True)
-    began_s = time.monotonic()
-    with console.status("fitting"):
-        to_fit = [m for index, m in enumerate(measured) if not is_held_out(index, m.cell)]
-        fitted = calibrate(to_fit, first_guess(to_fit))
-        rows = judge(fitted, measured)
-    console.print(f"fitted {len(to_fit)} cells in {time.monotonic() - began_s:.0f} s")
-    report: dict[str, Any] = {f"{_short(metric)}_median_error": median_error(rows, metric) for metric in METRICS}
-    report |= {
-        "num_held_out": sum(row.is_held_out for row in rows),
-        "machine": platform.processor() or platform.machine(),
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    million = None
+    if not options.skip_simulation:
+        million = subprocess.Popen([*MILLION_SIM, str(count)], stdout=subprocess.PIPE, text=True)
+    report, rows = _judge(cells, trials)
+    report |= {"num_rounds": num_rounds} | _last_simulation()
     # What is known is written at once: the simulation may take minutes more.
-    _write(report, table(rows), to_docs=not options.quick)
-    with console.status(f"simulating {count} requests on 1,000 workers"):
-        output, _ = million.communicate()
-    sim: dict[str, Any] = json.loads(output)
-    report |= {"sim_seconds_for_1e6": sim["wall_s"] * 1_000_000 / count, "simulated": sim}
-    console.print(_write(report, table(rows), to_docs=not options.quick), soft_wrap=True)
+    text = _write(report, table(rows), to_docs=not options.quick)
+    if million is not None:
+        with console.status(f"simulating {count} requests on 1,000 workers"):
+            output, _ = million.communicate()
+        sim: dict[str, Any] = json.loads(output)
+        report |= {"sim_seconds_for_1e6": sim["wall_s"] * 1_000_000 / count, "simulated": sim}
+        text = _write(report, table(rows), to_docs=not options.quick)
+    console.print(text, soft_wrap=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="measure every trial again")
+    parser.add_argument("--quick", action="store_true", help="a small grid, 20,000 requests in place of 10^6")
+    parser.add_argument("--rounds", type=int, default=4, help="trials of each cell")
+    parser.add_argument("--skip-simulation", action="store_true", help="keep the last time of 10^6 requests")
+    parser.add_argument("--model", type=Path, default=ROOT / "demo" / "model", help="checkpoint to serve")
+    return parser.parse_args()
+
+
+def _judge(cells: Sequence[Cell], trials: Sequence[Trial]) -> tuple[dict[str, Any], list[Row]]:
+    """Fit on half of the cells; return the errors and every cell's line."""
+    held_out = {cell for index, cell in enumerate(cells) if is_held_out(index, cell)}
+    fitted = fit([trial for trial in trials if trial.cell not in held_out])
+    rows = [_row(fitted, cell, trials, is_held_out=cell in held_out) for cell in cells]
+    report: dict[str, Any] = {f"{_short(metric)}_median_error": median_error(rows, metric) for metric in METRICS}
+    for metric in METRICS:
+        report[f"fitted_{_short(metric)}_median_error"] = median_error(rows, metric, held_out=False)
+    report |= {
+        "num_held_out": len(held_out),
+        "fitted": asdict(fitted),
+        "machine": platform.processor() or platform.machine(),
+        "at": datetime.fromtimestamp(TRIALS.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+    }
+    return report, rows
+
+
+def _last_simulation() -> dict[str, Any]:
+    """Return what an earlier report says of 10^6 requests, to stand until it is simulated again."""
+    if not REPORT.is_file():
+        return {}
+    last: dict[str, Any] = json.loads(REPORT.read_text())
+    return {key: last[key] for key in ("sim_seconds_for_1e6", "simulated") if key in last}
+
+
+def _row(fitted: Fitted, cell: Cell, trials: Sequence[Trial], *, is_held_out: bool) -> Row:
+    """Predict a cell's trials and put them beside what was measured."""
+    measured = [trial for trial in trials if trial.cell == cell]
+    num_requests = sum(len(trial.requests) - cell.concurrency for trial in measured)
+    return Row(
+        cell,
+        is_held_out,
+        num_requests,
+        measured=outcome(cell, [trial.requests for trial in measured]),
+        predicted=predict(fitted, cell, [trial.round for trial in measured]),
+    )
 
 
 def _write(report: dict[str, Any], rows: str, *, to_docs: bool) -> str:
@@ -94,10 +136,14 @@ def _short(metric: str) -> str:
 
 
 def _text(report: dict[str, Any], rows: str) -> str:
-    errors = ", ".join(f"{name} {report[f'{name}_median_error']:.1%}" for name in ("ttft", "itl", "throughput"))
+    held_out, fitted = (
+        ", ".join(f"{_short(metric)} {report[f'{kind}{_short(metric)}_median_error']:.1%}" for metric in METRICS)
+        for kind in ("", "fitted_")
+    )
     return (
-        f"Median error of the held-out cells: {errors}. Measured {report['at'][:10]}, CPU, demo model, one prefill "
-        f"and one decode worker of one thread each. 10^6 requests on 1,000 workers: {_sim_text(report)}.\n\n{rows}"
+        f"Median error of the held-out cells: {held_out}; of the fitted ones: {fitted}. Measured {report['at'][:10]} "
+        f"in {report['num_rounds']} rounds, CPU, demo model, one prefill and one decode worker of one thread each. "
+        f"10^6 requests on 1,000 workers: {_sim_text(report)}.\n\n{rows}"
     )
 
 

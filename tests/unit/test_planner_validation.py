@@ -1,61 +1,120 @@
-"""The fit finds a simulated cluster's speed again, and says so on cells it has not seen."""
+"""The fit finds a simulated cluster's speed again from its trials, and predicts cells it has not seen."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from headrace_planner.sim_config import Wire
-from headrace_planner.step_times import LinearStepTimes
+from headrace_core.errors import InvalidRequestError
+from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
+from headrace_planner.simulator import simulate
+from headrace_planner.step_times import LinearStepTimes, StepShape
 from headrace_planner.validation import (
+    METRICS,
     Cell,
-    Fitted,
-    Measured,
     Outcome,
-    as_json,
-    calibrate,
-    closed_throughput,
+    RequestTimes,
+    Row,
+    StepSums,
+    Trial,
     default_grid,
-    first_guess,
-    from_json,
     is_held_out,
-    judge,
-    loss,
     median_error,
-    predict,
+    outcome,
     table,
-    turn,
+    trial_workload,
 )
 from headrace_planner.validation_cluster import read_saved
+from headrace_planner.validation_fit import Fitted, MeanStep, fit, fit_shared, fit_wire, predict
 
 TRUTH = Fitted(
-    LinearStepTimes(fixed_s=0.006, prompt_token_s=4e-5, pair_s=2e-9),
-    LinearStepTimes(fixed_s=0.004, row_s=3e-4, context_s=1e-8),
-    Wire(bytes_per_token=1.0, bandwidth=1e12, latency_s=0.003, admit_s=0.001, rpc_s=0.001),
+    LinearStepTimes(fixed_s=0.006, prompt_token_s=4e-5, pair_s=2e-8),
+    LinearStepTimes(fixed_s=0.004, row_s=3e-4, context_s=1e-6),
+    Wire(bytes_per_token=0.0, latency_s=0.003, latency_per_token_s=1e-6, admit_s=0.001, rpc_s=0.001),
     1.3,
     1.2,
 )
 
 
-def run(cell: Cell) -> Measured:
-    outcome = predict(TRUTH, cell)
-    prefill_s = 0.006 + 4e-5 * cell.isl
-    return Measured(
-        cell, Outcome(outcome.ttft_s, outcome.itl_s, outcome.throughput, 6, prefill_s, outcome.itl_s + 0.004)
+def run(cell: Cell, number: int = 0) -> Trial:
+    """Return a trial of a cluster that has TRUTH's speeds."""
+    spec = WorkerSpec(TRUTH.prefill, num_pages=4096, max_step_tokens=1024, max_step_sequences=64)
+    config = SimConfig(
+        prefill=spec,
+        decode=replace(spec, times=TRUTH.decode),
+        num_prefill=1,
+        num_decode=1,
+        wire=TRUTH.wire,
+        fidelity="exact",
+        interference=(TRUTH.prefill_slowdown, TRUTH.decode_slowdown),
     )
+    workload = trial_workload(cell, number)
+    result = simulate(config, workload)
+    # One client: the second token comes a call, the hand-off, a step and a call after the first.
+    alone_s = TRUTH.decode.step_s(StepShape(1, cell.isl + 1)) + 0.005 + 1e-6 * cell.isl
+    requests = [
+        RequestTimes(float(first), float(first) + alone_s, float(last), int(count))
+        for first, last, count in zip(result.ttft_s, result.e2e_s, workload.num_output, strict=True)
+    ]
+    prefill, decode = (StepSums(use.num_steps, use.busy_s, use.num_tokens) for use in result.workers)
+    return Trial(cell, number, requests, prefill, decode, result.end_s)
 
 
 def test_the_fit_predicts_cells_it_has_not_seen() -> None:
-    cells = [Cell(isl, 12, c) for isl in (64, 256, 1024) for c in (1, 4)]
-    measured = [run(cell) for cell in cells]
-    fitted_cells = [m for index, m in enumerate(measured) if not is_held_out(index, m.cell)]
-    guess = first_guess(fitted_cells)
-    fitted = calibrate(fitted_cells, guess, rounds=2)
-    assert loss(fitted, fitted_cells) <= loss(guess, fitted_cells)
-    rows = judge(fitted, measured)
-    for metric in ("ttft_s", "itl_s"):
-        assert median_error(rows, metric) < 0.2
-    assert table(rows).count("held out") == sum(row.is_held_out for row in rows) == 3
+    fitted = fit([run(Cell(isl, 12, c)) for isl in (64, 256, 1024) for c in (1, 3)])
+    rows: list[Row] = []
+    for cell in (Cell(128, 12, 1), Cell(512, 12, 2), Cell(512, 24, 4)):
+        measured = outcome(cell, [run(cell).requests])
+        rows.append(Row(cell, True, 1, measured, predict(fitted, cell, [0])))
+    for metric in METRICS:
+        assert median_error(rows, metric) < 0.05
+        assert max(row.error(metric) for row in rows) < 0.2
+
+
+def test_calls_and_handoffs_are_found_from_lone_requests() -> None:
+    wire = fit_wire([run(Cell(isl, 96, 1)) for isl in (64, 256, 1024)])
+    assert wire.rpc_s == wire.admit_s == pytest.approx(0.001, rel=0.01)
+    assert wire.latency_s == pytest.approx(0.003, rel=0.05)
+    assert wire.latency_per_token_s == pytest.approx(1e-6, rel=0.2)
+
+
+def test_a_slowdown_is_told_from_a_slow_step() -> None:
+    times = LinearStepTimes(fixed_s=0.01, row_s=0.001)
+    cells = [
+        [MeanStep(shape, times.step_s(shape) / (1 - shared * (1 - 1 / 1.5)), shared)]
+        for rows, shared in ((1, 0.0), (4, 0.9), (8, 0.2), (16, 0.5))
+        for shape in [StepShape(rows, rows * 100)]
+    ]
+    fitted, slowdown = fit_shared(cells)
+    assert slowdown == pytest.approx(1.5)
+    assert fitted.step_s(StepShape(2, 200)) == pytest.approx(0.012)
+
+
+def test_a_stalled_trial_does_not_move_the_fit() -> None:
+    times = LinearStepTimes(fixed_s=0.01, row_s=0.001)
+    shapes = [StepShape(rows, rows * 100) for rows in (1, 4, 16)]
+    cells = [[MeanStep(shape, times.step_s(shape), 0.0)] * 2 for shape in shapes]
+    cells[1] = [*cells[1], MeanStep(shapes[1], 5.0, 0.0)]
+    fitted, _ = fit_shared(cells)
+    assert fitted.step_s(shapes[1]) == pytest.approx(0.014)
+
+
+def test_too_few_cells_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="too few"):
+        fit([run(Cell(64, 12, 1)), run(Cell(64, 12, 2))])
+
+
+def test_an_outcome_leaves_out_every_clients_first_request() -> None:
+    requests = [RequestTimes(9.0, 9.1, 9.9, 10), RequestTimes(1.0, 1.2, 2.0, 11), RequestTimes(3.0, 3.2, 4.0, 11)]
+    result = outcome(Cell(64, 11, 1), [requests])
+    assert (result.ttft_s, result.itl_s, result.throughput) == pytest.approx((2.0, 0.1, 22 / 6))
+
+
+def test_an_outcome_is_the_median_rounds() -> None:
+    rounds = [[RequestTimes(s, s, s + 1.0, 11)] * 2 for s in (1.0, 2.0, 50.0)]
+    assert outcome(Cell(64, 11, 1), rounds).ttft_s == 2.0
 
 
 def test_the_grid_holds_out_half_of_every_kind() -> None:
@@ -66,17 +125,26 @@ def test_the_grid_holds_out_half_of_every_kind() -> None:
         assert {getattr(cell, part) for cell in held_out} == {getattr(cell, part) for cell in grid}
 
 
-def test_cells_survive_a_restart(tmp_path: Path) -> None:
-    measured = run(Cell(64, 8, 1))
-    assert from_json(as_json(measured)) == measured
-    assert read_saved(tmp_path / "none.json") == []
+def test_rounds_serve_different_lengths_and_a_round_always_the_same() -> None:
+    cell = Cell(64, 32, 4)
+    first, again, second = (trial_workload(cell, number).num_output.tolist() for number in (0, 0, 1))
+    assert first == again != second
+    assert len(first) == len(second)
 
 
-def test_knobs_turn_one_coefficient_and_slowdowns_stay_above_one() -> None:
-    assert turn(TRUTH, "prefill.fixed_s", 2).prefill.fixed_s == pytest.approx(0.012)
-    assert turn(TRUTH, "decode.prompt_token_s", 2).decode.prompt_token_s > 0
-    assert turn(TRUTH, "decode_slowdown", 0.1).decode_slowdown == 1.0
+def test_trials_survive_a_restart(tmp_path: Path) -> None:
+    trial = run(Cell(64, 12, 1))
+    saved = tmp_path / "trials.jsonl"
+    assert list(read_saved(saved)) == []
+    saved.write_text(json.dumps(trial.as_json()) + "\n")
+    assert list(read_saved(saved)) == [trial]
 
 
-def test_throughput_of_a_closed_loop_is_littles_law() -> None:
-    assert closed_throughput(Cell(64, 10, 4), 2.0) == pytest.approx(20.0)
+def test_the_table_tells_fitted_from_held_out() -> None:
+    right, wrong = Outcome(0.1, 0.01, 100.0), Outcome(0.2, 0.01, 50.0)
+    rows = [Row(Cell(64, 32, 1), False, 6, right, right), Row(Cell(64, 32, 4), True, 24, right, wrong)]
+    assert median_error(rows, "ttft_s") == pytest.approx(1.0)
+    assert median_error(rows, "ttft_s", held_out=False) == 0.0
+    held_out, fitted = table(rows).splitlines()[2:]
+    assert held_out.startswith("| 64/32 x4 | held out | 24 | 100.0 | 200.0 | 100% |")
+    assert fitted.startswith("| 64/32 x1 | fitted | 6 |")
