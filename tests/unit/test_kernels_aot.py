@@ -26,6 +26,10 @@ def _kernel(x_ptr, y_ptr, stride, count, scale, flag, absent, BLOCK_N: tl.conste
     tl.store(y_ptr, tl.load(x_ptr + stride + count))
 
 
+def _tuple_kernel(pointers):
+    tl.store(pointers[0], tl.load(pointers[1]))
+
+
 KERNEL = JITFunction(_kernel)
 
 
@@ -65,6 +69,14 @@ def test_a_view_at_an_odd_offset_is_not_taken_as_aligned():
     assert [["tt.divisibility", 16]] in specialised(bf16(4, 64)[:, 8:]).source.attrs.values()
     attributes = specialised(bf16(4, 64)[:, 1:]).source.attrs
     assert ["tt.divisibility", 16] not in attributes.get((0,), [])
+
+
+def test_tensors_in_a_tuple_are_arguments_of_their_own():
+    launch = Launch(JITFunction(_tuple_kernel), (1,), ((bf16(64), bf16(64)[1:], 3),), {}, 4, 2)
+    source = specialise(launch, "cuda").source
+    assert source.signature == {"pointers": ("*bf16", "*bf16", "i32")}
+    assert ["tt.divisibility", 16] in source.attrs[(0, 0)]
+    assert ["tt.divisibility", 16] not in source.attrs.get((0, 1), [])
 
 
 def test_amd_knows_which_tensors_32_bit_offsets_reach():

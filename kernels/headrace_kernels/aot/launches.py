@@ -126,7 +126,7 @@ def specialise(launch: Launch, target: Target) -> Specialised:
     become constants, integers and addresses divisible by 16 are known to be.
     """
     backend = make_backend(TARGETS[target])
-    arguments = [_Pointer(a) if isinstance(a, Tensor) else a for a in launch.args]
+    arguments = _with_pointers(launch.args)
     keywords: dict[str, Any] = dict(launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -135,6 +135,13 @@ def specialise(launch: Launch, target: Target) -> Specialised:
     source = ASTSource(kernel, signature, constants, attributes)
     key = hashlib.sha256(f"{target}-{source.hash()}-{sorted(options.__dict__.items())}".encode()).hexdigest()
     return Specialised(source, options.__dict__, key)
+
+
+def _with_pointers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return arguments with a `_Pointer` for each tensor, also in tuples among them."""
+    return tuple(
+        _Pointer(a) if isinstance(a, Tensor) else _with_pointers(a) if isinstance(a, tuple) else a for a in arguments
+    )
 
 
 def tile_text(launch: Launch) -> str:
