@@ -27,6 +27,7 @@ from headrace_kernels.aot.resources import (
     ptx_matrix_units,
     ptxas_spilled_bytes,
 )
+from headrace_kernels.gpu.launch import Target
 
 _CRASHED = "the compiler crashed, without an exception: look above for what it printed"
 
@@ -53,18 +54,17 @@ def compile_job(job: Job) -> Compiled:
     began_s = time.monotonic()
     try:
         specialised = specialise(launch, job.target)
-        with contextlib.redirect_stdout(io.StringIO()):  # on an error Triton prints the whole PTX
-            kernel = triton.compile(specialised.source, target=TARGETS[job.target], options=specialised.options)
+        kernel, log = _compile(specialised, job.target)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises, the other launches still compile
         return Compiled(None, (f"does not compile: {_gist(error)}",), time.monotonic() - began_s, False)
-    seconds = time.monotonic() - began_s
+    seconds, from_cache = time.monotonic() - began_s, all(cache_hits)
     if job.target == "cuda":
-        resources = _cuda_resources(kernel, specialised)
+        resources = _cuda_resources(kernel, specialised, log)
         problems = cuda_excess(resources, launch.num_warps)
     else:
         resources = amdgcn_resources(kernel.asm["amdgcn"], kernel.metadata.shared)
         problems = amd_excess(resources, launch.num_warps)
-    return Compiled(resources, tuple(problems), seconds, all(cache_hits))
+    return Compiled(resources, tuple(problems), seconds, from_cache)
 
 
 def _gist(error: Exception) -> str:
@@ -72,7 +72,7 @@ def _gist(error: Exception) -> str:
     return text if len(text) <= 1500 else f"{text[:500]} [...] {text[-900:]}"
 
 
-def _cuda_resources(kernel: Any, specialised: Specialised) -> Resources:
+def _cuda_resources(kernel: Any, specialised: Specialised, log: str) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -82,20 +82,27 @@ def _cuda_resources(kernel: Any, specialised: Specialised) -> Resources:
     return Resources(
         registers=registers,
         # Without a stack nothing can be spilled; with one, only ptxas knows whether it holds spills.
-        spilled_bytes=_spilled_bytes(specialised) if stack_bytes else 0,
+        spilled_bytes=_spilled_bytes(specialised, log) if stack_bytes else 0,
         shared_bytes=max(kernel.metadata.shared, static_shared),
         matrix_units=ptx_matrix_units(kernel.asm["ptx"]),
     )
 
 
-def _spilled_bytes(specialised: Specialised) -> int:
-    # Compiled once more, with ptxas's log on Triton's standard output: its own command line, whatever the version's.
+def _spilled_bytes(specialised: Specialised, log: str) -> int:
+    if "spill stores" not in log:  # it came from the cache, which does not keep the log
+        with knobs.compilation.scope():
+            knobs.compilation.always_compile = True
+            _, log = _compile(specialised, "cuda")
+    return ptxas_spilled_bytes(log)
+
+
+def _compile(specialised: Specialised, target: Target) -> tuple[Any, str]:
+    """Return the compiled kernel and what Triton printed: ptxas's log, and on an error the whole PTX."""
     log = io.StringIO()
-    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
-        knobs.compilation.always_compile = True
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
-        triton.compile(specialised.source, target=TARGETS["cuda"], options=specialised.options)
-    return ptxas_spilled_bytes(log.getvalue())
+        kernel = triton.compile(specialised.source, target=TARGETS[target], options=specialised.options)
+    return kernel, log.getvalue()
 
 
 def compile_all(jobs: Iterable[Job], num_processes: int, finished: Callable[[], None]) -> dict[Job, Compiled]:
