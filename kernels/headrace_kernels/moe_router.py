@@ -2,7 +2,7 @@
 
 Shapes: T tokens, N hidden, E routed experts, K experts per token.
 Bytes read: the router's weights, 4 * E * N, and the tokens. For a decode step each of the four would be a launch of a
-microsecond or two, so up to FUSED_ROWS tokens are one launch on a GPU; more, and any on a CPU, are four steps:
+microsecond or two, so up to FUSED_ROWS tokens are one launch on NVIDIA's GPUs; else there are four steps:
 `rms_norm`, a linear layer, `moe_routing`, `sort_blocks`.
 
 `route_and_sort` is the entry; the four steps, `route_and_sort_ref`, are its specification.
@@ -61,7 +61,7 @@ def route_and_sort(
 ) -> RoutedTokens:
     """Normalise tokens, choose their experts, and sort the assignments into blocks; synchronises with nothing.
 
-    On a GPU, calls for up to FUSED_ROWS tokens must follow one another on a device, as on one stream: they share
+    Where they are one launch, calls must follow one another on a device, as on one stream: they share
     counters. The first must not be captured into a CUDA graph.
 
     Args:

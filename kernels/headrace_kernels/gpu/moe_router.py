@@ -9,8 +9,11 @@ Why the last program sees what the others wrote. A program's threads store; the 
 before its one atomic, which releases at the scope of the GPU. The last program's atomic on the same counter acquires:
 it reads a value from the chain of increments that every other program's release heads, so it synchronises with each of
 them (increments are read-modify-writes, which continue a release sequence). Its other threads follow the atomic through
-the barrier with which its result is handed to them. Happens-before is transitive across these scopes in PTX's model as
-in AMD's, so the loads after it see the stores before. They bypass the L1 cache besides.
+the barrier with which its result is handed to them. Happens-before is transitive across these scopes in PTX's memory
+model, so the loads after it see the stores before. They bypass the L1 cache besides.
+
+What is compiled for an MI300X lacks the first step: no wait for a wave's stores stands before the barrier (s_barrier
+without s_waitcnt vmcnt(0)), so the release of another wave need not cover them. There the four steps are taken.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels import moe_router as family
-from headrace_kernels.gpu.launch import AotCase, launch, num_sms
+from headrace_kernels.gpu.launch import AotCase, launch, num_sms, target
 from headrace_kernels.gpu.moe_routing import MODEL_RULES, column_experts, empty_routing, route, routing_constants
 from headrace_kernels.gpu.moe_sort import bins, sort_few
 from headrace_kernels.gpu.rms_norm import normalise
@@ -40,6 +43,10 @@ def route_and_sort(
     x: Tensor, norm_weight: Tensor, eps: float, router: Router, block_size: int, first_local: int, num_local: int
 ) -> RoutedTokens:
     """See `headrace_kernels.moe_router.route_and_sort`."""
+    if target() == "hip":
+        return family.route_and_sort_ref(
+            x, norm_weight, eps, router, block_size, first_local=first_local, num_local=num_local
+        )
     num_rows, width = x.shape
     num_routed = len(router.weight)
     experts, weights = empty_routing(num_rows, router.rule, router.num_shared, x)

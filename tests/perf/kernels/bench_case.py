@@ -33,3 +33,8 @@ class BenchCase:
 
 TuningCase = tuple[str, str, list[Config], BenchCase]
 """What a family's `tuning()` lists: family, key of `configs.config`, candidates (the default first), a case to time."""
+
+
+def num_buffers(bytes_of_one: float) -> int:
+    """Return how many buffers of that size to take in turn so that no L2 cache holds them: 2 to 64, about 256 MB."""
+    return max(2, min(64, round(256e6 / max(bytes_of_one, 1))))
