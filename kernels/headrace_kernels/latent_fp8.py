@@ -2,11 +2,12 @@
 
 Shapes: D latent width (a multiple of 128), R rope width (even). A row is, in this order and little-endian:
     D        float8_e4m3fn   the normalised latent, each 128 columns divided by their scale
-    D / 128  float32         the scales: max|x| of their 128 columns / 448, at least `MIN_SCALE`, so never 0
+    D / 128  float32         the scales: max|x| of their 128 columns / 448; of zeros a tiny one, so never 0
     R        bfloat16        the rotated rope columns, not quantised
 For D = 512 and R = 64 that is 656 bytes, against 1152 in bfloat16. A cache of such rows is uint8 [.., row_bytes].
 
-`pack_latents` and `unpack_latents` are the specification of every kernel that writes or reads such a cache.
+The latent is quantised as activations are (`act_quant`). `pack_latents` and `unpack_latents` are the specification of
+every kernel that writes or reads such a cache.
 Source: deepseek-ai/FlashMLA README.md, the fp8 KV cache format.
 """
 
@@ -15,14 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 128
-"""Columns that share a scale."""
-
-FP8_MAX = 448.0
-"""The largest finite float8_e4m3fn."""
-
-MIN_SCALE = torch.finfo(torch.float32).tiny
-"""The smallest scale: a group of zeros is divided by it and stays zero."""
+from headrace_kernels.act_quant import GROUP, act_quant_ref
 
 
 def row_bytes(kv_lora_rank: int, rope_dim: int) -> int:
@@ -57,11 +51,11 @@ def pack_latents(rows: Tensor, kv_lora_rank: int, rope_dim: int) -> Tensor:
     if rows.shape[-1] != kv_lora_rank + rope_dim:
         raise ValueError(f"rows {tuple(rows.shape)} do not fit a width of {kv_lora_rank} + {rope_dim}")
     latents, pe = rows.split([kv_lora_rank, rope_dim], dim=-1)
-    groups = latents.to(torch.float32).unflatten(-1, (-1, GROUP))
-    scales = (groups.abs().amax(-1) / FP8_MAX).clamp_min(MIN_SCALE)
-    values = (groups / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).flatten(-2).to(torch.float8_e4m3fn)
-    parts = (values, scales, pe.to(torch.bfloat16).contiguous())
-    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
+    values, scales = act_quant_ref(latents.reshape(-1, kv_lora_rank))
+    values, scales = values.view(latents.shape), scales.view(*rows.shape[:-1], kv_lora_rank // GROUP)
+    parts = (values, scales, pe.to(torch.bfloat16))
+    # Copied, because the strides of an empty tensor may be ones that no other dtype can be viewed with.
+    return torch.cat([part.clone(memory_format=torch.contiguous_format).view(torch.uint8) for part in parts], dim=-1)
 
 
 def unpack_latents(packed: Tensor, kv_lora_rank: int, rope_dim: int) -> Tensor:
@@ -85,6 +79,5 @@ def unpack_latents(packed: Tensor, kv_lora_rank: int, rope_dim: int) -> Tensor:
     values, scales, pe = (
         part.contiguous() for part in packed.split([kv_lora_rank, kv_lora_rank // GROUP * 4, rope_dim * 2], dim=-1)
     )
-    groups = values.view(torch.float8_e4m3fn).to(torch.float32).unflatten(-1, (-1, GROUP))
-    latents = (groups * scales.view(torch.float32)[..., None]).flatten(-2)
+    latents = values.view(torch.float8_e4m3fn).float() * scales.view(torch.float32).repeat_interleave(GROUP, dim=-1)
     return torch.cat((latents, pe.view(torch.bfloat16).to(torch.float32)), dim=-1)
