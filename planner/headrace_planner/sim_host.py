@@ -32,12 +32,16 @@ class SharedMachine:
     def __init__(self, clock: Clock, factors: tuple[float, float]) -> None:
         self._clock = clock
         self._factors = factors
+        self._is_shared = factors != (1.0, 1.0)
         self._jobs: tuple[set[HostJob], set[HostJob]] = (set(), set())
 
     def start(self, kind: int, seconds: float, done: Callable[[float], None]) -> HostJob:
         """Run a step that takes `seconds` alone; call `done` with the seconds it took."""
         now_s = self._clock.now_s
         job = HostJob(kind, seconds, now_s, now_s, done)
+        if not self._is_shared:
+            self._schedule(job)
+            return job
         job.rate = 1 / self._factors[kind] if self._jobs[1 - kind] else 1.0
         self._jobs[kind].add(job)
         self._schedule(job)
@@ -63,6 +67,8 @@ class SharedMachine:
 
     def _remove(self, job: HostJob) -> None:
         job.is_over = True
+        if not self._is_shared:
+            return
         self._jobs[job.kind].discard(job)
         if not self._jobs[job.kind]:
             self._rerate(1 - job.kind)

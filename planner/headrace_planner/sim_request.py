@@ -15,6 +15,8 @@ from enum import Enum
 
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, Waiting, prefix_key
 
+from headrace_planner.trace import Workload
+
 
 class State(Enum):
     """See the module."""
@@ -85,9 +87,31 @@ class SimRequest:
         return ids
 
 
-def prefix_number(first_block: int, cache: dict[int, int]) -> int:
-    """Return the router's prefix key of prompts that begin with `first_block`; remembered in `cache`."""
-    key = cache.get(first_block)
-    if key is None:
-        key = cache[first_block] = prefix_key([first_block])
-    return key
+class Arrivals:
+    """Makes a workload's requests, in its order."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.num_arrived = 0
+        self._workload = workload
+        self._prefixes: dict[int, int] = {}
+
+    def take(self, arrival_s: float) -> SimRequest:
+        """Return the next request, which arrives at `arrival_s`."""
+        workload, index = self._workload, self.num_arrived
+        self.num_arrived += 1
+        num_prompt = int(workload.num_prompt[index])
+        if workload.blocks is not None and workload.blocks[index]:
+            blocks: Sequence[int] = workload.blocks[index]
+            prefix = self._prefix(blocks[0])
+        else:
+            count = -(-num_prompt // workload.block_tokens)
+            blocks = range(index << 20, (index << 20) + count)
+            prefix = index * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+        return SimRequest(index, arrival_s, num_prompt, int(workload.num_output[index]), blocks, prefix)
+
+    def _prefix(self, first_block: int) -> int:
+        """Return the router's prefix key of prompts that begin with `first_block`."""
+        key = self._prefixes.get(first_block)
+        if key is None:
+            key = self._prefixes[first_block] = prefix_key([first_block])
+        return key

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from headrace_planner.sim_clock import Clock
@@ -22,7 +21,7 @@ from headrace_planner.sim_config import Outage, SimConfig, WorkerSpec
 from headrace_planner.sim_engine import ExactDecodeWorker, PrefillWorker
 from headrace_planner.sim_fast import FastDecodeWorker
 from headrace_planner.sim_host import Host, SharedMachine
-from headrace_planner.sim_request import SimRequest, State, prefix_number
+from headrace_planner.sim_request import Arrivals, SimRequest, State
 from headrace_planner.sim_result import Recorder, SimResult, WorkerUse
 from headrace_planner.sim_router import Account, Router
 from headrace_planner.trace import Workload
@@ -73,12 +72,11 @@ class _Simulation:
         self._decodes: dict[int, DecodeWorker] = {}
         self._requests: dict[int, SimRequest] = {}
         self._num_keys = 0
-        self._num_arrived = 0
+        self._arrivals = Arrivals(workload)
         self._num_over = 0
         self._links: dict[int, float] = {}
         self._transfer_bytes = 0.0
         self._dead_use: dict[int, tuple[float, int, int]] = {}
-        self._prefixes: dict[int, int] = {}
         self._machine = SharedMachine(self._clock, config.interference)
         self._router = Router(
             [self._account(number) for number in range(config.num_workers)],
@@ -151,31 +149,16 @@ class _Simulation:
 
     def _arrive_next(self, _: object) -> None:
         """Queue a request of an open loop, admitted since it arrived; its arrival is the workload's."""
-        arrivals = self._workload.arrival_s
-        request = self._request(float(arrivals[self._num_arrived]))
-        if self._num_arrived < len(arrivals):
-            self._clock.at(float(arrivals[self._num_arrived]) + self._wire.admit_s, self._arrive_next)
+        arrivals, arrival_s = self._arrivals, self._workload.arrival_s
+        request = arrivals.take(float(arrival_s[arrivals.num_arrived]))
+        if arrivals.num_arrived < len(arrival_s):
+            self._clock.at(float(arrival_s[arrivals.num_arrived]) + self._wire.admit_s, self._arrive_next)
         self._router.enqueue(request)
 
     def _arrive_in_turn(self, _: object) -> None:
         """Begin a request of a closed loop, unless the last one was asked for by others."""
-        if self._num_arrived < len(self._workload):
-            self._clock.after(self._wire.admit_s, self._router.enqueue, self._request(self._clock.now_s))
-
-    def _request(self, arrival_s: float) -> SimRequest:
-        """Return the next request of the workload."""
-        workload, index = self._workload, self._num_arrived
-        self._num_arrived += 1
-        if workload.blocks is not None and workload.blocks[index]:
-            blocks: Sequence[int] = workload.blocks[index]
-            prefix = prefix_number(blocks[0], self._prefixes)
-        else:
-            count = -(-int(workload.num_prompt[index]) // workload.block_tokens)
-            blocks = range(index << 20, (index << 20) + count)
-            prefix = index * 0x9E3779B97F4A7C15 & (1 << 64) - 1
-        return SimRequest(
-            index, arrival_s, int(workload.num_prompt[index]), int(workload.num_output[index]), blocks, prefix
-        )
+        if self._arrivals.num_arrived < len(self._workload):
+            self._clock.after(self._wire.admit_s, self._router.enqueue, self._arrivals.take(self._clock.now_s))
 
     def _place(self, request: SimRequest, prefill: Account | None, decode: Account) -> None:
         self._num_keys += 1
@@ -340,7 +323,7 @@ class _Simulation:
 
     def _finish(self) -> None:
         self._num_over += 1
-        if self._workload.max_in_flight and self._num_arrived < len(self._workload):
+        if self._workload.max_in_flight and self._arrivals.num_arrived < len(self._workload):
             self._clock.after(self._wire.rpc_s, self._arrive_in_turn)
 
     def _forget(self, request: SimRequest) -> None:
