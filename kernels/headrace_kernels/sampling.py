@@ -3,17 +3,115 @@
 Shapes: L rows, V vocabulary. Every filter is a threshold on the logits, so that tokens that are equally probable are
 kept or dropped together and neither the order of the vocabulary nor the rest of the batch matters. The draw walks the
 vocabulary in order; nothing is sorted for it.
-Bytes read: a few passes over L * V * 8; bound by memory bandwidth.
+Bytes read: L * V * 4 a pass over the logits; greedy rows take one pass, drawn ones three, and each threshold that is
+searched about six. Bound by memory bandwidth for greedy rows, else by the exponentials in float64.
 
-`filter_logits` and `pick` are the entries; `filter_logits_ref` is the specification of the first, `pick` its own.
+`sample_tokens` is the entry for whole rows, `filter_logits` and `pick` are its parts, which run as plain torch
+anywhere; `sample_tokens_ref` and `filter_logits_ref` are the specifications, `pick` is its own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import torch
 from torch import Tensor
 
+from headrace_kernels.backend import backend
+from headrace_kernels.counter_random import uniform
+
 _NUCLEUS_CANDIDATES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How each of L rows chooses its token: tensors [L], on the device of the logits.
+
+    Attributes:
+        temperatures: float64; 0: the most probable token, the first of equals; nothing else is read for the row.
+        top_k: int64; see `filter_logits`, also for the next two.
+        top_p: float64.
+        min_p: float64.
+        seeds: int64, the 64 bits of a seed; see `counter_random.uniform`, also for the next two.
+        sample_indices: int64.
+        positions: int64.
+    """
+
+    temperatures: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    sample_indices: Tensor
+    positions: Tensor
+
+
+_DTYPES = {
+    "temperatures": torch.float64,
+    "top_k": torch.int64,
+    "top_p": torch.float64,
+    "min_p": torch.float64,
+    "seeds": torch.int64,
+    "sample_indices": torch.int64,
+    "positions": torch.int64,
+}
+
+
+def sample_tokens(logits: Tensor, draws: Draws) -> Tensor:
+    """Return each row's token.
+
+    Args:
+        logits: [L, V] float32, finite or -inf, which is never drawn; at least one finite value in each row; not
+            changed. Rows may be strided.
+        draws: how each row chooses.
+
+    Returns:
+        [L] int64. Backends differ only where a sum of probabilities meets top_p or the number drawn to the last bits
+        of float64. A row does not depend on the others.
+
+    Raises:
+        ValueError: a shape or type does not fit.
+    """
+    _check(logits, draws)
+    if backend(logits) == "triton":
+        from headrace_kernels.gpu import sampling as gpu
+
+        return gpu.sample_tokens(logits, draws)
+    tokens = logits.argmax(dim=-1)
+    drawn = (draws.temperatures > 0).nonzero()[:, 0]
+    if len(drawn):
+        columns = Draws(*(getattr(draws, field.name)[drawn] for field in fields(Draws)))
+        scaled = _scaled(logits[drawn], columns.temperatures)
+        kept = filter_logits(scaled, columns.top_k, columns.top_p, columns.min_p)
+        tokens[drawn] = pick(kept, uniform(columns.seeds, columns.sample_indices, columns.positions))
+    return tokens
+
+
+def sample_tokens_ref(logits: Tensor, draws: Draws) -> Tensor:
+    """Specification of `sample_tokens` in plain torch: every row is drawn, then the greedy ones are put right."""
+    is_greedy = draws.temperatures == 0
+    scaled = _scaled(logits, draws.temperatures.masked_fill(is_greedy, 1.0))
+    kept = filter_logits_ref(scaled, draws.top_k, draws.top_p, draws.min_p)
+    drawn = pick(kept, uniform(draws.seeds, draws.sample_indices, draws.positions))
+    return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
+
+
+def _check(logits: Tensor, draws: Draws) -> None:
+    if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.shape[1]:
+        raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype}, not [L, V] float32")
+    for name, dtype in _DTYPES.items():
+        column: Tensor = getattr(draws, name)
+        if column.shape != logits.shape[:1] or column.dtype != dtype or column.device != logits.device:
+            raise ValueError(
+                f"{name} is {tuple(column.shape)} {column.dtype} on {column.device}, "
+                f"not [{len(logits)}] {dtype} on {logits.device}"
+            )
+
+
+def _scaled(logits: Tensor, temperatures: Tensor) -> Tensor:
+    # Relative to the best one, so that no temperature, however small, leaves the range of float64 upwards.
+    exact = logits.double()
+    return (exact - exact.amax(dim=-1, keepdim=True)) / temperatures[:, None]
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -29,11 +127,13 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
         [L, V] float64.
     """
     floor = logits.amax(dim=-1) + min_p.log()
+    left = logits
     if bool((top_k > 0).any()):
-        floor = torch.maximum(floor, _top_k_floor(logits, top_k))
-        logits = logits.masked_fill(logits < floor[:, None], float("-inf")) if _any_below_one(top_p) else logits
+        top_k_floor = _top_k_floor(logits, top_k)
+        floor = torch.maximum(floor, top_k_floor)
+        left = logits.masked_fill(logits < top_k_floor[:, None], float("-inf")) if _any_below_one(top_p) else logits
     if _any_below_one(top_p):
-        floor = torch.maximum(floor, _top_p_floor(logits, top_p))
+        floor = torch.maximum(floor, _top_p_floor(left, top_p))
     return logits.masked_fill(logits < floor[:, None], float("-inf"))
 
 

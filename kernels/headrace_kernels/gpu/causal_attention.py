@@ -76,7 +76,7 @@ def attend(query: Tensor, keys: KeysValues, query_starts: Tensor, key_starts: Te
     tail_dim = 0 if keys.tail is None else tail.shape[2]
     if key.shape[2] + tail_dim != width:
         raise ValueError(f"query {tuple(query.shape)} does not fit keys of {key.shape[2]} + {tail_dim} columns")
-    chosen = config("causal_attention", f"{query.dtype} {width} {value_dim}", _default(query, width), query)
+    chosen = config("causal_attention", config_key(query, value_dim), default_config(query), query)
     tiles = _tiles(tuple(query_starts.tolist()), tuple(key_starts.tolist()), chosen["BLOCK_M"], query.device)
     launch(
         _attend_kernel,
@@ -110,14 +110,26 @@ def attend(query: Tensor, keys: KeysValues, query_starts: Tensor, key_starts: Te
     return out
 
 
-def _default(query: Tensor, width: int) -> Config:
+def config_key(query: Tensor, value_dim: int) -> str:
+    """Return what the configuration depends on: neither the batch nor the lengths, so that no result does."""
+    return f"{query.dtype} {query.shape[2]} {value_dim}"
+
+
+def default_config(query: Tensor) -> Config:
+    """Return the tiles for `query` [T, H, Dq] where none were measured."""
     if query.dtype == torch.float32 and target() == "cuda":
         # No matrix units: each thread holds what it multiplies, and whole rows are more than its registers.
         return {"BLOCK_M": 32, "BLOCK_N": 16, "CHUNK": 32, "num_warps": 8, "num_stages": 1}
     if query.dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": 0, "num_warps": 4, "num_stages": 1}
     if target() == "hip":
-        return {"BLOCK_M": 128, "BLOCK_N": 32 if width > 128 else 64, "CHUNK": 0, "num_warps": 4, "num_stages": 1}
+        return {
+            "BLOCK_M": 128,
+            "BLOCK_N": 32 if query.shape[2] > 128 else 64,
+            "CHUNK": 0,
+            "num_warps": 4,
+            "num_stages": 1,
+        }
     return {"BLOCK_M": 128, "BLOCK_N": 64, "CHUNK": 0, "num_warps": 8, "num_stages": 3}
 
 
@@ -126,7 +138,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _tile(width: int) -> int:
-    return max(triton.next_power_of_2(width), _LEAST_TILE)
+    return max(int(triton.next_power_of_2(width)), _LEAST_TILE)
 
 
 def _heads_side_by_side(bytes_per_group: int, num_heads: int, num_groups: int) -> int:

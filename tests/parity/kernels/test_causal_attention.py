@@ -61,8 +61,8 @@ def test_widths_and_grouped_heads(heads, widths, dtype, device):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_the_tiles_that_a_gpu_gets(dtype, device):
-    query = torch.empty(0, dtype=dtype, device=device)
-    with use_config("causal_attention", gpu._default(query, 192)):
+    query = torch.empty(0, 1, 192, dtype=dtype, device=device)
+    with use_config("causal_attention", gpu.default_config(query)):
         check(tensors([130, 2], [150, 2], (1, 1), (192, 128), dtype, device), dtype)
 
 
