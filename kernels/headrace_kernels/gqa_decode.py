@@ -2,7 +2,8 @@
 
 Shapes: B query tokens, H query heads, G key/value heads, D head width, P pages, L longest context. A page holds its
 tokens' keys, then their values. Query b attends to the first `context_lens[b]` tokens of its sequence.
-Bytes read: sum(context_lens) * 2 * G * D * itemsize; bound by memory bandwidth.
+Bytes read: sum(context_lens) * 2 * G * D * itemsize; FLOPs: sum(context_lens) * 4 * H * D. With 4 query heads a
+key/value head in bfloat16 that is 4 FLOPs a byte: bound by memory bandwidth.
 
 `gqa_decode` is the entry; `gqa_decode_ref` is the specification it is tested against.
 """
@@ -12,7 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace_kernels.backend import backend
+from headrace_kernels.decode_rows import check_page_tiles, check_paged_rows
 from headrace_kernels.paged_slots import paged_slots
+from headrace_kernels.split_plan import SplitPlan
 
 
 def gqa_decode(
@@ -23,28 +27,39 @@ def gqa_decode(
     *,
     scale: float,
     slots: Tensor | None = None,
+    plan: SplitPlan | None = None,
+    num_splits: int | None = None,
 ) -> Tensor:
     """Return each query's average of the values, weighted by softmax over its context.
 
+    On a GPU a context is computed in splits, combined afterwards. What `plan` and `num_splits` promise about rounding
+    is what they promise in `mla_decode`: the same bits for the same batch, or with `num_splits` for the same row.
+
     Args:
-        query: [B, H, D], dtype of `cache`.
-        cache: [P, 2, page_size, G, D], contiguous; slots past a context may hold anything.
+        query: [B, H, D], its last dimension contiguous, dtype of `cache`; on a CPU all of it is contiguous.
+        cache: [P, 2, page_size, G, D], contiguous; slots past a context may hold anything. On a GPU page_size is a
+            multiple of 16.
         block_table: [B, max_pages] int32; entries past a context are not read.
-        context_lens: [B] int32, each at least 1.
+        context_lens: [B] int32, each at least 1; on a GPU it may be 0, which gives zeros.
         scale: multiplies the scores.
-        slots: [B, L] int64, `paged_slots` of the three arguments before, if the caller has planned it already.
+        slots: [B, L] int64, `paged_slots` of the three arguments before, if the caller has planned it already; not
+            used on a GPU.
+        plan: of `plan_gqa_decode` for `context_lens`, if the caller has made it already; used on a GPU only.
+        num_splits: see above; used on a GPU only.
 
     Returns:
         [B, H, D], dtype of `query`; scores and softmax in float32.
 
     Raises:
-        ValueError: a shape or dtype does not fit.
+        ValueError: a shape or dtype does not fit, or there are both `plan` and `num_splits`.
     """
-    if query.shape[2] != cache.shape[4] or query.shape[1] % cache.shape[3] or query.dtype != cache.dtype:
-        raise ValueError(
-            f"query {tuple(query.shape)} {query.dtype} and cache {tuple(cache.shape)} {cache.dtype} "
-            "do not fit [B, H, D], [P, 2, page_size, G, D]"
-        )
+    _check(query, cache)
+    check_paged_rows(query.shape[0], cache.shape[2], block_table, context_lens, plan, num_splits)
+    if backend(query) == "triton":
+        from headrace_kernels.gpu import gqa_decode as gpu
+
+        check_page_tiles(cache.shape[2])
+        return gpu.gqa_decode(query, cache, block_table, context_lens, scale=scale, plan=plan, num_splits=num_splits)
     if slots is None:
         slots = paged_slots(block_table, context_lens, cache.shape[2])
     batch, longest = slots.shape
@@ -58,6 +73,24 @@ def gqa_decode(
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     value = value.view(batch, longest, num_groups, dim).transpose(1, 2)
     return torch.matmul(weights, value).view(batch, -1, dim)
+
+
+def plan_gqa_decode(context_lens: Tensor, page_size: int, num_kv_heads: int) -> SplitPlan | None:
+    """Return the plan that every layer's `gqa_decode` of a step may share; None where none is used, on a CPU.
+
+    Args:
+        context_lens: [B] int32, each at least 0.
+        page_size: tokens a page holds.
+        num_kv_heads: G.
+
+    Raises:
+        ValueError: see `plan_splits`.
+    """
+    if backend(context_lens) != "triton":
+        return None
+    from headrace_kernels.gpu import gqa_decode as gpu
+
+    return gpu.plan_gqa_decode(context_lens, page_size, num_kv_heads)
 
 
 def gather_keys_values(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,3 +114,14 @@ def gqa_decode_ref(query: Tensor, cache: Tensor, block_table: Tensor, context_le
         scores = torch.einsum("hd,khd->hk", query[b].float(), key) * scale
         out[b] = torch.einsum("hk,khd->hd", torch.softmax(scores, dim=-1), value).to(query.dtype)
     return out
+
+
+def _check(query: Tensor, cache: Tensor) -> None:
+    is_shaped = query.ndim == 3 and cache.ndim == 5 and cache.shape[1] == 2 and query.shape[2] == cache.shape[4]
+    if not is_shaped or query.shape[1] % cache.shape[3] or query.dtype != cache.dtype:
+        raise ValueError(
+            f"query {tuple(query.shape)} {query.dtype} and cache {tuple(cache.shape)} {cache.dtype} "
+            "do not fit [B, H, D], [P, 2, page_size, G, D]"
+        )
+    if query.stride(2) != 1 or not cache.is_contiguous():
+        raise ValueError("query's last dimension and all of cache must be contiguous")

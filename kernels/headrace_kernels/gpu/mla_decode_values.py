@@ -1,0 +1,137 @@
+"""`headrace_kernels.mla_decode.mla_decode_values` in Triton: splits are combined where W_UV multiplies them.
+
+The second launch tiles heads, value columns and rows. A tile's 16 lanes are rows, each with as many lanes as it has
+splits to combine side by side: the lanes' shares are multiplied by W_UV, and the products of a row's lanes are summed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace_kernels import mla_decode as family
+from headrace_kernels.gpu.combine_splits import combined_lanes
+from headrace_kernels.gpu.launch import AotCase, launch, num_sms, operand_dtype
+from headrace_kernels.gpu.mla_decode import attend, splits_for
+from headrace_kernels.gpu.split_plan import Splits, slots_of_row
+from headrace_kernels.split_plan import SplitPlan
+
+_LANES = 16
+
+
+def mla_decode_values(
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    w_uv: Tensor,
+    *,
+    scale: float,
+    plan: SplitPlan | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """See `headrace_kernels.mla_decode.mla_decode_values`."""
+    num_rows, num_heads, _ = query.shape
+    _, value_dim, kv_lora_rank = w_uv.shape
+    splits = splits_for(query, cache, context_lens, plan, num_splits)
+    partial, lse = attend(query, cache, block_table, context_lens, splits, kv_lora_rank=kv_lora_rank, scale=scale)
+    out = torch.empty((num_rows, num_heads * value_dim), dtype=query.dtype, device=query.device)
+    block_values = _block_values(w_uv, num_rows if num_splits is None else 1, splits)
+    launch(
+        _combine_values_kernel,
+        (triton.cdiv(value_dim, block_values), num_heads, triton.cdiv(num_rows, _LANES // splits.lanes)),
+        partial,
+        lse,
+        context_lens,
+        *splits.tensors,
+        w_uv,
+        out,
+        num_rows,
+        H=num_heads,
+        DV=value_dim,
+        D=kv_lora_rank,
+        PAGE_SIZE=cache.shape[1],
+        ROWS=_LANES // splits.lanes,
+        LANES=splits.lanes,
+        OPERAND=operand_dtype(query),
+        BLOCK_V=block_values,
+        BLOCK_D=max(triton.next_power_of_2(kv_lora_rank), 16),
+        num_warps=8,
+        **splits.constants,
+    )
+    return out
+
+
+def _block_values(w_uv: Tensor, num_rows: int, splits: Splits) -> int:
+    """Return the widest tile of value columns that still gives every multiprocessor one."""
+    num_heads, value_dim, _ = w_uv.shape
+    tiles_a_column_block = num_heads * triton.cdiv(num_rows, _LANES // splits.lanes)
+    widest = min(max(triton.next_power_of_2(value_dim), 16), 64)
+    while widest > 16 and tiles_a_column_block * triton.cdiv(value_dim, widest) < num_sms(w_uv):
+        widest //= 2
+    return widest
+
+
+def aot_cases() -> list[AotCase]:
+    """DeepSeek-V2-Lite and DeepSeek-V3, one row and many."""
+
+    def case(num_rows: int, num_heads: int) -> AotCase:
+        query, cache, w_uv = (
+            torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for shape in ((num_rows, num_heads, 576), (4096, 64, 576), (num_heads, 128, 512))
+        )
+        block_table = torch.empty(num_rows, 512, dtype=torch.int32, device="meta")
+        context_lens = torch.empty(num_rows, dtype=torch.int32, device="meta")
+        return AotCase(
+            f"mla_decode_values B{num_rows} H{num_heads} bf16",
+            lambda: family.mla_decode_values(query, cache, block_table, context_lens, w_uv, scale=0.1),
+            uses_matrix_units=True,
+        )
+
+    return [case(1, 16), case(128, 128)]
+
+
+@triton.jit
+def _combine_values_kernel(
+    partial_ptr,
+    lse_ptr,
+    context_lens_ptr,
+    first_rows_ptr,
+    row_starts_ptr,
+    range_pages_ptr,
+    w_uv_ptr,
+    out_ptr,
+    num_rows,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    OVERHEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(1)
+    offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_d = tl.arange(0, BLOCK_D)
+    w_uv_ptrs = w_uv_ptr + (head.to(tl.int64) * DV + offs_v[:, None]) * D + offs_d[None, :]
+    is_weight = (offs_v < DV)[:, None] & (offs_d < D)[None, :]
+    w_uv = tl.load(w_uv_ptrs, mask=is_weight, other=0.0).to(OPERAND)
+    lanes = tl.arange(0, ROWS * LANES)
+    rows = tl.program_id(2) * ROWS + lanes // LANES
+    first_slot, count = slots_of_row(
+        rows, rows < num_rows, context_lens_ptr, row_starts_ptr, range_pages_ptr, PAGE_SIZE, NUM_SPLITS, OVERHEAD
+    )
+    most = tl.max(count, axis=0)
+    latents = combined_lanes(partial_ptr, lse_ptr, first_slot, count, lanes % LANES, most, head, H, D, LANES, BLOCK_D)
+    values = tl.dot(latents.to(OPERAND), tl.trans(w_uv), input_precision="ieee")
+    values = tl.sum(tl.reshape(values, (ROWS, LANES, BLOCK_V)), axis=1)
+    out_rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    is_value = (out_rows < num_rows)[:, None] & (offs_v < DV)[None, :]
+    out_ptrs = out_ptr + (out_rows.to(tl.int64)[:, None] * H + head) * DV + offs_v[None, :]
+    tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=is_value)
