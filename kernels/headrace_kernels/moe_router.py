@@ -56,6 +56,7 @@ def route_and_sort(
     router: Router,
     block_size: int,
     *,
+    slot_mapping: Tensor | None = None,
     first_local: int = 0,
     num_local: int | None = None,
 ) -> RoutedTokens:
@@ -70,6 +71,8 @@ def route_and_sort(
         eps: added to the mean square.
         router: how experts are chosen.
         block_size: rows of a block, at least 1.
+        slot_mapping: [T] int64; a token with -1 is padding, as of a CUDA graph's batch: its experts are -1, with weight
+            0, so no expert is read or counted for it. None: no token is.
         first_local: see `sort_blocks`; shared experts count, from E on.
         num_local: see `sort_blocks`.
 
@@ -80,12 +83,14 @@ def route_and_sort(
     num_experts = len(router.weight) + router.num_shared
     num_local = num_experts - first_local if num_local is None else num_local
     _check(x, norm_weight, router)
+    if slot_mapping is not None and (slot_mapping.shape != x.shape[:1] or slot_mapping.dtype != torch.int64):
+        raise ValueError(f"slot_mapping {tuple(slot_mapping.shape)} {slot_mapping.dtype} must be [T] int64")
     check_local(num_experts, block_size, first_local, num_local)
     if backend(x) == "triton" and len(x) <= FUSED_ROWS:
         from headrace_kernels.gpu import moe_router as gpu
 
-        return gpu.route_and_sort(x, norm_weight, eps, router, block_size, first_local, num_local)
-    return route_and_sort_ref(x, norm_weight, eps, router, block_size, first_local=first_local, num_local=num_local)
+        return gpu.route_and_sort(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
+    return route_and_sort_ref(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
 
 
 def route_and_sort_ref(
@@ -94,7 +99,7 @@ def route_and_sort_ref(
     eps: float,
     router: Router,
     block_size: int,
-    *,
+    slot_mapping: Tensor | None,
     first_local: int,
     num_local: int,
 ) -> RoutedTokens:
@@ -102,6 +107,9 @@ def route_and_sort_ref(
     x = rms_norm(x, norm_weight, eps)
     logits = F.linear(x.float(), router.weight)
     experts, weights = moe_routing(logits, router.bias, router.rule, router.num_shared)
+    if slot_mapping is not None:
+        is_padding = (slot_mapping < 0)[:, None]
+        experts, weights = experts.masked_fill(is_padding, -1), weights.masked_fill(is_padding, 0.0)
     num_experts = len(router.weight) + router.num_shared
     blocks = sort_blocks(experts, num_experts, block_size, first_local=first_local, num_local=num_local)
     return RoutedTokens(x, experts, weights, blocks)

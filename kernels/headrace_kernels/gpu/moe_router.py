@@ -40,13 +40,18 @@ _MOST_TILES = 64
 
 
 def route_and_sort(
-    x: Tensor, norm_weight: Tensor, eps: float, router: Router, block_size: int, first_local: int, num_local: int
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    router: Router,
+    block_size: int,
+    slot_mapping: Tensor | None,
+    first_local: int,
+    num_local: int,
 ) -> RoutedTokens:
     """See `headrace_kernels.moe_router.route_and_sort`."""
     if target() == "hip":
-        return family.route_and_sort_ref(
-            x, norm_weight, eps, router, block_size, first_local=first_local, num_local=num_local
-        )
+        return family.route_and_sort_ref(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
     num_rows, width = x.shape
     num_routed = len(router.weight)
     experts, weights = empty_routing(num_rows, router.rule, router.num_shared, x)
@@ -66,11 +71,20 @@ def route_and_sort(
     launch(
         _router_kernel,
         grid,
-        *(x, x.stride(0), norm_weight, router.weight, router.bias, normalised, partial, _counters(x.device)),
-        *(experts, weights, blocks.assignment, blocks.block_expert, blocks.num_blocks, blocks.counts),
+        *(x, x.stride(0), norm_weight, router.weight, router.bias, slot_mapping, normalised, partial),
+        *(
+            _counters(x.device),
+            experts,
+            weights,
+            blocks.assignment,
+            blocks.block_expert,
+            blocks.num_blocks,
+            blocks.counts,
+        ),
         *(num_rows, width, num_routed, eps, router.rule.scaling_factor),
         *(len(blocks.assignment), first_local, num_local),
         **routing_constants(router.rule, num_routed, router.num_shared, router.bias),
+        HAS_PADDING=slot_mapping is not None,
         BLOCK_SIZE=block_size,
         COUNT=_sorted_count(experts.numel()),
         BINS=bins(num_experts),
@@ -114,8 +128,10 @@ def aot_cases() -> list[AotCase]:
         bias = meta(num_experts) if rule.scoring == "sigmoid" else None
         router = Router(meta(num_experts, width), bias, rule, num_shared)
         x, norm_weight = meta(tokens, width, dtype=torch.bfloat16), meta(width, dtype=torch.bfloat16)
+        slots = meta(tokens, dtype=torch.int64)
         return AotCase(
-            f"moe_router {name} T={tokens}", lambda: family.route_and_sort(x, norm_weight, 1e-6, router, block_size)
+            f"moe_router {name} T={tokens}",
+            lambda: family.route_and_sort(x, norm_weight, 1e-6, router, block_size, slot_mapping=slots),
         )
 
     return [
@@ -135,6 +151,7 @@ def _router_kernel(
     norm_weight_ptr,
     router_ptr,
     bias_ptr,
+    slot_ptr,
     normalised_ptr,
     partial_ptr,
     counters_ptr,
@@ -163,6 +180,7 @@ def _router_kernel(
     IS_SIGMOID: tl.constexpr,
     IS_NORMALISED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     COUNT: tl.constexpr,
     BINS: tl.constexpr,
@@ -196,6 +214,7 @@ def _router_kernel(
         _route_tile(
             partial_ptr,
             bias_ptr,
+            slot_ptr,
             experts_ptr,
             weights_ptr,
             tile * BLOCK_T,
@@ -215,6 +234,7 @@ def _router_kernel(
             IS_SIGMOID,
             IS_NORMALISED,
             HAS_BIAS,
+            HAS_PADDING,
         )
         if _is_last(counters_ptr + MOST_TILES, tl.num_programs(2)):
             sort_few(
@@ -309,6 +329,7 @@ def _partial_logits(
 def _route_tile(
     partial_ptr,
     bias_ptr,
+    slot_ptr,
     experts_ptr,
     weights_ptr,
     first_row,
@@ -328,6 +349,7 @@ def _route_tile(
     IS_SIGMOID: tl.constexpr,
     IS_NORMALISED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
 ):
     # As many rows at once as there are registers for.
     ROWS: tl.constexpr = max(min(1024 // (GROUPS * GROUP_COLUMNS), 16), 1)
@@ -363,6 +385,10 @@ def _route_tile(
             IS_NORMALISED,
             HAS_BIAS,
         )
+        if HAS_PADDING:
+            is_padding = tl.load(slot_ptr + row, mask=is_row, other=-1) < 0
+            experts = tl.where(is_padding, -1, experts)
+            weights = tl.where(is_padding, 0.0, weights)
         place = row.to(tl.int64) * (PER_TOKEN + SHARED) + k
         is_choice = is_row & (k < PER_TOKEN + SHARED)
         tl.store(experts_ptr + place, experts.to(tl.int64), mask=is_choice)

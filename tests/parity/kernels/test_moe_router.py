@@ -86,6 +86,24 @@ def test_a_nan_spoils_the_weights_of_its_token_alone(device):
     assert int(found.blocks.counts.sum()) == 6
 
 
+@pytest.mark.parametrize("fused_rows", [0, 64])
+def test_padding_has_no_experts(fused_rows, device, monkeypatch):
+    """As in a CUDA graph's batch; what the padded rows hold, NaN here, touches no other row."""
+    monkeypatch.setattr(moe_router, "FUSED_ROWS", fused_rows)
+    router, norm_weight = make_router(6, 32, device, num_shared=1), torch.rand(32, device=device)
+    x = torch.randn(5, 32, device=device)
+    alone = route_and_sort(x[:3], norm_weight, 1e-5, router, 2)
+    x[3:] = float("nan")
+    slots = torch.tensor([4, 0, 9, -1, -1], device=device)
+    found = route_and_sort(x, norm_weight, 1e-5, router, 2, slot_mapping=slots)
+    assert torch.equal(found.experts[:3], alone.experts)
+    torch.testing.assert_close(found.weights[:3], alone.weights)
+    assert (found.experts[3:] == -1).all()
+    assert (found.weights[3:] == 0).all()
+    assert torch.equal(found.blocks.counts, alone.blocks.counts)
+    assert torch.equal(found.blocks.num_blocks, alone.blocks.num_blocks)
+
+
 def test_many_tokens_take_the_four_steps(device, monkeypatch):
     monkeypatch.setattr(moe_router, "FUSED_ROWS", 2)
     x, norm_weight = torch.randn(3, 16, device=device), torch.rand(16, device=device)
@@ -110,6 +128,7 @@ def test_what_does_not_fit_is_refused(device):
         lambda: route_and_sort(x, norm_weight, 1e-5, Router(router.weight, None, RULE, -1), 2),
         lambda: route_and_sort(x, norm_weight, 1e-5, Router(router.weight, None, RoutingRule(5, "softmax")), 2),
         lambda: route_and_sort(x, norm_weight, 1e-5, router, 2, first_local=3, num_local=2),
+        lambda: route_and_sort(x, norm_weight, 1e-5, router, 2, slot_mapping=torch.zeros(3, dtype=torch.int64)),
     ]
     for call in bad_calls:
         with pytest.raises(ValueError, match=r"fit|must|not negative|experts"):

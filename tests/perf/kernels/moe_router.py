@@ -62,7 +62,7 @@ def _ours(x: Tensor, norm_weight: Tensor, router: Router) -> object:
 
 def _four_steps(x: Tensor, norm_weight: Tensor, router: Router) -> object:
     num_experts = len(router.weight) + router.num_shared
-    return route_and_sort_ref(x, norm_weight, _EPS, router, _BLOCK_SIZE, first_local=0, num_local=num_experts)
+    return route_and_sort_ref(x, norm_weight, _EPS, router, _BLOCK_SIZE, None, 0, num_experts)
 
 
 def _torch(x: Tensor, norm_weight: Tensor, router: Router) -> object:
