@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_kernels import use_backend
 from headrace_kernels.latent_fp8 import row_bytes, unpack_latents
 from headrace_kernels.mla_prologue import mla_prologue, mla_prologue_ref
 
@@ -56,6 +57,21 @@ def test_an_fp8_cache(device):
     stored, should = (unpack_latents(cache[[1, 3]], 256, 8) for cache in (found[1], expected[1]))
     # Rounding may differ by one step of fp8, an eighth.
     torch.testing.assert_close(stored, should, rtol=0.13, atol=2e-2)
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["plain", "fp8"])
+def test_the_cpus_own_path_equals_the_specification(is_fp8, device):
+    step = _Step((3, 2, 16, 8, 128), torch.float32, device)
+    with use_backend("reference"):
+        found = step.run(mla_prologue, [3, -1, 1], is_fp8=is_fp8)
+    queries, cache = step.run(mla_prologue_ref, [3, -1, 1], is_fp8=is_fp8)
+    torch.testing.assert_close(found[0], queries)
+    if is_fp8:
+        torch.testing.assert_close(
+            unpack_latents(found[1][[1, 3]], 128, 8), unpack_latents(cache[[1, 3]], 128, 8), rtol=0.13, atol=1e-3
+        )
+    else:
+        torch.testing.assert_close(found[1], cache)
 
 
 def test_more_rows_than_a_tile(device):

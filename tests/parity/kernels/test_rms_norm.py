@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_kernels import use_backend
 from headrace_kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -26,10 +27,13 @@ def test_equals_the_specification(shape, dtype, tolerance, device):
 
 @DTYPES
 @SHAPES
-def test_the_sum_equals_the_specification(shape, dtype, tolerance, device):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_sum_equals_the_specification(backend, shape, dtype, tolerance, device):
     x, residual = torch.randn(2, *shape, device=device).to(dtype)
     weight = torch.rand(shape[1], device=device).to(dtype)
-    found, expected = add_rms_norm(x, residual, weight, 1e-5), add_rms_norm_ref(x, residual, weight, 1e-5)
+    with use_backend(backend):
+        found = add_rms_norm(x, residual, weight, 1e-5)
+    expected = add_rms_norm_ref(x, residual, weight, 1e-5)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
