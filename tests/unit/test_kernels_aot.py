@@ -169,7 +169,7 @@ def test_every_limit_of_gfx942_is_checked():
     assert "use fewer warps than 8" in amd_excess(Resources(264, 0, 0, ""), num_warps=8)[0]
 
 
-def row(kernel="_k", target="cuda", units="wgmma", spilled=0, key=None, **changes):
+def row(kernel="f._k", target="cuda", units="wgmma", spilled=0, key=None, **changes):
     found = Resources(64, spilled, 2048, units)
     fields = {"family": "f", "case": "c", "nth": 0, "tiles": "BLOCK_N=64", "key": key or f"{kernel}{target}"}
     return Row(kernel=kernel, target=target, **{**fields, "resources": found, "needs_matrix_units": True, **changes})
@@ -179,18 +179,19 @@ VERSIONS = {"triton": "3.7.1", "torch": "2.13.0"}
 
 
 def test_all_well_is_reported_as_such():
-    rows = [row(), row("_combine", units=""), row(target="hip", units="mfma"), row("_combine", "hip", "")]
+    rows = [row(), row("f._combine", units=""), row(target="hip", units="mfma"), row("f._combine", "hip", "")]
     result = report(rows, VERSIONS, 12.34)
     wanted = {"kernels": 2, "cuda90_ok": 2, "gfx942_ok": 2, "spills": 0, "uses_matrix_units": True, "failures": []}
     assert wanted.items() <= result.items()
 
 
 def test_a_spill_fails_with_a_message_that_names_where():
-    bad = row("_combine", target="hip", spilled=8, problems=("spills 8 bytes a thread: use smaller tiles",))
-    result = report([row(), row("_combine"), row(target="hip"), bad, bad], VERSIONS, 1.0)
+    bad = row("f._combine", target="hip", spilled=8, problems=("spills 8 bytes a thread: use smaller tiles",))
+    result = report([row(), row("f._combine"), row(target="hip"), bad, bad], VERSIONS, 1.0)
     assert (result["cuda90_ok"], result["gfx942_ok"], result["spills"]) == (2, 1, 8)
     message = failures([bad])[0]
-    assert message.startswith("f, case 'c', hip:gfx942, kernel _combine (BLOCK_N=64): spills 8 bytes")
+    assert message.startswith("f, case 'c', hip:gfx942, kernel f._combine: spills 8 bytes")
+    assert message.endswith("(BLOCK_N=64)")
 
 
 def test_a_case_that_lost_its_matrix_units_fails():
@@ -209,6 +210,13 @@ def test_the_table_shows_both_targets_once_for_equal_machine_code():
     rows = [row(case=case, key=key, target=t) for case in ("c", "d") for t, key in (("cuda", "1"), ("hip", "2"))]
     lines = [line for line in table(rows, VERSIONS).splitlines() if "`_k`" in line]
     assert lines == ["| f: c | `_k` | 64 | 2.0 | wgmma | 0 | 64 (0) | 2.0 | wgmma | 0 |"]
+
+
+def test_a_launch_of_one_target_alone_has_a_line_unless_it_was_shown():
+    rows = [row("f._k", key="1"), row("g._sort", "hip", key="2"), row("g._sort", "hip", key="2", case="d")]
+    lines = table(rows, VERSIONS).splitlines()
+    assert lines[-1] == "| f: c | `_sort` | – | – | – | – | 64 (0) | 2.0 | wgmma | 0 |"
+    assert len([line for line in lines if "`_sort`" in line]) == 1
 
 
 def test_a_table_replaces_only_what_is_between_its_markers():

@@ -72,7 +72,7 @@ def _row(job: Job, key: str, compiled: Compiled) -> Row:
     return Row(
         family=job.family,
         case=case.name,
-        kernel=launch.kernel.__name__,
+        kernel=f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.__name__}",
         nth=sum(earlier.kernel is launch.kernel for earlier in launches[: job.launch]),
         target=job.target,
         tiles=tile_text(launch),

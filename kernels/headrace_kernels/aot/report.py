@@ -17,8 +17,8 @@ OK_FIELDS: dict[Target, str] = {"cuda": "cuda90_ok", "hip": "gfx942_ok"}
 class Row:
     """One compiled launch: where it came from, what it takes, what is wrong with it.
 
-    `nth` counts launches of one kernel within a case, from 0: rows of both targets with the same family, case, kernel
-    and `nth` belong together. `key` is equal for equal machine code.
+    `kernel` is "module.function". `nth` counts launches of one kernel within a case, from 0: rows of both targets with
+    the same family, case, kernel and `nth` belong together. `key` is equal for equal machine code.
     """
 
     family: str
@@ -51,7 +51,7 @@ def without_matrix_units(rows: Sequence[Row]) -> list[str]:
 def failures(rows: Sequence[Row]) -> list[str]:
     """Return a message for everything that is wrong; nothing if all is well."""
     of_launches = [
-        f"{row.family}, case '{row.case}', {TARGET_NAMES[row.target]}, kernel {row.kernel} ({row.tiles}): {problem}"
+        f"{row.family}, case '{row.case}', {TARGET_NAMES[row.target]}, kernel {row.kernel}: {problem} ({row.tiles})"
         for row in rows
         for problem in row.problems
     ]
@@ -65,13 +65,13 @@ def report(rows: Sequence[Row], versions: dict[str, str], seconds: float) -> dic
     target, `spills` sums the bytes that a thread spills over all launches, `uses_matrix_units` says whether every case
     that must does, on both targets.
     """
-    kernels = {(row.family, row.kernel) for row in rows}
+    kernels = {row.kernel for row in rows}
     found = failures(rows)
 
     def num_ok(target: Target) -> int:
         of_target = [row for row in rows if row.target == target]
-        bad = {(row.family, row.kernel) for row in of_target if row.problems}
-        return len({(row.family, row.kernel) for row in of_target} - bad)
+        bad = {row.kernel for row in of_target if row.problems}
+        return len({row.kernel for row in of_target} - bad)
 
     compiled = {row.key: row for row in rows}.values()
     return {
@@ -105,26 +105,27 @@ def table(rows: Sequence[Row], versions: dict[str, str]) -> str:
         f"Compiled with Triton {versions['triton']}. Registers are a thread's (a lane's, of which accumulators), "
         "shared memory a program's.",
         "",
-        "| Family: case | Kernel | sm_90: registers | shared KiB | matrix | spills "
+        "| Case | Kernel | sm_90: registers | shared KiB | matrix | spills "
         "| gfx942: registers | LDS KiB | matrix | spills |",
         "|---|---|--:|--:|---|--:|--:|--:|---|--:|",
     ]
-    seen: set[tuple[str, ...]] = set()
+    shown: set[str] = set()
     for (family, case, kernel, _), pair in pairs.items():
-        key = tuple(row.key for row in pair.values())
-        if key in seen:
+        keys = {row.key for row in pair.values()}
+        if keys <= shown:
             continue
-        seen.add(key)
+        shown |= keys
+        name = case if case.startswith(family) else f"{family}: {case}"
         cells = " | ".join(_cells(pair.get(target)) for target in TARGET_NAMES)
-        lines.append(f"| {family}: {case} | `{kernel}` | {cells} |")
+        lines.append(f"| {name} | `{kernel.rpartition('.')[2]}` | {cells} |")
     return "\n".join(lines)
 
 
 def _cells(row: Row | None) -> str:
     if row is None:
-        return "not launched | | | "
+        return "– | – | – | –"
     if row.resources is None:
-        return "does not compile | | | "
+        return "does not compile | – | – | –"
     r = row.resources
     registers = f"{r.registers} ({r.accumulators})" if row.target == "hip" else f"{r.registers}"
     return f"{registers} | {r.shared_bytes / 1024:.1f} | {r.matrix_units or 'none'} | {r.spilled_bytes}"
