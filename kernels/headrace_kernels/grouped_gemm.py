@@ -211,7 +211,7 @@ def combine_assignments_ref(
     """Specification of `combine_assignments` in plain torch."""
     is_local = (experts >= local.start) & (experts < local.stop)
     per_token = rows.float().view(*experts.shape, rows.shape[1]).masked_fill(~is_local[:, :, None], 0.0)
-    out = (per_token * weights[:, :, None]).sum(dim=1)
+    out = (per_token * weights.masked_fill(~is_local, 0.0)[:, :, None]).sum(dim=1)
     return (out if residual is None else out + residual.float()).to(rows.dtype)
 
 

@@ -81,6 +81,13 @@ def default_tile(dtype: torch.dtype, block_size: int, is_gated: bool) -> configs
     return _tile(256 // narrow, 64, 8, 2 if is_hip else 4, per_sm=1)
 
 
+def key(weight: Tensor, block_size: int, is_gated: bool) -> str:
+    """Return what names a product with `weight` [E, O, I] in the table of configurations."""
+    _, width_out, width_in = weight.shape
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"{'gate_up' if is_gated else 'down'} {dtype} {block_size}x{width_out}x{width_in}"
+
+
 def _tile(
     block_n: int, block_k: int, num_warps: int, num_stages: int, *, per_sm: int, is_swapped: bool = False
 ) -> configs.Config:
@@ -111,9 +118,8 @@ def _multiply(
     """Launch the product of rows (and their scales) with weights (and theirs)."""
     values = weight[0]
     width_out, width_in = out.shape[1], values.shape[2]
-    key = f"{'gate_up' if is_gated else 'down'} {values.dtype} {blocks.block_size}x{width_out}x{width_in}"
     default = default_tile(values.dtype, blocks.block_size, is_gated)
-    tile = dict(configs.config("grouped_gemm", key, default, values))
+    tile = dict(configs.config("grouped_gemm", key(values, blocks.block_size, is_gated), default, values))
     most_tiles = len(blocks.block_expert) * triton.cdiv(width_out, tile["BLOCK_N"])
     grid = (min(most_tiles, num_sms(values) * tile.pop("PROGRAMS_PER_SM")),)
     is_scaled = weight[1] is not None
@@ -306,9 +312,10 @@ def _combine_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for k in tl.static_range(TOP_K):
         expert = tl.load(experts_ptr + token * TOP_K + k)
-        weight = tl.load(weights_ptr + token * TOP_K + k)
-        is_read = is_inside & (expert >= first_local) & (expert < end_local)
-        row = tl.load(rows_ptr + (token * TOP_K + k) * width + n, mask=is_read, other=0.0).to(tl.float32)
+        is_local = (expert >= first_local) & (expert < end_local)
+        weight = tl.load(weights_ptr + token * TOP_K + k, mask=is_local, other=0.0)
+        place = rows_ptr + (token * TOP_K + k) * width + n
+        row = tl.load(place, mask=is_inside & is_local, other=0.0).to(tl.float32)
         total += row * weight
     if residual_ptr is not None:
         total += tl.load(residual_ptr + token * width + n, mask=is_inside, other=0.0).to(tl.float32)

@@ -31,7 +31,7 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype, device: str):
     values = torch.randn(shape, device=device) / shape[-1] ** 0.5
     if dtype != FP8:
         return values.to(dtype), None
-    scale = torch.rand(shape[0], num_groups(shape[1]), num_groups(shape[2]), device=device) + 0.5
+    scale = torch.rand(shape[0], num_groups(shape[1]), num_groups(shape[2]), device=device) / 2 + 0.25
     return (values * 2).to(FP8), scale
 
 
@@ -49,3 +49,16 @@ def gate_up_weight(num_experts: int, width: int, hidden: int, dtype: torch.dtype
 
 def activations(num_rows: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.randn(num_rows, width, device=device).to(torch.bfloat16 if dtype == FP8 else dtype)
+
+
+def nan_empty(monkeypatch) -> None:
+    """Let what `torch.empty` returns hold NaN, so that reading what was not written shows."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        if out.dtype == FP8:
+            out.view(torch.uint8).fill_(0x7F)
+        return out.fill_(float("nan")) if out.dtype in (torch.float32, torch.bfloat16) else out
+
+    monkeypatch.setattr(torch, "empty", filled)

@@ -1,0 +1,181 @@
+"""`headrace_kernels.moe_experts` in Triton for few tokens: matrix-vector products by the experts as they were chosen.
+
+Two launches. Gate and up: a program for each assignment and few rows of weights. Down: a program for each token and few
+rows, which goes over the token's experts in order and adds the residual; nothing else combines. Each thread keeps its
+own sums until the end, so what is waited for is memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace_kernels import act_quant
+from headrace_kernels import moe_experts as family
+from headrace_kernels.gpu import configs
+from headrace_kernels.gpu.launch import AotCase, launch
+
+DEFAULT: configs.Config = {"BLOCK_O": 4, "BLOCK_K": 1024, "num_warps": 4}
+
+
+def few_tokens(
+    x: Tensor,
+    routing: tuple[Tensor, Tensor, range],
+    gate_up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+    residual: Tensor | None,
+) -> Tensor:
+    """See `headrace_kernels.moe_experts.moe_experts`; `routing` is experts, weights, and which experts are local."""
+    experts, weights, local = routing
+    num_tokens, top_k = experts.shape
+    _, hidden, width = down[0].shape
+    rows = torch.empty((num_tokens * top_k, width), dtype=x.dtype, device=x.device)
+    tile = configs.config("moe_experts", f"gate_up {gate_up[0].dtype} {width}x{hidden}", DEFAULT, x)
+    launch(
+        _few_gate_up_kernel,
+        (num_tokens * top_k, triton.cdiv(width, tile["BLOCK_O"])),
+        *(x, x.stride(0), *gate_up, experts, local.start, len(local), rows, width, hidden),
+        TOP_K=top_k,
+        GROUP=act_quant.GROUP,
+        **tile,
+    )
+    out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
+    tile = configs.config("moe_experts", f"down {down[0].dtype} {hidden}x{width}", DEFAULT, x)
+    launch(
+        _few_down_kernel,
+        (num_tokens, triton.cdiv(hidden, tile["BLOCK_O"])),
+        *(rows, *down, experts, weights, local.start, len(local), residual, out, hidden, width),
+        TOP_K=top_k,
+        GROUP=act_quant.GROUP,
+        **tile,
+    )
+    return out
+
+
+def aot_cases() -> list[AotCase]:
+    """DeepSeek-V2-Lite with its shared experts folded in, Mixtral, and DeepSeek-V3 in fp8; few tokens, and a batch."""
+    return [
+        _aot_case("V2-Lite", 1, (66, 8, 2048, 1408), torch.bfloat16),
+        _aot_case("Mixtral", 4, (8, 2, 4096, 14336), torch.bfloat16),
+        _aot_case("V2-Lite", 4, (66, 8, 2048, 1408), torch.float32),
+        _aot_case("V3", 1, (257, 9, 7168, 2048), torch.float8_e4m3fn),
+        _aot_case("V2-Lite", 32, (66, 8, 2048, 1408), torch.bfloat16),
+        _aot_case("V3 at EP8", 4096, (32, 8, 7168, 2048), torch.float8_e4m3fn, num_experts=256),
+    ]
+
+
+def _aot_case(
+    model: str, num_tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype, num_experts: int | None = None
+) -> AotCase:
+    num_local, top_k, hidden, width = shape
+    is_scaled = dtype == act_quant.FP8
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def call() -> Tensor:
+        x = empty(num_tokens, hidden, dtype=torch.bfloat16 if is_scaled else dtype)
+        experts, weights = empty(num_tokens, top_k, dtype=torch.int64), empty(num_tokens, top_k)
+        gate_up, down = empty(num_local, 2 * width, hidden, dtype=dtype), empty(num_local, hidden, width, dtype=dtype)
+        groups = (act_quant.num_groups(hidden), act_quant.num_groups(width))
+        scales = (empty(num_local, 2 * groups[1], groups[0]), empty(num_local, *groups)) if is_scaled else None
+        return family.moe_experts(
+            x, experts, weights, gate_up, down, residual=x, num_experts=num_experts, scales=scales
+        )
+
+    name = f"{model}, {num_tokens} tokens, {str(dtype).removeprefix('torch.')}"
+    return AotCase(name, call, uses_matrix_units=num_tokens > family.FEW_TOKENS)
+
+
+@triton.jit
+def _few_gate_up_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    scale_ptr,
+    experts_ptr,
+    first_local,
+    num_local,
+    out_ptr,
+    width_out,
+    width_in,
+    TOP_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    assignment = tl.program_id(0).to(tl.int64)
+    expert = tl.load(experts_ptr + assignment).to(tl.int64) - first_local
+    if (expert < 0) | (expert >= num_local):
+        return
+    first = tl.program_id(1) * BLOCK_O
+    o = first + tl.arange(0, BLOCK_O)
+    gate_row = expert * 2 * width_out + tl.minimum(o, width_out - 1)
+    groups_out = tl.cdiv(width_out, GROUP)
+    gate_group = expert * 2 * groups_out + first // GROUP
+    gate = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
+    up = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
+    for start in tl.range(0, width_in, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        is_inside = k < width_in
+        x = tl.load(x_ptr + assignment // TOP_K * x_stride + k, mask=is_inside, other=0.0).to(tl.float32)
+        gate += _products(x, weight_ptr, gate_row, scale_ptr, gate_group, width_in, k, is_inside, GROUP)
+        up_row, up_group = gate_row + width_out, gate_group + groups_out
+        up += _products(x, weight_ptr, up_row, scale_ptr, up_group, width_in, k, is_inside, GROUP)
+    gate_sum = tl.sum(gate, axis=1)
+    out = gate_sum * tl.sigmoid(gate_sum) * tl.sum(up, axis=1)
+    tl.store(out_ptr + assignment * width_out + o, out.to(out_ptr.dtype.element_ty), mask=o < width_out)
+
+
+@triton.jit
+def _few_down_kernel(
+    rows_ptr,
+    weight_ptr,
+    scale_ptr,
+    experts_ptr,
+    weights_ptr,
+    first_local,
+    num_local,
+    residual_ptr,
+    out_ptr,
+    width_out,
+    width_in,
+    TOP_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_O
+    o = first + tl.arange(0, BLOCK_O)
+    acc = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
+    for choice in tl.range(0, TOP_K):
+        assignment = token * TOP_K + choice
+        expert = tl.load(experts_ptr + assignment).to(tl.int64) - first_local
+        if (expert >= 0) & (expert < num_local):
+            weight = tl.load(weights_ptr + assignment)
+            row = expert * width_out + tl.minimum(o, width_out - 1)
+            group = expert * tl.cdiv(width_out, GROUP) + first // GROUP
+            for start in tl.range(0, width_in, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                is_inside = k < width_in
+                x = tl.load(rows_ptr + assignment * width_in + k, mask=is_inside, other=0.0).to(tl.float32) * weight
+                acc += _products(x, weight_ptr, row, scale_ptr, group, width_in, k, is_inside, GROUP)
+    out = tl.sum(acc, axis=1)
+    places = token * width_out + o
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + places, mask=o < width_out, other=0.0).to(tl.float32)
+    tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=o < width_out)
+
+
+@triton.jit
+def _products(x, weight_ptr, row, scale_ptr, group_row, width_in, k, is_inside, GROUP: tl.constexpr):
+    """Return `x` [BLOCK_K] times rows of weights [BLOCK_O, BLOCK_K], not summed; `row` and `group_row` are int64."""
+    places = weight_ptr + row[:, None] * width_in + k[None, :]
+    weight = tl.load(places, mask=is_inside[None, :], other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        places = scale_ptr + group_row * tl.cdiv(width_in, GROUP) + k // GROUP
+        x = x * tl.load(places, mask=is_inside, other=0.0)
+    return weight * x[None, :]

@@ -1,0 +1,120 @@
+"""A layer's experts, all launches together, beside torch's grouped product; experts hit are counted, not assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from headrace_kernels.act_quant import FP8, num_groups
+from headrace_kernels.moe_experts import moe_experts
+from torch import Tensor
+
+from tests.perf.kernels.bench_case import BenchCase, Calls, num_buffers
+
+_SOURCE = "ai-dynamo/aiconfigurator 095f58a51, h200_sxm moe_perf, best of its kernels"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A model's experts; `published` gives an H200's µs by the number of tokens."""
+
+    name: str
+    hidden: int
+    width: int
+    num_experts: int
+    top_k: int
+    num_local: int
+    dtype: torch.dtype
+    published: dict[int, float]
+
+    @property
+    def expert_bytes(self) -> float:
+        return 3.0 * self.hidden * self.width * self.dtype.itemsize
+
+
+LAYERS = (
+    Layer("V2-Lite", 2048, 1408, 64, 6, 64, torch.bfloat16, {}),
+    Layer(
+        *("Qwen3-30B", 2048, 768, 128, 8, 128, torch.bfloat16),
+        {1: 37, 4: 87, 8: 164, 16: 292, 32: 301, 128: 304, 256: 323, 1024: 389, 4096: 660},
+    ),
+    Layer(
+        *("Mixtral", 4096, 14336, 8, 2, 8, torch.bfloat16),
+        {1: 189, 4: 661, 16: 660, 32: 666, 128: 687, 256: 751, 1024: 1001, 4096: 3595},
+    ),
+    Layer(
+        *("V3 at EP8", 7168, 2048, 256, 8, 32, FP8),
+        {1: 40, 4: 71, 8: 114, 16: 195, 32: 358, 128: 365, 256: 376, 1024: 445, 4096: 726},
+    ),
+)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+
+
+def cases() -> list[BenchCase]:
+    """Decode steps and prefills of every layer."""
+    return [_case(layer, tokens) for layer in LAYERS for tokens in TOKENS]
+
+
+def _case(layer: Layer, tokens: int) -> BenchCase:
+    experts = _routing(layer, tokens)
+    is_local = experts < layer.num_local
+    num_hit = len(experts[is_local].unique())
+    rows = int(is_local.sum())
+    peers = {"torch._grouped_mm": _calls(_torch, layer, tokens)} if layer.dtype == torch.bfloat16 else {}
+    return BenchCase(
+        family="moe_experts",
+        shape=f"{layer.name} {layer.dtype.itemsize * 8} bit T={tokens}, {num_hit} of {layer.num_local} experts hit",
+        calls=_calls(_ours, layer, tokens),
+        bytes_moved=num_hit * layer.expert_bytes + 4.0 * tokens * layer.hidden,
+        flops=6.0 * rows * layer.hidden * layer.width,
+        ceiling="fp8" if layer.dtype == FP8 else "bf16",
+        peers=peers,
+        published_us=layer.published.get(tokens),
+        published_source=_SOURCE if tokens in layer.published else "",
+    )
+
+
+def _routing(layer: Layer, tokens: int) -> Tensor:
+    """Return experts [T, K], the same at every call: what they hit is part of the floor."""
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.rand(tokens, layer.num_experts, generator=generator).topk(layer.top_k, dim=1).indices
+
+
+def _calls(run: Callable[..., object], layer: Layer, tokens: int) -> Calls:
+    def make() -> list[Callable[[], object]]:
+        return [partial(run, *_inputs(layer, tokens)) for _ in range(num_buffers(layer.num_local * layer.expert_bytes))]
+
+    return make
+
+
+def _inputs(layer: Layer, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    def weight(*shape: int) -> Tensor:
+        return torch.stack([(torch.randn(shape[1:], device="cuda") / 32).to(layer.dtype) for _ in range(shape[0])])
+
+    x = torch.randn(tokens, layer.hidden, device="cuda", dtype=torch.bfloat16)
+    experts = _routing(layer, tokens).cuda()
+    weights = torch.rand(experts.shape, device="cuda")
+    gate_up = weight(layer.num_local, 2 * layer.width, layer.hidden)
+    down = weight(layer.num_local, layer.hidden, layer.width)
+    if layer.dtype != FP8:
+        return x, experts, weights, gate_up, down, None
+    groups = num_groups(layer.hidden), num_groups(layer.width)
+    scales = [torch.ones(layer.num_local, *shape, device="cuda") for shape in ((2 * groups[1], groups[0]), groups)]
+    return x, experts, weights, gate_up, down, (scales[0], scales[1])
+
+
+def _ours(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, scales: object) -> Tensor:
+    return moe_experts(x, experts, weights, gate_up, down, scales=scales)  # type: ignore[arg-type]
+
+
+def _torch(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, _: object) -> Tensor:
+    order = experts.view(-1).argsort(stable=True)
+    counts = (experts.view(-1, 1) == torch.arange(len(gate_up), device=x.device)).sum(dim=0)
+    ends = counts.cumsum(0).int()
+    gate, up = torch._grouped_mm(x[order // experts.shape[1]], gate_up.transpose(1, 2), ends).chunk(2, dim=1)
+    rows = torch._grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends)
+    per_token = torch.empty_like(rows).index_copy_(0, order, rows).view(*experts.shape, -1)
+    return (per_token * weights[:, :, None]).sum(dim=1).to(x.dtype)
