@@ -89,7 +89,9 @@ def _say(result: dict[str, Any], rows: list[Row]) -> None:
     cached = f", {result['from_cache']} of them from Triton's cache" if result["from_cache"] else ""
     tried = {row.target for row in rows}
     well = " and ".join(
-        f"{result[field]} on {TARGET_NAMES[target]}" for target, field in OK_FIELDS.items() if target in tried
+        f"{result[field]} of {result[field.replace('_ok', '_kernels')]} on {TARGET_NAMES[target]}"
+        for target, field in OK_FIELDS.items()
+        if target in tried
     )
     console.print(
         f"{result['kernels']} kernels in {result['cases']} cases, well are {well or 'none'}; "

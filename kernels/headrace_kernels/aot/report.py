@@ -61,22 +61,23 @@ def failures(rows: Sequence[Row]) -> list[str]:
 def report(rows: Sequence[Row], versions: dict[str, str], seconds: float) -> dict[str, Any]:
     """Return what build/bench/kernels-aot.json holds.
 
-    `kernels` counts the kernels, `cuda90_ok` and `gfx942_ok` those of them that have no problem in any launch for that
-    target, `spills` sums the bytes that a thread spills over all launches, `uses_matrix_units` says whether every case
-    that must does, on both targets.
+    `kernels` counts the kernels; `cuda90_kernels` and `gfx942_kernels` those that any case launches on that target;
+    `cuda90_ok` and `gfx942_ok` those of the latter that have no problem in any launch. `spills` sums the bytes that a
+    thread spills over all launches; `uses_matrix_units` says whether every case that must does, on both targets.
     """
     kernels = {row.kernel for row in rows}
     found = failures(rows)
 
-    def num_ok(target: Target) -> int:
-        of_target = [row for row in rows if row.target == target]
-        bad = {row.kernel for row in of_target if row.problems}
-        return len({row.kernel for row in of_target} - bad)
-
+    fields: dict[str, int] = {}
+    for target, ok_field in OK_FIELDS.items():
+        launched = {row.kernel for row in rows if row.target == target}
+        bad = {row.kernel for row in rows if row.target == target and row.problems}
+        fields[ok_field] = len(launched - bad)
+        fields[ok_field.replace("_ok", "_kernels")] = len(launched)
     compiled = {row.key: row for row in rows}.values()
     return {
         "kernels": len(kernels),
-        **{field: num_ok(target) for target, field in OK_FIELDS.items()},
+        **fields,
         "spills": sum(row.resources.spilled_bytes for row in compiled if row.resources is not None),
         "uses_matrix_units": not without_matrix_units(rows),
         "matrix_kernels": {

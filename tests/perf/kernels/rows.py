@@ -75,17 +75,22 @@ def table(rows: Sequence[Row], ceilings: Ceilings, heading: Mapping[str, str]) -
         "| Family | Shape | µs | Floor, µs | Bound by | % of floor | Peers, µs | Published on an H200, µs |",
         "|---|---|--:|--:|---|--:|---|---|",
     ]
-    return "\n".join([*lines, *(_line(row) for row in rows)])
+    sources = list(dict.fromkeys(row.published_source for row in rows if row.published_us is not None))
+    notes = [f"[{number}] {source}  " for number, source in enumerate(sources, 1)]
+    return "\n".join([*lines, *(_line(row, sources) for row in rows), *([""] if notes else []), *notes])
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, sources: list[str]) -> str:
     time = row.error or (NOT_MEASURED if row.us is None else f"{row.us:.1f}" + (" (in L2)" if row.is_in_l2 else ""))
-    share = NOT_MEASURED if row.fraction is None else f"{row.fraction:.0%}"
-    peers = "; ".join(f"{name} {_time(us)}" for name, us in row.peers.items()) or "–"
-    published = "–" if row.published_us is None else f"{row.published_us:g} ({row.published_source})"
+    share = "–" if row.fraction is None else f"{row.fraction:.0%}"
+    peers = "; ".join(_peer(name, us) for name, us in row.peers.items()) or "–"
+    number = sources.index(row.published_source) + 1 if row.published_us is not None else 0
+    published = f"{row.published_us:g} [{number}]" if number else "–"
     cells = (row.family, row.shape, time, f"{row.floor_us:.1f}", row.bound, share, peers, published)
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _time(us: float | str) -> str:
-    return us if isinstance(us, str) else f"{us:.1f}"
+def _peer(name: str, us: float | str) -> str:
+    if us == NOT_MEASURED:
+        return name
+    return f"{name} {us}" if isinstance(us, str) else f"{name} {us:.1f}"
