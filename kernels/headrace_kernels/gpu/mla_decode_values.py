@@ -68,7 +68,7 @@ def _block_values(w_uv: Tensor, num_rows: int, splits: Splits) -> int:
     """Return the widest tile of value columns that still gives every multiprocessor one."""
     num_heads, value_dim, _ = w_uv.shape
     tiles_a_column_block = num_heads * triton.cdiv(num_rows, _LANES // splits.lanes)
-    widest = min(max(triton.next_power_of_2(value_dim), 16), 64)
+    widest = int(min(max(triton.next_power_of_2(value_dim), 16), 64))
     while widest > 16 and tiles_a_column_block * triton.cdiv(value_dim, widest) < num_sms(w_uv):
         widest //= 2
     return widest

@@ -77,7 +77,7 @@ def fixed(context_lens: Tensor, num_splits: int) -> Splits:
 
 
 def _lanes(num_splits: int) -> int:
-    return min(triton.next_power_of_2(num_splits), 16)
+    return int(min(triton.next_power_of_2(num_splits), 16))
 
 
 def aot_cases() -> list[AotCase]:
