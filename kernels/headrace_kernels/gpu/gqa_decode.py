@@ -86,7 +86,7 @@ def _tiles(query: Tensor, page_size: int, width: int) -> Config:
     """Return BLOCK_N, which divides the page, num_warps and num_stages."""
     is_narrow = width * query.element_size() <= 256
     default = {"BLOCK_N": 64 if is_narrow else 16, "num_warps": 4, "num_stages": 4 if is_narrow else 2}
-    tiles = config("gqa_decode", f"width {width}", default, query)
+    tiles = config("gqa_decode", f"width {width}, {8 * query.element_size()} bits", default, query)
     # The largest power of two that divides the page is the most of it that a tile can take.
     return {**tiles, "BLOCK_N": min(tiles["BLOCK_N"], page_size & -page_size)}
 

@@ -124,18 +124,24 @@ def _views(cache: Tensor, kv_lora_rank: int) -> tuple[Tensor, Tensor, Tensor, di
 
 
 def _block_heads(num_heads: int) -> int:
-    return 16 if num_heads <= 16 else 64
+    if num_heads <= 16:
+        return 16
+    # With 64 heads fp8 rows would spill registers of a gfx942.
+    return 32 if target() == "hip" else 64
 
 
 def _tiles(query: Tensor, cache: Tensor) -> Config:
     """Return BLOCK_N, which divides the page, num_warps and num_stages."""
     block_heads = _block_heads(query.shape[1])
-    default = {"BLOCK_N": 64, "num_warps": 4 if block_heads == 16 else 8, "num_stages": 2}
-    if target() == "hip":
-        default |= {"BLOCK_N": 32, "num_stages": 1}
-    elif query.dtype == torch.float32:
-        default |= {"BLOCK_N": 16}
     bits = 8 * cache.element_size()
+    # The most that compiles without spilling registers; nothing here is measured yet.
+    default = {"BLOCK_N": 64, "num_warps": 4 if block_heads == 16 and bits == 16 else 8, "num_stages": 3}
+    if target() == "hip":
+        default = {"BLOCK_N": 32 if block_heads == 16 and bits == 16 else 16, "num_warps": 4, "num_stages": 1}
+    elif bits == 32:
+        default |= {"BLOCK_N": 16, "num_stages": 2}
+    elif block_heads > 16 and bits == 16:
+        default |= {"BLOCK_N": 32}
     tiles = config("mla_decode", f"heads {block_heads}, {bits} bits", default, query)
     page_size = cache.shape[1]
     # The largest power of two that divides the page is the most of it that a tile can take.
@@ -165,7 +171,8 @@ def aot_cases() -> list[AotCase]:
 def _load_latents(
     latent_ptr,
     scale_ptr,
-    row,
+    page_row,
+    rows,
     is_token,
     D: tl.constexpr,
     LATENT_ROW: tl.constexpr,
@@ -176,18 +183,20 @@ def _load_latents(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Return the latents [BLOCK_N, BLOCK_D] of cache rows from `row`; zeros where not `is_token` and from column D."""
-    offs_n = tl.arange(0, BLOCK_N)
+    """Return the latents [BLOCK_N, BLOCK_D] of rows `rows` of the page that begins at cache row `page_row`.
+
+    There are zeros where not `is_token`, and from column D.
+    """
     offs_d = tl.arange(0, BLOCK_D)
     is_inside = is_token[:, None] if D == BLOCK_D else is_token[:, None] & (offs_d < D)[None, :]
     latents = tl.load(
-        latent_ptr + row * LATENT_ROW + (offs_n[:, None] * LATENT_ROW + offs_d[None, :]), mask=is_inside, other=0.0
+        latent_ptr + page_row * LATENT_ROW + (rows[:, None] * LATENT_ROW + offs_d[None, :]), mask=is_inside, other=0.0
     )
     if SCALE_GROUP > 0:
         GROUPS: tl.constexpr = BLOCK_D // SCALE_GROUP
         offs_g = tl.arange(0, GROUPS)
         is_scale = is_token[:, None] & (offs_g * SCALE_GROUP < D)[None, :]
-        scale_ptrs = scale_ptr + row * SCALE_ROW + (offs_n[:, None] * SCALE_ROW + SCALE_START + offs_g[None, :])
+        scale_ptrs = scale_ptr + page_row * SCALE_ROW + (rows[:, None] * SCALE_ROW + SCALE_START + offs_g[None, :])
         scales = tl.load(scale_ptrs, mask=is_scale, other=0.0)
         grouped = tl.reshape(latents.to(tl.float32), (BLOCK_N, GROUPS, SCALE_GROUP)) * scales[:, :, None]
         latents = tl.reshape(grouped, (BLOCK_N, BLOCK_D))
@@ -231,13 +240,11 @@ def _mla_decode_kernel(
     BLOCK_R: tl.constexpr,
 ):
     # Blocks of heads follow each other, so that those of one range read its pages at the same time.
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    first_head = tl.program_id(0) * BLOCK_H
     program = tl.program_id(1)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_r = tl.arange(0, BLOCK_R)
-    is_head = offs_h < H
-    is_latent_place = is_head[:, None] & (offs_d < D)[None, :]
     first_row, end_row = rows_of_program(program, num_rows, first_rows_ptr, NUM_SPLITS)
     for row_index in range(first_row, end_row):
         row = tl.cast(row_index, tl.int64)
@@ -246,9 +253,14 @@ def _mla_decode_kernel(
             program, row_index, context_len, row_starts_ptr, range_pages_ptr, PAGE_SIZE, NUM_SPLITS, OVERHEAD
         )
         if first_page < end_page:
+            # No slot is negative. Heads that seem to depend on it keep the compiler from computing all addresses
+            # of queries and partials before the loop over rows, where they would take the accumulator's registers.
+            offs_h = first_head + tl.minimum(slot, 0) + tl.arange(0, BLOCK_H)
+            is_head = offs_h < H
+            is_latent_place = is_head[:, None] & (offs_d < D)[None, :]
+            is_rope_place = is_head[:, None] & (offs_r < R)[None, :]
             query_ptrs = query_ptr + row * query_row_stride + offs_h[:, None] * query_head_stride
             query = tl.load(query_ptrs + offs_d[None, :], mask=is_latent_place, other=0.0).to(OPERAND)
-            is_rope_place = is_head[:, None] & (offs_r < R)[None, :]
             query_pe = tl.load(query_ptrs + D + offs_r[None, :], mask=is_rope_place, other=0.0).to(OPERAND)
             table_ptr = block_table_ptr + row * block_table_stride
             first_token = first_page * PAGE_SIZE
@@ -258,19 +270,18 @@ def _mla_decode_kernel(
             acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
             page = tl.load(table_ptr + first_page)
             for token in range(first_token, end_token, BLOCK_N):
-                cache_row = page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
+                page_row = page.to(tl.int64) * PAGE_SIZE
+                rows = token % PAGE_SIZE + offs_n
                 # One tile ahead, so that the next tile's load need not wait for its page.
                 next_token = token + BLOCK_N
                 page = tl.load(table_ptr + next_token // PAGE_SIZE, mask=next_token < end_token, other=0)
                 is_token = token + offs_n < end_token
                 latents = _load_latents(
-                    latent_ptr, scale_ptr, cache_row, is_token, D, LATENT_ROW, SCALE_ROW, SCALE_START, SCALE_GROUP,
+                    latent_ptr, scale_ptr, page_row, rows, is_token, D, LATENT_ROW, SCALE_ROW, SCALE_START, SCALE_GROUP,
                     OPERAND, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 is_rope = is_token[:, None] & (offs_r < R)[None, :]
-                rope_ptrs = (
-                    rope_ptr + cache_row * ROPE_ROW + (offs_n[:, None] * ROPE_ROW + ROPE_START + offs_r[None, :])
-                )
+                rope_ptrs = rope_ptr + page_row * ROPE_ROW + (rows[:, None] * ROPE_ROW + ROPE_START + offs_r[None, :])
                 key_pe = tl.load(rope_ptrs, mask=is_rope, other=0.0).to(OPERAND)
                 scores = tl.dot(query, tl.trans(latents), input_precision="ieee")
                 scores = tl.dot(query_pe, tl.trans(key_pe), scores, input_precision="ieee")
