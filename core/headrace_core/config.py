@@ -52,6 +52,9 @@ class WorkerSettings(ProcessSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of weights, compute and cache; auto: the checkpoint's"
     )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where to compute; cuda: the first GPU this process sees, NVIDIA or AMD"
+    )
     threads: int = Field(0, ge=0, description="CPU threads for compute; 0: all cores")
     page_size: int = Field(64, ge=1, le=1024, description="tokens a page holds")
     kv_pool_mib: int = Field(256, ge=1, description="memory for pages, MiB")

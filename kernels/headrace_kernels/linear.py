@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace_kernels.backend import backend
+
 _PACKED_FOR_ROWS = 64
 _EXACT_ROWS = 8
 _STEPS_PER_OCTAVE = 4
@@ -73,6 +75,7 @@ def padded_count(count: int) -> int:
 def _is_onednn(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
+        and backend(weight) == "reference"
         and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -142,7 +142,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path, written, refusal):
 
 
 def test_a_model_too_large_is_refused_with_the_figures(tmp_path, written, refusal, monkeypatch):
-    monkeypatch.setattr("headrace_core.model.load.available_bytes", lambda: 100 << 20)
+    monkeypatch.setattr("headrace_core.model.load.available_bytes", lambda device: 100 << 20)
     refusal("MODEL_TOO_LARGE", r"weights \d+, KV pool 0.*100 MiB are available")
 
 

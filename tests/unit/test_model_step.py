@@ -74,6 +74,25 @@ def test_page_bytes_are_the_caches_own_memory():
             cache.page_bytes(0, page_id)
 
 
+def test_a_host_copy_follows_the_device_page_by_page():
+    layout = KvLayout(2, 4, CacheDtype.BFLOAT16, LatentAttention(6, 2))
+    cache = KvCache(layout, 3, has_host_copy=True)
+    for layer in cache.layers:
+        layer.copy_(torch.arange(layer.numel()).view(layer.shape))
+    cache.copy_to_host([2, 0])
+    cache.layers[1][2] = 0
+    page = cache.page_bytes(1, 2)
+    assert bytes(page[:2]) == torch.tensor([64.0], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    page[:2] = b"\xc0\x3f"
+    assert not cache.layers[1][2].any(), "nothing is computed with before it is taken"
+    cache.copy_from_host([2])
+    assert cache.layers[1][2, 0, 0] == 1.5
+    assert cache.layers[1][2, 3, 7] == 95
+    assert cache.layers[0][1, 0, 0] == 32, "other pages stay"
+    for copy in (cache.copy_to_host, cache.copy_from_host):
+        copy([])
+
+
 def test_expert_counts_cover_every_token_and_are_taken_once(tmp_path):
     write_checkpoint(tmp_path, TINY_CONFIGS["v3"])
     model = load_model(tmp_path)

@@ -56,6 +56,7 @@ def up(  # the signature is the command line
     metrics_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the router's Prometheus metrics; 0: any.")
     ] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the first GPU, NVIDIA or AMD.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_pool_mib: Annotated[int, typer.Option(min=1, help="Memory of each worker for pages, MiB.")] = 256,
     worker_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For all workers.")] = None,
@@ -74,7 +75,12 @@ def up(  # the signature is the command line
             "metrics-listen": f"127.0.0.1:{metrics_port}",
             **parse_settings(router_option),
         },
-        worker_options={"dtype": dtype, "kv-pool-mib": kv_pool_mib, **parse_settings(worker_option)},
+        worker_options={
+            "device": device,
+            "dtype": dtype,
+            "kv-pool-mib": kv_pool_mib,
+            **parse_settings(worker_option),
+        },
         prefill_options=parse_settings(prefill_option),
         decode_options=parse_settings(decode_option),
         log_sink=_print_line,

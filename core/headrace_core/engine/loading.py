@@ -13,7 +13,7 @@ from functools import partial
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from headrace_core.config import WorkerSettings
+from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.cpu_speed import measure_worker_cpu
 from headrace_core.engine.executor import StepModel
 from headrace_core.engine.finish import ModelLimits
@@ -22,6 +22,8 @@ from headrace_core.errors import CheckpointError
 from headrace_core.kv.cache import KvCache
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.load import load_model
+from headrace_core.model.model import Model
+from headrace_core.model.self_check import check_kernels
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape, ModelShapeError
 
@@ -58,7 +60,11 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     pool_bytes = settings.kv_pool_mib << 20
     with _progress(f"loading {settings.model.name}") as on_progress:
         model = load_model(
-            settings.model, dtype=settings.dtype, device="cpu", kv_pool_bytes=pool_bytes, on_progress=on_progress
+            settings.model,
+            dtype=settings.dtype,
+            device=settings.device,
+            kv_pool_bytes=pool_bytes,
+            on_progress=on_progress,
         )
     layout = model.kv_layout(settings.page_size)
     num_pages = pool_bytes // layout.page_bytes
@@ -68,6 +74,9 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         )
     config = model.config
     most = min(settings.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
+    cache = KvCache(layout, num_pages, settings.device)
+    if settings.device == "cuda":
+        _prepare_gpu(settings, model, cache, most)
     log.info(
         "model loaded",
         extra={
@@ -82,7 +91,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     return LoadedModel(
         name=settings.model_name or settings.model.resolve().name,
         model=model,
-        cache=KvCache(layout, num_pages, "cpu"),
+        cache=cache,
         limits=ModelLimits(config.vocab_size, most, tuple(config.eos_token_ids)),
         layout=layout,
         fingerprint=model.fingerprint,
@@ -91,7 +100,23 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     )
 
 
+def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int) -> None:
+    """Compile and check the kernels; capture a decode worker's steps.
+
+    Raises:
+        CheckpointError: KERNELS_DISAGREE.
+    """
+    difference = check_kernels(model, settings.device)
+    if isinstance(settings, DecodeSettings):
+        model.prepare_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=max_context_tokens)
+    log.info("kernels checked against plain torch", extra={"relative_difference": difference})
+
+
 def _prediction(settings: WorkerSettings, dtype: Dtype, weight_bytes: int) -> Prediction | None:
+    if settings.device == "cuda":
+        # Times are measured between calls, which on a GPU return before their work is done (model/op_timer.py).
+        log.info("operations are not timed on a GPU")
+        return None
     try:
         shape = ModelShape.load(settings.model / "config.json")
     except ModelShapeError as error:

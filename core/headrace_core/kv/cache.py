@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from headrace_kernels.page_copy import gather_pages, scatter_pages
 from torch import Tensor
 
 from headrace_core.kv.layout import CacheDtype, KvLayout
@@ -19,23 +20,29 @@ TORCH_DTYPES = {
 class KvCache:
     """Memory of a pool of pages: one tensor [num_pages, *page_shape] per layer, zero at first.
 
-    Who may read or write which page is the page pool's business. The engine thread writes pages; `page_bytes` hands the
-    same memory to the transfer.
+    Who may read or write which page is the page pool's business. The engine thread writes pages; `page_bytes` hands
+    their bytes to the transfer. On a CPU that is the same memory. On a GPU a transfer works on a copy of the pool on
+    the host: `copy_to_host` brings pages there before they are sent, `copy_from_host` takes pages that arrived. The
+    copy takes real memory only for pages that were moved.
     """
 
-    def __init__(self, layout: KvLayout, num_pages: int, device: str = "cpu") -> None:
+    def __init__(
+        self, layout: KvLayout, num_pages: int, device: str = "cpu", *, has_host_copy: bool | None = None
+    ) -> None:
+        """Allocate the pool; `has_host_copy` None: where the device is not the CPU."""
         self.layout = layout
         self.num_pages = num_pages
         dtype = TORCH_DTYPES[layout.dtype]
         self.layers: list[Tensor] = [
             torch.zeros((num_pages, *layout.page_shape), dtype=dtype, device=device) for _ in range(layout.num_layers)
         ]
-        self._bytes: list[memoryview] = []
-        if device == "cpu":
-            self._bytes = [layer.view(-1).view(torch.uint8).numpy().data for layer in self.layers]
+        self._host = self.layers
+        if has_host_copy if has_host_copy is not None else device != "cpu":
+            self._host = [torch.empty(layer.shape, dtype=dtype) for layer in self.layers]
+        self._bytes = [layer.view(-1).view(torch.uint8).numpy().data for layer in self._host]
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
-        """Return the bytes of one page of one layer: writable, contiguous, the cache's own memory. CPU only.
+        """Return the bytes of one page of one layer on the host: writable, contiguous, no copy.
 
         Raises:
             IndexError: there is no such layer or page.
@@ -44,6 +51,26 @@ class KvCache:
             raise IndexError(f"page {page_id} is outside a pool of {self.num_pages}")
         size = self.layout.page_layer_bytes
         return self._bytes[layer][page_id * size : (page_id + 1) * size]
+
+    def copy_to_host(self, page_ids: Sequence[int]) -> None:
+        """Let `page_bytes` show what the device's pages hold now; returns when it does. Not on the event loop."""
+        if self._host is self.layers or not page_ids:
+            return
+        host_ids = torch.tensor(list(page_ids))
+        ids = host_ids.to(self.layers[0].device)
+        for layer, host in zip(self.layers, self._host, strict=True):
+            host.index_copy_(0, host_ids, gather_pages(layer, ids).cpu())
+
+    def copy_from_host(self, page_ids: Sequence[int]) -> None:
+        """Set the device's pages to what `page_bytes` shows; returns when they are. Not on the event loop."""
+        if self._host is self.layers or not page_ids:
+            return
+        host_ids = torch.tensor(list(page_ids))
+        ids = host_ids.to(self.layers[0].device)
+        for layer, host in zip(self.layers, self._host, strict=True):
+            scatter_pages(host.index_select(0, host_ids).to(layer.device), layer, ids)
+        if self.layers[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
 
     def zero_pages(self, page_ids: Sequence[int]) -> None:
         """Set every byte of these pages to zero, in all layers."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
+from headrace_kernels.decode_linear import linear_add, norm_linear
 from headrace_kernels.grouped_gemm import combine, dispatch, grouped_gemm, silu_mul
 from headrace_kernels.linear import Linear
 from headrace_kernels.moe_routing import RoutingRule, moe_routing
@@ -43,6 +44,11 @@ class DenseMlp:
         out = self._down(silu_mul(self._gate_up(x)))
         timer.mark("dense_ffn")
         return out
+
+    def decode(self, x: Tensor, norm_weight: Tensor, eps: float, slot_mapping: Tensor) -> tuple[Tensor, None]:
+        """See `FusedFeedForward`."""
+        hidden = silu_mul(norm_linear(x, norm_weight, self._gate_up.weight, eps))
+        return linear_add(hidden, self._down.weight, x), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from headrace_kernels.gqa_decode import gqa_decode
+from headrace_kernels.decode_linear import linear_add, norm_linear
+from headrace_kernels.gqa_decode import gqa_decode, plan_gqa_decode
 from headrace_kernels.gqa_prefill import gqa_prefill
 from headrace_kernels.latent_store import latent_store
 from headrace_kernels.linear import Linear
 from headrace_kernels.rope import rope
+from headrace_kernels.split_plan import SplitPlan
 from torch import Tensor
 
 from headrace_core.model.config import GqaShape
+from headrace_core.model.fused_decode import FusedRows
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import StepInputs
 
@@ -30,7 +33,7 @@ class GqaWeights:
 
 
 class GroupedQueryAttentionLayer:
-    """`Attention` by keys and values."""
+    """`Attention` and `FusedAttention` by keys and values."""
 
     def __init__(self, shape: GqaShape, num_heads: int, weights: GqaWeights) -> None:
         self._shape = shape
@@ -47,7 +50,7 @@ class GroupedQueryAttentionLayer:
         timer.mark("qkv_proj")
         rotated = rope(heads[:, :-groups], *angles, is_interleaved=False)
         query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
-        _store(cache, key, heads[:, -groups:], step.slot_mapping)
+        _store(cache, key, heads[:, -groups:], key_value_rows(step.slot_mapping, cache.shape[2]))
         timer.mark("rope_and_cache")
         outputs: list[Tensor] = []
         if step.decode is not None:
@@ -77,11 +80,33 @@ class GroupedQueryAttentionLayer:
         timer.mark("output_proj")
         return out
 
+    def decode(self, x: Tensor, norm_weight: Tensor, eps: float, rows: FusedRows, cache: Tensor) -> Tensor:
+        """See `FusedAttention`."""
+        weights, groups = self._weights, self._shape.num_kv_heads
+        projected = norm_linear(x, norm_weight, weights.input_proj.weight, eps, weights.input_proj.bias)
+        heads = projected.unflatten(1, (-1, self._shape.head_dim))
+        rotated = rope(heads[:, :-groups], *rows.angles, is_interleaved=False)
+        query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
+        _store(cache, key, heads[:, -groups:], key_value_rows(rows.slot_mapping, cache.shape[2]))
+        out = gqa_decode(
+            query.contiguous(), cache, rows.block_table, rows.context_lens, scale=self._scale, plan=rows.plan
+        )
+        return linear_add(out.flatten(1), weights.output_proj.weight, x, weights.output_proj.bias)
 
-def _store(cache: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-    page_size = cache.shape[2]
+    def plan_decode(self, context_lens: Tensor, page_size: int) -> SplitPlan | None:
+        """See `FusedAttention`."""
+        return plan_gqa_decode(context_lens, page_size, self._shape.num_kv_heads)
+
+
+def _store(cache: Tensor, key: Tensor, value: Tensor, slot_rows: tuple[Tensor, Tensor]) -> None:
     rows = cache.view(-1, cache.shape[3] * cache.shape[4])
+    latent_store(key.flatten(1), rows, slot_rows[0])
+    latent_store(value.flatten(1), rows, slot_rows[1])
+
+
+def key_value_rows(slot_mapping: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of a flat cache in which the keys and the values of `slot_mapping` [T] lie; -1 stays -1."""
     # A page's values follow its page_size keys, so page p starts at row 2 * p * page_size.
-    key_rows = slot_mapping + slot_mapping // page_size * page_size
-    latent_store(key.flatten(1), rows, key_rows)
-    latent_store(value.flatten(1), rows, key_rows + page_size)
+    keys = slot_mapping + slot_mapping.div(page_size, rounding_mode="floor") * page_size
+    is_skipped = slot_mapping < 0
+    return keys.masked_fill(is_skipped, -1), (keys + page_size).masked_fill_(is_skipped, -1)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from headrace_kernels import backend
 from headrace_kernels.linear import Linear
 from headrace_kernels.moe_routing import RoutingRule
 from torch import Tensor
@@ -22,6 +23,7 @@ from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
 from headrace_core.model.rope_angles import softmax_scale
 from headrace_core.model.safetensors_file import StoredTensor, read_headers
+from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
 from headrace_core.model.weight_reader import WeightReader
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,8 +55,7 @@ def load_model(
     names = check_tensors(config, stored)
     compute_dtype = _DTYPES[config.checkpoint_dtype if dtype == "auto" else dtype]
     weight_bytes = _weight_bytes(config, compute_dtype)
-    if device == "cpu":
-        check_fits(weight_bytes, kv_pool_bytes, available_bytes())
+    check_fits(weight_bytes, kv_pool_bytes, available_bytes(device))
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
     with torch.inference_mode():
@@ -184,14 +185,8 @@ class _Builder:
             self._linear(prefix + "down_proj.weight"),
         )
 
-    def _moe(self, prefix: str, expert_names: tuple[str, str, str]) -> MoeMlp:
-        shape, (gate, up, down) = self._config.moe, expert_names
-        gate_up: list[Linear] = []
-        downs: list[Linear] = []
-        for expert in range(shape.num_experts):
-            name = f"{prefix}experts.{expert}."
-            gate_up.append(self._linear(f"{name}{gate}.weight", f"{name}{up}.weight"))
-            downs.append(self._linear(f"{name}{down}.weight"))
+    def _moe(self, prefix: str, expert_names: tuple[str, str, str]) -> FeedForward:
+        shape = self._config.moe
         rule = RoutingRule(
             shape.num_experts_per_token,
             shape.scoring,
@@ -201,14 +196,44 @@ class _Builder:
             is_normalised=shape.is_normalised,
             scaling_factor=shape.scaling_factor,
         )
+        router = self._reader.take(prefix + "gate.weight", torch.float32)
         bias = None
         if shape.has_correction_bias:
             bias = self._reader.take(prefix + "gate.e_score_correction_bias", torch.float32)
-        weights = MoeWeights(
-            router=self._reader.take(prefix + "gate.weight", torch.float32),
-            bias=bias,
-            gate_up=gate_up,
-            down=downs,
-            shared=self._mlp(prefix + "shared_experts.") if shape.num_shared_experts else None,
-        )
-        return MoeMlp(rule, weights)
+        if backend(router) == "triton":
+            gate_up, down = self._stacked_experts(prefix, expert_names)
+            return StackedMoeMlp(rule, StackedMoeWeights(router, bias, gate_up, down))
+        gate_ups, downs = self._experts(prefix, expert_names)
+        shared = self._mlp(prefix + "shared_experts.") if shape.num_shared_experts else None
+        return MoeMlp(rule, MoeWeights(router, bias, gate_ups, downs, shared))
+
+    def _experts(self, prefix: str, expert_names: tuple[str, str, str]) -> tuple[list[Linear], list[Linear]]:
+        """Return each expert's [2 * I, N] and [N, I]."""
+        gate, up, down = expert_names
+        gate_up: list[Linear] = []
+        downs: list[Linear] = []
+        for expert in range(self._config.moe.num_experts):
+            name = f"{prefix}experts.{expert}."
+            gate_up.append(self._linear(f"{name}{gate}.weight", f"{name}{up}.weight"))
+            downs.append(self._linear(f"{name}{down}.weight"))
+        return gate_up, downs
+
+    def _stacked_experts(self, prefix: str, expert_names: tuple[str, str, str]) -> tuple[Tensor, Tensor]:
+        """Return all experts' [E + S, 2 * I, N] and [E + S, N, I]; one weight at a time is held beside them."""
+        shape, hidden = self._config.moe, self._config.hidden_size
+        (gate, up, down), width = expert_names, shape.intermediate_size
+        count = shape.num_experts + shape.num_shared_experts
+        gate_up = self._reader.empty(count, 2 * width, hidden)
+        downs = self._reader.empty(count, hidden, width)
+        for expert in range(shape.num_experts):
+            name = f"{prefix}experts.{expert}."
+            gate_up[expert, :width] = self._reader.take(f"{name}{gate}.weight")
+            gate_up[expert, width:] = self._reader.take(f"{name}{up}.weight")
+            downs[expert] = self._reader.take(f"{name}{down}.weight")
+        if shape.num_shared_experts:
+            # Columns of a network's hidden layer do not meet before its sum: a wide one is several narrow ones.
+            name, first = prefix + "shared_experts.", shape.num_experts
+            gate_up[first:, :width] = self._reader.take(name + "gate_proj.weight").view(-1, width, hidden)
+            gate_up[first:, width:] = self._reader.take(name + "up_proj.weight").view(-1, width, hidden)
+            downs[first:] = self._reader.take(name + "down_proj.weight").view(hidden, -1, width).transpose(0, 1)
+        return gate_up, downs

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import torch
 
 from headrace_core.errors import CheckpointError
 
@@ -18,8 +19,16 @@ WORKING_BYTES = 256 * _MIB
 """What activations, packing and the runtime may need beside weights and pages."""
 
 
-def available_bytes() -> int:
-    """Return the memory that can be taken without swapping: the machine's, or the control group's if that is less."""
+def available_bytes(device: str = "cpu") -> int:
+    """Return the memory that can be taken: a GPU's free memory, or what the machine has without swapping.
+
+    For the machine it is the control group's limit if that is less.
+
+    Raises:
+        CheckpointError: NO_GPU, `device` is "cuda" and this process sees no GPU.
+    """
+    if device == "cuda":
+        return _available_gpu_bytes()
     limits = [psutil.virtual_memory().available]
     for limit, usage, inactive in (
         (_CGROUP_V2 / "memory.max", _CGROUP_V2 / "memory.current", "inactive_file"),
@@ -43,7 +52,7 @@ def check_fits(weight_bytes: int, kv_pool_bytes: int, available: int) -> None:
             "MODEL_TOO_LARGE",
             f"the model needs {needed // _MIB} MiB (weights {weight_bytes // _MIB}, KV pool {kv_pool_bytes // _MIB}, "
             f"working margin {WORKING_BYTES // _MIB}) and {available // _MIB} MiB are available; "
-            "free memory, lower --kv-pool-mib, or use a larger machine",
+            "free memory, lower --kv-pool-mib, or use a larger machine or GPU",
         )
 
 
@@ -53,6 +62,16 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def _available_gpu_bytes() -> int:
+    if not torch.cuda.is_available():
+        build = "has no GPU build" if torch.version.cuda is None and torch.version.hip is None else "sees no GPU"
+        raise CheckpointError(
+            "NO_GPU",
+            f"--device cuda: torch {torch.__version__} {build} here; use --device cpu, or see docs/operations.md",
+        )
+    return torch.cuda.mem_get_info()[0]
 
 
 def _number(path: Path) -> int | None:

@@ -11,15 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from headrace_kernels.decode_linear import linear_add, norm_linear
 from headrace_kernels.latent_store import latent_store
 from headrace_kernels.linear import Linear
-from headrace_kernels.mla_decode import mla_decode
+from headrace_kernels.mla_decode import mla_decode, mla_decode_values, plan_mla_decode
 from headrace_kernels.mla_prefill import mla_prefill
+from headrace_kernels.mla_prologue import mla_prologue
 from headrace_kernels.rms_norm import rms_norm
 from headrace_kernels.rope import rope
+from headrace_kernels.split_plan import SplitPlan
 from torch import Tensor
 
 from headrace_core.model.config import MlaShape
+from headrace_core.model.fused_decode import FusedRows
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import DecodeRows, StepInputs
 
@@ -45,7 +49,7 @@ class MlaWeights:
 
 
 class LatentAttentionLayer:
-    """`Attention` by latents."""
+    """`Attention` and `FusedAttention` by latents."""
 
     def __init__(self, shape: MlaShape, num_heads: int, scale: float, weights: MlaWeights) -> None:
         self._shape = shape
@@ -79,6 +83,41 @@ class LatentAttentionLayer:
         out = self._weights.output_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         timer.mark("output_proj")
         return out
+
+    def decode(self, x: Tensor, norm_weight: Tensor, eps: float, rows: FusedRows, cache: Tensor) -> Tensor:
+        """See `FusedAttention`."""
+        shape, weights = self._shape, self._weights
+        projected = norm_linear(x, norm_weight, weights.input_proj.weight, eps, weights.input_proj.bias)
+        query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
+        query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
+        if weights.query_b is not None:
+            query = norm_linear(query, weights.query_norm, weights.query_b.weight, _LORA_NORM_EPS, weights.query_b.bias)
+        absorbed = mla_prologue(
+            query.unflatten(1, (self._num_heads, -1)),
+            weights.w_uk,
+            c_kv,
+            k_pe,
+            weights.kv_norm,
+            *rows.angles,
+            cache.view(-1, cache.shape[2]),
+            rows.slot_mapping,
+            eps=_LORA_NORM_EPS,
+            is_interleaved=shape.is_rope_interleaved,
+        )
+        values = mla_decode_values(
+            absorbed,
+            cache,
+            rows.block_table,
+            rows.context_lens,
+            weights.w_uv,
+            scale=self._scale,
+            plan=rows.plan,
+        )
+        return linear_add(values, weights.output_proj.weight, x, weights.output_proj.bias)
+
+    def plan_decode(self, context_lens: Tensor, page_size: int) -> SplitPlan | None:
+        """See `FusedAttention`."""
+        return plan_mla_decode(context_lens, page_size, self._num_heads)
 
     def _project(self, x: Tensor, angles: tuple[Tensor, Tensor], timer: OpTimer) -> tuple[Tensor, Tensor]:
         """Return queries [T, H, Dn + R] and cache rows [T, D + R], rotated."""

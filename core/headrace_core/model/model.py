@@ -18,10 +18,13 @@ from headrace_core.kv.cache import TORCH_DTYPES, KvCache
 from headrace_core.kv.layout import KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.config import ModelConfig
+from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
+from headrace_core.model.fused_decode import FusedAttention, FusedDecode, FusedFeedForward, FusedLayer
 from headrace_core.model.memory import release_freed_memory
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
+from headrace_core.model.stacked_moe import StackedMoeMlp, share_counts
 from headrace_core.model.step_inputs import StepInputs, prepare_step
 
 _MANY_TOKENS = 256
@@ -70,11 +73,53 @@ class Model:
         self._weights = weights
         self._device = str(weights.embedding.device)
         self._angles = RopeAngles(config.rope, self._device)
+        self._expert_counts = share_counts([layer.feed_forward for layer in weights.layers])
+        self._decode_graphs: DecodeGraphs | None = None
+        self._max_graph_rows = 0
 
     def kv_layout(self, page_size: int) -> KvLayout:
         """Return what a page of this model's cache holds."""
         dtype = next(key for key, value in TORCH_DTYPES.items() if value == self.dtype)
         return self.config.kv_layout(page_size, dtype)
+
+    def prepare_decode(
+        self, cache: KvCache, *, max_rows: int, max_context_tokens: int, capture: Capture | None = None
+    ) -> None:
+        """Let decode steps of up to `max_rows` sequences over `cache` run from captured launches; GPU only.
+
+        Takes a while: kernels are compiled. `capture` None: CUDA graphs.
+        """
+        weights = self._weights
+        layers: list[FusedLayer] = []
+        for layer in weights.layers:
+            assert isinstance(layer.attention, FusedAttention), "all kinds of attention are"
+            assert isinstance(layer.feed_forward, FusedFeedForward), "experts are stacked on a GPU"
+            layers.append(
+                FusedLayer(layer.attention_norm, layer.attention, layer.feed_forward_norm, layer.feed_forward)
+            )
+        fused = FusedDecode(
+            layers,
+            cache,
+            embedding=weights.embedding,
+            norm=weights.norm,
+            head=weights.head.weight,
+            eps=self.config.rms_norm_eps,
+            angles=self._angles,
+        )
+        with torch.inference_mode():
+            self._decode_graphs = DecodeGraphs(
+                fused,
+                max_rows=max_rows,
+                max_pages=cache.layout.num_pages(max_context_tokens),
+                page_size=cache.layout.page_size,
+                device=self._device,
+                capture=capture,
+            )
+        self._max_graph_rows = max_rows
+
+    def forget_decode(self) -> None:
+        """Undo `prepare_decode`."""
+        self._decode_graphs = None
 
     def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> Tensor:
         """Compute a step: write the chunks' tokens to their pages, return the logits to sample from.
@@ -88,6 +133,8 @@ class Model:
             ValueError: a chunk is empty or its pages do not cover it.
         """
         with torch.inference_mode():
+            if self._decode_graphs is not None and len(chunks) <= self._max_graph_rows and is_decode_step(chunks):
+                return self._replay(self._decode_graphs, chunks)
             step = self._prepare(chunks, cache)
             hidden = self._run_layers(step, cache, timer)
             rows = [
@@ -110,11 +157,21 @@ class Model:
 
     def take_expert_counts(self) -> dict[int, list[int]]:
         """Return, by layer, how many tokens each routed expert was chosen for since the last call."""
+        layers = self._weights.layers
+        if self._expert_counts is not None:
+            stacked = [i for i, layer in enumerate(layers) if isinstance(layer.feed_forward, StackedMoeMlp)]
+            return dict(zip(stacked, self._expert_counts.take(), strict=True))
         return {
             i: layer.feed_forward.take_counts()
-            for i, layer in enumerate(self._weights.layers)
+            for i, layer in enumerate(layers)
             if isinstance(layer.feed_forward, MoeMlp)
         }
+
+    def _replay(self, graphs: DecodeGraphs, chunks: Sequence[Chunk]) -> Tensor:
+        output = graphs.run(chunks)
+        if self._expert_counts is not None and output.experts is not None:
+            self._expert_counts.add_all(output.experts)
+        return output.logits
 
     def _prepare(self, chunks: Sequence[Chunk], cache: KvCache) -> StepInputs:
         return prepare_step(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from headrace_kernels import backend
 from headrace_kernels.paged_slots import paged_slots
 from torch import Tensor
 
@@ -21,11 +22,14 @@ _GROUP_KEY_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """Tokens 0 ... B of the step, each a query over the first `context_lens` [B] tokens of its pages."""
+    """Tokens 0 ... B of the step, each a query over the first `context_lens` [B] tokens of its pages.
+
+    `slots` are planned for kernels that gather; those of a GPU read pages where they lie, and have none.
+    """
 
     block_table: Tensor
     context_lens: Tensor
-    slots: Tensor
+    slots: Tensor | None
 
     @property
     def num_rows(self) -> int:
@@ -115,7 +119,9 @@ def _decode_rows(chunks: list[Chunk], page_size: int, device: str) -> DecodeRows
         row[: len(table)] = table[:num_pages]
     table_tensor = torch.from_numpy(block_table).to(device)
     lens_tensor = torch.tensor(context_lens, dtype=torch.int32, device=device)
-    return DecodeRows(table_tensor, lens_tensor, paged_slots(table_tensor, lens_tensor, page_size))
+    is_gathered = backend(table_tensor) == "reference"
+    slots = paged_slots(table_tensor, lens_tensor, page_size) if is_gathered else None
+    return DecodeRows(table_tensor, lens_tensor, slots)
 
 
 def _prefill_groups(chunks: list[Chunk], page_size: int, first: int, device: str) -> list[PrefillGroup]:

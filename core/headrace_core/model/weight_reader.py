@@ -47,6 +47,10 @@ class WeightReader:
             tensor = dequantise(tensor, scale.float(), self._config.fp8_block, dtype or self._dtype)
         return tensor.to(device=self._device, dtype=dtype or self._dtype)
 
+    def empty(self, *shape: int) -> Tensor:
+        """Return memory for weights of the compute type, on the device."""
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
     def digest(self, name: str) -> str:
         """Return xxh3-128 of the bytes of `name`, reading them if nobody has."""
         if name not in self._digests:

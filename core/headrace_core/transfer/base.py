@@ -22,6 +22,14 @@ class PageMemory(Protocol):
         """Return one page of one layer: contiguous, writable, no copy."""
         ...
 
+    def copy_to_host(self, page_ids: Sequence[int]) -> None:
+        """Let `page_bytes` show what was computed into these pages. Not on the event loop."""
+        ...
+
+    def copy_from_host(self, page_ids: Sequence[int]) -> None:
+        """Let what was written to `page_bytes` of these pages be computed with. Not on the event loop."""
+        ...
+
 
 class LeaseHolder(Protocol):
     """The side that has the pages. Event loop only; every method is fenced by incarnation."""

@@ -12,6 +12,22 @@ from headrace_core.transfer.base import PageMemory
 from headrace_core.transfer.ticket import Ticket
 
 
+def seal_pages(memory: PageMemory, num_layers: int, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Make computed pages ready to be sent; return their `checksums`. Not on the event loop."""
+    memory.copy_to_host(page_ids)
+    return checksums(memory, num_layers, page_ids)
+
+
+def accept_pages(ticket: Ticket, memory: PageMemory, page_ids: Sequence[int]) -> None:
+    """Check the bytes that arrived, then make them what is computed with. Not on the event loop.
+
+    Raises:
+        TransferCorruptError: CHECKSUM, naming layer and page.
+    """
+    check_bytes(ticket, memory, page_ids)
+    memory.copy_from_host(page_ids)
+
+
 def checksums(memory: PageMemory, num_layers: int, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return xxh3-64 of each page's bytes, [num_layers][pages]. Any thread."""
     return tuple(

@@ -1,0 +1,198 @@
+"""Decode steps of fixed shape: inputs in fixed buffers, launches captured once and replayed (CUDA graphs).
+
+A step in which every sequence computes one token is the same series of launches whoever is in it. So its inputs are
+copied to buffers that stay where they are, the number of rows is padded to one of few (a bucket), and each bucket's
+launches are captured when the worker starts. What the host does in a step is three copies and one replay.
+
+A row of padding repeats row 0 but writes nothing and chooses no expert (slot -1): it reads what row 0 reads anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace_core.engine.step import Chunk
+
+_EXACT_BUCKETS = (1, 2, 4)
+_BUCKET_STEP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOutput:
+    """`logits` [B, V] float32; `experts` [mixture layers, B, K], None for a network without experts."""
+
+    logits: Tensor
+    experts: Tensor | None
+
+    def first(self, num_rows: int) -> DecodeOutput:
+        """Return views of the first rows."""
+        return DecodeOutput(self.logits[:num_rows], None if self.experts is None else self.experts[:, :num_rows])
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One token each of B sequences.
+
+    `token_ids`, `positions`, `slot_mapping` [B] int64, slot -1: write nothing; `block_table` [B, max_pages] int32;
+    `context_lens` [B] int32, the token itself included.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    context_lens: Tensor
+
+    def first(self, num_rows: int) -> DecodeBatch:
+        """Return views of the first rows."""
+        return DecodeBatch(
+            self.token_ids[:num_rows],
+            self.positions[:num_rows],
+            self.slot_mapping[:num_rows],
+            self.block_table[:num_rows],
+            self.context_lens[:num_rows],
+        )
+
+
+Capture = Callable[[Callable[[], DecodeOutput]], Callable[[], DecodeOutput]]
+"""Takes a function that launches and returns its output; returns one that launches the same into the same output."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """A batch on the host as numpy sees it: much cheaper to fill."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    block_table: np.ndarray
+    context_lens: np.ndarray
+
+
+def is_decode_step(chunks: Sequence[Chunk]) -> bool:
+    """True when every chunk computes one token behind others and samples from it."""
+    return all(chunk.start > 0 and len(chunk.token_ids) == 1 and chunk.sampling is not None for chunk in chunks)
+
+
+def buckets(max_rows: int) -> list[int]:
+    """Return the numbers of rows that steps are padded to, ascending; the last is at least `max_rows`."""
+    small = [rows for rows in _EXACT_BUCKETS if rows < max_rows]
+    return [*small, *range(_BUCKET_STEP, max_rows + _BUCKET_STEP, _BUCKET_STEP)] if max_rows > 4 else [*small, max_rows]
+
+
+class DecodeGraphs:
+    """One captured decode step a bucket. Engine thread only, but for the construction."""
+
+    def __init__(
+        self,
+        forward: Callable[[DecodeBatch], DecodeOutput],
+        *,
+        max_rows: int,
+        max_pages: int,
+        page_size: int,
+        device: str,
+        capture: Capture | None = None,
+    ) -> None:
+        """Capture `forward` for every bucket, the largest first: they share its memory.
+
+        Capturing runs each once, on token 0 at position 0, reading page 0 and writing nothing. `capture` None: CUDA
+        graphs.
+        """
+        self._page_size = page_size
+        self._host = _buffers(buckets(max_rows)[-1], max_pages, "cpu", is_pinned=device == "cuda")
+        self._views = _Views(*(getattr(self._host, field.name).numpy() for field in fields(DecodeBatch)))
+        self._device = _buffers(buckets(max_rows)[-1], max_pages, device)
+        self._replays: dict[int, Callable[[], DecodeOutput]] = {}
+        capture = capture or CudaGraphCapture()
+        for num_rows in reversed(buckets(max_rows)):
+            batch = self._device.first(num_rows)
+            self._replays[num_rows] = capture(lambda batch=batch: forward(batch))
+
+    def run(self, chunks: Sequence[Chunk]) -> DecodeOutput:
+        """Compute a decode step; see `is_decode_step`. Return its output, valid until the next run.
+
+        Raises:
+            ValueError: more chunks than the largest bucket, or a chunk's pages do not cover it.
+        """
+        num_rows = next((rows for rows in sorted(self._replays) if rows >= len(chunks)), 0)
+        if not num_rows:
+            raise ValueError(
+                f"{len(chunks)} sequences are more than the {max(self._replays)} that steps were captured for"
+            )
+        num_pages = self._fill(chunks, num_rows)
+        host, device = self._host.first(num_rows), self._device.first(num_rows)
+        device.token_ids.copy_(host.token_ids, non_blocking=True)
+        device.positions.copy_(host.positions, non_blocking=True)
+        device.slot_mapping.copy_(host.slot_mapping, non_blocking=True)
+        device.context_lens.copy_(host.context_lens, non_blocking=True)
+        device.block_table[:, :num_pages].copy_(host.block_table[:, :num_pages], non_blocking=True)
+        return self._replays[num_rows]().first(len(chunks))
+
+    def _fill(self, chunks: Sequence[Chunk], num_rows: int) -> int:
+        """Write the step's inputs to the host's buffers; return how many columns of the table are in use."""
+        size, most, count = self._page_size, self._host.block_table.shape[1], len(chunks)
+        used = [chunk.start // size + 1 for chunk in chunks]
+        for chunk, pages in zip(chunks, used, strict=True):
+            if pages > min(len(chunk.page_ids), most):
+                raise ValueError(
+                    f"chunk {chunk.key}: token {chunk.start} does not fit {len(chunk.page_ids)} pages of {size} "
+                    f"({most} at most)"
+                )
+        host = self._views
+        host.token_ids[:count] = [chunk.token_ids[0] for chunk in chunks]
+        host.positions[:count] = [chunk.start for chunk in chunks]
+        host.slot_mapping[:count] = [
+            c.page_ids[p - 1] * size + c.start % size for c, p in zip(chunks, used, strict=True)
+        ]
+        host.context_lens[:count] = host.positions[:count] + 1
+        for row, (chunk, pages) in enumerate(zip(chunks, used, strict=True)):
+            host.block_table[row, :pages] = chunk.page_ids[:pages]
+        for buffer in (host.token_ids, host.positions, host.context_lens, host.block_table):
+            buffer[count:num_rows] = buffer[0]
+        host.slot_mapping[count:num_rows] = -1
+        return max(used)
+
+
+class CudaGraphCapture:
+    """`Capture` by CUDA graphs that share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], DecodeOutput]) -> Callable[[], DecodeOutput]:
+        """Run once, which compiles kernels and sizes workspaces, then capture."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = run()
+
+        def replay() -> DecodeOutput:
+            graph.replay()
+            return out
+
+        return replay
+
+
+def _buffers(rows: int, max_pages: int, device: str, *, is_pinned: bool = False) -> DecodeBatch:
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
+
+    batch = DecodeBatch(
+        token_ids=zeros(rows, dtype=torch.int64),
+        positions=zeros(rows, dtype=torch.int64),
+        slot_mapping=zeros(rows, dtype=torch.int64),
+        block_table=zeros(rows, max_pages, dtype=torch.int32),
+        context_lens=zeros(rows, dtype=torch.int32),
+    )
+    batch.slot_mapping.fill_(-1)
+    batch.context_lens.fill_(1)
+    return batch

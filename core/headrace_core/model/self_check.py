@@ -1,0 +1,85 @@
+"""Before a worker serves from a GPU: do its kernels compute what plain torch computes there?
+
+A few tokens go through the loaded network three ways: plain torch, the kernels, and the kernels joined as a decode step
+runs them. A kernel that is wrong on some GPU, driver or compiler would give wrong tokens in silence; so the worker does
+not start.
+"""
+
+from __future__ import annotations
+
+import torch
+from headrace_kernels import use_backend
+from torch import Tensor
+
+from headrace_core.engine.step import Chunk, SamplingRow
+from headrace_core.errors import CheckpointError
+from headrace_core.kv.cache import KvCache
+from headrace_core.model.model import Model
+from headrace_core.request import SamplingParams
+
+# Relative to the logits' norm. Types round differently in different orders, and an expert that was nearly tied may be
+# chosen here and not there; a kernel that is wrong is off by about 1.
+_LIMITS = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+_PAGE_SIZE = 16
+_PROMPT_TOKENS = 20
+_NUM_SEQUENCES = 2
+_GREEDY = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
+
+
+def check_kernels(model: Model, device: str) -> float:
+    """Return the largest relative difference found.
+
+    Raises:
+        CheckpointError: KERNELS_DISAGREE, it is too large or not a number.
+    """
+    with use_backend("reference"):
+        expected = _logits(model, device)
+    with use_backend("triton"):
+        found = [_logits(model, device), _logits(model, device, is_fused=True)]
+    worst = max(_difference(each, expected) for each in found)
+    limit = _LIMITS[model.dtype]
+    if not worst <= limit:
+        raise CheckpointError(
+            "KERNELS_DISAGREE",
+            f"on this GPU ({_name(device)}) kernels and plain torch disagree by {worst:.2g} of the logits, more than "
+            f"{limit:g}: it would answer wrongly; use --device cpu, and report GPU, driver, torch "
+            f"{torch.__version__} and triton versions",
+        )
+    return worst
+
+
+def _logits(model: Model, device: str, *, is_fused: bool = False) -> Tensor:
+    """Return logits [2 * sequences, V]: after each prompt, then after one more token each."""
+    pages = -(-(_PROMPT_TOKENS + 1) // _PAGE_SIZE)
+    cache = KvCache(model.kv_layout(_PAGE_SIZE), _NUM_SEQUENCES * pages, device)
+    vocab_size = model.config.vocab_size
+
+    def chunks(start: int, count: int) -> list[Chunk]:
+        return [
+            Chunk(
+                key,
+                [(7919 * (key + 1) * (position + 1)) % vocab_size for position in range(start, start + count)],
+                start,
+                list(range(key * pages, (key + 1) * pages)),
+                _GREEDY,
+            )
+            for key in range(_NUM_SEQUENCES)
+        ]
+
+    prompt = model.forward(chunks(0, _PROMPT_TOKENS), cache)
+    if is_fused:
+        model.prepare_decode(
+            cache, max_rows=_NUM_SEQUENCES, max_context_tokens=_PROMPT_TOKENS + 1, capture=lambda run: run
+        )
+    try:
+        return torch.cat((prompt, model.forward(chunks(_PROMPT_TOKENS, 1), cache)))
+    finally:
+        model.forget_decode()
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device

@@ -1,0 +1,67 @@
+"""The whole network through the kernels, as on a GPU, against the network in plain torch and its greedy tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from headrace_core.errors import CheckpointError
+from headrace_core.model import self_check
+from headrace_core.model.load import load_model
+from headrace_core.model.self_check import check_kernels
+from headrace_core.testing.paged_sequences import PagedSequences
+from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
+from headrace_kernels import backend, use_backend
+
+# Widths that matrix units take: multiples of 16.
+WIDTHS = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 32}
+CONFIGS = {
+    "v3": {**TINY_CONFIGS["v3"], **WIDTHS, "num_hidden_layers": 2},
+    "v2": {**TINY_CONFIGS["v2"], **WIDTHS, "q_lora_rank": None, "num_hidden_layers": 2, "first_k_dense_replace": 0},
+    "mixtral": {**TINY_CONFIGS["mixtral"], "head_dim": 16},
+}
+PAGE_SIZE = 16
+
+
+def run(model, *, is_captured):
+    """Logits after prompts of several lengths, decode steps of 1 to 3 sequences, and a step that mixes both."""
+    sequences = PagedSequences(model, page_size=PAGE_SIZE, num_pages=12)
+    if is_captured:
+        model.prepare_decode(sequences.cache, max_rows=3, max_context_tokens=64, capture=lambda call: call)
+    prompts = [[(3 * i + 5 * key) % 150 + 2 for i in range(length)] for key, length in enumerate((19, 16, 1))]
+    steps = [
+        [sequences.chunk(0, prompts[0]), sequences.chunk(1, prompts[1][:7], is_sampled=False)],
+        [sequences.chunk(0, [9]), sequences.chunk(1, prompts[1][7:]), sequences.chunk(2, prompts[2])],
+        [sequences.chunk(1, [11])],
+        [sequences.chunk(0, [12]), sequences.chunk(1, [13]), sequences.chunk(2, [14])],
+    ]
+    logits = torch.cat([model.forward(chunks, sequences.cache) for chunks in steps])
+    return logits, model.take_expert_counts()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_give_the_networks_logits(name, tmp_path):
+    write_checkpoint(tmp_path, CONFIGS[name])
+    with use_backend("reference"):
+        expected, expected_counts = run(load_model(tmp_path), is_captured=False)
+    model = load_model(tmp_path)
+    assert model.fingerprint
+    for is_captured in (False, True):
+        logits, counts = run(model, is_captured=is_captured)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert counts == expected_counts
+
+
+def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, CONFIGS["v2"])
+    model = load_model(tmp_path)
+    assert check_kernels(model, "cpu") < 1e-4
+    right = self_check.Model.forward
+
+    def wrong(self, chunks, cache):
+        logits = right(self, chunks, cache)
+        return logits if backend(logits) == "reference" else logits * 1.01
+
+    monkeypatch.setattr(self_check.Model, "forward", wrong)
+    with pytest.raises(CheckpointError) as caught:
+        check_kernels(model, "cpu")
+    assert caught.value.reason == "KERNELS_DISAGREE"

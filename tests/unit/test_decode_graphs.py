@@ -1,0 +1,91 @@
+"""Decode steps from fixed buffers: padding, limits and what is copied; the capture is a plain call here."""
+
+from __future__ import annotations
+
+import pytest
+from headrace_core.engine.step import Chunk
+from headrace_core.model.decode_graphs import DecodeGraphs, DecodeOutput, buckets, is_decode_step
+from headrace_core.testing.paged_sequences import GREEDY_ROW
+
+PAGE_SIZE = 4
+
+
+def chunk(key, token, start, pages, *, is_sampled=True):
+    return Chunk(key, [token], start, pages, GREEDY_ROW if is_sampled else None)
+
+
+class Recorder:
+    """Keeps a copy of every batch and answers the rows' tokens as logits."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, batch):
+        self.batches.append([t.clone() for t in (batch.token_ids, batch.positions, batch.slot_mapping)])
+        self.table, self.lens = batch.block_table.clone(), batch.context_lens.clone()
+        return DecodeOutput(batch.token_ids[:, None].float(), batch.positions[None, :, None])
+
+
+def graphs(forward, max_rows=12, max_pages=3):
+    return DecodeGraphs(
+        forward, max_rows=max_rows, max_pages=max_pages, page_size=PAGE_SIZE, device="cpu", capture=lambda run: run
+    )
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (3, [1, 2, 3]), (4, [1, 2, 4]), (12, [1, 2, 4, 8, 16])])
+def test_buckets_reach_the_most_rows(most, expected):
+    assert buckets(most) == expected
+
+
+def test_rows_are_padded_with_the_first_which_writes_nothing():
+    recorder = Recorder()
+    steps = graphs(recorder)
+    output = steps.run([chunk(0, 7, 5, [9, 2]), chunk(1, 8, 3, [4]), chunk(2, 6, 8, [1, 3, 5])])
+    assert output.logits[:, 0].tolist() == [7, 8, 6]
+    assert output.experts.tolist() == [[[5], [3], [8]]]
+    tokens, positions, slots = (t.tolist() for t in recorder.batches[-1])
+    assert tokens == [7, 8, 6, 7]
+    assert positions == [5, 3, 8, 5]
+    assert slots == [2 * PAGE_SIZE + 1, 4 * PAGE_SIZE + 3, 5 * PAGE_SIZE, -1]
+    assert recorder.lens.tolist() == [6, 4, 9, 6]
+    assert recorder.table[:3, :1].tolist() == [[9], [4], [1]]
+    assert recorder.table[3].tolist()[:2] == [9, 2]
+
+
+def test_a_step_leaves_nothing_behind_for_the_next():
+    recorder = Recorder()
+    steps = graphs(recorder)
+    steps.run([chunk(i, 10 + i, 4, [i, i + 1]) for i in range(8)])
+    assert steps.run([chunk(0, 3, 2, [5])]).logits[:, 0].tolist() == [3]
+    assert [t.tolist() for t in recorder.batches[-1]] == [[3], [2], [5 * PAGE_SIZE + 2]]
+    assert recorder.lens.tolist() == [3]
+
+
+def test_captured_calls_write_nothing():
+    recorder = Recorder()
+
+    def capture(run):
+        run()
+        return run
+
+    DecodeGraphs(recorder, max_rows=12, max_pages=3, page_size=PAGE_SIZE, device="cpu", capture=capture)
+    assert [len(batch[0]) for batch in recorder.batches] == [16, 8, 4, 2, 1]
+    assert all(set(slots.tolist()) == {-1} for _, _, slots in recorder.batches)
+
+
+def test_what_does_not_fit_is_refused():
+    steps = graphs(Recorder(), max_rows=2)
+    with pytest.raises(ValueError, match="more than the 2"):
+        steps.run([chunk(i, 0, 1, [i]) for i in range(3)])
+    with pytest.raises(ValueError, match="chunk 5"):
+        steps.run([chunk(5, 0, PAGE_SIZE, [1])])
+    with pytest.raises(ValueError, match="3 at most"):
+        steps.run([chunk(5, 0, 3 * PAGE_SIZE, [1, 2, 3, 4])])
+
+
+def test_only_single_sampled_tokens_behind_others_make_a_decode_step():
+    decode = chunk(0, 1, 3, [1])
+    assert is_decode_step([decode, decode])
+    assert not is_decode_step([decode, chunk(0, 1, 0, [1])])
+    assert not is_decode_step([decode, chunk(0, 1, 3, [1], is_sampled=False)])
+    assert not is_decode_step([Chunk(0, [1, 2], 3, [1, 2], GREEDY_ROW)])
