@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace_kernels import mla_decode as family
 from headrace_kernels.gpu.combine_splits import combined_lanes
-from headrace_kernels.gpu.launch import AotCase, launch, num_sms, operand_dtype
+from headrace_kernels.gpu.launch import AotCase, launch, num_sms, operand_dtype, target
 from headrace_kernels.gpu.mla_decode import attend, splits_for
 from headrace_kernels.gpu.split_plan import Splits, slots_of_row
 from headrace_kernels.split_plan import SplitPlan
@@ -68,7 +68,9 @@ def _block_values(w_uv: Tensor, num_rows: int, splits: Splits) -> int:
     """Return the widest tile of value columns that still gives every multiprocessor one."""
     num_heads, value_dim, _ = w_uv.shape
     tiles_a_column_block = num_heads * triton.cdiv(num_rows, _LANES // splits.lanes)
-    widest = int(min(max(triton.next_power_of_2(value_dim), 16), 64))
+    # A gfx942 would spill registers with more.
+    most = 32 if target() == "hip" else 64
+    widest = int(min(max(triton.next_power_of_2(value_dim), 16), most))
     while widest > 16 and tiles_a_column_block * triton.cdiv(value_dim, widest) < num_sms(w_uv):
         widest //= 2
     return widest
