@@ -2,7 +2,7 @@
 
 A row's first pass finds its best logit. A threshold, of top-k or top-p, is the highest value at or above which there is
 enough: k tokens, or a share of the mass. It is searched among float32's own values, which are finitely many integers in
-their order, by 16 pivots a pass over the row. The draw sums the mass that is left, then walks to the number. All sums
+their order, by a few pivots a pass over the row. The draw sums the mass that is left, then walks to the number. Sums
 are in float64 and in an order that only the size of the vocabulary decides.
 """
 
@@ -17,7 +17,7 @@ from headrace_kernels import sampling as family
 from headrace_kernels.gpu.configs import Config, config
 from headrace_kernels.gpu.launch import AotCase, launch
 
-DEFAULT_CONFIG: Config = {"BLOCK_V": 2048, "BLOCK_PIVOTS": 512, "num_warps": 16, "num_stages": 2}
+DEFAULT_CONFIG: Config = {"BLOCK_V": 2048, "BLOCK_PIVOTS": 512, "NUM_PIVOTS": 8, "num_warps": 8, "num_stages": 2}
 # Said at each loop: only then are loads that feed no matrix product started some rounds ahead.
 _AHEAD = tl.constexpr(4)
 
@@ -44,7 +44,6 @@ def sample_tokens(logits: Tensor, draws: family.Draws) -> Tensor:
         vocab_size,
         *(column.contiguous() for column in columns),
         tokens,
-        NUM_PIVOTS=16,
         **config("sampling", f"{vocab_size}", DEFAULT_CONFIG, logits),
     )
     return tokens

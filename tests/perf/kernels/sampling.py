@@ -32,9 +32,9 @@ def cases() -> list[BenchCase]:
 def tuning() -> list[TuningCase]:
     """Tiles around the default, by vocabulary."""
     others: list[Config] = [
-        {"BLOCK_V": whole, "BLOCK_PIVOTS": pivots, "num_warps": num_warps, "num_stages": 2}
+        {"BLOCK_V": whole, "BLOCK_PIVOTS": pivots, "NUM_PIVOTS": num_pivots, "num_warps": num_warps, "num_stages": 2}
         for whole in (2048, 4096, 8192)
-        for pivots in (256, 512)
+        for pivots, num_pivots in ((256, 16), (512, 8), (1024, 4))
         for num_warps in (8, 16)
     ]
     candidates = [DEFAULT_CONFIG, *(config for config in others if config != DEFAULT_CONFIG)]
