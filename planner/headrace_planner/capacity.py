@@ -7,7 +7,7 @@ Each phase is planned by itself, which is what disaggregation is for:
     prefill   the fewest GPUs for which 99 % of prompts wait, compute and move within the TTFT objective, prompts
               arriving at random (M/D/c: Erlang's C, waits halved because service times are even)
 
-Step times are the roofline's. `sim_capacity.verify` runs the plan in the simulator and adds workers where it was wrong.
+Step times are the roofline's. `sim_capacity.verify` simulates the plan and adds the workers it lacks.
 """
 
 from __future__ import annotations

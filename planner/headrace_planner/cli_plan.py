@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import Demand, Plan, make_plan
-from headrace_planner.sim_capacity import Verified, verify
+from headrace_planner.sim_capacity import Attempt, Verified, verify
 from headrace_planner.sim_result import parse_slo
 from headrace_planner.sim_roofline import Machine
 from headrace_planner.sim_tradeoffs import crossover, decode_speed, kv_memory
@@ -90,8 +91,15 @@ def as_dict(plan: Plan, verified: Verified | None) -> dict[str, Any]:
     }
     if verified:
         report["simulated"] = {
-            "num_prefill": verified.num_prefill,
-            "num_decode": verified.num_decode,
+            "num_prefill": verified.config.num_prefill,
+            "num_decode": verified.config.num_decode,
+            "num_gpus": verified.config.num_gpus,
+            "goal": verified.goal,
+            "is_met": verified.is_met,
+            "out_of_reach": verified.out_of_reach,
+            "late": verified.late,
+            "slow": verified.slow,
+            "attempts": [asdict(attempt) for attempt in verified.attempts],
             **verified.result.summary(plan.slo),
         }
     return report
@@ -140,15 +148,42 @@ def _print(plan: Plan, verified: Verified | None) -> None:
         f"${plan.cost_per_million_tokens:.3f} per million tokens, "
         f"${plan.cost_per_million_output_tokens:.3f} per million output tokens"
     )
-    if verified:
-        result = verified.result
-        console.print(
-            f"simulated with {verified.num_prefill} prefill and {verified.num_decode} decode workers: "
-            f"{verified.attainment:.1%} of requests met both objectives, goodput {result.goodput(plan.slo):.3g}/s, "
-            f"prefill {result.utilisation('prefill'):.0%} and decode {result.utilisation('decode'):.0%} busy"
-        )
     others = [f"{o.machine.parallel} x{o.num_workers} = {o.num_gpus} GPUs" for o in plan.decode_options[1:4]]
     console.print(f"next best for decode: {'; '.join(others) or 'none'}")
+    if verified:
+        _print_verified(console, plan, verified)
+
+
+def _print_verified(console: Console, plan: Plan, verified: Verified) -> None:
+    """Say what the simulator measured, how it got there, and what no number of workers changes."""
+    result, config = verified.result, verified.config
+    console.print(
+        f"simulated with {_counted(config.num_prefill, config.num_decode)} ({config.num_gpus} GPUs): "
+        f"{verified.attainment:.1%} of requests met both objectives ({verified.late:.1%} missed TTFT, "
+        f"{verified.slow:.1%} ITL), goodput {result.goodput(plan.slo):.3g}/s, "
+        f"prefill {result.utilisation('prefill'):.0%} and decode {result.utilisation('decode'):.0%} busy"
+    )
+    if len(verified.attempts) > 1:
+        console.print(f"tried, prefill + decode workers: {'; '.join(map(_tried, verified.attempts))}")
+    if verified.out_of_reach:
+        console.print(
+            f"at least {verified.out_of_reach:.1%} of requests miss the objective on any number of such workers: even "
+            "alone, with every shared prefix cached, they take longer; other workers or another objective would help"
+        )
+    if verified.goal < verified.asked:
+        console.print(f"so the goal is {verified.asked:.0%} of the others: {verified.goal:.1%}")
+    if not verified.is_met:
+        why = "more workers of either kind do not help" if verified.is_exhausted else "it takes still more workers"
+        console.print(f"the goal, {verified.goal:.1%} of requests, is not met: {why}")
+
+
+def _tried(attempt: Attempt) -> str:
+    note = "" if attempt.is_kept else ", no better, taken back"
+    return f"{attempt.num_prefill} + {attempt.num_decode}: {attempt.attainment:.1%}{note}"
+
+
+def _counted(num_prefill: int, num_decode: int) -> str:
+    return f"{num_prefill} prefill and {num_decode} decode worker{'' if num_decode == 1 else 's'}"
 
 
 def _plot(shape: ModelShape, hardware: Hardware, dtype: Dtype, folder: Path) -> None:

@@ -88,19 +88,20 @@ def load_trace(path: Path) -> Workload:
     return workload
 
 
+def prefix_hits(workload: Workload) -> NDArray[np.int64]:
+    """Return how many prompt tokens of each request an infinite prefix cache would hold when it arrives."""
+    hits = np.zeros(len(workload), dtype=np.int64)
+    seen: set[int] = set()
+    for index, blocks in enumerate(workload.blocks or ()):
+        count = next((place for place, block in enumerate(blocks) if block not in seen), len(blocks))
+        hits[index] = count * workload.block_tokens
+        seen.update(blocks)
+    return np.minimum(hits, workload.num_prompt)
+
+
 def prefix_hit_share(workload: Workload) -> float:
     """Return the share of prompt tokens that an infinite prefix cache would hold already."""
-    if workload.blocks is None:
-        return 0.0
-    seen: set[int] = set()
-    num_hit = 0
-    for blocks in workload.blocks:
-        for block in blocks:
-            if block not in seen:
-                break
-            num_hit += workload.block_tokens
-        seen.update(blocks)
-    return min(1.0, num_hit / float(workload.num_prompt.sum()))
+    return float(prefix_hits(workload).sum() / workload.num_prompt.sum())
 
 
 def _mooncake(path: Path) -> Workload:
