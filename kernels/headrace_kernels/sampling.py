@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.counter_random import uniform
+from headrace_kernels.counter_random import uniforms
 
 _NUCLEUS_CANDIDATES = 1024
 
@@ -83,7 +83,7 @@ def sample_tokens(logits: Tensor, draws: Draws) -> Tensor:
         columns = Draws(*(getattr(draws, field.name)[drawn] for field in fields(Draws)))
         scaled = _scaled(logits[drawn], columns.temperatures)
         kept = filter_logits(scaled, columns.top_k, columns.top_p, columns.min_p)
-        tokens[drawn] = pick(kept, uniform(columns.seeds, columns.sample_indices, columns.positions))
+        tokens[drawn] = pick(kept, uniforms(columns.seeds, columns.sample_indices, columns.positions))
     return tokens
 
 
@@ -92,7 +92,7 @@ def sample_tokens_ref(logits: Tensor, draws: Draws) -> Tensor:
     is_greedy = draws.temperatures == 0
     scaled = _scaled(logits, draws.temperatures.masked_fill(is_greedy, 1.0))
     kept = filter_logits_ref(scaled, draws.top_k, draws.top_p, draws.min_p)
-    drawn = pick(kept, uniform(draws.seeds, draws.sample_indices, draws.positions))
+    drawn = pick(kept, uniforms(draws.seeds, draws.sample_indices, draws.positions))
     return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
 
 

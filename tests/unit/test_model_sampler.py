@@ -8,9 +8,9 @@ import pytest
 import torch
 from headrace_core.engine.step import SamplingRow
 from headrace_core.errors import HeadraceError
-from headrace_core.model.counter_random import philox, uniform
 from headrace_core.model.sampler import sample
 from headrace_core.request import SamplingParams
+from headrace_kernels.counter_random import philox, uniform
 from headrace_kernels.sampling import filter_logits, filter_logits_ref, pick
 from hypothesis import given
 from hypothesis import strategies as st

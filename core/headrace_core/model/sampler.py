@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from headrace_kernels.sampling import filter_logits, pick
+from headrace_kernels.sampling import Draws, sample_tokens
 from torch import Tensor
 
 from headrace_core.engine.step import SamplingRow
 from headrace_core.errors import HeadraceError
-from headrace_core.model.counter_random import uniform
-from headrace_core.request import SampledToken, SamplingParams, TokenLogprobs
+from headrace_core.request import SampledToken, TokenLogprobs
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
@@ -37,13 +36,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     if not rows:
         return []
     _check_finite(logits)
-    adjusted = _adjust(logits, rows)
-    tokens = adjusted.argmax(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        tokens[index] = _draw(adjusted[index], [rows[i] for i in drawn])
-    token_ids: list[int] = tokens.tolist()
+    token_ids: list[int] = sample_tokens(_adjust(logits, rows), _draws(rows, logits.device)).tolist()
     logprobs = _logprobs(logits, token_ids, rows)
     return [SampledToken(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
 
@@ -104,28 +97,27 @@ def _adjust_row(logits: Tensor, row: SamplingRow) -> None:
             logits[torch.tensor(banned, device=logits.device)] = float("-inf")
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Return [L] int64, drawn from `logits` [L, V]."""
+def _draws(rows: Sequence[SamplingRow], device: torch.device) -> Draws:
+    """Return how each row chooses, as columns on `device`."""
     params = [row.params for row in rows]
-    temperatures = _column([p.temperature for p in params], logits)
-    # Relative to the best one, so that no temperature, however small, leaves the range of float64 upwards.
-    scaled = logits.double()
-    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperatures[:, None]
-    if any(_is_filtering(p) for p in params):
-        top_k = torch.tensor([p.top_k for p in params], device=logits.device)
-        top_p = _column([p.top_p for p in params], logits)
-        min_p = _column([p.min_p for p in params], logits)
-        scaled = filter_logits(scaled, top_k, top_p, min_p)
-    numbers = [uniform(row.params.seed or 0, row.sample_index, row.position) for row in rows]
-    return pick(scaled, _column(numbers, logits))
+
+    def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return Draws(
+        temperatures=column([0.0 if p.is_greedy else p.temperature for p in params], torch.float64),
+        top_k=column([p.top_k for p in params], torch.int64),
+        top_p=column([p.top_p for p in params], torch.float64),
+        min_p=column([p.min_p for p in params], torch.float64),
+        seeds=column([_signed(p.seed or 0) for p in params], torch.int64),
+        sample_indices=column([row.sample_index for row in rows], torch.int64),
+        positions=column([row.position for row in rows], torch.int64),
+    )
 
 
-def _is_filtering(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
+def _signed(seed: int) -> int:
+    """Return the signed integer that has the 64 bits of `seed`."""
+    return seed - (1 << 64) if seed >> 63 else seed
 
 
 def _logprobs(logits: Tensor, token_ids: list[int], rows: Sequence[SamplingRow]) -> dict[int, TokenLogprobs]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.model import counter_random
 from headrace_kernels import use_backend
-from headrace_kernels.counter_random import uniform
+from headrace_kernels.counter_random import uniform, uniforms
 from headrace_kernels.gpu.configs import use_config
 from headrace_kernels.sampling import Draws, filter_logits, filter_logits_ref, sample_tokens, sample_tokens_ref
 
@@ -133,14 +132,14 @@ def test_numbers_are_those_of_the_sampler():
     places = [(0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 1), (0x0123456789ABCDEF, 7, 90_000), (2**63, 1, 2)]
     seeds = torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed, _, _ in places])
     samples, positions = torch.tensor([p[1] for p in places]), torch.tensor([p[2] for p in places])
-    assert uniform(seeds, samples, positions).tolist() == [counter_random.uniform(*place) for place in places]
+    assert uniforms(seeds, samples, positions).tolist() == [uniform(*place) for place in places]
 
 
 def test_the_kernel_draws_the_same_numbers(device):
     """Of 2,048 equal logits each holds 11 bits of the number, so the token is its first 11 bits; then the next ones."""
     columns = draws(16, device)
     columns = Draws(*(getattr(columns, name) for name in Draws.__slots__[:4]), *random_places(16, device))
-    numbers = uniform(columns.seeds, columns.sample_indices, columns.positions)
+    numbers = uniforms(columns.seeds, columns.sample_indices, columns.positions)
     with use_config("sampling", {**SMALL_TILES, "BLOCK_V": 2048}):
         tokens = sample_tokens(torch.zeros(16, 2048, device=device), columns)
     assert torch.equal(tokens, (numbers * 2048).long())
