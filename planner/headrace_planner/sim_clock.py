@@ -18,7 +18,8 @@ class Clock:
 
     def after(self, delay_s: float, action: Callable[[Any], None], argument: Any = None) -> None:
         """Call `action(argument)` in `delay_s` seconds."""
-        self.at(self.now_s + delay_s, action, argument)
+        self._count += 1
+        heapq.heappush(self._heap, (self.now_s + delay_s, self._count, action, argument))
 
     def at(self, time_s: float, action: Callable[[Any], None], argument: Any = None) -> None:
         """Call `action(argument)` at `time_s`, which is not in the past."""

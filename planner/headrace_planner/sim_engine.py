@@ -198,12 +198,12 @@ class PrefillWorker:
         tokens, pairs = 0, 0.0
         for chunk in plan.chunks:
             request, start = self._requests.get(chunk.key), chunk.start * self._unit
-            end = start + len(chunk.token_ids) * self._unit
-            if request is not None:
-                end = min(end, request.num_to_prefill)
-            tokens += max(1, end - start)
-            pairs += chunk_pairs(start, max(1, end - start))
-        return self._times.step_s(StepShape(prompt_tokens=tokens, prompt_pairs=pairs, num_chunks=len(plan.chunks)))
+            count = len(chunk.token_ids) * self._unit
+            if request is not None and start + count > request.num_to_prefill:
+                count = max(1, request.num_to_prefill - start)
+            tokens += count
+            pairs += chunk_pairs(start, count)
+        return self._times.step_s(StepShape(0, 0, tokens, pairs, len(plan.chunks)))
 
     def _publish(self) -> None:
         events: Sequence[PrefillEvent] = self.engine.scheduler.take_events()

@@ -26,6 +26,9 @@ from headrace_planner.sim_engine import DecodeFlow
 from headrace_planner.sim_request import SimRequest
 from headrace_planner.step_times import StepShape, chunk_pairs
 
+_NO_PAGES = SequencePages(-1)
+"""Of a row whose pages are only counted, or not taken yet."""
+
 
 @dataclass(slots=True, eq=False)
 class _Row:
@@ -63,7 +66,8 @@ class _Span:
         linear = self.first_s - half
         if abs(half) * self.num_steps < 1e-12:
             return elapsed_s / max(self.first_s, 1e-12)
-        return (math.sqrt(max(0.0, linear * linear + 4 * half * elapsed_s)) - linear) / (2 * half)
+        square = linear * linear + 4 * half * elapsed_s
+        return ((math.sqrt(square) if square > 0 else 0.0) - linear) / (2 * half)
 
 
 class FastDecodeWorker:
@@ -110,13 +114,7 @@ class FastDecodeWorker:
         units = [] if has_handoff else request.token_ids(block_tokens, self.page_tokens)
         num_pages = min(self.num_pages, -(-(request.num_to_prefill + request.num_left) // self.page_tokens))
         row = _Row(
-            key=request.key,
-            num_left=request.num_left,
-            num_prompt=request.num_to_prefill,
-            has_handoff=has_handoff,
-            units=units,
-            pages=SequencePages(request.key),
-            num_pages=num_pages,
+            request.key, request.num_left, request.num_to_prefill, has_handoff, units, _NO_PAGES, num_pages=num_pages
         )
         span = self._span
         if has_handoff and span is not None and span.num_steps > 1:
@@ -183,8 +181,8 @@ class FastDecodeWorker:
 
     def _schedule(self, span: _Span) -> None:
         self._version += 1
-        end_s = span.start_s + span.duration_s(span.num_steps)
-        self._clock.at(max(end_s, self._clock.now_s), self._end, self._version)
+        end_s, now_s = span.start_s + span.duration_s(span.num_steps), self._clock.now_s
+        self._clock.at(end_s if end_s > now_s else now_s, self._end, self._version)
 
     def _loop(self) -> None:
         self._is_looping = True

@@ -40,7 +40,7 @@ class SharedMachine:
         now_s = self._clock.now_s
         job = HostJob(kind, seconds, now_s, now_s, done)
         if not self._is_shared:
-            self._schedule(job)
+            self._clock.after(seconds, self._end_alone, job)
             return job
         job.rate = 1 / self._factors[kind] if self._jobs[1 - kind] else 1.0
         self._jobs[kind].add(job)
@@ -64,6 +64,11 @@ class SharedMachine:
             return
         self._remove(job)
         job.done(self._clock.now_s - job.began_s)
+
+    def _end_alone(self, job: HostJob) -> None:
+        if not job.is_over:
+            job.is_over = True
+            job.done(self._clock.now_s - job.began_s)
 
     def _remove(self, job: HostJob) -> None:
         job.is_over = True

@@ -17,6 +17,8 @@ from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, Waiting, prefix_key
 
 from headrace_planner.trace import Workload
 
+_UNKNOWN = Waiting(0, 0, 0)
+
 
 class State(Enum):
     """See the module."""
@@ -39,6 +41,8 @@ class SimRequest:
     num_output: int
     blocks: Sequence[int]
     prefix: int
+    waiting: Waiting = _UNKNOWN
+    """What placement needs to know, while it is queued."""
     num_done: int = 0
     attempt: int = 0
     key: int = -1
@@ -65,12 +69,12 @@ class SimRequest:
         """Output tokens still to come."""
         return self.num_output - self.num_done
 
-    def waiting(self) -> Waiting:
-        """Return what the router's policies need to know, as `headrace_router.sample` does."""
-        expected = self.num_left if self.attempt else min(self.num_left, EXPECTED_OUTPUT_TOKENS)
-        return Waiting(
-            self.num_tokens, self.num_tokens + expected, self.prefix, avoid=self.avoid, num_overtaken=self.num_overtaken
-        )
+    def describe(self) -> None:
+        """Set `waiting` anew, as `headrace_router.sample` does: when queued, and when overtaken."""
+        num_tokens, expected = self.num_tokens, self.num_left
+        if not self.attempt and expected > EXPECTED_OUTPUT_TOKENS:
+            expected = EXPECTED_OUTPUT_TOKENS
+        self.waiting = Waiting(num_tokens, num_tokens + expected, self.prefix, self.avoid, self.num_overtaken)
 
     def token_ids(self, block_tokens: int, unit_tokens: int) -> list[int]:
         """Return ids for what an attempt prefills, one for each `unit_tokens` tokens.

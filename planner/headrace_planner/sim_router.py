@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 from headrace_router import policy
-from headrace_router.policy import Assignment, Waiting, WorkerView
+from headrace_router.policy import Assignment, WorkerView
 
 from headrace_planner.sim_config import WorkerSpec
 from headrace_planner.sim_request import SimRequest
@@ -30,6 +30,10 @@ _MOST_PAGES = 1 << 28
 _FULL = 1 << 29
 """Added to the load of a worker that can't take more. Loads stay below 2^30, and their keys below 2^62."""
 _NEVER = np.iinfo(np.int64).max
+
+
+def _ignore(_: Account) -> None:
+    """Nobody keeps a shortlist."""
 
 
 class Reporting(Protocol):
@@ -68,6 +72,10 @@ class Account:
     is_up: bool = True
     num_unseen: int = 0
     num_tokens: int = 0
+    place: int = -1
+    """In the shortlist that it is on."""
+    on_change: Callable[[Account], None] = _ignore
+    """Told of every reservation and of what becomes of it; of `is_up` by whoever sets it."""
     _view: WorkerView | None = None
     _held: dict[int, _Reservation] = field(default_factory=dict[int, _Reservation])
 
@@ -105,13 +113,14 @@ class Account:
             )
         return view
 
-    def reserve(self, request: SimRequest, waiting: Waiting, *, prefills: bool, decodes: bool) -> None:
+    def reserve(self, request: SimRequest, *, prefills: bool, decodes: bool) -> None:
         """Set aside what an attempt needs."""
-        view = self.view()
+        view, waiting = self.view(), request.waiting
         pages = policy.decode_pages(waiting, view) if decodes else policy.prefill_pages(waiting, view)
         tokens = waiting.num_tokens if prefills else 0
         self._held[request.key] = _Reservation(request, pages, pages, tokens)
         self._count(pages, tokens)
+        self.on_change(self)
 
     def computed(self, key: int) -> None:
         """The prompt is computed; its pages are in the worker's report."""
@@ -120,16 +129,18 @@ class Account:
             self._count(-held.num_unseen, -held.num_tokens)
             held.num_unseen = held.num_tokens = 0
             held.is_started = True
+            self.on_change(self)
 
     def started(self, key: int) -> None:
         """The sequence runs: what it has is in the worker's report, what it will grow by is not."""
         held = self._held.get(key)
         if held is not None:
-            seen = self._num_seen(held) if self.grows else held.num_unseen
-            self._count(-min(seen, held.num_unseen), -held.num_tokens)
-            held.num_unseen = max(0, held.num_unseen - seen)
+            seen = min(self._num_seen(held), held.num_unseen) if self.grows else held.num_unseen
+            self._count(-seen, -held.num_tokens)
+            held.num_unseen -= seen
             held.num_tokens = 0
             held.is_started = True
+            self.on_change(self)
 
     def report(self) -> None:
         """Take a load report."""
@@ -147,6 +158,7 @@ class Account:
         held = self._held.pop(key, None)
         if held is not None:
             self._count(-held.num_unseen, -held.num_tokens)
+            self.on_change(self)
 
     def _num_seen(self, held: _Reservation) -> int:
         return -(-held.request.num_tokens // self.worker.page_tokens)
@@ -165,30 +177,33 @@ class Shortlist:
 
     def __init__(self, accounts: Iterable[Account], size: int, load: Callable[[Account], int]) -> None:
         self.accounts = list(accounts)
-        self._places = {account.number: place for place, account in enumerate(self.accounts)}
         self._size = min(size, len(self.accounts))
         self._load = load
         self._num_changes = 0
         self._loads = np.zeros(len(self.accounts), dtype=np.int64)
-        for account in self.accounts:
+        for place, account in enumerate(self.accounts):
+            account.place, account.on_change = place, self.touch
             self.touch(account)
 
     def touch(self, account: Account) -> None:
         """Take note that one of `accounts` changed."""
         self._num_changes += 1
-        key = (self._load(account) << 32) + self._num_changes if account.is_up else _NEVER
-        self._loads[self._places[account.number]] = key
+        self._loads[account.place] = (self._load(account) << 32) + self._num_changes if account.is_up else _NEVER
 
     def least(self) -> list[Account]:
         """Return the least loaded workers, least first."""
-        loads, found = self._loads, list[tuple[int, int]]()
+        loads, places, saved = self._loads, list[int](), list[int]()
         for _ in range(self._size):
             place = int(loads.argmin())
-            found.append((place, loads.item(place)))
+            load = loads.item(place)
+            if load == _NEVER:
+                break
+            places.append(place)
+            saved.append(load)
             loads[place] = _NEVER
-        for place, load in found:
+        for place, load in zip(places, saved, strict=True):
             loads[place] = load
-        return [self.accounts[place] for place, load in found if load != _NEVER]
+        return [self.accounts[place] for place in places]
 
     def of(self, prefix: int) -> list[Account]:
         """Return the workers that belong to prompts of this beginning."""
@@ -234,7 +249,8 @@ class Router:
 
     def enqueue(self, request: SimRequest) -> None:
         """Queue a request at its place: retried ones keep theirs."""
-        if not policy.can_ever_fit(request.waiting(), self._roomiest):
+        request.describe()
+        if not policy.can_ever_fit(request.waiting, self._roomiest):
             self._on_refused(request)
             return
         if self._queue and self._queue[-1].index > request.index:
@@ -242,12 +258,6 @@ class Router:
         else:
             self._queue.append(request)
         self.kick()
-
-    def touch(self, account: Account) -> None:
-        """Take note that an account changed."""
-        shortlist = self._decodes if account.can_decode else self._prefills
-        if shortlist is not None:
-            shortlist.touch(account)
 
     def kick(self) -> None:
         """Plan, if anybody waits."""
@@ -261,7 +271,7 @@ class Router:
     def _round(self) -> bool:
         self.num_rounds += 1
         views = [account.view() for account in self._candidates()]
-        assignments = policy.plan((request.waiting() for request in self._queue), views)
+        assignments = policy.plan((request.waiting for request in self._queue), views)
         if not assignments:
             return False
         self._count_overtaken(assignments)
@@ -279,11 +289,11 @@ class Router:
     def _candidates(self) -> list[Account]:
         if self._prefills is None or self._decodes is None:
             return [account for account in self.accounts if account.is_up]
-        found = {account.number: account for account in self._decodes.least()}
+        found = self._decodes.least()
         if self._prefills.accounts:
-            found |= {account.number: account for account in self._prefills.least()}
-            found |= {account.number: account for account in self._prefills.of(self._queue[0].prefix)}
-        return list(found.values())
+            found += self._prefills.least()
+            found += [account for account in self._prefills.of(self._queue[0].prefix) if account not in found]
+        return found
 
     def _count_overtaken(self, assignments: list[Assignment]) -> None:
         """As `headrace_router.dispatch`."""
@@ -294,17 +304,19 @@ class Router:
                 behind -= 1
             else:
                 self._queue[index].num_overtaken += behind
+                self._queue[index].describe()
 
 
 def _prefill_load(account: Account) -> int:
     load = account.num_tokens * _LOAD_STEPS // (_BUDGET_STEPS * account.spec.max_step_tokens)
-    return min(load, _MOST_PAGES)
+    return load if load < _MOST_PAGES else _MOST_PAGES
 
 
 def _decode_load(account: Account) -> int:
     is_busy = account.can_prefill and account.num_tokens > account.spec.max_step_tokens
-    is_full = is_busy or account.num_free_slots <= 0
-    return _MOST_PAGES - max(0, min(account.num_free_pages, _MOST_PAGES)) + (_FULL if is_full else 0)
+    free = account.num_free_pages
+    used = _MOST_PAGES - (0 if free < 0 else free if free < _MOST_PAGES else _MOST_PAGES)
+    return used + _FULL if is_busy or account.num_free_slots <= 0 else used
 
 
 def _order(request: SimRequest) -> int:

@@ -163,12 +163,9 @@ class _Simulation:
     def _place(self, request: SimRequest, prefill: Account | None, decode: Account) -> None:
         self._num_keys += 1
         request.key = self._num_keys
-        waiting = request.waiting()
         if prefill is not None:
-            prefill.reserve(request, waiting, prefills=True, decodes=False)
-            self._router.touch(prefill)
-        decode.reserve(request, waiting, prefills=prefill is None, decodes=True)
-        self._router.touch(decode)
+            prefill.reserve(request, prefills=True, decodes=False)
+        decode.reserve(request, prefills=prefill is None, decodes=True)
         request.attempt += 1
         request.state = State.PREFILL
         request.num_to_prefill = request.num_tokens
@@ -203,7 +200,6 @@ class _Simulation:
             return
         account = self._router.accounts[request.prefill]
         account.computed(key)
-        self._router.touch(account)
         self._record_token(request, self._clock.now_s)
         if request.num_left == 0:
             self._prefills[request.prefill].free(key)
@@ -252,11 +248,9 @@ class _Simulation:
     def _started(self, request: SimRequest) -> None:
         decode = self._router.accounts[request.decode]
         decode.started(request.key)
-        self._router.touch(decode)
         if request.prefill >= 0:
             prefill = self._router.accounts[request.prefill]
             prefill.release(request.key)
-            self._router.touch(prefill)
             request.prefill = -1
         self._router.kick()
 
@@ -333,7 +327,6 @@ class _Simulation:
             if number >= 0:
                 account = self._router.accounts[number]
                 account.release(request.key)
-                self._router.touch(account)
         request.key = -1
 
     def _fail(self, outage: Outage) -> None:
@@ -346,7 +339,7 @@ class _Simulation:
         # A new process takes its place, empty, and its address; it takes work from `_repair` on.
         account.worker = self._account(outage.worker).worker
         account.report()
-        self._router.touch(account)
+        account.on_change(account)
         lost = [r for r in self._requests.values() if outage.worker in (r.prefill, r.decode)]
         for request in lost:
             self._abandon(request)
@@ -356,7 +349,7 @@ class _Simulation:
 
     def _repair(self, account: Account) -> None:
         account.is_up = True
-        self._router.touch(account)
+        account.on_change(account)
         self._router.kick()
 
     def _abandon(self, request: SimRequest) -> None:

@@ -13,9 +13,12 @@ from itertools import pairwise
 from typing import Protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepShape:
-    """The sums over one step's batch that its time depends on; of a mean step they have fractions."""
+    """The sums over one step's batch that its time depends on; of a mean step they have fractions.
+
+    A value, changed by nobody; not frozen, because one is made per simulated step, and that costs three times.
+    """
 
     num_rows: float = 0
     """Sequences that decode one token."""
@@ -66,17 +69,17 @@ class LinearStepTimes:
 
     def step_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of `shape` takes."""
-        rows = shape.num_rows
-        seconds = (
-            self.fixed_s
-            + self.row_s * min(rows, self.knee_rows)
-            + self.row_beyond_s * max(0, rows - self.knee_rows)
-            + self.context_s * shape.context_tokens
-            + self.prompt_token_s * shape.prompt_tokens
-            + self.pair_s * shape.prompt_pairs
-            + self.chunk_s * shape.num_chunks
-        )
-        return max(seconds, self.floor_s)
+        rows, knee = shape.num_rows, self.knee_rows
+        # Without calls of `min` and `max`, which would take as long as all the rest.
+        rows_s = self.row_s * rows if rows <= knee else self.row_s * knee + self.row_beyond_s * (rows - knee)
+        seconds = self.fixed_s + rows_s + self.context_s * shape.context_tokens
+        if shape.num_chunks or shape.prompt_tokens:
+            seconds += (
+                self.prompt_token_s * shape.prompt_tokens
+                + self.pair_s * shape.prompt_pairs
+                + self.chunk_s * shape.num_chunks
+            )
+        return seconds if seconds > self.floor_s else self.floor_s
 
 
 @dataclass(frozen=True, slots=True)
