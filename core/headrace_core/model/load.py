@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from headrace_kernels import backend
@@ -54,16 +55,33 @@ def load_model(
     stored = read_headers(directory)
     names = check_tensors(config, stored)
     compute_dtype = _DTYPES[config.checkpoint_dtype if dtype == "auto" else dtype]
-    weight_bytes = _weight_bytes(config, compute_dtype)
+    weight_bytes = num_weight_bytes(config, compute_dtype)
     check_fits(weight_bytes, kv_pool_bytes, available_bytes(device))
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
-    with torch.inference_mode():
-        weights = _Builder(config, reader).build()
+    weights = build_network(config, reader)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
     identity = ModelIdentity(reader.fingerprint(), compute_dtype, weight_bytes)
     return Model(config, identity, weights)
+
+
+class WeightSource(Protocol):
+    """Where a network's weights come from: a checkpoint (`WeightReader`), or whatever has them by name."""
+
+    def take(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return weight `name` as `dtype`, None: the compute type, on the device."""
+        ...
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return memory for weights of the compute type, on the device."""
+        ...
+
+
+def build_network(config: ModelConfig, source: WeightSource) -> ModelWeights:
+    """Return the network of `config`; each weight in `expected_tensors` is taken once, and held only as packed."""
+    with torch.inference_mode():
+        return _Builder(config, source).build()
 
 
 class _Progress:
@@ -78,7 +96,8 @@ class _Progress:
             self._on_progress(min(self._done, self._total), self._total)
 
 
-def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes that the weights of `config` take in compute type `dtype`."""
     return sum(
         math.prod(shape) * (4 if is_float32(name) else dtype.itemsize)
         for name, shape in expected_tensors(config).items()
@@ -104,14 +123,14 @@ def _check_tied_head(config: ModelConfig, stored: dict[str, StoredTensor], reade
 class _Builder:
     """Builds the network from weights taken one at a time; a plain weight is dropped as soon as it is packed."""
 
-    def __init__(self, config: ModelConfig, reader: WeightReader) -> None:
+    def __init__(self, config: ModelConfig, source: WeightSource) -> None:
         self._config = config
-        self._reader = reader
+        self._source = source
 
     def build(self) -> ModelWeights:
-        embedding = self._reader.take("model.embed_tokens.weight")
+        embedding = self._source.take("model.embed_tokens.weight")
         layers = [self._layer(index) for index in range(self._config.num_layers)]
-        norm = self._reader.take("model.norm.weight")
+        norm = self._source.take("model.norm.weight")
         if self._config.is_embedding_tied:
             # Packing would hold the embedding twice.
             return ModelWeights(embedding, layers, norm, Linear(embedding, is_packed=False))
@@ -122,15 +141,15 @@ class _Builder:
         # What packing freed lies between what it kept; without this it comes to a quarter of the model.
         release_freed_memory()
         return Layer(
-            attention_norm=self._reader.take(prefix + "input_layernorm.weight"),
+            attention_norm=self._source.take(prefix + "input_layernorm.weight"),
             attention=self._attention(prefix + "self_attn."),
-            feed_forward_norm=self._reader.take(prefix + "post_attention_layernorm.weight"),
+            feed_forward_norm=self._source.take(prefix + "post_attention_layernorm.weight"),
             feed_forward=self._feed_forward(prefix, index),
         )
 
     def _linear(self, *names: str) -> Linear:
         """Return one linear layer whose outputs are those of the weights named, one after another."""
-        weights = [self._reader.take(name) for name in names]
+        weights = [self._source.take(name) for name in names]
         return Linear(weights[0] if len(weights) == 1 else torch.cat(weights))
 
     def _attention(self, prefix: str) -> Attention:
@@ -144,7 +163,7 @@ class _Builder:
         return self._mla(prefix, config.attention)
 
     def _mla(self, prefix: str, shape: MlaShape) -> Attention:
-        take, num_heads = self._reader.take, self._config.num_heads
+        take, num_heads = self._source.take, self._config.num_heads
         has_lora = shape.q_lora_rank is not None
         first = "q_a_proj" if has_lora else "q_proj"
         weight = torch.cat((take(f"{prefix}{first}.weight"), take(prefix + "kv_a_proj_with_mqa.weight")))
@@ -167,10 +186,10 @@ class _Builder:
     def _mla_input_bias(self, prefix: str, shape: MlaShape, width: int) -> Tensor | None:
         if not self._config.has_attention_bias:
             return None
-        kv_bias = self._reader.take(prefix + "kv_a_proj_with_mqa.bias")
+        kv_bias = self._source.take(prefix + "kv_a_proj_with_mqa.bias")
         if shape.q_lora_rank is None:
             return torch.cat((kv_bias.new_zeros(width - len(kv_bias)), kv_bias))
-        return torch.cat((self._reader.take(prefix + "q_a_proj.bias"), kv_bias))
+        return torch.cat((self._source.take(prefix + "q_a_proj.bias"), kv_bias))
 
     def _feed_forward(self, prefix: str, index: int) -> FeedForward:
         if not self._config.is_moe_layer(index):
@@ -196,10 +215,10 @@ class _Builder:
             is_normalised=shape.is_normalised,
             scaling_factor=shape.scaling_factor,
         )
-        router = self._reader.take(prefix + "gate.weight", torch.float32)
+        router = self._source.take(prefix + "gate.weight", torch.float32)
         bias = None
         if shape.has_correction_bias:
-            bias = self._reader.take(prefix + "gate.e_score_correction_bias", torch.float32)
+            bias = self._source.take(prefix + "gate.e_score_correction_bias", torch.float32)
         if backend(router) == "triton":
             gate_up, down = self._stacked_experts(prefix, expert_names)
             return StackedMoeMlp(rule, StackedMoeWeights(router, bias, gate_up, down))
@@ -223,17 +242,17 @@ class _Builder:
         shape, hidden = self._config.moe, self._config.hidden_size
         (gate, up, down), width = expert_names, shape.intermediate_size
         count = shape.num_experts + shape.num_shared_experts
-        gate_up = self._reader.empty(count, 2 * width, hidden)
-        downs = self._reader.empty(count, hidden, width)
+        gate_up = self._source.empty(count, 2 * width, hidden)
+        downs = self._source.empty(count, hidden, width)
         for expert in range(shape.num_experts):
             name = f"{prefix}experts.{expert}."
-            gate_up[expert, :width] = self._reader.take(f"{name}{gate}.weight")
-            gate_up[expert, width:] = self._reader.take(f"{name}{up}.weight")
-            downs[expert] = self._reader.take(f"{name}{down}.weight")
+            gate_up[expert, :width] = self._source.take(f"{name}{gate}.weight")
+            gate_up[expert, width:] = self._source.take(f"{name}{up}.weight")
+            downs[expert] = self._source.take(f"{name}{down}.weight")
         if shape.num_shared_experts:
             # Columns of a network's hidden layer do not meet before its sum: a wide one is several narrow ones.
             name, first = prefix + "shared_experts.", shape.num_experts
-            gate_up[first:, :width] = self._reader.take(name + "gate_proj.weight").view(-1, width, hidden)
-            gate_up[first:, width:] = self._reader.take(name + "up_proj.weight").view(-1, width, hidden)
-            downs[first:] = self._reader.take(name + "down_proj.weight").view(hidden, -1, width).transpose(0, 1)
+            gate_up[first:, :width] = self._source.take(name + "gate_proj.weight").view(-1, width, hidden)
+            gate_up[first:, width:] = self._source.take(name + "up_proj.weight").view(-1, width, hidden)
+            downs[first:] = self._source.take(name + "down_proj.weight").view(hidden, -1, width).transpose(0, 1)
         return gate_up, downs

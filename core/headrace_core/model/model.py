@@ -71,8 +71,8 @@ class Model:
         # Chunks up to this long that have a cached prefix are computed as decode rows.
         self.max_decode_chunk = 1
         self._weights = weights
-        self._device = str(weights.embedding.device)
-        self._angles = RopeAngles(config.rope, self._device)
+        self.device = str(weights.embedding.device)
+        self._angles = RopeAngles(config.rope, self.device)
         self._expert_counts = share_counts([layer.feed_forward for layer in weights.layers])
         self._decode_graphs: DecodeGraphs | None = None
         self._max_graph_rows = 0
@@ -112,7 +112,7 @@ class Model:
                 max_rows=max_rows,
                 max_pages=cache.layout.num_pages(max_context_tokens),
                 page_size=cache.layout.page_size,
-                device=self._device,
+                device=self.device,
                 capture=capture,
             )
         self._max_graph_rows = max_rows
@@ -178,7 +178,7 @@ class Model:
             chunks,
             cache.layout.page_size,
             max_decode_chunk=self.max_decode_chunk,
-            device=self._device,
+            device=self.device,
         )
 
     def _run_layers(self, step: StepInputs, cache: KvCache, timer: OpTimer) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from headrace_core.engine.step import Chunk, SamplingRow
 from headrace_core.kv.cache import KvCache
@@ -17,7 +17,7 @@ class PagedSequences:
     """Sequences whose pages are drawn at random from a pool full of NaN, so that any read out of place shows."""
 
     def __init__(self, model: Model, *, page_size: int, num_pages: int, is_poisoned: bool = True) -> None:
-        self.cache = KvCache(model.kv_layout(page_size), num_pages)
+        self.cache = KvCache(model.kv_layout(page_size), num_pages, model.device)
         self._page_size = page_size
         self._free = list(range(num_pages))
         random.Random(0).shuffle(self._free)
@@ -56,16 +56,24 @@ class PagedSequences:
 
 
 def generate_greedy(
-    model: Model, prompts: Sequence[list[int]], num_tokens: int, *, page_size: int, max_chunk: int
+    model: Model,
+    prompts: Sequence[list[int]],
+    num_tokens: int,
+    *,
+    page_size: int,
+    max_chunk: int,
+    prepare: Callable[[KvCache], None] | None = None,
 ) -> list[list[int]]:
     """Return `num_tokens` greedy tokens for each prompt, batched as an engine would.
 
     Prompts enter in chunks of at most `max_chunk` tokens, one step after another, while sequences whose prompts are
-    computed decode in the same steps.
+    computed decode in the same steps. `prepare` is given the cache before the first step.
     """
     longest = max(len(prompt) for prompt in prompts) + num_tokens
     num_pages = len(prompts) * (-(-longest // page_size))
     sequences = PagedSequences(model, page_size=page_size, num_pages=num_pages)
+    if prepare is not None:
+        prepare(sequences.cache)
     outputs: list[list[int]] = [[] for _ in prompts]
     while any(len(output) < num_tokens for output in outputs):
         chunks: list[Chunk] = []

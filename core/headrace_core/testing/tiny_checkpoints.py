@@ -174,18 +174,22 @@ def random_tensors(config: ModelConfig, variation: Variation) -> dict[str, Tenso
         shapes[f"model.layers.{layer}.eh_proj.weight"] = (config.hidden_size, 2 * config.hidden_size)
         shapes[f"model.layers.{layer}.enorm.weight"] = (config.hidden_size,)
     for name, shape in shapes.items():
-        values = torch.randn(shape, generator=generator)
-        dtype = variation.dtype
-        if name.endswith("e_score_correction_bias"):
-            values, dtype = values * 0.1, torch.float32
-        elif name.endswith("norm.weight"):
-            values = 1 + 0.2 * values
-        elif name.endswith(".bias"):
-            values = 0.3 * values
-        elif "embed_tokens" not in name:
-            values = values * (2.0 if ".gate.weight" in name else 1.2) / math.sqrt(shape[-1])
-        tensors[name] = values.to(dtype)
+        tensors[name] = random_tensor(name, shape, generator, variation.dtype)
     return tensors
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Return a random weight for `name`, on the generator's device; correction biases are float32 always."""
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    if name.endswith("e_score_correction_bias"):
+        values, dtype = values * 0.1, torch.float32
+    elif name.endswith("norm.weight"):
+        values = 1 + 0.2 * values
+    elif name.endswith(".bias"):
+        values = 0.3 * values
+    elif "embed_tokens" not in name:
+        values = values * (2.0 if ".gate.weight" in name else 1.2) / math.sqrt(shape[-1])
+    return values.to(dtype)
 
 
 def write_tensors(directory: Path, tensors: dict[str, Tensor], num_shards: int = 1) -> None:

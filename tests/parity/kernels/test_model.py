@@ -39,11 +39,11 @@ def run(model, *, is_captured):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_kernels_give_the_networks_logits(name, tmp_path):
+def test_kernels_give_the_networks_logits(name, tmp_path, device):
     write_checkpoint(tmp_path, CONFIGS[name])
     with use_backend("reference"):
-        expected, expected_counts = run(load_model(tmp_path), is_captured=False)
-    model = load_model(tmp_path)
+        expected, expected_counts = run(load_model(tmp_path, device=device), is_captured=False)
+    model = load_model(tmp_path, device=device)
     assert model.fingerprint
     for is_captured in (False, True):
         logits, counts = run(model, is_captured=is_captured)
@@ -51,10 +51,10 @@ def test_kernels_give_the_networks_logits(name, tmp_path):
         assert counts == expected_counts
 
 
-def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeypatch):
+def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeypatch, device):
     write_checkpoint(tmp_path, CONFIGS["v2"])
-    model = load_model(tmp_path)
-    assert check_kernels(model, "cpu") < 1e-4
+    model = load_model(tmp_path, device=device)
+    assert check_kernels(model, device) < 1e-4
     right = self_check.Model.forward
 
     def wrong(self, chunks, cache):
@@ -63,5 +63,5 @@ def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeyp
 
     monkeypatch.setattr(self_check.Model, "forward", wrong)
     with pytest.raises(CheckpointError) as caught:
-        check_kernels(model, "cpu")
+        check_kernels(model, device)
     assert caught.value.reason == "KERNELS_DISAGREE"
