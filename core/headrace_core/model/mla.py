@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from headrace_kernels.decode_linear import linear_add, norm_linear
-from headrace_kernels.latent_store import latent_store
+from headrace_kernels.latent_store import latent_norm_rope_store
 from headrace_kernels.linear import Linear
 from headrace_kernels.mla_decode import mla_decode, mla_decode_values, plan_mla_decode
 from headrace_kernels.mla_prefill import mla_prefill
@@ -61,13 +61,11 @@ class LatentAttentionLayer:
         self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor, timer: OpTimer
     ) -> Tensor:
         """See `Attention`."""
-        query, rows = self._project(x, angles, timer)
-        latent_store(rows, cache.view(-1, cache.shape[2]), step.slot_mapping)
-        timer.mark("latent_norms_and_rope")
+        flat_cache = cache.view(-1, cache.shape[2])
+        query = self._project(x, angles, step.slot_mapping, flat_cache, timer)
         outputs: list[Tensor] = []
         if step.decode is not None:
             outputs.append(self._decode(query[: step.decode.num_rows], step.decode, cache, timer))
-        flat_cache = cache.view(-1, cache.shape[2])
         for group in step.prefill:
             out = mla_prefill(
                 query[group.first : group.end],
@@ -119,8 +117,10 @@ class LatentAttentionLayer:
         """See `FusedAttention`."""
         return plan_mla_decode(context_lens, page_size, self._num_heads)
 
-    def _project(self, x: Tensor, angles: tuple[Tensor, Tensor], timer: OpTimer) -> tuple[Tensor, Tensor]:
-        """Return queries [T, H, Dn + R] and cache rows [T, D + R], rotated."""
+    def _project(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], slot_mapping: Tensor, flat_cache: Tensor, timer: OpTimer
+    ) -> Tensor:
+        """Return queries [T, H, Dn + R], rotated; write the tokens' rows to the cache [S, D + R]."""
         shape, weights = self._shape, self._weights
         projected = weights.input_proj(x)
         timer.mark("q_proj+kv_down_proj" if weights.query_b is None else "q_down_proj+kv_down_proj")
@@ -136,8 +136,19 @@ class LatentAttentionLayer:
         interleaved = shape.is_rope_interleaved
         query_pe = query[..., shape.nope_dim :]
         query_pe.copy_(rope(query_pe, cos, sin, is_interleaved=interleaved))
-        k_pe = rope(k_pe[:, None], cos, sin, is_interleaved=interleaved)[:, 0]
-        return query, torch.cat((rms_norm(c_kv, weights.kv_norm, _LORA_NORM_EPS), k_pe), dim=1)
+        latent_norm_rope_store(
+            c_kv,
+            k_pe,
+            weights.kv_norm,
+            cos,
+            sin,
+            flat_cache,
+            slot_mapping,
+            eps=_LORA_NORM_EPS,
+            is_interleaved=interleaved,
+        )
+        timer.mark("latent_norms_and_rope")
+        return query
 
     def _decode(self, query: Tensor, decode: DecodeRows, cache: Tensor, timer: OpTimer) -> Tensor:
         """Return [B, H * Dv] for queries [B, H, Dn + R]."""
