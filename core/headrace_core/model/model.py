@@ -71,7 +71,8 @@ class Model:
         # Chunks up to this long that have a cached prefix are computed as decode rows.
         self.max_decode_chunk = 1
         self._weights = weights
-        self.device = str(weights.embedding.device)
+        # "cpu" or "cuda": the settings' name, one GPU a process.
+        self.device = weights.embedding.device.type
         self._angles = RopeAngles(config.rope, self.device)
         self._expert_counts = share_counts([layer.feed_forward for layer in weights.layers])
         self._decode_graphs: DecodeGraphs | None = None
