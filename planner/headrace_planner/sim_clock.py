@@ -12,7 +12,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.num_events = 0
         self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._count = 0
 
@@ -26,11 +25,14 @@ class Clock:
         self._count += 1
         heapq.heappush(self._heap, (time_s, self._count, action, argument))
 
-    def run(self, until_s: float = float("inf")) -> None:
-        """Go on until nothing is left to happen, or `until_s` has passed."""
+    @property
+    def num_events(self) -> int:
+        """Actions that were called."""
+        return self._count - len(self._heap)
+
+    def run(self) -> None:
+        """Go on until nothing is left to happen."""
         heap, pop = self._heap, heapq.heappop
-        while heap and heap[0][0] <= until_s:
-            time_s, _, action, argument = pop(heap)
-            self.now_s = time_s
-            self.num_events += 1
+        while heap:
+            self.now_s, _, action, argument = pop(heap)
             action(argument)

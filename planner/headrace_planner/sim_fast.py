@@ -206,14 +206,16 @@ class FastDecodeWorker:
         for row, count in chunks:
             tokens += count
             pairs += chunk_pairs(row.num_computed, count)
-        first_s = self._times.step_s(StepShape(rows, self._context, tokens, pairs, len(chunks)))
+        step_s, context = self._times.step_s, self._context
+        first_s = step_s(StepShape(rows, context, tokens, pairs, len(chunks)))
         slope_s, steps = 0.0, 1
         if not (chunks or self._ready):
-            while self._ends[0][1] not in self._rows:
-                heapq.heappop(self._ends)
-            steps = self._ends[0][0] - self.num_steps
+            ends = self._ends
+            while ends[0][1] not in self._rows:
+                heapq.heappop(ends)
+            steps = ends[0][0] - self.num_steps
             if steps > 1:
-                last_s = self._times.step_s(StepShape(rows, self._context + rows * (steps - 1)))
+                last_s = step_s(StepShape(rows, context + rows * (steps - 1)))
                 slope_s = (last_s - first_s) / (steps - 1)
         self._span = _Span(self._clock.now_s, steps, first_s, slope_s, chunks)
         self._schedule(self._span)

@@ -104,10 +104,10 @@ class Account:
                 worker.page_tokens,
                 worker.num_pages,
                 worker.num_pages,
-                self.num_free_pages,
+                worker.num_free_pages - self.num_unseen,
                 _BUDGET_STEPS * spec.max_step_tokens,
                 self.num_tokens,
-                self.num_free_slots,
+                spec.max_step_sequences - len(self._held),
                 self.can_prefill,
                 self.can_decode,
             )

@@ -152,6 +152,8 @@ def _place(index: int, waiting: Waiting, ready: _Open, colocated: bool) -> Assig
 def decode_pages(waiting: Waiting, worker: WorkerView) -> int:
     """Return the pages to reserve at a decode worker: for the expected output, but no more than it can ever free."""
     expected = _num_pages(waiting.num_expected_tokens, worker)
+    if expected <= worker.num_usable_pages:
+        return expected
     least = _num_pages(waiting.num_tokens + 1, worker)
     return min(expected, max(least, worker.num_usable_pages))
 
