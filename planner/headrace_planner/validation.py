@@ -16,6 +16,8 @@ from headrace_planner.trace import Workload
 from headrace_planner.workload import Lengths, closed_loop
 
 METRICS = ("ttft_s", "itl_s", "throughput")
+MAX_OTHERS_SHARE = 0.1
+"""Of the machine's CPU time, for other programs during a trial; beyond it the trial is taken again."""
 _OUTPUT_SPREAD = 0.3
 _TOKENS_PER_CLIENT = 240
 _LEAST_PER_CLIENT = 3
@@ -81,6 +83,15 @@ class Trial:
     prefill: StepSums
     decode: StepSums
     wall_s: float
+    others_share: float | None = None
+    """Of the machine's CPU time, what other programs used meanwhile; None: not known."""
+    num_discarded: int = 0
+    """Trials before this one that were thrown away, because others used too much."""
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other programs used so much of the machine that it shows."""
+        return self.others_share is not None and self.others_share > MAX_OTHERS_SHARE
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -91,7 +102,9 @@ class Trial:
         """Read what `as_json` returned."""
         requests = [RequestTimes(**request) for request in value["requests"]]
         prefill, decode = StepSums(**value["prefill"]), StepSums(**value["decode"])
-        return cls(Cell(**value["cell"]), value["round"], requests, prefill, decode, value["wall_s"])
+        # Trials that were written down earlier do not know of others.
+        others = {name: value[name] for name in ("others_share", "num_discarded") if name in value}
+        return cls(Cell(**value["cell"]), value["round"], requests, prefill, decode, value["wall_s"], **others)
 
 
 @dataclass(frozen=True, slots=True)

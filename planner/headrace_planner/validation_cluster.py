@@ -2,8 +2,9 @@
 
 A trial serves the requests of `trial_workload`, in that order, in a closed loop. Prompts are random token ids, so no
 prefix is shared. Trials are taken in rounds over all cells, since a machine's speed drifts while it is measured: what
-slows one round down slows down every cell of it. Each trial is written down at once: a run that was interrupted goes
-on where it stopped.
+slows one round down slows down every cell of it. A trial during which other programs used much of the machine is
+taken again, a few times at most. Each trial is written down at once: a run that was interrupted goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import random
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from headrace_client import AsyncClient
@@ -22,10 +25,14 @@ from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from prometheus_client.parser import text_string_to_metric_families
 
+from headrace_planner.machine_use import machine_use
 from headrace_planner.validation import Cell, RequestTimes, StepSums, Trial, trial_workload
 
 WORKER_OPTIONS = {"threads": 1, "max-step-tokens": 1024, "max-step-sequences": 64, "kv-pool-mib": 256}
 _TIMEOUT_S = 120.0
+_MAX_TRIES = 4
+_PAUSE_S = 5.0
+"""Before a trial is taken again: what disturbed it may have gone."""
 _WARM_UP = (Cell(64, 16, 8), Cell(1024, 16, 8))
 
 
@@ -44,9 +51,9 @@ def measure_rounds(
         saved.parent.mkdir(parents=True, exist_ok=True)
         with LocalCluster(model_dir, worker_options=WORKER_OPTIONS) as cluster, saved.open("a") as file:
             for cell in _WARM_UP:
-                asyncio.run(_serve(cluster.router_address, cell, -1))
+                asyncio.run(_serve(cluster.router_address, cell, -1, 0))
             for count, (cell, number) in enumerate(missing):
-                trial = done[cell, number] = measure_trial(cluster, cell, number)
+                trial = done[cell, number] = undisturbed(partial(measure_trial, cluster, cell, number), report)
                 file.write(json.dumps(trial.as_json()) + "\n")
                 file.flush()
                 report(f"[{count + 1}/{len(missing)}] round {number}, {cell.name}: {trial.wall_s:.1f} s")
@@ -59,14 +66,29 @@ def read_saved(path: Path) -> Iterator[Trial]:
         yield from (Trial.from_json(json.loads(line)) for line in path.read_text().splitlines())
 
 
-def measure_trial(cluster: LocalCluster, cell: Cell, number: int) -> Trial:
+def undisturbed(measure: Callable[[int], Trial], report: Callable[[str], None], *, pause_s: float = _PAUSE_S) -> Trial:
+    """Call `measure(0)`, `measure(1)`, ... until other programs leave it alone; else return the least disturbed."""
+    trials: list[Trial] = []
+    for attempt in range(_MAX_TRIES):
+        if attempt:
+            time.sleep(pause_s)
+        trial = measure(attempt)
+        trials.append(trial)
+        if not trial.is_disturbed:
+            break
+        report(f"round {trial.round}, {trial.cell.name}: others used {trial.others_share:.0%} of the machine")
+    best = min(trials, key=lambda trial: trial.others_share or 0.0)
+    return replace(best, num_discarded=len(trials) - 1)
+
+
+def measure_trial(cluster: LocalCluster, cell: Cell, number: int, attempt: int) -> Trial:
     """Run round `number` of one cell."""
     before = [read_steps(worker) for worker in cluster.workers]
-    began_s = time.monotonic()
-    requests = asyncio.run(_serve(cluster.router_address, cell, number))
-    wall_s = time.monotonic() - began_s
+    use_before, began_s = machine_use(), time.monotonic()
+    requests = asyncio.run(_serve(cluster.router_address, cell, number, attempt))
+    wall_s, others_share = time.monotonic() - began_s, machine_use().others_share(use_before)
     prefill, decode = (read_steps(worker).since(start) for worker, start in zip(cluster.workers, before, strict=True))
-    return Trial(cell, number, requests, prefill, decode, wall_s)
+    return Trial(cell, number, requests, prefill, decode, wall_s, others_share)
 
 
 def read_steps(worker: ClusterProcess) -> StepSums:
@@ -78,10 +100,11 @@ def read_steps(worker: ClusterProcess) -> StepSums:
     return StepSums(*(values[name] for name in names))
 
 
-async def _serve(address: str, cell: Cell, number: int) -> list[RequestTimes]:
+async def _serve(address: str, cell: Cell, number: int, attempt: int) -> list[RequestTimes]:
     """Serve a trial's requests in a closed loop; return their times in the order in which they were asked for."""
     lengths = [int(count) for count in trial_workload(cell, number).num_output]
-    rng = random.Random(f"{cell.name} {number}")
+    # Other prompts in every attempt: the same ones would be in the prefix cache.
+    rng = random.Random(f"{cell.name} {number} {attempt}")
     # Made before the clock runs: a client that makes prompts delays the others' tokens.
     prompts = [[rng.randrange(16, 1024) for _ in range(cell.isl)] for _ in lengths]
     times: dict[int, RequestTimes] = {}

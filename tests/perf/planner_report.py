@@ -6,7 +6,8 @@ Measures a grid of prompt lengths, output lengths and clients on a real local cl
 about 2.5 minutes each, fits the simulator's speeds on half of the cells, predicts the other half, and simulates 10^6
 requests on 1,000 workers meanwhile. Writes build/bench/planner.json and the table in docs/planner.md. Finished trials
 are kept in build/bench/planner-trials.jsonl and not measured again, unless `--fresh`. The machine must be quiet while
-they are measured; where it can't be for long, ask for one round more at a time.
+they are measured: a trial during which other programs used more than a tenth of it is taken again, up to three times.
+Where it can't be quiet for long, ask for one round more at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from headrace_planner.machine_use import machine_use
 from headrace_planner.validation import (
+    MAX_OTHERS_SHARE,
     METRICS,
     Cell,
     Row,
@@ -57,7 +60,7 @@ def main() -> None:
         cells, num_rounds, count = [Cell(i, o, c) for i in (64, 256, 1024) for o in (24, 72) for c in (1, 4)], 1, 20_000
     trials = measure_rounds(options.model, cells, TRIALS, num_rounds=num_rounds, report=console.print)
 
-    million = None
+    million, use = None, machine_use()
     if not options.skip_simulation:
         million = subprocess.Popen([*MILLION_SIM, str(count)], stdout=subprocess.PIPE, text=True)
     report, rows = _judge(cells, trials)
@@ -67,7 +70,7 @@ def main() -> None:
     if million is not None:
         with console.status(f"simulating {count} requests on 1,000 workers"):
             output, _ = million.communicate()
-        sim: dict[str, Any] = json.loads(output)
+        sim: dict[str, Any] = json.loads(output) | {"others_share": machine_use().others_share(use)}
         report |= {"sim_seconds_for_1e6": sim["wall_s"] * 1_000_000 / count, "simulated": sim}
         text = _write(report, table(rows), to_docs=not options.quick)
     console.print(text, soft_wrap=True)
@@ -93,6 +96,10 @@ def _judge(cells: Sequence[Cell], trials: Sequence[Trial]) -> tuple[dict[str, An
         report[f"fitted_{_short(metric)}_median_error"] = median_error(rows, metric, held_out=False)
     report |= {
         "num_held_out": len(held_out),
+        "num_trials": len(trials),
+        "num_discarded": sum(trial.num_discarded for trial in trials),
+        "num_disturbed": sum(trial.is_disturbed for trial in trials),
+        "num_unwatched": sum(trial.others_share is None for trial in trials),
         "fitted": asdict(fitted),
         "machine": platform.processor() or platform.machine(),
         "at": datetime.fromtimestamp(TRIALS.stat().st_mtime, UTC).isoformat(timespec="seconds"),
@@ -143,12 +150,32 @@ def _text(report: dict[str, Any], rows: str) -> str:
     return (
         f"Median error of the held-out cells: {held_out}; of the fitted ones: {fitted}. Measured {report['at'][:10]} "
         f"in {report['num_rounds']} rounds, CPU, demo model, one prefill and one decode worker of one thread each. "
+        f"{_others_text(report)} "
         f"10^6 requests on 1,000 workers: {_sim_text(report)}.\n\n{rows}"
     )
 
 
+def _others_text(report: dict[str, Any]) -> str:
+    """Say what other programs did to the trials."""
+    if report["num_unwatched"] == report["num_trials"]:
+        return "What other programs used meanwhile is not known."
+    text = (
+        f"{report['num_trials']} trials count; {report['num_discarded']} were discarded and taken again, because other "
+        f"programs used over {MAX_OTHERS_SHARE:.0%} of the machine meanwhile"
+    )
+    if report["num_disturbed"]:
+        text += f"; {report['num_disturbed']} are counted although they did, each the best of several"
+    if report["num_unwatched"]:
+        text += f"; of {report['num_unwatched']} earlier ones it is not known"
+    return f"{text}."
+
+
 def _sim_text(report: dict[str, Any]) -> str:
-    return f"{report['sim_seconds_for_1e6']:.0f} s" if "sim_seconds_for_1e6" in report else "not measured"
+    if "sim_seconds_for_1e6" not in report:
+        return "not measured"
+    others = report["simulated"].get("others_share")
+    busy = f" while other programs used {others:.0%} of the machine" if others and others > MAX_OTHERS_SHARE else ""
+    return f"{report['sim_seconds_for_1e6']:.0f} s{busy}"
 
 
 def _write_docs(text: str) -> None:

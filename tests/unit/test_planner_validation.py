@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from headrace_core.errors import InvalidRequestError
+from headrace_planner.machine_use import MachineUse, machine_use
 from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
 from headrace_planner.simulator import simulate
 from headrace_planner.step_times import LinearStepTimes, StepShape
@@ -26,7 +29,7 @@ from headrace_planner.validation import (
     table,
     trial_workload,
 )
-from headrace_planner.validation_cluster import read_saved
+from headrace_planner.validation_cluster import read_saved, undisturbed
 from headrace_planner.validation_fit import Fitted, MeanStep, fit, fit_shared, fit_wire, predict
 
 TRUTH = Fitted(
@@ -138,6 +141,37 @@ def test_trials_survive_a_restart(tmp_path: Path) -> None:
     assert list(read_saved(saved)) == []
     saved.write_text(json.dumps(trial.as_json()) + "\n")
     assert list(read_saved(saved)) == [trial]
+    # Trials of before others were watched are read, too.
+    known = {name: value for name, value in trial.as_json().items() if name not in ("others_share", "num_discarded")}
+    saved.write_text(json.dumps(known) + "\n")
+    assert [one.others_share for one in read_saved(saved)] == [None]
+
+
+@pytest.mark.parametrize(
+    ("shares", "kept", "num_discarded"),
+    [([0.05], 0.05, 0), ([0.5, 0.1], 0.1, 1), ([0.5, 0.3, 0.2, 0.4], 0.2, 3), ([None], None, 0)],
+)
+def test_a_disturbed_trial_is_taken_again(shares: list[float | None], kept: float | None, num_discarded: int) -> None:
+    trial = run(Cell(64, 12, 1))
+    told: list[str] = []
+    best = undisturbed(lambda attempt: replace(trial, others_share=shares[attempt]), told.append, pause_s=0.0)
+    assert (best.others_share, best.num_discarded) == (kept, num_discarded)
+    assert len(told) == sum(share is not None and share > 0.1 for share in shares)
+
+
+def test_others_use_is_what_this_process_tree_did_not() -> None:
+    before = MachineUse(total_s=1000, busy_s=100, own_s=20)
+    assert MachineUse(1010, 106, 24).others_share(before) == pytest.approx(0.2)
+    assert MachineUse(1010, 104, 25).others_share(before) == 0.0  # clocks that tick apart
+    assert before.others_share(before) == 0.0
+
+
+def test_what_children_computed_is_this_trees() -> None:
+    before = machine_use()
+    code = "import time\nwhile time.process_time() < 0.1: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    own_s = machine_use().own_s
+    assert own_s - before.own_s >= 0.09
 
 
 def test_the_table_tells_fitted_from_held_out() -> None:
