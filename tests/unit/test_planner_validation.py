@@ -171,7 +171,7 @@ def test_what_children_computed_is_this_trees() -> None:
     code = "import time\nwhile time.process_time() < 0.1: pass"
     subprocess.run([sys.executable, "-c", code], check=True)
     own_s = machine_use().own_s
-    assert own_s - before.own_s >= 0.09
+    assert own_s - before.own_s >= 0.05  # clocks tick in hundredths, and each of four is rounded
 
 
 def test_the_table_tells_fitted_from_held_out() -> None:
