@@ -104,9 +104,9 @@ def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_con
     """Compile and check the kernels; capture a decode worker's steps.
 
     Raises:
-        CheckpointError: KERNELS_DISAGREE.
+        CheckpointError: NO_KERNEL, KERNELS_DISAGREE.
     """
-    difference = check_kernels(model, settings.device)
+    difference = check_kernels(model, settings.device, settings.page_size)
     if isinstance(settings, DecodeSettings):
         model.prepare_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=max_context_tokens)
     log.info("kernels checked against plain torch", extra={"relative_difference": difference})

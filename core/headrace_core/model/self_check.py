@@ -20,22 +20,28 @@ from headrace_core.request import SamplingParams
 # Relative to the logits' norm. Types round differently in different orders, and an expert that was nearly tied may be
 # chosen here and not there; a kernel that is wrong is off by about 1.
 _LIMITS = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
-_PAGE_SIZE = 16
-_PROMPT_TOKENS = 20
+_TOKENS_PAST_A_PAGE = 4
 _NUM_SEQUENCES = 2
 _GREEDY = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
 
 
-def check_kernels(model: Model, device: str) -> float:
-    """Return the largest relative difference found.
+def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
+    """Return the largest relative difference found, with pages of `page_size` tokens.
 
     Raises:
-        CheckpointError: KERNELS_DISAGREE, it is too large or not a number.
+        CheckpointError: NO_KERNEL, the kernels do not take this network or page size; KERNELS_DISAGREE, the difference
+            is too large or not a number.
     """
     with use_backend("reference"):
-        expected = _logits(model, device)
-    with use_backend("triton"):
-        found = [_logits(model, device), _logits(model, device, is_fused=True)]
+        expected = _logits(model, device, page_size)
+    try:
+        with use_backend("triton"):
+            found = [_logits(model, device, page_size), _logits(model, device, page_size, is_fused=True)]
+    except ValueError as error:
+        raise CheckpointError(
+            "NO_KERNEL",
+            f"the GPU's kernels do not take this network with --page-size {page_size}: {error}; use --device cpu",
+        ) from error
     worst = max(_difference(each, expected) for each in found)
     limit = _LIMITS[model.dtype]
     if not worst <= limit:
@@ -48,10 +54,10 @@ def check_kernels(model: Model, device: str) -> float:
     return worst
 
 
-def _logits(model: Model, device: str, *, is_fused: bool = False) -> Tensor:
+def _logits(model: Model, device: str, page_size: int, *, is_fused: bool = False) -> Tensor:
     """Return logits [2 * sequences, V]: after each prompt, then after one more token each."""
-    pages = -(-(_PROMPT_TOKENS + 1) // _PAGE_SIZE)
-    cache = KvCache(model.kv_layout(_PAGE_SIZE), _NUM_SEQUENCES * pages, device)
+    num_tokens, pages = page_size + _TOKENS_PAST_A_PAGE, 2
+    cache = KvCache(model.kv_layout(page_size), _NUM_SEQUENCES * pages, device)
     vocab_size = model.config.vocab_size
 
     def chunks(start: int, count: int) -> list[Chunk]:
@@ -66,13 +72,11 @@ def _logits(model: Model, device: str, *, is_fused: bool = False) -> Tensor:
             for key in range(_NUM_SEQUENCES)
         ]
 
-    prompt = model.forward(chunks(0, _PROMPT_TOKENS), cache)
+    prompt = model.forward(chunks(0, num_tokens), cache)
     if is_fused:
-        model.prepare_decode(
-            cache, max_rows=_NUM_SEQUENCES, max_context_tokens=_PROMPT_TOKENS + 1, capture=lambda run: run
-        )
+        model.prepare_decode(cache, max_rows=_NUM_SEQUENCES, max_context_tokens=num_tokens + 1, capture=lambda run: run)
     try:
-        return torch.cat((prompt, model.forward(chunks(_PROMPT_TOKENS, 1), cache)))
+        return torch.cat((prompt, model.forward(chunks(num_tokens, 1), cache)))
     finally:
         model.forget_decode()
 

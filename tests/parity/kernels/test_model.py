@@ -19,6 +19,7 @@ CONFIGS = {
     "v2": {**TINY_CONFIGS["v2"], **WIDTHS, "q_lora_rank": None, "num_hidden_layers": 2, "first_k_dense_replace": 0},
     "mixtral": {**TINY_CONFIGS["mixtral"], "head_dim": 16},
 }
+ONE_LAYER = {**CONFIGS["v2"], "num_hidden_layers": 1}
 PAGE_SIZE = 16
 
 
@@ -52,7 +53,7 @@ def test_kernels_give_the_networks_logits(name, tmp_path, device):
 
 
 def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeypatch, device):
-    write_checkpoint(tmp_path, CONFIGS["v2"])
+    write_checkpoint(tmp_path, ONE_LAYER)
     model = load_model(tmp_path, device=device)
     assert check_kernels(model, device) < 1e-4
     right = self_check.Model.forward
@@ -65,3 +66,10 @@ def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeyp
     with pytest.raises(CheckpointError) as caught:
         check_kernels(model, device)
     assert caught.value.reason == "KERNELS_DISAGREE"
+
+
+def test_pages_that_kernels_do_not_take_keep_the_worker_from_starting(tmp_path, device):
+    write_checkpoint(tmp_path, ONE_LAYER)
+    with pytest.raises(CheckpointError, match=r"--page-size 8.*multiple of 16") as caught:
+        check_kernels(load_model(tmp_path, device=device), device, page_size=8)
+    assert caught.value.reason == "NO_KERNEL"
