@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault bench kernels-check kernels-aot kernels-bench tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ kernels-aot: setup ## kernels-check, and rewrite its table in docs/kernels.md
 
 kernels-bench: setup ## On a GPU: parity, ceilings, every kernel; writes build/bench/kernels-gpu.json
 	$(BIN)/python -m tests.perf.kernels.report
+
+gpu-bench: setup ## On a GPU: the engine's decode step, its tokens, a cluster; into the same report
+	$(BIN)/python -m tests.perf.gpu_engine
 
 tune: setup ## On a GPU: time the kernels' configurations and keep the best
 	$(BIN)/python -m tests.perf.kernels.tune

@@ -10,7 +10,6 @@ the table with the floors that an H200's assumed ceilings give and without times
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from headrace_kernels.aot.report import put_between
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tests.perf import report_file
 from tests.perf.kernels import ceilings as ceilings_of_gpu
 from tests.perf.kernels.bench_case import BenchCase, Calls
 from tests.perf.kernels.ceilings import H200_ASSUMED, Ceilings
@@ -60,8 +60,7 @@ def main() -> int:
         ceilings = ceilings_of_gpu.measure()
     rows = _measure(cases, ceilings, load_adapters(PEERS))
     heading = {"GPU": gpu, "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")} | versions()
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps({**heading, "ceilings": asdict(ceilings), "rows": as_json(rows)}, indent=1) + "\n")
+    report_file.merge(REPORT, {**heading, "ceilings": asdict(ceilings), "rows": as_json(rows)})
     if options.family is None:
         DOCS.write_text(put_between(DOCS.read_text(), MARKER, table(rows, ceilings, heading)))
     console.print(table(rows, ceilings, heading), markup=False)

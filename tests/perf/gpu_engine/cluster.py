@@ -1,0 +1,189 @@
+"""Part `cluster`: a router, a prefill and a decode process on one GPU, what their clients see."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from headrace_client import AsyncClient
+from headrace_core.kv.layout import CacheDtype, KvLayout
+from headrace_core.local_cluster import LocalCluster
+from headrace_core.model.config import ModelConfig
+from headrace_core.model.load import num_weight_bytes
+from headrace_core.request import SamplingParams
+from headrace_router.testing import write_tokenizer
+
+from tests.perf.gpu_engine.shapes import Shape
+from tests.perf.gpu_engine.weights import DTYPES, NotPossibleError, OnBytes, write_random_checkpoint
+
+PERCENTILES = (25, 50, 99)
+_START_S = 1800.0
+_REQUEST_S = 600.0
+_MAX_STEP_TOKENS = 4096
+_POOL_SPARE = 1.25
+# What a worker's process takes beside weights and pages: CUDA's context, activations, captured steps.
+_WORKER_BYTES = 4 << 30
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """One request as its client saw it: seconds from asking to each delta, and how many tokens it brought."""
+
+    deltas: Sequence[tuple[float, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens it brought."""
+        return sum(count for _, count in self.deltas)
+
+    def gaps_s(self) -> list[float]:
+        """Return the gap before each token after the first delta's; tokens read together share theirs evenly."""
+        return [gap for (last, _), (at, count) in pairwise(self.deltas) for gap in [(at - last) / count] * count]
+
+
+def measure_cluster(
+    shape: Shape, folder: Path, *, device: str, on_bytes: OnBytes, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the checkpoint, serve it, return what clients saw of every load at every concurrency.
+
+    Raises:
+        NotPossibleError: disk or GPU memory are too small.
+        HeadraceError: the cluster does not start, or a request fails.
+    """
+    config = shape.model_config(folder)
+    dtype = DTYPES[config.checkpoint_dtype]
+    cache_dtype = CacheDtype.BFLOAT16 if dtype == torch.bfloat16 else CacheDtype.FLOAT32
+    pool_mib = pool_size_mib(shape, config.kv_layout(shape.page_size, cache_dtype))
+    weight_bytes = num_weight_bytes(config, dtype)
+    if device == "cuda":
+        check_gpu_memory(torch.cuda.mem_get_info()[0], weight_bytes, pool_mib * _MIB)
+    report(f"writing {weight_bytes / 1e9:.1f} GB of random weights to {folder}")
+    write_random_checkpoint(folder, config, device=device, on_bytes=on_bytes)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    write_tokenizer(folder)
+    report("starting router, prefill and decode worker")
+    with LocalCluster(
+        folder,
+        worker_options=_worker_options(shape, device, pool_mib),
+        start_timeout_s=_START_S,
+    ) as cluster:
+        cells = asyncio.run(_measure_cells(cluster.router_address, shape, config, report))
+    return {
+        "layers": config.num_layers,
+        "weight_gb": round(weight_bytes / 1e9, 2),
+        "kv_pool_mib": pool_mib,
+        "max_step_tokens": _MAX_STEP_TOKENS,
+        "cells": cells,
+    }
+
+
+def _worker_options(shape: Shape, device: str, pool_mib: int) -> dict[str, str | int | float | bool | Path]:
+    return {
+        "device": device,
+        "page-size": shape.page_size,
+        "kv-pool-mib": pool_mib,
+        "max-context-tokens": longest(shape),
+        "max-step-tokens": _MAX_STEP_TOKENS,
+        "max-step-sequences": max(shape.concurrencies),
+    }
+
+
+def longest(shape: Shape) -> int:
+    """Return the tokens of the longest request, rounded up to whole pages, and one page more."""
+    most = max(num_in + num_out for num_in, num_out in shape.loads)
+    return (-(-most // shape.page_size) + 1) * shape.page_size
+
+
+def pool_size_mib(shape: Shape, layout: KvLayout) -> int:
+    """Return the MiB of pages that hold the longest requests of all clients at once, and some more."""
+    pages = max(shape.concurrencies) * (longest(shape) // shape.page_size)
+    return int(pages * _POOL_SPARE * layout.page_bytes) // _MIB + 1
+
+
+def check_gpu_memory(free: int, weight_bytes: int, pool_bytes: int) -> None:
+    """Check that a GPU's free memory holds two workers.
+
+    Raises:
+        NotPossibleError: it does not, with the figures.
+    """
+    needed = 2 * (weight_bytes + pool_bytes + _WORKER_BYTES)
+    if needed > free:
+        raise NotPossibleError(
+            f"the GPU has {free / 1e9:.1f} GB free; two workers need {needed / 1e9:.1f} GB (weights "
+            f"{weight_bytes / 1e9:.1f}, pages {pool_bytes / 1e9:.1f} and {_WORKER_BYTES / 1e9:.1f} each): "
+            "shrink the network with --layers"
+        )
+
+
+async def _measure_cells(
+    address: str, shape: Shape, config: ModelConfig, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = []
+    async with AsyncClient(address) as client:
+        for load in shape.loads:
+            for clients in shape.concurrencies:
+                report(f"{load[0]}/{load[1]}, {clients} clients")
+                # Kernels are compiled for what they have not met yet: the first round does not count.
+                await _serve(client, load, config.vocab_size, clients, 1, seed=-1)
+                began_s = time.monotonic()
+                times = await _serve(client, load, config.vocab_size, clients, shape.requests_per_client, seed=clients)
+                cells.append(cell_figures(load, clients, times, time.monotonic() - began_s))
+    return cells
+
+
+async def _serve(
+    client: AsyncClient, load: tuple[int, int], vocab_size: int, clients: int, requests_each: int, *, seed: int
+) -> list[RequestTimes]:
+    """Serve a closed loop of `clients`; prompts are random, so that none shares a prefix with another."""
+    num_in, num_out = load
+    rng = random.Random(f"{load} {seed}")
+    prompts = iter([rng.choices(range(3, vocab_size), k=num_in) for _ in range(clients * requests_each)])
+    times: list[RequestTimes] = []
+
+    async def one_client() -> None:
+        for prompt in prompts:
+            times.append(await _request(client, prompt, num_out))
+
+    await asyncio.gather(*(one_client() for _ in range(clients)))
+    return times
+
+
+async def _request(client: AsyncClient, prompt: list[int], num_out: int) -> RequestTimes:
+    sampling = SamplingParams(max_tokens=num_out, temperature=0.0, ignore_eos=True)
+    deltas: list[tuple[float, int]] = []
+    sent_s = time.monotonic()
+    async with client.stream(prompt, sampling, timeout_s=_REQUEST_S) as stream:
+        async for delta in stream:
+            if delta.token_ids:
+                deltas.append((time.monotonic() - sent_s, len(delta.token_ids)))
+    return RequestTimes(deltas)
+
+
+def cell_figures(load: tuple[int, int], clients: int, times: Sequence[RequestTimes], wall_s: float) -> dict[str, Any]:
+    """Return a cell's percentiles: TTFT and each request's tokens per second over requests, ITL over all gaps."""
+    return {
+        "tokens_in": load[0],
+        "tokens_out": load[1],
+        "clients": clients,
+        "requests": len(times),
+        "ttft_ms": percentiles([request.deltas[0][0] * 1e3 for request in times]),
+        "itl_ms": percentiles([gap * 1e3 for request in times for gap in request.gaps_s()]),
+        "request_tokens_per_s": percentiles([request.num_tokens / request.deltas[-1][0] for request in times]),
+        "tokens_per_s": sum(request.num_tokens for request in times) / wall_s,
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return p25, p50 and p99."""
+    found: list[float] = np.percentile(list(values), PERCENTILES).tolist()
+    return {f"p{percent}": value for percent, value in zip(PERCENTILES, found, strict=True)}
