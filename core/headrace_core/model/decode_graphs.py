@@ -107,6 +107,7 @@ class DecodeGraphs:
         self._host = _buffers(buckets(max_rows)[-1], max_pages, "cpu", is_pinned=device == "cuda")
         self._views = _Views(*(getattr(self._host, field.name).numpy() for field in fields(DecodeBatch)))
         self._device = _buffers(buckets(max_rows)[-1], max_pages, device)
+        self._copied = torch.cuda.Event() if device == "cuda" else None
         self._replays: dict[int, Callable[[], DecodeOutput]] = {}
         capture = capture or CudaGraphCapture()
         for num_rows in reversed(buckets(max_rows)):
@@ -124,6 +125,9 @@ class DecodeGraphs:
             raise ValueError(
                 f"{len(chunks)} sequences are more than the {max(self._replays)} that steps were captured for"
             )
+        if self._copied:
+            # Copies from pinned memory return before they are done: those of the last run may still read it.
+            self._copied.synchronize()
         num_pages = self._fill(chunks, num_rows)
         host, device = self._host.first(num_rows), self._device.first(num_rows)
         device.token_ids.copy_(host.token_ids, non_blocking=True)
@@ -131,6 +135,8 @@ class DecodeGraphs:
         device.slot_mapping.copy_(host.slot_mapping, non_blocking=True)
         device.context_lens.copy_(host.context_lens, non_blocking=True)
         device.block_table[:, :num_pages].copy_(host.block_table[:, :num_pages], non_blocking=True)
+        if self._copied:
+            self._copied.record()
         return self._replays[num_rows]().first(len(chunks))
 
     def _fill(self, chunks: Sequence[Chunk], num_rows: int) -> int:
