@@ -51,20 +51,21 @@ class Executor:
         timer = running or OFF
         rows = [chunk.sampling for chunk in plan.chunks if chunk.sampling is not None]
         with torch.inference_mode():
-            if plan.zero_page_ids:
-                self._cache.zero_pages(plan.zero_page_ids)
             try:
+                if plan.zero_page_ids:
+                    self._cache.zero_pages(plan.zero_page_ids)
                 timer.mark(OTHER)
                 logits = self._model.forward(plan.chunks, self._cache, timer)
                 tokens = sample(logits, rows) if rows else []
                 timer.mark(SAMPLING)
+                expert_counts = self._model.take_expert_counts()
             except torch.AcceleratorError as error:
                 raise FatalStepError(f"the device failed: {error}") from error
         keys = [chunk.key for chunk in plan.chunks if chunk.sampling is not None]
         return StepResult(
             tokens=dict(zip(keys, tokens, strict=True)),
             duration_s=time.perf_counter() - started,
-            expert_counts=self._model.take_expert_counts(),
+            expert_counts=expert_counts,
             timing=StepTiming(step_load(plan.chunks), dict(running.seconds)) if running else None,
         )
 
