@@ -224,7 +224,7 @@ def _add_scores(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "heads_side_by_side"])
 def _attend_kernel(
     tiles_ptr,
     query_ptr,

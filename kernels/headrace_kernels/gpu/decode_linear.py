@@ -134,7 +134,7 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x_ptr,
     x_stride,

@@ -107,7 +107,7 @@ def aot_cases() -> list[AotCase]:
     return [case(None), case(8)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "num_rows"])
 def _gqa_decode_kernel(
     query_ptr,
     query_row_stride,

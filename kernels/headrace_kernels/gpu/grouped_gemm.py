@@ -193,7 +193,7 @@ def _operand(weight: Tensor) -> tl.dtype:
     return tl.bfloat16 if weight.dtype == act_quant.FP8 and target() == "hip" else operand_dtype(weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def _expert_gemm_kernel(
     x_ptr,
     x_stride,

@@ -203,7 +203,7 @@ def _load_latents(
     return latents.to(OPERAND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "num_rows"])
 def _mla_decode_kernel(
     query_ptr,
     query_row_stride,

@@ -95,7 +95,7 @@ def aot_cases() -> list[AotCase]:
     return [case(1, 16), case(128, 128)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _combine_values_kernel(
     partial_ptr,
     lse_ptr,

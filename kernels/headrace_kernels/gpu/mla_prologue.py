@@ -102,7 +102,7 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _mla_prologue_kernel(
     query_ptr,
     query_row_stride,

@@ -144,7 +144,7 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_rows"])
 def _router_kernel(
     x_ptr,
     x_stride,

@@ -63,7 +63,7 @@ def aot_cases() -> list[AotCase]:
     return [case(32, 8, 66, 16, 66), case(4096, 8, 256, 64, 8)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "max_blocks"])
 def _sort_kernel(
     experts_ptr,
     assignment_ptr,

@@ -97,7 +97,7 @@ def _row_costs(context_lens_ptr, rows, num_rows, PAGE_SIZE: tl.constexpr, OVERHE
     return tl.where(context_lens > 0, tl.cdiv(context_lens, PAGE_SIZE) + OVERHEAD, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _plan_splits_kernel(
     context_lens_ptr,
     row_starts_ptr,
