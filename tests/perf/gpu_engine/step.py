@@ -55,7 +55,7 @@ def measure_steps(
         "context": shape.context,
         "layers": model.config.num_layers,
         "weight_gb": round(model.weight_bytes / 1e9, 2),
-        "kernels_check": _kernels_check(model),
+        "kernels_check": _kernels_check(model, shape.page_size),
         "batches": {},
     }
     pages_each = -(-shape.context // shape.page_size)
@@ -77,10 +77,10 @@ def measure_steps(
     return found
 
 
-def _kernels_check(model: Model) -> float | str:
+def _kernels_check(model: Model, page_size: int) -> float | str:
     """Return how far the kernels are from plain torch on this network, or why a worker would refuse to serve it."""
     try:
-        return check_kernels(model, model.device)
+        return check_kernels(model, model.device, page_size)
     except CheckpointError as error:
         return str(error)
 

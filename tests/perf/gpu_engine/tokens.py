@@ -63,7 +63,7 @@ def _compare(checkpoint: Path, device: str, num_tokens: int) -> dict[str, Any]:
 
 def _check(model: Model, device: str) -> float | str:
     try:
-        return check_kernels(model, device)
+        return check_kernels(model, device, _PAGE_SIZE)
     except CheckpointError as error:
         return str(error)
 
