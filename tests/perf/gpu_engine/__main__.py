@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import tempfile
@@ -126,6 +127,10 @@ def _run_parts(parts: list[str] | tuple[str, ...], shape: Shape, options: argpar
             except Exception as error:  # noqa: BLE001 - see the docstring; the whole of it is printed
                 console.print_exception()
                 figures = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
+        # The next part, and the cluster's own processes, need the memory that this one took.
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
         found[name] = {**_heading(options.device), "shape": shape.name, **figures}
     return found
 
@@ -145,9 +150,6 @@ def _step(shape: Shape, folder: Path, device: str, say: Report, on_bytes: OnByte
         say("drawing random weights")
         model = random_model(shape.model_config(folder), device=device, on_bytes=on_bytes)
         found = measure_steps(model, shape, ceilings, num_rounds=_ROUNDS[device], report=say)
-    del model
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return {"ceilings": asdict(ceilings), **found}
 
 
@@ -158,8 +160,6 @@ def _tokens(shape: Shape, folder: Path, device: str, say: Report, _on_bytes: OnB
         found = compare_tokens(
             folder, shape.greedy_checkpoints, device=device, num_tokens=shape.num_greedy_tokens, report=say
         )
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return {"checkpoints": found}
 
 
