@@ -57,9 +57,11 @@ def act_quant_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     width = x.shape[1]
     groups = F.pad(x.float(), (0, num_groups(width) * GROUP - width)).unflatten(1, (-1, GROUP))
     largest = groups.abs().amax(dim=2, keepdim=True).clamp_min(SMALLEST_MAXIMUM)
-    # A number divided by a tensor would be its reciprocal times the number to torch: two roundings, not one.
-    values = (groups * (torch.full_like(largest, FP8_MAX) / largest)).to(FP8)
-    return values.flatten(1)[:, :width].contiguous(), (largest / FP8_MAX).squeeze(2)
+    # Between a tensor and a number torch would multiply by a reciprocal, which rounds twice: a number divided by a
+    # tensor anywhere, a tensor divided by a number on a GPU.
+    fp8_max = torch.full_like(largest, FP8_MAX)
+    values = (groups * (fp8_max / largest)).to(FP8)
+    return values.flatten(1)[:, :width].contiguous(), (largest / fp8_max).squeeze(2)
 
 
 def dequantise(values: Tensor, scales: Tensor) -> Tensor:
