@@ -18,8 +18,9 @@ from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
 
 # Relative to the logits' norm. Types round differently in different orders, and an expert that was nearly tied may be
-# chosen here and not there; a kernel that is wrong is off by about 1.
-_LIMITS = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+# chosen here and not there: 27 layers of random bfloat16 weights differ from their own float32 by 0.125. Logits of a
+# kernel that is wrong have little to do with the right ones: unrelated ones differ by 1.4.
+_LIMITS = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 0.25}
 _TOKENS_PAST_A_PAGE = 4
 _NUM_SEQUENCES = 2
 _GREEDY = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
