@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from headrace_core.engine.step import Chunk
 from headrace_core.model.decode_graphs import DecodeGraphs, DecodeOutput, buckets, is_decode_step
 from headrace_core.testing.paged_sequences import GREEDY_ROW
@@ -89,3 +90,16 @@ def test_only_single_sampled_tokens_behind_others_make_a_decode_step():
     assert not is_decode_step([decode, chunk(0, 1, 0, [1])])
     assert not is_decode_step([decode, chunk(0, 1, 3, [1], is_sampled=False)])
     assert not is_decode_step([Chunk(0, [1, 2], 3, [1, 2], GREEDY_ROW)])
+
+
+@pytest.mark.parametrize("has_experts", [True, False])
+def test_an_output_for_fewer_rows_is_kept_in_the_largest_ones_memory(has_experts):
+    def output(rows, value):
+        experts = torch.full((3, rows, 2), value) if has_experts else None
+        return DecodeOutput(torch.full((rows, 5), float(value)), experts)
+
+    largest = output(4, 0)
+    largest.first(2).copy_(output(2, 7))
+    assert largest.logits[:, 0].tolist() == [7, 7, 0, 0]
+    if has_experts:
+        assert largest.experts[:, :, 0].tolist() == [[7, 7, 0, 0]] * 3

@@ -33,6 +33,12 @@ class DecodeOutput:
         """Return views of the first rows."""
         return DecodeOutput(self.logits[:num_rows], None if self.experts is None else self.experts[:, :num_rows])
 
+    def copy_(self, other: DecodeOutput) -> None:
+        """Take the values of `other`, an output for as many rows."""
+        self.logits.copy_(other.logits)
+        if self.experts is not None and other.experts is not None:
+            self.experts.copy_(other.experts)
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
@@ -165,21 +171,29 @@ class DecodeGraphs:
 
 
 class CudaGraphCapture:
-    """`Capture` by CUDA graphs that share one pool of memory."""
+    """`Capture` by CUDA graphs that share one pool of memory and the memory of one output, the first batch's.
+
+    So no batch may be larger than the first. Outputs of their own would stay in the pool, one a graph.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._out: DecodeOutput | None = None
 
     def __call__(self, run: Callable[[], DecodeOutput]) -> Callable[[], DecodeOutput]:
         """Run once, which compiles kernels and sizes workspaces, then capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()
+            found = run()
         torch.cuda.current_stream().wait_stream(stream)
+        if self._out is None:
+            experts = None if found.experts is None else torch.empty_like(found.experts)
+            self._out = DecodeOutput(torch.empty_like(found.logits), experts)
+        out = self._out.first(len(found.logits))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            out = run()
+            out.copy_(run())
 
         def replay() -> DecodeOutput:
             graph.replay()
