@@ -18,7 +18,11 @@ from headrace_kernels.aot.resources import (
     ptx_matrix_units,
     ptxas_spilled_bytes,
 )
-from headrace_kernels.gpu.launch import Launch
+from headrace_kernels.backend import use_backend
+from headrace_kernels.causal_attention import causal_attention
+from headrace_kernels.decode_linear import norm_linear
+from headrace_kernels.gpu.launch import Launch, recording
+from headrace_kernels.mla_decode import mla_decode
 from triton.runtime.jit import JITFunction
 
 
@@ -96,6 +100,38 @@ def test_only_launches_that_compile_alike_share_a_key():
         specialised(torch.empty(4, 64, device="meta")),
     ]
     assert len({key, *(other.key for other in others)}) == 6
+
+
+def int32(*shape):
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def decode_attention(rows, pages):
+    mla_decode(bf16(rows, 16, 576), bf16(64, 64, 576), int32(rows, pages), int32(rows), kv_lora_rank=512, scale=0.1)
+
+
+def prefill_attention(length):
+    starts = torch.tensor([0, length], dtype=torch.int32)
+    causal_attention(bf16(length, 16, 192), bf16(length, 16, 192), bf16(length, 16, 128), starts, starts, scale=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "call", "steps"),
+    [
+        ("_mla_decode_kernel", decode_attention, [(1, 1), (3, 7), (16, 32), (32, 33)]),
+        ("_attend_kernel", prefill_attention, [(100,), (300,), (2048,), (8192,)]),
+        ("_linear_kernel", lambda rows: norm_linear(bf16(rows, 64), bf16(64), bf16(48, 64), 1e-6), [(1,), (3,), (16,)]),
+    ],
+)
+def test_what_varies_from_step_to_step_does_not_make_another_kernel(kernel, call, steps):
+    """Else a worker would compile while it serves, and a row's bits might depend on its batch."""
+    launches = []
+    for step in steps:
+        with use_backend("triton"), recording("cuda") as launched:
+            call(*step)
+        launches += [launch for launch in launched if launch.kernel.__name__ == kernel]
+    assert len(launches) == len(steps)
+    assert len({specialise(launch, "cuda").key for launch in launches}) == 1
 
 
 def test_an_unknown_family_is_named_with_those_that_exist():
