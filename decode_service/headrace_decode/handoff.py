@@ -21,7 +21,7 @@ from headrace_core.kv.layout import KvLayout
 from headrace_core.transfer.base import PageMemory, Transfer, Transport
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.transports import choose_transport
-from headrace_core.transfer.verify import accept_pages, check_compatible
+from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Receiver:
             transfer.cancel()
             await self._drain(ticket, transport, transfer)
         # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
-        await asyncio.to_thread(accept_pages, ticket, self._memory, page_ids)
+        await run_to_its_end(accept_pages, ticket, self._memory, page_ids)
         return TransferStats(name, ticket.num_bytes, len(page_ids), loop.time() - started)
 
     async def _drain(self, ticket: Ticket, transport: Transport, transfer: Transfer) -> None:

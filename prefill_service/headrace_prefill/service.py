@@ -20,7 +20,7 @@ from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.transfer.grpc_stream import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.grpc_stream import GrpcHolder
 from headrace_core.transfer.ticket import Ticket
-from headrace_core.transfer.verify import seal_pages
+from headrace_core.transfer.verify import run_to_its_end, seal_pages
 from prometheus_client import CollectorRegistry
 
 from headrace_prefill.handoff import Lease, LeaseState, LeaseTable
@@ -158,7 +158,7 @@ class PrefillService:
             self.leases.take(lease)
         else:
             # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
-            sums = await asyncio.to_thread(seal_pages, model.cache, model.layout.num_layers, page_ids)
+            sums = await run_to_its_end(seal_pages, model.cache, model.layout.num_layers, page_ids)
             if lease.outcome:
                 raise HandoffLostError("STALE_ATTEMPT", "a higher attempt replaced this one")
             self.leases.hold(lease, page_ids, generations)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import xxhash
 
@@ -10,6 +12,22 @@ from headrace_core.errors import LayoutMismatchError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.transfer.base import PageMemory
 from headrace_core.transfer.ticket import Ticket
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+async def run_to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Return what `function` returns, run off the event loop; when cancelled, return only once it is done.
+
+    A thread cannot be stopped. One that still copied pages would write to what is by then another sequence's.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    finally:
+        await asyncio.wait([running])
+        running.exception()  # seen
 
 
 def seal_pages(memory: PageMemory, num_layers: int, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
