@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from headrace_kernels.page_copy import gather_pages, scatter_pages
@@ -24,6 +25,9 @@ class KvCache:
     their bytes to the transfer. On a CPU that is the same memory. On a GPU a transfer works on a copy of the pool on
     the host: `copy_to_host` brings pages there before they are sent, `copy_from_host` takes pages that arrived. The
     copy takes real memory only for pages that were moved.
+
+    Pages are copied on a CUDA stream of their own, behind what the steps' stream holds when a copy begins. On that
+    stream itself a copy would wait, layer by layer, for whatever step was launched meanwhile.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class KvCache:
         self._host = self.layers
         if has_host_copy if has_host_copy is not None else device != "cpu":
             self._host = [torch.empty(layer.shape, dtype=dtype) for layer in self.layers]
+        self._stream = torch.cuda.Stream() if self.layers[0].is_cuda else None
         self._bytes = [layer.view(-1).view(torch.uint8).numpy().data for layer in self._host]
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
@@ -57,20 +62,33 @@ class KvCache:
         if self._host is self.layers or not page_ids:
             return
         host_ids = torch.tensor(list(page_ids))
-        ids = host_ids.to(self.layers[0].device)
-        for layer, host in zip(self.layers, self._host, strict=True):
-            host.index_copy_(0, host_ids, gather_pages(layer, ids).cpu())
+        with self._copying():
+            ids = host_ids.to(self.layers[0].device)
+            for layer, host in zip(self.layers, self._host, strict=True):
+                host.index_copy_(0, host_ids, gather_pages(layer, ids).cpu())
 
     def copy_from_host(self, page_ids: Sequence[int]) -> None:
         """Set the device's pages to what `page_bytes` shows; returns when they are. Not on the event loop."""
         if self._host is self.layers or not page_ids:
             return
         host_ids = torch.tensor(list(page_ids))
-        ids = host_ids.to(self.layers[0].device)
-        for layer, host in zip(self.layers, self._host, strict=True):
-            scatter_pages(host.index_select(0, host_ids).to(layer.device), layer, ids)
-        if self.layers[0].is_cuda:
-            torch.cuda.current_stream().synchronize()
+        with self._copying():
+            ids = host_ids.to(self.layers[0].device)
+            for layer, host in zip(self.layers, self._host, strict=True):
+                scatter_pages(host.index_select(0, host_ids).to(layer.device), layer, ids)
+
+    @contextmanager
+    def _copying(self) -> Generator[None]:
+        """Run what is launched inside after all steps launched so far; leave when it is done, also by an error."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._stream.synchronize()
 
     def zero_pages(self, page_ids: Sequence[int]) -> None:
         """Set every byte of these pages to zero, in all layers."""

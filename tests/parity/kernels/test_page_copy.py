@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_core.kv.cache import KvCache
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_kernels import use_backend
 from headrace_kernels.page_copy import gather_pages, gather_pages_ref, scatter_pages, scatter_pages_ref
 
@@ -84,3 +86,18 @@ def test_what_does_not_fit(device):
     for pages in (cache[:2], cache[:1].double(), cache.mT.contiguous().mT[:1]):
         with pytest.raises(ValueError, match="are not 1 contiguous pages"):
             scatter_pages(pages, cache, ids)
+
+
+def test_a_pools_copy_on_the_host(device):
+    """Out of one pool and, by its bytes on the host, into another, right behind what was launched to fill it."""
+    layout = KvLayout(2, 4, CacheDtype.FLOAT32, LatentAttention(6, 2))
+    source, target = (KvCache(layout, 3, device, has_host_copy=True) for _ in range(2))
+    for number, layer in enumerate(source.layers):
+        layer.copy_(torch.arange(layer.numel(), device=device).view(layer.shape) + 1000 * number)
+    source.copy_to_host([2, 0])
+    for layer in range(2):
+        target.page_bytes(layer, 1)[:] = source.page_bytes(layer, 2)
+    target.copy_from_host([1])
+    for there, here in zip(target.layers, source.layers, strict=True):
+        assert torch.equal(there[1], here[2])
+        assert not there[[0, 2]].any()
