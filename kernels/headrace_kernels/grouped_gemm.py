@@ -126,9 +126,9 @@ def experts_gate_up_ref(
     row, expert = _live_rows(blocks)
     top_k = blocks.num_assignments // max(len(x), 1)
     token = blocks.assignment[row].long() // max(top_k, 1)
-    weight = stacked_float(gate_up.unflatten(1, (2, -1)), None if scale is None else scale.unflatten(1, (2, -1)))
-    gate, up = torch.einsum("rn,rcin->cri", _activations(x, scale, x_scale)[token], weight[expert])
-    out = x.new_zeros((len(blocks.assignment), weight.shape[2]), dtype=_result_dtype(x))
+    halves, half_scales = gate_up.unflatten(1, (2, -1)), None if scale is None else scale.unflatten(1, (2, -1))
+    gate, up = _times_experts(_activations(x, scale, x_scale)[token], halves, half_scales, expert).unbind(1)
+    out = x.new_zeros((len(blocks.assignment), halves.shape[2]), dtype=_result_dtype(x))
     out[row] = (F.silu(gate) * up).to(out.dtype)
     return out
 
@@ -166,7 +166,7 @@ def experts_down_ref(
 ) -> Tensor:
     """Specification of `experts_down` in plain torch; assignments that are in no block are zero."""
     row, expert = _live_rows(blocks)
-    product = torch.einsum("ri,rni->rn", _activations(rows, scale, rows_scale)[row], stacked_float(down, scale)[expert])
+    product = _times_experts(_activations(rows, scale, rows_scale)[row], down, scale, expert)
     out = rows.new_zeros((blocks.num_assignments, down.shape[1]), dtype=_result_dtype(rows))
     out[blocks.assignment[row].long()] = product.to(out.dtype)
     return out
@@ -271,6 +271,19 @@ def _live_rows(blocks: DeviceBlocks) -> tuple[Tensor, Tensor]:
     expert = blocks.block_expert.repeat_interleave(blocks.block_size)
     row = ((blocks.assignment < blocks.num_assignments) & (expert >= 0)).nonzero().squeeze(1)
     return row, expert[row].long()
+
+
+def _times_experts(rows: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor) -> Tensor:
+    """Return `rows` [R, I] times the weights [E, .., O, I] of their experts [R], [R, .., O] float32.
+
+    One expert at a time: a real layer's weights in float32, or a copy for every row, are more than a GPU has left.
+    """
+    out = rows.new_empty((len(rows), *weight.shape[1:-1]))
+    for one in expert.unique().tolist():
+        mine = expert == one
+        dense = stacked_float(weight[one], None if scale is None else scale[one])
+        out[mine] = torch.einsum("ri,...oi->r...o", rows[mine], dense)
+    return out
 
 
 def _activations(x: Tensor, scale: Tensor | None, x_scale: Tensor | None) -> Tensor:
