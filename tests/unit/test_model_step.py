@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_core.engine.step import Chunk
+from headrace_core.engine.warm_up import warm_up
 from headrace_core.kv.cache import KvCache
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model import step_inputs
@@ -103,3 +104,18 @@ def test_expert_counts_cover_every_token_and_are_taken_once(tmp_path):
     assert sorted(counts) == [1, 2], "layer 0 is dense"
     assert all(sum(layer) == 10 * 3 and len(layer) == 8 for layer in counts.values())
     assert all(sum(layer) == 0 for layer in model.take_expert_counts().values())
+
+
+def test_warming_up_leaves_nothing_behind(tmp_path):
+    write_checkpoint(tmp_path, TINY_CONFIGS["v3"])
+    model = load_model(tmp_path)
+    sizes = []
+    forward = model.forward
+    model.forward = lambda chunks, cache: sizes.append(len(chunks[0].token_ids)) or forward(chunks, cache)
+    cache = KvCache(model.kv_layout(4), 3, has_host_copy=True)
+    warm_up(model, cache, max_step_tokens=512)
+    assert sizes == [1, 2, 4, 8, 12], "no longer than the pool"
+    assert not any(layer.any() for layer in cache.layers)
+    assert not any(sum(layer) for layer in model.take_expert_counts().values())
+    warm_up(model, cache, max_step_tokens=3)
+    assert sizes[5:] == [1, 2, 3]

@@ -18,6 +18,7 @@ from headrace_core.engine.cpu_speed import measure_worker_cpu
 from headrace_core.engine.executor import StepModel
 from headrace_core.engine.finish import ModelLimits
 from headrace_core.engine.op_metrics import Prediction
+from headrace_core.engine.warm_up import warm_up
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.cache import KvCache
 from headrace_core.kv.layout import CacheDtype, KvLayout
@@ -101,12 +102,13 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
 
 
 def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int) -> None:
-    """Compile and check the kernels; capture a decode worker's steps.
+    """Check and compile the kernels; capture a decode worker's steps.
 
     Raises:
         CheckpointError: NO_KERNEL, KERNELS_DISAGREE.
     """
     difference = check_kernels(model, settings.device, settings.page_size)
+    warm_up(model, cache, max_step_tokens=settings.max_step_tokens)
     if isinstance(settings, DecodeSettings):
         model.prepare_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=max_context_tokens)
     log.info("kernels checked against plain torch", extra={"relative_difference": difference})

@@ -19,7 +19,13 @@ from headrace_core.model.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.model.expected_tensors import check_tensors, expected_tensors
 from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeWeights
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
-from headrace_core.model.memory import available_bytes, check_fits, release_freed_memory
+from headrace_core.model.memory import (
+    GPU_WORKING_BYTES,
+    WORKING_BYTES,
+    available_bytes,
+    check_fits,
+    release_freed_memory,
+)
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
 from headrace_core.model.rope_angles import softmax_scale
@@ -56,7 +62,8 @@ def load_model(
     names = check_tensors(config, stored)
     compute_dtype = _DTYPES[config.checkpoint_dtype if dtype == "auto" else dtype]
     weight_bytes = num_weight_bytes(config, compute_dtype)
-    check_fits(weight_bytes, kv_pool_bytes, available_bytes(device))
+    working_bytes = GPU_WORKING_BYTES if device == "cuda" else WORKING_BYTES
+    check_fits(weight_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
     weights = build_network(config, reader)

@@ -22,7 +22,8 @@ from headrace_core.request import SamplingParams
 # kernel that is wrong have little to do with the right ones: unrelated ones differ by 1.4.
 _LIMITS = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 0.25}
 _TOKENS_PAST_A_PAGE = 4
-_NUM_SEQUENCES = 2
+# More rows than go by their experts without sorting; then fewer.
+_NUM_SEQUENCES = (6, 2)
 _GREEDY = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
 
 
@@ -56,12 +57,13 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
 
 
 def _logits(model: Model, device: str, page_size: int, *, is_fused: bool = False) -> Tensor:
-    """Return logits [2 * sequences, V]: after each prompt, then after one more token each."""
+    """Return logits, [.., V]: after each sequence's prompt, then after a token of all, then after one of a few."""
     num_tokens, pages = page_size + _TOKENS_PAST_A_PAGE, 2
-    cache = KvCache(model.kv_layout(page_size), _NUM_SEQUENCES * pages, device)
+    most, few = _NUM_SEQUENCES
+    cache = KvCache(model.kv_layout(page_size), most * pages, device)
     vocab_size = model.config.vocab_size
 
-    def chunks(start: int, count: int) -> list[Chunk]:
+    def chunks(num_sequences: int, start: int, count: int) -> list[Chunk]:
         return [
             Chunk(
                 key,
@@ -70,14 +72,16 @@ def _logits(model: Model, device: str, page_size: int, *, is_fused: bool = False
                 list(range(key * pages, (key + 1) * pages)),
                 _GREEDY,
             )
-            for key in range(_NUM_SEQUENCES)
+            for key in range(num_sequences)
         ]
 
-    prompt = model.forward(chunks(0, num_tokens), cache)
+    prompt = model.forward(chunks(most, 0, num_tokens), cache)
     if is_fused:
-        model.prepare_decode(cache, max_rows=_NUM_SEQUENCES, max_context_tokens=num_tokens + 1, capture=lambda run: run)
+        model.prepare_decode(cache, max_rows=most, max_context_tokens=num_tokens + 2, capture=lambda run: run)
     try:
-        return torch.cat((prompt, model.forward(chunks(num_tokens, 1), cache)))
+        # A captured step's logits lie where the next one's will.
+        after_all = model.forward(chunks(most, num_tokens, 1), cache).clone()
+        return torch.cat((prompt, after_all, model.forward(chunks(few, num_tokens + 1, 1), cache)))
     finally:
         model.forget_decode()
 

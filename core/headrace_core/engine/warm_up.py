@@ -1,0 +1,33 @@
+"""Run what a GPU worker will run, before anyone waits for it: a kernel is compiled when it is first launched.
+
+Which kernel runs depends on the number of tokens, through tile sizes; so prompts of every size up to a step's are
+computed, tokens are sampled, and pages copied to the host and back.
+"""
+
+from __future__ import annotations
+
+from headrace_core.engine.executor import StepModel
+from headrace_core.engine.step import Chunk, SamplingRow
+from headrace_core.kv.cache import KvCache
+from headrace_core.model.sampler import sample
+from headrace_core.request import SamplingParams
+
+_PARAMS = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=0)
+
+
+def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
+    """Compute throw-away prompts of 1, 2, 4 ... up to `max_step_tokens` tokens; the pages are zero afterwards.
+
+    Prompts are no longer than the pool holds. Call it before the engine starts.
+    """
+    most = min(max_step_tokens, cache.num_pages * cache.layout.page_size)
+    pages = list(range(cache.layout.num_pages(most)))
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    for num_tokens in (*sizes, most):
+        row = SamplingRow(_PARAMS, [0] * num_tokens, [], 0, num_tokens, ())
+        logits = model.forward([Chunk(0, [0] * num_tokens, 0, pages, row)], cache)
+        sample(logits, [row])
+    cache.copy_to_host(pages[:1])
+    cache.copy_from_host(pages[:1])
+    cache.zero_pages(pages)
+    model.take_expert_counts()
