@@ -2,7 +2,7 @@
 
 Shapes: T new tokens, S slots in the cache (pages x page_size), D row width. MLA stores rows of kv_lora_rank + rope_dim;
 GQA stores keys and values with the same function, one call each.
-A slot is `page_id * page_size + offset`; slot -1 means "skip this token".
+A slot is `page_id * page_size + offset`; slot -1 means "skip this token" (`latent_store`: any below 0).
 Bytes moved: 2 * T * D * itemsize, so the kernels are bound by memory bandwidth, and for few tokens by their launch.
 
 `latent_store` and `latent_norm_rope_store` are the entries; `latent_store_ref` and `latent_norm_rope_store_ref` are the
@@ -21,12 +21,12 @@ from headrace_kernels.rope import rope, rope_ref
 
 
 def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Copy `latents[t]` to `cache[slot_mapping[t]]` for every t whose slot is not -1.
+    """Copy `latents[t]` to `cache[slot_mapping[t]]` for every t whose slot is not negative.
 
     Args:
         latents: [T, D], any float dtype; rows contiguous.
         cache: [S, D], dtype of `latents`; rows contiguous; written in place.
-        slot_mapping: [T] int64; each value in [-1, S); values other than -1 are distinct.
+        slot_mapping: [T] int64; each value below S; those that are not negative are distinct.
 
     Raises:
         ValueError: a shape, dtype or stride does not fit.

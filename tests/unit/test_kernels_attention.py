@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_core.model.gqa import key_value_rows
 from headrace_kernels.causal_attention import causal_attention, causal_attention_ref
 from headrace_kernels.gqa_decode import gqa_decode, gqa_decode_ref
 from headrace_kernels.gqa_prefill import gqa_prefill, gqa_prefill_ref
@@ -118,6 +119,14 @@ def test_paged_slots_repeats_the_last_slot_past_the_end():
     assert slots.shape == (2, 32)
     assert slots[0].tolist() == [20, 21, 22, 23, 8, 9] + [9] * 26
     assert slots[1].tolist() == [36, 37, 38] + [38] * 29
+
+
+def test_padding_stores_neither_keys_nor_values():
+    slots, page_size = torch.tensor([5, -1, 2]), 4
+    rows, cache = torch.ones(3, 6), torch.zeros(2 * 2 * page_size, 6)
+    for slot_rows in key_value_rows(slots, page_size):
+        latent_store(rows, cache, slot_rows)
+    assert cache.any(dim=1).nonzero()[:, 0].tolist() == [2, 6, 9, 13], "page 0: keys 0-3, values 4-7; page 1: 8-15"
 
 
 def test_latent_store_skips_slot_minus_one_and_touches_nothing_else():

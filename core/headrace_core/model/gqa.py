@@ -105,8 +105,7 @@ def _store(cache: Tensor, key: Tensor, value: Tensor, slot_rows: tuple[Tensor, T
 
 
 def key_value_rows(slot_mapping: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of a flat cache in which the keys and the values of `slot_mapping` [T] lie; -1 stays -1."""
+    """Return the rows of a flat cache in which the keys and the values of `slot_mapping` [T] lie; -1 stays negative."""
     # A page's values follow its page_size keys, so page p starts at row 2 * p * page_size.
     keys = slot_mapping + slot_mapping.div(page_size, rounding_mode="floor") * page_size
-    is_skipped = slot_mapping < 0
-    return keys.masked_fill(is_skipped, -1), (keys + page_size).masked_fill_(is_skipped, -1)
+    return keys, keys + page_size

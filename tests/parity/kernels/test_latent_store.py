@@ -31,6 +31,17 @@ def test_rows_are_copied_and_slot_minus_one_is_skipped(dtype, device):
     assert torch.equal(cache, expected)
 
 
+def test_any_slot_below_zero_is_skipped(device):
+    rows = torch.randn(3, 20, device=device)
+    cache = torch.full((6, 20), float("nan"), device=device)
+    want = cache.clone()
+    slots = torch.tensor([-65, 4, -1], device=device)
+    latent_store(rows, cache, slots)
+    latent_store_ref(rows, want, slots)
+    torch.testing.assert_close(cache, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cache[4], rows[1])
+
+
 def test_pages_of_one_layer_among_others(device):
     """A cache whose rows are columns of wider rows: its neighbours stay as they are."""
     whole = torch.zeros(3, 12, device=device)
