@@ -2,7 +2,7 @@
 
 A step in which every sequence computes one token is the same series of launches whoever is in it. So its inputs are
 copied to buffers that stay where they are, the number of rows is padded to one of few (a bucket), and each bucket's
-launches are captured when the worker starts. What the host does in a step is three copies and one replay.
+launches are captured when the worker starts. What the host does in a step is five small copies and one replay.
 
 A row of padding repeats row 0 but writes nothing and chooses no expert (slot -1): it reads what row 0 reads anyway.
 """
@@ -92,7 +92,7 @@ def buckets(max_rows: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """One captured decode step a bucket. Engine thread only, but for the construction."""
+    """One captured decode step a bucket, for up to `max_rows` sequences. Engine thread only, but to construct it."""
 
     def __init__(
         self,
@@ -109,6 +109,7 @@ class DecodeGraphs:
         Capturing runs each once, on token 0 at position 0, reading page 0 and writing nothing. `capture` None: CUDA
         graphs.
         """
+        self.max_rows = max_rows
         self._page_size = page_size
         self._host = _buffers(buckets(max_rows)[-1], max_pages, "cpu", is_pinned=device == "cuda")
         self._views = _Views(*(getattr(self._host, field.name).numpy() for field in fields(DecodeBatch)))

@@ -76,7 +76,6 @@ class Model:
         self._angles = RopeAngles(config.rope, self.device)
         self._expert_counts = share_counts([layer.feed_forward for layer in weights.layers])
         self._decode_graphs: DecodeGraphs | None = None
-        self._max_graph_rows = 0
 
     def kv_layout(self, page_size: int) -> KvLayout:
         """Return what a page of this model's cache holds."""
@@ -116,7 +115,6 @@ class Model:
                 device=self.device,
                 capture=capture,
             )
-        self._max_graph_rows = max_rows
 
     def forget_decode(self) -> None:
         """Undo `prepare_decode`."""
@@ -134,8 +132,9 @@ class Model:
             ValueError: a chunk is empty or its pages do not cover it.
         """
         with torch.inference_mode():
-            if self._decode_graphs is not None and len(chunks) <= self._max_graph_rows and is_decode_step(chunks):
-                return self._replay(self._decode_graphs, chunks)
+            graphs = self._decode_graphs
+            if graphs is not None and len(chunks) <= graphs.max_rows and is_decode_step(chunks):
+                return self._replay(graphs, chunks)
             step = self._prepare(chunks, cache)
             hidden = self._run_layers(step, cache, timer)
             rows = [
