@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from headrace_core.model.config import ModelConfig
-from headrace_core.model.expected_tensors import expected_tensors
+from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.checkpoint.expected_tensors import expected_tensors
 from safetensors.torch import save_file
 
 CONFIG = {

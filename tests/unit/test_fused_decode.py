@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.model.config import MlaShape
+from headrace_core.checkpoint.config import MlaShape
 from headrace_core.model.feed_forward import DenseMlp
 from headrace_core.model.fused_decode import FusedRows
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights

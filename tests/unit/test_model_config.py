@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, LatentAttention
-from headrace_core.model.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 
 V2_LITE = {

@@ -8,11 +8,11 @@ import shutil
 import psutil
 import pytest
 import torch
+from headrace_core.checkpoint import memory
+from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype
-from headrace_core.model import memory
 from headrace_core.model.load import load_model
-from headrace_core.model.safetensors_file import StoredTensor
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,
     Variation,

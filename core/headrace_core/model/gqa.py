@@ -18,7 +18,7 @@ from headrace_kernels.rope import rope
 from headrace_kernels.split_plan import SplitPlan
 from torch import Tensor
 
-from headrace_core.model.config import GqaShape
+from headrace_core.checkpoint.config import GqaShape
 from headrace_core.model.fused_decode import FusedRows
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import StepInputs

@@ -13,25 +13,25 @@ from headrace_kernels.linear import Linear
 from headrace_kernels.moe_routing import RoutingRule
 from torch import Tensor
 
-from headrace_core.errors import CheckpointError
-from headrace_core.model.attention import Attention
-from headrace_core.model.config import GqaShape, MlaShape, ModelConfig
-from headrace_core.model.expected_tensors import check_tensors, expected_tensors
-from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeWeights
-from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
-from headrace_core.model.memory import (
+from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.checkpoint.expected_tensors import check_tensors, expected_tensors
+from headrace_core.checkpoint.memory import (
     GPU_WORKING_BYTES,
     WORKING_BYTES,
     available_bytes,
     check_fits,
     release_freed_memory,
 )
+from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
+from headrace_core.checkpoint.weight_reader import WeightReader
+from headrace_core.errors import CheckpointError
+from headrace_core.model.attention import Attention
+from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeWeights
+from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
 from headrace_core.model.rope_angles import softmax_scale
-from headrace_core.model.safetensors_file import StoredTensor, read_headers
 from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
-from headrace_core.model.weight_reader import WeightReader
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

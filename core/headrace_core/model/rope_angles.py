@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from headrace_core.model.config import RopeShape, YarnScaling
+from headrace_core.checkpoint.config import RopeShape, YarnScaling
 
 
 class RopeAngles:

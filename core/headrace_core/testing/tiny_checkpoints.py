@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headrace_core.model.config import ModelConfig
-from headrace_core.model.expected_tensors import expected_tensors
+from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.checkpoint.expected_tensors import expected_tensors
 
 Config = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from headrace_core.model.config import ModelConfig
+from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.roofline.model_shape import ModelShape
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, Config, write_config
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
-from headrace_core.model.config import GqaShape, MlaShape, ModelConfig
-from headrace_core.model.safetensors_file import StoredTensor
 
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -10,9 +10,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from headrace_core.model.config import ModelConfig
-from headrace_core.model.expected_tensors import SCALE_SUFFIX
-from headrace_core.model.safetensors_file import StoredTensor
+from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.checkpoint.expected_tensors import SCALE_SUFFIX
+from headrace_core.checkpoint.safetensors_file import StoredTensor
 
 
 class WeightReader:

@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from headrace_core.errors import CheckpointError
-from headrace_core.model.config import (
+from headrace_core.checkpoint.config import (
     GqaShape,
     MlaShape,
     ModelConfig,
@@ -16,6 +15,7 @@ from headrace_core.model.config import (
     RopeShape,
     YarnScaling,
 )
+from headrace_core.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # Kimi-K2 is DeepSeek-V3's architecture under a name of its own.

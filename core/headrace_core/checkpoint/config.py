@@ -116,7 +116,7 @@ class ModelConfig:
             CheckpointError: BAD_CONFIG or UNSUPPORTED_MODEL, naming the field.
         """
         # The parser imports this module for the types above.
-        from headrace_core.model.config_json import parse_config
+        from headrace_core.checkpoint.config_json import parse_config
 
         return parse_config(directory)
 
