@@ -6,9 +6,9 @@ import pytest
 import torch
 from headrace_core.engine.step import Chunk
 from headrace_core.engine.warm_up import warm_up
-from headrace_core.kv.cache import KvCache
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model import step_inputs
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.step_inputs import prepare_step
 from headrace_core.testing.paged_sequences import GREEDY_ROW, PagedSequences

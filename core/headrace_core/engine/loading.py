@@ -20,8 +20,8 @@ from headrace_core.engine.finish import ModelLimits
 from headrace_core.engine.op_metrics import Prediction
 from headrace_core.engine.warm_up import warm_up
 from headrace_core.errors import CheckpointError
-from headrace_core.kv.cache import KvCache
 from headrace_core.kv.layout import CacheDtype, KvLayout
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.self_check import check_kernels

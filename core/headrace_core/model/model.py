@@ -16,12 +16,12 @@ from torch import Tensor
 from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.checkpoint.memory import release_freed_memory
 from headrace_core.engine.step import Chunk
-from headrace_core.kv.cache import TORCH_DTYPES, KvCache
 from headrace_core.kv.layout import KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
 from headrace_core.model.fused_decode import FusedAttention, FusedDecode, FusedFeedForward, FusedLayer
+from headrace_core.model.kv_cache import TORCH_DTYPES, KvCache
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.stacked_moe import StackedMoeMlp, share_counts

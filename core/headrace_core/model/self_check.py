@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace_core.engine.step import Chunk, SamplingRow
 from headrace_core.errors import CheckpointError
-from headrace_core.kv.cache import KvCache
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.kv.cache import KvCache
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
+from headrace_core.model.kv_cache import KvCache
 from headrace_kernels import use_backend
 from headrace_kernels.page_copy import gather_pages, gather_pages_ref, scatter_pages, scatter_pages_ref
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from headrace_core.engine.step import Chunk
 from headrace_core.errors import CheckpointError
-from headrace_core.kv.cache import KvCache
 from headrace_core.model.decode_graphs import Capture, CudaGraphCapture, DecodeOutput, buckets
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.model.self_check import check_kernels
 from headrace_core.roofline.hardware import Hardware, find_hardware
