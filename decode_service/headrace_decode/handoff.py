@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from headrace_core.engine.admission import SequenceSpec
+from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.transfer.base import PageMemory, Transfer, Transport

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from headrace_core.engine.admission import SequenceSpec
-from headrace_core.engine.engine import Load
-from headrace_core.engine.finish import ModelLimits, finish_reason
-from headrace_core.engine.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.finish import finish_reason
+from headrace_core.batch.scheduler import Load
+from headrace_core.batch.spec import ModelLimits, SequenceSpec
+from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import grpc.aio
 from headrace.v1 import decode_service_pb2, decode_service_pb2_grpc
-from headrace_core.engine.admission import SequenceSpec
+from headrace_core.batch.spec import SequenceSpec
 from headrace_core.transfer.ticket import Ticket, decode_ticket
 from headrace_core.wire import decode_sampling
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headrace.v1 import types_pb2
+from headrace_core.batch.finish import finish_reason
+from headrace_core.batch.spec import SequenceSpec
 from headrace_core.config import DecodeSettings
-from headrace_core.engine.admission import SequenceSpec
 from headrace_core.engine.engine import News
-from headrace_core.engine.finish import finish_reason
 from headrace_core.engine.host import Loader, WorkerHost
 from headrace_core.engine.loading import load_worker_model
 from headrace_core.errors import (

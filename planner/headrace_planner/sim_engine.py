@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
-from headrace_core.engine.admission import SequenceSpec
-from headrace_core.engine.engine import Scheduler
-from headrace_core.engine.finish import ModelLimits
-from headrace_core.engine.step import Chunk, StepPlan, StepResult
+from headrace_core.batch.scheduler import Scheduler
+from headrace_core.batch.spec import ModelLimits, SequenceSpec
+from headrace_core.batch.step import Chunk, StepPlan, StepResult
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Started

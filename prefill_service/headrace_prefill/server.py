@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import grpc.aio
 from headrace.v1 import prefill_service_pb2, prefill_service_pb2_grpc
-from headrace_core.engine.admission import SequenceSpec
+from headrace_core.batch.spec import SequenceSpec
 from headrace_core.transfer.ticket import Ticket, encode_ticket
 from headrace_core.wire import decode_sampling, encode_finish
 

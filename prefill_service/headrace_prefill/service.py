@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.v1 import types_pb2
+from headrace_core.batch.spec import SequenceSpec
 from headrace_core.config import PrefillSettings
-from headrace_core.engine.admission import SequenceSpec
 from headrace_core.engine.engine import News
 from headrace_core.engine.host import Loader, WorkerHost
 from headrace_core.engine.loading import LoadedModel, load_worker_model

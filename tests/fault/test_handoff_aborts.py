@@ -6,8 +6,8 @@ import dataclasses
 import threading
 
 import pytest
+from headrace_core.batch.spec import SequenceSpec
 from headrace_core.config import DecodeSettings, PrefillSettings
-from headrace_core.engine.admission import SequenceSpec
 from headrace_core.errors import HeadraceError, NotFoundError, OverloadedError, UnavailableError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams

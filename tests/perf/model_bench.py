@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from headrace_core.engine.step import Chunk
+from headrace_core.batch.step import Chunk
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.testing.paged_sequences import PagedSequences

@@ -12,8 +12,8 @@ import timeit
 from pathlib import Path
 
 import torch
+from headrace_core.batch.step import StepPlan
 from headrace_core.engine.executor import Executor
-from headrace_core.engine.step import StepPlan
 from headrace_core.model.load import load_model
 from headrace_core.model.op_timer import OFF, OpTimer
 from headrace_core.testing.paged_sequences import PagedSequences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.engine.step import Chunk
+from headrace_core.batch.step import Chunk
 from headrace_core.model.decode_graphs import DecodeGraphs, DecodeOutput, buckets, is_decode_step
 from headrace_core.testing.paged_sequences import GREEDY_ROW
 

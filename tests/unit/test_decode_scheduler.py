@@ -1,8 +1,7 @@
 """The decode scheduler neither loses nor repeats a token, and keeps its budgets and pages, whatever is asked of it."""
 
-from headrace_core.engine.admission import SequenceSpec
-from headrace_core.engine.finish import ModelLimits
-from headrace_core.engine.step import StepPlan, StepResult
+from headrace_core.batch.spec import ModelLimits, SequenceSpec
+from headrace_core.batch.step import StepPlan, StepResult
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from headrace_core.engine.engine import Engine, FatalStepError, Load, News
-from headrace_core.engine.step import Chunk, StepPlan, StepResult
+from headrace_core.batch.scheduler import Load
+from headrace_core.batch.step import Chunk, StepPlan, StepResult
+from headrace_core.engine.engine import Engine, FatalStepError, News
 from headrace_core.errors import HeadraceError
 from headrace_core.testing.async_test import async_test, eventually
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_core.batch.step import Chunk, StepPlan
 from headrace_core.engine.engine import FatalStepError
 from headrace_core.engine.executor import Executor
-from headrace_core.engine.step import Chunk, StepPlan
 
 
 class LostDevice:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from headrace_core.engine.step import SamplingRow
+from headrace_core.batch.step import SamplingRow
 from headrace_core.errors import HeadraceError
 from headrace_core.model.sampler import sample
 from headrace_core.request import SamplingParams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.engine.step import Chunk
+from headrace_core.batch.step import Chunk
 from headrace_core.engine.warm_up import warm_up
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model import step_inputs

@@ -5,11 +5,11 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
+from headrace_core.batch.step import Chunk, StepPlan, StepTiming, step_load
 from headrace_core.config import DecodeSettings
 from headrace_core.engine import executor, op_metrics
 from headrace_core.engine.executor import Executor
 from headrace_core.engine.op_metrics import OpMetrics, Prediction
-from headrace_core.engine.step import Chunk, StepPlan, StepTiming, step_load
 from headrace_core.model import op_timer
 from headrace_core.model.load import load_model
 from headrace_core.model.op_timer import OTHER, SAMPLING

@@ -1,8 +1,7 @@
 """The prefill scheduler keeps its budgets, its order and its pages, whatever is asked of it."""
 
-from headrace_core.engine.admission import SequenceSpec
-from headrace_core.engine.finish import ModelLimits
-from headrace_core.engine.step import StepPlan, StepResult
+from headrace_core.batch.spec import ModelLimits, SequenceSpec
+from headrace_core.batch.step import StepPlan, StepResult
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams

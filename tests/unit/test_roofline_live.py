@@ -1,8 +1,8 @@
 """What the command makes of workers' metrics."""
 
 import pytest
+from headrace_core.batch.step import StepTiming
 from headrace_core.engine.op_metrics import OpMetrics, Prediction
-from headrace_core.engine.step import StepTiming
 from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import MODELS, Dtype
 from headrace_core.roofline.operations import StepLoad

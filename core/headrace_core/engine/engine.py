@@ -15,26 +15,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from headrace_core.engine.step import StepPlan, StepResult, StepTiming
+from headrace_core.batch.scheduler import Load, Scheduler
+from headrace_core.batch.step import StepPlan, StepResult, StepTiming
 from headrace_core.errors import HeadraceError
-from headrace_core.kv.page_pool import PageState
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the scheduler holds now."""
-
-    num_free_pages: int = 0
-    num_running: int = 0
-    num_waiting: int = 0
-    num_waiting_tokens: int = 0
-    num_sequences: int = 0
-    page_counts: dict[PageState, int] = field(default_factory=dict[PageState, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +49,6 @@ class News(Generic[E_co]):
 
 class FatalStepError(Exception):
     """A step failed in a way that no later step can survive, as a sticky device error; the process must end."""
-
-
-class Scheduler(Protocol[E_co]):
-    """What the engine asks of a scheduler. Engine thread only; `now` is the engine's clock, seconds."""
-
-    def plan(self, now: float) -> StepPlan | None:
-        """Choose the next step's work; None when nothing can be computed until a command comes."""
-        ...
-
-    def apply(self, result: StepResult, now: float) -> None:
-        """Take in what the planned step produced."""
-        ...
-
-    def fail_step(self, error: HeadraceError, now: float) -> None:
-        """End the sequences of the planned step with `error` and free their pages."""
-        ...
-
-    def take_events(self) -> Sequence[E_co]:
-        """Return what happened since the last call, in order; commands, plans and steps all make events."""
-        ...
-
-    def load(self) -> Load:
-        """Return what is held now."""
-        ...
 
 
 S = TypeVar("S", bound=Scheduler[Any])

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
+from headrace_core.batch.step import Chunk, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.engine.engine import FatalStepError
-from headrace_core.engine.step import Chunk, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
 from headrace_core.model.sampler import sample

@@ -18,8 +18,9 @@ from typing import Any, Generic, TypeVar
 from headrace.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
 from headrace_core import __version__
+from headrace_core.batch.scheduler import Scheduler
 from headrace_core.config import WorkerSettings
-from headrace_core.engine.engine import Engine, News, Scheduler
+from headrace_core.engine.engine import Engine, News
 from headrace_core.engine.executor import Executor
 from headrace_core.engine.loading import LoadedModel
 from headrace_core.engine.metrics import WorkerMetrics

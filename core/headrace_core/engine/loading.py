@@ -13,10 +13,10 @@ from functools import partial
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from headrace_core.batch.spec import ModelLimits
 from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.cpu_speed import measure_worker_cpu
 from headrace_core.engine.executor import StepModel
-from headrace_core.engine.finish import ModelLimits
 from headrace_core.engine.op_metrics import Prediction
 from headrace_core.engine.warm_up import warm_up
 from headrace_core.errors import CheckpointError

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace_core.engine.engine import Load, StepReport
+from headrace_core.batch.scheduler import Load
+from headrace_core.engine.engine import StepReport
 from headrace_core.engine.op_metrics import OpMetrics, Prediction
 from headrace_core.kv.page_pool import PageState
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace_core.engine.step import StepTiming
+from headrace_core.batch.step import StepTiming
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
 from headrace_core.roofline.operations import StepLoad

@@ -6,8 +6,8 @@ computed, tokens are sampled, and pages copied to the host and back.
 
 from __future__ import annotations
 
+from headrace_core.batch.step import Chunk, SamplingRow
 from headrace_core.engine.executor import StepModel
-from headrace_core.engine.step import Chunk, SamplingRow
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.sampler import sample
 from headrace_core.request import SamplingParams

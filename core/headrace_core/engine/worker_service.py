@@ -8,7 +8,7 @@ from typing import Any
 
 from headrace.v1 import worker_service_pb2, worker_service_pb2_grpc
 
-from headrace_core.engine.engine import Load
+from headrace_core.batch.scheduler import Load
 
 _DEFAULT_INTERVAL_S = 0.1
 _LONGEST_SILENCE_S = 1.0

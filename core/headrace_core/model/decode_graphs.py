@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace_core.engine.step import Chunk
+from headrace_core.batch.step import Chunk
 
 _EXACT_BUCKETS = (1, 2, 4)
 _BUCKET_STEP = 8

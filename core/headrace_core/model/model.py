@@ -13,9 +13,9 @@ from headrace_kernels.linear import Linear
 from headrace_kernels.rms_norm import rms_norm
 from torch import Tensor
 
+from headrace_core.batch.step import Chunk
 from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.checkpoint.memory import release_freed_memory
-from headrace_core.engine.step import Chunk
 from headrace_core.kv.layout import KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step

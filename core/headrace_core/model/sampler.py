@@ -15,7 +15,7 @@ import torch
 from headrace_kernels.sampling import Draws, sample_tokens
 from torch import Tensor
 
-from headrace_core.engine.step import SamplingRow
+from headrace_core.batch.step import SamplingRow
 from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken, TokenLogprobs
 

@@ -11,7 +11,7 @@ import torch
 from headrace_kernels import use_backend
 from torch import Tensor
 
-from headrace_core.engine.step import Chunk, SamplingRow
+from headrace_core.batch.step import Chunk, SamplingRow
 from headrace_core.errors import CheckpointError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model

@@ -15,7 +15,7 @@ from headrace_kernels import backend
 from headrace_kernels.paged_slots import paged_slots
 from torch import Tensor
 
-from headrace_core.engine.step import Chunk
+from headrace_core.batch.step import Chunk
 
 _GROUP_KEY_TOKENS = 8192
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headrace_core.engine.finish import ModelLimits
+from headrace_core.batch.spec import ModelLimits
+from headrace_core.batch.step import Chunk
 from headrace_core.engine.loading import LoadedModel
-from headrace_core.engine.step import Chunk
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from headrace_core.engine.step import Chunk, SamplingRow
+from headrace_core.batch.step import Chunk, SamplingRow
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams

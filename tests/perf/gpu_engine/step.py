@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from headrace_core.engine.step import Chunk
+from headrace_core.batch.step import Chunk
 from headrace_core.errors import CheckpointError
 from headrace_core.model.decode_graphs import Capture, CudaGraphCapture, DecodeOutput, buckets
 from headrace_core.model.kv_cache import KvCache

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace_core.engine.finish import ModelLimits
 from headrace_core.errors import InvalidRequestError
 from headrace_core.request import DEFAULT_MAX_TOKENS, SamplingParams, check_request_id, check_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the model and its settings fix for every sequence."""
+
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

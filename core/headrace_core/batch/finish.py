@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from headrace_core.batch.spec import ModelLimits
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What the model and its settings fix for every sequence."""
-
-    vocab_size: int
-    max_context_tokens: int
-    eos_token_ids: tuple[int, ...]
 
 
 def finish_reason(
