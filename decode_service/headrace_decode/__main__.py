@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from headrace_core.config import DecodeSettings, parse
-from headrace_core.engine.threads import limit_threads
 from headrace_core.process import run
+from headrace_core.worker.threads import limit_threads
 
 
 def main() -> None:

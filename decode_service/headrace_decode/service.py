@@ -19,8 +19,6 @@ from headrace_core.batch.finish import finish_reason
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.engine import News
-from headrace_core.engine.host import Loader, WorkerHost
-from headrace_core.engine.loading import load_worker_model
 from headrace_core.errors import (
     ConflictError,
     HandoffLostError,
@@ -34,6 +32,8 @@ from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import check_request_id
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.transports import TRANSPORTS
+from headrace_core.worker.host import Loader, WorkerHost
+from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
 from headrace_decode.handoff import DRAIN_TIMEOUT_S, Receiver, TransferStats, check_ticket

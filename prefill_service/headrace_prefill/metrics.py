@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from headrace_core.engine.metrics import WorkerMetrics
 from headrace_core.telemetry import PHASE_BUCKETS
+from headrace_core.worker.metrics import WorkerMetrics
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 

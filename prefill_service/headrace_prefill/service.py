@@ -13,14 +13,14 @@ from headrace.v1 import types_pb2
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.config import PrefillSettings
 from headrace_core.engine.engine import News
-from headrace_core.engine.host import Loader, WorkerHost
-from headrace_core.engine.loading import LoadedModel, load_worker_model
 from headrace_core.errors import HandoffLostError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.transfer.grpc_stream import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.grpc_stream import GrpcHolder
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.verify import run_to_its_end, seal_pages
+from headrace_core.worker.host import Loader, WorkerHost
+from headrace_core.worker.loading import LoadedModel, load_worker_model
 from prometheus_client import CollectorRegistry
 
 from headrace_prefill.handoff import Lease, LeaseState, LeaseTable

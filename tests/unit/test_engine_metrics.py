@@ -2,7 +2,7 @@
 
 import pytest
 from headrace_core.engine.engine import StepReport
-from headrace_core.engine.metrics import WorkerMetrics
+from headrace_core.worker.metrics import WorkerMetrics
 from headrace_decode.metrics import DecodeMetrics
 from headrace_prefill.metrics import PrefillMetrics
 from prometheus_client import CollectorRegistry, generate_latest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_core.batch.step import Chunk
-from headrace_core.engine.warm_up import warm_up
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model import step_inputs
 from headrace_core.model.kv_cache import KvCache
@@ -13,6 +12,7 @@ from headrace_core.model.load import load_model
 from headrace_core.model.step_inputs import prepare_step
 from headrace_core.testing.paged_sequences import GREEDY_ROW, PagedSequences
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
+from headrace_core.worker.warm_up import warm_up
 
 
 def chunk(key, count, start, pages):

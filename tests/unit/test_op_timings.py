@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 from headrace_core.batch.step import Chunk, StepPlan, StepTiming, step_load
 from headrace_core.config import DecodeSettings
-from headrace_core.engine import executor, op_metrics
+from headrace_core.engine import executor
 from headrace_core.engine.executor import Executor
-from headrace_core.engine.op_metrics import OpMetrics, Prediction
 from headrace_core.model import op_timer
 from headrace_core.model.load import load_model
 from headrace_core.model.op_timer import OTHER, SAMPLING
@@ -24,6 +23,8 @@ from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.paged_sequences import GREEDY_ROW, PagedSequences
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_core.testing.worker_pair import running
+from headrace_core.worker import op_metrics
+from headrace_core.worker.op_metrics import OpMetrics, Prediction
 from headrace_decode.service import DecodeService
 from prometheus_client import CollectorRegistry
 

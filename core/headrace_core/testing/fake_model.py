@@ -16,10 +16,10 @@ from torch import Tensor
 
 from headrace_core.batch.spec import ModelLimits
 from headrace_core.batch.step import Chunk
-from headrace_core.engine.loading import LoadedModel
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
+from headrace_core.worker.loading import LoadedModel
 
 _MODULUS = 16_777_213
 """The largest prime below 2^24: every residue is exact in float32."""

@@ -22,12 +22,12 @@ from headrace_core.batch.scheduler import Scheduler
 from headrace_core.config import WorkerSettings
 from headrace_core.engine.engine import Engine, News
 from headrace_core.engine.executor import Executor
-from headrace_core.engine.loading import LoadedModel
-from headrace_core.engine.metrics import WorkerMetrics
-from headrace_core.engine.worker_service import LoadBoard, WorkerServicer
 from headrace_core.errors import UnavailableError
 from headrace_core.rpc import Server
 from headrace_core.wire import encode_layout
+from headrace_core.worker.loading import LoadedModel
+from headrace_core.worker.metrics import WorkerMetrics
+from headrace_core.worker.worker_service import LoadBoard, WorkerServicer
 
 log = logging.getLogger(__name__)
 

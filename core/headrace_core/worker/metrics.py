@@ -10,9 +10,9 @@ from prometheus_client.registry import Collector
 
 from headrace_core.batch.scheduler import Load
 from headrace_core.engine.engine import StepReport
-from headrace_core.engine.op_metrics import OpMetrics, Prediction
 from headrace_core.kv.page_pool import PageState
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
+from headrace_core.worker.op_metrics import OpMetrics, Prediction
 
 
 class ExpertTokens(Collector):

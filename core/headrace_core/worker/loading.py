@@ -15,10 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from headrace_core.batch.spec import ModelLimits
 from headrace_core.config import DecodeSettings, WorkerSettings
-from headrace_core.engine.cpu_speed import measure_worker_cpu
 from headrace_core.engine.executor import StepModel
-from headrace_core.engine.op_metrics import Prediction
-from headrace_core.engine.warm_up import warm_up
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.kv_cache import KvCache
@@ -27,6 +24,9 @@ from headrace_core.model.model import Model
 from headrace_core.model.self_check import check_kernels
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape, ModelShapeError
+from headrace_core.worker.cpu_speed import measure_worker_cpu
+from headrace_core.worker.op_metrics import Prediction
+from headrace_core.worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
