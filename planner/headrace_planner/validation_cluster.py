@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from headrace_client import AsyncClient
-from headrace_core.cluster_process import ClusterProcess
-from headrace_core.local_cluster import LocalCluster
+from headrace_client.cluster.cluster_process import ClusterProcess
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from prometheus_client.parser import text_string_to_metric_families
 

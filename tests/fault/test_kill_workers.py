@@ -5,8 +5,8 @@ import signal
 
 import pytest
 from headrace_client import AsyncClient
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.errors import DeadlineError, UnavailableError
-from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from headrace_core.testing.cluster_checks import all_pages_free
 

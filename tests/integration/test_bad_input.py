@@ -6,9 +6,9 @@ import grpc
 import pytest
 from headrace.v1 import generation_service_pb2 as pb
 from headrace_client import AsyncClient
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core import rpc
 from headrace_core.errors import HeadraceError
-from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from headrace_core.testing.cluster_checks import all_pages_free
 

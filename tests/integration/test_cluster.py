@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 from headrace_client import AsyncClient, ChatMessage, Client
-from headrace_core.local_cluster import LocalCluster
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.request import FinishReason, SamplingParams
 from headrace_core.testing.cluster_checks import all_pages_free
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from headrace_client import Client
-from headrace_core.local_cluster import LocalCluster
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import Dtype, ModelShape

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from headrace_client import Client
-from headrace_core.local_cluster import LocalCluster, available_cores
+from headrace_client.cluster.local_cluster import LocalCluster, available_cores
 from headrace_core.request import SamplingParams
 from headrace_router.testing import write_tokenizer
 from rich.console import Console

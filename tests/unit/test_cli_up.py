@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from headrace_client.cluster import local_cluster
 from headrace_client.commands.app import app
-from headrace_core import local_cluster
 from typer.testing import CliRunner
 
 CHILD = """
@@ -49,7 +49,7 @@ while True:
 """
 UP = """
 import sys
-from headrace_core import local_cluster
+from headrace_client.cluster import local_cluster
 local_cluster.PROGRAMS = {role: (sys.argv[1],) for role in local_cluster.PROGRAMS}
 sys.argv = ["headrace", *sys.argv[2:]]
 from headrace_client.__main__ import main

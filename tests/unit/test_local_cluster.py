@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.errors import InvalidRequestError, UnavailableError
-from headrace_core.local_cluster import LocalCluster
 
 CHILD = """
 import json, os, signal, sys, time
@@ -175,7 +175,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, programs):
 PARENT = """
 import sys
 from pathlib import Path
-from headrace_core.local_cluster import LocalCluster
+from headrace_client.cluster.local_cluster import LocalCluster
 
 script = sys.argv[1]
 cluster = LocalCluster(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from headrace_core.cluster_process import ClusterProcess
 from headrace_core.errors import InvalidRequestError
-from headrace_core.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from rich.text import Text
 
 from headrace_client.client import Client
+from headrace_client.cluster.cluster_process import ClusterProcess
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_client.codec import Collector
 from headrace_client.commands.terminal import stdout, write_text
 from headrace_client.commands.waterfall import waterfall

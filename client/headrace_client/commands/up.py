@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from headrace_core.cluster_process import ClusterProcess
-from headrace_core.local_cluster import LocalCluster
 from rich.text import Text
 
+from headrace_client.cluster.cluster_process import ClusterProcess
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_client.commands.options import parse_settings
 from headrace_client.commands.terminal import stdout
 from headrace_client.connection import DEFAULT_ADDRESS

@@ -25,10 +25,10 @@ from typing import Any, Self
 
 import grpc
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
-
-from headrace_core.cluster_process import ClusterProcess, LogSink, Role
 from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
 from headrace_core.rpc import blocking_channel
+
+from headrace_client.cluster.cluster_process import ClusterProcess, LogSink, Role
 
 Options = Mapping[str, str | int | float | bool | Path]
 """Settings of a process by option name without dashes in front: {"max-step-tokens": 512}."""

@@ -1,8 +1,9 @@
 """How a child of `local_cluster` begins: runs a program that ends when the process that started it ends.
 
-`python -m headrace_core.child_process -m MODULE ARGUMENT...` or `... SCRIPT ARGUMENT...`. The parent holds the other
-end of this process's standard input and never writes to it: end of file means that the parent is gone, however it
-went. On Linux the kernel is asked as well, so that a stopped or hung child does not outlive its parent either.
+`python -m headrace_client.cluster.child_process -m MODULE ARGUMENT...` or `... SCRIPT ARGUMENT...`. The parent holds
+the other end of this process's standard input and never writes to it: end of file means that the parent is gone,
+however it went. On Linux the kernel is asked as well, so that a stopped or hung child does not outlive its parent
+either.
 """
 
 from __future__ import annotations

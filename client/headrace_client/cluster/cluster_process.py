@@ -55,7 +55,7 @@ class ClusterProcess:
         self._log_sink = log_sink
         self._popen = subprocess.Popen(
             # -P: a file in the working folder must not stand in for a module.
-            [sys.executable, "-P", "-m", "headrace_core.child_process", *command],
+            [sys.executable, "-P", "-m", "headrace_client.cluster.child_process", *command],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
