@@ -25,6 +25,7 @@ from headrace_core.batch.finish import finish_reason
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken
@@ -67,14 +68,6 @@ class Output:
     key: int
     token: SampledToken
     finish: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A sequence can't go on; its pages are free."""
-
-    key: int
-    error: HeadraceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +120,12 @@ class DecodeScheduler:
         self._max_step_tokens = max_step_tokens
         # More rows than tokens could never all run.
         self._max_running = min(max_step_sequences, max_step_tokens)
-        self._max_waiting = max_waiting_sequences
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []  # both oldest first
         self._num_transferring = 0
-        self._planned: StepPlan | None = None
         self._has_made_room = False
-        self._events: list[DecodeEvent] = []
+        self._book = StepBook[DecodeEvent](pages, max_waiting_sequences=max_waiting_sequences)
 
     def add(self, key: int, spec: SequenceSpec, first_token_id: int | None, now: float) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
@@ -142,12 +133,7 @@ class DecodeScheduler:
         With `first_token_id`, the cache of `spec.token_ids` comes by transfer; without, it is computed here.
         """
         first = [] if first_token_id is None else [first_token_id]
-        needed = self.pages.pages_for(len(spec.token_ids) + 1)
-        if needed > self.pages.num_pages:
-            self._refuse(key, "NO_FREE_PAGES", f"{needed} pages needed, the whole pool has {self.pages.num_pages}")
-        elif len(self._waiting) >= self._max_waiting:
-            self._refuse(key, "QUEUE_FULL", f"{len(self._waiting)} sequences wait already; try again later")
-        else:
+        if self._book.admits(key, num_tokens=len(spec.token_ids) + 1, num_waiting=len(self._waiting)):
             sequence = self._sequences[key] = _Sequence(
                 key=key,
                 spec=spec,
@@ -193,12 +179,11 @@ class DecodeScheduler:
         chunks = self._choose(now)
         while not chunks and self._has_made_room:
             chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
-        self._planned = StepPlan(chunks) if chunks else None
-        return self._planned
+        return self._book.plan(chunks)
 
     def apply(self, result: StepResult, now: float) -> None:
         """Advance the planned sequences by what was computed and sampled."""
-        for chunk in self._take_planned().chunks:
+        for chunk in self._book.take_planned().chunks:
             sequence = self._sequences[chunk.key]
             sequence.num_computed += len(chunk.token_ids)
             self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed)
@@ -207,37 +192,30 @@ class DecodeScheduler:
 
     def fail_step(self, error: HeadraceError, now: float) -> None:
         """End the planned sequences with `error`."""
-        for chunk in self._take_planned().chunks:
+        for chunk in self._book.take_planned().chunks:
             self._fail(self._sequences[chunk.key], error)
 
     def take_events(self) -> Sequence[DecodeEvent]:
         """Return what happened since the last call."""
-        events, self._events = self._events, []
-        return events
+        return self._book.take_events()
 
     def load(self) -> Load:
         """Return what is held now."""
-        return Load(
-            num_free_pages=self.pages.num_available,
+        return self._book.load(
             num_running=len(self._running),
             num_waiting=len(self._waiting) + self._num_transferring,
             num_waiting_tokens=sum(s.num_left for s in self._waiting if not s.has_handoff)
             + sum(s.num_left for s in self._running if s.num_left > 1),
             num_sequences=len(self._sequences),
-            page_counts=self.pages.pool.counts(),
         )
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice, and that the queues agree."""
-        self.pages.check_integrity()
+        self._book.check_integrity(sequence.pages for sequence in self._sequences.values())
         states = [sequence.state for sequence in self._sequences.values()]
         assert states.count(State.WAITING) == len(self._waiting), "the waiting queue differs"
         assert states.count(State.RUNNING) == len(self._running), "the running list differs"
         assert states.count(State.TRANSFERRING) == self._num_transferring, "transfers are miscounted"
-        num_held = sum(len(sequence.pages.own_page_ids) for sequence in self._sequences.values())
-        counts = self.pages.pool.counts()
-        num_owned = sum(count for state, count in counts.items() if state.value in ("owned", "quarantined"))
-        assert num_held == num_owned, "pages without a sequence"
 
     def _choose(self, now: float) -> list[Chunk]:
         self._has_made_room = False
@@ -276,7 +254,7 @@ class DecodeScheduler:
             if sequence.has_handoff:
                 sequence.state = State.TRANSFERRING
                 self._num_transferring += 1
-                self._events.append(PagesReady(sequence.key, tuple(pages.page_ids), sequence.queue_s))
+                self._book.tell(PagesReady(sequence.key, tuple(pages.page_ids), sequence.queue_s))
             else:
                 sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
                 self._run(sequence)
@@ -294,7 +272,7 @@ class DecodeScheduler:
         insort(self._running, sequence, key=_age)
         if not sequence.is_started:
             sequence.is_started = True
-            self._events.append(Started(sequence.key, sequence.queue_s, sequence.num_cached))
+            self._book.tell(Started(sequence.key, sequence.queue_s, sequence.num_cached))
 
     def _make_room(self, sequence: _Sequence, end: int, chunks: list[Chunk]) -> bool:
         """Get pages for `end` tokens, pre-empting younger sequences if need be; False if it lost its own.
@@ -322,7 +300,7 @@ class DecodeScheduler:
         self.pages.free(sequence.pages)
         sequence.state, sequence.num_computed = State.WAITING, 0
         insort(self._waiting, sequence, key=_age)
-        self._events.append(Preempted(sequence.key))
+        self._book.tell(Preempted(sequence.key))
 
     def _chunk(self, sequence: _Sequence, end: int) -> Chunk:
         start = sequence.num_computed
@@ -345,16 +323,13 @@ class DecodeScheduler:
             token.token_id, sequence.spec.params, self._limits,
             num_output_tokens=len(sequence.output_ids), num_tokens=len(sequence.token_ids),
         )  # fmt: skip
-        self._events.append(Output(sequence.key, token, finish))
+        self._book.tell(Output(sequence.key, token, finish))
         if finish:
             self._free(sequence)
 
     def _fail(self, sequence: _Sequence, error: HeadraceError) -> None:
         self._free(sequence)
-        self._events.append(Failed(sequence.key, error))
-
-    def _refuse(self, key: int, reason: str, message: str) -> None:
-        self._events.append(Failed(key, OverloadedError(reason, message)))
+        self._book.tell(Failed(sequence.key, error))
 
     def _free(self, sequence: _Sequence) -> None:
         """Forget a sequence and give its pages back: the only way there is, but for pre-emption, which keeps it."""
@@ -364,11 +339,6 @@ class DecodeScheduler:
         elif sequence.state is State.RUNNING:
             self._running.remove(sequence)
         self.pages.free(sequence.pages)
-
-    def _take_planned(self) -> StepPlan:
-        plan, self._planned = self._planned, None
-        assert plan is not None, "no step is planned"
-        return plan
 
 
 def _age(sequence: _Sequence) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from headrace.v1 import types_pb2
 from headrace_core.batch.finish import finish_reason
 from headrace_core.batch.spec import SequenceSpec
+from headrace_core.batch.step_book import Failed
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.engine import News
 from headrace_core.errors import (
@@ -41,7 +42,6 @@ from headrace_decode.metrics import DecodeMetrics
 from headrace_decode.scheduler import (
     DecodeEvent,
     DecodeScheduler,
-    Failed,
     Output,
     PagesReady,
     Preempted,

@@ -14,11 +14,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from headrace_core.batch.scheduler import Scheduler
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, StepPlan, StepResult
+from headrace_core.batch.step_book import Failed
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Started
-from headrace_decode.scheduler import Failed as DecodeFailed
-from headrace_prefill.scheduler import Failed as PrefillFailed
 from headrace_prefill.scheduler import Prefilled, PrefillEvent, PrefillScheduler
 
 from headrace_planner.sim_clock import Clock
@@ -211,7 +210,7 @@ class PrefillWorker:
             match event:
                 case Prefilled(key=key, num_cached_tokens=num_cached):
                     self._flow.on_prefilled(key, num_cached * self._unit)
-                case PrefillFailed(key=key):
+                case Failed(key=key):
                     self._requests.pop(key, None)
                     self._flow.on_refused(key)
 
@@ -295,7 +294,7 @@ class ExactDecodeWorker:
                     flow.on_pages_ready(key)
                 case Started(key=key, num_cached_tokens=num_cached):
                     flow.on_started(key, num_cached)
-                case DecodeFailed(key=key):
+                case Failed(key=key):
                     flow.on_refused(key)
                 case _:
                     pass  # pre-empted: it comes back by itself

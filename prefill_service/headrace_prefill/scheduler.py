@@ -18,6 +18,7 @@ from headrace_core.batch.finish import finish_reason
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken
@@ -43,14 +44,6 @@ class Prefilled:
     num_cached_tokens: int
     queue_s: float
     compute_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A sequence can't go on; its pages are free."""
-
-    key: int
-    error: HeadraceError
 
 
 PrefillEvent = Prefilled | Failed
@@ -92,26 +85,16 @@ class PrefillScheduler:
         self._limits = limits
         self._max_step_tokens = max_step_tokens
         self._max_step_sequences = max_step_sequences
-        self._max_waiting = max_waiting_sequences
         self._sequences: dict[int, _Sequence] = {}
         # Both in order of arrival.
         self._waiting: dict[int, _Sequence] = {}
         self._running: dict[int, _Sequence] = {}
-        self._planned: StepPlan | None = None
-        self._events: list[PrefillEvent] = []
+        self._book = StepBook[PrefillEvent](pages, max_waiting_sequences=max_waiting_sequences)
 
     def add(self, key: int, spec: SequenceSpec, now: float) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES."""
-        needed = self.pages.pages_for(len(spec.token_ids))
-        if needed > self.pages.num_pages:
-            text = f"the prompt takes {needed} pages, the whole pool has {self.pages.num_pages}; raise --kv-pool-mib"
-            self._events.append(Failed(key, OverloadedError("NO_FREE_PAGES", text)))
-            return
-        if len(self._waiting) >= self._max_waiting:
-            text = f"{len(self._waiting)} sequences wait already; try again later"
-            self._events.append(Failed(key, OverloadedError("QUEUE_FULL", text)))
-            return
-        self._sequences[key] = self._waiting[key] = _Sequence(key, spec, now)
+        if self._book.admits(key, num_tokens=len(spec.token_ids), num_waiting=len(self._waiting)):
+            self._sequences[key] = self._waiting[key] = _Sequence(key, spec, now)
 
     def free(self, key: int) -> None:
         """Forget a sequence in whatever state and free its pages: the only way there is. Unknown keys are no error."""
@@ -142,12 +125,11 @@ class PrefillScheduler:
                 zero_page_ids.append(sequence.pages.page_ids[-1])
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
-        self._planned = StepPlan(chunks, zero_page_ids) if chunks else None
-        return self._planned
+        return self._book.plan(chunks, zero_page_ids)
 
     def apply(self, result: StepResult, now: float) -> None:
         """Advance the planned sequences; publish those whose first token was sampled."""
-        for chunk in self._take_planned().chunks:
+        for chunk in self._book.take_planned().chunks:
             sequence = self._sequences[chunk.key]
             assert sequence.pages is not None, "a running sequence has pages"
             sequence.num_computed += len(chunk.token_ids)
@@ -157,35 +139,28 @@ class PrefillScheduler:
 
     def fail_step(self, error: HeadraceError, now: float) -> None:
         """End the planned sequences with `error`."""
-        for chunk in self._take_planned().chunks:
+        for chunk in self._book.take_planned().chunks:
             self.free(chunk.key)
-            self._events.append(Failed(chunk.key, error))
+            self._book.tell(Failed(chunk.key, error))
 
     def take_events(self) -> Sequence[PrefillEvent]:
         """Return what happened since the last call."""
-        events, self._events = self._events, []
-        return events
+        return self._book.take_events()
 
     def load(self) -> Load:
         """Return what is held now."""
-        return Load(
-            num_free_pages=self.pages.num_available,
+        return self._book.load(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_waiting_tokens=sum(s.num_tokens for s in self._waiting.values())
             + sum(s.num_left for s in self._running.values()),
             num_sequences=len(self._sequences),
-            page_counts=self.pages.pool.counts(),
         )
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice, and that the queues agree."""
-        self.pages.check_integrity()
+        self._book.check_integrity(s.pages for s in self._sequences.values() if s.pages)
         assert len(self._waiting) + len(self._running) <= len(self._sequences), "a sequence is in two queues"
-        num_held = sum(len(s.pages.own_page_ids) for s in self._sequences.values() if s.pages)
-        assert num_held == sum(
-            count for state, count in self.pages.pool.counts().items() if state.value in ("owned", "quarantined")
-        ), "pages without a sequence"
 
     def _admit(self, sequence: _Sequence, now: float) -> bool:
         pages = self.pages.match(sequence.key, sequence.spec.token_ids)
@@ -227,7 +202,7 @@ class PrefillScheduler:
         del self._running[sequence.key]
         sequence.state = State.PUBLISHED
         num_tokens = sequence.num_tokens + 1
-        self._events.append(
+        self._book.tell(
             Prefilled(
                 key=sequence.key,
                 token=token,
@@ -242,8 +217,3 @@ class PrefillScheduler:
                 compute_s=now - sequence.started_s,
             )
         )  # fmt: skip
-
-    def _take_planned(self) -> StepPlan:
-        plan, self._planned = self._planned, None
-        assert plan is not None, "no step is planned"
-        return plan

@@ -11,6 +11,7 @@ from typing import Any
 
 from headrace.v1 import types_pb2
 from headrace_core.batch.spec import SequenceSpec
+from headrace_core.batch.step_book import Failed
 from headrace_core.config import PrefillSettings
 from headrace_core.engine.engine import News
 from headrace_core.errors import HandoffLostError, UnavailableError
@@ -25,7 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from headrace_prefill.handoff import Lease, LeaseState, LeaseTable
 from headrace_prefill.metrics import PrefillMetrics
-from headrace_prefill.scheduler import Failed, Prefilled, PrefillEvent, PrefillScheduler
+from headrace_prefill.scheduler import Prefilled, PrefillEvent, PrefillScheduler
 from headrace_prefill.server import PREFILL_SERVICE, add_prefill_servicer
 
 log = logging.getLogger(__name__)

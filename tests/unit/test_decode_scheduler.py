@@ -2,11 +2,12 @@
 
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import StepPlan, StepResult
+from headrace_core.batch.step_book import Failed
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_decode.scheduler import DecodeScheduler, Failed, Output, PagesReady, Preempted, Started
+from headrace_decode.scheduler import DecodeScheduler, Output, PagesReady, Preempted, Started
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,10 +2,11 @@
 
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import StepPlan, StepResult
+from headrace_core.batch.step_book import Failed
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_prefill.scheduler import Failed, Prefilled, PrefillScheduler
+from headrace_prefill.scheduler import Prefilled, PrefillScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

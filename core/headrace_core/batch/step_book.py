@@ -1,0 +1,94 @@
+"""What both schedulers keep besides their policies: the pages, the planned step, what happened since the last look.
+
+A scheduler is composed of one. No torch, no grpc, no clock; engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from headrace_core.batch.scheduler import Load
+from headrace_core.batch.step import Chunk, StepPlan
+from headrace_core.errors import HeadraceError, OverloadedError
+from headrace_core.kv.page_pool import PageState
+from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sequence can't go on; its pages are free."""
+
+    key: int
+    error: HeadraceError
+
+
+E = TypeVar("E")
+
+
+class StepBook(Generic[E]):
+    """`E`: the events of its scheduler, `Failed` among them."""
+
+    def __init__(self, pages: PageAllocator, *, max_waiting_sequences: int) -> None:
+        self.pages = pages
+        self._max_waiting = max_waiting_sequences
+        self._planned: StepPlan | None = None
+        self._events: list[E | Failed] = []
+
+    def tell(self, event: E | Failed) -> None:
+        """Add an event."""
+        self._events.append(event)
+
+    def take_events(self) -> Sequence[E | Failed]:
+        """Return what happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def admits(self, key: int, *, num_tokens: int, num_waiting: int) -> bool:
+        """Return whether a sequence that takes pages for `num_tokens` may queue behind `num_waiting` others.
+
+        If it may not, a `Failed` event tells why: NO_FREE_PAGES, QUEUE_FULL.
+        """
+        needed = self.pages.pages_for(num_tokens)
+        if needed > self.pages.num_pages:
+            text = (
+                f"{num_tokens} tokens take {needed} pages, the whole pool has {self.pages.num_pages}; "
+                "raise --kv-pool-mib"
+            )
+            self.tell(Failed(key, OverloadedError("NO_FREE_PAGES", text)))
+        elif num_waiting >= self._max_waiting:
+            text = f"{num_waiting} sequences wait already; try again later"
+            self.tell(Failed(key, OverloadedError("QUEUE_FULL", text)))
+        else:
+            return True
+        return False
+
+    def plan(self, chunks: list[Chunk], zero_page_ids: Sequence[int] = ()) -> StepPlan | None:
+        """Return the step of these chunks and remember it until `take_planned`; None if there are none."""
+        self._planned = StepPlan(chunks, list(zero_page_ids)) if chunks else None
+        return self._planned
+
+    def take_planned(self) -> StepPlan:
+        """Return the step that was planned, once: it was computed, or failed."""
+        plan, self._planned = self._planned, None
+        assert plan is not None, "no step is planned"
+        return plan
+
+    def load(self, *, num_running: int, num_waiting: int, num_waiting_tokens: int, num_sequences: int) -> Load:
+        """Return what is held now, the pages counted."""
+        return Load(
+            num_free_pages=self.pages.num_available,
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_waiting_tokens=num_waiting_tokens,
+            num_sequences=num_sequences,
+            page_counts=self.pages.pool.counts(),
+        )
+
+    def check_integrity(self, held: Iterable[SequencePages]) -> None:
+        """Assert that no page is lost or held twice, and that `held` are all that sequences have."""
+        self.pages.check_integrity()
+        num_held = sum(len(pages.own_page_ids) for pages in held)
+        counts = self.pages.pool.counts()
+        assert num_held == counts[PageState.OWNED] + counts[PageState.QUARANTINED], "pages without a sequence"
