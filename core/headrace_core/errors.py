@@ -2,7 +2,7 @@
 
     HeadraceError                INTERNAL             fail the request, log, count
     ├── InvalidRequestError      INVALID_ARGUMENT     return to the client
-    ├── NotFoundError            NOT_FOUND            return to the client
+    ├── NotFoundError            NOT_FOUND            another attempt: a session went away under the call
     ├── ConflictError            ALREADY_EXISTS       return to the caller
     ├── LayoutMismatchError      FAILED_PRECONDITION  another pair of workers, bounded; logged as an error
     ├── OverloadedError          RESOURCE_EXHAUSTED   another worker, then shed
@@ -10,18 +10,17 @@
     ├── HandoffLostError         ABORTED              prefill again, bounded
     ├── TransferCorruptError     DATA_LOSS            prefill again, bounded; logged as an error
     ├── DeadlineError            DEADLINE_EXCEEDED    free both sides
-    └── CheckpointError          (start-up only)      the process does not start
+    ├── CheckpointError          (start-up only)      the process does not start: the model's folder
+    └── StartupError             (start-up only)      the process does not start: its settings, this machine
 
-A handler raises one of these; the server interceptor (`rpc.py`) turns it into a status whose reason
-travels in trailing metadata; `from_status` turns it back on the other side. Nothing else maps.
-The reactions are code in `headrace_router/flow.py`.
+A handler raises one of these; `rpc.py` turns it into a status whose reason travels in trailing metadata, and back into
+the error on the other side. Nothing else maps. The reactions are code in `headrace_router/flow.py`; every reason is in
+`reasons.py`.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
-
-import grpc
 
 
 class HeadraceError(Exception):
@@ -31,7 +30,8 @@ class HeadraceError(Exception):
     what is wrong and what to do.
     """
 
-    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    status: ClassVar[str] = "INTERNAL"
+    """Name of the gRPC status code that it becomes."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -41,79 +41,64 @@ class HeadraceError(Exception):
 class InvalidRequestError(HeadraceError):
     """The request can never succeed as written."""
 
-    code = grpc.StatusCode.INVALID_ARGUMENT
+    status = "INVALID_ARGUMENT"
 
 
 class NotFoundError(HeadraceError):
     """The thing named does not exist here."""
 
-    code = grpc.StatusCode.NOT_FOUND
+    status = "NOT_FOUND"
 
 
 class ConflictError(HeadraceError):
     """The thing to be made exists already."""
 
-    code = grpc.StatusCode.ALREADY_EXISTS
+    status = "ALREADY_EXISTS"
 
 
 class LayoutMismatchError(HeadraceError):
     """Two workers can't hand off to each other: other model, layout or transports."""
 
-    code = grpc.StatusCode.FAILED_PRECONDITION
+    status = "FAILED_PRECONDITION"
 
 
 class OverloadedError(HeadraceError):
     """There is no room now; another worker may have some."""
 
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    status = "RESOURCE_EXHAUSTED"
 
 
 class UnavailableError(HeadraceError):
     """The process can't take work: starting, draining, gone."""
 
-    code = grpc.StatusCode.UNAVAILABLE
+    status = "UNAVAILABLE"
 
 
 class HandoffLostError(HeadraceError):
     """The pages are gone (lease expired, worker restarted, stale attempt); prefill again."""
 
-    code = grpc.StatusCode.ABORTED
+    status = "ABORTED"
 
 
 class TransferCorruptError(HeadraceError):
     """Bytes arrived that are not what the ticket promised."""
 
-    code = grpc.StatusCode.DATA_LOSS
+    status = "DATA_LOSS"
 
 
 class DeadlineError(HeadraceError):
     """The caller's deadline passed."""
 
-    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    status = "DEADLINE_EXCEEDED"
 
 
 class CheckpointError(HeadraceError):
     """A checkpoint can't be served: unsupported, inconsistent, damaged, or too large for this machine."""
 
-    code = grpc.StatusCode.FAILED_PRECONDITION
+    status = "FAILED_PRECONDITION"
 
 
-_BY_CODE: dict[grpc.StatusCode, type[HeadraceError]] = {
-    error.code: error
-    for error in (
-        InvalidRequestError,
-        NotFoundError,
-        ConflictError,
-        LayoutMismatchError,
-        OverloadedError,
-        UnavailableError,
-        HandoffLostError,
-        TransferCorruptError,
-        DeadlineError,
-    )
-}
+class StartupError(HeadraceError):
+    """A process can't start as it was told to on this machine: an address, a file, a device, a size."""
 
-
-def from_status(code: grpc.StatusCode, reason: str, message: str) -> HeadraceError:
-    """Return the error that a status stands for; an unknown code becomes a plain `HeadraceError`."""
-    return _BY_CODE.get(code, HeadraceError)(reason, message)
+    status = "FAILED_PRECONDITION"

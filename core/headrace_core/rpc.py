@@ -15,7 +15,19 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from headrace_core.errors import HeadraceError, InvalidRequestError, from_status
+from headrace_core.errors import (
+    ConflictError,
+    DeadlineError,
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    LayoutMismatchError,
+    NotFoundError,
+    OverloadedError,
+    StartupError,
+    TransferCorruptError,
+    UnavailableError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +64,32 @@ _CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+
+
+_BY_STATUS: dict[str, type[HeadraceError]] = {
+    error.status: error
+    for error in (
+        InvalidRequestError,
+        NotFoundError,
+        ConflictError,
+        LayoutMismatchError,
+        OverloadedError,
+        UnavailableError,
+        HandoffLostError,
+        TransferCorruptError,
+        DeadlineError,
+    )
+}
+
+
+def status_code(error: HeadraceError) -> grpc.StatusCode:
+    """Return the status code that `error` becomes."""
+    return grpc.StatusCode[error.status]
+
+
+def from_status(code: grpc.StatusCode, reason: str, message: str) -> HeadraceError:
+    """Return the error that a status stands for; an unknown code becomes a plain `HeadraceError`."""
+    return _BY_STATUS.get(code.name, HeadraceError)(reason, message)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -112,7 +150,7 @@ async def _abort(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, HeadraceError):
-        await context.abort(error.code, str(error), ((REASON_KEY, error.reason),))
+        await context.abort(status_code(error), str(error), ((REASON_KEY, error.reason),))
     log.error("unhandled error", extra={"method": method}, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error", ((REASON_KEY, "BUG"),))
 
@@ -148,14 +186,14 @@ class Server:
         """Bind `host:port` (port 0: the kernel chooses) and return the address with the port.
 
         Raises:
-            HeadraceError: the address can't be bound; says which.
+            StartupError: BIND, the address can't be bound; says which.
         """
         try:
             port = (
                 self.grpc.add_secure_port(address, credentials) if credentials else self.grpc.add_insecure_port(address)
             )
         except RuntimeError as error:
-            raise HeadraceError("BIND", f"can't listen on {address}: is it in use?") from error
+            raise StartupError("BIND", f"can't listen on {address}: is it in use?") from error
         return f"{address.rsplit(':', 1)[0]}:{port}"
 
     async def start(self) -> None:

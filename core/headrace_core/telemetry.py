@@ -15,7 +15,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import StartupError
 
 # vLLM's edges for time to first token and inter-token latency, with a fine head below 10 ms.
 LATENCY_BUCKETS = (
@@ -77,11 +77,11 @@ def serve_metrics(address: str, registry: CollectorRegistry) -> str:
     """Serve `registry` over HTTP at `host:port` from a daemon thread; return the address with the kernel's port.
 
     Raises:
-        HeadraceError: BIND, the address can't be bound.
+        StartupError: BIND, the address can't be bound.
     """
     host, _, port = address.rpartition(":")
     try:
         server, _ = start_http_server(int(port), host, registry=registry)
     except (OSError, ValueError) as error:
-        raise HeadraceError("BIND", f"can't serve metrics on {address}: {error}") from error
+        raise StartupError("BIND", f"can't serve metrics on {address}: {error}") from error
     return f"{host}:{server.server_port}"

@@ -10,9 +10,10 @@ from typing import Any
 import grpc
 from headrace.v1 import decode_service_pb2, types_pb2
 
-from headrace_core.errors import HeadraceError, InvalidRequestError, from_status
+from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
 from headrace_core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
+from headrace_core.rpc import from_status, status_code
 
 _OPTIONAL_SCALARS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
@@ -157,4 +158,4 @@ def decode_failure(message: decode_service_pb2.SequenceFailure) -> HeadraceError
 
 def encode_failure(error: HeadraceError) -> decode_service_pb2.SequenceFailure:
     """Return the message."""
-    return decode_service_pb2.SequenceFailure(code=error.code.value[0], reason=error.reason, message=str(error))
+    return decode_service_pb2.SequenceFailure(code=status_code(error).value[0], reason=error.reason, message=str(error))

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import StartupError
 from headrace_core.rpc import REASON_KEY
 
 _PROTECTED = "/headrace."
@@ -54,14 +54,14 @@ def server_credentials(cert: Path | None, key: Path | None) -> grpc.ServerCreden
     """Return credentials from PEM files; None if neither is given.
 
     Raises:
-        CheckpointError: BAD_TLS, one is missing or can't be read.
+        StartupError: BAD_TLS, one is missing or can't be read.
     """
     if cert is None and key is None:
         return None
     if cert is None or key is None:
-        raise CheckpointError("BAD_TLS", "--tls-cert and --tls-key come together")
+        raise StartupError("BAD_TLS", "--tls-cert and --tls-key come together")
     try:
         pair = (key.read_bytes(), cert.read_bytes())
     except OSError as error:
-        raise CheckpointError("BAD_TLS", f"can't read the TLS files: {error}") from error
+        raise StartupError("BAD_TLS", f"can't read the TLS files: {error}") from error
     return grpc.ssl_server_credentials([pair])

@@ -8,7 +8,7 @@ import logging
 import socket
 from pathlib import Path
 
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import StartupError
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +24,12 @@ class Discovery:
         """Take the settings.
 
         Raises:
-            CheckpointError: BAD_ADDRESS, an entry of `workers` is not `host:port`.
+            StartupError: BAD_ADDRESS, an entry of `workers` is not `host:port`.
         """
         self._static = [entry.strip() for entry in workers.split(",") if entry.strip()]
         for entry in self._static:
             if not _is_address(entry):
-                raise CheckpointError("BAD_ADDRESS", f"--workers: {entry!r} is not host:port")
+                raise StartupError("BAD_ADDRESS", f"--workers: {entry!r} is not host:port")
         self._file = workers_file
         self._file_text: str | None = None
         self._listed: list[str] = []

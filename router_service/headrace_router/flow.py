@@ -35,8 +35,10 @@ import grpc
 import grpc.aio
 from headrace.v1 import decode_service_pb2, prefill_service_pb2, transfer_service_pb2, types_pb2
 from headrace_core.errors import (
+    DeadlineError,
     HandoffLostError,
     HeadraceError,
+    InvalidRequestError,
     LayoutMismatchError,
     NotFoundError,
     OverloadedError,
@@ -207,7 +209,7 @@ class Flow:
             "problem": str(error),
         }
         if reaction is None:
-            level = logging.INFO if error.code in _CLIENT_CODES else logging.ERROR
+            level = logging.INFO if isinstance(error, _CLIENT_ERRORS) else logging.ERROR
             log.log(level, "attempt failed for good", extra=data)
             raise error
         log.log(reaction.level, "attempt failed", extra=data)
@@ -237,7 +239,7 @@ class Flow:
         task.add_done_callback(self._cleanups.discard)
 
 
-_CLIENT_CODES = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DEADLINE_EXCEEDED)
+_CLIENT_ERRORS = (InvalidRequestError, DeadlineError)
 
 
 def _start_request(

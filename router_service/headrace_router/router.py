@@ -33,7 +33,8 @@ class Router:
         """Load the tokenizer.
 
         Raises:
-            CheckpointError: the model folder or an address can't be used.
+            CheckpointError: the model folder can't be used.
+            StartupError: BAD_ADDRESS, of a worker.
         """
         self.fleet = Registry(Discovery(settings.workers, settings.workers_file), dns_refresh_s=settings.dns_refresh_s)
         self._settings = settings

@@ -37,7 +37,7 @@ _OUTCOMES = {
 
 def outcome_of(error: HeadraceError) -> str:
     """Return the `outcome` label of a request that ended with `error`."""
-    return _OUTCOMES.get(error.code.name, "failed")
+    return _OUTCOMES.get(error.status, "failed")
 
 
 class RunningRequest:

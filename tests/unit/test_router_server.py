@@ -12,7 +12,7 @@ from headrace.v1 import types_pb2
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace_core import rpc
 from headrace_core.config import RouterSettings
-from headrace_core.errors import CheckpointError, UnavailableError
+from headrace_core.errors import CheckpointError, StartupError, UnavailableError
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router.server import RouterService
@@ -337,19 +337,19 @@ def test_tls_serves_and_plain_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("settings", "kind", "reason"),
     [
-        ({"model": "nowhere"}, "NO_TOKENIZER"),
-        ({"workers": "no-port"}, "BAD_ADDRESS"),
-        ({"tls_cert": "cert.pem"}, "BAD_TLS"),
-        ({"tls_cert": "cert.pem", "tls_key": "key.pem"}, "BAD_TLS"),
+        ({"model": "nowhere"}, CheckpointError, "NO_TOKENIZER"),
+        ({"workers": "no-port"}, StartupError, "BAD_ADDRESS"),
+        ({"tls_cert": "cert.pem"}, StartupError, "BAD_TLS"),
+        ({"tls_cert": "cert.pem", "tls_key": "key.pem"}, StartupError, "BAD_TLS"),
     ],
 )
-def test_settings_that_can_not_work_end_the_start(tmp_path, settings, reason):
+def test_settings_that_can_not_work_end_the_start(tmp_path, settings, kind, reason):
     async def main():
         options = {"model": write_tokenizer(tmp_path / "tiny"), "listen": "127.0.0.1:0", **settings}
         service = RouterService(RouterSettings(**options))
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(kind) as caught:
             await service.start()
         assert caught.value.reason == reason
         await service.stop()

@@ -4,8 +4,8 @@ import grpc
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from headrace.v1 import types_pb2
-from headrace_core import wire
-from headrace_core.errors import CheckpointError, HeadraceError, InvalidRequestError, from_status
+from headrace_core import rpc, wire
+from headrace_core.errors import CheckpointError, HeadraceError, InvalidRequestError, StartupError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
 from headrace_core.request import FinishReason, SamplingParams, TokenLogprobs, check_request_id
 from hypothesis import given
@@ -109,8 +109,8 @@ def _subclasses(error):
         yield from _subclasses(child)
 
 
-# CheckpointError never crosses a process: it is for start-up only.
-CROSSING = [error for error in (HeadraceError, *_subclasses(HeadraceError)) if error is not CheckpointError]
+# These two never cross a process: they are for start-up only.
+CROSSING = [e for e in (HeadraceError, *_subclasses(HeadraceError)) if e not in (CheckpointError, StartupError)]
 
 
 @pytest.mark.parametrize("error", CROSSING)
@@ -122,7 +122,7 @@ def test_errors_survive_the_wire(error):
 
 
 def test_unknown_codes_become_the_base_error():
-    assert type(from_status(grpc.StatusCode.UNIMPLEMENTED, "X", "y")) is HeadraceError
+    assert type(rpc.from_status(grpc.StatusCode.UNIMPLEMENTED, "X", "y")) is HeadraceError
 
 
 def test_every_scalar_whose_zero_is_legal_has_presence():

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import CheckpointError, StartupError
 
 _MIB = 1 << 20
 _CGROUP_V2 = Path("/sys/fs/cgroup")
@@ -70,7 +70,7 @@ def release_freed_memory() -> None:
 def _available_gpu_bytes() -> int:
     if not torch.cuda.is_available():
         build = "has no GPU build" if torch.version.cuda is None and torch.version.hip is None else "sees no GPU"
-        raise CheckpointError(
+        raise StartupError(
             "NO_GPU",
             f"--device cuda: torch {torch.__version__} {build} here; use --device cpu, or see docs/operations.md",
         )

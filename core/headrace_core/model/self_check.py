@@ -12,7 +12,7 @@ from headrace_kernels import use_backend
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk, SamplingRow
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import StartupError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
@@ -31,7 +31,7 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
     """Return the largest relative difference found, with pages of `page_size` tokens.
 
     Raises:
-        CheckpointError: NO_KERNEL, the kernels do not take this network or page size; KERNELS_DISAGREE, the difference
+        StartupError: NO_KERNEL, the kernels do not take this network or page size; KERNELS_DISAGREE, the difference
             is too large or not a number.
     """
     with use_backend("reference"):
@@ -40,14 +40,14 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
         with use_backend("triton"):
             found = [_logits(model, device, page_size), _logits(model, device, page_size, is_fused=True)]
     except ValueError as error:
-        raise CheckpointError(
+        raise StartupError(
             "NO_KERNEL",
             f"the GPU's kernels do not take this network with --page-size {page_size}: {error}; use --device cpu",
         ) from error
     worst = max(_difference(each, expected) for each in found)
     limit = _LIMITS[model.dtype]
     if not worst <= limit:
-        raise CheckpointError(
+        raise StartupError(
             "KERNELS_DISAGREE",
             f"on this GPU ({_name(device)}) kernels and plain torch disagree by {worst:.2g} of the logits, more than "
             f"{limit:g}: it would answer wrongly; use --device cpu, and report GPU, driver, torch "

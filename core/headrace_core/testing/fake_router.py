@@ -22,7 +22,7 @@ from headrace.v1 import generation_service_pb2_grpc as pb_grpc
 from headrace.v1 import types_pb2
 
 from headrace_core.errors import HeadraceError
-from headrace_core.rpc import MAX_MESSAGE_BYTES, REASON_KEY
+from headrace_core.rpc import MAX_MESSAGE_BYTES, REASON_KEY, status_code
 
 HOLD_LIMIT_S = 30.0
 _OPTIONS = [
@@ -194,4 +194,4 @@ def default_info() -> pb.GetServerInfoResponse:
 
 def _abort(context: Any, error: HeadraceError) -> None:
     context.set_trailing_metadata(((REASON_KEY, error.reason),))
-    context.abort(error.code, str(error))
+    context.abort(status_code(error), str(error))

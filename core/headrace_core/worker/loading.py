@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from headrace_core.batch.spec import ModelLimits
 from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import StartupError
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
@@ -55,7 +55,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     """Load the checkpoint and make the page pool; takes long, call it off the event loop.
 
     Raises:
-        CheckpointError: the checkpoint can't be served, or the pool is too small for a page.
+        CheckpointError: the checkpoint can't be served.
+        StartupError: POOL_TOO_SMALL, the pool is too small for a page; NO_GPU, NO_KERNEL, KERNELS_DISAGREE.
     """
     started = time.perf_counter()
     pool_bytes = settings.kv_pool_mib << 20
@@ -70,7 +71,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     layout = model.kv_layout(settings.page_size)
     num_pages = pool_bytes // layout.page_bytes
     if num_pages < 1:
-        raise CheckpointError(
+        raise StartupError(
             "POOL_TOO_SMALL", f"--kv-pool-mib {settings.kv_pool_mib}: one page takes {layout.page_bytes} bytes"
         )
     config = model.config
@@ -105,7 +106,7 @@ def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_con
     """Check and compile the kernels; capture a decode worker's steps.
 
     Raises:
-        CheckpointError: NO_KERNEL, KERNELS_DISAGREE.
+        StartupError: NO_KERNEL, KERNELS_DISAGREE.
     """
     difference = check_kernels(model, settings.device, settings.page_size)
     warm_up(model, cache, max_step_tokens=settings.max_step_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import StartupError
 from headrace_core.model import self_check
 from headrace_core.model.load import load_model
 from headrace_core.model.self_check import check_kernels
@@ -65,13 +65,13 @@ def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeyp
         return logits if backend(logits) == "reference" else logits * 1.01
 
     monkeypatch.setattr(self_check.Model, "forward", wrong)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(StartupError) as caught:
         check_kernels(model, device)
     assert caught.value.reason == "KERNELS_DISAGREE"
 
 
 def test_pages_that_kernels_do_not_take_keep_the_worker_from_starting(tmp_path, device):
     write_checkpoint(tmp_path, ONE_LAYER)
-    with pytest.raises(CheckpointError, match=r"--page-size 8.*multiple of 16") as caught:
+    with pytest.raises(StartupError, match=r"--page-size 8.*multiple of 16") as caught:
         check_kernels(load_model(tmp_path, device=device), device, page_size=8)
     assert caught.value.reason == "NO_KERNEL"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from headrace_core.batch.step import Chunk
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.model.decode_graphs import Capture, CudaGraphCapture, DecodeOutput, buckets
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
@@ -81,7 +81,7 @@ def _kernels_check(model: Model, page_size: int) -> float | str:
     """Return how far the kernels are from plain torch on this network, or why a worker would refuse to serve it."""
     try:
         return check_kernels(model, model.device, page_size)
-    except CheckpointError as error:
+    except (CheckpointError, StartupError) as error:
         return str(error)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from headrace_core.errors import CheckpointError
+from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.model.decode_graphs import Capture
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
@@ -64,7 +64,7 @@ def _compare(checkpoint: Path, device: str, num_tokens: int) -> dict[str, Any]:
 def _check(model: Model, device: str) -> float | str:
     try:
         return check_kernels(model, device, _PAGE_SIZE)
-    except CheckpointError as error:
+    except (CheckpointError, StartupError) as error:
         return str(error)
 
 
