@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.model.load import load_model
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_core.testing.tiny_checkpoints import (
@@ -28,7 +28,7 @@ def test_block_fp8_weights_are_dequantised(block, tmp_path, oracle, random_token
     }
     write_config(tmp_path / "fp8", {**config, "quantization_config": quantisation})
     write_config(tmp_path / "plain", config)
-    tensors = random_tensors(ModelConfig.from_directory(tmp_path / "plain"), Variation())
+    tensors = random_tensors(parse_config(tmp_path / "plain"), Variation())
     stored, plain = quantise_fp8(tensors, block)
     write_tensors(tmp_path / "fp8", stored, num_shards=2)
     write_tensors(tmp_path / "plain", plain)

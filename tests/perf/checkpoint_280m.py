@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.checkpoint.expected_tensors import expected_tensors
 from safetensors.torch import save_file
 
@@ -66,7 +66,7 @@ def write(directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=1))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, shape in expected_tensors(ModelConfig.from_directory(directory)).items():
+    for name, shape in expected_tensors(parse_config(directory)).items():
         if name.endswith("norm.weight"):
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.checkpoint.config import GqaShape, MlaShape
+from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, LatentAttention
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
@@ -67,7 +68,7 @@ V2_LITE = {
 def read(tmp_path):
     def read(config, **changes):
         write_config(tmp_path, {**config, **changes})
-        return ModelConfig.from_directory(tmp_path)
+        return parse_config(tmp_path)
 
     return read
 
@@ -194,7 +195,7 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json") as caught:
-        ModelConfig.from_directory(tmp_path)
+        parse_config(tmp_path)
     assert caught.value.reason == "BAD_CONFIG"
 
 
@@ -202,4 +203,4 @@ def test_a_missing_field_is_named(tmp_path):
     config = {k: v for k, v in TINY_CONFIGS["v3"].items() if k != "kv_lora_rank"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="kv_lora_rank is missing"):
-        ModelConfig.from_directory(tmp_path)
+        parse_config(tmp_path)

@@ -1,12 +1,11 @@
 """What a checkpoint's config.json says about its network, checked, in one vocabulary for all families.
 
-Sizes keep Hugging Face's meaning; names are Headrace's. No torch here: the router reads this too.
+Sizes keep Hugging Face's meaning; names are Headrace's. `config_json` reads it from the file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
@@ -107,18 +106,6 @@ class ModelConfig:
     moe: MoeShape
     num_mtp_layers: int = 0
     fp8_block: tuple[int, int] | None = None
-
-    @classmethod
-    def from_directory(cls, directory: Path) -> ModelConfig:
-        """Read `directory`/config.json.
-
-        Raises:
-            CheckpointError: BAD_CONFIG or UNSUPPORTED_MODEL, naming the field.
-        """
-        # The parser imports this module for the types above.
-        from headrace_core.checkpoint.config_json import parse_config
-
-        return parse_config(directory)
 
     def is_moe_layer(self, layer: int) -> bool:
         """True if the layer has routed experts; dense otherwise."""

@@ -14,6 +14,7 @@ from headrace_kernels.moe_routing import RoutingRule
 from torch import Tensor
 
 from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.checkpoint.expected_tensors import check_tensors, expected_tensors
 from headrace_core.checkpoint.memory import (
     GPU_WORKING_BYTES,
@@ -57,7 +58,7 @@ def load_model(
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE.
     """
-    config = ModelConfig.from_directory(directory)
+    config = parse_config(directory)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
     compute_dtype = _DTYPES[config.checkpoint_dtype if dtype == "auto" else dtype]

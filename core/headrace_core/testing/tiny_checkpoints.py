@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.checkpoint.expected_tensors import expected_tensors
 
 Config = dict[str, Any]
@@ -154,7 +155,7 @@ def write_checkpoint(directory: Path, config: Config, variation: Variation | Non
     if variation.num_mtp_layers:
         config = {**config, "num_nextn_predict_layers": variation.num_mtp_layers}
     write_config(directory, config)
-    tensors = random_tensors(ModelConfig.from_directory(directory), variation)
+    tensors = random_tensors(parse_config(directory), variation)
     write_tensors(directory, tensors, variation.num_shards)
     return tensors
 

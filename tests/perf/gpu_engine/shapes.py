@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.roofline.model_shape import ModelShape
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, Config, write_config
 
@@ -71,7 +72,7 @@ class Shape:
     def model_config(self, folder: Path) -> ModelConfig:
         """Return the network as the engine reads it; writes config.json into `folder`."""
         write_config(folder, self.config)
-        return ModelConfig.from_directory(folder)
+        return parse_config(folder)
 
     def roofline_shape(self) -> ModelShape:
         """Return the network as the roofline reads it."""
