@@ -1,7 +1,7 @@
 """A sequence's pages: taken, grown, shared and given back in one place. Engine thread only.
 
 The first `len(nodes)` pages of a sequence are shared ones of the prefix cache, read-only; the rest are its own.
-`SequencePages.free` is the only way back, whatever ended the sequence.
+`PageAllocator.free` is the only way back, whatever ended the sequence.
 """
 
 from __future__ import annotations
