@@ -15,7 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from headrace_core.errors import HandoffLostError
+from headrace_core.errors import HandoffLostError, HeadraceError, UnavailableError
+
+
+def cancelled() -> HeadraceError:
+    """Return what is told to whoever waits for a prefill that was cancelled."""
+    return UnavailableError("CANCELLED", "the prefill was cancelled")
 
 
 class LeaseState(Enum):
@@ -40,6 +45,8 @@ class Lease:
     attempt: int
     state: LeaseState = LeaseState.CREATED
     outcome: LeaseState | None = None
+    error: HeadraceError | None = None
+    """Why it was aborted."""
     page_ids: tuple[int, ...] = ()
     generations: tuple[int, ...] = ()
     timer: asyncio.TimerHandle | None = None
@@ -90,7 +97,7 @@ class LeaseTable:
         if current and current.attempt >= attempt:
             raise HandoffLostError("STALE_ATTEMPT", f"attempt {attempt} comes after attempt {current.attempt}")
         if current:
-            self.abort(current)
+            self.abort(current, HandoffLostError("STALE_ATTEMPT", f"attempt {attempt} replaced this one"))
         self._num_created += 1
         lease = Lease(self._num_created, f"lease-{self._num_created}", request_id, sample_index, attempt)
         self._by_id[lease.lease_id] = self._by_request[request_id, sample_index] = lease
@@ -104,15 +111,17 @@ class LeaseTable:
         self._start_timer(lease)
         self._on_change()
 
-    def abort(self, lease: Lease) -> None:
-        """End a lease whose sequence is not wanted any more. Idempotent."""
+    def abort(self, lease: Lease, error: HeadraceError) -> None:
+        """End a lease whose sequence is not wanted any more; whoever waits for it gets `error`. Idempotent."""
+        if lease.outcome is None:
+            lease.error = error
         self._end(lease, LeaseState.ABORTED)
 
     def abort_attempts(self, request_id: str, *, sample_index: int, attempt: int) -> None:
-        """Abort a sample's lease unless it is of a higher attempt. One that is not here is no error."""
+        """Abort a sample's lease, cancelled, unless it is of a higher attempt. One that is not here is no error."""
         current = self._by_request.get((request_id, sample_index))
         if current and current.attempt <= attempt:
-            self.abort(current)
+            self.abort(current, cancelled())
 
     def take(self, lease: Lease) -> None:
         """End a lease that fulfilled its purpose. Idempotent."""

@@ -14,7 +14,7 @@ from headrace_core.batch.spec import SequenceSpec
 from headrace_core.batch.step_book import Failed
 from headrace_core.config import PrefillSettings
 from headrace_core.engine.engine import News
-from headrace_core.errors import HandoffLostError, UnavailableError
+from headrace_core.errors import UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.transfer.grpc_stream import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.grpc_stream import GrpcHolder
@@ -24,7 +24,7 @@ from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import LoadedModel, load_worker_model
 from prometheus_client import CollectorRegistry
 
-from headrace_prefill.handoff import Lease, LeaseState, LeaseTable
+from headrace_prefill.handoff import Lease, LeaseState, LeaseTable, cancelled
 from headrace_prefill.metrics import PrefillMetrics
 from headrace_prefill.scheduler import Prefilled, PrefillEvent, PrefillScheduler
 from headrace_prefill.server import PREFILL_SERVICE, add_prefill_servicer
@@ -70,7 +70,6 @@ class PrefillService:
             frame_bytes=settings.frame_kib << 10,
             on_sent=self._metrics.worker.transfer_bytes.labels("grpc", "sent").inc,
         )
-        self._is_stopping = False
         self._offers = (*offers, self._grpc_holder.offer())
 
     @property
@@ -116,9 +115,8 @@ class PrefillService:
 
     async def stop(self) -> None:
         """See `process.Service`."""
-        self._is_stopping = True
         for lease in self._leases.leases if self._leases else ():
-            self.leases.abort(lease)
+            self.leases.abort(lease, UnavailableError("DRAINING", "the worker is going away; try another"))
         await self.host.stop()
 
     async def prefill(self, spec: SequenceSpec) -> PrefillOutcome:
@@ -139,7 +137,7 @@ class PrefillService:
             prefilled = await waiting
             ticket = await self._write_ticket(lease, spec, prefilled, model)
         except BaseException:
-            self.leases.abort(lease)
+            self.leases.abort(lease, cancelled())
             raise
         finally:
             del self._waiting[lease.key]
@@ -160,8 +158,8 @@ class PrefillService:
         else:
             # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
             sums = await run_to_its_end(seal_pages, model.cache, model.layout.num_layers, page_ids)
-            if lease.outcome:
-                raise HandoffLostError("STALE_ATTEMPT", "a higher attempt replaced this one")
+            if lease.error:
+                raise lease.error
             self.leases.hold(lease, page_ids, generations)
         assert spec.params.seed is not None, "checked at the door"
         return Ticket(
@@ -203,9 +201,8 @@ class PrefillService:
             log.warning("lease expired", extra={"request_id": lease.request_id, "pages": len(lease.page_ids)})
         waiting = self._waiting.get(lease.key)
         if waiting and not waiting.done():
-            stale = HandoffLostError("STALE_ATTEMPT", "a higher attempt replaced this one")
-            stopped = UnavailableError("DRAINING", "the worker is going away; try another")
-            waiting.set_exception(stopped if self._is_stopping else stale)
+            assert lease.error is not None, "nothing but an abort ends a lease before its ticket is written"
+            waiting.set_exception(lease.error)
 
     def _on_lease_change(self) -> None:
         num_held = self.leases.num_held

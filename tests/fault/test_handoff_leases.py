@@ -14,6 +14,7 @@ from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import all_free, inspect, running
 from headrace_core.transfer.fake import POOLS, FakeFaults, FakePool, fake_offer
 from headrace_decode.service import DecodeService
+from headrace_prefill.handoff import cancelled
 from headrace_prefill.service import PrefillService
 
 GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=8, ignore_eos=True)
@@ -80,7 +81,7 @@ async def test_a_lease_that_ends_while_pages_move_is_an_error():
         starting = asyncio.ensure_future(router.start("r", PROMPT, params=GREEDY, handoff=handoff))
         await faults.entered.wait()
         (lease,) = prefiller.leases.leases
-        prefiller.leases.abort(lease)
+        prefiller.leases.abort(lease, cancelled())
         assert faults.gate is not None
         faults.gate.set()
         with pytest.raises(HandoffLostError) as raised:

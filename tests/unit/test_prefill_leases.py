@@ -3,7 +3,7 @@
 import pytest
 from headrace_core.errors import HandoffLostError
 from headrace_core.testing.async_test import async_test, eventually
-from headrace_prefill.handoff import Lease, LeaseState, LeaseTable
+from headrace_prefill.handoff import Lease, LeaseState, LeaseTable, cancelled
 
 INCARNATION = 42
 
@@ -50,7 +50,7 @@ async def test_a_lease_not_yet_held_has_no_pages():
     t = Table()
     lease = t.table.create("r", sample_index=0, attempt=1)
     assert t.reason(lease) == "LEASE_EXPIRED"
-    t.table.abort(lease)
+    t.table.abort(lease, cancelled())
 
 
 @pytest.mark.parametrize("first", ["take", "abort", "release", "expire"])
@@ -62,10 +62,12 @@ async def test_pages_are_freed_exactly_once_whatever_comes_after(first: str):
         await eventually(lambda: bool(t.ended), "the lease has expired")
     elif first == "release":
         t.table.release(lease.lease_id, incarnation=INCARNATION)
+    elif first == "abort":
+        t.table.abort(lease, cancelled())
     else:
-        getattr(t.table, first)(lease)
+        t.table.take(lease)
     t.table.take(lease)
-    t.table.abort(lease)
+    t.table.abort(lease, cancelled())
     t.table.release(lease.lease_id, incarnation=INCARNATION)
     outcome = {"abort": LeaseState.ABORTED, "expire": LeaseState.EXPIRED}.get(first, LeaseState.TAKEN)
     assert t.ended == [(lease.key, outcome)]

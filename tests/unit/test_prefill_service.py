@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 
 import grpc.aio
 import pytest
@@ -73,6 +74,30 @@ async def test_an_attempt_is_cancelled_by_its_name_and_a_later_one_is_not():
             await router.cancel_prefill("r", attempt=2)
             assert prefiller.leases.num_held == 0
         await router.cancel_prefill("unknown", attempt=1)
+
+
+@pytest.mark.parametrize(
+    ("replaces", "reason"), [(False, "CANCELLED"), (True, "STALE_ATTEMPT")], ids=["cancelled", "replaced"]
+)
+@async_test
+async def test_a_prefill_that_is_ended_under_way_is_told_what_ended_it(replaces: bool, reason: str):
+    model = FakeModel()
+    model.gate = threading.Event()
+    async with (
+        running(service(loaded=loaded_fake_model(model=model))) as (address,),
+        MiniRouter(prefill=address) as router,
+    ):
+        first = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=1))
+        await asyncio.to_thread(model.entered.wait)
+        second = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=2)) if replaces else None
+        if second is None:
+            await router.cancel_prefill("r", attempt=1)
+        with pytest.raises(HeadraceError) as raised:
+            await first
+        assert raised.value.reason == reason
+        model.gate.set()
+        if second is not None:
+            await release(address, (await second).handoff)
 
 
 @async_test
