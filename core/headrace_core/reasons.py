@@ -1,0 +1,138 @@
+"""Every reason that an error can carry, and what it means, by the error that carries it.
+
+A reason is stable: callers may switch on it. `python -m headrace_core.reasons` writes the table of docs/errors.md; a
+test holds both against every place that raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from headrace_core.errors import (
+    CheckpointError,
+    ConflictError,
+    DeadlineError,
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    LayoutMismatchError,
+    NotFoundError,
+    OverloadedError,
+    StartupError,
+    TransferCorruptError,
+    UnavailableError,
+)
+
+REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
+    InvalidRequestError: {
+        "BAD_CERTIFICATE": "the client's TLS roots can't be read",
+        "BAD_CLUSTER": "these processes can't serve anything together",
+        "BAD_CREDENTIALS": "the client's token can't be sent as metadata",
+        "BAD_FIDELITY": "`headrace simulate --fidelity` is none it knows",
+        "BAD_FIT": "a file of fitted step times can't be used",
+        "BAD_HANDOFF": "a ticket does not fit the sequence it came with; between workers, tried again",
+        "BAD_OPTION": "a command's option has no such value",
+        "BAD_REQUEST": "a message is malformed or contradicts itself",
+        "BAD_SAMPLING": "a sampling parameter is out of its range; the message names it",
+        "BAD_SLO": "a latency objective can't be read",
+        "BAD_STUDY": "`headrace simulate --study` is none it knows",
+        "BAD_TABLES": "a folder of measured kernel times can't be used",
+        "BAD_TOKEN": "a token id is outside the vocabulary",
+        "BAD_TRACE": "a request trace can't be read",
+        "BAD_WORKLOAD": "a workload's numbers make no sense",
+        "EMPTY_PROMPT": "the prompt has no tokens",
+        "NO_MATPLOTLIB": "plots need matplotlib",
+        "NO_MEMORY": "the model leaves no memory for pages on this hardware",
+        "NO_MODEL": "the folder is not a model's",
+        "NO_PLAN": "no number of workers meets the objectives",
+        "PROMPT_TOO_LONG": "the prompt exceeds the context, or the bytes a router takes",
+    },
+    NotFoundError: {
+        "UNKNOWN_MODEL": "the router serves another model",
+        "UNKNOWN_SESSION": "the decode worker has no such session (any more)",
+    },
+    ConflictError: {
+        "SESSION_EXISTS": "a session of this id is open",
+    },
+    LayoutMismatchError: {
+        "LAYOUT_MISMATCH": "page size, dtype, layers or widths differ between two workers",
+        "MODEL_MISMATCH": "weights, config or compute type differ between two workers",
+        "NO_COMMON_TRANSPORT": "two workers have no transport in common",
+        "REFUSED": "a worker does not fit the fleet; `headrace status` says why",
+    },
+    OverloadedError: {
+        "NO_FREE_PAGES": "the pages are taken, or the sequence is larger than a pool",
+        "QUEUE_FULL": "too much is waiting; try again later",
+        "SLOW_READER": "a session's reader fell too far behind",
+    },
+    UnavailableError: {
+        "CANCELLED": "the work was cancelled meanwhile",
+        "CONNECTION_LOST": "the connection to the router broke",
+        "DRAINING": "the process is going away and takes no new work",
+        "NO_WORKERS": "no worker is ready; says what is missing",
+        "RETRIES_EXHAUSTED": "every attempt failed; says how the last one did",
+        "SESSION_CLOSED": "the session's stream ended",
+        "STARTING": "the process is loading its model",
+        "START_FAILED": "a process of a local cluster could not start; says its last lines",
+        "START_TIMEOUT": "a process of a local cluster was not ready in time",
+        "UNREACHABLE": "nothing answers at the router's address",
+        "WORKER_LOST": "a worker's connection broke",
+    },
+    HandoffLostError: {
+        "HOLDER_LOST": "the worker that holds the pages is gone",
+        "LEASE_EXPIRED": "the pages are not held any more",
+        "STALE_ATTEMPT": "a later attempt of the same sample exists",
+        "STALE_PAGE": "a page was reused since the ticket was written",
+        "WORKER_RESTARTED": "the holder is another process now",
+    },
+    TransferCorruptError: {
+        "CHECKSUM": "bytes differ from the ticket's checksums",
+        "SHORT_READ": "fewer bytes arrived than promised",
+    },
+    DeadlineError: {
+        "DEADLINE_EXCEEDED": "the caller's time limit passed",
+    },
+    CheckpointError: {
+        "BAD_CONFIG": "config.json is missing, unreadable or inconsistent; names the field",
+        "BAD_TEMPLATE": "the chat template does not compile",
+        "BAD_TENSOR_SHAPE": "a tensor's shape is not what config.json says",
+        "BAD_TOKENIZER": "a tokenizer file can't be read",
+        "DAMAGED_FILE": "a weight file is cut short or no safetensors file",
+        "EXTRA_TENSOR": "a tensor that the network does not have",
+        "MISSING_TENSOR": "a tensor that the network needs is not there",
+        "MODEL_TOO_LARGE": "weights and pages exceed the memory that is free; with the figures",
+        "NO_TOKENIZER": "tokenizer.json is missing",
+        "UNSUPPORTED_MODEL": "config.json asks for something that is not implemented; names the field",
+    },
+    StartupError: {
+        "BAD_ADDRESS": "an address is not host:port",
+        "BAD_TLS": "certificate and key can't be read, or one is missing",
+        "BIND": "an address can't be listened on",
+        "KERNELS_DISAGREE": "on this GPU the kernels and plain torch disagree",
+        "NO_GPU": "torch sees no GPU",
+        "NO_KERNEL": "the GPU's kernels do not take this network or page size",
+        "POOL_TOO_SMALL": "the pool does not hold one page",
+    },
+    HeadraceError: {
+        "BAD_LOGITS": "the network's output is not finite: is the checkpoint damaged?",
+        "BAD_TOKEN_AUTH": "the router's token was not sent (status UNAUTHENTICATED)",
+        "BUG": "an error of ours; the process's log has the traceback",
+        "ENGINE_FAILED": "a step raised; the worker's log has the traceback",
+        "PROTOCOL": "a peer sent what this version does not understand",
+        "START_FAILED": "the router of a local cluster refuses to be asked",
+    },
+}
+
+
+def table() -> str:
+    """Return the table of docs/errors.md, in Markdown."""
+    lines = ["| error | status | reason | means |", "|---|---|---|---|"]
+    for error, reasons in REASONS.items():
+        for reason, meaning in sorted(reasons.items()):
+            lines.append(f"| `{error.__name__}` | {error.status} | {reason} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())
