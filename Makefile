@@ -3,11 +3,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MINUTES ?= 10
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault stress bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -61,6 +62,9 @@ integration: setup ## Real processes on loopback
 fault: setup ## Kill, corrupt, expire, disconnect
 	$(BIN)/pytest tests/fault
 
+stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
+	$(BIN)/python -m tests.stress --minutes $(MINUTES)
+
 bench: setup ## Speed and memory beside transformers; writes build/bench/first-light.json
 	$(BIN)/python -m tests.perf.first_light
 
@@ -70,10 +74,16 @@ kernels-check: setup ## Compile every kernel for sm_90 and gfx942; writes build/
 kernels-aot: setup ## kernels-check, and rewrite its table in docs/kernels.md
 	$(BIN)/python -m headrace_kernels.aot --json build/bench/kernels-aot.json --write-table docs/kernels.md
 
-kernels-bench: setup ## On a GPU: parity, ceilings, every kernel; writes build/bench/kernels-gpu.json
+kernels-stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
+	$(BIN)/python -m tests.stress --minutes $(MINUTES)
+
+bench: setup ## On a GPU: parity, ceilings, every kernel; writes build/bench/kernels-gpu.json
 	$(BIN)/python -m tests.perf.kernels.report
 
-gpu-bench: setup ## On a GPU: the engine's decode step, its tokens, a cluster; into the same report
+gpu-stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
+	$(BIN)/python -m tests.stress --minutes $(MINUTES)
+
+bench: setup ## On a GPU: the engine's decode step, its tokens, a cluster; into the same report
 	$(BIN)/python -m tests.perf.gpu_engine
 
 tune: setup ## On a GPU: time the kernels' configurations and keep the best

@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from headrace_client import Client
 from headrace_client.cluster.local_cluster import LocalCluster, available_cores
 from headrace_core.request import SamplingParams
@@ -28,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.perf import checkpoint_280m
+from tests.perf.machine import machine
 from tests.perf.model_bench import bench_model
 from tests.perf.router_cpu import measure_router_cpu
 
@@ -54,7 +51,7 @@ def main() -> None:
     batches, lengths = ((1, 16), (512,)) if options.quick else (BATCHES, PROMPT_LENGTHS)
     models = {"demo": DEMO_MODEL} if options.quick else {"demo": DEMO_MODEL, "280M": large_model()}
 
-    report: dict[str, Any] = {"machine": machine(threads), "models": {}}
+    report: dict[str, Any] = {"machine": {**machine(), "threads": threads}, "models": {}}
     for name, directory in models.items():
         with console.status(f"{name}: prefill, decode and memory, beside transformers …"):
             found = bench_model(directory, threads=threads, batches=batches, prompt_lengths=lengths)
@@ -101,26 +98,6 @@ def measure_handoff(directory: Path) -> dict[str, Any]:
         "mb_per_s": round(statistics.median(rates), 1),
         "ms": round(timings.transfer_bytes / statistics.median(rates) / 1e3, 2),
         "rounds": HANDOFF_ROUNDS,
-    }
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Say what the figures were taken on."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
     }
 
 
