@@ -16,13 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-import headrace_kernels.gpu
+import headrace_kernels.aot.cases
+from headrace_kernels.aot.case import AotCase
 from headrace_kernels.backend import use_backend
-from headrace_kernels.gpu.launch import AotCase, Launch, Target, recording
+from headrace_kernels.gpu.launch import Launch, Target, recording
 
 TARGETS: dict[Target, GPUTarget] = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 
-_FOLDER = Path(next(iter(headrace_kernels.gpu.__path__)))
+_FOLDER = Path(next(iter(headrace_kernels.aot.cases.__path__)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +65,15 @@ class _Pointer:
 
 def find_families() -> list[str]:
     """Return the names of the families that have AOT cases, sorted."""
-    names = sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem != "__init__")
-    return [name for name in names if hasattr(_module(name), "aot_cases")]
-
-
-def _module(family: str) -> Any:
-    return importlib.import_module(f"headrace_kernels.gpu.{family}")
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem != "__init__")
 
 
 @cache
 def cases(family: str) -> list[AotCase]:
     """Return the cases of a family; ValueError if there is no such family or it has none."""
-    if not (_FOLDER / f"{family}.py").exists() or not hasattr(_module(family), "aot_cases"):
+    if family not in find_families():
         raise ValueError(f"no kernel family {family!r} with AOT cases; there are: {', '.join(find_families())}")
-    return _module(family).aot_cases()
+    return importlib.import_module(f"headrace_kernels.aot.cases.{family}").aot_cases()
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headrace_kernels import act_quant as family
 from headrace_kernels.gpu.fp8 import quantise
-from headrace_kernels.gpu.launch import AotCase, is_interpreted, launch
+from headrace_kernels.gpu.launch import is_interpreted, launch
 from headrace_kernels.moe_sort import DeviceBlocks
 
 _GROUPS_PER_PROGRAM = 8
@@ -34,12 +34,6 @@ def act_quant(x: Tensor, blocks: DeviceBlocks | None) -> tuple[Tensor, Tensor]:
         IS_INTERPRETED=is_interpreted(),
     )
     return values, scales
-
-
-def aot_cases() -> list[AotCase]:
-    """The hidden size of DeepSeek-V3."""
-    x = torch.empty((64, 7168), dtype=torch.bfloat16, device="meta")
-    return [AotCase("act_quant 7168 bf16", lambda: family.act_quant(x))]
 
 
 @triton.jit(do_not_specialize=["num_assignments"])

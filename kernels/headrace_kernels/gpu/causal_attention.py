@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import causal_attention as family
 from headrace_kernels.gpu.configs import Config, config
-from headrace_kernels.gpu.launch import AotCase, launch, operand_dtype, target
+from headrace_kernels.gpu.launch import launch, operand_dtype, target
 
 # Heads run side by side as long as their keys and values fit in an L2 cache: half of an H200's.
 _L2_BYTES = 24 << 20
@@ -165,21 +164,6 @@ def _tiles(query_starts: tuple[int, ...], key_starts: tuple[int, ...], block: in
         ]
     tiles.sort(key=lambda tile: tile[3] + tile[1] - tile[0], reverse=True)
     return torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device)
-
-
-def aot_cases() -> list[AotCase]:
-    """Heads of DeepSeek (192 and 128), of Mixtral, and float32."""
-
-    def case(heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype) -> AotCase:
-        query = torch.empty((4096, heads[0], widths[0]), dtype=dtype, device="meta")
-        key, value = (torch.empty((8192, heads[1], w), dtype=dtype, device="meta") for w in widths)
-        starts = torch.tensor([[0, 1024, 4096], [0, 4096, 8192]], dtype=torch.int32)
-        name = f"causal_attention H={heads[0]} G={heads[1]} {widths[0]}/{widths[1]} {str(dtype).removeprefix('torch.')}"
-        run = lambda: family.causal_attention(query, key, value, *starts, scale=0.1)  # noqa: E731
-        return AotCase(name, run, uses_matrix_units=dtype == torch.bfloat16)
-
-    bf16, fp32 = torch.bfloat16, torch.float32
-    return [case((16, 16), (192, 128), bf16), case((32, 8), (128, 128), bf16), case((16, 16), (192, 128), fp32)]
 
 
 @triton.jit

@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import gqa_decode as family
 from headrace_kernels.gpu import split_plan
 from headrace_kernels.gpu.combine_splits import combine_splits, new_partials
 from headrace_kernels.gpu.configs import Config, config
-from headrace_kernels.gpu.launch import AotCase, launch, num_sms, operand_dtype
+from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype
 from headrace_kernels.gpu.split_plan import rows_of_program, split_of
 from headrace_kernels.split_plan import SplitPlan
 
@@ -89,22 +88,6 @@ def _tiles(query: Tensor, page_size: int, width: int) -> Config:
     tiles = config("gqa_decode", f"width {width}, {8 * query.element_size()} bits", default, query)
     # The largest power of two that divides the page is the most of it that a tile can take.
     return {**tiles, "BLOCK_N": min(tiles["BLOCK_N"], page_size & -page_size)}
-
-
-def aot_cases() -> list[AotCase]:
-    """Mixtral-8x7B with 64-token pages, bf16 and float32; a fixed number of splits."""
-    block_table, context_lens = (torch.empty(s, dtype=torch.int32, device="meta") for s in ((32, 512), (32,)))
-
-    def case(dtype: torch.dtype, num_splits: int | None = None) -> AotCase:
-        query = torch.empty(32, 32, 128, dtype=dtype, device="meta")
-        cache = torch.empty(4096, 2, 64, 8, 128, dtype=dtype, device="meta")
-        return AotCase(
-            f"gqa_decode H32 G8 D128 {dtype} splits {num_splits or 'planned'}",
-            lambda: family.gqa_decode(query, cache, block_table, context_lens, scale=0.1, num_splits=num_splits),
-            uses_matrix_units=dtype == torch.bfloat16,
-        )
-
-    return [case(torch.bfloat16), case(torch.bfloat16, 8), case(torch.float32)]
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "num_rows"])

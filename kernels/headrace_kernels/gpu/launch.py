@@ -8,7 +8,7 @@ without a GPU is what the launchers launch on one: the same shapes, tiles and op
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,19 +32,6 @@ _TL_DTYPES = {
     torch.float16: tl.float16,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class AotCase:
-    """A call whose launches must compile for every target.
-
-    `run` calls a family's entry with tensors on the meta device, of the shapes of a real model. `uses_matrix_units`
-    says whether its main kernel must come out with matrix instructions (wgmma or mma; mfma).
-    """
-
-    name: str
-    run: Callable[[], object]
-    uses_matrix_units: bool = False
 
 
 @dataclass(frozen=True, slots=True)

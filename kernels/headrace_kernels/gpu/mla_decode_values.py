@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import mla_decode as family
 from headrace_kernels.gpu.combine_splits import combined_lanes
-from headrace_kernels.gpu.launch import AotCase, launch, num_sms, operand_dtype, target
+from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
 from headrace_kernels.gpu.mla_decode import attend, splits_for
 from headrace_kernels.gpu.split_plan import Splits, slots_of_row
 from headrace_kernels.split_plan import SplitPlan
@@ -74,25 +73,6 @@ def _block_values(w_uv: Tensor, num_rows: int, splits: Splits) -> int:
     while widest > 16 and tiles_a_column_block * triton.cdiv(value_dim, widest) < num_sms(w_uv):
         widest //= 2
     return widest
-
-
-def aot_cases() -> list[AotCase]:
-    """DeepSeek-V2-Lite and DeepSeek-V3, one row and many."""
-
-    def case(num_rows: int, num_heads: int) -> AotCase:
-        query, cache, w_uv = (
-            torch.empty(shape, dtype=torch.bfloat16, device="meta")
-            for shape in ((num_rows, num_heads, 576), (4096, 64, 576), (num_heads, 128, 512))
-        )
-        block_table = torch.empty(num_rows, 512, dtype=torch.int32, device="meta")
-        context_lens = torch.empty(num_rows, dtype=torch.int32, device="meta")
-        return AotCase(
-            f"mla_decode_values B{num_rows} H{num_heads} bf16",
-            lambda: family.mla_decode_values(query, cache, block_table, context_lens, w_uv, scale=0.1),
-            uses_matrix_units=True,
-        )
-
-    return [case(1, 16), case(128, 128)]
 
 
 @triton.jit(do_not_specialize=["num_rows"])

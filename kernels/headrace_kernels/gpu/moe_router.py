@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels import moe_router as family
-from headrace_kernels.gpu.launch import AotCase, launch, num_sms, target
-from headrace_kernels.gpu.moe_routing import MODEL_RULES, column_experts, empty_routing, route, routing_constants
+from headrace_kernels.gpu.launch import launch, num_sms, target
+from headrace_kernels.gpu.moe_routing import column_experts, empty_routing, route, routing_constants
 from headrace_kernels.gpu.moe_sort import bins, sort_few
 from headrace_kernels.gpu.rms_norm import normalise
 from headrace_kernels.moe_router import RoutedTokens, Router
@@ -115,33 +115,6 @@ def _counters(device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("route_and_sort must be called once before a call of it is captured into a CUDA graph")
     return torch.zeros(_MOST_TILES + 1, dtype=torch.int32, device=device)
-
-
-def aot_cases() -> list[AotCase]:
-    """The routers of real models."""
-
-    def case(name: str, width: int, tokens: int, block_size: int) -> AotCase:
-        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        rule, num_experts, num_shared = MODEL_RULES[name]
-        bias = meta(num_experts) if rule.scoring == "sigmoid" else None
-        router = Router(meta(num_experts, width), bias, rule, num_shared)
-        x, norm_weight = meta(tokens, width, dtype=torch.bfloat16), meta(width, dtype=torch.bfloat16)
-        slots = meta(tokens, dtype=torch.int64)
-        return AotCase(
-            f"moe_router {name} T={tokens}",
-            lambda: family.route_and_sort(x, norm_weight, 1e-6, router, block_size, slot_mapping=slots),
-        )
-
-    return [
-        case("V2-Lite", 2048, 1, 16),
-        case("V2-Lite", 2048, 64, 16),
-        case("V3", 7168, 16, 16),
-        case("V3", 7168, 64, 64),
-        case("Kimi-K2", 7168, 32, 16),
-        case("Mixtral", 4096, 32, 16),
-    ]
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_rows"])

@@ -6,13 +6,12 @@ place those of its expert. That is E times the reading, out of the L2 cache, for
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels import moe_sort as family
-from headrace_kernels.gpu.launch import AotCase, launch
+from headrace_kernels.gpu.launch import launch
 
 _CHUNK = 1024
 
@@ -48,19 +47,6 @@ def sort_blocks(
 def bins(num_experts: int) -> int:
     """Return how many counters a program keeps: one an expert, and at least one for assignments of none."""
     return 1 << max(num_experts.bit_length(), 4)
-
-
-def aot_cases() -> list[AotCase]:
-    """A decode step's and a prefill's assignments: DeepSeek-V2-Lite with its shared experts, a shard of DeepSeek-V3."""
-
-    def case(tokens: int, per_token: int, num_experts: int, block_size: int, num_local: int) -> AotCase:
-        experts = torch.empty(tokens, per_token, dtype=torch.int64, device="meta")
-        return AotCase(
-            f"moe_sort T={tokens} K={per_token} local {num_local} of {num_experts}",
-            lambda: family.sort_blocks(experts, num_experts, block_size, num_local=num_local),
-        )
-
-    return [case(32, 8, 66, 16, 66), case(4096, 8, 256, 64, 8)]
 
 
 @triton.jit(do_not_specialize=["total", "max_blocks"])

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import page_copy as family
-from headrace_kernels.gpu.launch import AotCase, launch
+from headrace_kernels.gpu.launch import launch
 
 _BLOCK_BYTES = 16384
 # Pages are copied as integers: their values mean nothing here, and one kernel serves every dtype of that size.
@@ -40,21 +39,6 @@ def _launch(kernel: Any, cache: Tensor, pages: Tensor, page_ids: Tensor) -> None
         BLOCK_N=block,
         num_warps=8,
     )
-
-
-def aot_cases() -> list[AotCase]:
-    """Pages of 64 latents, in bfloat16 and fp8, there and back."""
-
-    def case(width: int, dtype: torch.dtype) -> AotCase:
-        cache = torch.empty((1024, 64, width), dtype=dtype, device="meta")
-        page_ids = torch.empty(16, dtype=torch.int64, device="meta")
-
-        def run() -> None:
-            family.scatter_pages(family.gather_pages(cache, page_ids), cache, page_ids)
-
-        return AotCase(f"page_copy 64x{width} {str(dtype).removeprefix('torch.')}", run)
-
-    return [case(576, torch.bfloat16), case(656, torch.uint8)]
 
 
 @triton.jit

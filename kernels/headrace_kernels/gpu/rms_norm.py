@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import rms_norm as family
-from headrace_kernels.gpu.launch import AotCase, launch
+from headrace_kernels.gpu.launch import launch
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,22 +32,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _num_warps(width: int) -> int:
     """One warp for up to 512 columns, 16 a thread; more for wider rows, up to 8."""
     return 1 if width <= 512 else 2 if width <= 1024 else 4 if width <= 2048 else 8
-
-
-def aot_cases() -> list[AotCase]:
-    """Hidden sizes of DeepSeek-V2-Lite, Mixtral and DeepSeek-V3, and the latent norms."""
-
-    def meta(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-    def alone(width: int) -> AotCase:
-        return AotCase(f"rms_norm {width} bf16", lambda: family.rms_norm(meta(64, width), meta(width), 1e-6))
-
-    def added(width: int) -> AotCase:
-        rows = meta(64, width)
-        return AotCase(f"add_rms_norm {width} bf16", lambda: family.add_rms_norm(rows, rows, meta(width), 1e-6))
-
-    return [alone(width) for width in (512, 1536)] + [added(width) for width in (2048, 4096, 7168)]
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace_kernels import sampling as family
 from headrace_kernels.gpu.configs import Config, config
-from headrace_kernels.gpu.launch import AotCase, launch
+from headrace_kernels.gpu.launch import launch
 
 DEFAULT_CONFIG: Config = {"BLOCK_V": 2048, "BLOCK_PIVOTS": 512, "NUM_PIVOTS": 8, "num_warps": 8, "num_stages": 2}
 # Said at each loop: only then are loads that feed no matrix product started some rounds ahead.
@@ -47,14 +47,6 @@ def sample_tokens(logits: Tensor, draws: family.Draws) -> Tensor:
         **config("sampling", f"{vocab_size}", DEFAULT_CONFIG, logits),
     )
     return tokens
-
-
-def aot_cases() -> list[AotCase]:
-    """DeepSeek-V3's vocabulary."""
-    logits = torch.empty((128, 129_280), dtype=torch.float32, device="meta")
-    real, whole = (torch.empty((128,), dtype=dtype, device="meta") for dtype in (torch.float64, torch.int64))
-    draws = family.Draws(real, whole, real, real, whole, whole, whole)
-    return [AotCase("sample_tokens V=129280", lambda: family.sample_tokens(logits, draws))]
 
 
 @triton.jit

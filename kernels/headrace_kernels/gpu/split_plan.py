@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import split_plan as family
-from headrace_kernels.gpu.launch import AotCase, launch
+from headrace_kernels.gpu.launch import launch
 from headrace_kernels.split_plan import SplitPlan, range_constants
 
 _RANGES_A_PROGRAM = 32
@@ -78,16 +77,6 @@ def fixed(context_lens: Tensor, num_splits: int) -> Splits:
 
 def _lanes(num_splits: int) -> int:
     return int(min(triton.next_power_of_2(num_splits), 16))
-
-
-def aot_cases() -> list[AotCase]:
-    """A batch of decode rows on pages of 64 tokens."""
-
-    def case(num_rows: int) -> AotCase:
-        context_lens = torch.empty(num_rows, dtype=torch.int32, device="meta")
-        return AotCase(f"split_plan {num_rows}", lambda: family.plan_splits(context_lens, 64, num_programs=132))
-
-    return [case(1), case(300)]
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_kernels import moe_router, use_backend
-from headrace_kernels.gpu.moe_routing import MODEL_RULES
+from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
 from headrace_kernels.moe_router import Router, route_and_sort
 from headrace_kernels.moe_routing import RoutingRule, moe_routing_ref
 from headrace_kernels.moe_sort import sort_blocks_ref

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_kernels.gpu.moe_routing import MODEL_RULES
+from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
 from headrace_kernels.moe_routing import RoutingRule, moe_routing, moe_routing_ref
 
 

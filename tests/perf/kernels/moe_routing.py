@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from headrace_kernels.gpu.moe_routing import MODEL_RULES
+from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
 from headrace_kernels.moe_routing import RoutingRule, moe_routing, moe_routing_ref
 from torch import Tensor
 
