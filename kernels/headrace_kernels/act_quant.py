@@ -14,18 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.moe_sort import DeviceBlocks
-
-GROUP = 128
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-# A group of zeros gets a scale all the same.
-SMALLEST_MAXIMUM = 1e-10
-
-
-def num_groups(width: int) -> int:
-    """Return how many groups of 128 hold `width` values; the last may be short."""
-    return -(-width // GROUP)
+from headrace_kernels.expert_blocks import DeviceBlocks
+from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM, num_groups
 
 
 def act_quant(x: Tensor, blocks: DeviceBlocks | None = None) -> tuple[Tensor, Tensor]:

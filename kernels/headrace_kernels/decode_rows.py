@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 
 _SMALLEST_TILE = 16
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace_kernels.backend import backend
 from headrace_kernels.decode_rows import check_page_tiles, check_paged_rows
 from headrace_kernels.paged_slots import paged_slots
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 
 
 def gqa_decode(

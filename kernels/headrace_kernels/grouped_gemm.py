@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace_kernels.act_quant import FP8, GROUP, act_quant_ref, dequantise, num_groups
+from headrace_kernels.act_quant import act_quant_ref, dequantise
 from headrace_kernels.backend import backend
+from headrace_kernels.expert_blocks import DeviceBlocks, ExpertBlocks
+from headrace_kernels.fp8_groups import FP8, GROUP, num_groups
 from headrace_kernels.linear import Linear
-from headrace_kernels.moe_sort import DeviceBlocks, ExpertBlocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 """Rows of a block that the stacked products have tiles for."""

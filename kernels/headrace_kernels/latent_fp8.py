@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.act_quant import GROUP, act_quant_ref
+from headrace_kernels.act_quant import act_quant_ref
+from headrace_kernels.fp8_groups import GROUP
 
 
 def row_bytes(kv_lora_rank: int, rope_dim: int) -> int:

@@ -23,7 +23,7 @@ from headrace_kernels.backend import backend
 from headrace_kernels.decode_rows import check_page_tiles, check_paged_rows
 from headrace_kernels.latent_fp8 import row_bytes, unpack_latents
 from headrace_kernels.paged_slots import paged_slots
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 
 
 def mla_decode(

@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace_kernels.act_quant import FP8, act_quant, num_groups
+from headrace_kernels.act_quant import act_quant
 from headrace_kernels.backend import backend
+from headrace_kernels.expert_blocks import DeviceBlocks
+from headrace_kernels.fp8_groups import FP8, num_groups
 from headrace_kernels.grouped_gemm import (
     BLOCK_SIZES,
     check_residual,
@@ -35,7 +37,7 @@ from headrace_kernels.grouped_gemm import (
     experts_gate_up,
     stacked_float,
 )
-from headrace_kernels.moe_sort import DeviceBlocks, sort_blocks
+from headrace_kernels.moe_sort import sort_blocks
 
 FEW_TOKENS = 4
 _ROWS_WORTH_QUANTISING_ONCE = 64

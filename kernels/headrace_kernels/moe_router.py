@@ -10,43 +10,18 @@ microsecond or two, so up to FUSED_ROWS tokens are one launch on NVIDIA's GPUs; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.moe_routing import RoutingRule, check_rule, moe_routing
-from headrace_kernels.moe_sort import DeviceBlocks, check_local, sort_blocks
+from headrace_kernels.moe_routing import check_rule, moe_routing
+from headrace_kernels.moe_sort import check_local, sort_blocks
 from headrace_kernels.rms_norm import rms_norm
+from headrace_kernels.routing_rule import RoutedTokens, Router
 
 # One launch beyond this would leave too much to its last program. 0: always four steps.
 FUSED_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Router:
-    """A layer's router.
-
-    `weight` [E, N] and `bias` [E] are float32. `num_shared` experts beyond the E are every token's, with weight 1, as
-    `moe_routing` says.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    rule: RoutingRule
-    num_shared: int = 0
-
-
-class RoutedTokens(NamedTuple):
-    """`x` [T, N] normalised; `experts` int64 and `weights` float32 [T, K + num_shared]; the sorted assignments."""
-
-    x: Tensor
-    experts: Tensor
-    weights: Tensor
-    blocks: DeviceBlocks
 
 
 def route_and_sort(

@@ -10,30 +10,11 @@ huggingface/transformers models/{deepseek_v3,deepseek_v2,mixtral}.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingRule:
-    """How experts are chosen.
-
-    `scoring` turns logits into scores. With `num_groups` > 1 only the experts of the `num_groups_kept` best groups can
-    be chosen; a group is as good as its best expert or, when `is_group_score_top2`, as the sum of its best two.
-    """
-
-    num_experts_per_token: int
-    scoring: Literal["sigmoid", "softmax"]
-    num_groups: int = 1
-    num_groups_kept: int = 1
-    is_group_score_top2: bool = False
-    is_normalised: bool = False
-    scaling_factor: float = 1.0
+from headrace_kernels.routing_rule import RoutingRule
 
 
 def moe_routing(logits: Tensor, bias: Tensor | None, rule: RoutingRule, num_shared: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,44 +15,11 @@ value of them is read on the host, so a CUDA graph may hold the planning and wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-
-OVERHEAD_TOKENS = 128
-"""What starting a row costs a program (queries, softmax state, partial results), in tokens of context. An estimate."""
-
-MIN_TOKENS = 256
-"""The shortest range, in tokens: below it writing and combining a split cost more than they spread. An estimate."""
-
-
-@dataclass(frozen=True, slots=True)
-class SplitPlan:
-    """The ranges of one step's batch.
-
-    `row_starts` [B + 1] int32: where each row begins on the line of pages; the last is the line's length.
-    `first_rows` [N + 1] int32: the row in which each program's range begins; B where it is empty, and at the end.
-    `range_pages` [1] int32: the length of a range.
-    """
-
-    row_starts: Tensor
-    first_rows: Tensor
-    range_pages: Tensor
-    page_size: int
-    overhead_pages: int
-
-    @property
-    def num_rows(self) -> int:
-        """B."""
-        return self.row_starts.shape[0] - 1
-
-    @property
-    def num_programs(self) -> int:
-        """N."""
-        return self.first_rows.shape[0] - 1
+from headrace_kernels.split_ranges import SplitPlan, range_constants
 
 
 def plan_splits(context_lens: Tensor, page_size: int, *, num_programs: int) -> SplitPlan:
@@ -88,9 +55,3 @@ def plan_splits_ref(context_lens: Tensor, page_size: int, *, num_programs: int) 
     first_rows = torch.searchsorted(row_ends, range_starts, right=True)
     tensors = (tensor.to(torch.int32) for tensor in (row_starts, first_rows, range_pages))
     return SplitPlan(*tensors, page_size=page_size, overhead_pages=overhead_pages)
-
-
-def range_constants(page_size: int) -> tuple[int, int]:
-    """Return a row's overhead and the shortest range, both in pages, for pages of `page_size` tokens."""
-    overhead_pages = -(-OVERHEAD_TOKENS // page_size)
-    return overhead_pages, overhead_pages + -(-MIN_TOKENS // page_size)

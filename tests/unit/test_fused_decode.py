@@ -12,7 +12,7 @@ from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
 from headrace_kernels import use_backend
 from headrace_kernels.gpu.launch import recording
 from headrace_kernels.linear import Linear
-from headrace_kernels.moe_routing import RoutingRule
+from headrace_kernels.routing_rule import RoutingRule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NO_LAUNCH = (

@@ -6,8 +6,9 @@ import pytest
 import torch
 from headrace_kernels.grouped_gemm import combine, dispatch, grouped_gemm, grouped_gemm_ref, silu_mul
 from headrace_kernels.linear import Linear, padded_count
-from headrace_kernels.moe_routing import RoutingRule, moe_routing
+from headrace_kernels.moe_routing import moe_routing
 from headrace_kernels.moe_sort import moe_sort, prepare_blocks
+from headrace_kernels.routing_rule import RoutingRule
 from hypothesis import given
 from hypothesis import strategies as st
 

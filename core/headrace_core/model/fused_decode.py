@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from headrace_kernels.decode_linear import norm_linear
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.model.decode_graphs import DecodeBatch, DecodeOutput

@@ -15,7 +15,7 @@ from headrace_kernels.gqa_prefill import gqa_prefill
 from headrace_kernels.latent_store import latent_store
 from headrace_kernels.linear import Linear
 from headrace_kernels.rope import rope
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.checkpoint.config import GqaShape

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from headrace_kernels import backend
 from headrace_kernels.linear import Linear
-from headrace_kernels.moe_routing import RoutingRule
+from headrace_kernels.routing_rule import RoutingRule
 from torch import Tensor
 
 from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig

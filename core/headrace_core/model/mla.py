@@ -19,7 +19,7 @@ from headrace_kernels.mla_prefill import mla_prefill
 from headrace_kernels.mla_prologue import mla_prologue
 from headrace_kernels.rms_norm import rms_norm
 from headrace_kernels.rope import rope
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.checkpoint.config import MlaShape

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from headrace_kernels.sampling import Draws, sample_tokens
+from headrace_kernels.draws import Draws
+from headrace_kernels.sampling import sample_tokens
 from torch import Tensor
 
 from headrace_core.batch.step import SamplingRow

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from headrace_kernels.moe_experts import FEW_TOKENS, best_block_size, moe_experts
-from headrace_kernels.moe_router import Router, route_and_sort
-from headrace_kernels.moe_routing import RoutingRule, moe_routing
+from headrace_kernels.moe_router import route_and_sort
+from headrace_kernels.moe_routing import moe_routing
+from headrace_kernels.routing_rule import Router, RoutingRule
 from torch import Tensor
 
 from headrace_core.model.op_timer import OpTimer

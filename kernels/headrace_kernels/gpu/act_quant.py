@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import act_quant as family
+from headrace_kernels.expert_blocks import DeviceBlocks
+from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM, num_groups
 from headrace_kernels.gpu.fp8 import quantise
 from headrace_kernels.gpu.launch import is_interpreted, launch
-from headrace_kernels.moe_sort import DeviceBlocks
 
 _GROUPS_PER_PROGRAM = 8
 
@@ -18,19 +18,19 @@ _GROUPS_PER_PROGRAM = 8
 def act_quant(x: Tensor, blocks: DeviceBlocks | None) -> tuple[Tensor, Tensor]:
     """See `headrace_kernels.act_quant.act_quant`."""
     num_rows, width = x.shape
-    num_groups = family.num_groups(width)
-    values = torch.empty((num_rows, width), dtype=family.FP8, device=x.device)
-    scales = torch.empty((num_rows, num_groups), dtype=torch.float32, device=x.device)
-    grid = (num_rows, triton.cdiv(num_groups, _GROUPS_PER_PROGRAM))
+    groups = num_groups(width)
+    values = torch.empty((num_rows, width), dtype=FP8, device=x.device)
+    scales = torch.empty((num_rows, groups), dtype=torch.float32, device=x.device)
+    grid = (num_rows, triton.cdiv(groups, _GROUPS_PER_PROGRAM))
     rows = (blocks.assignment, blocks.num_assignments) if blocks is not None else (None, 0)
     launch(
         _act_quant_kernel,
         grid,
-        *(x, x.stride(0), values, scales, *rows, width, num_groups),
-        GROUP=family.GROUP,
+        *(x, x.stride(0), values, scales, *rows, width, groups),
+        GROUP=GROUP,
         NUM_GROUPS=_GROUPS_PER_PROGRAM,
-        SMALLEST_MAXIMUM=family.SMALLEST_MAXIMUM,
-        FP8_MAX=family.FP8_MAX,
+        SMALLEST_MAXIMUM=SMALLEST_MAXIMUM,
+        FP8_MAX=FP8_MAX,
         IS_INTERPRETED=is_interpreted(),
     )
     return values, scales

@@ -17,7 +17,7 @@ from headrace_kernels.gpu.combine_splits import combine_splits, new_partials
 from headrace_kernels.gpu.configs import Config, config
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype
 from headrace_kernels.gpu.split_plan import rows_of_program, split_of
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 
 _LOG2_E = 1.4426950408889634
 _LARGEST_HEAD_BLOCK = 64

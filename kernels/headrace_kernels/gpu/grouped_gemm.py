@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import act_quant
+from headrace_kernels.expert_blocks import DeviceBlocks
+from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.fp8 import quantise
 from headrace_kernels.gpu.launch import is_interpreted, launch, num_sms, operand_dtype, target
-from headrace_kernels.moe_sort import DeviceBlocks
 
 _COMBINE_COLUMNS = 1024
 
@@ -63,7 +63,7 @@ def default_tile(dtype: torch.dtype, block_size: int, is_gated: bool) -> configs
     if dtype == torch.float32:
         return _tile(32, 32, 4, 2, per_sm=2)
     is_hip = target() == "hip"
-    if dtype == act_quant.FP8:
+    if dtype == FP8:
         is_large = block_size == 128
         return _tile(
             128 // narrow,
@@ -102,7 +102,7 @@ def _tile(
 
 
 def _empty(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16 if x.dtype == act_quant.FP8 else x.dtype, device=x.device)
+    return torch.empty(shape, dtype=torch.bfloat16 if x.dtype == FP8 else x.dtype, device=x.device)
 
 
 def _multiply(
@@ -133,9 +133,9 @@ def _multiply(
         IS_SCALED=is_scaled,
         IS_QUANTISED_HERE=is_scaled and x[1] is None,
         IS_EVEN=width_in % tile["BLOCK_K"] == 0,
-        GROUP=act_quant.GROUP,
-        SMALLEST_MAXIMUM=act_quant.SMALLEST_MAXIMUM,
-        FP8_MAX=act_quant.FP8_MAX,
+        GROUP=GROUP,
+        SMALLEST_MAXIMUM=SMALLEST_MAXIMUM,
+        FP8_MAX=FP8_MAX,
         IS_INTERPRETED=is_interpreted(),
         OPERAND=_operand(values),
         **tile,
@@ -144,7 +144,7 @@ def _multiply(
 
 def _operand(weight: Tensor) -> tl.dtype:
     """Return what values are multiplied as: gfx942 has fp8 matrix instructions for another fp8 than the weights'."""
-    return tl.bfloat16 if weight.dtype == act_quant.FP8 and target() == "hip" else operand_dtype(weight)
+    return tl.bfloat16 if weight.dtype == FP8 and target() == "hip" else operand_dtype(weight)
 
 
 @triton.jit(do_not_specialize=["num_assignments"])

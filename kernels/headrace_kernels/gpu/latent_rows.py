@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels.act_quant import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM
+from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM
 from headrace_kernels.gpu.fp8 import quantise
 from headrace_kernels.gpu.launch import is_interpreted
 from headrace_kernels.gpu.rms_norm import normalise

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels.act_quant import GROUP
+from headrace_kernels.fp8_groups import GROUP
 from headrace_kernels.gpu import split_plan
 from headrace_kernels.gpu.combine_splits import combine_splits, new_partials
 from headrace_kernels.gpu.configs import Config, config
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
 from headrace_kernels.gpu.split_plan import Splits, rows_of_program, split_of
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 
 _LOG2_E = 1.4426950408889634
 

@@ -15,7 +15,7 @@ from headrace_kernels.gpu.combine_splits import combined_lanes
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
 from headrace_kernels.gpu.mla_decode import attend, splits_for
 from headrace_kernels.gpu.split_plan import Splits, slots_of_row
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 
 _LANES = 16
 

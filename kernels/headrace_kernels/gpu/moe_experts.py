@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import act_quant
+from headrace_kernels.fp8_groups import GROUP
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.launch import launch
 
@@ -37,7 +37,7 @@ def few_tokens(
         (num_tokens * top_k, triton.cdiv(width, tile["BLOCK_O"])),
         *(x, x.stride(0), *gate_up, experts, local.start, len(local), rows, width, hidden),
         TOP_K=top_k,
-        GROUP=act_quant.GROUP,
+        GROUP=GROUP,
         **tile,
     )
     out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
@@ -47,7 +47,7 @@ def few_tokens(
         (num_tokens, triton.cdiv(hidden, tile["BLOCK_O"])),
         *(rows, *down, experts, weights, local.start, len(local), residual, out, hidden, width),
         TOP_K=top_k,
-        GROUP=act_quant.GROUP,
+        GROUP=GROUP,
         **tile,
     )
     return out

@@ -26,12 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels import moe_router as family
+from headrace_kernels.expert_blocks import empty_blocks
 from headrace_kernels.gpu.launch import launch, num_sms, target
 from headrace_kernels.gpu.moe_routing import column_experts, empty_routing, route, routing_constants
 from headrace_kernels.gpu.moe_sort import bins, sort_few
 from headrace_kernels.gpu.rms_norm import normalise
-from headrace_kernels.moe_router import RoutedTokens, Router
-from headrace_kernels.moe_sort import empty_blocks
+from headrace_kernels.routing_rule import RoutedTokens, Router
 
 _BLOCK_T = 16
 _BLOCK_N = 32

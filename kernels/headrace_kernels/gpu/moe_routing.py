@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels.gpu.launch import launch
-from headrace_kernels.moe_routing import RoutingRule
+from headrace_kernels.routing_rule import RoutingRule
 
 
 def moe_routing(logits: Tensor, bias: Tensor | None, rule: RoutingRule, num_shared: int) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import moe_sort as family
+from headrace_kernels.expert_blocks import DeviceBlocks, empty_blocks
 from headrace_kernels.gpu.launch import launch
 
 _CHUNK = 1024
 
 
-def sort_blocks(
-    experts: Tensor, num_experts: int, block_size: int, first_local: int, num_local: int
-) -> family.DeviceBlocks:
+def sort_blocks(experts: Tensor, num_experts: int, block_size: int, first_local: int, num_local: int) -> DeviceBlocks:
     """See `headrace_kernels.moe_sort.sort_blocks`."""
     experts = experts.contiguous()
     total = experts.numel()
-    blocks = family.empty_blocks(total, num_experts, num_local, block_size, experts)
+    blocks = empty_blocks(total, num_experts, num_local, block_size, experts)
     launch(
         _sort_kernel,
         (num_local + 1,),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import sampling as family
+from headrace_kernels.draws import Draws
 from headrace_kernels.gpu.configs import Config, config
 from headrace_kernels.gpu.launch import launch
 
@@ -22,7 +22,7 @@ DEFAULT_CONFIG: Config = {"BLOCK_V": 2048, "BLOCK_PIVOTS": 512, "NUM_PIVOTS": 8,
 _AHEAD = tl.constexpr(4)
 
 
-def sample_tokens(logits: Tensor, draws: family.Draws) -> Tensor:
+def sample_tokens(logits: Tensor, draws: Draws) -> Tensor:
     """See `headrace_kernels.sampling.sample_tokens`."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     num_rows, vocab_size = logits.shape

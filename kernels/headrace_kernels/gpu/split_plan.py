@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels.gpu.launch import launch
-from headrace_kernels.split_plan import SplitPlan, range_constants
+from headrace_kernels.split_ranges import SplitPlan, range_constants
 
 _RANGES_A_PROGRAM = 32
 _ROWS_A_STEP = 256

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from headrace_kernels.act_quant import FP8, num_groups
-from headrace_kernels.moe_sort import DeviceBlocks, sort_blocks_ref
+from headrace_kernels.expert_blocks import DeviceBlocks
+from headrace_kernels.fp8_groups import FP8, num_groups
+from headrace_kernels.moe_sort import sort_blocks_ref
 
 DTYPES = [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (FP8, 2e-2)]
 

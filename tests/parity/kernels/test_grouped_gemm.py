@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from headrace_kernels.act_quant import FP8, act_quant_ref
+from headrace_kernels.act_quant import act_quant_ref
+from headrace_kernels.fp8_groups import FP8
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.grouped_gemm import default_tile
 from headrace_kernels.grouped_gemm import (

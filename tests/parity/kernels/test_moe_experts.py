@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_kernels import use_backend
-from headrace_kernels.act_quant import FP8
+from headrace_kernels.fp8_groups import FP8
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.moe_experts import DEFAULT
 from headrace_kernels.moe_experts import FEW_TOKENS, best_block_size, fold_shared, moe_experts, moe_experts_ref
-from headrace_kernels.moe_routing import RoutingRule, moe_routing
+from headrace_kernels.moe_routing import moe_routing
+from headrace_kernels.routing_rule import RoutingRule
 
 from tests.parity.kernels.moe_cases import activations, blocks_of, gate_up_weight, nan_empty, routing, weight
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from headrace_kernels import moe_router, use_backend
 from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
-from headrace_kernels.moe_router import Router, route_and_sort
-from headrace_kernels.moe_routing import RoutingRule, moe_routing_ref
+from headrace_kernels.moe_router import route_and_sort
+from headrace_kernels.moe_routing import moe_routing_ref
 from headrace_kernels.moe_sort import sort_blocks_ref
 from headrace_kernels.rms_norm import rms_norm_ref
+from headrace_kernels.routing_rule import Router, RoutingRule
 
 RULE = RoutingRule(2, "softmax", is_normalised=True)
 

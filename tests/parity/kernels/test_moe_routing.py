@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
-from headrace_kernels.moe_routing import RoutingRule, moe_routing, moe_routing_ref
+from headrace_kernels.moe_routing import moe_routing, moe_routing_ref
+from headrace_kernels.routing_rule import RoutingRule
 
 
 def distinct_logits(num_rows, num_experts, device):

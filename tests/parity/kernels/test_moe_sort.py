@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_kernels.moe_sort import bounds, sort_blocks, sort_blocks_ref
+from headrace_kernels.expert_blocks import bounds
+from headrace_kernels.moe_sort import sort_blocks, sort_blocks_ref
 
 NAMES = ("assignment", "block_expert", "num_blocks", "counts")
 

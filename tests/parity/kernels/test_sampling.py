@@ -6,8 +6,9 @@ import pytest
 import torch
 from headrace_kernels import use_backend
 from headrace_kernels.counter_random import uniform, uniforms
+from headrace_kernels.draws import Draws
 from headrace_kernels.gpu.configs import use_config
-from headrace_kernels.sampling import Draws, filter_logits, filter_logits_ref, sample_tokens, sample_tokens_ref
+from headrace_kernels.sampling import filter_logits, filter_logits_ref, sample_tokens, sample_tokens_ref
 
 SMALL_TILES = {"BLOCK_V": 128, "BLOCK_PIVOTS": 256, "NUM_PIVOTS": 8, "num_warps": 4, "num_stages": 1}
 NAN, INF = float("nan"), float("inf")

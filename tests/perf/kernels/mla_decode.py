@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from headrace_kernels.latent_fp8 import pack_latents, row_bytes
 from headrace_kernels.mla_decode import mla_decode, mla_decode_values, plan_mla_decode
-from headrace_kernels.split_plan import SplitPlan
+from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from headrace_kernels.act_quant import FP8, num_groups
+from headrace_kernels.fp8_groups import FP8, num_groups
 from headrace_kernels.moe_experts import moe_experts
 from torch import Tensor
 

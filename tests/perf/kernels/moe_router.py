@@ -8,8 +8,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
-from headrace_kernels.moe_router import Router, route_and_sort, route_and_sort_ref
+from headrace_kernels.moe_router import route_and_sort, route_and_sort_ref
 from headrace_kernels.moe_routing import moe_routing_ref
+from headrace_kernels.routing_rule import Router
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, num_buffers

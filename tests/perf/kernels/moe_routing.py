@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
-from headrace_kernels.moe_routing import RoutingRule, moe_routing, moe_routing_ref
+from headrace_kernels.moe_routing import moe_routing, moe_routing_ref
+from headrace_kernels.routing_rule import RoutingRule
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, num_buffers

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from headrace_kernels.moe_sort import bounds, sort_blocks
+from headrace_kernels.expert_blocks import bounds
+from headrace_kernels.moe_sort import sort_blocks
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, num_buffers

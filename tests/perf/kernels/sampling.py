@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from headrace_kernels import use_backend
 from headrace_kernels.backend import Backend
+from headrace_kernels.draws import Draws
 from headrace_kernels.gpu.configs import Config
 from headrace_kernels.gpu.sampling import DEFAULT_CONFIG
-from headrace_kernels.sampling import Draws, sample_tokens
+from headrace_kernels.sampling import sample_tokens
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers

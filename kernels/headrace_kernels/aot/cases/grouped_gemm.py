@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels import act_quant
 from headrace_kernels import grouped_gemm as family
 from headrace_kernels.aot.case import AotCase
-from headrace_kernels.moe_sort import empty_blocks
+from headrace_kernels.expert_blocks import empty_blocks
+from headrace_kernels.fp8_groups import FP8, num_groups
 
 
 def aot_cases() -> list[AotCase]:
@@ -30,9 +30,9 @@ def aot_cases() -> list[AotCase]:
 def _aot_case(shape: tuple[int, int], dtype: torch.dtype, block_size: int) -> AotCase:
     """A layer of 8 experts for 64 tokens of 2 each; activations come quantised to blocks of 64 rows or more."""
     hidden, width = shape
-    is_scaled = dtype == act_quant.FP8
+    is_scaled = dtype == FP8
     is_quantised = is_scaled and block_size >= 64
-    hidden_groups, width_groups = (act_quant.num_groups(n) if is_scaled else 0 for n in shape)
+    hidden_groups, width_groups = (num_groups(n) if is_scaled else 0 for n in shape)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels import act_quant
 from headrace_kernels import moe_experts as family
 from headrace_kernels.aot.case import AotCase
+from headrace_kernels.fp8_groups import FP8, num_groups
 
 
 def aot_cases() -> list[AotCase]:
@@ -26,7 +26,7 @@ def _aot_case(
     model: str, num_tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype, num_experts: int | None = None
 ) -> AotCase:
     num_local, top_k, hidden, width = shape
-    is_scaled = dtype == act_quant.FP8
+    is_scaled = dtype == FP8
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -35,7 +35,7 @@ def _aot_case(
         x = empty(num_tokens, hidden, dtype=torch.bfloat16 if is_scaled else dtype)
         experts, weights = empty(num_tokens, top_k, dtype=torch.int64), empty(num_tokens, top_k)
         gate_up, down = empty(num_local, 2 * width, hidden, dtype=dtype), empty(num_local, hidden, width, dtype=dtype)
-        groups = (act_quant.num_groups(hidden), act_quant.num_groups(width))
+        groups = (num_groups(hidden), num_groups(width))
         scales = (empty(num_local, 2 * groups[1], groups[0]), empty(num_local, *groups)) if is_scaled else None
         return family.moe_experts(
             x, experts, weights, gate_up, down, residual=x, num_experts=num_experts, scales=scales

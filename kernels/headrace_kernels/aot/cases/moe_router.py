@@ -8,7 +8,7 @@ from torch import Tensor
 from headrace_kernels import moe_router as family
 from headrace_kernels.aot.case import AotCase
 from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
-from headrace_kernels.moe_router import Router
+from headrace_kernels.routing_rule import Router
 
 
 def aot_cases() -> list[AotCase]:

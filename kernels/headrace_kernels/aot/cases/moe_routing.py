@@ -6,7 +6,7 @@ import torch
 
 from headrace_kernels import moe_routing as family
 from headrace_kernels.aot.case import AotCase
-from headrace_kernels.moe_routing import RoutingRule
+from headrace_kernels.routing_rule import RoutingRule
 
 # The rules of real models by name, for compilation and measurement; each with its number of experts and of shared ones.
 MODEL_RULES: dict[str, tuple[RoutingRule, int, int]] = {
