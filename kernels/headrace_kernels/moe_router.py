@@ -64,7 +64,8 @@ def route_and_sort(
     if backend(x) == "triton" and len(x) <= FUSED_ROWS:
         from headrace_kernels.gpu import moe_router as gpu
 
-        return gpu.route_and_sort(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
+        if gpu.is_one_launch():
+            return gpu.route_and_sort(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
     return route_and_sort_ref(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
 
 

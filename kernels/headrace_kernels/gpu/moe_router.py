@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels import moe_router as family
 from headrace_kernels.expert_blocks import empty_blocks
 from headrace_kernels.gpu.launch import launch, num_sms, target
 from headrace_kernels.gpu.moe_routing import column_experts, empty_routing, route, routing_constants
@@ -39,6 +38,11 @@ _MOST_SLICES = 8
 _MOST_TILES = 64
 
 
+def is_one_launch() -> bool:
+    """False on AMD's GPUs, where the four steps are taken: see above."""
+    return target() != "hip"
+
+
 def route_and_sort(
     x: Tensor,
     norm_weight: Tensor,
@@ -50,8 +54,6 @@ def route_and_sort(
     num_local: int,
 ) -> RoutedTokens:
     """See `headrace_kernels.moe_router.route_and_sort`."""
-    if target() == "hip":
-        return family.route_and_sort_ref(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
     num_rows, width = x.shape
     num_routed = len(router.weight)
     experts, weights = empty_routing(num_rows, router.rule, router.num_shared, x)
