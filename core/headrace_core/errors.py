@@ -81,7 +81,7 @@ class HandoffLostError(HeadraceError):
 
 
 class TransferCorruptError(HeadraceError):
-    """Bytes arrived that are not what the ticket promised."""
+    """What was handed off is not what it was to be: the pages of other tokens, or other bytes."""
 
     status = "DATA_LOSS"
 

@@ -89,6 +89,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     TransferCorruptError: {
         "CHECKSUM": "bytes differ from the ticket's checksums",
         "SHORT_READ": "fewer bytes arrived than promised",
+        "TOKENS_MISMATCH": "the pages of a hand-off are those of other tokens",
     },
     DeadlineError: {
         "DEADLINE_EXCEEDED": "the caller's time limit passed",

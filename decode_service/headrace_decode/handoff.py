@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from headrace_core.batch.spec import SequenceSpec
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError
+from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
+from headrace_core.request import hash_tokens
 from headrace_core.transfer.base import PageMemory, Transfer, Transport
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.transports import choose_transport
@@ -41,11 +42,14 @@ class TransferStats:
 
 
 def check_ticket(ticket: Ticket, spec: SequenceSpec) -> None:
-    """Check that a ticket is for this sequence and this attempt.
+    """Check that a ticket is for this sequence and this attempt, and that its pages hold the sequence's tokens.
+
+    What passes is filed in the prefix cache under `spec.token_ids`, and later requests compute on it.
 
     Raises:
         HandoffLostError: STALE_ATTEMPT, it is of another attempt.
         InvalidRequestError: BAD_HANDOFF, it is for something else.
+        TransferCorruptError: TOKENS_MISMATCH, its pages hold other tokens.
     """
     if ticket.request_id != spec.request_id or ticket.sample_index != spec.sample_index:
         raise InvalidRequestError("BAD_HANDOFF", "the ticket is for another request or sample")
@@ -57,6 +61,10 @@ def check_ticket(ticket: Ticket, spec: SequenceSpec) -> None:
         )
     if ticket.seed != spec.params.seed:
         raise InvalidRequestError("BAD_HANDOFF", "the ticket's seed is not the sequence's")
+    if ticket.tokens_sha256 != hash_tokens(spec.token_ids):
+        raise TransferCorruptError(
+            "TOKENS_MISMATCH", f"{ticket.holder_endpoint} computed other tokens than the sequence's; prefill again"
+        )
 
 
 class Receiver:
@@ -97,7 +105,7 @@ class Receiver:
 
         Raises:
             HandoffLostError: LEASE_EXPIRED, WORKER_RESTARTED, STALE_ATTEMPT, STALE_PAGE, HOLDER_LOST.
-            TransferCorruptError: CHECKSUM, SHORT_READ.
+            TransferCorruptError: TOKENS_MISMATCH, CHECKSUM, SHORT_READ.
         """
         transport = self._transports[name]
         lease = asyncio.ensure_future(_keep_lease(ticket, transport))

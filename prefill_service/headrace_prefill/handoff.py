@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from headrace_core.errors import HandoffLostError, HeadraceError, UnavailableError
+from headrace_core.errors import HandoffLostError, HeadraceError, TransferCorruptError, UnavailableError
 
 
 def cancelled() -> HeadraceError:
@@ -49,6 +49,7 @@ class Lease:
     """Why it was aborted."""
     page_ids: tuple[int, ...] = ()
     generations: tuple[int, ...] = ()
+    tokens_sha256: bytes = b""
     timer: asyncio.TimerHandle | None = None
 
 
@@ -104,10 +105,11 @@ class LeaseTable:
         self._idle.clear()
         return lease
 
-    def hold(self, lease: Lease, page_ids: tuple[int, ...], generations: tuple[int, ...]) -> None:
-        """Start the lease's duration; its ticket goes out now."""
+    def hold(self, lease: Lease, page_ids: tuple[int, ...], generations: tuple[int, ...], tokens_sha256: bytes) -> None:
+        """Start the lease's duration; its ticket goes out now. `tokens_sha256` says which tokens the pages hold."""
         assert lease.state is LeaseState.CREATED, f"a lease is held once, not when {lease.state}"
         lease.state, lease.page_ids, lease.generations = LeaseState.HELD, page_ids, generations
+        lease.tokens_sha256 = tokens_sha256
         self._start_timer(lease)
         self._on_change()
 
@@ -127,11 +129,13 @@ class LeaseTable:
         """End a lease that fulfilled its purpose. Idempotent."""
         self._end(lease, LeaseState.TAKEN)
 
-    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int) -> Sequence[int]:
+    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int, tokens_sha256: bytes) -> Sequence[int]:
         """See `LeaseHolder`."""
         lease = self._held(lease_id, incarnation)
         if attempt != lease.attempt:
             raise HandoffLostError("STALE_ATTEMPT", f"the ticket is of attempt {attempt}, the lease of {lease.attempt}")
+        if tokens_sha256 != lease.tokens_sha256:
+            raise TransferCorruptError("TOKENS_MISMATCH", "the pages hold other tokens than the taker's; prefill again")
         for page_id, generation in zip(lease.page_ids, lease.generations, strict=True):
             if self._generation(page_id) != generation:
                 raise HandoffLostError("STALE_PAGE", f"page {page_id} was reused since the ticket was written")

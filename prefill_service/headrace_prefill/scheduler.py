@@ -34,9 +34,10 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A sequence is published. Durations in seconds."""
+    """A sequence is published: the pages hold the cache of `token_ids`. Durations in seconds."""
 
     key: int
+    token_ids: Sequence[int]
     token: SampledToken
     finish: FinishReason | None
     page_ids: tuple[int, ...]
@@ -205,6 +206,7 @@ class PrefillScheduler:
         self._book.tell(
             Prefilled(
                 key=sequence.key,
+                token_ids=spec.token_ids,
                 token=token,
                 finish=finish_reason(
                     token.token_id, spec.params, self._limits,

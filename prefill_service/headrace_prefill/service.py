@@ -16,6 +16,7 @@ from headrace_core.config import PrefillSettings
 from headrace_core.engine.engine import News
 from headrace_core.errors import UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc_stream import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.grpc_stream import GrpcHolder
 from headrace_core.transfer.ticket import Ticket
@@ -152,6 +153,8 @@ class PrefillService:
     async def _write_ticket(self, lease: Lease, spec: SequenceSpec, prefilled: Prefilled, model: LoadedModel) -> Ticket:
         """Put the pages under the lease and describe them; a finished sequence has nothing to hand off."""
         page_ids, generations, sums = prefilled.page_ids, prefilled.generations, ()
+        # Of what was computed, not of what was asked for: so a mix-up in between shows.
+        tokens_sha256 = hash_tokens(prefilled.token_ids)
         if prefilled.finish:
             page_ids, generations = (), ()
             self.leases.take(lease)
@@ -160,7 +163,7 @@ class PrefillService:
             sums = await run_to_its_end(seal_pages, model.cache, model.layout.num_layers, page_ids)
             if lease.error:
                 raise lease.error
-            self.leases.hold(lease, page_ids, generations)
+            self.leases.hold(lease, page_ids, generations, tokens_sha256)
         assert spec.params.seed is not None, "checked at the door"
         return Ticket(
             request_id=spec.request_id,
@@ -172,7 +175,8 @@ class PrefillService:
             page_ids=page_ids,
             generations=generations,
             checksums=sums,
-            num_tokens=len(spec.token_ids),
+            num_tokens=len(prefilled.token_ids),
+            tokens_sha256=tokens_sha256,
             first_token=prefilled.token,
             seed=spec.params.seed,
             sample_index=spec.sample_index,

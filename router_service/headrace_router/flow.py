@@ -45,6 +45,7 @@ from headrace_core.errors import (
     TransferCorruptError,
     UnavailableError,
 )
+from headrace_core.request import hash_tokens
 from headrace_core.rpc import raised_from
 from headrace_core.wire import decode_finish
 
@@ -150,6 +151,12 @@ class Flow:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._spawn(_withdraw(worker, request))
             raise _cause(error) from error
+        try:
+            _check_answer(request, response.handoff)
+        except HeadraceError:
+            # The ticket may be somebody else's: what it names is not ours to release, what our attempt holds is.
+            self._spawn(_withdraw(worker, request))
+            raise
         placement.on_prefilled()
         now_s = time.monotonic()
         parts = (("prefill_queue", response.queue_us), ("prefill", response.compute_us))
@@ -258,6 +265,28 @@ def _start_request(
         sample_index=sample.sample_index,
         handoff=handoff,
     )
+
+
+def _check_answer(request: prefill_service_pb2.PrefillRequest, handoff: types_pb2.Handoff) -> None:
+    """Check that a Prefill's answer is to its request, before the first token reaches the client.
+
+    Raises:
+        InvalidRequestError: BAD_HANDOFF, it is to another one.
+        TransferCorruptError: TOKENS_MISMATCH, it is about other tokens.
+    """
+    state = handoff.sampling_state
+    pairs = {
+        "request_id": (handoff.request_id, request.request_id),
+        "attempt": (handoff.attempt, request.attempt),
+        "sample_index": (state.sample_index, request.sample_index),
+        "seed": (state.seed, request.sampling.seed),
+        "num_tokens": (handoff.num_tokens, len(request.token_ids)),
+    }
+    other = [name for name, (answered, asked) in pairs.items() if answered != asked]
+    if other:
+        raise InvalidRequestError("BAD_HANDOFF", f"the prefill worker answered for another {', '.join(other)}")
+    if handoff.tokens_sha256 != hash_tokens(request.token_ids):
+        raise TransferCorruptError("TOKENS_MISMATCH", "the prefill worker computed other tokens than it was asked to")
 
 
 def _remaining_s(sample: Sample) -> float:

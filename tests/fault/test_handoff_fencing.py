@@ -2,12 +2,19 @@
 
 import asyncio
 import dataclasses
+from typing import Literal
 
 import pytest
 from headrace.v1 import types_pb2
 from headrace_core.config import DecodeSettings, PrefillSettings
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, LayoutMismatchError
-from headrace_core.request import SamplingParams
+from headrace_core.errors import (
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    LayoutMismatchError,
+    TransferCorruptError,
+)
+from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.testing.async_test import async_test
 from headrace_core.testing.fake_model import loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
@@ -17,6 +24,8 @@ from headrace_prefill.service import PrefillService
 
 GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=8, ignore_eos=True, stop_token_ids=(96,))
 PROMPT = list(range(1, 23))
+OTHER = [7, *PROMPT[1:]]
+"""As many tokens, the first one another: the same pages in number and size."""
 
 
 def prefill_service(**settings) -> PrefillService:
@@ -24,9 +33,9 @@ def prefill_service(**settings) -> PrefillService:
     return PrefillService(PrefillSettings(model=".", lease_s=0.3, **settings), loader=lambda _: loaded)
 
 
-def decode_service(**loaded) -> DecodeService:
+def decode_service(role: Literal["decode", "both"] = "decode", **loaded) -> DecodeService:
     model = loaded_fake_model(**loaded)
-    return DecodeService(DecodeSettings(model="."), loader=lambda _: model)
+    return DecodeService(DecodeSettings(model=".", role=role), loader=lambda _: model)
 
 
 def change(handoff: types_pb2.Handoff, name: str, value: object) -> None:
@@ -50,6 +59,9 @@ TAMPERED = [
     (lambda h: h.pages.pop(), InvalidRequestError, "BAD_HANDOFF"),
     (lambda h: h.checksums.pop(), InvalidRequestError, "BAD_HANDOFF"),
     (lambda h: h.ClearField("lease"), InvalidRequestError, "BAD_HANDOFF"),
+    (lambda h: h.ClearField("tokens_sha256"), InvalidRequestError, "BAD_HANDOFF"),  # of a holder that does not know it
+    (lambda h: change(h, "tokens_sha256", h.tokens_sha256[:16]), InvalidRequestError, "BAD_HANDOFF"),
+    (lambda h: change(h, "tokens_sha256", hash_tokens(OTHER)), TransferCorruptError, "TOKENS_MISMATCH"),
 ]
 
 
@@ -147,3 +159,53 @@ async def test_a_second_start_with_a_higher_attempt_aborts_the_first():
         assert len(running_second.token_ids) == 7
         with pytest.raises(HeadraceError):
             await router.start("r", PROMPT, params=GREEDY, handoff=first, attempt=1)
+
+
+FOREIGN = {
+    "as it is": lambda h, tokens: None,
+    "with a hash that says so": lambda h, tokens: change(h, "tokens_sha256", hash_tokens(tokens)),
+    "with no hash": lambda h, tokens: h.ClearField("tokens_sha256"),
+}
+
+
+@pytest.mark.parametrize("other", [OTHER, [*PROMPT[:-1], 7]], ids=["first token", "last token, in a partial page"])
+@pytest.mark.parametrize("tamper", FOREIGN.values(), ids=FOREIGN)
+@async_test
+async def test_no_request_computes_on_pages_that_a_start_passed_off_as_those_of_other_tokens(tamper, other: list[int]):
+    """The worker computes prompts too, and would find such pages again in its prefix cache."""
+    async with (
+        running(prefill_service(), decode_service("both"), decode_service("both")) as (prefill, decode, clean),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+        MiniRouter(decode=clean) as clean_router,
+    ):
+        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
+        tamper(handoff, other)
+        produced: list[int] = []
+        problem = None
+        try:
+            collected, _ = await router.start("r", other, params=GREEDY, handoff=handoff)
+            await collected.wait_end()
+            produced = collected.token_ids
+        except HeadraceError as error:
+            problem = error
+        later = [*other, handoff.first_token_id, *produced, 30, 31, 32]
+        expected = await clean_router.generate_colocated("later", later, params=GREEDY)
+        assert await router.generate_colocated("later", later, params=GREEDY) == expected
+        assert problem is not None
+        assert problem.reason in ("TOKENS_MISMATCH", "BAD_HANDOFF")
+
+
+@async_test
+async def test_the_tokens_that_an_earlier_attempt_produced_count_too():
+    retry = {"attempt": 2, "num_prompt_tokens": len(PROMPT)}
+    async with (
+        running(prefill_service(), decode_service()) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        handoff = (await router.prefill("r", [*PROMPT, 40, 41, 42], params=GREEDY, **retry)).handoff
+        with pytest.raises(TransferCorruptError) as raised:
+            await router.start("r", [*PROMPT, 40, 43, 42], params=GREEDY, handoff=handoff, **retry)
+        assert raised.value.reason == "TOKENS_MISMATCH"
+        collected, _ = await router.start("r", [*PROMPT, 40, 41, 42], params=GREEDY, handoff=handoff, **retry)
+        await collected.wait_end()
+        assert (collected.failure, len(collected.token_ids)) == (None, 4)

@@ -1,11 +1,14 @@
 """The lease table: every way a lease ends frees its pages, once."""
 
+from collections.abc import Sequence
+
 import pytest
-from headrace_core.errors import HandoffLostError
+from headrace_core.errors import HandoffLostError, HeadraceError
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_prefill.handoff import Lease, LeaseState, LeaseTable, cancelled
 
 INCARNATION = 42
+HASH = bytes(range(32))
 
 
 class Table:
@@ -25,12 +28,16 @@ class Table:
 
     def hold(self, request_id: str = "r", attempt: int = 1) -> Lease:
         lease = self.table.create(request_id, sample_index=0, attempt=attempt)
-        self.table.hold(lease, (7, 8), (1, 1))
+        self.table.hold(lease, (7, 8), (1, 1), HASH)
         return lease
 
-    def reason(self, lease: Lease, *, attempt: int = 1, incarnation: int = INCARNATION) -> str:
-        with pytest.raises(HandoffLostError) as raised:
-            self.table.held_pages(lease.lease_id, attempt=attempt, incarnation=incarnation)
+    def held_pages(self, lease: Lease, **fence) -> Sequence[int]:
+        right = {"attempt": 1, "incarnation": INCARNATION, "tokens_sha256": HASH}
+        return self.table.held_pages(lease.lease_id, **(right | fence))
+
+    def reason(self, lease: Lease, **fence) -> str:
+        with pytest.raises(HeadraceError) as raised:
+            self.held_pages(lease, **fence)
         return raised.value.reason
 
 
@@ -38,8 +45,10 @@ class Table:
 async def test_a_held_lease_shows_its_pages_to_the_right_ticket_only():
     t = Table()
     lease = t.hold()
-    assert t.table.held_pages(lease.lease_id, attempt=1, incarnation=INCARNATION) == (7, 8)
+    assert t.held_pages(lease) == (7, 8)
     assert t.reason(lease, attempt=2) == "STALE_ATTEMPT"
+    for other in (b"", bytes(32), HASH[:16]):
+        assert t.reason(lease, tokens_sha256=other) == "TOKENS_MISMATCH"
     assert t.reason(lease, incarnation=1) == "WORKER_RESTARTED"
     t.generations[8] = 2
     assert t.reason(lease) == "STALE_PAGE"
@@ -88,7 +97,7 @@ async def test_a_higher_attempt_aborts_a_lower_and_the_lower_can_not_come_back()
             t.table.create("r", sample_index=0, attempt=attempt)
         assert raised.value.reason == "STALE_ATTEMPT"
     t.table.create("r", sample_index=1, attempt=1)
-    assert t.table.held_pages(second.lease_id, attempt=2, incarnation=INCARNATION) == (7, 8)
+    assert t.held_pages(second, attempt=2) == (7, 8)
 
 
 @async_test

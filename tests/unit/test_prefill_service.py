@@ -54,7 +54,9 @@ async def test_any_protobuf_client_can_pull_renew_and_release():
         handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
         stub = transfer_service_pb2_grpc.TransferServiceStub(open_channel)
         fence = {"lease_id": handoff.lease.lease_id, "holder_incarnation": handoff.holder_incarnation}
-        request = transfer_service_pb2.PullRequest(**fence, attempt=1, first_layer=1, num_layers=1)
+        request = transfer_service_pb2.PullRequest(
+            **fence, attempt=1, first_layer=1, num_layers=1, tokens_sha256=handoff.tokens_sha256
+        )
         got = b"".join([message.payload async for message in stub.Pull(request, timeout=5)])
         assert got == b"".join(bytes(loaded.cache.page_bytes(1, page.page_id)) for page in handoff.pages)
         renewed = await stub.RenewLease(transfer_service_pb2.RenewLeaseRequest(**fence), timeout=5)

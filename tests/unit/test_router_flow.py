@@ -234,6 +234,7 @@ def test_a_deadline_frees_everything(tmp_path, phase, whose):
         ("prefill", HandoffLostError("STALE_ATTEMPT", "stale")),
         ("start", HandoffLostError("LEASE_EXPIRED", "gone")),
         ("start", TransferCorruptError("CHECKSUM", "corrupt")),
+        ("start", TransferCorruptError("TOKENS_MISMATCH", "others")),
         ("start", LayoutMismatchError("NO_COMMON_TRANSPORT", "none")),
         ("start", OverloadedError("NO_FREE_PAGES", "full")),
         ("start", InvalidRequestError("BAD_HANDOFF", "unreadable")),
@@ -257,6 +258,48 @@ def test_a_failed_attempt_is_made_again_and_the_client_sees_nothing_of_it(tmp_pa
         assert router.metric("headrace_retries_total", reason=error.reason) == 1
 
     run(tmp_path, [remembering("prefill"), remembering("decode")], test)
+
+
+ANSWERS_FOR_ANOTHER = {
+    "request": (lambda h: setattr(h, "request_id", "another"), "BAD_HANDOFF"),
+    "attempt": (lambda h: setattr(h, "attempt", 7), "BAD_HANDOFF"),
+    "sample": (lambda h: setattr(h.sampling_state, "sample_index", 1), "BAD_HANDOFF"),
+    "seed": (lambda h: setattr(h.sampling_state, "seed", h.sampling_state.seed ^ 1), "BAD_HANDOFF"),
+    "count": (lambda h: setattr(h, "num_tokens", 2), "BAD_HANDOFF"),
+    "tokens": (lambda h: setattr(h, "tokens_sha256", bytes(32)), "TOKENS_MISMATCH"),
+    "tokens unsaid": (lambda h: h.ClearField("tokens_sha256"), "TOKENS_MISMATCH"),
+}
+
+
+@pytest.mark.parametrize(("tamper", "reason"), ANSWERS_FOR_ANOTHER.values(), ids=ANSWERS_FOR_ANOTHER)
+@pytest.mark.parametrize("max_tokens", [1, 30], ids=["ends at once", "goes on"])
+def test_a_prefill_that_answers_for_something_else_gives_the_client_no_token(tmp_path, tamper, reason, max_tokens):
+    """The answer carries another token, which must not be seen."""
+
+    def answer(handoff):
+        handoff.first_token_id ^= 1
+        tamper(handoff)
+
+    async def test(router):
+        router.workers[0].faults.tickets.append(answer)
+        (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": max_tokens}))
+        assert sample.token_ids == reference("hi", max_tokens)
+        assert router.metric("headrace_retries_total", reason=reason) == 1
+        assert [call.attempt for call in router.workers[0].prefills] == [1, 2]
+
+    run(tmp_path, [remembering("prefill"), remembering("decode")], test)
+
+
+def test_a_prefill_worker_that_always_answers_for_something_else_is_given_up_on(tmp_path):
+    async def test(router):
+        for _ in range(3):
+            router.workers[0].faults.tickets.append(lambda h: setattr(h, "tokens_sha256", bytes(32)))
+        error = await router.refused(text_request("hi"))
+        assert error.reason == "RETRIES_EXHAUSTED"
+        assert "TOKENS_MISMATCH" in str(error)
+        assert not router.workers[1].starts
+
+    run(tmp_path, [remembering("prefill"), remembering("decode")], test, max_attempts=3)
 
 
 def test_a_failed_sample_of_a_colocated_worker_goes_on_with_its_tokens(tmp_path):

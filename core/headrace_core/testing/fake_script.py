@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from headrace.v1 import types_pb2
+
 from headrace_core.errors import HeadraceError
 
 NextToken = Callable[[Sequence[int], int], int]
@@ -43,6 +45,10 @@ class FakeFaults:
     start: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
     sequence: deque[tuple[int, HeadraceError]] = field(default_factory=deque[tuple[int, HeadraceError]])
     """(output tokens after which, error) for the sequences started next."""
+    tickets: deque[Callable[[types_pb2.Handoff], None]] = field(
+        default_factory=deque[Callable[[types_pb2.Handoff], None]]
+    )
+    """What is changed in the tickets of the Prefills answered next."""
     prefill_gate: asyncio.Event = field(default_factory=asyncio.Event)
     answer_gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Closed: a Prefill that is done, its pages held, does not answer, and its cancellation frees nothing."""

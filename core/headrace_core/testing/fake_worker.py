@@ -32,8 +32,8 @@ from headrace.v1 import (
 )
 
 from headrace_core import rpc
-from headrace_core.errors import ConflictError, HeadraceError, NotFoundError, UnavailableError
-from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
+from headrace_core.errors import ConflictError, HeadraceError, NotFoundError, TransferCorruptError, UnavailableError
+from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams, hash_tokens
 from headrace_core.testing.fake_script import FakeFaults, NextToken, mixed, scripted
 from headrace_core.testing.fake_servicer import FakeServicer
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish
@@ -209,6 +209,8 @@ class FakeWorker:
             if self.faults.prefill:
                 raise self.faults.prefill.popleft()
             response = self._prefilled(request)
+            if self.faults.tickets:
+                self.faults.tickets.popleft()(response.handoff)
             if not response.finish_reason:
                 await self.faults.answer_gate.wait()
             return response
@@ -239,6 +241,8 @@ class FakeWorker:
         tokens = list(request.token_ids)
         num_pages = self._num_pages(len(tokens))
         if request.HasField("handoff"):
+            if request.handoff.tokens_sha256 != hash_tokens(tokens):
+                raise TransferCorruptError("TOKENS_MISMATCH", "the ticket is of other tokens")
             await _release_at_holder(request.handoff)
             response.transfer_us, response.transport = 200, "fake"
             response.num_transfer_pages = num_pages
@@ -301,13 +305,16 @@ class FakeWorker:
             model_fingerprint=self.info.model_fingerprint,
             layout=self.info.layout,
             num_tokens=len(request.token_ids),
+            tokens_sha256=hash_tokens(request.token_ids),
             first_token_id=tokens[-1],
+            sampling_state=types_pb2.SamplingState(
+                seed=request.sampling.seed, sample_index=request.sample_index, position=len(tokens)
+            ),
         )
         if params.top_logprobs is not None:
             handoff.first_token_logprobs.CopyFrom(_logprobs(tokens[-1]))
         if finish is None:
-            lease_id = secrets.token_hex(8)
-            num_pages = self._num_pages(len(request.token_ids))
+            lease_id, num_pages = secrets.token_hex(8), self._num_pages(len(request.token_ids))
             handoff.lease.lease_id, handoff.lease.duration_ms = lease_id, 30_000
             self.leases[lease_id] = num_pages
             self._leases_of[owner] = lease_id
@@ -372,12 +379,7 @@ async def _main() -> None:
     parser.add_argument("--role", choices=list(_ROLES), default="both", help="what it does")
     parser.add_argument("--listen", default="127.0.0.1:0", help="host:port; port 0 lets the kernel choose")
     parser.add_argument("--step-ms", type=float, default=20.0, help="time between steps, milliseconds")
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        default=1000,
-        help="it makes token ids 32 to 126: text, to bytes",
-    )
+    parser.add_argument("--vocab-size", type=int, default=1000, help="it makes token ids 32 to 126: text, to bytes")
     options = parser.parse_args()
     worker = FakeWorker(
         options.role,

@@ -34,11 +34,12 @@ class PageMemory(Protocol):
 class LeaseHolder(Protocol):
     """The side that has the pages. Event loop only; every method is fenced by incarnation."""
 
-    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int) -> Sequence[int]:
+    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int, tokens_sha256: bytes) -> Sequence[int]:
         """Return the lease's pages, in order. Called before every frame that is sent, and after the last.
 
         Raises:
             HandoffLostError: LEASE_EXPIRED, WORKER_RESTARTED, STALE_ATTEMPT, STALE_PAGE.
+            TransferCorruptError: TOKENS_MISMATCH, they hold other tokens than the taker will file them under.
         """
         ...
 
@@ -67,7 +68,7 @@ class Transfer(Protocol):
 
         Raises:
             HandoffLostError: the holder refused or is gone, or time ran out.
-            TransferCorruptError: SHORT_READ.
+            TransferCorruptError: TOKENS_MISMATCH, SHORT_READ.
         """
         ...
 

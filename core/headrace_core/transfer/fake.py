@@ -108,7 +108,6 @@ class FakeTransport:
             await self.disconnect(endpoint)
 
     async def _move(self, ticket: Ticket, pool: FakePool, page_ids: Sequence[int], timeout_s: float) -> None:
-        fence = {"attempt": ticket.attempt, "incarnation": ticket.holder_incarnation}
         pool.faults.entered.set()
         try:
             async with asyncio.timeout(timeout_s):
@@ -117,7 +116,12 @@ class FakeTransport:
         except TimeoutError as error:
             raise HandoffLostError("HOLDER_LOST", "the transfer took too long") from error
         for layer in range(ticket.layout.num_layers):
-            held = pool.holder.held_pages(ticket.lease_id, **fence)
+            held = pool.holder.held_pages(
+                ticket.lease_id,
+                attempt=ticket.attempt,
+                incarnation=ticket.holder_incarnation,
+                tokens_sha256=ticket.tokens_sha256,
+            )
             for source, destination in zip(held, page_ids, strict=True):
                 self._memory.page_bytes(layer, destination)[:] = pool.memory.page_bytes(layer, source)
             if pool.faults.is_truncated:

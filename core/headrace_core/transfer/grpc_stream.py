@@ -15,7 +15,7 @@ import grpc.aio
 from headrace.v1 import transfer_service_pb2 as pb
 from headrace.v1 import types_pb2
 
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError
+from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
 from headrace_core.rpc import channel, raised_from
 from headrace_core.transfer.base import LeaseHolder, PageMemory
 from headrace_core.transfer.frames import PageWriter, cut, decode_frame, encode_frame
@@ -60,8 +60,16 @@ class GrpcHolder:
 
     async def _pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[bytes]:
         holder, memory = self._holder(), self._memory()
-        fence = {"attempt": request.attempt, "incarnation": request.holder_incarnation}
-        page_ids = holder.held_pages(request.lease_id, **fence)
+
+        def held_pages() -> Sequence[int]:
+            return holder.held_pages(
+                request.lease_id,
+                attempt=request.attempt,
+                incarnation=request.holder_incarnation,
+                tokens_sha256=request.tokens_sha256,
+            )
+
+        page_ids = held_pages()
         try:
             pages = [
                 memory.page_bytes(layer, page_id)
@@ -71,11 +79,11 @@ class GrpcHolder:
         except IndexError as error:
             raise InvalidRequestError("BAD_HANDOFF", f"there is no such layer: {error}") from error
         for views in cut(pages, self._frame_bytes):
-            holder.held_pages(request.lease_id, **fence)
+            held_pages()
             frame = encode_frame(views)
             self._on_sent(len(frame))
             yield frame
-        holder.held_pages(request.lease_id, **fence)
+        held_pages()
 
     async def _renew(self, request: pb.RenewLeaseRequest, context: Any) -> pb.RenewLeaseResponse:
         duration_s = self._holder().renew(request.lease_id, incarnation=request.holder_incarnation)
@@ -153,6 +161,7 @@ class GrpcTransport:
             holder_incarnation=ticket.holder_incarnation,
             first_layer=0,
             num_layers=ticket.layout.num_layers,
+            tokens_sha256=ticket.tokens_sha256,
         )
         pull: Any = self._channel(ticket).unary_stream(f"/{SERVICE}/Pull")
         call = pull(request.SerializeToString(), timeout=timeout_s)
@@ -182,6 +191,6 @@ class GrpcTransport:
 def _lost(error: grpc.aio.AioRpcError, ticket: Ticket) -> HeadraceError:
     """Return what a failed pull means: the holder's own words, or that it is gone."""
     raised = raised_from(error)
-    if error.code() in (grpc.StatusCode.ABORTED, grpc.StatusCode.INVALID_ARGUMENT):
+    if isinstance(raised, HandoffLostError | TransferCorruptError | InvalidRequestError):
         return raised
     return HandoffLostError("HOLDER_LOST", f"{ticket.holder_endpoint} did not deliver: {raised.reason}: {raised}")

@@ -11,13 +11,16 @@ from headrace_core.kv.layout import KvLayout
 from headrace_core.request import SampledToken, check_request_id
 from headrace_core.wire import decode_layout, decode_logprobs, encode_layout, encode_logprobs
 
+_SHA256_BYTES = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """`Handoff` of types.proto, whose fields these are.
 
     `lease_id` is empty when nothing is held. `checksums` are xxh3-64 of each page's bytes, [num_layers][pages];
-    `offers` is every way to move them, best first.
+    `tokens_sha256` is `request.hash_tokens` of the tokens whose cache the pages hold, `num_tokens` of them; `offers`
+    is every way to move the bytes, best first.
     """
 
     request_id: str
@@ -30,6 +33,7 @@ class Ticket:
     generations: tuple[int, ...]
     checksums: tuple[tuple[int, ...], ...]
     num_tokens: int
+    tokens_sha256: bytes
     first_token: SampledToken
     seed: int
     sample_index: int
@@ -58,6 +62,7 @@ def encode_ticket(ticket: Ticket) -> types_pb2.Handoff:
         ],
         checksums=[types_pb2.LayerChecksums(page_xxh3=layer) for layer in ticket.checksums],
         num_tokens=ticket.num_tokens,
+        tokens_sha256=ticket.tokens_sha256,
         first_token_id=ticket.first_token.token_id,
         sampling_state=types_pb2.SamplingState(
             seed=ticket.seed, sample_index=ticket.sample_index, position=ticket.num_tokens + 1
@@ -84,6 +89,8 @@ def decode_ticket(message: types_pb2.Handoff) -> Ticket:
     _require(bool(message.holder_endpoint), "holder_endpoint is empty")
     _require(bool(message.lease.lease_id) and message.lease.duration_ms > 0, "there is no lease")
     _require(message.num_tokens >= 1, "num_tokens is 0")
+    num_hash_bytes = len(message.tokens_sha256)
+    _require(num_hash_bytes == _SHA256_BYTES, f"tokens_sha256 has {num_hash_bytes} bytes; is the holder an older one?")
     num_pages = layout.num_pages(message.num_tokens)
     _require(len(message.pages) == num_pages, f"{message.num_tokens} tokens take {num_pages} pages, not as listed")
     _require(len(message.checksums) == layout.num_layers, "checksums do not have one entry for each layer")
@@ -101,6 +108,7 @@ def decode_ticket(message: types_pb2.Handoff) -> Ticket:
         generations=tuple(page.generation for page in message.pages),
         checksums=tuple(tuple(layer.page_xxh3) for layer in message.checksums),
         num_tokens=message.num_tokens,
+        tokens_sha256=message.tokens_sha256,
         first_token=SampledToken(
             message.first_token_id, decode_logprobs(message.first_token_logprobs) if has_logprobs else None
         ),

@@ -86,7 +86,10 @@ class PrefillResponse(_message.Message):
     """From the sequence's first step to its first token, microseconds."""
     @_builtins.property
     def handoff(self) -> _types_pb2.Handoff:
-        """Ticket for the decode worker; `first_token_id` is in it. Its lease is empty when `finish_reason` is set."""
+        """Ticket for the decode worker; `first_token_id` is in it. Its lease is empty when `finish_reason` is set. Which
+        request, attempt, sample, seed and tokens it is for is always in it: a caller compares all of them with what it
+        asked before it uses the first token.
+        """
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class PullRequest(_message.Message):
     HOLDER_INCARNATION_FIELD_NUMBER: _builtins.int
     FIRST_LAYER_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    TOKENS_SHA256_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """From the ticket."""
     attempt: _builtins.int
@@ -37,6 +38,10 @@ class PullRequest(_message.Message):
     """First layer to read."""
     num_layers: _builtins.int
     """Number of layers to read."""
+    tokens_sha256: _builtins.bytes
+    """What the taker will file the pages under, as `Handoff.tokens_sha256` says it. The holder compares it with what it
+    computed, so that a ticket whose own hash is wrong moves no byte either.
+    """
     def __init__(
         self,
         *,
@@ -45,10 +50,11 @@ class PullRequest(_message.Message):
         holder_incarnation: _builtins.int = ...,
         first_layer: _builtins.int = ...,
         num_layers: _builtins.int = ...,
+        tokens_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_layer", b"first_layer", "holder_incarnation", b"holder_incarnation", "lease_id", b"lease_id", "num_layers", b"num_layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_layer", b"first_layer", "holder_incarnation", b"holder_incarnation", "lease_id", b"lease_id", "num_layers", b"num_layers", "tokens_sha256", b"tokens_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

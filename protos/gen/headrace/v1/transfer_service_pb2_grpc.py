@@ -58,8 +58,8 @@ class TransferServiceServicer:
 
     def Pull(self, request, context):
         """Streams pages, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder checks
-        lease, attempt and incarnation before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
-        STALE_ATTEMPT, STALE_PAGE), INVALID_ARGUMENT (BAD_HANDOFF).
+        lease, attempt, incarnation and tokens before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
+        STALE_ATTEMPT, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

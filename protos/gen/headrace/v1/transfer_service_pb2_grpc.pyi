@@ -35,8 +35,8 @@ class TransferServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TransferServiceAsyncStub: ...
     Pull: _grpc.UnaryStreamMultiCallable[_transfer_service_pb2.PullRequest, _transfer_service_pb2.PullResponse]
     """Streams pages, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder checks
-    lease, attempt and incarnation before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
-    STALE_ATTEMPT, STALE_PAGE), INVALID_ARGUMENT (BAD_HANDOFF).
+    lease, attempt, incarnation and tokens before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
+    STALE_ATTEMPT, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF).
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_transfer_service_pb2.RenewLeaseRequest, _transfer_service_pb2.RenewLeaseResponse]
     """Starts the lease's duration anew. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED)."""
@@ -52,8 +52,8 @@ class TransferServiceAsyncStub(TransferServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Pull: _aio.UnaryStreamMultiCallable[_transfer_service_pb2.PullRequest, _transfer_service_pb2.PullResponse]  # type: ignore[assignment]
     """Streams pages, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder checks
-    lease, attempt and incarnation before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
-    STALE_ATTEMPT, STALE_PAGE), INVALID_ARGUMENT (BAD_HANDOFF).
+    lease, attempt, incarnation and tokens before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
+    STALE_ATTEMPT, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF).
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_transfer_service_pb2.RenewLeaseRequest, _transfer_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Starts the lease's duration anew. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED)."""
@@ -72,8 +72,8 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_transfer_service_pb2.PullResponse], _abc.AsyncIterator[_transfer_service_pb2.PullResponse]]:
         """Streams pages, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder checks
-        lease, attempt and incarnation before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
-        STALE_ATTEMPT, STALE_PAGE), INVALID_ARGUMENT (BAD_HANDOFF).
+        lease, attempt, incarnation and tokens before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
+        STALE_ATTEMPT, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF).
         """
 
     @_abc_1.abstractmethod

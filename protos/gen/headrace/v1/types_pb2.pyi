@@ -549,6 +549,7 @@ class Handoff(_message.Message):
     SAMPLING_STATE_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    TOKENS_SHA256_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, as in `PrefillRequest`."""
     attempt: _builtins.int
@@ -563,6 +564,12 @@ class Handoff(_message.Message):
     """Tokens whose cache the pages hold; slots past them are zero."""
     first_token_id: _builtins.int
     """The first token, already sampled from the last position."""
+    tokens_sha256: _builtins.bytes
+    """SHA-256 (32 bytes) over the ids of the tokens whose cache the pages hold: `num_tokens` ids in order of position,
+    each as 4 bytes, an unsigned little-endian integer, with nothing before, between or after them. The holder hashes
+    what it computed; whoever has the ids compares: the router when the prefill answers, the decode worker before a
+    byte moves. A hash that is missing or differs is refused.
+    """
     @_builtins.property
     def layout(self) -> Global___KvLayout:
         """Meaning of the pages' bytes."""
@@ -608,10 +615,11 @@ class Handoff(_message.Message):
         sampling_state: Global___SamplingState | None = ...,
         lease: Global___Lease | None = ...,
         transports: _abc.Iterable[Global___TransportOffer] | None = ...,
+        tokens_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_token_logprobs", b"first_token_logprobs", "layout", b"layout", "lease", b"lease", "sampling_state", b"sampling_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checksums", b"checksums", "first_token_id", b"first_token_id", "first_token_logprobs", b"first_token_logprobs", "holder_endpoint", b"holder_endpoint", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "lease", b"lease", "model_fingerprint", b"model_fingerprint", "num_tokens", b"num_tokens", "pages", b"pages", "request_id", b"request_id", "sampling_state", b"sampling_state", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checksums", b"checksums", "first_token_id", b"first_token_id", "first_token_logprobs", b"first_token_logprobs", "holder_endpoint", b"holder_endpoint", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "lease", b"lease", "model_fingerprint", b"model_fingerprint", "num_tokens", b"num_tokens", "pages", b"pages", "request_id", b"request_id", "sampling_state", b"sampling_state", "tokens_sha256", b"tokens_sha256", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
