@@ -1,25 +1,32 @@
-"""Work on pages that runs in a thread is waited for, also by who no longer wants it."""
+"""Pages are used only if they are the right ones; work on them in a thread is waited for, also by who gave it up."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
+import xxhash
+from headrace_core.errors import LayoutMismatchError, TransferCorruptError
+from headrace_core.kv.layout import CacheDtype
 from headrace_core.testing.async_test import async_test, eventually
-from headrace_core.transfer.verify import run_to_its_end
+from headrace_core.testing.handoff_parts import PlainMemory, ticket_for
+from headrace_core.transfer.verify import accept_pages, check_bytes, check_compatible, run_to_its_end, seal_pages
 
 
 @async_test
 async def test_a_result_and_an_error_are_passed_on():
     assert await run_to_its_end(divmod, 7, 2) == (3, 1)
+    assert await run_to_its_end(int, "11", base=2) == 3
     with pytest.raises(ZeroDivisionError):
         await run_to_its_end(divmod, 7, 0)
 
 
+@pytest.mark.parametrize("num_cancels", [1, 2, 3])
 @pytest.mark.parametrize("error", [None, OSError("late")])
 @async_test
-async def test_when_cancelled_it_ends_after_the_thread_has(error):
+async def test_however_often_cancelled_it_ends_after_the_thread_has(error, num_cancels):
     has_begun, may_end, has_ended = threading.Event(), threading.Event(), threading.Event()
 
     def work():
@@ -31,10 +38,76 @@ async def test_when_cancelled_it_ends_after_the_thread_has(error):
 
     task = asyncio.ensure_future(run_to_its_end(work))
     await eventually(has_begun.is_set, "the thread has begun")
-    task.cancel()
-    done, _ = await asyncio.wait([task], timeout=0.05)
-    assert not done
+    for _ in range(num_cancels):
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=0.05)
+        assert not done
     may_end.set()
     await asyncio.wait([task])
     assert has_ended.is_set()
     assert task.cancelled()
+
+
+def test_sealing_copies_the_pages_and_sums_each_of_every_layer():
+    memory = PlainMemory()
+    sums = seal_pages(memory, 2, [5, 1, 3])
+    assert memory.copies == [("to_host", (5, 1, 3))]
+    assert sums == tuple(tuple(map(xxhash.xxh3_64_intdigest, pages)) for pages in memory.content([5, 1, 3]))
+    assert len({total for layer in sums for total in layer}) == 6
+
+
+def test_pages_that_arrived_whole_become_what_is_computed_with():
+    memory = PlainMemory()
+    accept_pages(replace(ticket_for(memory, [4, 2]), page_ids=(9, 9)), memory, [4, 2])
+    assert memory.copies == [("from_host", (4, 2))]
+
+
+@pytest.mark.parametrize(("layer", "index"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_one_wrong_byte_anywhere_keeps_the_pages_from_being_used(layer, index):
+    memory = PlainMemory()
+    page_ids = [4, 2]
+    ticket = ticket_for(memory, page_ids, endpoint="10.0.0.7:5000")
+    memory.page_bytes(layer, page_ids[index])[63] ^= 1
+    with pytest.raises(TransferCorruptError) as raised:
+        accept_pages(ticket, memory, page_ids)
+    assert raised.value.reason == "CHECKSUM"
+    assert str(raised.value) == f"page {index} of layer {layer} from 10.0.0.7:5000 arrived with another checksum"
+    assert memory.copies == []
+
+
+def test_pages_in_another_order_are_other_pages():
+    memory = PlainMemory()
+    ticket = ticket_for(memory, [4, 2])
+    with pytest.raises(TransferCorruptError):
+        check_bytes(ticket, memory, [2, 4])
+
+
+@pytest.mark.parametrize("sums", [((1, 2),), ((1, 2), (1,))], ids=["a-layer", "a-page"])
+def test_a_ticket_with_too_few_checksums_accepts_nothing(sums):
+    memory = PlainMemory()
+    with pytest.raises((TransferCorruptError, ValueError)):
+        accept_pages(replace(ticket_for(memory, [4, 2]), checksums=sums), memory, [4, 2])
+    assert memory.copies == []
+
+
+def test_the_same_model_and_layout_are_compatible():
+    ticket = ticket_for(PlainMemory(), [4, 2])
+    check_compatible(ticket, fingerprint="fa4e", layout=replace(ticket.layout))
+
+
+def test_another_model_is_refused_by_the_first_letters_of_both_fingerprints():
+    ticket = replace(ticket_for(PlainMemory(), [4], endpoint="10.0.0.7:5000"), model_fingerprint="a" * 64)
+    with pytest.raises(LayoutMismatchError) as raised:
+        check_compatible(ticket, fingerprint="b" * 64, layout=ticket.layout)
+    assert raised.value.reason == "MODEL_MISMATCH"
+    assert f"10.0.0.7:5000 serves model {'a' * 12}, this worker {'b' * 12}:" in str(raised.value)
+    assert "same config, weights and --dtype" in str(raised.value)
+
+
+def test_another_layout_is_refused_naming_both():
+    ticket = ticket_for(PlainMemory(), [4], endpoint="10.0.0.7:5000")
+    other = replace(ticket.layout, dtype=CacheDtype.BFLOAT16)
+    with pytest.raises(LayoutMismatchError) as raised:
+        check_compatible(ticket, fingerprint="fa4e", layout=other)
+    assert raised.value.reason == "LAYOUT_MISMATCH"
+    assert str(raised.value) == f"10.0.0.7:5000 has pages of {ticket.layout}, this worker of {other}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +19,7 @@ R = TypeVar("R")
 
 
 async def run_to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Return what `function` returns, run off the event loop; when cancelled, return only once it is done.
+    """Return what `function` returns, run off the event loop; however often cancelled, return only once it is done.
 
     A thread cannot be stopped. One that still copied pages would write to what is by then another sequence's.
     """
@@ -26,7 +27,9 @@ async def run_to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kw
     try:
         return await asyncio.shield(running)
     finally:
-        await asyncio.wait([running])
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):  # the first one is on its way already
+                await asyncio.wait([running])
         running.exception()  # seen
 
 
