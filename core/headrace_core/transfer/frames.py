@@ -54,9 +54,9 @@ def decode_frame(frame: bytes) -> memoryview:
             length |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
+                if index + length == len(view):
+                    return view[index:]
                 break
-        if index + length == len(view):
-            return view[index:]
     try:
         return memoryview(transfer_service_pb2.PullResponse.FromString(frame).payload)
     except Exception as error:
