@@ -1,0 +1,134 @@
+"""What a step is asked, what it costs, and the book that both schedulers keep of it."""
+
+import pytest
+from headrace_core.batch.scheduler import Load
+from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, step_load
+from headrace_core.batch.step_book import Failed, StepBook
+from headrace_core.errors import OverloadedError
+from headrace_core.kv.page_pool import PageState
+from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.request import SamplingParams
+from headrace_core.roofline.operations import StepLoad
+
+ROW = SamplingRow(SamplingParams(seed=1), [1], [], 0, 1, (0,))
+
+
+def chunk(count: int, start: int, sampling: SamplingRow | None = None) -> Chunk:
+    return Chunk(1, [5] * count, start, [0], sampling)
+
+
+def book(num_pages=4, max_waiting=2) -> StepBook[str]:
+    return StepBook[str](PageAllocator(num_pages, 2), max_waiting_sequences=max_waiting)
+
+
+def test_a_plan_counts_the_tokens_of_all_its_chunks():
+    assert StepPlan([chunk(3, 0), chunk(1, 7)]).num_tokens == 4
+    assert StepPlan([chunk(1, 0)]).zero_page_ids == []
+
+
+def test_one_token_after_a_cached_prefix_is_decode():
+    assert step_load([chunk(1, 9, ROW)]) == StepLoad(
+        num_sequences=1, num_logits=1, decode_tokens=1, decode_context=10, decode_pairs=10
+    )
+
+
+@pytest.mark.parametrize(("count", "start"), [(1, 0), (2, 0), (2, 9)])
+def test_everything_else_is_prefill(count, start):
+    load = step_load([chunk(count, start)])
+    assert (load.prefill_tokens, load.prefill_context, load.decode_tokens) == (count, start + count, 0)
+    assert load.prefill_pairs == count * start + count * (count + 1) / 2
+    assert load.num_logits == 0
+
+
+def test_one_token_after_one_cached_token_is_decode():
+    assert step_load([chunk(1, 1)]).decode_context == 2
+
+
+def test_a_step_costs_the_sum_of_its_chunks_and_logits_only_where_it_samples():
+    load = step_load([chunk(1, 9, ROW), chunk(4, 2), chunk(1, 3, ROW)])
+    assert (load.num_sequences, load.num_logits) == (3, 2)
+    assert (load.decode_tokens, load.decode_context) == (2, 14)
+    assert (load.prefill_tokens, load.prefill_context) == (4, 6)
+    assert step_load([]) == StepLoad()
+
+
+def test_events_are_told_once_and_in_order():
+    b = book()
+    b.tell("one")
+    b.tell("two")
+    assert list(b.take_events()) == ["one", "two"]
+    assert list(b.take_events()) == []
+
+
+def test_a_sequence_as_large_as_the_whole_pool_may_queue_and_a_larger_one_never():
+    b = book(num_pages=4)
+    assert b.admits(1, num_tokens=8, num_waiting=0)
+    assert list(b.take_events()) == []
+    assert not b.admits(2, num_tokens=9, num_waiting=0)
+    (event,) = b.take_events()
+    assert isinstance(event, Failed)
+    assert event.key == 2
+    assert isinstance(event.error, OverloadedError)
+    assert event.error.reason == "NO_FREE_PAGES"
+    assert "9 tokens take 5 pages, the whole pool has 4; raise --kv-pool-mib" in str(event.error)
+
+
+def test_the_queue_takes_as_many_as_it_holds():
+    b = book(max_waiting=2)
+    assert b.admits(1, num_tokens=1, num_waiting=1)
+    assert list(b.take_events()) == []
+    assert not b.admits(2, num_tokens=1, num_waiting=2)
+    assert not b.admits(3, num_tokens=1, num_waiting=3)
+    events = b.take_events()
+    assert [event.key for event in events if isinstance(event, Failed)] == [2, 3]
+    assert [event.error.reason for event in events if isinstance(event, Failed)] == ["QUEUE_FULL"] * 2
+    assert "2 sequences wait already" in str(events[0].error if isinstance(events[0], Failed) else "")
+
+
+def test_a_planned_step_is_taken_once():
+    b = book()
+    plan = b.plan([chunk(1, 0)], [3])
+    assert plan == StepPlan([chunk(1, 0)], [3])
+    assert b.take_planned() is plan
+    with pytest.raises(AssertionError, match="no step is planned"):
+        b.take_planned()
+
+
+def test_a_step_without_chunks_is_none_and_replaces_what_was_planned():
+    b = book()
+    b.plan([chunk(1, 0)])
+    assert b.plan([]) is None
+    with pytest.raises(AssertionError, match="no step is planned"):
+        b.take_planned()
+
+
+def test_the_load_counts_pages_that_can_be_had():
+    b = book(num_pages=4)
+    pages = b.pages.match(1, [])
+    b.pages.reserve(pages, 4)
+    b.pages.commit(pages, [1, 2, 3, 4], 2)
+    load = b.load(num_running=1, num_waiting=2, num_waiting_tokens=3, num_sequences=4)
+    counts = {PageState.FREE: 2, PageState.OWNED: 1, PageState.CACHED: 1, PageState.QUARANTINED: 0}
+    assert load == Load(2, 1, 2, 3, 4, counts)
+    b.pages.free(pages)
+    assert b.load(num_running=0, num_waiting=0, num_waiting_tokens=0, num_sequences=0).num_free_pages == 4
+
+
+def test_pages_that_no_sequence_holds_are_noticed():
+    b = book(num_pages=6)
+    owned, moving = b.pages.match(1, []), b.pages.match(2, [])
+    b.pages.reserve(owned, 4)
+    b.pages.reserve(moving, 2)
+    b.pages.quarantine(moving)
+    b.pages.commit(owned, [1, 2, 3, 4], 2)
+    b.check_integrity([owned, moving])
+    for held in ([owned], [moving], []):
+        with pytest.raises(AssertionError, match="pages without a sequence"):
+            b.check_integrity(held)
+
+
+def test_the_books_of_the_pool_are_checked_too():
+    b = book()
+    b.pages.pool._free.append(0)
+    with pytest.raises(AssertionError, match="free twice"):
+        b.check_integrity([])
