@@ -1,6 +1,8 @@
 """A ticket survives the wire, and one that contradicts itself is not usable."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from headrace.v1 import types_pb2
@@ -41,6 +43,79 @@ def ticket(layout: KvLayout = LAYOUTS[0]) -> Ticket:
 def test_a_ticket_survives_the_wire(layout):
     wire = encode_ticket(ticket(layout)).SerializeToString()
     assert decode_ticket(types_pb2.Handoff.FromString(wire)) == ticket(layout)
+
+
+def test_a_ticket_names_the_position_of_the_token_that_comes_next():
+    """The first token has position `num_tokens`; decode samples the one after it."""
+    assert encode_ticket(ticket()).sampling_state.position == 8
+
+
+def test_a_first_token_without_logprobs_stays_without():
+    message = encode_ticket(replace(ticket(), first_token=SampledToken(11)))
+    assert not message.HasField("first_token_logprobs")
+    assert decode_ticket(message).first_token == SampledToken(11)
+
+
+@pytest.mark.parametrize(("lease_s", "duration_ms"), [(30.0, 30_000), (0.0126, 13), (0.0004, 1), (0.0, 1)])
+def test_a_lease_lasts_whole_milliseconds_and_at_least_one(lease_s: float, duration_ms: int):
+    message = encode_ticket(replace(ticket(), lease_s=lease_s))
+    assert message.lease.duration_ms == duration_ms
+    assert decode_ticket(message).lease_s == duration_ms / 1000
+
+
+def test_a_ticket_of_a_finished_sequence_has_no_lease_and_can_not_be_taken():
+    message = encode_ticket(replace(ticket(), lease_id=""))
+    assert not message.HasField("lease")
+    with pytest.raises(InvalidRequestError, match="there is no lease") as raised:
+        decode_ticket(message)
+    assert raised.value.reason == "BAD_HANDOFF"
+
+
+def test_the_smallest_ticket_is_usable():
+    smallest = replace(
+        ticket(), attempt=1, page_ids=(0,), generations=(0,), checksums=((0,), (0,)), num_tokens=1, lease_s=0.001
+    )
+    assert decode_ticket(encode_ticket(smallest)) == smallest
+
+
+def test_a_ticket_moves_its_pages_of_all_layers():
+    assert ticket().num_bytes == 2 * 2 * 4 * (512 + 64) * 2
+
+
+def test_every_page_has_its_generation():
+    with pytest.raises(ValueError, match="zip"):
+        encode_ticket(replace(ticket(), generations=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: setattr(m, "attempt", 0), "attempt is 0"),
+        (lambda m: setattr(m, "holder_endpoint", ""), "holder_endpoint is empty"),
+        (lambda m: setattr(m.lease, "lease_id", ""), "there is no lease"),
+        (lambda m: m.ClearField("lease"), "there is no lease"),
+        (lambda m: setattr(m, "num_tokens", 0), "num_tokens is 0"),
+        (lambda m: m.pages.add(), "7 tokens take 2 pages, not as listed"),
+        (lambda m: m.pages.pop(), "7 tokens take 2 pages, not as listed"),
+        (lambda m: m.checksums.add(page_xxh3=[1, 2]), "checksums do not have one entry for each layer"),
+        (lambda m: m.checksums.pop(), "checksums do not have one entry for each layer"),
+        (lambda m: m.checksums[1].page_xxh3.append(1), "a layer lacks checksums"),
+        (lambda m: m.checksums[1].page_xxh3.pop(), "a layer lacks checksums"),
+        (lambda m: setattr(m.sampling_state, "position", 9), "the sampling position does not fit num_tokens"),
+    ],
+)
+def test_an_unusable_ticket_says_what_is_wrong(change: Callable[[types_pb2.Handoff], object], words: str):
+    message = encode_ticket(ticket())
+    change(message)
+    with pytest.raises(InvalidRequestError) as raised:
+        decode_ticket(message)
+    assert raised.value.reason == "BAD_HANDOFF"
+    assert str(raised.value) == f"the ticket is not usable: {words}"
+
+
+def test_a_ticket_for_no_request_is_refused():
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        decode_ticket(encode_ticket(replace(ticket(), request_id="")))
 
 
 @pytest.mark.parametrize(
