@@ -1,5 +1,6 @@
 """The lease table: every way a lease ends frees its pages, once."""
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -107,3 +108,196 @@ async def test_releasing_an_unknown_lease_is_no_error_but_another_incarnation_is
     with pytest.raises(HandoffLostError) as raised:
         t.table.release("lease-99", incarnation=1)
     assert raised.value.reason == "WORKER_RESTARTED"
+
+
+@async_test
+async def test_every_lease_has_a_key_and_a_name_of_its_own():
+    t = Table()
+    leases = [t.table.create("r", sample_index=index, attempt=4) for index in range(3)]
+    assert [lease.key for lease in leases] == [1, 2, 3]
+    assert len({lease.lease_id for lease in leases}) == 3
+    assert [(lease.request_id, lease.sample_index, lease.attempt) for lease in leases] == [
+        ("r", i, 4) for i in range(3)
+    ]
+    assert t.table.leases == leases
+
+
+@async_test
+async def test_only_leases_with_pages_count_as_held():
+    t = Table()
+    waiting = t.table.create("waiting", sample_index=0, attempt=1)
+    assert t.table.num_held == 0
+    held = t.hold()
+    assert t.table.num_held == 1
+    assert t.table.leases == [waiting, held]
+    t.table.take(held)
+    assert t.table.num_held == 0
+    assert t.table.leases == [waiting]
+
+
+@async_test
+async def test_a_lease_is_held_once():
+    t = Table()
+    lease = t.table.create("r", sample_index=0, attempt=1)
+    assert lease.state is LeaseState.CREATED
+    t.table.abort(lease, cancelled())
+    with pytest.raises(AssertionError, match="held once"):
+        t.table.hold(lease, (7,), (1,), HASH)
+    lease = t.hold("other")
+    with pytest.raises(AssertionError, match="held once"):
+        t.table.hold(lease, (7,), (1,), HASH)
+
+
+@async_test
+async def test_an_attempt_that_is_not_newer_is_told_which_one_is_here():
+    t = Table()
+    t.hold(attempt=5)
+    for attempt in (4, 5):
+        with pytest.raises(HandoffLostError, match=f"attempt {attempt} comes after attempt 5"):
+            t.table.create("r", sample_index=0, attempt=attempt)
+    assert t.ended == []
+
+
+@async_test
+async def test_who_waits_for_an_attempt_learns_that_it_was_replaced():
+    t = Table()
+    lower = t.hold(attempt=1)
+    higher = t.table.create("r", sample_index=0, attempt=3)
+    assert isinstance(lower.error, HandoffLostError)
+    assert (lower.error.reason, str(lower.error)) == ("STALE_ATTEMPT", "attempt 3 replaced this one")
+    assert higher.error is None
+    assert t.table.leases == [higher]
+
+
+@async_test
+async def test_the_first_end_of_a_lease_is_the_one_that_is_told():
+    t = Table()
+    taken, aborted = t.hold("taken"), t.hold("aborted")
+    t.table.take(taken)
+    t.table.abort(taken, cancelled())
+    assert taken.error is None
+    first, second = cancelled(), cancelled()
+    t.table.abort(aborted, first)
+    t.table.abort(aborted, second)
+    assert aborted.error is first
+
+
+@pytest.mark.parametrize(("attempt", "is_aborted"), [(1, False), (2, True), (3, True)])
+@async_test
+async def test_cancelling_ends_this_attempt_and_those_before_it(attempt: int, is_aborted: bool):
+    t = Table()
+    lease, other = t.hold(attempt=2), t.hold("other")
+    sample = t.table.create("r", sample_index=1, attempt=1)
+    t.table.abort_attempts("r", sample_index=0, attempt=attempt)
+    assert t.ended == [(lease.key, LeaseState.ABORTED)] * is_aborted
+    assert t.table.leases == ([] if is_aborted else [lease]) + [other, sample]
+    assert (lease.error.reason if lease.error else None) == ("CANCELLED" if is_aborted else None)
+
+
+@async_test
+async def test_cancelling_what_is_not_here_is_no_error():
+    t = Table()
+    t.table.abort_attempts("r", sample_index=0, attempt=1)
+    assert t.ended == []
+
+
+@async_test
+async def test_a_lease_not_yet_held_can_not_be_released_or_renewed_by_a_ticket():
+    t = Table()
+    lease = t.table.create("r", sample_index=0, attempt=1)
+    t.table.release(lease.lease_id, incarnation=INCARNATION)
+    assert t.table.leases == [lease]
+    with pytest.raises(HandoffLostError) as raised:
+        t.table.renew(lease.lease_id, incarnation=INCARNATION)
+    assert raised.value.reason == "LEASE_EXPIRED"
+
+
+@async_test
+async def test_a_page_reused_anywhere_in_the_lease_is_stale():
+    for page_id in (7, 8):
+        t = Table()
+        lease = t.hold()
+        t.generations[page_id] = 0
+        assert t.reason(lease) == "STALE_PAGE"
+
+
+@async_test
+async def test_a_refused_ticket_is_told_why():
+    t = Table()
+    lease = t.hold(attempt=2)
+    for words, fence in (
+        ("the ticket is of attempt 1, the lease of 2", {"attempt": 1}),
+        ("an earlier process at this address", {"attempt": 2, "incarnation": 1}),
+    ):
+        with pytest.raises(HandoffLostError, match=words):
+            t.held_pages(lease, **fence)
+    t.generations[8] = 2
+    with pytest.raises(HandoffLostError, match="page 8 was reused"):
+        t.held_pages(lease, attempt=2)
+    t.table.take(lease)
+    with pytest.raises(HandoffLostError, match=f"{lease.lease_id} is not held: expired, released or aborted"):
+        t.table.renew(lease.lease_id, incarnation=INCARNATION)
+
+
+@async_test
+async def test_renewing_starts_the_duration_anew():
+    t = Table(lease_s=30)
+    lease = t.hold()
+    first = lease.timer
+    assert first is not None
+    assert t.table.renew(lease.lease_id, incarnation=INCARNATION) == 30
+    assert first.cancelled()
+    assert lease.timer is not None
+    assert lease.timer is not first
+    assert lease.timer.when() >= first.when()
+    t.table.take(lease)
+    assert lease.timer.cancelled()
+
+
+@async_test
+async def test_a_lease_that_is_renewed_in_time_outlives_one_that_is_not():
+    t = Table(lease_s=0.2)
+    kept, left = t.hold("kept"), t.hold("left")
+    loop = asyncio.get_running_loop()
+
+    def renew() -> None:
+        if kept in t.table.leases:
+            t.table.renew(kept.lease_id, incarnation=INCARNATION)
+            loop.call_soon(renew)
+
+    renew()
+    await eventually(lambda: bool(t.ended), "the other lease has expired")
+    assert t.ended == [(left.key, LeaseState.EXPIRED)]
+    assert t.table.leases == [kept]
+    t.table.take(kept)
+
+
+@async_test
+async def test_pages_are_given_back_after_the_lease_is_gone_and_before_anybody_hears_of_it():
+    seen: list[tuple[str, LeaseState, list[Lease]]] = []
+    table = LeaseTable(
+        incarnation=INCARNATION,
+        lease_s=30,
+        generation=lambda _: 1,
+        on_end=lambda lease: seen.append(("end", lease.state, list(table.leases))),
+        on_change=lambda: seen.append(("change", lease.state, list(table.leases))),
+    )
+    lease = table.create("r", sample_index=0, attempt=1)
+    table.hold(lease, (7,), (1,), HASH)
+    assert seen == [("change", LeaseState.HELD, [lease])]
+    seen.clear()
+    table.take(lease)
+    assert seen == [("end", LeaseState.TAKEN, []), ("change", LeaseState.FREED, [])]
+
+
+@async_test
+async def test_the_table_is_idle_when_the_last_lease_is_gone():
+    t = Table()
+    await t.table.wait_idle()
+    one, two = t.hold("one"), t.hold("two")
+    waiting = asyncio.ensure_future(t.table.wait_idle())
+    t.table.take(one)
+    await asyncio.wait([waiting], timeout=0.01)
+    assert not waiting.done()
+    t.table.take(two)
+    await waiting
