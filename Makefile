@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 10
+MUTMUT := build/mutants/tool/.installed
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault stress bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -64,6 +65,13 @@ fault: setup ## Kill, corrupt, expire, disconnect
 
 stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
 	$(BIN)/python -m tests.stress --minutes $(MINUTES)
+
+mutants: setup $(MUTMUT) ## Change the code and see if the unit tests notice, half an hour: GROUP=kv (build/mutants/report.txt)
+	$(BIN)/python -m tests.mutants $(addprefix --group ,$(GROUP))
+
+$(MUTMUT): tests/mutants/requirements.txt | setup
+	@rm -rf $(@D) && $(BIN)/pip install --disable-pip-version-check -q --no-deps --target $(@D) -r $<
+	@touch $@
 
 bench: setup ## Speed and memory beside transformers; writes build/bench/first-light.json
 	$(BIN)/python -m tests.perf.first_light

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 ROOT = Path(__file__).parents[1]
 
 settings.register_profile("headrace", deadline=None)
+# `make mutants` (tests/mutants) runs tests thousands of times: always the same examples, and none made smaller.
+settings.register_profile(
+    "mutants", deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile("headrace")
 
 
