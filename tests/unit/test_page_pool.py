@@ -36,6 +36,7 @@ def test_an_exhausted_pool_says_so_and_gives_nothing():
     with pytest.raises(OverloadedError) as raised:
         pool.allocate(2, 2)
     assert raised.value.reason == "NO_FREE_PAGES"
+    assert str(raised.value) == "2 pages needed, 1 of 3 free; try again later"
     assert pool.num_free == 1
 
 
@@ -55,6 +56,110 @@ def test_a_page_of_another_owner_is_not_touched(misuse):
     with pytest.raises(AssertionError):
         pool.share(0, 2) if misuse == "share" else getattr(pool, misuse)([0], 2)
     pool.check_integrity()
+
+
+def test_generations_rise_each_time_a_page_is_given_back():
+    pool = PagePool(2)
+    for generation in range(1, 4):
+        pool.free(pool.allocate(1, 7), 7)
+        assert sorted(pool.generation(page_id) for page_id in range(2)) == [0, generation]
+
+
+def test_a_pool_without_pages_is_no_pool():
+    with pytest.raises(AssertionError, match="a pool needs pages"):
+        PagePool(0)
+
+
+def test_all_pages_can_be_had_and_each_once():
+    pool = PagePool(3)
+    assert sorted(pool.allocate(3, 0)) == [0, 1, 2]
+    assert pool.allocate(0, 0) == []
+    with pytest.raises(AssertionError, match="owners are not negative"):
+        pool.allocate(0, -1)
+
+
+def test_a_shared_page_is_cached_while_anybody_uses_it_and_after():
+    pool = PagePool(2)
+    pool.allocate(1, 7)
+    pool.share(0, 7)
+    pool.retain(0)
+    assert (pool.state(0), pool.references(0), pool.num_unreferenced) == (PageState.CACHED, 2, 0)
+    pool.release(0)
+    with pytest.raises(AssertionError, match="page 0 is in use"):
+        pool.evict(0)
+    pool.release(0)
+    assert (pool.state(0), pool.references(0), pool.num_unreferenced) == (PageState.CACHED, 0, 1)
+    pool.retain(0)
+    assert (pool.references(0), pool.num_unreferenced) == (1, 0)
+    pool.release(0)
+    pool.evict(0)
+    assert (pool.state(0), pool.num_unreferenced, pool.num_free) == (PageState.FREE, 0, 2)
+    pool.check_integrity()
+
+
+def test_pages_are_counted_by_state():
+    pool = PagePool(10)
+    pool.allocate(6, 7)
+    pool.quarantine([0, 1, 2], 7)
+    pool.share(3, 7)
+    pool.share(4, 7)
+    counts = {PageState.FREE: 4, PageState.OWNED: 1, PageState.CACHED: 2, PageState.QUARANTINED: 3}
+    assert pool.counts() == counts
+    pool.free([0, 5], 7)
+    assert pool.counts() == counts | {PageState.FREE: 6, PageState.OWNED: 0, PageState.QUARANTINED: 2}
+
+
+@pytest.mark.parametrize(
+    ("misuse", "words"),
+    [
+        (lambda pool: pool.free([9], 7), "page 9 is not owned"),
+        (lambda pool: pool.free([2], 7), "page 2 is not owned"),
+        (lambda pool: pool.free([1, 1], 7), "page 1 is not owned"),
+        (lambda pool: pool.quarantine([2], 7), "page 2 is not owned"),
+        (lambda pool: pool.quarantine([0], 7), "page 0 is not owned"),
+        (lambda pool: pool.share(0, 7), "page 0 is not owned"),
+        (lambda pool: pool.share(2, 7), "page 2 is not owned"),
+        (lambda pool: pool.retain(1), "page 1 is not cached"),
+        (lambda pool: pool.release(1), "page 1 has no references"),
+        (lambda pool: pool.release(3), "page 3 has no references"),
+        (lambda pool: pool.evict(1), "page 1 is not cached"),
+    ],
+)
+def test_what_a_pages_state_does_not_allow_is_a_bug_of_ours(misuse, words):
+    """Pages: 0 is quarantined, 1 owned, 2 cached and used, 3 cached and unused, the rest free."""
+    pool = PagePool(10)
+    pool.allocate(4, 7)
+    pool.quarantine([0], 7)
+    for page_id in (2, 3):
+        pool.share(page_id, 7)
+    pool.release(3)
+    with pytest.raises(AssertionError, match=words):
+        misuse(pool)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda pool: pool._free.append(pool._free[0]), "a page is free twice"),
+        (lambda pool: pool._free.pop(), "pages are miscounted"),
+        (lambda pool: pool._states.__setitem__(1, PageState.FREE), "pages are miscounted"),
+        (lambda pool: pool._owners.__setitem__(1, -1), "page 1: owner does not fit"),
+        (lambda pool: pool._owners.__setitem__(2, 7), "page 2: owner does not fit"),
+        (lambda pool: pool._references.__setitem__(1, 1), "page 1: stray references"),
+        (lambda pool: pool._free.__setitem__(0, 1), "the free list and the states differ"),
+        (lambda pool: pool._references.__setitem__(2, 0), "unreferenced pages are miscounted"),
+    ],
+)
+def test_damaged_books_are_noticed(damage, words):
+    """Pages: 1 is owned, 2 cached and used, the others free."""
+    pool = PagePool(4)
+    pool.allocate(3, 7)
+    pool.free([0], 7)
+    pool.share(2, 7)
+    pool.check_integrity()
+    damage(pool)
+    with pytest.raises(AssertionError, match=words):
+        pool.check_integrity()
 
 
 class Pages(RuleBasedStateMachine):

@@ -210,6 +210,20 @@ def test_a_node_given_a_child_while_it_waits_to_be_evicted_stays_below_it():
     assert pool.references(nodes[0].page_id) == 1
 
 
+def test_eviction_keeps_its_order_when_the_books_are_cleaned_of_what_was_used_again():
+    pool = PagePool(4)
+    cache = PrefixCache(pool, PAGE)
+    for token in (1, 2, 3):
+        cache.release(cached(pool, cache, [token] * 4))
+    for _ in range(50):
+        cache.release(cache.match([1] * 4, 1))
+        assert len(cache._leaves) <= 2 * pool.num_pages + 1
+    for evicted in (2, 3, 1):
+        assert (evicted,) * 4 in cache._root.children
+        assert cache.evict(1) == 1
+        assert (evicted,) * 4 not in cache._root.children
+
+
 def test_a_page_that_hangs_twice_and_one_that_hangs_nowhere_are_noticed():
     pool = PagePool(4)
     cache = PrefixCache(pool, PAGE)
@@ -247,9 +261,9 @@ class Oracle:
 _PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)
 
 
-@given(st.lists(st.one_of(_PATHS, st.integers(1, 3)), max_size=200))
+@given(st.lists(st.one_of(_PATHS, _PATHS, _PATHS, st.integers(1, 3)), max_size=200))
 def test_eviction_takes_the_longest_unused_leaf_whatever_was_used_before(operations):
-    pool = PagePool(8)
+    pool = PagePool(6)
     cache = PrefixCache(pool, 1)
     oracle = Oracle()
     for operation in operations:
