@@ -82,16 +82,10 @@ kernels-check: setup ## Compile every kernel for sm_90 and gfx942; writes build/
 kernels-aot: setup ## kernels-check, and rewrite its table in docs/kernels.md
 	$(BIN)/python -m headrace_kernels.aot --json build/bench/kernels-aot.json --write-table docs/kernels.md
 
-kernels-stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
-	$(BIN)/python -m tests.stress --minutes $(MINUTES)
-
-bench: setup ## On a GPU: parity, ceilings, every kernel; writes build/bench/kernels-gpu.json
+kernels-bench: setup ## On a GPU: parity, ceilings, every kernel; writes build/bench/kernels-gpu.json
 	$(BIN)/python -m tests.perf.kernels.report
 
-gpu-stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
-	$(BIN)/python -m tests.stress --minutes $(MINUTES)
-
-bench: setup ## On a GPU: the engine's decode step, its tokens, a cluster; into the same report
+gpu-bench: setup ## On a GPU: the engine's decode step, its tokens, a cluster; into the same report
 	$(BIN)/python -m tests.perf.gpu_engine
 
 tune: setup ## On a GPU: time the kernels' configurations and keep the best
