@@ -301,3 +301,33 @@ async def test_the_table_is_idle_when_the_last_lease_is_gone():
     assert not waiting.done()
     t.table.take(two)
     await waiting
+
+
+@async_test
+async def test_a_ticket_releases_its_lease_at_once_and_no_other():
+    t = Table()
+    lease, other = t.hold(), t.hold("other")
+    t.table.release(lease.lease_id, incarnation=INCARNATION)
+    assert t.ended == [(lease.key, LeaseState.TAKEN)]
+    assert t.table.leases == [other]
+
+
+@async_test
+async def test_a_page_without_a_generation_is_shown_to_nobody():
+    t = Table()
+    lease = t.table.create("r", sample_index=0, attempt=1)
+    t.table.hold(lease, (7, 8), (1,), HASH)
+    with pytest.raises(ValueError, match="zip"):
+        t.held_pages(lease)
+
+
+@async_test
+async def test_a_foreign_lease_is_named_by_its_first_letters():
+    t = Table()
+    with pytest.raises(HandoffLostError) as raised:
+        t.table.renew("x" * 200, incarnation=INCARNATION)
+    assert str(raised.value) == f"{'x' * 80} is not held: expired, released or aborted"
+
+
+def test_a_cancelled_prefill_says_so():
+    assert (cancelled().reason, str(cancelled())) == ("CANCELLED", "the prefill was cancelled")
