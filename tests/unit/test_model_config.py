@@ -125,6 +125,59 @@ def test_end_of_sequence_is_one_token_several_or_none(read, eos, expected):
     assert read(TINY_CONFIGS["v3"], eos_token_id=eos).eos_token_ids == expected
 
 
+@pytest.fixture
+def read_with(tmp_path):
+    """Read config.json with `eos_token_id` 7, and generation_config.json of the text or the values given."""
+
+    def read_with(generation):
+        write_config(tmp_path, {**TINY_CONFIGS["v3"], "eos_token_id": 7})
+        text = generation if isinstance(generation, bytes) else json.dumps(generation).encode()
+        (tmp_path / "generation_config.json").write_bytes(text)
+        return parse_config(tmp_path)
+
+    return read_with
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"eos_token_id": 18}, (18,)),
+        ({"eos_token_id": [1, 18]}, (1, 18)),
+        ({"eos_token_id": [18, 1, 18]}, (18, 1)),
+        ({"eos_token_id": []}, ()),
+        ({"eos_token_id": None}, (7,)),
+        ({"temperature": 0.6}, (7,)),
+        ({}, (7,)),
+    ],
+)
+def test_the_ends_that_generation_config_names_replace_those_of_config(read_with, generation, expected):
+    assert read_with(generation).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("eos", [160, -1, [1, 160], True, [True], 1.0, "1", {"id": 1}, [[1]]])
+def test_an_end_that_is_no_token_is_refused_by_file_and_field(read, read_with, eos):
+    for read_it, file in ((lambda: read_with({"eos_token_id": eos}), "generation_config"), (
+        lambda: read({**TINY_CONFIGS["v3"], "eos_token_id": eos}), "config",
+    )):  # fmt: skip
+        with pytest.raises(CheckpointError, match=rf"^{file}\.json: eos_token_id is ") as caught:
+            read_it()
+        assert caught.value.reason == "BAD_CONFIG"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"", b'"eos"', b"[" * 100_000])
+def test_a_generation_config_that_is_no_json_object_is_refused(read_with, content):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json") as caught:
+        read_with(content)
+    assert caught.value.reason == "BAD_CONFIG"
+
+
+def test_a_link_to_a_generation_config_that_is_gone_is_refused(tmp_path):
+    write_config(tmp_path, TINY_CONFIGS["v3"])
+    (tmp_path / "generation_config.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        parse_config(tmp_path)
+
+
 def test_no_shared_experts_may_be_said_with_null(read):
     assert read(TINY_CONFIGS["v3"], n_shared_experts=None).moe.num_shared_experts == 0
 

@@ -190,6 +190,12 @@ def test_fingerprint_changes_with_weights_config_and_compute_type_only(tmp_path,
     write_config(tmp_path, {**CONFIG, "rope_theta": 10001.0})
     assert load_model(tmp_path).fingerprint != first
     write_config(tmp_path, CONFIG)
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"temperature": 0.3}')
+    assert load_model(tmp_path).fingerprint == first
+    generation.write_text('{"eos_token_id": [1, 18]}')
+    assert load_model(tmp_path).fingerprint != first, "workers that end elsewhere don't work together"
+    generation.unlink()
     written[NORM][3] += 1e-3
     write_tensors(tmp_path, written)
     assert load_model(tmp_path).fingerprint != first

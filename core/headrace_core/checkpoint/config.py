@@ -85,7 +85,7 @@ class ModelConfig:
 
     `checkpoint_dtype` is torch's name of the type that weights are meant to have ("bfloat16"; also for block-FP8
     checkpoints, whose block's sides are `fp8_block`). `max_context_tokens` counts prompt and output. `num_mtp_layers`
-    are in the checkpoint after the others and are not run.
+    are in the checkpoint after the others and are not run. A token of `eos_token_ids` ends a text.
     """
 
     family: Family

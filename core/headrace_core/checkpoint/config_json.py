@@ -1,9 +1,16 @@
-"""Parse config.json as Hugging Face checkpoints have it, old spellings and new, and refuse what would be misread."""
+"""Parse config.json as Hugging Face checkpoints have it, old spellings and new, and refuse what would be misread.
+
+Of generation_config.json only the end-of-sequence ids are read: where it names any (`eos_token_id`: an id, or a list,
+which may be empty), they replace config.json's, as in transformers. A file that names none (null, or no such field)
+leaves config.json's, where transformers would go on past every end. Its sampling defaults (`temperature`, `top_p`,
+`max_new_tokens` ...) are not applied: a request says what it wants.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +24,9 @@ from headrace_core.checkpoint.config import (
 )
 from headrace_core.errors import CheckpointError
 
+_CONFIG = "config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_EOS = "eos_token_id"
 _DTYPES = ("float32", "bfloat16", "float16")
 # Kimi-K2 is DeepSeek-V3's architecture under a name of its own.
 _FAMILIES = {
@@ -28,13 +38,22 @@ _FAMILIES = {
 
 
 def parse_config(directory: Path) -> ModelConfig:
-    """Return what `directory`/config.json describes.
+    """Return what `directory`/config.json describes, and which tokens end a text by generation_config.json beside it.
 
     Raises:
-        CheckpointError: BAD_CONFIG if it is missing, unreadable or inconsistent; UNSUPPORTED_MODEL if it asks for
-            something that Headrace does not compute. The message names the field.
+        CheckpointError: BAD_CONFIG if config.json is missing, or either file is unreadable or inconsistent;
+            UNSUPPORTED_MODEL if it asks for something that Headrace does not compute. The message names file and field.
     """
-    fields = _Fields(_read(directory))
+    config = _parse_network(_Fields(_read(directory / _CONFIG)))
+    path = directory / _GENERATION_CONFIG
+    is_there = path.exists() or path.is_symlink()  # a link to nothing is a damaged checkpoint
+    generation = _Fields(_read(path) if is_there else {}, file=_GENERATION_CONFIG)
+    if _EOS not in generation:
+        return config
+    return replace(config, eos_token_ids=_parse_eos(generation, config.vocab_size))
+
+
+def _parse_network(fields: _Fields) -> ModelConfig:
     family = _FAMILIES.get(fields.text("model_type"))
     if family is None:
         unsupported("model_type", fields.text("model_type"), f"one of {', '.join(_FAMILIES)}")
@@ -44,18 +63,19 @@ def parse_config(directory: Path) -> ModelConfig:
 
 def unsupported(name: str, value: object, supported: str) -> NoReturn:
     """Refuse a config that asks for something that is not implemented."""
-    raise CheckpointError("UNSUPPORTED_MODEL", f"config.json: {name} is {value!r}; Headrace supports {supported}")
+    raise CheckpointError("UNSUPPORTED_MODEL", f"{_CONFIG}: {name} is {value!r}; Headrace supports {supported}")
 
 
-def bad(name: str, value: object, expected: str) -> NoReturn:
+def bad(name: str, value: object, expected: str, *, file: str = _CONFIG) -> NoReturn:
     """Refuse a config that makes no sense."""
-    raise CheckpointError("BAD_CONFIG", f"config.json: {name} is {value!r}; it must be {expected}")
+    raise CheckpointError("BAD_CONFIG", f"{file}: {name} is {value!r}; it must be {expected}")
 
 
 class _Fields:
     """Typed access to the fields of a JSON object; a wrong type or range is refused by name."""
 
-    def __init__(self, values: dict[str, Any], prefix: str = "") -> None:
+    def __init__(self, values: dict[str, Any], prefix: str = "", *, file: str = _CONFIG) -> None:
+        self.file = file
         self._values = values
         self._prefix = prefix
 
@@ -114,15 +134,14 @@ class _Fields:
         return value
 
 
-def _read(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             "BAD_CONFIG", f"{path} does not exist; give the folder of a Hugging Face checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError("BAD_CONFIG", f"{path} can't be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError("BAD_CONFIG", f"{path} must hold a JSON object")
@@ -203,11 +222,6 @@ def _parse_mixtral(fields: _Fields) -> ModelConfig:
 
 def _parse_common(fields: _Fields) -> dict[str, Any]:
     vocab_size = fields.count("vocab_size")
-    eos = fields.raw("eos_token_id")
-    eos_token_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    for token_id in eos_token_ids:
-        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            bad("eos_token_id", eos, f"token ids below vocab_size, {vocab_size}")
     dtype = fields.text("dtype", fields.raw("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in _DTYPES:
         unsupported("dtype", dtype, f"one of {', '.join(_DTYPES)}")
@@ -217,10 +231,19 @@ def _parse_common(fields: _Fields) -> dict[str, Any]:
         "hidden_size": fields.count("hidden_size"),
         "max_context_tokens": fields.count("max_position_embeddings"),
         "bos_token_id": fields.count("bos_token_id", least=0) if "bos_token_id" in fields else None,
-        "eos_token_ids": eos_token_ids,
+        "eos_token_ids": _parse_eos(fields, vocab_size),
         "checkpoint_dtype": dtype,
         "is_embedding_tied": fields.flag("tie_word_embeddings", False),
     }
+
+
+def _parse_eos(fields: _Fields, vocab_size: int) -> tuple[int, ...]:
+    value = fields.raw(_EOS)
+    token_ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in token_ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+            bad(_EOS, value, f"a token id below vocab_size, {vocab_size}, a list of them, or null", file=fields.file)
+    return tuple(dict.fromkeys(token_ids))
 
 
 def _parse_v3_moe(fields: _Fields) -> MoeShape:
