@@ -1,0 +1,99 @@
+"""Text to token ids: what the model's files say about the tokens around a text."""
+
+import json
+
+import pytest
+from headrace_core.errors import CheckpointError
+from headrace_router.testing import BOS, EOS, byte_ids, write_tokenizer
+from headrace_router.tokenizer import Tokenizer
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
+
+HELLO = byte_ids("Hello world")
+SPECIAL = [("<bos>", BOS), ("<eos>", EOS)]
+POST_PROCESSORS = {
+    "none": processors.ByteLevel(trim_offsets=False),  # DeepSeek's
+    "begin": processors.TemplateProcessing(single="<bos> $A", special_tokens=SPECIAL),
+    "both": processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=SPECIAL),
+    "begin, as Llama 3 has it": processors.Sequence(
+        [processors.ByteLevel(), processors.TemplateProcessing(single="<bos> $A", special_tokens=SPECIAL)]
+    ),
+    "both, as BERT has it": processors.BertProcessing(("<eos>", EOS), ("<bos>", BOS)),
+}
+BOS_OBJECT = {"__type": "AddedToken", "content": "<bos>", "lstrip": False, "normalized": True}
+CASES = {
+    "begin added as the config says": ("none", {"add_bos_token": True}, "Hello world", [BOS, *HELLO]),
+    "bos_token as an object": ("none", {"add_bos_token": True, "bos_token": BOS_OBJECT}, "Hello world", [BOS, *HELLO]),
+    "end added": ("none", {"add_eos_token": True}, "Hello world", [*HELLO, EOS]),
+    "both added": ("none", {"add_bos_token": True, "add_eos_token": True}, "Hello world", [BOS, *HELLO, EOS]),
+    "nothing said": ("none", {}, "Hello world", HELLO),
+    "said with null": ("begin", {"add_bos_token": None}, "Hello world", [BOS, *HELLO]),
+    "the post-processor's word": ("both", {}, "Hello world", [BOS, *HELLO, EOS]),
+    "said twice": ("begin", {"add_bos_token": True}, "Hello world", [BOS, *HELLO]),
+    "said twice by a sequence": (
+        "begin, as Llama 3 has it", {"add_bos_token": True, "add_eos_token": False}, "Hello world", [BOS, *HELLO],
+    ),
+    "said twice by BERT's": (
+        "both, as BERT has it", {"add_bos_token": True, "add_eos_token": True}, "Hello world", [BOS, *HELLO, EOS],
+    ),
+    "the config says no begin": ("both", {"add_bos_token": False}, "Hello world", [*HELLO, EOS]),
+    "the config says no end": ("both", {"add_eos_token": False}, "Hello world", [BOS, *HELLO]),
+    "false where nothing is added": ("none", {"add_bos_token": False}, "Hello world", HELLO),
+    "false without a bos_token": ("none", {"add_bos_token": False, "bos_token": None}, "Hello world", HELLO),
+    "the text begins with it": ("none", {"add_bos_token": True}, "<bos>Hello world", [BOS, *HELLO]),
+    "the text begins with it, and the post-processor adds it": ("begin", {}, "<bos>Hello world", [BOS, *HELLO]),
+    "the text begins with two": ("begin", {}, "<bos><bos>", [BOS, BOS]),
+    "the text is nothing else": ("none", {"add_bos_token": True}, "<bos>", [BOS]),
+    "the text ends with it": ("none", {"add_eos_token": True}, "Hello world<eos>", [*HELLO, EOS]),
+    "the text has it inside": ("none", {"add_bos_token": True}, "a<bos>b", [BOS, *byte_ids("a"), BOS, *byte_ids("b")]),
+}  # fmt: skip
+
+
+def model(folder, post_processor, **config):
+    """A byte-level tokenizer with one of `POST_PROCESSORS`; `config` goes into tokenizer_config.json."""
+    write_tokenizer(folder)
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.post_processor = POST_PROCESSORS[post_processor]
+    fast.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_text_prompt_has_the_tokens_around_it_that_the_files_name(tmp_path, case):
+    post_processor, config, text, expected = CASES[case]
+    assert Tokenizer(model(tmp_path, post_processor, **config)).encode_text(text) == expected
+
+
+@pytest.mark.parametrize("post_processor", POST_PROCESSORS)
+@pytest.mark.parametrize("text", ["Hello world", " ", "é\n", "a<eos>b"])
+def test_without_a_word_in_the_config_a_text_is_encoded_as_tokenizer_json_has_it(tmp_path, post_processor, text):
+    folder = model(tmp_path, post_processor)
+    expected = FastTokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert Tokenizer(folder).encode_text(text) == expected
+
+
+@pytest.mark.parametrize("post_processor", POST_PROCESSORS)
+def test_a_conversation_has_the_special_tokens_of_its_template_only(tmp_path, post_processor):
+    tokenizer = Tokenizer(model(tmp_path, post_processor, add_bos_token=True, add_eos_token=True))
+    assert tokenizer.encode_chat([("user", "hi")]) == [BOS, *byte_ids("[user]hi[assistant]")]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"add_bos_token": True, "bos_token": None}, "add_bos_token is True, but bos_token is missing"),
+        ({"add_eos_token": True, "eos_token": None}, "add_eos_token is True, but eos_token is missing"),
+        ({"add_bos_token": True, "bos_token": "<s>"}, "bos_token, '<s>', is no token of tokenizer.json"),
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; it must be true, false or null"),
+        ({"add_eos_token": 1}, "add_eos_token is 1; it must be true, false or null"),
+        ({"bos_token": 3}, "bos_token is 3; it must be text"),
+        ({"eos_token": {"id": 3}}, "eos_token is {'id': 3}; it must be text"),
+        ({"pad_token": ["<pad>"]}, r"pad_token is \['<pad>'\]; it must be text"),
+    ],
+)
+def test_a_config_that_can_not_be_followed_is_refused_by_name(tmp_path, config, words):
+    with pytest.raises(CheckpointError, match=words) as caught:
+        Tokenizer(model(tmp_path, "none", **config))
+    assert caught.value.reason == "BAD_TOKENIZER"
