@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
 import psutil
@@ -57,14 +55,6 @@ def check_fits(weight_bytes: int, kv_pool_bytes: int, available: int, working_by
             f"working margin {working_bytes // _MIB}) and {available // _MIB} MiB are available; "
             "free memory, lower --kv-pool-mib, or use a larger machine or GPU",
         )
-
-
-def release_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc); elsewhere do nothing."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _available_gpu_bytes() -> int:

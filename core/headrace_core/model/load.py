@@ -21,7 +21,6 @@ from headrace_core.checkpoint.memory import (
     WORKING_BYTES,
     available_bytes,
     check_fits,
-    release_freed_memory,
 )
 from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
 from headrace_core.checkpoint.weight_reader import WeightReader
@@ -33,6 +32,7 @@ from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
 from headrace_core.model.rope_angles import softmax_scale
 from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
+from headrace_core.process import release_freed_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from headrace_core.batch.step import Chunk
 from headrace_core.checkpoint.config import ModelConfig
-from headrace_core.checkpoint.memory import release_freed_memory
 from headrace_core.kv.layout import KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step
@@ -26,6 +25,7 @@ from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.stacked_moe import StackedMoeMlp, share_counts
 from headrace_core.model.step_inputs import StepInputs, prepare_step
+from headrace_core.process import release_freed_memory
 
 _MANY_TOKENS = 256
 _LAYERS_PER_RELEASE = 4
