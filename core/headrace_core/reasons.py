@@ -96,7 +96,6 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     CheckpointError: {
         "BAD_CONFIG": "config.json is missing, unreadable or inconsistent; names the field",
-        "BAD_TEMPLATE": "the chat template does not compile",
         "BAD_TENSOR_SHAPE": "a tensor's shape is not what config.json says",
         "BAD_TOKENIZER": "a tokenizer file can't be read",
         "DAMAGED_FILE": "a weight file is cut short or no safetensors file",

@@ -6,13 +6,10 @@ An explicit `max_tokens` past the context window is no error: the sample ends wi
 
 from __future__ import annotations
 
-import asyncio
 import secrets
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from headrace.v1 import generation_service_pb2, types_pb2
 from headrace_core.errors import InvalidRequestError, NotFoundError
@@ -25,14 +22,10 @@ from headrace_core.request import (
 )
 from headrace_core.wire import decode_sampling, encode_sampling
 
+from headrace_router.prompts import Prompt, PromptLimits, Prompts
 from headrace_router.registry import FleetModel
-from headrace_router.tokenizer import CHAT_ROLES, Tokenizer
+from headrace_router.tokenizer import check_num_tokens
 
-T = TypeVar("T")
-
-_INLINE_BYTES = 2048
-"""Shorter prompts are tokenized at once: a thread would cost more."""
-_TOKEN_ID_BYTES = 4
 _ID_BYTES = 12
 
 
@@ -64,7 +57,7 @@ class Tokenized:
     message: generation_service_pb2.GenerateRequest
     request_id: str
     params: SamplingParams
-    prompt_ids: list[int]
+    prompt: Prompt
     arrival_s: float
     deadline_s: float
     tokenized_s: float
@@ -73,20 +66,25 @@ class Tokenized:
 class Admission:
     """Checks and tokenizes. Event loop only."""
 
-    def __init__(self, tokenizer: Tokenizer, *, model_name: str, max_prompt_bytes: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, prompts: Prompts, *, model_name: str) -> None:
+        self._prompts = prompts
         self._model_name = model_name
-        self._max_prompt_bytes = max_prompt_bytes
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 
     async def tokenize(
-        self, message: generation_service_pb2.GenerateRequest, *, arrival_s: float, deadline_s: float
+        self,
+        message: generation_service_pb2.GenerateRequest,
+        model: FleetModel | None,
+        *,
+        arrival_s: float,
+        deadline_s: float,
     ) -> Tokenized:
-        """Check what the message alone says, and tokenize its prompt.
+        """Check what the message alone says, and tokenize its prompt unless it is too long for `model` (None: unknown).
 
         Raises:
             InvalidRequestError: BAD_REQUEST, BAD_SAMPLING, EMPTY_PROMPT or PROMPT_TOO_LONG.
             NotFoundError: UNKNOWN_MODEL.
+            DeadlineError: DEADLINE_EXCEEDED.
+            UnavailableError: DRAINING.
         """
         if message.request_id:
             check_request_id(message.request_id)
@@ -95,14 +93,13 @@ class Admission:
         if message.HasField("n") and not 1 <= message.n <= MAX_SAMPLES:
             raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
         params = decode_sampling(message.sampling)
-        prompt_ids = await self._prompt_ids(message)
-        if not prompt_ids:
-            raise InvalidRequestError("EMPTY_PROMPT", "the prompt has no tokens")
+        max_tokens = model.max_context_tokens - 1 if model else sys.maxsize
+        prompt = await self._prompts.read(message, PromptLimits(deadline_s, max_tokens))
         return Tokenized(
             message=message,
             request_id=message.request_id or secrets.token_hex(_ID_BYTES),
             params=params,
-            prompt_ids=prompt_ids,
+            prompt=prompt,
             arrival_s=arrival_s,
             deadline_s=deadline_s,
             tokenized_s=time.monotonic(),
@@ -114,15 +111,9 @@ class Admission:
         Raises:
             InvalidRequestError: PROMPT_TOO_LONG or BAD_TOKEN.
         """
-        message, params, num_prompt = tokenized.message, tokenized.params, len(tokenized.prompt_ids)
-        if num_prompt >= model.max_context_tokens:
-            raise InvalidRequestError(
-                "PROMPT_TOO_LONG",
-                f"the prompt has {num_prompt} tokens; with at least one of output the model's context holds "
-                f"{model.max_context_tokens}",
-            )
-        if max(tokenized.prompt_ids) >= model.vocab_size:
-            check_token_ids(tokenized.prompt_ids, model.vocab_size, "prompt")
+        message, params, num_prompt = tokenized.message, tokenized.params, len(tokenized.prompt.token_ids)
+        check_num_tokens(num_prompt, model.max_context_tokens - 1)
+        check_token_ids([tokenized.prompt.largest_id], model.vocab_size, "prompt")
         params.validate_tokens(model.vocab_size)
         room = model.max_context_tokens - num_prompt
         max_tokens = min(params.max_tokens or DEFAULT_MAX_TOKENS, room)
@@ -131,7 +122,7 @@ class Admission:
         eos_ids = () if params.ignore_eos else model.eos_token_ids
         return RequestSpec(
             request_id=tokenized.request_id,
-            prompt_ids=tokenized.prompt_ids,
+            prompt_ids=tokenized.prompt.token_ids,
             params=params,
             sampling=encode_sampling(replace(params, stop_strings=())),
             num_samples=message.n if message.HasField("n") else 1,
@@ -142,43 +133,3 @@ class Admission:
             tokenized_s=tokenized.tokenized_s,
             deadline_s=tokenized.deadline_s,
         )
-
-    async def _prompt_ids(self, message: generation_service_pb2.GenerateRequest) -> list[int]:
-        match message.WhichOneof("input"):
-            case "text":
-                text = message.text.text
-                if not text:
-                    raise InvalidRequestError("EMPTY_PROMPT", "the prompt is empty")
-                num_bytes = self._check_size(len(text.encode()))
-                if num_bytes <= _INLINE_BYTES:
-                    return self._tokenizer.encode_text(text)
-                return await self._in_thread(self._tokenizer.encode_text, text)
-            case "tokens":
-                self._check_size(_TOKEN_ID_BYTES * len(message.tokens.token_ids))
-                return list(message.tokens.token_ids)
-            case "chat":
-                return await self._chat_ids(message.chat)
-            case None:
-                raise InvalidRequestError("EMPTY_PROMPT", "send one of `text`, `tokens` and `chat`")
-
-    async def _chat_ids(self, chat: generation_service_pb2.ChatPrompt) -> list[int]:
-        messages = [(message.role, message.content) for message in chat.messages]
-        if not messages:
-            raise InvalidRequestError("EMPTY_PROMPT", "the conversation has no messages")
-        for role, _ in messages:
-            if role not in CHAT_ROLES:
-                raise InvalidRequestError("BAD_REQUEST", f"role {role[:32]!r} must be one of {', '.join(CHAT_ROLES)}")
-        num_bytes = self._check_size(sum(len(content.encode()) for _, content in messages))
-        if num_bytes <= _INLINE_BYTES:
-            return self._tokenizer.encode_chat(messages)
-        return await self._in_thread(self._tokenizer.encode_chat, messages)
-
-    async def _in_thread(self, encode: Callable[[T], list[int]], prompt: T) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, encode, prompt)
-
-    def _check_size(self, num_bytes: int) -> int:
-        if num_bytes > self._max_prompt_bytes:
-            raise InvalidRequestError(
-                "PROMPT_TOO_LONG", f"the prompt has {num_bytes} bytes; this router takes {self._max_prompt_bytes}"
-            )
-        return num_bytes

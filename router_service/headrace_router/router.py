@@ -19,6 +19,7 @@ from headrace_router.dispatch import Dispatcher
 from headrace_router.flow import Flow
 from headrace_router.link import Link
 from headrace_router.metrics import RouterMetrics
+from headrace_router.prompts import Prompts
 from headrace_router.registry import ROLE_NAMES, Registry
 from headrace_router.running import RunningRequest, outcome_of
 from headrace_router.tokenizer import Tokenizer
@@ -43,9 +44,8 @@ class Router:
         self._tokenizer = Tokenizer(settings.model)
         dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=settings.no_workers_timeout_s)
         self._flow = Flow(dispatcher, metrics, max_attempts=settings.max_attempts)
-        self._admission = Admission(
-            self._tokenizer, model_name=self._model_name, max_prompt_bytes=settings.max_prompt_bytes
-        )
+        self._prompts = Prompts(self._tokenizer, max_bytes=settings.max_prompt_bytes)
+        self._admission = Admission(self._prompts, model_name=self._model_name)
         self._running: dict[str, RunningRequest] = {}
         self._num_entering = 0
         self._is_draining = False
@@ -62,6 +62,10 @@ class Router:
         """Requests under way, queued ones included."""
         return self._num_entering + len(self._running)
 
+    def start(self) -> None:
+        """Begin what goes on in the background; `finish_cleanups` must follow."""
+        self._prompts.start()
+
     async def drain(self) -> None:
         """Refuse new requests and wait until none is under way."""
         self._is_draining = True
@@ -74,8 +78,9 @@ class Router:
             running.fail(error)
 
     async def finish_cleanups(self) -> None:
-        """Wait, within bounds, until workers were told of what ended early."""
+        """Wait, within bounds, until workers were told of what ended early; end threads and processes."""
         await self._flow.close()
+        await self._prompts.close()
 
     async def open(self, message: generation_service_pb2.GenerateRequest, remaining_s: float | None) -> RunningRequest:
         """Check a request and start it; `close` must follow.
@@ -133,7 +138,9 @@ class Router:
             raise OverloadedError("QUEUE_FULL", f"{self.num_queued - 1} requests are waiting; try again later")
         self._check_unused(message.request_id)
         limit_s = self._settings.request_timeout_s if remaining_s is None else remaining_s
-        tokenized = await self._admission.tokenize(message, arrival_s=arrival_s, deadline_s=arrival_s + limit_s)
+        tokenized = await self._admission.tokenize(
+            message, self.fleet.model, arrival_s=arrival_s, deadline_s=arrival_s + limit_s
+        )
         spec = await self._wait_fleet(tokenized)
         self._check_unused(spec.request_id)
         return spec

@@ -76,6 +76,7 @@ class RouterService:
             GenerationServicer(router), self._server.grpc
         )
         address = self._server.bind(settings.listen, credentials)
+        router.start()
         await self._server.start()
         self._following = asyncio.create_task(router.fleet.run(), name="registry")
         self._following.add_done_callback(self._on_registry_end)

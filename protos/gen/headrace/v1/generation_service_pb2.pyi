@@ -51,7 +51,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
-        """A conversation, rendered by the model's chat template."""
+        """A conversation, rendered by the model's chat template. BAD_REQUEST if it has none that can be used, or if the
+        template refuses these messages, fails, or takes too much time or memory.
+        """
 
     @_builtins.property
     def sampling(self) -> _types_pb2.SamplingParams:

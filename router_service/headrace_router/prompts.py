@@ -1,0 +1,130 @@
+"""From what a client sent to token ids.
+
+text  ─────────────────────────────────────┐
+chat ── render (chat_renderer.py) ── text ─┴─► size ──► encode: at once, or on the thread of its size ──► ids
+tokens ────────────────────────────────────────────────────────────────────────────────────────────────► ids
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from headrace.v1 import generation_service_pb2
+from headrace_core.errors import InvalidRequestError
+
+from headrace_router.chat_protocol import TemplateSource
+from headrace_router.chat_renderer import ChatRenderer
+from headrace_router.size_lanes import SizeLanes
+from headrace_router.tokenizer import Tokenizer, check_num_tokens
+
+CHAT_ROLES = ("system", "user", "assistant")
+_TOKEN_ID_BYTES = 4
+_INLINE_BYTES = 2048
+"""Shorter texts are tokenized at once, in about a millisecond: a thread would cost more."""
+_LANE_BYTES = [32 << 10, 512 << 10]
+"""Encoding does 1 to 2 MB/s: up to 30 ms, up to 0.5 s, longer."""
+_SLICE_IDS = 16384
+"""Token ids are looked at so many at once, in about half a millisecond; the event loop does other work in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLimits:
+    """What bounds one prompt: `max_tokens` is one less than the context of the fleet's model."""
+
+    deadline_s: float
+    """By `time.monotonic`."""
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a request's prompt came to; `largest_id` is of `token_ids`, which are never empty."""
+
+    token_ids: list[int]
+    largest_id: int
+
+
+class Prompts:
+    """Event loop only."""
+
+    def __init__(self, tokenizer: Tokenizer, *, max_bytes: int) -> None:
+        """Prepare for prompts of up to `max_bytes`, UTF-8; a token id counts as four."""
+        self._tokenizer = tokenizer
+        self._max_bytes = max_bytes
+        self._lanes = SizeLanes("tokenize", _LANE_BYTES)
+        config = tokenizer.config
+        source = None if config.template is None else TemplateSource(config.template, config.special_tokens)
+        self._chat = ChatRenderer(source, max_text_bytes=max_bytes, problem=config.template_problem)
+
+    def start(self) -> None:
+        """Prepare for conversations in the background; `close` must follow."""
+        self._chat.start()
+
+    async def close(self) -> None:
+        """End threads and processes; idempotent."""
+        self._lanes.close()
+        await self._chat.close()
+
+    async def read(self, message: generation_service_pb2.GenerateRequest, limits: PromptLimits) -> Prompt:
+        """Return the message's prompt.
+
+        Raises:
+            InvalidRequestError: EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_REQUEST.
+            DeadlineError: DEADLINE_EXCEEDED.
+            UnavailableError: DRAINING.
+        """
+        match message.WhichOneof("input"):
+            case "text":
+                if not message.text.text:
+                    raise InvalidRequestError("EMPTY_PROMPT", "the prompt is empty")
+                prompt = await self._encode(message.text.text, limits, with_special=True)
+            case "tokens":
+                prompt = await self._read_ids(message.tokens, limits)
+            case "chat":
+                prompt = await self._encode(await self._render(message.chat, limits), limits, with_special=False)
+            case None:
+                raise InvalidRequestError("EMPTY_PROMPT", "send one of `text`, `tokens` and `chat`")
+        if not prompt.token_ids:
+            raise InvalidRequestError("EMPTY_PROMPT", "the prompt has no tokens")
+        return prompt
+
+    async def _encode(self, text: str, limits: PromptLimits, *, with_special: bool) -> Prompt:
+        num_bytes = self._check_size(len(text.encode()))
+
+        def encode(_: int = 0) -> Prompt:
+            ids = self._tokenizer.encode(text, with_special=with_special, max_tokens=limits.max_tokens)
+            return Prompt(ids, max(ids, default=0))
+
+        return encode() if num_bytes <= _INLINE_BYTES else await self._lanes.run(num_bytes, limits.deadline_s, encode)
+
+    async def _read_ids(self, prompt: generation_service_pb2.TokenPrompt, limits: PromptLimits) -> Prompt:
+        num_ids = len(prompt.token_ids)
+        self._check_size(_TOKEN_ID_BYTES * num_ids)
+        check_num_tokens(num_ids, limits.max_tokens)
+        ids: list[int] = []
+        largest = 0
+        for start in range(0, num_ids, _SLICE_IDS):
+            part = prompt.token_ids[start : start + _SLICE_IDS]
+            ids += part
+            largest = max(largest, *part)
+            await asyncio.sleep(0)
+        return Prompt(ids, largest)
+
+    async def _render(self, chat: generation_service_pb2.ChatPrompt, limits: PromptLimits) -> str:
+        num_messages = len(chat.messages)
+        if not num_messages:
+            raise InvalidRequestError("EMPTY_PROMPT", "the conversation has no messages")
+        messages = [(message.role, message.content) for message in chat.messages]
+        for role, _ in messages:
+            if role not in CHAT_ROLES:
+                raise InvalidRequestError("BAD_REQUEST", f"role {role[:32]!r} must be one of {', '.join(CHAT_ROLES)}")
+        num_bytes = self._check_size(sum(len(content.encode()) for _, content in messages))
+        return await self._chat.render(messages, num_bytes, deadline_s=limits.deadline_s)
+
+    def _check_size(self, num_bytes: int) -> int:
+        if num_bytes > self._max_bytes:
+            raise InvalidRequestError(
+                "PROMPT_TOO_LONG", f"the prompt has {num_bytes} bytes; this router takes {self._max_bytes}"
+            )
+        return num_bytes
