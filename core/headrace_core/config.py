@@ -116,7 +116,11 @@ class RouterSettings(ProcessSettings):
     )
     workers_file: Path | None = Field(None, description="one worker address per line; read again when it changes")
     max_queued_requests: int = Field(1024, ge=1, description="queue length at which requests are refused")
-    max_prompt_bytes: int = Field(4 << 20, ge=1, description="largest prompt accepted, UTF-8 bytes")
+    max_prompt_bytes: int = Field(
+        4 << 20,
+        ge=1,
+        description="largest prompt accepted, UTF-8 bytes; tokenizing takes up to 230 times as much memory",
+    )
     max_attempts: int = Field(4, ge=1, description="attempts a request has before its failure is the client's")
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request that brings none")
     no_workers_timeout_s: float = Field(30.0, gt=0, description="how long a request waits when no worker is ready")

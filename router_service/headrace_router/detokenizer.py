@@ -46,7 +46,7 @@ class Vocabulary:
         texts = _token_texts(fast)
         steps = _fallback_steps(decoder)
         if decoder.get("type") == "ByteLevel":
-            self.token_bytes = [_byte_level(text) for text in texts]
+            self.token_bytes = [byte_level_bytes(text) for text in texts]
             self.token_texts = [_whole_text(token) for token in self.token_bytes]
         elif steps is not None:
             replace, self.num_strip = steps
@@ -152,13 +152,14 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-_ALPHABET = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
+"""The byte that each character of a byte-level token stands for."""
 
 
-def _byte_level(text: str) -> bytes:
-    """A token with a character outside the alphabet (an added token) is its own UTF-8."""
-    if all(char in _ALPHABET for char in text):
-        return bytes(_ALPHABET[char] for char in text)
+def byte_level_bytes(text: str) -> bytes:
+    """Return what a byte-level token stands for: UTF-8 if a character is outside the alphabet (an added token)."""
+    if all(char in BYTE_ALPHABET for char in text):
+        return bytes(BYTE_ALPHABET[char] for char in text)
     return text.encode("utf-8")
 
 

@@ -1,8 +1,11 @@
-"""From what a client sent to token ids.
+"""From what a client sent to token ids, in bounded time and memory whoever sent what.
 
-text  ─────────────────────────────────────┐
-chat ── render (chat_renderer.py) ── text ─┴─► size ──► encode: at once, or on the thread of its size ──► ids
-tokens ────────────────────────────────────────────────────────────────────────────────────────────────► ids
+    text  ─────────────────────────────────────┐
+    chat ── render (chat_renderer.py) ── text ─┴─► size ──► encode: at once, or on the thread of its size ──► ids
+    tokens ────────────────────────────────────────────────────────────────────────────────────────────────► ids
+
+What can be refused by size is, before it costs anything: by the router's own limit, and by the fewest tokens that so
+many bytes can have, where the tokenizer lets that be known (`token_size.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from headrace_router.size_lanes import SizeLanes
 from headrace_router.tokenizer import Tokenizer, check_num_tokens
 
 CHAT_ROLES = ("system", "user", "assistant")
+MAX_CHAT_MESSAGES = 4096
+_MESSAGE_BYTES = 64
+"""What a message of a conversation costs besides its words."""
 _TOKEN_ID_BYTES = 4
 _INLINE_BYTES = 2048
 """Shorter texts are tokenized at once, in about a millisecond: a thread would cost more."""
@@ -91,6 +97,7 @@ class Prompts:
 
     async def _encode(self, text: str, limits: PromptLimits, *, with_special: bool) -> Prompt:
         num_bytes = self._check_size(len(text.encode()))
+        self._tokenizer.check_size(num_bytes, limits.max_tokens)
 
         def encode(_: int = 0) -> Prompt:
             ids = self._tokenizer.encode(text, with_special=with_special, max_tokens=limits.max_tokens)
@@ -115,11 +122,18 @@ class Prompts:
         num_messages = len(chat.messages)
         if not num_messages:
             raise InvalidRequestError("EMPTY_PROMPT", "the conversation has no messages")
+        if num_messages > MAX_CHAT_MESSAGES:
+            raise InvalidRequestError(
+                "PROMPT_TOO_LONG",
+                f"the conversation has {num_messages} messages; at most {MAX_CHAT_MESSAGES} are taken",
+            )
         messages = [(message.role, message.content) for message in chat.messages]
         for role, _ in messages:
             if role not in CHAT_ROLES:
                 raise InvalidRequestError("BAD_REQUEST", f"role {role[:32]!r} must be one of {', '.join(CHAT_ROLES)}")
-        num_bytes = self._check_size(sum(len(content.encode()) for _, content in messages))
+        num_bytes = self._check_size(
+            sum(len(content.encode()) for _, content in messages) + _MESSAGE_BYTES * num_messages
+        )
         return await self._chat.render(messages, num_bytes, deadline_s=limits.deadline_s)
 
     def _check_size(self, num_bytes: int) -> int:
