@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import grpc.aio
 from headrace.v1 import (
     decode_service_pb2,
     decode_service_pb2_grpc,
@@ -33,6 +34,13 @@ class FakeServicer(
 
     def __init__(self, worker: FakeWorker) -> None:
         self._worker = worker
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register every service."""
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(self, server)
+        prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
+        decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
+        transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(self, server)
 
     async def GetInfo(self, request: Any, context: Any) -> worker_service_pb2.GetInfoResponse:
         """See the proto."""

@@ -21,14 +21,11 @@ from typing import Literal
 import grpc.aio
 from headrace.v1 import (
     decode_service_pb2,
-    decode_service_pb2_grpc,
     prefill_service_pb2,
-    prefill_service_pb2_grpc,
     transfer_service_pb2,
     transfer_service_pb2_grpc,
     types_pb2,
     worker_service_pb2,
-    worker_service_pb2_grpc,
 )
 
 from headrace_core import rpc
@@ -36,6 +33,7 @@ from headrace_core.errors import ConflictError, HeadraceError, NotFoundError, Tr
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams, hash_tokens
 from headrace_core.testing.fake_script import FakeFaults, NextToken, mixed, scripted
 from headrace_core.testing.fake_servicer import FakeServicer
+from headrace_core.testing.garbler import Garbler
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish
 
 FakeRole = Literal["prefill", "decode", "both"]
@@ -88,6 +86,7 @@ class FakeWorker:
         """Describe it; `step_s` None means that the test calls `step`."""
         self.address = ""
         self.faults = FakeFaults()
+        self.garbler = Garbler()
         self.incarnation = secrets.randbits(64)
         self.prefills: list[prefill_service_pb2.PrefillRequest] = []
         self.starts: list[decode_service_pb2.StartRequest] = []
@@ -128,12 +127,8 @@ class FakeWorker:
 
     async def start(self, listen: str = "127.0.0.1:0") -> str:
         """Serve; return the address."""
-        self._server = rpc.Server(["headrace.v1.WorkerService"])
-        server = self._server.grpc
-        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(self._servicer, server)
-        prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self._servicer, server)
-        decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(self._servicer, server)
-        transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(self._servicer, server)
+        self._server = rpc.Server(["headrace.v1.WorkerService"], interceptors=[self.garbler])
+        self._servicer.add_to(self._server.grpc)
         self.address = self._server.bind(listen)
         await self._server.start()
         await self._server.set_ready(True)
