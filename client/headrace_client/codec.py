@@ -7,9 +7,9 @@ from typing import Any
 
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1 import types_pb2
-from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.errors import InvalidRequestError, ProtocolError
 from headrace_core.request import FinishReason, SamplingParams, TokenLogprobs, check_request_id
-from headrace_core.rpc import MAX_MESSAGE_BYTES
+from headrace_core.rpc import MAX_MESSAGE_BYTES, answered
 from headrace_core.wire import decode_finish, decode_logprobs, encode_sampling
 
 from headrace_client.results import (
@@ -95,8 +95,9 @@ class Reader:
         """Return the delta.
 
         Raises:
-            HeadraceError: PROTOCOL, the router sent what this client does not understand.
+            ProtocolError: PROTOCOL, the router sent what this client does not understand.
         """
+        response = answered(response)
         self._request_id = response.request_id or self._request_id
         delta = Delta(
             request_id=self._request_id,
@@ -110,7 +111,7 @@ class Reader:
             matched_stop_string=response.matched_stop_string,
         )
         if delta.sample_index not in self._unfinished:
-            raise HeadraceError(
+            raise ProtocolError(
                 "PROTOCOL", f"the router sent more of sample {delta.sample_index}, which is no open one"
             )
         if delta.finish_reason:
@@ -121,10 +122,10 @@ class Reader:
         """Check that nothing is missing where the stream ends.
 
         Raises:
-            HeadraceError: PROTOCOL, a sample did not come to its end.
+            ProtocolError: PROTOCOL, a sample did not come to its end.
         """
         if self._unfinished:
-            raise HeadraceError("PROTOCOL", f"the router's answer ended before samples {sorted(self._unfinished)} did")
+            raise ProtocolError("PROTOCOL", f"the router's answer ended before samples {sorted(self._unfinished)} did")
 
 
 class Collector:
@@ -185,7 +186,12 @@ def _decode_timings(timings: pb.Timings) -> Timings:
 
 
 def decode_server_info(info: pb.GetServerInfoResponse) -> ServerInfo:
-    """Return the value."""
+    """Return the value.
+
+    Raises:
+        ProtocolError: PROTOCOL, the router's answer is no message.
+    """
+    info = answered(info)
     return ServerInfo(
         model_name=info.model_name,
         model_fingerprint=info.model_fingerprint,

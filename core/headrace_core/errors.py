@@ -10,6 +10,7 @@
     ├── HandoffLostError         ABORTED              prefill again, bounded
     ├── TransferCorruptError     DATA_LOSS            prefill again, bounded; logged as an error
     ├── DeadlineError            DEADLINE_EXCEEDED    free both sides
+    ├── ProtocolError            INTERNAL             another worker, bounded; logged as an error
     ├── CheckpointError          (start-up only)      the process does not start: the model's folder
     └── StartupError             (start-up only)      the process does not start: its settings, this machine
 
@@ -90,6 +91,10 @@ class DeadlineError(HeadraceError):
     """The caller's deadline passed."""
 
     status = "DEADLINE_EXCEEDED"
+
+
+class ProtocolError(HeadraceError):
+    """A peer sent what the protocol does not allow: bytes that are no message, or values that can't be."""
 
 
 class CheckpointError(HeadraceError):

@@ -19,6 +19,7 @@ from headrace_core.errors import (
     LayoutMismatchError,
     NotFoundError,
     OverloadedError,
+    ProtocolError,
     StartupError,
     TransferCorruptError,
     UnavailableError,
@@ -91,6 +92,9 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "SHORT_READ": "fewer bytes arrived than promised",
         "TOKENS_MISMATCH": "the pages of a hand-off are those of other tokens",
     },
+    ProtocolError: {
+        "PROTOCOL": "a worker sent what the protocol does not allow, or what this version does not know",
+    },
     DeadlineError: {
         "DEADLINE_EXCEEDED": "the caller's time limit passed",
     },
@@ -119,10 +123,17 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_TOKEN_AUTH": "the router's token was not sent (status UNAUTHENTICATED)",
         "BUG": "an error of ours; the process's log has the traceback",
         "ENGINE_FAILED": "a step raised; the worker's log has the traceback",
-        "PROTOCOL": "a peer sent what this version does not understand",
         "START_FAILED": "the router of a local cluster refuses to be asked",
     },
 }
+
+
+_KNOWN = frozenset(reason for reasons in REASONS.values() for reason in reasons)
+
+
+def label(reason: str) -> str:
+    """Return `reason` as the label of a metric: one that is not in the table, a peer's invention, is OTHER."""
+    return reason if reason in _KNOWN else "OTHER"
 
 
 def table() -> str:

@@ -6,8 +6,9 @@ The interceptor is where errors become statuses; `raised_from` is where statuses
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -24,16 +25,22 @@ from headrace_core.errors import (
     LayoutMismatchError,
     NotFoundError,
     OverloadedError,
+    ProtocolError,
     StartupError,
     TransferCorruptError,
     UnavailableError,
 )
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 REASON_KEY = "headrace-reason"
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest control message; a prompt of a million token ids fits. Page frames are smaller."""
+
+_REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
+_MOST_MESSAGE_BYTES = 2000
 
 _OWN = "/headrace."
 """Our own methods. Health and reflection map errors themselves, and health's Watch is a coroutine, no generator."""
@@ -88,8 +95,18 @@ def status_code(error: HeadraceError) -> grpc.StatusCode:
 
 
 def from_status(code: grpc.StatusCode, reason: str, message: str) -> HeadraceError:
-    """Return the error that a status stands for; an unknown code becomes a plain `HeadraceError`."""
-    return _BY_STATUS.get(code.name, HeadraceError)(reason, message)
+    """Return the error that a status stands for; an unknown code becomes a plain `HeadraceError`.
+
+    A peer's words go on to logs, metrics and clients: a reason that has not a reason's form is replaced by the code's
+    name, and a long message is cut.
+    """
+    reason = reason if _REASON.fullmatch(reason) else code.name
+    return _BY_STATUS.get(code.name, HeadraceError)(reason, _cut(message))
+
+
+def _cut(message: str) -> str:
+    """Return as much of a message as a status can carry: percent-encoded, with the rest of its metadata, 8 KiB."""
+    return message.encode("utf-8", "replace")[:_MOST_MESSAGE_BYTES].decode("utf-8", "ignore")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -150,7 +167,7 @@ async def _abort(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, HeadraceError):
-        await context.abort(status_code(error), str(error), ((REASON_KEY, error.reason),))
+        await context.abort(status_code(error), _cut(str(error)), ((REASON_KEY, error.reason),))
     log.error("unhandled error", extra={"method": method}, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error", ((REASON_KEY, "BUG"),))
 
@@ -166,6 +183,19 @@ def raised_from(error: grpc.RpcError) -> HeadraceError:
     reason = metadata.get(REASON_KEY, code.name)
     reason = reason.decode() if isinstance(reason, bytes) else reason
     return from_status(code, reason, error.details() or code.name)
+
+
+def answered(response: T | None) -> T:
+    """Return a response, if there is one: whatever a call answers goes through here before it is looked at.
+
+    grpc gives None for bytes that are no message of the type, and for a call that ends well without one.
+
+    Raises:
+        ProtocolError: PROTOCOL.
+    """
+    if response is None:
+        raise ProtocolError("PROTOCOL", "it answered with bytes that are no message of the protocol")
+    return response
 
 
 class Server:

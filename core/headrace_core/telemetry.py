@@ -71,6 +71,8 @@ def setup_logging(process: str, *, log_format: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(process, as_json=log_format == "json"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # It writes a traceback for each answer that can't be decoded, and then gives None, which `rpc.answered` reports.
+    logging.getLogger("grpc._common").addFilter(lambda record: "deserializing" not in record.getMessage())
 
 
 def serve_metrics(address: str, registry: CollectorRegistry) -> str:

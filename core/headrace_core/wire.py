@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from headrace.v1 import decode_service_pb2, types_pb2
 
-from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.errors import HeadraceError, InvalidRequestError, ProtocolError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
 from headrace_core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
 from headrace_core.rpc import from_status, status_code
@@ -91,7 +91,10 @@ def decode_layout(message: types_pb2.KvLayout) -> KvLayout:
         if kind == "latent"
         else KeyValueAttention(message.key_value.num_kv_heads, message.key_value.head_dim)
     )
-    return KvLayout(message.num_layers, message.page_size, dtype, attention)
+    layout = KvLayout(message.num_layers, message.page_size, dtype, attention)
+    if not layout.page_bytes:
+        raise InvalidRequestError("BAD_HANDOFF", "the layout's attention has a width of 0")
+    return layout
 
 
 def encode_layout(layout: KvLayout) -> types_pb2.KvLayout:
@@ -113,12 +116,12 @@ def decode_finish(value: types_pb2.FinishReason.ValueType) -> FinishReason | Non
     """Return the reason; None when unset.
 
     Raises:
-        HeadraceError: PROTOCOL, a value this version does not know.
+        ProtocolError: PROTOCOL, a value this version does not know.
     """
     if value == types_pb2.FINISH_REASON_UNSPECIFIED:
         return None
     if value not in _FINISH_FROM_WIRE:
-        raise HeadraceError("PROTOCOL", f"unknown finish reason {value}; is a peer newer than this process?")
+        raise ProtocolError("PROTOCOL", f"unknown finish reason {value}; is a peer newer than this process?")
     return _FINISH_FROM_WIRE[value]
 
 

@@ -30,6 +30,7 @@ from headrace_core.errors import (
     UnavailableError,
 )
 from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.reasons import label
 from headrace_core.request import check_request_id
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.transports import TRANSPORTS
@@ -282,7 +283,7 @@ class DecodeService:
             log.error("transfer failed", extra={"request_id": sequence.spec.request_id}, exc_info=error)
             error = HeadraceError("BUG", "internal error")
         if error:
-            worker.handoff_failures.labels(error.reason).inc()
+            worker.handoff_failures.labels(label(error.reason)).inc()
         self._end(sequence, error)
         # After the abort: the transfer is drained, its pages may have a new owner.
         self.host.engine.submit(lambda scheduler: scheduler.drained(sequence.key))

@@ -9,14 +9,25 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from headrace.v1 import worker_service_pb2 as pb
 from headrace.v1 import worker_service_pb2_grpc as pb_grpc
 from headrace_core import rpc
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, OverloadedError
+from headrace_core.errors import (
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    OverloadedError,
+    ProtocolError,
+)
+from headrace_core.reasons import label
+from headrace_core.telemetry import setup_logging
+from headrace_core.testing.garbler import NO_MESSAGE
 
 NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
 
 
 class Worker(pb_grpc.WorkerServiceServicer):
+    told = "come back later"
+
     async def GetInfo(self, request, context):
-        raise OverloadedError("QUEUE_FULL", "come back later")
+        raise OverloadedError("QUEUE_FULL", self.told)
 
     async def WatchLoad(self, request, context):
         yield pb.WatchLoadResponse(num_running=1)
@@ -77,6 +88,55 @@ def test_bytes_that_are_no_message_are_the_callers_error():
         assert (type(error), error.reason) == (InvalidRequestError, "BAD_REQUEST")
 
     asyncio.run(serve(test))
+
+
+def test_an_answer_that_is_no_message_is_a_protocol_error_and_leaves_no_traceback(capsys):
+    setup_logging("router", log_format="text", level="INFO")
+
+    async def test(_, channel):
+        stub = pb_grpc.WorkerServiceStub(channel)
+        with pytest.raises(ProtocolError) as caught:
+            rpc.answered(await stub.GetInfo(pb.GetInfoRequest(), timeout=5))
+        assert caught.value.reason == "PROTOCOL"
+
+    async def no_message(request, context):
+        return NO_MESSAGE
+
+    async def main():
+        server = grpc.aio.server()
+        handlers = {"GetInfo": grpc.unary_unary_rpc_method_handler(no_message)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with rpc.channel(f"127.0.0.1:{port}") as channel:
+            await test(server, channel)
+        await server.stop(0)
+
+    asyncio.run(main())
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reason", ["", "lower", "A" * 65, "A\nB", "\u00ff", "_A", "A B"])
+def test_a_peers_reason_that_is_none_is_the_statuss_name(reason):
+    assert rpc.from_status(grpc.StatusCode.ABORTED, reason, "x").reason == "ABORTED"
+
+
+@pytest.mark.parametrize(
+    "told", ["x" * 100_000, "\U0001f600" * 100_000, "bad \udcff"], ids=["ascii", "emoji", "surrogate"]
+)
+def test_a_message_that_no_status_can_carry_arrives_cut_and_with_its_reason(monkeypatch, told):
+    monkeypatch.setattr(Worker, "told", told)
+
+    async def test(_, channel):
+        error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=5))
+        assert (type(error), error.reason) == (OverloadedError, "QUEUE_FULL")
+        assert 3 < len(str(error).encode()) <= 2000
+
+    asyncio.run(serve(test))
+
+
+def test_a_reason_that_nobody_knows_makes_no_label_of_its_own():
+    assert (label("CHECKSUM"), label("INVENTED")) == ("CHECKSUM", "OTHER")
 
 
 def test_an_absent_server_is_unavailable():

@@ -5,7 +5,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from headrace.v1 import types_pb2
 from headrace_core import rpc, wire
-from headrace_core.errors import CheckpointError, HeadraceError, InvalidRequestError, StartupError
+from headrace_core.errors import CheckpointError, HeadraceError, InvalidRequestError, ProtocolError, StartupError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
 from headrace_core.request import FinishReason, SamplingParams, TokenLogprobs, check_request_id
 from hypothesis import given
@@ -109,8 +109,9 @@ def _subclasses(error):
         yield from _subclasses(child)
 
 
-# These two never cross a process: they are for start-up only.
-CROSSING = [e for e in (HeadraceError, *_subclasses(HeadraceError)) if e not in (CheckpointError, StartupError)]
+# These never cross a process: two are for start-up only, one is what the receiver makes of what it got.
+STAYING = (CheckpointError, StartupError, ProtocolError)
+CROSSING = [e for e in (HeadraceError, *_subclasses(HeadraceError)) if e not in STAYING]
 
 
 @pytest.mark.parametrize("error", CROSSING)
