@@ -114,7 +114,9 @@ class RouterSettings(ProcessSettings):
         "",
         description="workers, host:port; a DNS name stands for all its addresses; comma-separated",
     )
-    workers_file: Path | None = Field(None, description="one worker address per line; read again when it changes")
+    workers_file: Path | None = Field(
+        None, description="one worker address per line, # begins a comment; read again when it changes"
+    )
     max_queued_requests: int = Field(1024, ge=1, description="queue length at which requests are refused")
     max_prompt_bytes: int = Field(
         4 << 20,

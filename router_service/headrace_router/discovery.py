@@ -1,23 +1,40 @@
-"""Which addresses there are: a static list, DNS names looked up again and again, a file read again when it changes."""
+"""Which addresses there are: a static list, DNS names looked up again and again, a file read again when it changes.
+
+What comes from outside is taken entry by entry: a line, a name or an answer that can't be used costs itself, is logged
+once, and leaves the others as they are. A source that can't be asked at all (a file that is gone, a resolver that does
+not answer) keeps what it said last.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import codecs
 import logging
+import os
 import socket
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from headrace_core.errors import StartupError
 
+from headrace_router.address import Address, parse_address
+
 log = logging.getLogger(__name__)
+
+MAX_ADDRESSES = 1024
+"""Workers that one router follows, the first ones of the list: its one loop can't carry more connections."""
+_MOST_FILE_BYTES = 32 << 20
+_MOST_LOOKUPS = 3
+"""Names asked for at a time: resolvers share few threads, with the file's reader among others."""
+_MOST_WARNINGS = 5
+"""Bad lines of one reading that are logged one by one."""
 
 
 class Discovery:
-    """Resolves what the settings name to `host:port` addresses.
+    """Resolves what the settings name to `host:port` addresses. Event loop only.
 
-    A DNS name stands for all its A and AAAA records; a look-up that fails keeps the last answer. `localhost` is an
-    address like any other: it is one host.
+    A DNS name stands for all its A and AAAA records. `localhost` is an address like any other: it is one host.
     """
 
     def __init__(self, workers: str, workers_file: Path | None) -> None:
@@ -26,69 +43,155 @@ class Discovery:
         Raises:
             StartupError: BAD_ADDRESS, an entry of `workers` is not `host:port`.
         """
-        self._static = [entry.strip() for entry in workers.split(",") if entry.strip()]
-        for entry in self._static:
-            if not _is_address(entry):
-                raise StartupError("BAD_ADDRESS", f"--workers: {entry!r} is not host:port")
+        try:
+            self._static = [parse_address(entry.strip()) for entry in workers.split(",") if entry.strip()]
+        except ValueError as error:
+            raise StartupError("BAD_ADDRESS", f"--workers: {error}") from None
+        self.has_news = asyncio.Event()
+        """Set when `addresses` may differ; whoever waits for it clears it."""
         self._file = workers_file
-        self._file_text: str | None = None
-        self._listed: list[str] = []
-        self._resolved: dict[str, list[str]] = {}
+        self._file_bytes: bytes | None = None
+        self._file_problem = ""
+        self._listed: list[Address] = []
+        self._resolved: dict[Address, list[Address]] = {}
+        self._problems: dict[Address, str] = {}
+        self._lookups: dict[Address, asyncio.Task[None]] = {}
+        self._lookup_slots = asyncio.Semaphore(_MOST_LOOKUPS)
+        self._is_cut = False
 
-    def has_file_changed(self) -> bool:
-        """Read the file again and return True if it names other workers than before."""
+    @property
+    def addresses(self) -> list[str]:
+        """Every address known now, each once, in the order of the settings; at most `MAX_ADDRESSES`."""
+        found: dict[str, None] = {}
+        for entry in (*self._static, *self._listed):
+            for address in self._resolved.get(entry, ()) if entry.is_name else (entry,):
+                found[str(address)] = None
+        is_cut = len(found) > MAX_ADDRESSES
+        if is_cut and not self._is_cut:
+            log.warning("too many worker addresses; the first ones are followed", extra={"followed": MAX_ADDRESSES})
+        self._is_cut = is_cut
+        return list(found)[:MAX_ADDRESSES]
+
+    async def read_file(self) -> bool:
+        """Read the file again and return True if it says something else than before."""
         if self._file is None:
             return False
         try:
-            text = self._file.read_text(encoding="utf-8")
-        except OSError as error:
-            text = ""
-            if self._file_text != text:
-                log.warning("can't read the workers file", extra={"path": str(self._file), "problem": str(error)})
-        if text == self._file_text:
+            content = await asyncio.to_thread(_read, self._file)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+            if problem != self._file_problem:
+                data = {"path": str(self._file), "problem": problem, "kept": len(self._listed)}
+                log.warning("can't read the workers file", extra=data)
+            self._file_problem = problem
             return False
-        self._file_text = text
-        entries = [line.split("#")[0].strip() for line in text.splitlines()]
-        self._listed = [entry for entry in entries if entry and _is_address(entry)]
-        for entry in entries:
-            if entry and not _is_address(entry):
-                log.warning("skipped a line of the workers file that is not host:port", extra={"line": entry})
+        self._file_problem = ""
+        if content == self._file_bytes:
+            return False
+        self._file_bytes = content
+        self._listed = await asyncio.to_thread(_parse, content)
+        self.has_news.set()
         return True
 
-    async def resolve(self) -> set[str]:
-        """Return every address, names looked up now."""
-        addresses: set[str] = set()
-        for entry in [*self._static, *self._listed]:
-            host, _, port = entry.rpartition(":")
-            if _is_literal(host):
-                addresses.add(entry)
-            else:
-                addresses.update(await self._look_up(entry, host, int(port)))
-        return addresses
+    def look_up(self) -> None:
+        """Begin to look up every name that is not being looked up; forget those that are no longer named."""
+        names = {entry for entry in (*self._static, *self._listed) if entry.is_name}
+        for known in (self._resolved, self._problems):
+            for gone in known.keys() - names:
+                del known[gone]
+        for name in names - self._lookups.keys():
+            self._lookups[name] = asyncio.create_task(self._look_up(name), name=f"look-up-{name.host}")
 
-    async def _look_up(self, entry: str, host: str, port: int) -> list[str]:
+    async def close(self) -> None:
+        """End the look-ups under way."""
+        lookups = list(self._lookups.values())
+        for lookup in lookups:
+            lookup.cancel()
+        await asyncio.gather(*lookups, return_exceptions=True)
+
+    async def _look_up(self, name: Address) -> None:
+        """Ask for one name and keep the answer."""
         try:
-            records = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            if entry not in self._resolved:
-                log.warning("can't look up a worker name", extra={"host": host, "problem": str(error)})
-                self._resolved[entry] = []
-            return self._resolved[entry]
-        hosts = sorted({str(record[4][0]) for record in records})
-        self._resolved[entry] = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
-        return self._resolved[entry]
+            async with self._lookup_slots:
+                loop = asyncio.get_running_loop()
+                records = await loop.getaddrinfo(name.host, name.port, type=socket.SOCK_STREAM)
+            self._keep(name, {str(record[4][0]) for record in records})
+        except Exception as error:  # noqa: BLE001 - the boundary: whatever a resolver makes of a name costs that name
+            self._warn(name, f"{type(error).__name__}: {error}")
+        finally:
+            del self._lookups[name]
+
+    def _keep(self, name: Address, hosts: set[str]) -> None:
+        """Take an answer, without the hosts in it that can't be."""
+        answer: list[Address] = []
+        problem = ""
+        for host in sorted(hosts):
+            try:
+                address = parse_address(str(Address(host, name.port)))
+            except ValueError as error:
+                problem = str(error)
+                continue
+            if address.is_name:
+                problem = f"{host!a} is no IP address"
+            else:
+                answer.append(address)
+        self._warn(name, problem)
+        if answer and self._resolved.get(name) != answer:
+            self._resolved[name] = answer
+            self.has_news.set()
+
+    def _warn(self, name: Address, problem: str) -> None:
+        """Log what is wrong with a name's answer, once until it is something else."""
+        if problem and problem != self._problems.get(name):
+            data = {"host": name.host, "problem": problem, "kept": len(self._resolved.get(name, ()))}
+            log.warning("can't use what a worker's name stands for", extra=data)
+        self._problems[name] = problem
 
 
-def _is_address(entry: str) -> bool:
-    host, colon, port = entry.rpartition(":")
-    return bool(colon and host and port.isdecimal() and 0 < int(port) < 65536)
+def _read(path: Path) -> bytes:
+    """Return the file's bytes. Any thread.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no list of addresses, by its kind or size.
+    """
+    # A pipe or a device would block the reader, or never end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(_MOST_FILE_BYTES + 1)
+    if len(content) > _MOST_FILE_BYTES:
+        raise ValueError(f"it is larger than {_MOST_FILE_BYTES >> 20} MiB")
+    return content
 
 
-def _is_literal(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
+def _parse(content: bytes) -> list[Address]:
+    """Return the addresses of a file, each once, in its order; at most one more than are followed. Any thread."""
+    found: dict[Address, None] = {}
+    num_bad = 0
+    for number, line in _lines(content):
+        try:
+            found[parse_address(line.decode("utf-8"))] = None
+        except ValueError as error:
+            num_bad += 1
+            if num_bad <= _MOST_WARNINGS:
+                data = {"line": number, "problem": _reason(error)}
+                log.warning("skipped a line of the workers file", extra=data)
+        if len(found) > MAX_ADDRESSES:
+            break
+    if num_bad > _MOST_WARNINGS:
+        log.warning("skipped more lines of the workers file", extra={"lines": num_bad - _MOST_WARNINGS})
+    return list(found)
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that say something, numbered from 1, without comments."""
+    lines: Iterable[bytes] = content.removeprefix(codecs.BOM_UTF8).splitlines()
+    for number, line in enumerate(lines, 1):
+        entry = line.partition(b"#")[0].strip()
+        if entry:
+            yield number, entry
+
+
+def _reason(error: ValueError) -> str:
+    return "it is not UTF-8" if isinstance(error, UnicodeError) else str(error)

@@ -18,6 +18,7 @@ far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUS
     UnavailableError      AGAIN; the same
     HandoffLostError      AGAIN
     TransferCorruptError  AGAIN, logged as an error
+    ProtocolError         AGAIN, logged as an error; the worker gets nothing before its next load report
     DeadlineError         to the client
     anything else         to the client, logged as an error
 """
@@ -42,13 +43,15 @@ from headrace_core.errors import (
     LayoutMismatchError,
     NotFoundError,
     OverloadedError,
+    ProtocolError,
     TransferCorruptError,
     UnavailableError,
 )
-from headrace_core.request import hash_tokens
-from headrace_core.rpc import raised_from
+from headrace_core.reasons import label
+from headrace_core.rpc import answered, raised_from
 from headrace_core.wire import decode_finish
 
+from headrace_router.answers import check_prefilled, check_started
 from headrace_router.dispatch import Dispatcher, Placement
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
@@ -76,6 +79,7 @@ _AGAIN: dict[type[HeadraceError], _Reaction] = {
     UnavailableError: _Reaction(holds_worker=True),
     HandoffLostError: _Reaction(),
     TransferCorruptError: _Reaction(level=logging.ERROR),
+    ProtocolError: _Reaction(holds_worker=True, level=logging.ERROR),
 }
 
 
@@ -152,7 +156,8 @@ class Flow:
                 self._spawn(_withdraw(worker, request))
             raise _cause(error) from error
         try:
-            _check_answer(request, response.handoff)
+            response = answered(response)
+            check_prefilled(response, request, worker.info)
         except HeadraceError:
             # The ticket may be somebody else's: what it names is not ours to release, what our attempt holds is.
             self._spawn(_withdraw(worker, request))
@@ -178,8 +183,9 @@ class Flow:
         try:
             number = worker.session.add(sample)
             request = _start_request(sample, worker.session.session_id, number, handoff)
-            response = await worker.decode.Start(request, timeout=_remaining_s(sample))
+            response = answered(await worker.decode.Start(request, timeout=_remaining_s(sample)))
             may_hold = False
+            check_started(response, worker.info, worker.layout)
             placement.on_started()
             if not sample.is_over:
                 sample.state = SampleState.DECODING
@@ -188,6 +194,10 @@ class Flow:
             may_run = bool(sample.matched_stop_string)
             if failure is not None:
                 raise failure
+        except ProtocolError:
+            if not sample.has_ended:
+                raise
+            sample.on_started(decode_service_pb2.StartResponse(), time.monotonic())
         except grpc.aio.AioRpcError as error:
             if not sample.has_ended:
                 raise _cause(error) from error
@@ -230,7 +240,7 @@ class Flow:
                 f"{sample.attempt} attempts failed; the last at {data['worker']} while {sample.state.value}: "
                 f"{error.reason}: {error}",
             ) from error
-        self._metrics.retries.labels(error.reason).inc()
+        self._metrics.retries.labels(label(error.reason)).inc()
         sample.state = SampleState.QUEUED
 
     def _check_model(self, fingerprint: str, placement: Placement) -> str:
@@ -265,28 +275,6 @@ def _start_request(
         sample_index=sample.sample_index,
         handoff=handoff,
     )
-
-
-def _check_answer(request: prefill_service_pb2.PrefillRequest, handoff: types_pb2.Handoff) -> None:
-    """Check that a Prefill's answer is to its request, before the first token reaches the client.
-
-    Raises:
-        InvalidRequestError: BAD_HANDOFF, it is to another one.
-        TransferCorruptError: TOKENS_MISMATCH, it is about other tokens.
-    """
-    state = handoff.sampling_state
-    pairs = {
-        "request_id": (handoff.request_id, request.request_id),
-        "attempt": (handoff.attempt, request.attempt),
-        "sample_index": (state.sample_index, request.sample_index),
-        "seed": (state.seed, request.sampling.seed),
-        "num_tokens": (handoff.num_tokens, len(request.token_ids)),
-    }
-    other = [name for name, (answered, asked) in pairs.items() if answered != asked]
-    if other:
-        raise InvalidRequestError("BAD_HANDOFF", f"the prefill worker answered for another {', '.join(other)}")
-    if handoff.tokens_sha256 != hash_tokens(request.token_ids):
-        raise TransferCorruptError("TOKENS_MISMATCH", "the prefill worker computed other tokens than it was asked to")
 
 
 def _remaining_s(sample: Sample) -> float:

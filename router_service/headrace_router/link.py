@@ -3,9 +3,12 @@
     UNREACHABLE ── health answers ──► STARTING ── SERVING, GetInfo fits, first report, session open ──► READY
          ▲                               │ GetInfo does not fit                                        │  ▲
          │                               ▼                                              NOT_SERVING or │  │ both over
-         ├──── tried again later ──── REFUSED                                       load.is_draining ▼  │
-         └──────────────── any stream broke: its sequences fail over ──────────────────────────────── DRAINING
+         ├──── tried again later ──── REFUSED ◄── an answer that can't be ──┐       load.is_draining ▼  │
+         └──────────────── any stream broke: its sequences fail over ───────┴──────────────────────── DRAINING
 A reconnection makes a new `Worker`, even if the process is the same one: its session is gone, so its sequences are.
+
+Whatever is wrong with an address or with what its worker says ends in `run`, as that link's state: a link costs nobody
+but its worker.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.v1 import worker_service_pb2
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 from headrace_core import rpc
-from headrace_core.errors import HeadraceError, LayoutMismatchError, UnavailableError
+from headrace_core.errors import HeadraceError, LayoutMismatchError, ProtocolError, UnavailableError
+from headrace_core.kv.layout import KvLayout
 
+from headrace_router.answers import check_info, check_load
 from headrace_router.worker import Worker
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ _REPORT_INTERVAL_MS = 50
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 1.0
 _REFUSED_BACKOFF_S = 2.0
+_MOST_DETAIL_CHARS = 500
 
 
 class LinkState(Enum):
@@ -50,7 +56,7 @@ class LinkState(Enum):
 class Fleet(Protocol):
     """What a link asks of the registry."""
 
-    def judge(self, link: Link, info: worker_service_pb2.GetInfoResponse) -> str:
+    def judge(self, link: Link, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> str:
         """Return why the worker can't join; empty if it can."""
         ...
 
@@ -68,14 +74,21 @@ class Link:
         self.detail = "not tried yet"
         self.worker: Worker | None = None
         self.info: worker_service_pb2.GetInfoResponse | None = None
+        """Who it said it is, last; None until it gave an answer that can be."""
         self._is_listed = True
+        self._is_tried = False
         self._fleet = fleet
         self._is_serving = False
 
     @property
     def takes_work(self) -> bool:
         """True if new sequences may go there now."""
-        return self.is_listed and self.state is LinkState.READY and self.worker is not None and self.worker.takes_work
+        return self.is_ready and self.worker is not None and self.worker.takes_work
+
+    @property
+    def is_ready(self) -> bool:
+        """True while the worker is part of the fleet that is there: connected, listed, not draining."""
+        return self.state is LinkState.READY
 
     @property
     def is_listed(self) -> bool:
@@ -91,74 +104,95 @@ class Link:
 
     async def run(self) -> None:
         """Connect, watch, reconnect; until cancelled."""
-        channel = rpc.channel(self.address)
+        channel: grpc.aio.Channel | None = None
         backoff_s = _FIRST_BACKOFF_S
         try:
             while True:
-                error = await self._connection(channel)
+                try:
+                    channel = channel or rpc.channel(self.address)
+                    async with asyncio.TaskGroup() as group:
+                        await self._watch_health(channel, group)
+                except Exception as error:  # noqa: BLE001 - the boundary: nothing of one worker's may reach another
+                    cause = self._cause(error)
+                else:
+                    cause = UnavailableError("WORKER_LOST", "the worker closed its health stream")
                 if self.worker is not None:
                     backoff_s = _FIRST_BACKOFF_S
-                self._lose(error)
+                self._lose(cause)
                 is_refused = self.state is LinkState.REFUSED
                 await asyncio.sleep((_REFUSED_BACKOFF_S if is_refused else backoff_s) * random.uniform(0.8, 1.2))
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
         finally:
             log.info("left a worker", extra={"address": self.address})
-            if self.worker is not None:
-                self.worker.on_lost(UnavailableError("WORKER_LOST", f"{self.address} was removed"))
-            await channel.close()
+            worker, self.worker = self.worker, None
+            if worker is not None:
+                worker.on_lost(UnavailableError("WORKER_LOST", f"{self.address} was removed"))
+            if channel is not None:
+                await channel.close()
 
-    async def _connection(self, channel: grpc.aio.Channel) -> HeadraceError:
-        """Live through one connection and return why it ended."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                await self._watch_health(channel, group)
-        except ExceptionGroup as errors:
-            error = _first(errors)
-            if isinstance(error, HeadraceError):
-                return error
-            if isinstance(error, grpc.aio.AioRpcError):
-                return rpc.raised_from(error)
-            if isinstance(error, TimeoutError):
-                return UnavailableError("WORKER_LOST", f"no answer in {_CONNECT_TIMEOUT_S:.0f} s")
-            raise
-        return UnavailableError("WORKER_LOST", "the worker closed its health stream")
+    def _cause(self, error: Exception) -> HeadraceError:
+        """Return why a connection ended, whatever it raised."""
+        error = _first(error)
+        if isinstance(error, HeadraceError):
+            return error
+        if isinstance(error, grpc.aio.AioRpcError):
+            return rpc.raised_from(error)
+        if isinstance(error, TimeoutError):
+            return UnavailableError("WORKER_LOST", f"no answer in {_CONNECT_TIMEOUT_S:.0f} s")
+        log.error("unhandled error in a link", extra={"address": self.address}, exc_info=error)
+        return HeadraceError("BUG", f"internal error: {type(error).__name__}: {error}")
 
     async def _watch_health(self, channel: grpc.aio.Channel, group: asyncio.TaskGroup) -> None:
         health: Any = health_pb2_grpc.HealthStub(channel)
-        async for response in health.Watch(health_pb2.HealthCheckRequest(service="")):
-            self._is_serving = response.status == health_pb2.HealthCheckResponse.SERVING
-            if self._is_serving and self.worker is None:
-                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                    self.worker = await self._join(channel, group)
-            self._settle()
+        call = health.Watch(health_pb2.HealthCheckRequest(service=""))
+        try:
+            async for response in call:
+                self._is_serving = rpc.answered(response).status == health_pb2.HealthCheckResponse.SERVING
+                if self._is_serving and self.worker is None:
+                    async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                        self.worker = await self._join(channel, group)
+                self._settle()
+        finally:
+            call.cancel()
         raise UnavailableError("WORKER_LOST", "the worker closed its health stream")
 
     async def _join(self, channel: grpc.aio.Channel, group: asyncio.TaskGroup) -> Worker:
         """Ask who it is and open its streams.
 
         Raises:
+            ProtocolError: what it says can't be.
             LayoutMismatchError: it can't join this fleet.
         """
         stub = WorkerServiceStub(channel)
-        self.info = await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=_CONNECT_TIMEOUT_S)
-        refusal = self._fleet.judge(self, self.info)
-        if refusal:
-            raise LayoutMismatchError("REFUSED", refusal)
-        worker = Worker(self.address, self.info, channel)
+        info = rpc.answered(await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=_CONNECT_TIMEOUT_S))
+        layout = check_info(info)
+        self.info = info
+        self._judge(info, layout)
+        worker = Worker(self.address, info, layout, channel)
         group.create_task(self._watch_load(stub, worker))
         await worker.reported.wait()
         if worker.can_decode:
             group.create_task(worker.session.run(worker.decode))
             await worker.session.opened.wait()
+        self._judge(info, layout)  # again: another may have joined meanwhile, and decided what the fleet serves
         return worker
 
+    def _judge(self, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> None:
+        refusal = self._fleet.judge(self, info, layout)
+        if refusal:
+            raise LayoutMismatchError("REFUSED", refusal)
+
     async def _watch_load(self, stub: WorkerServiceAsyncStub, worker: Worker) -> None:
-        request = worker_service_pb2.WatchLoadRequest(min_interval_ms=_REPORT_INTERVAL_MS)
-        async for load in stub.WatchLoad(request):
-            worker.on_report(load)
-            if self.worker is worker:
-                self._settle()
+        call = stub.WatchLoad(worker_service_pb2.WatchLoadRequest(min_interval_ms=_REPORT_INTERVAL_MS))
+        try:
+            async for response in call:
+                load = rpc.answered(response)
+                check_load(load, worker.info)
+                worker.on_report(load)
+                if self.worker is worker:
+                    self._settle()
+        finally:
+            call.cancel()
         raise UnavailableError("WORKER_LOST", "the worker ended its load reports")
 
     def _settle(self) -> None:
@@ -174,19 +208,26 @@ class Link:
         self._fleet.on_change()
 
     def _lose(self, error: HeadraceError) -> None:
+        """Leave the connection behind: its sequences fail, and so does what the fleet counted on it for."""
         worker, self.worker = self.worker, None
-        if isinstance(error, LayoutMismatchError):
-            self._set(LinkState.REFUSED, str(error))
-        else:
-            self._set(LinkState.UNREACHABLE, str(error))
+        # One line, whatever a worker puts into its words.
+        detail = " ".join(str(error).split())[:_MOST_DETAIL_CHARS]
+        is_refused = isinstance(error, LayoutMismatchError | ProtocolError) or error.reason == "BUG"
+        self._set(LinkState.REFUSED if is_refused else LinkState.UNREACHABLE, detail)
         if worker is not None:
-            worker.on_lost(UnavailableError("WORKER_LOST", f"{self.address}: {error}"))
+            told = f"{self.address}: {detail}"
+            is_nonsense = isinstance(error, ProtocolError)
+            worker.on_lost(ProtocolError(error.reason, told) if is_nonsense else UnavailableError("WORKER_LOST", told))
         self._fleet.on_change()
 
     def _set(self, state: LinkState, detail: str) -> None:
-        if state is not self.state:
-            level = logging.WARNING if state in (LinkState.UNREACHABLE, LinkState.REFUSED) else logging.INFO
+        is_new = state is not self.state
+        is_worse = state in (LinkState.UNREACHABLE, LinkState.REFUSED)
+        # An address that never answers is told once; one that is refused for another reason, again.
+        if is_new or not self._is_tried or (state is LinkState.REFUSED and detail != self.detail):
+            level = logging.WARNING if is_worse else logging.INFO
             log.log(level, "worker is %s", state.value, extra={"address": self.address, "detail": detail})
+        self._is_tried = True
         self.state, self.detail = state, detail
 
 

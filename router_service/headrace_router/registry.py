@@ -9,27 +9,19 @@ left when its last one ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.v1 import worker_service_pb2
-from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerRole
-from headrace_core.errors import InvalidRequestError
 from headrace_core.kv.layout import KvLayout
-from headrace_core.wire import decode_layout
 
 from headrace_router.discovery import Discovery
 from headrace_router.link import Link, LinkState
 from headrace_router.worker import Worker
 
 _FILE_CHECK_S = 0.5
-
-ROLE_NAMES: dict[WorkerRole.ValueType, str] = {
-    WORKER_ROLE_PREFILL: "prefill",
-    WORKER_ROLE_DECODE: "decode",
-    WORKER_ROLE_BOTH: "both",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +46,7 @@ class Registry:
         self._discovery = discovery
         self._dns_refresh_s = dns_refresh_s
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._joined = asyncio.Event()
 
     @property
@@ -90,41 +83,44 @@ class Registry:
     async def run(self) -> None:
         """Follow discovery until cancelled; then leave every worker. What a link raises, a bug, it raises too."""
         looked_up_s = float("-inf")
+        discovery = self._discovery
         try:
             while True:
-                has_changed = self._discovery.has_file_changed()
+                discovery.has_news.clear()
+                has_changed = await discovery.read_file()
                 now_s = time.monotonic()
                 if has_changed or now_s - looked_up_s >= self._dns_refresh_s:
                     looked_up_s = now_s
-                    self._follow(await self._discovery.resolve())
+                    discovery.look_up()
+                self._follow(discovery.addresses)
                 self._leave_idle()
                 self._check_links()
-                await asyncio.sleep(min(_FILE_CHECK_S, self._dns_refresh_s))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(_FILE_CHECK_S, self._dns_refresh_s)):
+                        await discovery.has_news.wait()
         finally:
-            tasks = [task for _, task in self._links.values()]
+            tasks = [*(task for _, task in self._links.values()), *self._leaving]
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, discovery.close(), return_exceptions=True)
 
-    def judge(self, link: Link, info: worker_service_pb2.GetInfoResponse) -> str:
-        """Return why a worker can't join; empty if it does. See `link.Fleet`."""
-        if info.role not in ROLE_NAMES:
-            return f"its role is {info.role}, which this router does not know"
-        try:
-            layout = decode_layout(info.layout)
-        except InvalidRequestError as error:
-            return str(error)
-        others = [other for other, _ in self._links.values() if other is not link and other.worker is not None]
-        for other in others:
-            if other.info is not None and other.info.incarnation == info.incarnation:
+    def judge(self, link: Link, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> str:
+        """Return why a worker can't join; empty if it can. See `link.Fleet`."""
+        contexts: list[int] = []
+        for other, _ in self._links.values():
+            worker = other.worker
+            if other is link or worker is None:
+                continue
+            if info.incarnation == worker.info.incarnation:
                 return f"it is the process that is also at {other.address}"
-        model = self.model
-        if model is not None and others:
-            if info.model_fingerprint != model.fingerprint:
-                return f"its model is {info.model_fingerprint[:12]}; this fleet serves {model.fingerprint[:12]}"
-            if layout != model.layout:
-                return f"its cache layout is {layout}; this fleet's is {model.layout}"
-        contexts = [other.info.max_context_tokens for other in others if other.info is not None]
+            ours, theirs = info.model_fingerprint, worker.info.model_fingerprint
+            if ours != theirs:
+                return f"its model is {ours[:12]}; this fleet serves {theirs[:12]}"
+            if layout != worker.layout:
+                return f"its cache layout is {layout}; this fleet's is {worker.layout}"
+            if info.vocab_size != worker.info.vocab_size:
+                return f"its vocabulary has {info.vocab_size} tokens; this fleet's has {worker.info.vocab_size}"
+            contexts.append(worker.info.max_context_tokens)
         self.model = FleetModel(
             fingerprint=info.model_fingerprint,
             layout=layout,
@@ -140,19 +136,24 @@ class Registry:
         for listener in self.listeners:
             listener()
 
-    def _follow(self, addresses: set[str]) -> None:
-        for address in addresses - self._links.keys():
-            link = Link(address, self)
-            self._links[address] = link, asyncio.create_task(link.run(), name=f"link-{address}")
+    def _follow(self, addresses: Sequence[str]) -> None:
+        listed = set(addresses)
+        for address in addresses:
+            if address not in self._links:
+                link = Link(address, self)
+                self._links[address] = link, asyncio.create_task(link.run(), name=f"link-{address}")
         for address, (link, _) in self._links.items():
-            link.set_listed(address in addresses)
+            link.set_listed(address in listed)
         self.on_change()
 
     def _leave_idle(self) -> None:
         for address, (link, task) in list(self._links.items()):
             if not link.is_listed and not (link.worker is not None and link.worker.is_busy):
-                task.cancel()
                 del self._links[address]
+                task.cancel()
+                # Kept until it has closed its connection: the loop itself only knows tasks that somebody holds.
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
 
     def _check_links(self) -> None:
         for _, task in self._links.values():

@@ -14,13 +14,14 @@ from headrace_core.config import RouterSettings
 from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnavailableError
 
 from headrace_router.admission import Admission, RequestSpec, Tokenized
+from headrace_router.answers import ROLE_NAMES
 from headrace_router.discovery import Discovery
 from headrace_router.dispatch import Dispatcher
 from headrace_router.flow import Flow
 from headrace_router.link import Link
 from headrace_router.metrics import RouterMetrics
 from headrace_router.prompts import Prompts
-from headrace_router.registry import ROLE_NAMES, Registry
+from headrace_router.registry import Registry
 from headrace_router.running import RunningRequest, outcome_of
 from headrace_router.tokenizer import Tokenizer
 

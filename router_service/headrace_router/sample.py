@@ -15,11 +15,11 @@ every token once, and, as randomness depends on the position alone, the same one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from headrace.v1 import decode_service_pb2, generation_service_pb2, types_pb2
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import HeadraceError, ProtocolError
 from headrace_core.request import FinishReason
 from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
@@ -219,11 +219,16 @@ class Sample:
     def _append(
         self,
         token_ids: Sequence[int],
-        logprobs: Iterable[types_pb2.TokenLogprobs],
+        logprobs: Sequence[types_pb2.TokenLogprobs],
         finish: FinishReason | None,
         now_s: float,
     ) -> None:
-        """Take new tokens; with `finish`, or when a stop string is complete, the sample ends."""
+        """Take new tokens; with `finish`, or when a stop string is complete, the sample ends.
+
+        Raises:
+            ProtocolError: PROTOCOL, they can't be this sample's; nothing was taken.
+        """
+        self._check(len(token_ids), len(logprobs), finish)
         stop = self._stop
         num_new = 0
         for token_id in token_ids:
@@ -249,6 +254,14 @@ class Sample:
             # The last output overtook the answer to Start, which brings the transfer's figures: `on_started` finishes.
             self._ending = finish
             self._on_news(self)
+
+    def _check(self, num_new: int, num_logprobs: int, finish: FinishReason | None) -> None:
+        if self._has_logprobs and num_logprobs != num_new:
+            raise ProtocolError("PROTOCOL", f"it sent {num_logprobs} log-probabilities for {num_new} tokens")
+        most, num_output = self.spec.params.max_tokens or 0, len(self.output_ids) + num_new
+        # The last one too must say that it is the last: without room for one more, no attempt could follow.
+        if num_output > most or (num_output == most and finish is None):
+            raise ProtocolError("PROTOCOL", f"it sent {num_output} tokens of {most} and no end")
 
     def _count(self, num_new: int, now_s: float) -> None:
         if self.first_token_s is None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 import grpc.aio
 from headrace.v1 import decode_service_pb2
 from headrace_core.errors import HeadraceError, UnavailableError
-from headrace_core.rpc import raised_from
+from headrace_core.rpc import answered, raised_from
+
+from headrace_router.answers import check_output
 
 if TYPE_CHECKING:
     from headrace.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
@@ -39,10 +41,12 @@ class StepSink(Protocol):
 class StepSession:
     """One `StreamSteps` call and those who listen to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        """Args: `vocab_size` is the worker's; a sequence of which it sends another token fails."""
         self.session_id = secrets.token_hex(12)
         self.opened = asyncio.Event()
         self._sinks: dict[int, StepSink] = {}
+        self._vocab_size = vocab_size
         self._num_given = 0
         self._lost: HeadraceError | None = None
 
@@ -68,13 +72,15 @@ class StepSession:
         Raises:
             HeadraceError: always; why it ended.
         """
+        call = stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id=self.session_id))
         try:
-            call = stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id=self.session_id))
             async for message in call:
+                self._fan_out(answered(message))
                 self.opened.set()
-                self._fan_out(message)
         except grpc.aio.AioRpcError as error:
             raise raised_from(error) from error
+        finally:
+            call.cancel()
         raise UnavailableError("WORKER_LOST", "the worker ended the step stream")
 
     def fail(self, error: HeadraceError) -> None:
@@ -92,6 +98,7 @@ class StepSession:
             if sink is None:
                 continue
             try:
+                check_output(output, self._vocab_size)
                 sink.on_output(output, now_s)
             except HeadraceError as error:
                 sink.on_failure(error)

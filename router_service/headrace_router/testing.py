@@ -114,7 +114,7 @@ class RouterUnderTest:
 
     async def wait_states(self, states: Sequence[str]) -> None:
         """Wait until the workers' states, sorted, are these."""
-        found: list[str] = []
+        found: list[str] | None = None
         async with asyncio.timeout(_WAIT_S):
             while found != sorted(states):
                 await asyncio.sleep(0.005)

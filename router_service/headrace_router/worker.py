@@ -18,6 +18,7 @@ from headrace.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from headrace.v1.transfer_service_pb2_grpc import TransferServiceStub
 from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 from headrace_core.errors import HeadraceError
+from headrace_core.kv.layout import KvLayout
 
 from headrace_router.policy import Waiting, WorkerView, decode_pages, prefill_pages
 from headrace_router.session import StepSession
@@ -52,13 +53,17 @@ class Reservation:
 class Worker:
     """One incarnation of a worker, connected. Event loop only."""
 
-    def __init__(self, address: str, info: worker_service_pb2.GetInfoResponse, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self, address: str, info: worker_service_pb2.GetInfoResponse, layout: KvLayout, channel: grpc.aio.Channel
+    ) -> None:
+        """Args: `info` is checked; `layout` is what it says of its pages, as a value."""
         self.address = address
         self.info = info
+        self.layout = layout
         self.prefill = PrefillServiceStub(channel)
         self.decode = DecodeServiceStub(channel)
         self.transfer = TransferServiceStub(channel)
-        self.session = StepSession()
+        self.session = StepSession(info.vocab_size)
         self.can_decode = info.role in (WORKER_ROLE_DECODE, WORKER_ROLE_BOTH)
         self.can_prefill = info.role in (WORKER_ROLE_PREFILL, WORKER_ROLE_BOTH)
         self.reported = asyncio.Event()

@@ -1,0 +1,161 @@
+"""What a worker may answer: checked where it arrives, so that nothing behind has to doubt it.
+
+A worker is another process, maybe of another version, maybe broken. What it sends is judged like a client's request:
+bytes that are no message, values that can't be, parts that are missing. Each is a `ProtocolError` that says what was
+sent; what it costs is the business of the caller (a link, an attempt), and never more than that worker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import grpc
+from headrace.v1 import decode_service_pb2, prefill_service_pb2, types_pb2, worker_service_pb2
+from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerRole
+from headrace_core.errors import InvalidRequestError, ProtocolError, TransferCorruptError
+from headrace_core.kv.layout import KvLayout
+from headrace_core.request import MAX_TOP_LOGPROBS, hash_tokens
+from headrace_core.wire import decode_finish, decode_layout
+
+ROLE_NAMES: dict[WorkerRole.ValueType, str] = {
+    WORKER_ROLE_PREFILL: "prefill",
+    WORKER_ROLE_DECODE: "decode",
+    WORKER_ROLE_BOTH: "both",
+}
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
+_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+_MOST = 1 << 31
+"""Ids and counts are int32 wherever they are computed with."""
+_MOST_PAGE_TOKENS = 1 << 16
+_MOST_EOS_IDS = 1024
+_MOST_TRANSPORTS = 16
+_LAST_CODE = max(code.value[0] for code in grpc.StatusCode)
+_MOST_LOGPROB = 0.01
+"""A logarithm of a probability is at most 0, but for rounding."""
+
+
+def check_info(info: worker_service_pb2.GetInfoResponse) -> KvLayout:
+    """Check who a worker says it is; return its layout.
+
+    Raises:
+        ProtocolError: PROTOCOL.
+    """
+    _require(info.role in ROLE_NAMES, f"its role is {info.role}, which this router does not know")
+    _require(info.incarnation != 0, "it has no incarnation")
+    fingerprint = info.model_fingerprint
+    _require(bool(_FINGERPRINT.fullmatch(fingerprint)), f"its model's fingerprint is {fingerprint[:80]!r}")
+    try:
+        layout = decode_layout(info.layout)
+    except InvalidRequestError as error:
+        raise ProtocolError("PROTOCOL", f"its cache layout is not usable: {error}") from error
+    counts = {
+        "num_pages": (info.num_pages, 1),
+        "max_context_tokens": (info.max_context_tokens, 2),
+        "max_step_tokens": (info.max_step_tokens, 1),
+        "max_step_sequences": (info.max_step_sequences, 1),
+        "vocab_size": (info.vocab_size, 1),
+    }
+    for name, (count, least) in counts.items():
+        _require(least <= count < _MOST, f"its {name} is {count}; it must be {least} to {_MOST - 1}")
+    _require(layout.page_size <= _MOST_PAGE_TOKENS, f"its pages hold {layout.page_size} tokens")
+    _require(len(info.eos_token_ids) <= _MOST_EOS_IDS, f"it names {len(info.eos_token_ids)} end-of-sequence ids")
+    _check_ids(info.eos_token_ids, info.vocab_size, "an end-of-sequence id")
+    _require(len(info.transports) <= _MOST_TRANSPORTS, f"it names {len(info.transports)} transports")
+    for name in info.transports:
+        _require(bool(_NAME.fullmatch(name)), f"a transport of its is named {name[:80]!r}")
+    return layout
+
+
+def check_load(load: worker_service_pb2.WatchLoadResponse, info: worker_service_pb2.GetInfoResponse) -> None:
+    """Check a load report.
+
+    Raises:
+        ProtocolError: PROTOCOL.
+    """
+    _require(load.num_free_pages <= info.num_pages, f"it reports {load.num_free_pages} free pages, of {info.num_pages}")
+
+
+def check_prefilled(
+    response: prefill_service_pb2.PrefillResponse,
+    request: prefill_service_pb2.PrefillRequest,
+    info: worker_service_pb2.GetInfoResponse,
+) -> None:
+    """Check an answer to `request`, before the client gets its token and a decode worker its ticket.
+
+    Raises:
+        ProtocolError: PROTOCOL.
+        InvalidRequestError: BAD_HANDOFF, it is the answer to another request.
+        TransferCorruptError: TOKENS_MISMATCH, it is about other tokens.
+    """
+    ticket, state, num_tokens = response.handoff, response.handoff.sampling_state, len(request.token_ids)
+    _require(response.HasField("handoff"), "its answer has no ticket")
+    pairs = {
+        "request_id": (ticket.request_id, request.request_id),
+        "attempt": (ticket.attempt, request.attempt),
+        "sample_index": (state.sample_index, request.sample_index),
+        "seed": (state.seed, request.sampling.seed),
+        "num_tokens": (ticket.num_tokens, num_tokens),
+    }
+    other = [name for name, (answered, asked) in pairs.items() if answered != asked]
+    if other:
+        raise InvalidRequestError("BAD_HANDOFF", f"the prefill worker answered for another {', '.join(other)}")
+    if ticket.tokens_sha256 != hash_tokens(request.token_ids):
+        raise TransferCorruptError("TOKENS_MISMATCH", "the prefill worker computed other tokens than it was asked to")
+    _require(ticket.model_fingerprint == info.model_fingerprint, "its ticket is of another model")
+    _require(response.num_cached_tokens <= num_tokens, f"{response.num_cached_tokens} of {num_tokens} were cached")
+    _check_ids((ticket.first_token_id,), info.vocab_size, "its token")
+    if request.sampling.HasField("top_logprobs"):
+        _require(ticket.HasField("first_token_logprobs"), "its token has no log-probability")
+        _check_logprobs((ticket.first_token_logprobs,), info.vocab_size)
+    if decode_finish(response.finish_reason) is None:
+        _require(bool(ticket.lease.lease_id), "its ticket has no lease")
+
+
+def check_started(
+    response: decode_service_pb2.StartResponse, info: worker_service_pb2.GetInfoResponse, layout: KvLayout
+) -> None:
+    """Check the answer to Start.
+
+    Raises:
+        ProtocolError: PROTOCOL.
+    """
+    num_pages, num_bytes = response.num_transfer_pages, response.transfer_bytes
+    _require(num_pages <= info.num_pages, f"it took {num_pages} pages into a pool of {info.num_pages}")
+    _require(num_bytes <= num_pages * layout.page_bytes, f"it moved {num_bytes} bytes for {num_pages} pages")
+    _require(response.transport in ("", *info.transports), f"it moved pages by {response.transport[:80]!r}")
+
+
+def check_output(output: decode_service_pb2.SequenceOutput, vocab_size: int) -> None:
+    """Check a sequence's news, as far as they can be judged without knowing the sequence.
+
+    Raises:
+        ProtocolError: PROTOCOL.
+    """
+    if output.HasField("failure"):
+        _require(1 <= output.failure.code <= _LAST_CODE, f"it sent a failure of code {output.failure.code}")
+        return
+    _require(bool(output.token_ids), "it sent an output without a token")
+    _check_ids(output.token_ids, vocab_size, "its token")
+    if output.logprobs:
+        _check_logprobs(output.logprobs, vocab_size)
+
+
+def _check_logprobs(logprobs: Sequence[types_pb2.TokenLogprobs], vocab_size: int) -> None:
+    for entry in logprobs:
+        _require(len(entry.top) <= MAX_TOP_LOGPROBS, f"it sent {len(entry.top)} log-probabilities for a position")
+        _check_ids([top.token_id for top in entry.top], vocab_size, "one of its most probable tokens")
+        for value in (entry.logprob, *[top.logprob for top in entry.top]):
+            if not value <= _MOST_LOGPROB:  # so, and not by `>`, NaN is refused
+                raise ProtocolError("PROTOCOL", f"it sent {value} as a log-probability")
+
+
+def _check_ids(token_ids: Sequence[int], vocab_size: int, what: str) -> None:
+    if token_ids and max(token_ids) >= vocab_size:
+        raise ProtocolError("PROTOCOL", f"{what} is {max(token_ids)}; the vocabulary has {vocab_size}")
+
+
+def _require(is_met: bool, problem: str) -> None:
+    if not is_met:
+        raise ProtocolError("PROTOCOL", problem)

@@ -1,0 +1,292 @@
+"""A worker that says what can't be costs itself: its link, its attempts, nobody else's."""
+
+import asyncio
+
+import pytest
+from google.protobuf.internal.encoder import _VarintBytes
+from headrace.v1 import decode_service_pb2, prefill_service_pb2, worker_service_pb2
+from headrace_core.errors import HandoffLostError, InvalidRequestError
+from headrace_core.testing.fake_script import mixed
+from headrace_core.testing.fake_worker import FakeWorker
+from headrace_core.testing.garbler import no_message, rewriting
+from headrace_router import link
+from headrace_router.testing import BOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
+
+
+def worker(role, **options):
+    """A worker whose tokens depend on every token before."""
+    return FakeWorker(role, next_token=mixed(256), vocab_size=VOCAB_SIZE, **options)
+
+
+def reference(prompt, num_tokens):
+    tokens = [BOS, *byte_ids(prompt)]
+    num_prompt, step = len(tokens), mixed(256)
+    for _ in range(num_tokens):
+        tokens.append(step(tokens, num_prompt))
+    return tokens[num_prompt:]
+
+
+def run(folder, workers, test, **settings):
+    """Run `test(router)`; afterwards the router still runs, and nothing is left at a worker."""
+
+    async def main():
+        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
+            await router.wait_states(["ready"] * len(workers))
+            await test(router)
+            await router.wait_empty()
+            assert not router.service.failed.done()
+
+    asyncio.run(main())
+
+
+def info(**fields):
+    def change(message):
+        for name, value in fields.items():
+            message.ClearField(name)
+            if isinstance(value, list):
+                getattr(message, name).extend(value)
+            elif value is not None:
+                setattr(message, name, value)
+
+    return "GetInfo", rewriting(worker_service_pb2.GetInfoResponse, change)
+
+
+def layout(**fields):
+    def change(message):
+        for name, value in fields.items():
+            setattr(message.layout, name, value)
+
+    return "GetInfo", rewriting(worker_service_pb2.GetInfoResponse, change)
+
+
+def no_width(message):
+    message.layout.latent.kv_lora_rank = message.layout.latent.rope_dim = 0
+
+
+def num_pages_of_60_bits(content):
+    return content + bytes([6 << 3]) + _VarintBytes(1 << 60)
+
+
+LOAD = worker_service_pb2.WatchLoadResponse
+LINK_FAULTS = {
+    "health: no message": ("Watch", no_message, "no message"),
+    "info: no message": ("GetInfo", no_message, "no message"),
+    "info: empty": ("GetInfo", lambda content: b"", "role is 0"),
+    "info: role": (*info(role=9), "role is 9"),
+    "info: incarnation": (*info(incarnation=None), "incarnation"),
+    "info: no fingerprint": (*info(model_fingerprint=None), "fingerprint is ''"),
+    "info: fingerprint is no hash": (*info(model_fingerprint="a\nb" * 40), "fingerprint is 'a"),
+    "info: no layout": (*info(layout=None), "layout"),
+    "info: page size": (*layout(page_size=0), "page size"),
+    "info: huge page": (*layout(page_size=1 << 31), "its pages hold 2147483648"),
+    "info: no layers": (*layout(num_layers=0), "layers"),
+    "info: cache type": (*layout(dtype=7), "dtype"),
+    "info: no width": ("GetInfo", rewriting(worker_service_pb2.GetInfoResponse, no_width), "width of 0"),
+    "info: no pages": (*info(num_pages=0), "num_pages is 0"),
+    "info: 2^60 pages": ("GetInfo", num_pages_of_60_bits, "num_pages is 0"),
+    "info: 2^32 - 1 pages": (*info(num_pages=(1 << 32) - 1), "num_pages is 4294967295"),
+    "info: context": (*info(max_context_tokens=0), "max_context_tokens is 0"),
+    "info: context of 1": (*info(max_context_tokens=1), "max_context_tokens is 1"),
+    "info: token budget": (*info(max_step_tokens=0), "max_step_tokens is 0"),
+    "info: huge token budget": (*info(max_step_tokens=(1 << 32) - 1), "max_step_tokens is 4294967295"),
+    "info: no sequences": (*info(max_step_sequences=0), "max_step_sequences is 0"),
+    "info: no vocabulary": (*info(vocab_size=0), "vocab_size is 0"),
+    "info: other vocabulary": (*info(vocab_size=VOCAB_SIZE + 1), "vocabulary has 259 tokens; this fleet's has 258"),
+    "info: end outside": (*info(eos_token_ids=[VOCAB_SIZE]), "end-of-sequence id is 258"),
+    "info: many ends": (*info(eos_token_ids=[1] * 100_000), "100000 end-of-sequence ids"),
+    "info: many transports": (*info(transports=["fake"] * 100_000), "100000 transports"),
+    "info: long transport": (*info(transports=["x" * 1_000_000]), "transport"),
+    "load: no message": ("WatchLoad", no_message, "no message"),
+    "load: too many pages": (
+        "WatchLoad",
+        rewriting(LOAD, lambda load: setattr(load, "num_free_pages", 257)),
+        "257 free pages, of 256",
+    ),
+    "steps: no message": ("StreamSteps", no_message, "no message"),
+}
+
+
+def test_workers_that_say_what_can_not_be_are_refused_by_name_and_come_back(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(link, "_REFUSED_BACKOFF_S", 0.1)
+
+    async def test(router):
+        good = asyncio.create_task(router.generate(text_request("good", sampling={"max_tokens": 400})))
+        words = {}
+        for method, rewrite, expected in LINK_FAULTS.values():
+            bad = worker("both")
+            bad.garbler.rewrites[method] = rewrite
+            await router.add(bad)
+            words[bad.address] = expected
+        await router.wait_states(["ready", "ready", *["refused"] * len(words)])
+        details = {status.address: status.detail for status in (await router.info()).workers}
+        warnings = {getattr(each, "address", ""): each for each in caplog.records if each.levelname == "WARNING"}
+        for (address, expected), name in zip(words.items(), LINK_FAULTS, strict=True):
+            assert expected in details[address], name
+            assert len(details[address]) <= 500, name
+            assert expected in warnings[address].detail, name
+        assert (await good)[0].token_ids == reference("good", 400)
+        assert router.metric("headrace_retries_total", reason="PROTOCOL") == 0
+        for bad in router.workers:
+            bad.garbler.rewrites.clear()
+        await router.wait_states(["ready"] * (2 + len(words)))
+
+    run(tmp_path, [worker("prefill"), worker("decode", step_s=0.001)], test)
+
+
+@pytest.mark.parametrize("method", ["Watch", "WatchLoad", "StreamSteps"])
+def test_a_worker_that_turns_bad_loses_its_sequences_to_another(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(link, "_REFUSED_BACKOFF_S", 0.02)
+
+    async def test(router):
+        first, second = router.workers[1:]
+        tasks = [
+            asyncio.create_task(router.generate(text_request(str(i), sampling={"max_tokens": 80}))) for i in range(4)
+        ]
+        await wait_until(lambda: len(first.sequences) == 2 and len(second.sequences) == 2)
+        first.garbler.rewrites[method] = no_message
+        await first.set_ready(False)
+        await router.wait_states(["ready", "ready", "refused"])
+        await first.set_ready(True)
+        assert [(await task)[0].token_ids for task in tasks] == [reference(str(i), 80) for i in range(4)]
+        assert router.metric("headrace_retries_total", reason="PROTOCOL") == 2
+        assert {call.attempt for call in second.starts} == {1, 2}
+
+    run(tmp_path, [worker("prefill"), *(worker("decode", step_s=0.01) for _ in range(2))], test)
+
+
+OUTPUT = decode_service_pb2.StreamStepsResponse
+
+
+def once(change):
+    """Return a rewrite of step messages that changes the first output of the fifth message that has one."""
+    counts = {"messages": 0}
+
+    def rewrite(message):
+        counts["messages"] += bool(message.outputs)
+        if counts["messages"] == 5:
+            counts["messages"] += 1
+            change(message.outputs[0])
+
+    return rewriting(OUTPUT, rewrite)
+
+
+def _forever(output):
+    output.token_ids.extend([1] * 100)
+    if output.logprobs:
+        output.logprobs.extend([output.logprobs[0]] * 100)
+
+
+OUTPUT_FAULTS = {
+    "token outside the vocabulary": lambda output: output.token_ids.append(VOCAB_SIZE),
+    "token of 32 bits": lambda output: output.token_ids.append((1 << 32) - 1),
+    "no token": lambda output: output.ClearField("token_ids"),
+    "an end without a token": lambda output: (output.ClearField("token_ids"), setattr(output, "finish_reason", 1)),
+    "unknown end": lambda output: setattr(output, "finish_reason", 77),
+    "no log-probabilities": lambda output: output.ClearField("logprobs"),
+    "log-probabilities of another token": lambda output: output.logprobs.append(output.logprobs[0]),
+    "log-probability of NaN": lambda output: setattr(output.logprobs[0], "logprob", float("nan")),
+    "log-probability above 0": lambda output: setattr(output.logprobs[0], "logprob", 3.0),
+    "probable token outside": lambda output: setattr(output.logprobs[0].top[0], "token_id", VOCAB_SIZE),
+    "many probable tokens": lambda output: output.logprobs[0].top.extend([output.logprobs[0].top[0]] * 30),
+    "more tokens than asked for": _forever,
+    "failure of no code": lambda output: setattr(output.failure, "reason", "\n" * 9),
+    "failure of an unknown code": lambda output: setattr(output.failure, "code", 99),
+}
+
+
+def test_a_sequence_whose_output_can_not_be_goes_on_elsewhere_and_its_neighbour_stays(tmp_path):
+    async def test(router):
+        _, bad, _ = router.workers
+        wanted = {"max_tokens": 60, "top_logprobs": 1}
+        for number, (name, change) in enumerate(OUTPUT_FAULTS.items(), 1):
+            tasks = [asyncio.create_task(router.generate(text_request(text, sampling=wanted))) for text in ("a", "b")]
+            await wait_until(lambda: len(bad.sequences) == 2)
+            bad.garbler.rewrites["StreamSteps"] = once(change)
+            results = [(await task)[0] for task in tasks]
+            assert [result.token_ids for result in results] == [reference(text, 60) for text in ("a", "b")], name
+            assert all(len(result.logprobs) == 60 for result in results), name
+            assert router.metric("headrace_retries_total", reason="PROTOCOL") == number, name
+            assert len(bad.starts) == 2 * number, name
+            await router.wait_empty()
+
+    workers = [worker("prefill"), worker("decode", step_s=0.003, num_pages=4096), worker("decode")]
+    run(tmp_path, workers, test)
+
+
+def test_a_sequence_that_does_not_end_where_it_must_goes_on_elsewhere(tmp_path):
+    async def test(router):
+        bad = router.workers[1]
+        endless = rewriting(OUTPUT, lambda message: [output.ClearField("finish_reason") for output in message.outputs])
+        bad.garbler.rewrites["StreamSteps"] = endless
+        (sample,) = await router.generate(text_request("a", sampling={"max_tokens": 10}))
+        assert sample.token_ids == reference("a", 10)
+        assert router.metric("headrace_retries_total", reason="PROTOCOL") == 1
+
+    run(tmp_path, [worker("prefill"), worker("decode", num_pages=4096), worker("decode")], test)
+
+
+def prefill(change):
+    return "Prefill", rewriting(prefill_service_pb2.PrefillResponse, change)
+
+
+def start(change):
+    return "Start", rewriting(decode_service_pb2.StartResponse, change)
+
+
+ANSWER_FAULTS = {
+    "prefill: no message": ("Prefill", no_message),
+    "prefill: no ticket": prefill(lambda answer: answer.ClearField("handoff")),
+    "prefill: other model": prefill(lambda answer: setattr(answer.handoff, "model_fingerprint", "x")),
+    "prefill: token outside": prefill(lambda answer: setattr(answer.handoff, "first_token_id", VOCAB_SIZE)),
+    "prefill: no lease": prefill(lambda answer: answer.handoff.ClearField("lease")),
+    "prefill: no log-probability": prefill(lambda answer: answer.handoff.ClearField("first_token_logprobs")),
+    "prefill: unknown end": prefill(lambda answer: setattr(answer, "finish_reason", 77)),
+    "prefill: more cached than there was": prefill(lambda answer: setattr(answer, "num_cached_tokens", 1 << 31)),
+    "start: no message": ("Start", no_message),
+    "start: more pages than there are": start(lambda answer: setattr(answer, "num_transfer_pages", (1 << 32) - 1)),
+    "start: more bytes than pages": start(lambda answer: setattr(answer, "transfer_bytes", (1 << 64) - 1)),
+    "start: unheard-of transport": start(lambda answer: setattr(answer, "transport", "x" * 1_000_000)),
+}
+
+
+def all_take_work(router):
+    """Tell whether no worker is held; let each report, which ends it."""
+    for each in router.workers:
+        each.on_change()
+    return len(router.service._router.fleet.workers()) == len(router.workers)
+
+
+def test_an_attempt_whose_answer_can_not_be_is_made_again_elsewhere(tmp_path):
+    async def test(router):
+        bad_prefill, _, bad_decode, _ = router.workers
+        wanted = {"max_tokens": 20, "top_logprobs": 1}
+        for name, (method, rewrite) in ANSWER_FAULTS.items():
+            before = router.metric("headrace_retries_total", reason="PROTOCOL")
+            for bad in (bad_prefill, bad_decode):
+                bad.garbler.rewrites = {method: rewrite}
+            await wait_until(lambda: all_take_work(router))
+            for text in "abcdefgh":  # the prompt's beginning decides which prefill worker gets it
+                request = text_request(text, include_timings=True, sampling=wanted)
+                assert (await router.generate(request))[0].token_ids == reference(text, 20), name
+            assert router.metric("headrace_retries_total", reason="PROTOCOL") > before, name
+
+    workers = [worker("prefill"), worker("prefill"), worker("decode", num_pages=4096), worker("decode")]
+    run(tmp_path, workers, test)
+
+
+def test_a_workers_words_reach_the_client_cut_and_its_reasons_make_no_metrics(tmp_path):
+    async def test(router):
+        for number in range(6):
+            router.workers[0].faults.start.append(HandoffLostError(f"INVENTED_{number}", "é" * 50_000))
+        error = await router.refused(text_request("a"))
+        assert error.reason == "RETRIES_EXHAUSTED"
+        assert "INVENTED_" in str(error)
+        router.workers[0].faults.start.clear()
+        router.workers[0].faults.start.append(InvalidRequestError("not a reason", "no"))
+        await router.generate(text_request("a"))
+        names = {
+            sample.labels.get("reason") for metric in router.service.registry.collect() for sample in metric.samples
+        }
+        assert names == {None, "OTHER", "WORKER_LOST"}
+
+    run(tmp_path, [worker("both")], test)

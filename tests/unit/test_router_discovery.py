@@ -1,0 +1,243 @@
+"""What the router makes of addresses that come from outside: a bad one costs itself, and no other."""
+
+import asyncio
+import os
+import socket
+
+import pytest
+from headrace_core.errors import StartupError
+from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.fake_script import scripted
+from headrace_core.testing.fake_worker import FakeWorker
+from headrace_router import discovery
+from headrace_router.address import parse_address
+from headrace_router.discovery import Discovery
+from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, text_request
+
+GOOD = {
+    "10.0.0.1:5000": "10.0.0.1:5000",
+    "localhost:00080": "localhost:80",
+    "LocalHost:1": "localhost:1",
+    "[::1]:5000": "[::1]:5000",
+    "[0:0:0::1]:5000": "[::1]:5000",
+    "[fe80::1%eth0]:65535": "[fe80::1%eth0]:65535",
+    "Prefill-0.ns_a.svc.cluster.local.:50051": "prefill-0.ns_a.svc.cluster.local.:50051",
+    "bücher.example:1": "xn--bcher-kva.example:1",
+    f"{'a' * 63}:1": f"{'a' * 63}:1",
+}
+BAD = [
+    "", "host", ":5000", "host:", "host:0", "host:70000", "host:-1", "host:+5", "host:5e3", "host:\u0665\u0660",
+    "host:" + "9" * 5000, "a..b:5000", ".a:5000", "-a:5000", "a-:5000", f"{'a' * 64}:1", f"{'a.' * 200}b:1", "a b:5000",
+    "a\0b:5000", "a\nb:5000", "\udcff:5000", "\u2460.:5", "http://host:5000", "unix:/tmp/socket:1", "dns:///a:1",
+    "%41:5000", "a/b:1", "999.1.1.1:5000", "1.2.3:5000", "127:5000", "::1:5000", "[::1:5000", "::1]:5000", "[]:5000",
+    "[127.0.0.1]:5000", "[::1%]:5000", "[::1%a b]:5000", "[::1]", "[::1]5000", "host:5000,other:5000", "host:5000 ",
+    " host:5000",
+]  # fmt: skip
+
+
+def test_addresses_have_one_spelling():
+    assert {text: str(parse_address(text)) for text in GOOD} == GOOD
+
+
+@pytest.mark.parametrize("text", BAD, ids=ascii)
+def test_what_is_no_address_is_refused_in_a_line_of_ascii(text):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_address(text)
+    told = str(caught.value)
+    assert told.isascii()
+    assert told.isprintable()
+    assert len(told) < 300
+
+
+@pytest.mark.parametrize("text", [text for text in BAD if text.strip() and "," not in text and text == text.strip()])
+def test_a_setting_that_is_no_address_ends_the_start_and_is_named(text):
+    with pytest.raises(StartupError, match="--workers: ") as caught:
+        Discovery(f"10.0.0.1:1, {text}", None)
+    assert caught.value.reason == "BAD_ADDRESS"
+
+
+def test_settings_are_followed_once_each_in_their_order():
+    found = Discovery("10.0.0.2:1,, 10.0.0.1:01 ,10.0.0.2:1,", None).addresses
+    assert found == ["10.0.0.2:1", "10.0.0.1:1"]
+
+
+LINES = (
+    b"\xef\xbb\xbf# comment\r\n10.0.0.1:1\r\n\n  10.0.0.2:2\t# why\n\xff\xfe:5000\na..b:5000\n10.0.0.1:01\n[::1]:3\n"
+    b"host\n\x00\n10.0.0.4:70000\n" + b"x" * 100_000 + b"\n10.0.0.5:5"
+)
+FOUND = ["10.0.0.1:1", "10.0.0.2:2", "[::1]:3", "10.0.0.5:5"]
+
+
+@async_test
+async def test_a_bad_line_costs_itself(tmp_path, caplog):
+    path = tmp_path / "workers"
+    path.write_bytes(LINES)
+    found = Discovery("", path)
+    assert await found.read_file()
+    assert found.addresses == FOUND
+    assert not await found.read_file()
+    lines = [record.line for record in caplog.records if hasattr(record, "line")]
+    assert lines == [5, 6, 9, 10, 11]
+    assert [record.lines for record in caplog.records if hasattr(record, "lines")] == [1]
+
+
+def _vanish(path):
+    path.unlink()
+
+
+def _become_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def _become_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _become_device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _become_loop(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+def _grow(path):
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+
+
+SPOILED = [_vanish, _become_folder, _become_pipe, _become_device, _become_loop, _grow]
+
+
+@pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__.strip("_"))
+@async_test
+async def test_a_file_that_can_not_be_read_keeps_what_it_said(tmp_path, caplog, spoil):
+    path = tmp_path / "workers"
+    path.write_text("10.0.0.1:1\n")
+    found = Discovery("", path)
+    await found.read_file()
+    spoil(path)
+    for _ in range(3):
+        assert not await found.read_file()
+    assert found.addresses == ["10.0.0.1:1"]
+    assert [record.getMessage() for record in caplog.records] == ["can't read the workers file"]
+    path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+    path.write_text("")
+    assert await found.read_file()
+    assert found.addresses == []
+
+
+@async_test
+async def test_a_million_lines_are_followed_as_far_as_one_router_can(tmp_path, caplog):
+    path = tmp_path / "workers"
+    lines = [f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}:1" for i in range(1 << 20)]
+    path.write_text("\n".join(lines))
+    found = Discovery("", path)
+    await found.read_file()
+    for _ in range(2):
+        assert found.addresses == lines[: discovery.MAX_ADDRESSES]
+    assert [record.getMessage() for record in caplog.records] == [
+        "too many worker addresses; the first ones are followed"
+    ]
+
+
+class Resolver:
+    """Stands for the loop's resolver; `answers` are by name: hosts, or what is raised."""
+
+    def __init__(self, monkeypatch, answers):
+        self.answers = answers
+        self.asked = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", self._look_up)
+
+    async def _look_up(self, host, port, **_):
+        self.asked.append(host)
+        answer = self.answers[host]
+        if answer == "slow":
+            await self.gate.wait()
+            answer = ["10.9.9.9"]
+        if isinstance(answer, BaseException):
+            raise answer
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answer]
+
+
+@async_test
+async def test_a_name_that_can_not_be_looked_up_costs_itself(monkeypatch, caplog):
+    answers = {
+        "good": ["10.0.0.1", "fe80::1%eth0"],
+        "mixed": ["10.0.0.2", "a..b", "\udcff", "10.0.0.3 "],
+        "unknown": OSError("no such name"),
+        "malformed": UnicodeError("label empty or too long"),
+        "strange": TypeError("a resolver of another kind"),
+        "nothing": [None],
+    }
+    resolver = Resolver(monkeypatch, answers)
+    found = Discovery(",".join(f"{name}:5" for name in answers), None)
+    expected = ["10.0.0.1:5", "[fe80::1%eth0]:5", "10.0.0.2:5"]
+    for _ in range(3):
+        found.look_up()
+        await eventually(lambda: not found._lookups, "the look-ups end")
+        assert found.addresses == expected
+    hosts = [record.host for record in caplog.records]
+    assert sorted(hosts) == ["malformed", "mixed", "nothing", "strange", "unknown"]
+    resolver.answers = dict.fromkeys(answers, OSError("the resolver is gone"))
+    found.look_up()
+    await eventually(lambda: not found._lookups, "the look-ups end")
+    assert found.addresses == expected
+
+
+@async_test
+async def test_a_slow_name_holds_up_no_other_and_is_asked_for_once(monkeypatch, tmp_path):
+    path = tmp_path / "workers"
+    path.write_text("slow-0:5\nslow-1:5\n10.0.0.1:5\nquick:5\n")
+    resolver = Resolver(monkeypatch, {"slow-0": "slow", "slow-1": "slow", "quick": ["10.0.0.2"]})
+    resolver.gate.clear()
+    found = Discovery("", path)
+    await found.read_file()
+    for _ in range(3):
+        found.look_up()
+        await eventually(lambda: len(found._lookups) == 2, "the quick one is answered")
+    assert found.addresses == ["10.0.0.1:5", "10.0.0.2:5"]
+    assert resolver.asked.count("slow-0") == resolver.asked.count("slow-1") == 1
+    path.write_text("10.0.0.1:5\n")
+    await found.read_file()
+    resolver.gate.set()
+    await eventually(lambda: not found._lookups, "the look-ups end")
+    found.look_up()
+    assert found.addresses == ["10.0.0.1:5"]
+    assert not found._resolved
+    assert not found._problems
+    await found.close()
+
+
+def test_the_router_serves_on_whatever_becomes_of_the_file(tmp_path):
+    async def main():
+        worker = FakeWorker("both", next_token=scripted(byte_ids("abc")), vocab_size=VOCAB_SIZE)
+        async with RouterUnderTest(tmp_path, workers=[worker]) as router:
+            await router.wait_states(["ready"])
+            path = tmp_path / "workers"
+            good = f"{worker.address}\n".encode()
+            for lines in (
+                b"\xff:5000",
+                b"a..b:5000",
+                b"h:" + b"9" * 5000,
+                b"h:\xd9\xa5",
+                b"x" * (1 << 20),
+                b"\x00" * 99,
+            ):
+                path.write_bytes(lines + b"\n127.0.0.2:1\n" + good)
+                await router.wait_states(["ready", "unreachable"])
+                path.write_bytes(lines + b"\n" + good)
+                await router.wait_states(["ready"])
+                await router.generate(text_request("a", sampling={"max_tokens": 3}))
+            for spoil in (_vanish, _become_folder):
+                spoil(path) if path.is_file() else path.touch()
+                await router.generate(text_request("a", sampling={"max_tokens": 3}))
+            assert not router.service.failed.done()
+
+    asyncio.run(main())
