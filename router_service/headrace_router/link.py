@@ -64,6 +64,10 @@ class Fleet(Protocol):
         """Called after every change of a link or a worker's load."""
         ...
 
+    def on_state(self) -> None:
+        """Called after a link entered another state; `on_change` follows."""
+        ...
+
 
 class Link:
     """The connection to one address."""
@@ -229,6 +233,8 @@ class Link:
             log.log(level, "worker is %s", state.value, extra={"address": self.address, "detail": detail})
         self._is_tried = True
         self.state, self.detail = state, detail
+        if is_new:
+            self._fleet.on_state()
 
 
 def _first(error: Exception) -> Exception:

@@ -4,6 +4,9 @@ A fleet serves one model: the first worker that joins decides its fingerprint an
 refused, and asked again, as long as a worker of the fleet is connected; when none is, the next that comes decides
 anew. So any prefill worker fits any decode worker. An address that is no longer listed gets no new sequences and is
 left when its last one ends.
+
+What the fleet can do is what the workers can that are ready now, and nothing is kept of those that left: a request that
+comes while no pair of workers is ready waits for one, and is checked against that.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from headrace.v1 import worker_service_pb2
 from headrace_core.kv.layout import KvLayout
 
 from headrace_router.discovery import Discovery
-from headrace_router.link import Link, LinkState
+from headrace_router.link import Link
 from headrace_router.worker import Worker
 
 _FILE_CHECK_S = 0.5
@@ -26,14 +29,14 @@ _FILE_CHECK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class FleetModel:
-    """What the fleet serves."""
+    """What the workers that are ready now serve together."""
 
     fingerprint: str
-    layout: KvLayout
     vocab_size: int
     max_context_tokens: int
-    """The smallest of its workers'."""
+    """The most that some pair of them can hold: the smaller of its two, or a `both` worker's own."""
     eos_token_ids: tuple[int, ...]
+    """Of any of them."""
 
 
 class Registry:
@@ -42,33 +45,38 @@ class Registry:
     def __init__(self, discovery: Discovery, *, dns_refresh_s: float) -> None:
         self.listeners: list[Callable[[], None]] = []
         self.model: FleetModel | None = None
-        """The last one known, also while no worker is connected."""
+        """None while no pair of workers is ready to serve a request."""
         self._discovery = discovery
         self._dns_refresh_s = dns_refresh_s
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
-        self._joined = asyncio.Event()
+        self._has_model = asyncio.Event()
 
     @property
     def links(self) -> list[Link]:
         """Every address known, in order."""
         return [link for _, (link, _) in sorted(self._links.items())]
 
+    @property
+    def fingerprint(self) -> str:
+        """The model that the connected workers serve; empty while none is."""
+        return next((link.worker.info.model_fingerprint for link, _ in self._links.values() if link.worker), "")
+
     def workers(self) -> list[Worker]:
         """Return those that take new sequences now."""
         return [link.worker for link, _ in self._links.values() if link.takes_work and link.worker is not None]
 
     async def wait_model(self) -> FleetModel:
-        """Wait until a worker has ever joined and return what the fleet serves."""
-        await self._joined.wait()
-        assert self.model is not None, "a worker joined, so the model is known"
+        """Wait until workers are ready that can serve a request, and return what they serve."""
+        while self.model is None:
+            await self._has_model.wait()
         return self.model
 
     def missing(self) -> str:
         """Say what the fleet lacks to serve any request; empty if it lacks nothing."""
-        ready = [link.worker for link, _ in self._links.values() if link.state is LinkState.READY]
-        has_prefill = any(worker is not None and worker.can_prefill for worker in ready)
-        has_decode = any(worker is not None and worker.can_decode for worker in ready)
+        ready = self._ready()
+        has_prefill = any(worker.can_prefill for worker in ready)
+        has_decode = any(worker.can_decode for worker in ready)
         if has_prefill and has_decode:
             return ""
         lack = "no worker is ready"
@@ -106,7 +114,6 @@ class Registry:
 
     def judge(self, link: Link, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> str:
         """Return why a worker can't join; empty if it can. See `link.Fleet`."""
-        contexts: list[int] = []
         for other, _ in self._links.values():
             worker = other.worker
             if other is link or worker is None:
@@ -120,21 +127,23 @@ class Registry:
                 return f"its cache layout is {layout}; this fleet's is {worker.layout}"
             if info.vocab_size != worker.info.vocab_size:
                 return f"its vocabulary has {info.vocab_size} tokens; this fleet's has {worker.info.vocab_size}"
-            contexts.append(worker.info.max_context_tokens)
-        self.model = FleetModel(
-            fingerprint=info.model_fingerprint,
-            layout=layout,
-            vocab_size=info.vocab_size,
-            max_context_tokens=min([info.max_context_tokens, *contexts]),
-            eos_token_ids=tuple(info.eos_token_ids),
-        )
-        self._joined.set()
         return ""
 
     def on_change(self) -> None:
         """Tell the listeners. See `link.Fleet`."""
         for listener in self.listeners:
             listener()
+
+    def on_state(self) -> None:
+        """See what the fleet can do now. See `link.Fleet`."""
+        self.model = _model(self._ready())
+        if self.model is None:
+            self._has_model.clear()
+        else:
+            self._has_model.set()
+
+    def _ready(self) -> list[Worker]:
+        return [link.worker for link, _ in self._links.values() if link.is_ready and link.worker is not None]
 
     def _follow(self, addresses: Sequence[str]) -> None:
         listed = set(addresses)
@@ -159,3 +168,26 @@ class Registry:
         for _, task in self._links.values():
             if task.done():
                 task.result()
+
+
+def _model(ready: Sequence[Worker]) -> FleetModel | None:
+    """Return what these workers, all of one model, serve together; None if no pair of them can serve a request."""
+    context = _most_context(ready)
+    if not context:
+        return None
+    return FleetModel(
+        fingerprint=ready[0].info.model_fingerprint,
+        vocab_size=ready[0].info.vocab_size,
+        max_context_tokens=context,
+        eos_token_ids=tuple(sorted({token_id for worker in ready for token_id in worker.info.eos_token_ids})),
+    )
+
+
+def _most_context(ready: Sequence[Worker]) -> int:
+    """Return the longest sequence that a pair of a prefill and a decode worker, or one of both roles, can hold."""
+    prefill = max((worker.info.max_context_tokens for worker in ready if not worker.can_decode), default=0)
+    decode = max((worker.info.max_context_tokens for worker in ready if worker.can_decode), default=0)
+    both = max(
+        (worker.info.max_context_tokens for worker in ready if worker.can_decode and worker.can_prefill), default=0
+    )
+    return max(min(prefill, decode), both)

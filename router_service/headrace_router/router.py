@@ -22,7 +22,7 @@ from headrace_router.link import Link
 from headrace_router.metrics import RouterMetrics
 from headrace_router.prompts import Prompts
 from headrace_router.registry import Registry
-from headrace_router.running import RunningRequest, outcome_of
+from headrace_router.running import RunningRequest, deadline_error, outcome_of, outcome_of_leaving
 from headrace_router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,10 @@ class Router:
         """
         self._num_entering += 1
         self._idle.clear()
+        arrival_s = time.monotonic()
+        deadline_s = arrival_s + (self._settings.request_timeout_s if remaining_s is None else remaining_s)
         try:
-            spec = await self._admit(message, remaining_s)
+            spec = await self._admit(message, arrival_s=arrival_s, deadline_s=deadline_s)
             running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics)
             self._running[spec.request_id] = running
             return running
@@ -105,7 +107,7 @@ class Router:
             log.info("request refused", extra={"request_id": message.request_id[:64], "reason": error.reason})
             raise
         except asyncio.CancelledError:
-            self._metrics.requests.labels("cancelled").inc()
+            self._metrics.requests.labels(outcome_of_leaving(deadline_s)).inc()
             raise
         finally:
             self._num_entering -= 1
@@ -123,7 +125,7 @@ class Router:
         model = self.fleet.model
         return generation_service_pb2.GetServerInfoResponse(
             model_name=self._model_name,
-            model_fingerprint=model.fingerprint if model else "",
+            model_fingerprint=self.fleet.fingerprint,
             max_context_tokens=model.max_context_tokens if model else 0,
             workers=[_worker_status(link) for link in self.fleet.links],
             num_queued=self.num_queued,
@@ -131,28 +133,30 @@ class Router:
             version=__version__,
         )
 
-    async def _admit(self, message: generation_service_pb2.GenerateRequest, remaining_s: float | None) -> RequestSpec:
-        arrival_s = time.monotonic()
+    async def _admit(
+        self, message: generation_service_pb2.GenerateRequest, *, arrival_s: float, deadline_s: float
+    ) -> RequestSpec:
         if self._is_draining:
             raise UnavailableError("DRAINING", "the router is stopping; try another one")
         if self.num_queued > self._settings.max_queued_requests:
             raise OverloadedError("QUEUE_FULL", f"{self.num_queued - 1} requests are waiting; try again later")
         self._check_unused(message.request_id)
-        limit_s = self._settings.request_timeout_s if remaining_s is None else remaining_s
         tokenized = await self._admission.tokenize(
-            message, self.fleet.model, arrival_s=arrival_s, deadline_s=arrival_s + limit_s
+            message, self.fleet.model, arrival_s=arrival_s, deadline_s=deadline_s
         )
         spec = await self._wait_fleet(tokenized)
         self._check_unused(spec.request_id)
         return spec
 
     async def _wait_fleet(self, tokenized: Tokenized) -> RequestSpec:
-        """Wait until a worker has said what the model can do, then check against it."""
-        limit_s = self._settings.no_workers_timeout_s
+        """Wait until workers are there to say what the fleet can do, then check against it."""
+        left_s = tokenized.deadline_s - time.monotonic()
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(min(self._settings.no_workers_timeout_s, left_s)):
                 model = await self.fleet.wait_model()
         except TimeoutError:
+            if left_s <= self._settings.no_workers_timeout_s:
+                raise deadline_error(tokenized.deadline_s - tokenized.arrival_s) from None
             missing = self.fleet.missing() or "no worker was ready in time"
             raise UnavailableError("NO_WORKERS", missing) from None
         return self._admission.admit(tokenized, model)

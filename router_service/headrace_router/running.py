@@ -40,6 +40,16 @@ def outcome_of(error: HeadraceError) -> str:
     return _OUTCOMES.get(error.status, "failed")
 
 
+def deadline_error(limit_s: float) -> DeadlineError:
+    """Return the error of a request whose time is up."""
+    return DeadlineError("DEADLINE_EXCEEDED", f"the request did not end in {limit_s:.3g} s")
+
+
+def outcome_of_leaving(deadline_s: float) -> str:
+    """Return the `outcome` label of a request whose client left now."""
+    return "deadline" if time.monotonic() >= deadline_s - _DEADLINE_SLACK_S else "cancelled"
+
+
 class RunningRequest:
     """All samples of one request. Event loop only."""
 
@@ -106,8 +116,7 @@ class RunningRequest:
         if self._error is not None:
             outcome = outcome_of(self._error)
         elif self._num_open:
-            is_late = time.monotonic() >= self.spec.deadline_s - _DEADLINE_SLACK_S
-            outcome = "deadline" if is_late else "cancelled"
+            outcome = outcome_of_leaving(self.spec.deadline_s)
         self._metrics.requests.labels(outcome).inc()
         self._log(outcome)
 
@@ -139,8 +148,7 @@ class RunningRequest:
             wake.set_result(None)
 
     def _on_deadline(self) -> None:
-        limit_s = self.spec.deadline_s - self.spec.arrival_s
-        self.fail(DeadlineError("DEADLINE_EXCEEDED", f"the request did not end in {limit_s:.3g} s"))
+        self.fail(deadline_error(self.spec.deadline_s - self.spec.arrival_s))
 
     def _stop(self) -> None:
         self._timer.cancel()

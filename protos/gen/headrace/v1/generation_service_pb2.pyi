@@ -395,9 +395,9 @@ class GetServerInfoResponse(_message.Message):
     model_name: _builtins.str
     """Name of the model."""
     model_fingerprint: _builtins.str
-    """Hash over the model's config, weights and compute type; empty until a worker is ready."""
+    """Hash over the model's config, weights and compute type; empty while no worker is connected."""
     max_context_tokens: _builtins.int
-    """Longest sequence, prompt and output, tokens; 0 until a worker is ready."""
+    """Longest sequence, prompt and output, that some pair of the workers ready now can hold, tokens; 0 while there is none."""
     num_queued: _builtins.int
     """Requests waiting for a worker."""
     num_running: _builtins.int

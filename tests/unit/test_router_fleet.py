@@ -1,0 +1,184 @@
+"""What the fleet can do is what the workers can that are there now: nothing stays of one that left."""
+
+import asyncio
+import gc
+from collections import Counter
+
+import pytest
+from headrace_core.errors import InvalidRequestError
+from headrace_core.testing.fake_script import scripted
+from headrace_core.testing.fake_worker import FakeWorker
+from headrace_router.link import Link
+from headrace_router.testing import EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
+from headrace_router.worker import Worker
+
+LONG = text_request("x" * 299, sampling={"max_tokens": 3})
+"""With the begin token, 300 tokens."""
+
+
+def worker(role, context=4096, **options):
+    options = {"vocab_size": VOCAB_SIZE, "next_token": scripted(byte_ids("abc")), **options}
+    return FakeWorker(role, max_context_tokens=context, **options)
+
+
+def run(folder, workers, test, **settings):
+    async def main():
+        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
+            await router.wait_states(["ready"] * len(workers))
+            await test(router)
+            await router.wait_empty()
+            assert not router.service.failed.done()
+
+    asyncio.run(main())
+
+
+async def leave(router, worker):
+    router.workers.remove(worker)
+    router.write_workers()
+    await router.wait_states(["ready"] * len(router.workers))
+
+
+@pytest.mark.parametrize(
+    ("workers", "context"),
+    [
+        ([("prefill", 4096), ("decode", 4096)], 4096),
+        ([("prefill", 100), ("decode", 4096)], 100),
+        ([("prefill", 4096), ("decode", 100)], 100),
+        ([("prefill", 100), ("prefill", 4096), ("decode", 2048), ("decode", 100)], 2048),
+        ([("both", 100), ("both", 4096)], 4096),
+        ([("prefill", 100), ("both", 4096)], 4096),
+        ([("prefill", 4096), ("decode", 100), ("both", 300)], 300),
+        ([("decode", 4096), ("both", 100)], 100),
+        ([("prefill", 100), ("decode", 4096), ("both", 50)], 100),
+    ],
+)
+def test_the_context_is_the_most_that_some_pair_can_hold(tmp_path, workers, context):
+    async def test(router):
+        assert (await router.info()).max_context_tokens == context
+
+    run(tmp_path, [worker(role, most) for role, most in workers], test)
+
+
+def test_a_small_worker_that_joins_and_leaves_leaves_no_limit_behind(tmp_path):
+    async def test(router):
+        await router.generate(LONG)
+        small = await router.add(worker("both", 100))
+        await router.wait_states(["ready", "ready"])
+        assert (await router.info()).max_context_tokens == 4096
+        await leave(router, small)
+        await router.generate(LONG)
+
+    run(tmp_path, [worker("both")], test)
+
+
+@pytest.mark.parametrize("how", ["unlisted", "stopped", "draining", "not serving"])
+def test_a_large_worker_that_leaves_takes_its_limit_along(tmp_path, how):
+    async def test(router):
+        small, large = router.workers
+        await router.generate(LONG)
+        if how == "unlisted":
+            await leave(router, large)
+        elif how == "stopped":
+            await large.stop()
+            await router.wait_states(["ready", "unreachable"])
+        else:
+            large.drain() if how == "draining" else await large.set_ready(False)
+            await router.wait_states(["ready", "draining"])
+        assert (await router.info()).max_context_tokens == 100
+        assert (await router.refused(LONG)).reason == "PROMPT_TOO_LONG"
+        await small.set_ready(True)
+        assert (await router.generate(text_request("a", sampling={"max_tokens": 3})))[0].text == "abc"
+
+    run(tmp_path, [worker("both", 100, num_pages=128), worker("both")], test)
+
+
+@pytest.mark.parametrize("context", [100, 4096])
+def test_a_request_that_comes_while_nobody_is_there_is_checked_against_who_comes(tmp_path, context):
+    async def test(router):
+        (first,) = router.workers
+        await router.generate(LONG)
+        await leave(router, first)
+        info = await router.info()
+        assert (info.max_context_tokens, info.model_fingerprint) == (0, "")
+        running = asyncio.create_task(router.generate(LONG))
+        await wait_until(lambda: router.service._router.num_queued == 1)
+        await router.add(worker("both", context, fingerprint="beef" * 16))
+        if context == 100:
+            with pytest.raises(InvalidRequestError, match="context holds 100"):
+                await running
+        else:
+            assert (await running)[0].text == "abc"
+
+    run(tmp_path, [worker("both")], test)
+
+
+def test_end_tokens_and_vocabulary_are_those_of_the_workers_that_are_there(tmp_path):
+    async def test(router):
+        fleet = router.service._router.fleet
+        (first,) = router.workers
+        assert (fleet.model.vocab_size, fleet.model.eos_token_ids) == (VOCAB_SIZE, (3,))
+        second = await router.add(worker("both", eos_token_ids=[EOS, 3]))
+        await router.wait_states(["ready", "ready"])
+        assert fleet.model.eos_token_ids == (3, EOS)
+        await leave(router, second)
+        assert fleet.model.eos_token_ids == (3,)
+        await leave(router, first)
+        await router.add(worker("both", vocab_size=999, fingerprint="beef" * 16))
+        await router.wait_states(["ready"])
+        assert (fleet.model.vocab_size, fleet.model.eos_token_ids) == (999, ())
+
+    run(tmp_path, [worker("both", eos_token_ids=[3])], test)
+
+
+def test_of_two_models_that_join_at_once_one_is_refused(tmp_path):
+    async def main():
+        both = [worker("both"), worker("both", fingerprint="beef" * 16)]
+        asked = asyncio.Event()
+        names = set()
+        for each in both:
+            real = each._servicer.WatchLoad
+
+            async def watch(request, context, each=each, real=real):
+                # Both were asked who they are, and found fitting, before either says how it is.
+                names.add(each.address)
+                if len(names) == len(both):
+                    asked.set()
+                await asked.wait()
+                async for load in real(request, context):
+                    yield load
+
+            each._servicer.WatchLoad = watch
+        async with RouterUnderTest(tmp_path, workers=both) as router:
+            await router.wait_states(["ready", "refused"])
+
+    asyncio.run(main())
+
+
+def test_nothing_is_kept_of_workers_that_left(tmp_path):
+    async def test(router):
+        def counts():
+            gc.collect()
+            kept = Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, Link | Worker))
+            tasks = [task for task in asyncio.all_tasks() if task.get_name().startswith(("link-", "look-up-"))]
+            series = sum(len(list(metric.samples)) for metric in router.service.registry.collect())
+            return kept["Link"], kept["Worker"], len(tasks), series
+
+        async def cycle():
+            guest = await router.add(worker("both", step_s=0.001, num_pages=4096))
+            await router.wait_states(["ready", "ready"])
+            texts = [router.generate(text_request("a", sampling={"max_tokens": 200})) for _ in range(4)]
+            running = asyncio.gather(*texts)
+            await wait_until(lambda: bool(guest.sequences))
+            await guest.stop()
+            await router.wait_states(["ready", "unreachable"])
+            await running
+            await leave(router, guest)
+
+        await cycle()
+        await wait_until(lambda: counts()[:3] == (1, 1, 1))
+        before = counts()
+        for _ in range(3):
+            await cycle()
+        await wait_until(lambda: counts() == before)
+
+    run(tmp_path, [worker("both")], test)
