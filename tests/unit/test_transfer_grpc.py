@@ -19,6 +19,7 @@ from headrace_core.errors import (
     TransferCorruptError,
     UnavailableError,
 )
+from headrace_core.request import hash_tokens
 from headrace_core.rpc import Server
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, ticket_for
@@ -31,7 +32,7 @@ from headrace_core.transfer.transports import choose_transport
 PAGES = (5, 0, 3)
 PLACES = (1, 2, 7)
 NUM_BYTES = 2 * 3 * 64
-LOOK = ("lease-1", 3, INCARNATION)
+LOOK = ("lease-1", 3, INCARNATION, hash_tokens(range(12)))
 
 
 class Ends:

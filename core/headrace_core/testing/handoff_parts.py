@@ -11,7 +11,7 @@ from headrace.v1 import types_pb2
 
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
-from headrace_core.request import SampledToken
+from headrace_core.request import SampledToken, hash_tokens
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.verify import checksums
 
@@ -58,13 +58,13 @@ class StubHolder:
         self._error = error
         self._num_good_looks = num_good_looks
         self._lease_s = lease_s
-        self.looks: list[tuple[str, int, int]] = []
+        self.looks: list[tuple[str, int, int, bytes]] = []
         self.renewed: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
 
-    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int) -> Sequence[int]:
+    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int, tokens_sha256: bytes) -> Sequence[int]:
         """See `LeaseHolder`."""
-        self.looks.append((lease_id, attempt, incarnation))
+        self.looks.append((lease_id, attempt, incarnation, tokens_sha256))
         if self._error and len(self.looks) > self._num_good_looks:
             raise self._error
         return self._page_ids
@@ -104,6 +104,7 @@ def ticket_for(
         generations=(0,) * len(page_ids),
         checksums=checksums(memory, min(num_layers, 2), page_ids),
         num_tokens=4 * len(page_ids),
+        tokens_sha256=hash_tokens(range(4 * len(page_ids))),
         first_token=SampledToken(11),
         seed=1,
         sample_index=0,
