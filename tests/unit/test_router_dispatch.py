@@ -11,12 +11,14 @@ import grpc.aio
 import pytest
 from headrace.v1 import types_pb2, worker_service_pb2
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_router.dispatch import Dispatcher, Placement
 from headrace_router.policy import MAX_OVERTAKEN, Waiting
 from headrace_router.worker import Worker
 
 PAGE = 16
+LAYOUT = KvLayout(2, PAGE, CacheDtype.BFLOAT16, LatentAttention(512, 64))
 ROLES = {
     "prefill": types_pb2.WORKER_ROLE_PREFILL,
     "decode": types_pb2.WORKER_ROLE_DECODE,
@@ -79,13 +81,13 @@ class Queue:
     ) -> Worker:
         info = worker_service_pb2.GetInfoResponse(
             role=ROLES[role],
-            layout=types_pb2.KvLayout(page_size=PAGE),
             num_pages=num_pages,
+            vocab_size=100,
             max_context_tokens=100_000,
             max_step_tokens=max_step_tokens,
             max_step_sequences=max_step_sequences,
         )
-        worker = Worker(address, info, self._channel)
+        worker = Worker(address, info, LAYOUT, self._channel)
         worker.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=num_pages))
         self.fleet.fleet.append(worker)
         return worker
