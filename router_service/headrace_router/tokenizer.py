@@ -20,6 +20,7 @@ from headrace_router.detokenizer import Detokenizer, Vocabulary
 from headrace_router.token_size import longest_token_bytes
 from headrace_router.tokenizer_config import read_tokenizer_config
 
+_OTHER_FORMATS = ("tiktoken.model", "tokenizer.model")
 _PROBES = ("a", "0", ".", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
 """Texts to see what the post-processor adds to; any will do that has a token."""
 _TRIM_CHARS = 256 << 10
@@ -39,7 +40,9 @@ class Tokenizer:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError("NO_TOKENIZER", f"{path} is missing; the router needs a fast tokenizer's file")
+            others = [name for name in _OTHER_FORMATS if (folder / name).is_file()]
+            hint = f"; {' and '.join(others)} can't be read yet: convert it" if others else ""
+            raise CheckpointError("NO_TOKENIZER", f"{path} is missing; the router needs a fast tokenizer's file{hint}")
         try:
             self._fast = FastTokenizer.from_file(str(path))
         except Exception as error:
