@@ -15,6 +15,7 @@ import pickle
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,10 +72,12 @@ def _describe(error: Exception) -> str:
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    """Bound this process's memory where the kernel does (Linux); elsewhere only time is bounded."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":
