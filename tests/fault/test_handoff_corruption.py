@@ -1,5 +1,6 @@
 """Bytes that are not what the ticket promised end in an error, never in a token."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from headrace_core.errors import HandoffLostError, TransferCorruptError
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import async_test
 from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.garbler import NO_MESSAGE
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
 from headrace_core.transfer.fake import POOLS, FakeFaults, FakePool, fake_offer
@@ -41,15 +43,19 @@ async def test_one_flipped_bit_in_any_page_is_noticed(layer: int, index: int):
 
 
 class BrokenHolder:
-    """A TransferService that sends `frames` and then ends, well or with `code`."""
+    """A TransferService that sends `frames` and then ends, well or with `code`; with `renewal`, it hangs instead."""
 
-    def __init__(self, frames: list[bytes], code: grpc.StatusCode | None = None) -> None:
+    def __init__(self, frames: list[bytes], code: grpc.StatusCode | None = None, renewal: bytes | None = None) -> None:
         self._frames = frames
         self._code = code
+        self._renewal = renewal
 
     async def serve(self) -> tuple[grpc.aio.Server, str]:
         server = grpc.aio.server()
-        handlers: dict[str, Any] = {"Pull": grpc.unary_stream_rpc_method_handler(self._pull)}
+        handlers: dict[str, Any] = {
+            "Pull": grpc.unary_stream_rpc_method_handler(self._pull),
+            "RenewLease": grpc.unary_unary_rpc_method_handler(self._renew),
+        }
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("headrace.v1.TransferService", handlers),)
         )
@@ -60,8 +66,13 @@ class BrokenHolder:
     async def _pull(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
         for frame in self._frames:
             yield frame
+        if self._renewal is not None:
+            await asyncio.Event().wait()
         if self._code:
             await context.abort(self._code, "broken")
+
+    async def _renew(self, request: bytes, context: Any) -> bytes:
+        return self._renewal or b""
 
 
 FULL = 6 * 2 * 4 * 16  # pages x layers x page_size x bytes of a row
@@ -72,6 +83,13 @@ BROKEN = {
     "too-long": (BrokenHolder([encode_frame([memoryview(bytes(FULL + 1))])]), TransferCorruptError, "SHORT_READ"),
     "zeros": (BrokenHolder([encode_frame([memoryview(bytes(FULL))])]), TransferCorruptError, "CHECKSUM"),
     "garbage": (BrokenHolder([b"\xff\xff"]), TransferCorruptError, "SHORT_READ"),
+    "no-message": (BrokenHolder([NO_MESSAGE]), TransferCorruptError, "SHORT_READ"),
+    "huge-length": (BrokenHolder([b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f"]), TransferCorruptError, "SHORT_READ"),
+    "no-payload": (BrokenHolder([b""] * 1000), TransferCorruptError, "SHORT_READ"),
+    "renewal-no-message": (BrokenHolder([], renewal=NO_MESSAGE), HandoffLostError, "HOLDER_LOST"),
+    "renewal-of-no-time": (BrokenHolder([], renewal=b""), HandoffLostError, "HOLDER_LOST"),
+    "invalid-without-reason": (BrokenHolder([], grpc.StatusCode.INVALID_ARGUMENT), HandoffLostError, "HOLDER_LOST"),
+    "lost-without-reason": (BrokenHolder([], grpc.StatusCode.ABORTED), HandoffLostError, "HOLDER_LOST"),
     "unavailable": (BrokenHolder([], grpc.StatusCode.UNAVAILABLE), HandoffLostError, "HOLDER_LOST"),
     "unknown": (BrokenHolder([], grpc.StatusCode.UNKNOWN), HandoffLostError, "HOLDER_LOST"),
 }

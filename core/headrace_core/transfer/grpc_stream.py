@@ -12,12 +12,20 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from headrace.v1 import transfer_service_pb2 as pb
 from headrace.v1 import types_pb2
 
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
-from headrace_core.rpc import channel, raised_from
+from headrace_core.errors import (
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    ProtocolError,
+    TransferCorruptError,
+)
+from headrace_core.rpc import answered, raised_from
 from headrace_core.transfer.base import LeaseHolder, PageMemory
+from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.frames import PageWriter, cut, decode_frame, encode_frame
 from headrace_core.transfer.ticket import Ticket
 
@@ -119,11 +127,11 @@ class GrpcTransfer:
 
 
 class GrpcTransport:
-    """Takes pages by `TransferService`; one channel for each holder."""
+    """Takes pages by `TransferService`; the transfers from one holder share a connection."""
 
     def __init__(self, memory: PageMemory) -> None:
         self._memory = memory
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.connections = Connections()
 
     def pull(self, ticket: Ticket, page_ids: Sequence[int], *, timeout_s: float) -> GrpcTransfer:
         """See `Transport`."""
@@ -133,7 +141,13 @@ class GrpcTransport:
         """See `Transport`."""
         request = pb.RenewLeaseRequest(lease_id=ticket.lease_id, holder_incarnation=ticket.holder_incarnation)
         reply: bytes = await self._call(ticket, "RenewLease", request.SerializeToString(), timeout_s)
-        return pb.RenewLeaseResponse.FromString(reply).duration_ms / 1000
+        try:
+            duration_ms = pb.RenewLeaseResponse.FromString(reply).duration_ms
+        except DecodeError as error:
+            raise ProtocolError("PROTOCOL", f"{ticket.holder_endpoint} answered with no message: {error}") from error
+        if not duration_ms:
+            raise ProtocolError("PROTOCOL", f"{ticket.holder_endpoint} renewed a lease for no time at all")
+        return duration_ms / 1000
 
     async def release(self, ticket: Ticket, *, timeout_s: float) -> None:
         """See `Transport`."""
@@ -142,14 +156,11 @@ class GrpcTransport:
 
     async def disconnect(self, endpoint: str) -> None:
         """See `Transport`."""
-        old = self._channels.pop(endpoint, None)
-        if old:
-            await old.close()
+        await self.connections.disconnect(endpoint)
 
     async def close(self) -> None:
         """See `Transport`."""
-        for endpoint in list(self._channels):
-            await self.disconnect(endpoint)
+        await self.connections.close()
 
     async def _receive(self, ticket: Ticket, page_ids: Sequence[int], timeout_s: float) -> None:
         layers = range(ticket.layout.num_layers)
@@ -163,34 +174,31 @@ class GrpcTransport:
             num_layers=ticket.layout.num_layers,
             tokens_sha256=ticket.tokens_sha256,
         )
-        pull: Any = self._channel(ticket).unary_stream(f"/{SERVICE}/Pull")
-        call = pull(request.SerializeToString(), timeout=timeout_s)
-        try:
-            async for frame in call:
-                writer.write(decode_frame(frame))
-        except grpc.aio.AioRpcError as error:
-            raise _lost(error, ticket) from error
-        finally:
-            call.cancel()
+        with self.connections.use(ticket.holder_endpoint) as channel:
+            pull: Any = channel.unary_stream(f"/{SERVICE}/Pull")
+            call = pull(request.SerializeToString(), timeout=timeout_s)
+            try:
+                async for frame in call:
+                    writer.write(decode_frame(frame))
+            except grpc.aio.AioRpcError as error:
+                raise _lost(error, ticket) from error
+            finally:
+                call.cancel()
         writer.finish()
 
     async def _call(self, ticket: Ticket, method: str, request: bytes, timeout_s: float) -> bytes:
-        call: Any = self._channel(ticket).unary_unary(f"/{SERVICE}/{method}")
-        try:
-            return await call(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise raised_from(error) from error
-
-    def _channel(self, ticket: Ticket) -> grpc.aio.Channel:
-        endpoint = ticket.holder_endpoint
-        if endpoint not in self._channels:
-            self._channels[endpoint] = channel(endpoint)
-        return self._channels[endpoint]
+        with self.connections.use(ticket.holder_endpoint) as channel:
+            call: Any = channel.unary_unary(f"/{SERVICE}/{method}")
+            try:
+                return answered(await call(request, timeout=timeout_s))
+            except grpc.aio.AioRpcError as error:
+                raise raised_from(error) from error
 
 
 def _lost(error: grpc.aio.AioRpcError, ticket: Ticket) -> HeadraceError:
-    """Return what a failed pull means: the holder's own words, or that it is gone."""
+    """Return what a failed pull means: the holder's own words about the hand-off, or that it is gone."""
     raised = raised_from(error)
-    if isinstance(raised, HandoffLostError | TransferCorruptError | InvalidRequestError):
+    is_ours = raised.reason != error.code().name
+    if is_ours and isinstance(raised, HandoffLostError | TransferCorruptError | InvalidRequestError):
         return raised
     return HandoffLostError("HOLDER_LOST", f"{ticket.holder_endpoint} did not deliver: {raised.reason}: {raised}")
