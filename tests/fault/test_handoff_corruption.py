@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from headrace.v1 import transfer_service_pb2
 from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import HandoffLostError, TransferCorruptError
 from headrace_core.request import SamplingParams
@@ -72,7 +73,9 @@ class BrokenHolder:
             await context.abort(self._code, "broken")
 
     async def _renew(self, request: bytes, context: Any) -> bytes:
-        return self._renewal or b""
+        if self._renewal is not None:
+            return self._renewal
+        return transfer_service_pb2.RenewLeaseResponse(duration_ms=60_000).SerializeToString()
 
 
 FULL = 6 * 2 * 4 * 16  # pages x layers x page_size x bytes of a row

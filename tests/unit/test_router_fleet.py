@@ -2,15 +2,13 @@
 
 import asyncio
 import gc
-from collections import Counter
+import weakref
 
 import pytest
 from headrace_core.errors import InvalidRequestError
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
-from headrace_router.link import Link
 from headrace_router.testing import EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
-from headrace_router.worker import Worker
 
 LONG = text_request("x" * 299, sampling={"max_tokens": 3})
 """With the begin token, 300 tokens."""
@@ -156,16 +154,22 @@ def test_of_two_models_that_join_at_once_one_is_refused(tmp_path):
 
 def test_nothing_is_kept_of_workers_that_left(tmp_path):
     async def test(router):
-        def counts():
+        fleet = router.service._router.fleet
+        left = []
+
+        def num_series():
+            return sum(len(list(metric.samples)) for metric in router.service.registry.collect())
+
+        def num_kept():
             gc.collect()
-            kept = Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, Link | Worker))
-            tasks = [task for task in asyncio.all_tasks() if task.get_name().startswith(("link-", "look-up-"))]
-            series = sum(len(list(metric.samples)) for metric in router.service.registry.collect())
-            return kept["Link"], kept["Worker"], len(tasks), series
+            return sum(ref() is not None for ref in left)
 
         async def cycle():
             guest = await router.add(worker("both", step_s=0.001, num_pages=4096))
             await router.wait_states(["ready", "ready"])
+            (link,) = (each for each in fleet.links if each.address == guest.address)
+            left.extend([weakref.ref(link), weakref.ref(link.worker)])
+            del link
             texts = [router.generate(text_request("a", sampling={"max_tokens": 200})) for _ in range(4)]
             running = asyncio.gather(*texts)
             await wait_until(lambda: bool(guest.sequences))
@@ -174,11 +178,15 @@ def test_nothing_is_kept_of_workers_that_left(tmp_path):
             await running
             await leave(router, guest)
 
-        await cycle()
-        await wait_until(lambda: counts()[:3] == (1, 1, 1))
-        before = counts()
-        for _ in range(3):
+        for number in range(1, 4):
             await cycle()
-        await wait_until(lambda: counts() == before)
+            assert len(left) == 2 * number
+            if number == 1:
+                before = num_series()
+        await wait_until(lambda: not num_kept())
+        await wait_until(lambda: not fleet._leaving)
+        names = sorted(task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("link-"))
+        assert names == [f"link-{each.address}" for each in router.workers]
+        assert num_series() == before
 
     run(tmp_path, [worker("both")], test)
