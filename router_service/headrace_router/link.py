@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,9 +38,11 @@ log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
 _REPORT_INTERVAL_MS = 50
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 1.0
-_REFUSED_BACKOFF_S = 2.0
+_FIRST_PAUSE_S = 0.1
+_SHORT_PAUSE_S = 1.0
+_LONG_PAUSE_S = 30.0
+_AWAY_SHARE = 0.1
+_REFUSED_PAUSE_S = 2.0
 _MOST_DETAIL_CHARS = 500
 
 
@@ -51,6 +54,33 @@ class LinkState(Enum):
     READY = "ready"
     DRAINING = "draining"
     REFUSED = "refused"
+
+
+class Backoff:
+    """How long a link waits before it tries again: twice as long each time, at most a tenth of the time it is away.
+
+    So a worker that comes back is noticed soon, and an address where nobody is costs little.
+    """
+
+    def __init__(self) -> None:
+        self._pause_s = _FIRST_PAUSE_S
+        self._away_since_s = 0.0
+        self._is_away = False
+
+    def on_joined(self) -> None:
+        """The worker was there."""
+        self._is_away = False
+
+    def pause_s(self, now_s: float) -> float:
+        """Return the next pause."""
+        if not self._is_away:
+            self._is_away = True
+            self._away_since_s = now_s
+            self._pause_s = _FIRST_PAUSE_S
+            return self._pause_s
+        most_s = max(_SHORT_PAUSE_S, min(_AWAY_SHARE * (now_s - self._away_since_s), _LONG_PAUSE_S))
+        self._pause_s = min(2 * self._pause_s, most_s)
+        return self._pause_s
 
 
 class Fleet(Protocol):
@@ -109,7 +139,7 @@ class Link:
     async def run(self) -> None:
         """Connect, watch, reconnect; until cancelled."""
         channel: grpc.aio.Channel | None = None
-        backoff_s = _FIRST_BACKOFF_S
+        backoff = Backoff()
         try:
             while True:
                 try:
@@ -121,11 +151,15 @@ class Link:
                 else:
                     cause = UnavailableError("WORKER_LOST", "the worker closed its health stream")
                 if self.worker is not None:
-                    backoff_s = _FIRST_BACKOFF_S
+                    backoff.on_joined()
                 self._lose(cause)
-                is_refused = self.state is LinkState.REFUSED
-                await asyncio.sleep((_REFUSED_BACKOFF_S if is_refused else backoff_s) * random.uniform(0.8, 1.2))
-                backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
+                pause_s = backoff.pause_s(time.monotonic())
+                if self.state is LinkState.REFUSED:
+                    pause_s = _REFUSED_PAUSE_S
+                elif pause_s > _SHORT_PAUSE_S and channel is not None:
+                    await channel.close()  # gRPC itself would go on trying, more often than we do
+                    channel = None
+                await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
         finally:
             log.info("left a worker", extra={"address": self.address})
             worker, self.worker = self.worker, None

@@ -107,7 +107,7 @@ LINK_FAULTS = {
 
 
 def test_workers_that_say_what_can_not_be_are_refused_by_name_and_come_back(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(link, "_REFUSED_BACKOFF_S", 0.1)
+    monkeypatch.setattr(link, "_REFUSED_PAUSE_S", 0.1)
 
     async def test(router):
         good = asyncio.create_task(router.generate(text_request("good", sampling={"max_tokens": 400})))
@@ -135,7 +135,7 @@ def test_workers_that_say_what_can_not_be_are_refused_by_name_and_come_back(tmp_
 
 @pytest.mark.parametrize("method", ["Watch", "WatchLoad", "StreamSteps"])
 def test_a_worker_that_turns_bad_loses_its_sequences_to_another(tmp_path, monkeypatch, method):
-    monkeypatch.setattr(link, "_REFUSED_BACKOFF_S", 0.02)
+    monkeypatch.setattr(link, "_REFUSED_PAUSE_S", 0.02)
 
     async def test(router):
         first, second = router.workers[1:]

@@ -2,12 +2,14 @@
 
 import asyncio
 import gc
+import itertools
 import weakref
 
 import pytest
 from headrace_core.errors import InvalidRequestError
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
+from headrace_router.link import Backoff
 from headrace_router.testing import EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
 
 LONG = text_request("x" * 299, sampling={"max_tokens": 3})
@@ -150,6 +152,20 @@ def test_of_two_models_that_join_at_once_one_is_refused(tmp_path):
             await router.wait_states(["ready", "refused"])
 
     asyncio.run(main())
+
+
+def test_an_address_where_nobody_is_is_asked_less_and_less_and_again_soon_once_somebody_was():
+    backoff, now_s, tries = Backoff(), 100.0, []
+    while now_s < 4000.0:
+        tries.append(now_s)
+        now_s += backoff.pause_s(now_s)
+    pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert pauses[:6] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0, 1.0])
+    for tried, pause in zip(tries, pauses, strict=False):
+        assert pause <= max(1.0, 0.1 * (tried - 100.0)) + 1e-6, "back after t seconds, it is noticed within t / 10"
+    assert pauses[-1] == pytest.approx(30.0)
+    backoff.on_joined()
+    assert [backoff.pause_s(now_s) for _ in range(3)] == pytest.approx([0.1, 0.2, 0.4])
 
 
 def test_nothing_is_kept_of_workers_that_left(tmp_path):
