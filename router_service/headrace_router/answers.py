@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 import grpc
+from grpc_health.v1 import health_pb2
 from headrace.v1 import decode_service_pb2, prefill_service_pb2, types_pb2, worker_service_pb2
 from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerRole
 from headrace_core.errors import InvalidRequestError, ProtocolError, TransferCorruptError
@@ -34,6 +35,17 @@ _MOST_TRANSPORTS = 16
 _LAST_CODE = max(code.value[0] for code in grpc.StatusCode)
 _MOST_LOGPROB = 0.01
 """A logarithm of a probability is at most 0, but for rounding."""
+
+
+def check_health(response: health_pb2.HealthCheckResponse) -> bool:
+    """Check what a worker's health says; return whether it takes work.
+
+    Raises:
+        ProtocolError: PROTOCOL.
+    """
+    status, known = response.status, health_pb2.HealthCheckResponse
+    _require(status in (known.SERVING, known.NOT_SERVING), f"its health is {status}, neither serving nor not")
+    return status == known.SERVING
 
 
 def check_info(info: worker_service_pb2.GetInfoResponse) -> KvLayout:

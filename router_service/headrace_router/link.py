@@ -28,7 +28,7 @@ from headrace_core import rpc
 from headrace_core.errors import HeadraceError, LayoutMismatchError, ProtocolError, UnavailableError
 from headrace_core.kv.layout import KvLayout
 
-from headrace_router.answers import check_info, check_load
+from headrace_router.answers import check_health, check_info, check_load
 from headrace_router.worker import Worker
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Link:
         call = health.Watch(health_pb2.HealthCheckRequest(service=""))
         try:
             async for response in call:
-                self._is_serving = rpc.answered(response).status == health_pb2.HealthCheckResponse.SERVING
+                self._is_serving = check_health(rpc.answered(response))
                 if self._is_serving and self.worker is None:
                     async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                         self.worker = await self._join(channel, group)

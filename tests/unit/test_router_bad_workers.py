@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from google.protobuf.internal.encoder import _VarintBytes
+from grpc_health.v1 import health_pb2
 from headrace.v1 import decode_service_pb2, prefill_service_pb2, worker_service_pb2
 from headrace_core.errors import HandoffLostError, InvalidRequestError
 from headrace_core.testing.fake_script import mixed
@@ -67,9 +68,17 @@ def num_pages_of_60_bits(content):
     return content + bytes([6 << 3]) + _VarintBytes(1 << 60)
 
 
+HEALTH = health_pb2.HealthCheckResponse
 LOAD = worker_service_pb2.WatchLoadResponse
 LINK_FAULTS = {
     "health: no message": ("Watch", no_message, "no message"),
+    "health: empty": ("Watch", lambda content: b"", "its health is 0"),
+    "health: unknown": ("Watch", rewriting(HEALTH, lambda health: setattr(health, "status", 99)), "its health is 99"),
+    "health: service unknown": (
+        "Watch",
+        rewriting(HEALTH, lambda health: setattr(health, "status", 3)),
+        "its health is 3",
+    ),
     "info: no message": ("GetInfo", no_message, "no message"),
     "info: empty": ("GetInfo", lambda content: b"", "role is 0"),
     "info: role": (*info(role=9), "role is 9"),
