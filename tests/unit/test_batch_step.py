@@ -87,6 +87,8 @@ def test_the_queue_takes_as_many_as_it_holds():
 
 def test_a_planned_step_is_taken_once():
     b = book()
+    with pytest.raises(AssertionError, match="no step is planned"):
+        b.take_planned()
     plan = b.plan([chunk(1, 0)], [3])
     assert plan == StepPlan([chunk(1, 0)], [3])
     assert b.take_planned() is plan

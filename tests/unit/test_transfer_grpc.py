@@ -12,6 +12,7 @@ import pytest
 from headrace.v1 import transfer_service_pb2 as pb
 from headrace.v1 import types_pb2
 from headrace_core.errors import (
+    DeadlineError,
     HandoffLostError,
     HeadraceError,
     InvalidRequestError,
@@ -165,7 +166,7 @@ async def test_a_holder_that_is_not_ready_is_lost_to_this_hand_off():
 
 
 class Stalled(StubHolder):
-    """A server that sends one frame, and the next only when told."""
+    """A server that sends one frame, and the next only when told; it answers nothing else before."""
 
     def __init__(self) -> None:
         super().__init__(PAGES)
@@ -179,7 +180,15 @@ class Stalled(StubHolder):
             await self.gate.wait()
             yield pb.PullResponse(payload=bytes(64)).SerializeToString()
 
-        handlers = {"Pull": grpc.unary_stream_rpc_method_handler(pull)}
+        async def answer(request: bytes, context: object) -> bytes:
+            await self.gate.wait()
+            return b""
+
+        handlers = {
+            "Pull": grpc.unary_stream_rpc_method_handler(pull),
+            "RenewLease": grpc.unary_unary_rpc_method_handler(answer),
+            "ReleaseLease": grpc.unary_unary_rpc_method_handler(answer),
+        }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
@@ -211,11 +220,19 @@ async def test_a_pull_that_takes_too_long_is_lost():
         assert "DEADLINE_EXCEEDED" in str(error)
 
 
+@pytest.mark.parametrize("call", ["renew", "release"])
+@async_test
+async def test_a_holder_that_does_not_answer_is_asked_only_so_long(call: str):
+    async with stalled() as (it, _):
+        error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=0.2))
+        assert isinstance(error, DeadlineError)
+
+
 @pytest.mark.parametrize("how", ["cancel", "disconnect", "close"])
 @async_test
 async def test_after_a_transfer_is_drained_no_byte_lands(how: str):
     async with stalled() as (it, holder):
-        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=10)
+        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=60)
         await eventually(lambda: arrived(it), "the first page is there")
         if how == "cancel":
             transfer.cancel()
@@ -228,7 +245,7 @@ async def test_after_a_transfer_is_drained_no_byte_lands(how: str):
         holder.gate.set()
         error = await failure(transfer.wait())
         assert isinstance(error, HandoffLostError)
-        assert error.reason == "HOLDER_LOST"
+        assert (error.reason, str(error)) == ("HOLDER_LOST", "the connection to the holder was torn down")
         assert it.memory.content(PLACES) == left
 
 
@@ -302,6 +319,8 @@ async def test_one_connection_serves_every_call_and_is_made_again_after_a_discon
         assert it.transport._channels == {}
         await it.transport.renew(it.ticket(), timeout_s=10)
         assert len(it.holder.renewed) == 2
+        await it.transport.close()
+        assert it.transport._channels == {}
 
 
 def test_the_offer_says_how_long_frames_are():

@@ -95,6 +95,7 @@ def test_every_page_has_its_generation():
         (lambda m: setattr(m.lease, "lease_id", ""), "there is no lease"),
         (lambda m: m.ClearField("lease"), "there is no lease"),
         (lambda m: setattr(m, "num_tokens", 0), "num_tokens is 0"),
+        (lambda m: setattr(m, "tokens_sha256", b"x"), "tokens_sha256 has 1 bytes; is the holder an older one?"),
         (lambda m: m.pages.add(), "7 tokens take 2 pages, not as listed"),
         (lambda m: m.pages.pop(), "7 tokens take 2 pages, not as listed"),
         (lambda m: m.checksums.add(page_xxh3=[1, 2]), "checksums do not have one entry for each layer"),
