@@ -31,7 +31,7 @@ async def test_however_often_cancelled_it_ends_after_the_thread_has(error, num_c
 
     def work():
         has_begun.set()
-        may_end.wait(10)
+        may_end.wait(60)
         has_ended.set()
         if error:
             raise error
