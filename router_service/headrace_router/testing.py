@@ -15,6 +15,7 @@ from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.errors import HeadraceError
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.fake_worker import FakeWorker
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -27,7 +28,6 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
     "[{{ message['role'] }}]{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-_WAIT_S = 20.0
 
 
 def byte_ids(text: str) -> list[int]:
@@ -81,7 +81,7 @@ class RouterUnderTest:
             await worker.start()
             self._started.append(worker)
         self.write_workers()
-        settings: dict[str, Any] = {"listen": "127.0.0.1:0", "dns_refresh_s": 0.05, "no_workers_timeout_s": 5.0}
+        settings: dict[str, Any] = {"listen": "127.0.0.1:0", "dns_refresh_s": 0.05, "no_workers_timeout_s": WAIT_S}
         self.service = RouterService(
             RouterSettings(model=model, workers_file=self.folder / "workers", **{**settings, **self.settings})
         )
@@ -110,18 +110,18 @@ class RouterUnderTest:
 
     async def info(self) -> generation_service_pb2.GetServerInfoResponse:
         """Return what the router says of itself."""
-        return await self.stub.GetServerInfo(generation_service_pb2.GetServerInfoRequest(), timeout=_WAIT_S)
+        return await self.stub.GetServerInfo(generation_service_pb2.GetServerInfoRequest(), timeout=WAIT_S)
 
     async def wait_states(self, states: Sequence[str]) -> None:
         """Wait until the workers' states, sorted, are these."""
         found: list[str] | None = None
-        async with asyncio.timeout(_WAIT_S):
+        async with asyncio.timeout(WAIT_S):
             while found != sorted(states):
                 await asyncio.sleep(0.005)
                 found = sorted(worker.state for worker in (await self.info()).workers)
 
     async def generate(
-        self, request: generation_service_pb2.GenerateRequest, timeout_s: float | None = _WAIT_S
+        self, request: generation_service_pb2.GenerateRequest, timeout_s: float | None = WAIT_S
     ) -> list[Sampled]:
         """Run a request to its end and return its samples.
 
@@ -151,17 +151,21 @@ class RouterUnderTest:
     async def wait_empty(self) -> None:
         """Wait until no worker holds anything and the router has no request."""
         await wait_until(lambda: all(worker.is_empty for worker in self.workers))
-        info = await self.info()
-        assert (info.num_queued, info.num_running) == (0, 0), "the router still has requests"
+        num_left = 1
+        async with asyncio.timeout(WAIT_S):
+            while num_left:  # the router may be the last to hear that a client left
+                await asyncio.sleep(0.002)
+                info = await self.info()
+                num_left = info.num_queued + info.num_running
 
     def metric(self, name: str, **labels: str) -> float:
         """Return a sample of the router's metrics; 0 if there is none."""
         return self.service.registry.get_sample_value(name, labels) or 0.0
 
 
-async def wait_until(is_met: Callable[[], bool], timeout_s: float = _WAIT_S) -> None:
+async def wait_until(is_met: Callable[[], bool]) -> None:
     """Wait, bounded, until a condition holds."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(WAIT_S):
         while not is_met():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.002)
 

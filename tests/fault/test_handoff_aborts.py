@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import threading
 
 import pytest
 from headrace_core.batch.spec import SequenceSpec
@@ -26,7 +25,6 @@ PROMPT = list(range(1, 23))
 
 def prefill_service(model: FakeModel | None = None, **settings) -> PrefillService:
     loaded = loaded_fake_model(model=model)
-    settings = {"lease_s": 0.5, **settings}
     return PrefillService(
         PrefillSettings(model=".", **settings), loader=lambda _: loaded, offers=[fake_offer("aborts")]
     )
@@ -54,31 +52,32 @@ async def cancel(call: asyncio.Future) -> None:
 @async_test
 async def test_a_prefill_cancelled_in_its_step_frees_its_pages():
     model = FakeModel()
-    model.gate = threading.Event()
+    model.hold()
     prefiller = prefill_service(model)
     async with running(prefiller) as (prefill,), MiniRouter(prefill=prefill) as router:
         call = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY))
-        await asyncio.to_thread(model.entered.wait, 10)
+        await asyncio.to_thread(model.wait_held)
         await cancel(call)
         await eventually(lambda: not prefiller.leases.leases, "the lease is gone")
-        model.gate.set()
+        model.release()
         await all_free(prefiller)
 
 
 @async_test
 async def test_a_prefill_cancelled_in_the_queue_is_never_computed():
     model = FakeModel()
-    model.gate = threading.Event()
+    model.hold()
     prefiller = prefill_service(model, max_step_sequences=1)
     async with running(prefiller) as (prefill,), MiniRouter(prefill=prefill) as router:
         first = asyncio.ensure_future(router.prefill("a", PROMPT, params=GREEDY))
-        await asyncio.to_thread(model.entered.wait, 10)
+        await asyncio.to_thread(model.wait_held)
         queued = asyncio.ensure_future(router.prefill("b", PROMPT, params=GREEDY))
         await eventually(lambda: len(prefiller.leases.leases) == 2, "both are there")
         await cancel(queued)
         await eventually(lambda: len(prefiller.leases.leases) == 1, "one is gone")
-        model.gate.set()
-        await first
+        model.release()
+        handoff = (await first).handoff
+        prefiller.leases.release(handoff.lease.lease_id, incarnation=handoff.holder_incarnation)
         await all_free(prefiller)
         assert model.num_steps == 1
 
@@ -86,15 +85,15 @@ async def test_a_prefill_cancelled_in_the_queue_is_never_computed():
 @async_test
 async def test_a_higher_attempt_ends_a_lower_one_that_is_being_computed():
     model = FakeModel()
-    model.gate = threading.Event()
+    model.hold()
     async with running(prefill_service(model)) as (prefill,), MiniRouter(prefill=prefill) as router:
         first = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY))
-        await asyncio.to_thread(model.entered.wait, 10)
+        await asyncio.to_thread(model.wait_held)
         second = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=2))
         with pytest.raises(HeadraceError) as raised:
             await first
         assert raised.value.reason == "STALE_ATTEMPT"
-        model.gate.set()
+        model.release()
         assert (await second).handoff.attempt == 2
 
 
@@ -104,7 +103,7 @@ async def test_a_higher_attempt_ends_a_lower_one_that_is_being_computed():
 async def test_pages_of_a_cancelled_transfer_are_reused_only_when_drained(by: str, is_cancel_ignored: bool):
     faults = FakeFaults(gate=asyncio.Event(), is_cancel_ignored=is_cancel_ignored)
     assert faults.gate is not None
-    prefiller, decoder = prefill_service(lease_s=5), decode_service(transports=["fake"])
+    prefiller, decoder = prefill_service(), decode_service(transports=["fake"])
     async with (
         running(prefiller, decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
@@ -128,7 +127,6 @@ async def test_pages_of_a_cancelled_transfer_are_reused_only_when_drained(by: st
             with pytest.raises(UnavailableError) as raised:
                 await starting
             assert raised.value.reason == {"session": "SESSION_CLOSED", "cancel": "CANCELLED"}[by]
-        prefiller.leases.release(handoff.lease.lease_id, incarnation=handoff.holder_incarnation)
 
 
 @async_test
@@ -150,11 +148,13 @@ async def test_a_transfer_that_never_drains_loses_its_connection():
 
 @async_test
 async def test_a_start_cancelled_in_the_queue_frees_nothing_it_does_not_have():
-    prefiller, decoder = prefill_service(lease_s=5), decode_service(max_step_sequences=1)
+    model = FakeModel()
+    prefiller, decoder = prefill_service(), decode_service(model=model, max_step_sequences=1)
     async with (
         running(prefiller, decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
+        model.hold(after=1)
         first = (await router.prefill("a", PROMPT, params=ENDLESS)).handoff
         running_first, _ = await router.start("a", PROMPT, params=ENDLESS, handoff=first)
         second = (await router.prefill("b", PROMPT, params=GREEDY)).handoff
@@ -164,22 +164,27 @@ async def test_a_start_cancelled_in_the_queue_frees_nothing_it_does_not_have():
         await eventually(lambda: decoder.num_sequences == 1, "one is gone")
         assert not running_first.is_over
         await router.cancel(1)
+        model.release()
         await all_free(decoder)
-        prefiller.leases.release(second.lease.lease_id, incarnation=second.holder_incarnation)
 
 
 @pytest.mark.parametrize("by", ["session", "cancel"])
 @async_test
 async def test_a_running_sequence_is_aborted(by: str):
-    prefiller, decoder = prefill_service(), decode_service()
+    model = FakeModel()
+    prefiller, decoder = prefill_service(), decode_service(model=model)
     async with (
         running(prefiller, decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
+        model.hold(after=3)
         handoff = (await router.prefill("r", PROMPT, params=ENDLESS)).handoff
         collected, _ = await router.start("r", PROMPT, params=ENDLESS, handoff=handoff)
         await collected.wait_tokens(3)
+        await asyncio.to_thread(model.wait_held)
         await (router.close_session() if by == "session" else router.cancel(1))
+        await eventually(lambda: not decoder.num_sequences, "the sequence is gone")
+        model.release()
         await all_free(decoder)
         assert not collected.is_over
 
@@ -192,10 +197,12 @@ async def test_a_failed_step_ends_its_sequences_and_the_worker_goes_on():
         running(prefiller, decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
+        model.hold(after=3)
         handoff = (await router.prefill("a", PROMPT, params=ENDLESS)).handoff
         collected, _ = await router.start("a", PROMPT, params=ENDLESS, handoff=handoff)
         await collected.wait_tokens(3)
         model.failure = RuntimeError("broken")
+        model.release()
         await collected.wait_end()
         assert collected.failure is not None
         assert collected.failure.reason == "ENGINE_FAILED"
@@ -231,19 +238,19 @@ async def test_a_start_cancelled_as_it_joins_the_batch_disturbs_nobody():
     model = FakeModel()
     decoder = decode_service(model=model, role="both")
     async with running(decoder) as (decode,), MiniRouter(decode=decode) as router:
+        model.hold()  # before there is anything to compute: "other" waits in its first step, and can't end too soon
         other, _ = await router.start("other", PROMPT, params=GREEDY)
-        model.gate = threading.Event()
+        await asyncio.to_thread(model.wait_held)
         router.outputs[99] = Collected()
         spec = SequenceSpec("r", 1, 0, PROMPT, len(PROMPT), ENDLESS)
         starting = asyncio.ensure_future(decoder.start_sequence("session", 99, spec, None))
         await eventually(lambda: decoder.num_sequences == 2, "both are there")
         # Hold the loop still until the news that the sequence runs lies in its queue; then cancel, in the same turn.
-        model.entered.clear()
-        model.gate.set()
-        for _ in range(3):
-            assert model.entered.wait(10)
-            model.entered.clear()
+        # The engine publishes that it joined before the step in which it does.
+        model.hold(after=1)
+        model.wait_held()
         starting.cancel()
+        model.release()
         await asyncio.wait([starting])
         await other.wait_end()
         assert len(other.token_ids) == 8

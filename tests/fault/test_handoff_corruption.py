@@ -30,7 +30,7 @@ PROMPT = list(range(1, 23))
 @async_test
 async def test_one_flipped_bit_in_any_page_is_noticed(layer: int, index: int):
     held = loaded_fake_model()
-    prefiller = PrefillService(PrefillSettings(model=".", lease_s=0.3), loader=lambda _: held)
+    prefiller = PrefillService(PrefillSettings(model="."), loader=lambda _: held)
     decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: loaded_fake_model())
     async with (
         running(prefiller, decoder) as (prefill, decode),
@@ -102,7 +102,7 @@ BROKEN = {
 @async_test
 async def test_a_holder_that_does_not_deliver_ends_in_an_error(kind: str):
     holder, error, reason = BROKEN[kind]
-    prefiller = PrefillService(PrefillSettings(model=".", lease_s=0.3), loader=lambda _: loaded_fake_model())
+    prefiller = PrefillService(PrefillSettings(model="."), loader=lambda _: loaded_fake_model())
     decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: loaded_fake_model())
     server, address = await holder.serve()
     async with (
@@ -125,9 +125,7 @@ async def test_a_holder_that_does_not_deliver_ends_in_an_error(kind: str):
 @async_test
 async def test_the_fake_transport_fails_closed_too(faults: FakeFaults, reason: str):
     held = loaded_fake_model()
-    prefiller = PrefillService(
-        PrefillSettings(model=".", lease_s=0.3), loader=lambda _: held, offers=[fake_offer("corruption")]
-    )
+    prefiller = PrefillService(PrefillSettings(model="."), loader=lambda _: held, offers=[fake_offer("corruption")])
     decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: loaded_fake_model(), transports=["fake"])
     async with (
         running(prefiller, decoder) as (prefill, decode),

@@ -1,8 +1,7 @@
 """A ticket that is not for this model, layout, attempt, page or process is refused, and costs no page."""
 
 import asyncio
-import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from headrace.v1 import types_pb2
@@ -16,7 +15,7 @@ from headrace_core.errors import (
 )
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.testing.async_test import async_test
-from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
 from headrace_decode.service import DecodeService
@@ -30,10 +29,10 @@ OTHER = [7, *PROMPT[1:]]
 
 def prefill_service(**settings) -> PrefillService:
     loaded = loaded_fake_model()
-    return PrefillService(PrefillSettings(model=".", lease_s=0.3, **settings), loader=lambda _: loaded)
+    return PrefillService(PrefillSettings(model=".", **settings), loader=lambda _: loaded)
 
 
-def decode_service(role: Literal["decode", "both"] = "decode", **loaded) -> DecodeService:
+def decode_service(role: Literal["decode", "both"] = "decode", **loaded: Any) -> DecodeService:
     model = loaded_fake_model(**loaded)
     return DecodeService(DecodeSettings(model=".", role=role), loader=lambda _: model)
 
@@ -94,7 +93,8 @@ async def test_a_worker_with_other_pages_refuses_before_a_byte_moves():
 
 @async_test
 async def test_a_restarted_holder_at_the_same_address_refuses_old_tickets():
-    first = prefill_service()
+    # Its own loopback address: nobody else is given the port while neither process has it.
+    first = prefill_service(listen="127.0.0.2:0")
     async with running(decode_service()) as (decode,):
         async with running(first) as (address,), MiniRouter(prefill=address) as router:
             handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
@@ -143,17 +143,21 @@ async def test_the_ticket_of_a_replaced_attempt_is_refused():
 
 @async_test
 async def test_a_second_start_with_a_higher_attempt_aborts_the_first():
-    slow = dataclasses.replace(GREEDY, max_tokens=400)
+    model = FakeModel()
     async with (
-        running(prefill_service(), decode_service(num_pages=256)) as (prefill, decode),
+        running(prefill_service(), decode_service(model=model)) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
-        first = (await router.prefill("r", PROMPT, params=slow)).handoff
-        running_first, _ = await router.start("r", PROMPT, params=slow, handoff=first)
+        model.hold(after=2)
+        first = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
+        running_first, _ = await router.start("r", PROMPT, params=GREEDY, handoff=first)
         await running_first.wait_tokens(2)
         second = (await router.prefill("r", PROMPT, params=GREEDY, attempt=2)).handoff
-        running_second, _ = await router.start("r", PROMPT, params=GREEDY, handoff=second, attempt=2)
-        await asyncio.gather(running_first.wait_end(), running_second.wait_end())
+        starting_second = asyncio.ensure_future(router.start("r", PROMPT, params=GREEDY, handoff=second, attempt=2))
+        await running_first.wait_end()
+        model.release()
+        running_second, _ = await starting_second
+        await running_second.wait_end()
         assert running_first.failure is not None
         assert running_first.failure.reason == "STALE_ATTEMPT"
         assert len(running_second.token_ids) == 7

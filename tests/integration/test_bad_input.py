@@ -10,6 +10,7 @@ from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core import rpc
 from headrace_core.errors import HeadraceError
 from headrace_core.request import SamplingParams
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.cluster_checks import all_pages_free
 
 METHOD = "/headrace.v1.GenerationService/Generate"
@@ -26,7 +27,7 @@ async def refused(address: str, raw: bytes) -> HeadraceError:
     """Send `raw` as a GenerateRequest and return the error it got."""
     async with rpc.channel(address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in channel.unary_stream(METHOD)(raw, timeout=60):
+            async for _ in channel.unary_stream(METHOD)(raw, timeout=WAIT_S):
                 pass
     return rpc.raised_from(caught.value)
 
@@ -84,7 +85,7 @@ def test_a_50_mb_prompt_is_refused_and_costs_nothing(cluster):
             cluster.router_address, options=[("grpc.max_send_message_length", -1)]
         ) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                async for _ in channel.unary_stream(METHOD)(raw, timeout=60):
+                async for _ in channel.unary_stream(METHOD)(raw, timeout=WAIT_S):
                     pass
         return caught.value
 

@@ -7,6 +7,7 @@ import pytest
 from headrace_client import AsyncClient, ChatMessage, Client
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.request import FinishReason, SamplingParams
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.cluster_checks import all_pages_free
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
@@ -33,7 +34,6 @@ def run(cluster, test):
     asyncio.run(main())
 
 
-@pytest.mark.timeout(300)
 def test_32_concurrent_streams_equal_transformers(cluster, reference):
     """Prompts of 1 to 404 tokens, outputs of 1 to 63."""
     words = reference.tokenize(PROMPT + " The fox lived in the forest with a bear." * 40)
@@ -42,7 +42,7 @@ def test_32_concurrent_streams_equal_transformers(cluster, reference):
     async def test(client):
         results = await asyncio.gather(
             *(
-                client.generate(prompt, SamplingParams(temperature=0.0, max_tokens=most), timeout_s=200)
+                client.generate(prompt, SamplingParams(temperature=0.0, max_tokens=most), timeout_s=4 * WAIT_S)
                 for prompt, most in requests
             )
         )
@@ -170,7 +170,7 @@ def test_every_process_exports_what_it_did(cluster):
     for role, names in wanted.items():
         text = ""
         for process in (process for process in cluster.processes if process.role == role):
-            with urllib.request.urlopen(f"http://{process.metrics_address}/metrics", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://{process.metrics_address}/metrics", timeout=WAIT_S) as answer:
                 text += answer.read().decode()
         for name in names:
             values = [float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)]
@@ -186,7 +186,7 @@ def test_workers_join_and_leave_at_run_time(cluster):
         process.terminate()
         results += await asyncio.gather(*(client.generate(PROMPT + " " * i, GREEDY) for i in range(6)))
         assert [result.token_ids for result in results[:6]] == [result.token_ids for result in results[6:]]
-        assert await asyncio.to_thread(process.wait, 30)
+        assert await asyncio.to_thread(process.wait, WAIT_S)
         assert process.poll() == 0
 
     run(cluster, test)

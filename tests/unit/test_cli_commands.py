@@ -10,10 +10,12 @@ from headrace_client.commands import chat as chat_module
 from headrace_client.commands import demo as demo_module
 from headrace_client.commands.app import app
 from headrace_core.errors import InvalidRequestError, OverloadedError, UnavailableError
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.fake_router import FakeRouter, Hold, answer, default_info
 from typer.testing import CliRunner
 
-WAIT_S = 20.0
+NOBODY = "127.0.0.1:1"
+"""An address at which nothing serves: a port that a server left may be another's by now."""
 
 
 def run(*arguments: str, **options):
@@ -138,12 +140,10 @@ def test_a_failure_in_the_middle_keeps_the_text_and_exits_with_1():
 
 
 def test_a_router_that_is_not_there_exits_with_1_and_says_how_to_start_one():
-    with FakeRouter() as router:
-        pass
     for command in (["generate", "Tell"], ["chat"], ["status"]):
-        result = run(*command, "-s", router.address)
+        result = run(*command, "-s", NOBODY)
         assert result.exit_code == 1
-        assert f"no connection to a router at {router.address}" in result.stderr
+        assert f"no connection to a router at {NOBODY}" in result.stderr
         assert "headrace up --model DIR" in result.stderr
 
 

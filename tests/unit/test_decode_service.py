@@ -17,8 +17,8 @@ from headrace_core.errors import (
 )
 from headrace_core.request import FinishReason, SamplingParams
 from headrace_core.rpc import channel, raised_from
-from headrace_core.testing.async_test import async_test, eventually
-from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
+from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
 from headrace_core.wire import encode_sampling
@@ -33,9 +33,10 @@ PENALISED = dataclasses.replace(
 PROMPT = [(7 * i) % 90 + 1 for i in range(43)]
 
 
-def service(*, num_pages: int = 128, **settings) -> DecodeService:
+def service(*, num_pages: int = 128, model: FakeModel | None = None, **settings) -> DecodeService:
     settings = {"role": "both", **settings}
-    return DecodeService(DecodeSettings(model=".", **settings), loader=lambda _: loaded_fake_model(num_pages=num_pages))
+    loaded = loaded_fake_model(num_pages=num_pages, model=model)
+    return DecodeService(DecodeSettings(model=".", **settings), loader=lambda _: loaded)
 
 
 def prefill_service(**settings) -> PrefillService:
@@ -63,13 +64,25 @@ async def test_many_at_once_give_the_tokens_of_each_alone(params: SamplingParams
 @async_test
 async def test_preemption_changes_no_token():
     prompts = {f"r{i}": PROMPT[: 5 + i] for i in range(6)}
-    small = service(num_pages=20, role="decode")
+    model = FakeModel()
+    small = service(num_pages=20, role="decode", model=model)
+
+    def num_arrived() -> float | None:
+        return small.registry.get_sample_value("headrace_transfer_seconds_count", {"transport": "grpc"})
+
     async with (
         running(prefill_service(), small, service(max_step_sequences=1)) as (a, b, c),
         MiniRouter(prefill=a, decode=b) as split,
         MiniRouter(decode=c) as alone,
     ):
-        together = await asyncio.gather(*(split.generate(name, p, params=SAMPLED) for name, p in prompts.items()))
+        # All are there before any gets far: the first step waits until all are queued, the second until all arrived.
+        model.hold()
+        generating = asyncio.gather(*(split.generate(name, p, params=SAMPLED) for name, p in prompts.items()))
+        await eventually(lambda: small.num_sequences == 6, "all are queued")
+        model.hold(after=1)
+        await eventually(lambda: num_arrived() == 6, "all arrived")
+        model.release()
+        together = await generating
         expected = [await alone.generate_colocated(name, p, params=SAMPLED) for name, p in prompts.items()]
         assert together == expected
         assert small.registry.get_sample_value("headrace_preemptions_total")
@@ -183,10 +196,10 @@ async def test_sessions_are_needed_and_unique():
             sampling=encode_sampling(GREEDY),
         )  # fmt: skip
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await stub.Start(request, timeout=5)
+            await stub.Start(request, timeout=WAIT_S)
         assert isinstance(raised_from(raised.value), NotFoundError)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id="session"), timeout=5).read()
+            await stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id="session"), timeout=WAIT_S).read()
         assert isinstance(raised_from(raised.value), ConflictError)
         assert len(await router.generate_colocated("r", PROMPT, params=GREEDY)) == 24
 

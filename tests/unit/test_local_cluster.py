@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from headrace_client.cluster import local_cluster
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.errors import InvalidRequestError, UnavailableError
+from headrace_core.testing.async_test import WAIT_S
 
 CHILD = """
 import json, os, signal, sys, time
@@ -35,7 +38,6 @@ if "--mute" not in options:
 while True:
     time.sleep(0.05)
 """
-WAIT_S = 20.0
 
 
 @pytest.fixture
@@ -70,6 +72,12 @@ def wait_until(condition) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def stop_clock_until(monkeypatch, condition) -> None:
+    """Let time limits of the cluster stand still until `condition` holds, and be over then."""
+    clock = SimpleNamespace(monotonic=lambda: 1e9 if condition() else 0.0, sleep=time.sleep)
+    monkeypatch.setattr(local_cluster, "time", clock)
 
 
 def arguments_of(process) -> dict:
@@ -139,18 +147,22 @@ def test_a_child_that_cannot_start_is_named_with_its_last_lines_and_nothing_is_l
     assert all(process.poll() is not None for process in cluster.processes)
 
 
-def test_a_child_that_never_serves_ends_in_a_timeout(model, programs):
+def test_a_child_that_never_serves_ends_in_a_timeout(model, programs, monkeypatch):
     cluster = make(model, programs, decode_options={"mute": "1"})
-    cluster.start_timeout_s = 0.5
+    num_ready: list[str] = []
+    cluster.on_ready = lambda process: num_ready.append(process.name)
+    stop_clock_until(monkeypatch, lambda: len(num_ready) == 2)  # the two that do serve, however long they take
     with pytest.raises(UnavailableError, match="decode-0 was not ready"):
         cluster.start()
     assert all(process.poll() is not None for process in cluster.processes)
 
 
-def test_a_child_deaf_to_sigterm_is_killed_after_the_grace(model, programs):
+def test_a_child_deaf_to_sigterm_is_killed_after_the_grace(model, programs, monkeypatch):
     cluster = make(model, programs, decode_options={"deaf": "1"})
     cluster.start()
-    cluster.stop(grace_s=1.5)
+    others = [process for process in cluster.processes if process.role != "decode"]
+    stop_clock_until(monkeypatch, lambda: all(process.poll() is not None for process in others))
+    cluster.stop(grace_s=WAIT_S)
     assert [process.poll() for process in cluster.processes] == [0, -signal.SIGKILL, 0]
 
 

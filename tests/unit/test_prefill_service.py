@@ -17,7 +17,7 @@ from headrace_core.config import PrefillSettings
 from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, OverloadedError, UnavailableError
 from headrace_core.request import SamplingParams
 from headrace_core.rpc import channel
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
@@ -39,7 +39,7 @@ async def release(address: str, handoff: types_pb2.Handoff) -> None:
             transfer_service_pb2.ReleaseLeaseRequest(
                 lease_id=handoff.lease.lease_id, holder_incarnation=handoff.holder_incarnation
             ),
-            timeout=5,
+            timeout=WAIT_S,
         )
 
 
@@ -57,12 +57,12 @@ async def test_any_protobuf_client_can_pull_renew_and_release():
         request = transfer_service_pb2.PullRequest(
             **fence, attempt=1, first_layer=1, num_layers=1, tokens_sha256=handoff.tokens_sha256
         )
-        got = b"".join([message.payload async for message in stub.Pull(request, timeout=5)])
+        got = b"".join([message.payload async for message in stub.Pull(request, timeout=WAIT_S)])
         assert got == b"".join(bytes(loaded.cache.page_bytes(1, page.page_id)) for page in handoff.pages)
-        renewed = await stub.RenewLease(transfer_service_pb2.RenewLeaseRequest(**fence), timeout=5)
+        renewed = await stub.RenewLease(transfer_service_pb2.RenewLeaseRequest(**fence), timeout=WAIT_S)
         assert renewed.duration_ms == handoff.lease.duration_ms == 30_000
         for _ in range(2):  # idempotent
-            await stub.ReleaseLease(transfer_service_pb2.ReleaseLeaseRequest(**fence), timeout=5)
+            await stub.ReleaseLease(transfer_service_pb2.ReleaseLeaseRequest(**fence), timeout=WAIT_S)
 
 
 @async_test
@@ -198,7 +198,7 @@ async def test_a_draining_worker_refuses_work_and_waits_for_its_leases():
     async with running(worker) as (address,), MiniRouter(prefill=address) as router, channel(address) as open_channel:
         handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
         stub = worker_service_pb2_grpc.WorkerServiceStub(open_channel)
-        await stub.Drain(worker_service_pb2.DrainRequest(), timeout=5)
+        await stub.Drain(worker_service_pb2.DrainRequest(), timeout=WAIT_S)
         with pytest.raises(UnavailableError) as raised:
             await router.prefill("q", PROMPT, params=GREEDY)
         assert raised.value.reason == "DRAINING"
@@ -212,13 +212,13 @@ async def test_load_and_identity_are_told():
     worker = service()
     async with running(worker) as (address,), MiniRouter(prefill=address) as router, channel(address) as open_channel:
         stub = worker_service_pb2_grpc.WorkerServiceStub(open_channel)
-        info = await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=5)
+        info = await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=WAIT_S)
         assert (info.role, info.num_pages, info.vocab_size) == (types_pb2.WORKER_ROLE_PREFILL, 64, 97)
         assert info.incarnation == worker.host.incarnation
         watch = stub.WatchLoad(worker_service_pb2.WatchLoadRequest(min_interval_ms=1))
         assert (await watch.read()).num_free_pages == 64
         handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             while (report := await watch.read()).num_leases != 1:
                 pass
         assert report.num_free_pages == 61
@@ -232,7 +232,7 @@ async def test_work_is_refused_while_the_model_loads():
     loop = asyncio.get_running_loop()
 
     def slow(_):
-        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(WAIT_S)
         return loaded_fake_model()
 
     worker = PrefillService(PrefillSettings(model="."), loader=slow)
@@ -241,9 +241,9 @@ async def test_work_is_refused_while_the_model_loads():
     async with channel(worker.host.address) as open_channel:
         stub = worker_service_pb2_grpc.WorkerServiceStub(open_channel)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=5, wait_for_ready=True)
+            await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=WAIT_S, wait_for_ready=True)
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         gate.set()
         await starting
-        await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=5)
+        await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=WAIT_S)
     await worker.stop()

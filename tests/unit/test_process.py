@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import textwrap
 import urllib.request
 
 import pytest
+from headrace_core.testing.async_test import WAIT_S
 
 SERVICE = textwrap.dedent("""
     import asyncio, sys
@@ -67,14 +67,11 @@ def start(tmp_path):
 
 
 def wait_for_line(child, text):
-    """Read standard error until a line holds `text`."""
-    while True:
-        ready, _, _ = select.select([child.stderr], [], [], 30)
-        assert ready, f"no line with {text!r} within 30 s"
-        line = child.stderr.readline()
-        assert line, f"the process ended before it said {text!r}"
+    """Read standard error until a line holds `text`; the test's own limit bounds it."""
+    for line in child.stderr:
         if text in line:
             return
+    raise AssertionError(f"the process ended before it said {text!r}")
 
 
 def test_sigterm_drains_and_exits_0(start, tmp_path):
@@ -83,9 +80,9 @@ def test_sigterm_drains_and_exits_0(start, tmp_path):
     wait_for_line(child, "serving")
     ready = json.loads(ready_file.read_text())
     assert (ready["role"], ready["address"], ready["pid"]) == ("router", "127.0.0.1:1", child.pid)
-    assert urllib.request.urlopen(f"http://{ready['metrics_address']}/metrics", timeout=5).status == 200
+    assert urllib.request.urlopen(f"http://{ready['metrics_address']}/metrics", timeout=WAIT_S).status == 200
     child.send_signal(signal.SIGTERM)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=WAIT_S)
     assert (child.returncode, out) == (0, "freed\n"), err
 
 
@@ -93,7 +90,7 @@ def test_a_drain_that_hangs_ends_after_drain_s(start):
     child = start("stuck", "--drain-s", "0.2")
     wait_for_line(child, "serving")
     child.send_signal(signal.SIGTERM)
-    assert child.communicate(timeout=30)[0] == "freed\n"
+    assert child.communicate(timeout=WAIT_S)[0] == "freed\n"
     assert child.returncode == 0
 
 
@@ -103,20 +100,20 @@ def test_a_second_signal_exits_at_once(start):
     child.send_signal(signal.SIGTERM)
     wait_for_line(child, "draining")
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=30)
+    child.communicate(timeout=WAIT_S)
     assert child.returncode == 130
 
 
 def test_a_failed_service_exits_1(start):
     child = start("fail")
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=WAIT_S)
     assert child.returncode == 1
     assert "engine died" in err
 
 
 def test_an_error_at_start_is_one_line_and_exits_2(start):
     child = start("bad")
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=WAIT_S)
     assert (child.returncode, out) == (2, "freed\n")
     assert "shard 2 is cut short; download it again" in err
     assert "Traceback" not in err
@@ -126,13 +123,13 @@ def test_a_signal_while_starting_exits_0(start):
     child = start("slow")
     wait_for_line(child, "loading")
     child.send_signal(signal.SIGTERM)
-    assert child.communicate(timeout=30)[0] == "freed\n"
+    assert child.communicate(timeout=WAIT_S)[0] == "freed\n"
     assert child.returncode == 0
 
 
 def test_a_bad_option_is_named_and_exits_2(start):
     child = start("ok", "--drain-s", "-1")
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=WAIT_S)
     assert child.returncode == 2
     assert "--drain-s" in err
     assert "try --help" in err

@@ -13,6 +13,7 @@ from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.errors import CheckpointError, StartupError, UnavailableError
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router.server import RouterService
@@ -88,7 +89,7 @@ def test_a_message_over_grpcs_limit_is_refused(tmp_path):
         options = [("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(router.address, options=options) as channel:
             request = text_request("x" * (rpc.MAX_MESSAGE_BYTES + 1))
-            call = GenerationServiceStub(channel).Generate(request, timeout=20)
+            call = GenerationServiceStub(channel).Generate(request, timeout=WAIT_S)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -160,10 +161,12 @@ def test_a_full_queue_refuses(tmp_path):
         both = router.workers[0]
         both.drain()
         await router.wait_states(["draining"])
-        waiting = [asyncio.create_task(router.generate(text_request("a"), timeout_s=1)) for _ in range(2)]
+        waiting = [asyncio.create_task(router.generate(text_request("a"))) for _ in range(2)]
         await wait_until(lambda: router.service._router.num_queued == 2)
         assert (await router.refused(text_request("a"))).reason == "QUEUE_FULL"
-        await asyncio.gather(*waiting, return_exceptions=True)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
 
     run(tmp_path, [worker("both")], test, max_queued_requests=2)
 
@@ -292,8 +295,8 @@ def test_a_token_is_asked_for_but_not_by_probes(tmp_path):
                 (("authorization", "Bearer secre\u0074\u0074"),),
             ):
                 for call in (
-                    router.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata, timeout=10),
-                    router.stub.Generate(text_request("a"), metadata=metadata, timeout=10).read(),
+                    router.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata, timeout=WAIT_S),
+                    router.stub.Generate(text_request("a"), metadata=metadata, timeout=WAIT_S).read(),
                 ):
                     with pytest.raises(grpc.aio.AioRpcError) as caught:
                         await call
@@ -328,10 +331,10 @@ def test_tls_serves_and_plain_text_is_refused(tmp_path):
         async with RouterUnderTest(tmp_path, settings={"tls_cert": cert, "tls_key": key}) as router:
             credentials = grpc.ssl_channel_credentials(cert.read_bytes())
             async with rpc.channel(router.address, credentials=credentials) as channel:
-                info = await GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
+                info = await GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT_S)
                 assert info.model_name == "tiny"
             with pytest.raises(grpc.aio.AioRpcError):
-                await router.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=5)
+                await router.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT_S)
 
     asyncio.run(main())
 
@@ -364,7 +367,7 @@ def test_draining_refuses_new_requests_and_ends_those_under_way(tmp_path):
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
         await wait_until(lambda: len(both.starts) == 1)
         draining = asyncio.create_task(router.service.drain())
-        await asyncio.sleep(0)
+        await wait_until(lambda: router.service._router._is_draining)
         assert (await router.refused(text_request("a"))).reason == "DRAINING"
         assert not draining.done()
         both.faults.start_gate.set()
@@ -376,7 +379,7 @@ def test_draining_refuses_new_requests_and_ends_those_under_way(tmp_path):
 
 def test_stopping_ends_what_is_under_way_with_one_clear_error(tmp_path):
     async def main():
-        async with RouterUnderTest(tmp_path, workers=[worker("both", step_s=0.01)]) as router:
+        async with RouterUnderTest(tmp_path, workers=[worker("both", step_s=None)]) as router:
             running = asyncio.create_task(router.generate(text_request("a")))
             await wait_until(lambda: bool(router.workers[0].sequences))
             await router.service.stop()

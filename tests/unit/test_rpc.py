@@ -18,6 +18,7 @@ from headrace_core.errors import (
 )
 from headrace_core.reasons import label
 from headrace_core.telemetry import setup_logging
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.garbler import NO_MESSAGE
 
 NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
@@ -57,7 +58,7 @@ async def failure(call) -> HeadraceError:
 
 def test_a_raised_error_arrives_as_itself():
     async def test(_, channel):
-        error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=5))
+        error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=WAIT_S))
         assert (type(error), error.reason, str(error)) == (OverloadedError, "QUEUE_FULL", "come back later")
 
     asyncio.run(serve(test))
@@ -65,7 +66,7 @@ def test_a_raised_error_arrives_as_itself():
 
 def test_a_stream_delivers_what_came_before_its_error():
     async def test(_, channel):
-        call = pb_grpc.WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(), timeout=5)
+        call = pb_grpc.WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(), timeout=WAIT_S)
         assert (await call.read()).num_running == 1
         error = await failure(call.read())
         assert (type(error), error.reason) == (HandoffLostError, "LEASE_EXPIRED")
@@ -75,7 +76,7 @@ def test_a_stream_delivers_what_came_before_its_error():
 
 def test_a_bug_is_internal_and_keeps_its_detail_to_the_log(caplog):
     async def test(_, channel):
-        error = await failure(pb_grpc.WorkerServiceStub(channel).Drain(pb.DrainRequest(), timeout=5))
+        error = await failure(pb_grpc.WorkerServiceStub(channel).Drain(pb.DrainRequest(), timeout=WAIT_S))
         assert (type(error), error.reason, str(error)) == (HeadraceError, "BUG", "internal error")
 
     asyncio.run(serve(test))
@@ -84,7 +85,7 @@ def test_a_bug_is_internal_and_keeps_its_detail_to_the_log(caplog):
 
 def test_bytes_that_are_no_message_are_the_callers_error():
     async def test(_, channel):
-        error = await failure(channel.unary_unary(f"/{NAME}/Drain")(b"\xff\xff", timeout=5))
+        error = await failure(channel.unary_unary(f"/{NAME}/Drain")(b"\xff\xff", timeout=WAIT_S))
         assert (type(error), error.reason) == (InvalidRequestError, "BAD_REQUEST")
 
     asyncio.run(serve(test))
@@ -142,7 +143,7 @@ def test_a_reason_that_nobody_knows_makes_no_label_of_its_own():
 def test_an_absent_server_is_unavailable():
     async def test():
         async with rpc.channel("127.0.0.1:1") as channel:
-            error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=5))
+            error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=WAIT_S))
         assert error.reason == "UNAVAILABLE"
 
     asyncio.run(test())
@@ -155,7 +156,7 @@ def test_health_follows_readiness():
             if is_ready is not None:
                 await server.set_ready(is_ready)
             for name in ("", NAME):
-                answer = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+                answer = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=WAIT_S)
                 assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == status
 
     asyncio.run(serve(test))
@@ -164,7 +165,8 @@ def test_health_follows_readiness():
 def test_reflection_lists_the_service():
     async def test(_, channel):
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = stub.ServerReflectionInfo(iter([request]), timeout=WAIT_S)
         async for answer in call:
             assert NAME in {service.name for service in answer.list_services_response.service}
 

@@ -5,6 +5,7 @@ import urllib.request
 import pytest
 from headrace_core import telemetry
 from headrace_core.errors import HeadraceError
+from headrace_core.testing.async_test import WAIT_S
 from prometheus_client import CollectorRegistry, Counter
 
 
@@ -39,7 +40,7 @@ def test_metrics_are_served():
     registry = CollectorRegistry()
     Counter("headrace_things", "Things.", registry=registry).inc(3)
     address = telemetry.serve_metrics("127.0.0.1:0", registry)
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as answer:
         assert b"headrace_things_total 3.0" in answer.read()
 
 

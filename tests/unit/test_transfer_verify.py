@@ -10,7 +10,7 @@ import pytest
 import xxhash
 from headrace_core.errors import LayoutMismatchError, TransferCorruptError
 from headrace_core.kv.layout import CacheDtype
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.handoff_parts import PlainMemory, ticket_for
 from headrace_core.transfer.verify import accept_pages, check_bytes, check_compatible, run_to_its_end, seal_pages
 
@@ -31,7 +31,7 @@ async def test_however_often_cancelled_it_ends_after_the_thread_has(error, num_c
 
     def work():
         has_begun.set()
-        may_end.wait(60)
+        may_end.wait(WAIT_S)
         has_ended.set()
         if error:
             raise error

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from headrace_core.testing.async_test import WAIT_S
+
 _POLL_S = 0.02
 
 
@@ -49,27 +51,26 @@ class Reference:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
-async def eventually(condition: Callable[[], Awaitable[Any]], *, timeout_s: float = 20.0, what: str) -> Any:
+async def eventually(condition: Callable[[], Awaitable[Any]], *, what: str) -> Any:
     """Return the first true answer of `condition`, asked again and again.
 
     Raises:
-        AssertionError: there was none within `timeout_s`; names `what` and the last answer.
+        AssertionError: there was none within `WAIT_S`; names `what` and the last answer.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + WAIT_S
     while True:
         answer = await condition()
         if answer:
             return answer
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s; last answer {answer!r}"
+        assert time.monotonic() < deadline, f"{what} did not happen within {WAIT_S} s; last answer {answer!r}"
         await asyncio.sleep(_POLL_S)
 
 
-async def all_pages_free(server_info: Callable[[], Awaitable[Any]], *, timeout_s: float = 20.0) -> None:
+async def all_pages_free(server_info: Callable[[], Awaitable[Any]]) -> None:
     """Wait until no ready worker runs, queues or holds anything, and every page of its pool is free.
 
     Args:
         server_info: `AsyncClient.server_info`.
-        timeout_s: how long to wait.
     """
     busy: list[Any] = []
 
@@ -83,6 +84,6 @@ async def all_pages_free(server_info: Callable[[], Awaitable[Any]], *, timeout_s
         return bool(workers) and not busy
 
     try:
-        await eventually(is_idle, timeout_s=timeout_s, what="every page free")
+        await eventually(is_idle, what="every page free")
     except AssertionError as error:
         raise AssertionError(f"{error}; busy: {busy}") from None

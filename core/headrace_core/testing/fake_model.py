@@ -19,6 +19,7 @@ from headrace_core.batch.step import Chunk
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.worker.loading import LoadedModel
 
 _MODULUS = 16_777_213
@@ -29,7 +30,8 @@ _WIDTH = 4
 class FakeModel:
     """See the module. `salt` makes another model. While `failure` is set, `forward` raises it.
 
-    With a `gate`, `forward` sets `entered` and waits until the gate is open, at most 10 s.
+    `hold` stops steps at their beginning, `wait_held` returns when one is stopped, `release` lets them go on: so a test
+    does what it does while a step is under way, however fast or slow the machine is. Any thread.
     """
 
     def __init__(self, *, vocab_size: int = 97, num_layers: int = 2, salt: int = 1) -> None:
@@ -37,9 +39,11 @@ class FakeModel:
         self.num_layers = num_layers
         self._salt = salt
         self.failure: Exception | None = None
-        self.gate: threading.Event | None = None
-        self.entered = threading.Event()
         self.num_steps = 0
+        self._turn = threading.Condition()
+        self._num_free: int | None = None
+        """Steps that may still run; None: any number."""
+        self._is_held = False
 
     def kv_layout(self, page_size: int) -> KvLayout:
         """Return what its pages hold."""
@@ -48,9 +52,7 @@ class FakeModel:
     def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> Tensor:
         """See `StepModel`."""
         self.num_steps += 1
-        if self.gate is not None:
-            self.entered.set()
-            self.gate.wait(10)
+        self._enter()
         if self.failure is not None:
             raise self.failure
         rows = [self._compute(chunk, cache) for chunk in chunks]
@@ -59,6 +61,34 @@ class FakeModel:
     def take_expert_counts(self) -> dict[int, list[int]]:
         """See `StepModel`."""
         return {}
+
+    def hold(self, *, after: int = 0) -> None:
+        """Let `after` steps more begin (one that is held now is the first), and hold those that come then."""
+        self._let(after)
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._let(None)
+
+    def wait_held(self) -> None:
+        """Return when a step is held. Not on the event loop."""
+        with self._turn:
+            assert self._turn.wait_for(lambda: self._is_held, WAIT_S), f"no step came within {WAIT_S} s"
+
+    def _let(self, num_free: int | None) -> None:
+        with self._turn:
+            self._num_free = num_free
+            self._is_held = self._is_held and num_free == 0
+            self._turn.notify_all()
+
+    def _enter(self) -> None:
+        with self._turn:
+            if self._num_free == 0:
+                self._is_held = True
+                self._turn.notify_all()
+                assert self._turn.wait_for(lambda: self._num_free != 0, WAIT_S), f"a step was held for {WAIT_S} s"
+            if self._num_free is not None:
+                self._num_free -= 1
 
     def _compute(self, chunk: Chunk, cache: KvCache) -> Tensor | None:
         page_size = cache.layout.page_size

@@ -23,8 +23,8 @@ from headrace.v1 import types_pb2
 
 from headrace_core.errors import HeadraceError
 from headrace_core.rpc import MAX_MESSAGE_BYTES, REASON_KEY, status_code
+from headrace_core.testing.async_test import WAIT_S
 
-HOLD_LIMIT_S = 30.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
@@ -87,7 +87,7 @@ class FakeRouter(pb_grpc.GenerationServiceServicer):
                 case pb.GenerateResponse():
                     yield step
                 case Hold():
-                    call.ended.wait(HOLD_LIMIT_S)
+                    call.ended.wait(WAIT_S)
                     return
                 case HeadraceError():
                     call.is_over = True

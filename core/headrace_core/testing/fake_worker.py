@@ -364,7 +364,7 @@ async def _release_at_holder(handoff: types_pb2.Handoff) -> None:
             lease_id=handoff.lease.lease_id, holder_incarnation=handoff.holder_incarnation
         )
         try:
-            await stub.ReleaseLease(request, timeout=5)
+            await stub.ReleaseLease(request, timeout=60)
         except grpc.aio.AioRpcError as error:
             raise rpc.raised_from(error) from error
 

@@ -1,4 +1,4 @@
-"""The least that a router does, for tests of workers: prefill, start, collect; no retries, no queue, no text."""
+"""The least that a router does, for tests of workers: prefill, start, collect, let go; no retries, queue or text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from headrace.v1 import (
     decode_service_pb2_grpc,
     prefill_service_pb2,
     prefill_service_pb2_grpc,
+    transfer_service_pb2,
+    transfer_service_pb2_grpc,
     types_pb2,
 )
 
 from headrace_core.errors import HeadraceError
 from headrace_core.request import FinishReason, SamplingParams
 from headrace_core.rpc import channel, raised_from
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.wire import decode_failure, decode_finish, encode_sampling
 
-_TIMEOUT_S = 20.0
 _SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
 """A connection that buffers little, so that who does not read is soon noticed."""
 
@@ -39,7 +41,7 @@ class Collected:
         """Return when `count` tokens came, or the sequence ended."""
         while len(self.token_ids) < count and not self.is_over:
             self.changed.clear()
-            async with asyncio.timeout(_TIMEOUT_S):
+            async with asyncio.timeout(WAIT_S):
                 await self.changed.wait()
 
     async def wait_end(self) -> None:
@@ -66,6 +68,8 @@ class MiniRouter:
         self._decode: Any = decode_service_pb2_grpc.DecodeServiceStub(self._open(decode)) if decode else None
         self._stream: Any = None
         self._reading: asyncio.Task[None] | None = None
+        self._transfer: Any = transfer_service_pb2_grpc.TransferServiceStub(self._channels[0]) if prefill else None
+        self._tickets: list[transfer_service_pb2.ReleaseLeaseRequest] = []
         self._num_started = 0
         self.outputs: dict[int, Collected] = {}
         self.stream_error: HeadraceError | None = None
@@ -80,6 +84,7 @@ class MiniRouter:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close_session()
+        await self._release_tickets()
         for open_channel in self._channels:
             await open_channel.close()
 
@@ -115,12 +120,17 @@ class MiniRouter:
             sampling=encode_sampling(params),
             sample_index=sample_index,
         )
-        return await _raising(self._prefill.Prefill(request, timeout=_TIMEOUT_S))
+        response = await _raising(self._prefill.Prefill(request, timeout=WAIT_S))
+        lease_id, incarnation = response.handoff.lease.lease_id, response.handoff.holder_incarnation
+        self._tickets.append(
+            transfer_service_pb2.ReleaseLeaseRequest(lease_id=lease_id, holder_incarnation=incarnation)
+        )
+        return response
 
     async def cancel_prefill(self, request_id: str, *, attempt: int) -> None:
         """Abort a sample's attempts up to `attempt` at the prefill worker."""
         request = prefill_service_pb2.CancelPrefillRequest(request_id=request_id, attempt=attempt)
-        await _raising(self._prefill.CancelPrefill(request, timeout=_TIMEOUT_S))
+        await _raising(self._prefill.CancelPrefill(request, timeout=WAIT_S))
 
     async def start(
         self,
@@ -147,12 +157,12 @@ class MiniRouter:
             sample_index=sample_index,
             handoff=handoff,
         )
-        return collected, await _raising(self._decode.Start(request, timeout=_TIMEOUT_S))
+        return collected, await _raising(self._decode.Start(request, timeout=WAIT_S))
 
     async def cancel(self, number: int) -> None:
         """Call `DecodeService.Cancel`."""
         request = decode_service_pb2.CancelRequest(session_id=self.session_id, sequence_number=number)
-        await _raising(self._decode.Cancel(request, timeout=_TIMEOUT_S))
+        await _raising(self._decode.Cancel(request, timeout=WAIT_S))
 
     async def generate(
         self, request_id: str, token_ids: list[int], *, params: SamplingParams, **kwargs: int
@@ -174,6 +184,12 @@ class MiniRouter:
         if collected.failure:
             raise collected.failure
         return collected.token_ids
+
+    async def _release_tickets(self) -> None:
+        """Let go of what was not taken, as a router does. Of what was taken this is no error."""
+        for ticket in self._tickets:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await self._transfer.ReleaseLease(ticket, timeout=WAIT_S)
 
     async def _read(self) -> None:
         try:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from headrace_core.kv.page_pool import PageState
-from headrace_core.testing.async_test import eventually
+from headrace_core.testing.async_test import WAIT_S, eventually
 
 
 @contextlib.asynccontextmanager
@@ -22,6 +22,7 @@ async def running(*services: Any) -> AsyncGenerator[tuple[str, ...]]:
             await service.drain()
     finally:
         for service in services:
+            _release(service)
             await service.stop()
 
 
@@ -51,8 +52,15 @@ async def inspect(service: Any) -> dict[PageState, int]:
             loop.call_soon_threadsafe(done.set_exception, error)
 
     service.host.engine.submit(look)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         return await done
+
+
+def _release(service: Any) -> None:
+    """Let a fake model's step go on that a failed test held: the engine's thread is waited for."""
+    release = getattr(service.host.model.model, "release", None)
+    if release:
+        release()
 
 
 def _is_idle(service: Any) -> bool:
