@@ -23,7 +23,7 @@ setup: $(STAMP) ## Install everything into .venv (done by every other target)
 demo: setup ## Start router, prefill and decode; stream a story; show where its time went
 	@$(BIN)/headrace demo
 
-test: check unit parity kernels-check integration fault ## Everything CI runs: check, then all tests
+test: check unit parity kernels-check fault integration ## Everything CI runs: check, then all tests
 
 check: setup format-check lint types contracts protos-check ## Format, lint, types, import contracts, protos
 

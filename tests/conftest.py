@@ -1,5 +1,6 @@
 """For every test: hypothesis judges results, never wall-clock. For tests of clusters: the demo model and its oracle."""
 
+import collections
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,17 @@ def reference(model_dir):
     from headrace_core.testing.cluster_checks import Reference
 
     return Reference(model_dir)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """Below all else that is shown: which tests were skipped, and what to do about it."""
+    result = yield
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = collections.Counter(
+        (report.nodeid.partition("::")[0], report.longrepr[2].removeprefix("Skipped: "))
+        for report in (terminal.stats.get("skipped", []) if terminal else [])
+    )
+    for (file, reason), count in sorted(skipped.items()):
+        terminal.write_line(f"{count} test{'s' * (count > 1)} of {file} skipped: {reason}", yellow=True)
+    return result

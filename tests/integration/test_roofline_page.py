@@ -15,6 +15,7 @@ from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import MODELS, Dtype
 from headrace_core.roofline.roofline import roofline
 from headrace_core.roofline.routing import Routing
+from headrace_core.testing.async_test import WAIT_S
 from headrace_planner.measured import MeasuredPoint, MeasuredPoints
 from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import page_server
@@ -35,7 +36,9 @@ _MEASURED = MeasuredPoints(
     ],
 )
 
-pytestmark = pytest.mark.skipif(not (_CHROMIUM and _DRIVER), reason="needs chromium and chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (_CHROMIUM and _DRIVER), reason="no browser; to get one: apt-get install chromium chromium-driver"
+)
 
 
 class Browser:
@@ -64,7 +67,7 @@ class Browser:
     def _call(self, method: str, path: str, body: dict | None = None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
             return json.load(answer)["value"]
 
 
@@ -75,13 +78,13 @@ def browser(tmp_path_factory):
     process = subprocess.Popen([_DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True, env=environment)
     # chromedriver says which port the kernel gave it in the line that says it is ready.
     ready = next(line for line in process.stdout if "started successfully on port" in line)
-    session = Browser(f"http://127.0.0.1:{ready.rstrip().rstrip('.').rsplit(' ', 1)[1]}", folder / "profile")
     try:
+        session = Browser(f"http://127.0.0.1:{ready.rstrip().rstrip('.').rsplit(' ', 1)[1]}", folder / "profile")
         yield session
-    finally:
         session.close()
+    finally:
         process.terminate()
-        process.wait(10)
+        process.wait(WAIT_S)
         process.stdout.close()
 
 
@@ -90,12 +93,12 @@ def page(tmp_path_factory):
     content = PageContent(MODELS, HARDWARE, PageSetting(), measured=_MEASURED)
     path = tmp_path_factory.mktemp("page") / "roofline.html"
     path.write_text(build_page(content), encoding="utf-8")
-    return path.as_uri()
+    return path
 
 
-def _open(browser, url):
+def _open(browser, page, fragment=""):
     browser.open("about:blank")
-    browser.open(url)
+    browser.open((page.as_uri() if isinstance(page, Path) else page) + fragment)
     assert browser.errors() == []
 
 
@@ -140,16 +143,15 @@ def test_page_computes_what_python_computes(browser, page, setting, more):
         )
 
 
-def test_page_is_there_within_a_second_without_a_network(browser, page):
+def test_page_is_small_and_whole_without_a_network(browser, page):
+    assert page.stat().st_size < 256 << 10
     _open(browser, page)
-    timing = browser.run("return performance.getEntriesByType('navigation')[0].toJSON()")
-    assert timing["loadEventEnd"] < 1000
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
     assert browser.run("return document.querySelectorAll('#decode circle').length") > 10
 
 
 def test_address_holds_the_setting(browser, page):
-    _open(browser, page + "#model=mixtral-8x7b&hardware=b200&batch=32&tp=2&dp=1&ep=2")
+    _open(browser, page, "#model=mixtral-8x7b&hardware=b200&batch=32&tp=2&dp=1&ep=2")
     assert browser.run("return [setting.model, setting.hardware, setting.batch, setting.tp, setting.ep]") == [
         "mixtral-8x7b", "b200", 32, 2, 2,
     ]  # fmt: skip
@@ -165,7 +167,7 @@ def test_address_holds_the_setting(browser, page):
 
 @pytest.mark.parametrize("bad", ["batch=-1", "model=none", "ep=7", "tp=x&dp=3", "ep=256&tp=1&dp=1", "nonsense"])
 def test_address_that_makes_no_sense_still_shows_a_page(browser, page, bad):
-    _open(browser, f"{page}#{bad}")
+    _open(browser, page, f"#{bad}")
     assert browser.run("return document.querySelectorAll('#prefill circle').length") > 5
     assert browser.errors() == []
 
@@ -215,4 +217,4 @@ def test_page_is_served(browser):
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(WAIT_S)
