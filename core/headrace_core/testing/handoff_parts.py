@@ -91,7 +91,7 @@ def ticket_for(
     num_layers: int = 2,
     offers: Sequence[types_pb2.TransportOffer] = (),
 ) -> Ticket:
-    """Return a ticket for pages of `memory`, whose pages have 64 bytes: 4 tokens of 4 float32."""
+    """Return a ticket for pages of `memory`, whose pages have 64 bytes: 4 tokens of 4 float32, the tokens 0, 1, ..."""
     layout = KvLayout(num_layers, 4, CacheDtype.FLOAT32, LatentAttention(3, 1))
     return Ticket(
         request_id="r",
