@@ -93,7 +93,7 @@ async def _run(
             assert hostile or not attacker, "the hostile clients' process failed"
         problems = _problems(healthy, hostile, kills if is_killing else None, minutes)
         try:
-            await all_pages_free(client.server_info, timeout_s=60)
+            await all_pages_free(client.server_info)
         except AssertionError as error:
             problems.append(f"pages leaked: {error}")
     return {

@@ -9,10 +9,11 @@ import time
 import psutil
 import pytest
 from headrace_core.errors import DeadlineError, InvalidRequestError, UnavailableError
+from headrace_core.testing.async_test import WAIT_S
+from headrace_router import chat_renderer
 from headrace_router.chat_protocol import TemplateSource
 from headrace_router.chat_renderer import ChatRenderer
 
-WAIT_S = 60.0
 LARGE = 1 << 20
 
 # What the first message says is what the template does. Each would end or hold up a process that has no bounds.
@@ -47,6 +48,12 @@ HOSTILE = {
 }  # fmt: skip
 CASES = "".join(f"{{% if messages[0].content == '{name}' %}}{what}{{% endif %}}" for name, (what, _) in HOSTILE.items())
 TEMPLATE = CASES + "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """On a busy machine half a second of computing may take longer than a process may be silent."""
+    monkeypatch.setattr(chat_renderer, "_SILENCE_S", WAIT_S)
 
 
 def later():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 from headrace_core.errors import HandoffLostError, HeadraceError
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_prefill.handoff import Lease, LeaseState, LeaseTable, cancelled
 
 INCARNATION = 42
@@ -256,16 +256,10 @@ async def test_renewing_starts_the_duration_anew():
 
 @async_test
 async def test_a_lease_that_is_renewed_in_time_outlives_one_that_is_not():
-    t = Table(lease_s=0.2)
+    t = Table(lease_s=0.05)
     kept, left = t.hold("kept"), t.hold("left")
-    loop = asyncio.get_running_loop()
-
-    def renew() -> None:
-        if kept in t.table.leases:
-            t.table.renew(kept.lease_id, incarnation=INCARNATION)
-            loop.call_soon(renew)
-
-    renew()
+    t.table._lease_s = 10 * WAIT_S
+    t.table.renew(kept.lease_id, incarnation=INCARNATION)
     await eventually(lambda: bool(t.ended), "the other lease has expired")
     assert t.ended == [(left.key, LeaseState.EXPIRED)]
     assert t.table.leases == [kept]

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import threading
 
 import grpc.aio
 import pytest
@@ -84,20 +83,20 @@ async def test_an_attempt_is_cancelled_by_its_name_and_a_later_one_is_not():
 @async_test
 async def test_a_prefill_that_is_ended_under_way_is_told_what_ended_it(replaces: bool, reason: str):
     model = FakeModel()
-    model.gate = threading.Event()
+    model.hold()
     async with (
         running(service(loaded=loaded_fake_model(model=model))) as (address,),
         MiniRouter(prefill=address) as router,
     ):
         first = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=1))
-        await asyncio.to_thread(model.entered.wait)
+        await asyncio.to_thread(model.wait_held)
         second = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=2)) if replaces else None
         if second is None:
             await router.cancel_prefill("r", attempt=1)
         with pytest.raises(HeadraceError) as raised:
             await first
         assert raised.value.reason == reason
-        model.gate.set()
+        model.release()
         if second is not None:
             await release(address, (await second).handoff)
 

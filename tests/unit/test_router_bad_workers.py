@@ -148,13 +148,18 @@ def test_a_worker_that_turns_bad_loses_its_sequences_to_another(tmp_path, monkey
 
     async def test(router):
         first, second = router.workers[1:]
+        first.faults.step_gate.clear()
         tasks = [
             asyncio.create_task(router.generate(text_request(str(i), sampling={"max_tokens": 80}))) for i in range(4)
         ]
         await wait_until(lambda: len(first.sequences) == 2 and len(second.sequences) == 2)
         first.garbler.rewrites[method] = no_message
         await first.set_ready(False)
+        first.on_change()
+        if method == "StreamSteps":
+            first.faults.step_gate.set()
         await router.wait_states(["ready", "ready", "refused"])
+        first.faults.step_gate.set()
         await first.set_ready(True)
         assert [(await task)[0].token_ids for task in tasks] == [reference(str(i), 80) for i in range(4)]
         assert router.metric("headrace_retries_total", reason="PROTOCOL") == 2
@@ -208,9 +213,11 @@ def test_a_sequence_whose_output_can_not_be_goes_on_elsewhere_and_its_neighbour_
         _, bad, _ = router.workers
         wanted = {"max_tokens": 60, "top_logprobs": 1}
         for number, (name, change) in enumerate(OUTPUT_FAULTS.items(), 1):
+            bad.faults.step_gate.clear()
             tasks = [asyncio.create_task(router.generate(text_request(text, sampling=wanted))) for text in ("a", "b")]
             await wait_until(lambda: len(bad.sequences) == 2)
             bad.garbler.rewrites["StreamSteps"] = once(change)
+            bad.faults.step_gate.set()
             results = [(await task)[0] for task in tasks]
             assert [result.token_ids for result in results] == [reference(text, 60) for text in ("a", "b")], name
             assert all(len(result.logprobs) == 60 for result in results), name

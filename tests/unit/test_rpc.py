@@ -97,7 +97,7 @@ def test_an_answer_that_is_no_message_is_a_protocol_error_and_leaves_no_tracebac
     async def test(_, channel):
         stub = pb_grpc.WorkerServiceStub(channel)
         with pytest.raises(ProtocolError) as caught:
-            rpc.answered(await stub.GetInfo(pb.GetInfoRequest(), timeout=5))
+            rpc.answered(await stub.GetInfo(pb.GetInfoRequest(), timeout=WAIT_S))
         assert caught.value.reason == "PROTOCOL"
 
     async def no_message(request, context):
@@ -129,7 +129,7 @@ def test_a_message_that_no_status_can_carry_arrives_cut_and_with_its_reason(monk
     monkeypatch.setattr(Worker, "told", told)
 
     async def test(_, channel):
-        error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=5))
+        error = await failure(pb_grpc.WorkerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=WAIT_S))
         assert (type(error), error.reason) == (OverloadedError, "QUEUE_FULL")
         assert 3 < len(str(error).encode()) <= 2000
 

@@ -6,10 +6,9 @@ import time
 
 import pytest
 from headrace_core.errors import DeadlineError
+from headrace_core.testing.async_test import WAIT_S
 from headrace_router.size_lanes import SizeLanes
 from headrace_router.testing import wait_until
-
-WAIT_S = 20.0
 
 
 class Work:

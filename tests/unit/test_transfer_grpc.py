@@ -22,7 +22,7 @@ from headrace_core.errors import (
 )
 from headrace_core.request import hash_tokens
 from headrace_core.rpc import Server
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, ticket_for
 from headrace_core.transfer.base import offer_name
 from headrace_core.transfer.fake import fake_offer
@@ -53,7 +53,7 @@ class Ends:
     def ticket(self, num_layers: int = 2, page_ids: tuple[int, ...] = PAGES) -> Ticket:
         return ticket_for(self.source, page_ids, endpoint=self.address, num_layers=num_layers)
 
-    async def pull(self, ticket: Ticket | None = None, timeout_s: float = 10) -> None:
+    async def pull(self, ticket: Ticket | None = None, timeout_s: float = WAIT_S) -> None:
         await self.transport.pull(ticket or self.ticket(), PLACES, timeout_s=timeout_s).wait()
 
 
@@ -125,7 +125,7 @@ async def test_layers_are_sent_from_the_first_one_asked_for():
         request = pb.PullRequest(
             lease_id="lease-1", attempt=3, holder_incarnation=INCARNATION, first_layer=1, num_layers=1
         )
-        call = channel.unary_stream(f"/{SERVICE}/Pull")(request.SerializeToString(), timeout=10)
+        call = channel.unary_stream(f"/{SERVICE}/Pull")(request.SerializeToString(), timeout=WAIT_S)
         got = b"".join([pb.PullResponse.FromString(frame).payload async for frame in call])
         assert got == b"".join(it.source.content(PAGES)[1])
 
@@ -232,7 +232,7 @@ async def test_a_holder_that_does_not_answer_is_asked_only_so_long(call: str):
 @async_test
 async def test_after_a_transfer_is_drained_no_byte_lands(how: str):
     async with stalled() as (it, holder):
-        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=60)
+        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=WAIT_S)
         await eventually(lambda: arrived(it), "the first page is there")
         if how == "cancel":
             transfer.cancel()
@@ -252,7 +252,7 @@ async def test_after_a_transfer_is_drained_no_byte_lands(how: str):
 @async_test
 async def test_giving_up_the_wait_does_not_stop_the_transfer():
     async with stalled() as (it, holder):
-        transfer = it.transport.pull(it.ticket(page_ids=(0,)), (1,), timeout_s=10)
+        transfer = it.transport.pull(it.ticket(page_ids=(0,)), (1,), timeout_s=WAIT_S)
         waiting = asyncio.ensure_future(transfer.wait())
         await holder.has_sent.wait()
         waiting.cancel()
@@ -266,7 +266,7 @@ async def test_giving_up_the_wait_does_not_stop_the_transfer():
 @async_test
 async def test_a_failed_transfer_is_drained_without_a_word_and_tells_who_waits():
     async with ends(StubHolder(PAGES, error=HandoffLostError("STALE_PAGE", "reused"))) as it:
-        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=10)
+        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=WAIT_S)
         await transfer.drained()
         transfer.cancel()
         assert (await failure(transfer.wait())).reason == "STALE_PAGE"
@@ -276,14 +276,14 @@ async def test_a_failed_transfer_is_drained_without_a_word_and_tells_who_waits()
 @async_test
 async def test_renewing_tells_for_how_long(lease_s: float, answer_s: float):
     async with ends(StubHolder(PAGES, lease_s=lease_s)) as it:
-        assert await it.transport.renew(it.ticket(), timeout_s=10) == answer_s
+        assert await it.transport.renew(it.ticket(), timeout_s=WAIT_S) == answer_s
         assert it.holder.renewed == [("lease-1", INCARNATION)]
 
 
 @async_test
 async def test_releasing_ends_the_lease_of_the_ticket():
     async with ends() as it:
-        await it.transport.release(it.ticket(), timeout_s=10)
+        await it.transport.release(it.ticket(), timeout_s=WAIT_S)
         assert it.holder.released == [("lease-1", INCARNATION)]
         assert it.holder.renewed == []
 
@@ -292,7 +292,7 @@ async def test_releasing_ends_the_lease_of_the_ticket():
 @async_test
 async def test_what_the_holder_says_to_renewing_and_releasing_is_passed_on(call: str):
     async with ends(StubHolder(PAGES, error=HandoffLostError("WORKER_RESTARTED", "another process"))) as it:
-        error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=10))
+        error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=WAIT_S))
         assert isinstance(error, HandoffLostError)
         assert (error.reason, str(error)) == ("WORKER_RESTARTED", "another process")
 
@@ -301,7 +301,7 @@ async def test_what_the_holder_says_to_renewing_and_releasing_is_passed_on(call:
 @async_test
 async def test_a_holder_that_can_not_be_asked_is_unavailable(call: str):
     it = Ends(StubHolder(PAGES), address="127.0.0.1:9")
-    error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=10))
+    error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=WAIT_S))
     assert isinstance(error, UnavailableError)
     await it.transport.close()
 
@@ -309,7 +309,7 @@ async def test_a_holder_that_can_not_be_asked_is_unavailable(call: str):
 @async_test
 async def test_one_connection_serves_every_call_and_is_made_again_after_a_disconnect():
     async with ends() as it:
-        await it.transport.renew(it.ticket(), timeout_s=10)
+        await it.transport.renew(it.ticket(), timeout_s=WAIT_S)
         first = dict(it.transport._channels)
         await it.pull()
         assert it.transport._channels == first
@@ -317,7 +317,7 @@ async def test_one_connection_serves_every_call_and_is_made_again_after_a_discon
         assert it.transport._channels == first
         await it.transport.disconnect(it.address)
         assert it.transport._channels == {}
-        await it.transport.renew(it.ticket(), timeout_s=10)
+        await it.transport.renew(it.ticket(), timeout_s=WAIT_S)
         assert len(it.holder.renewed) == 2
         await it.transport.close()
         assert it.transport._channels == {}

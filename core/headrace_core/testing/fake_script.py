@@ -53,6 +53,8 @@ class FakeFaults:
     answer_gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Closed: a Prefill that is done, its pages held, does not answer, and its cancellation frees nothing."""
     start_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    step_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Closed: no sequence makes a token, unless the test steps by hand."""
     ignores_cancel: bool = False
     """Outputs go on after Cancel, as late ones do."""
 
@@ -60,3 +62,4 @@ class FakeFaults:
         self.prefill_gate.set()
         self.answer_gate.set()
         self.start_gate.set()
+        self.step_gate.set()

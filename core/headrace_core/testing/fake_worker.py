@@ -281,6 +281,7 @@ class FakeWorker:
         while True:
             due_s = max(due_s + step_s, time.monotonic())
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            await self.faults.step_gate.wait()
             self.step()
             if not self.sequences:
                 await self.wait_change(1.0)
