@@ -4,7 +4,7 @@ import asyncio
 
 import grpc
 import pytest
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.transfer.connections import Connections
 
 READY = grpc.ChannelConnectivity.READY
@@ -140,7 +140,7 @@ async def test_three_hundred_holders_that_are_gone_leave_no_channel():
 
     async def ask(endpoint):
         with connections.use(endpoint) as channel, pytest.raises(grpc.aio.AioRpcError):
-            await channel.unary_unary("/headrace.v1.TransferService/RenewLease")(b"", timeout=20)
+            await channel.unary_unary("/headrace.v1.TransferService/RenewLease")(b"", timeout=WAIT_S)
 
     await asyncio.gather(*(ask(f"127.0.{i // 250}.{1 + i % 250}:9") for i in range(300)))
     assert len(connections.endpoints) <= 32
