@@ -5,8 +5,9 @@
     place ──► Prefill ──► first token to the client ──► Start with the ticket ──► step outputs ──► finished
 
 and colocated: place ──► Start without a ticket ──► step outputs. Whatever ends an attempt, both legs are told: a ticket
-that no decode worker took is released at its holder, a sequence that may run is cancelled at its decode worker, a call
-under way is cancelled by the cancellation of the task that awaits it, and a cancelled Prefill is withdrawn besides.
+that no decode worker took is released at its holder, a sequence is cancelled at its decode worker unless that worker
+ended it, a call under way is cancelled by the cancellation of the task that awaits it, and a cancelled Prefill is
+withdrawn besides.
 
 Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
 far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause.
@@ -55,6 +56,7 @@ from headrace_router.answers import check_prefilled, check_started
 from headrace_router.dispatch import Dispatcher, Placement
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
+from headrace_router.session import Ended, Side
 from headrace_router.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -163,13 +165,13 @@ class Flow:
             self._spawn(_withdraw(worker, request))
             raise
         placement.on_prefilled()
-        now_s = time.monotonic()
-        parts = (("prefill_queue", response.queue_us), ("prefill", response.compute_us))
-        sample.waterfall.split(parts, "prefill_rpc", now_s)
-        sample.num_cached_tokens = response.num_cached_tokens
-        sample.on_prefilled(response.handoff, decode_finish(response.finish_reason), now_s)
-        if sample.state is SampleState.FINISHED and response.handoff.lease.lease_id:
-            self._spawn(_release(worker, response.handoff))
+        is_wanted = False
+        try:
+            _take_prefilled(sample, response)
+            is_wanted = sample.state is not SampleState.FINISHED
+        finally:
+            if not is_wanted and response.handoff.lease.lease_id:
+                self._spawn(_release(worker, response.handoff))
         self._dispatcher.kick()
         return response.handoff
 
@@ -179,7 +181,8 @@ class Flow:
         sample.state = SampleState.STARTING
         sample.attempt_over = asyncio.get_running_loop().create_future()
         number = 0
-        may_run = may_hold = True
+        may_hold = True
+        ended: Ended | None = None
         try:
             number = worker.session.add(sample)
             request = _start_request(sample, worker.session.session_id, number, handoff)
@@ -190,10 +193,9 @@ class Flow:
             if not sample.is_over:
                 sample.state = SampleState.DECODING
             sample.on_started(response, time.monotonic())
-            failure = await sample.attempt_over
-            may_run = bool(sample.matched_stop_string)
-            if failure is not None:
-                raise failure
+            ended = await sample.attempt_over
+            if ended.error is not None:
+                raise ended.error
         except ProtocolError:
             if not sample.has_ended:
                 raise
@@ -206,7 +208,7 @@ class Flow:
             worker.session.remove(number)
             if may_hold and handoff is not None and placement.prefill is not None:
                 self._spawn(_release(placement.prefill, handoff))
-            if may_run and number:
+            if number and (ended is None or ended.by is not Side.WORKER):
                 self._spawn(_cancel(worker, number))
 
     def _react(self, sample: Sample, placement: Placement, error: HeadraceError) -> None:
@@ -257,6 +259,15 @@ class Flow:
 
 
 _CLIENT_ERRORS = (InvalidRequestError, DeadlineError)
+
+
+def _take_prefilled(sample: Sample, response: prefill_service_pb2.PrefillResponse) -> None:
+    """Give the sample its first token and the time it took."""
+    now_s = time.monotonic()
+    parts = (("prefill_queue", response.queue_us), ("prefill", response.compute_us))
+    sample.waterfall.split(parts, "prefill_rpc", now_s)
+    sample.num_cached_tokens = response.num_cached_tokens
+    sample.on_prefilled(response.handoff, decode_finish(response.finish_reason), now_s)
 
 
 def _start_request(

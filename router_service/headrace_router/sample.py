@@ -27,6 +27,7 @@ from headrace_router.admission import RequestSpec
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.metrics import TokenHistogram
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, Waiting
+from headrace_router.session import Ended, Side
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
 
@@ -74,8 +75,8 @@ class Sample:
         self.decode_address = ""
         self.is_closed = False
         """True when the client's last message was taken."""
-        self.attempt_over: asyncio.Future[HeadraceError | None] | None = None
-        """Resolved when the decode worker has no more for this attempt: with None, or why it failed."""
+        self.attempt_over: asyncio.Future[Ended] | None = None
+        """Resolved when nothing more comes from the decode worker for this attempt."""
         self._prefix_key = prefix_key
         self._itl = itl
         self._on_news = on_news
@@ -164,7 +165,7 @@ class Sample:
         if self._ending is not None or self.state is SampleState.FAILED:
             return
         if output.HasField("failure"):
-            self.on_failure(decode_failure(output.failure))
+            self.on_ended(Ended(Side.WORKER, decode_failure(output.failure)))
             return
         token_ids = output.token_ids
         if self._first_step_s is None and token_ids:
@@ -174,11 +175,13 @@ class Sample:
         finish = decode_finish(output.finish_reason) if output.finish_reason else None
         self._append(token_ids, output.logprobs if self._has_logprobs else (), finish, now_s)
         if self._ending is not None:
-            self._resolve(None)
+            # Of a stop string the worker knows nothing.
+            self.on_ended(Ended(Side.ROUTER if finish is None else Side.WORKER))
 
-    def on_failure(self, error: HeadraceError) -> None:
-        """The attempt failed. See `session.StepSink`."""
-        self._resolve(error)
+    def on_ended(self, ended: Ended) -> None:
+        """The attempt is over at the decode worker. See `session.StepSink`."""
+        if self.attempt_over is not None and not self.attempt_over.done():
+            self.attempt_over.set_result(ended)
 
     def mark_failure(self, now_s: float) -> None:
         """Account for the time of an attempt that failed."""
@@ -273,10 +276,6 @@ class Sample:
     def _mark_first_step(self, now_s: float) -> None:
         self.waterfall.mark("first_step", now_s)
         self.waterfall.mark_first_token()
-
-    def _resolve(self, error: HeadraceError | None) -> None:
-        if self.attempt_over is not None and not self.attempt_over.done():
-            self.attempt_over.set_result(error)
 
     def _close(self, message: generation_service_pb2.GenerateResponse) -> None:
         self.is_closed = True

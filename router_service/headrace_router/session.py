@@ -11,6 +11,8 @@ import asyncio
 import logging
 import secrets
 import time
+from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 import grpc.aio
@@ -26,15 +28,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Side(Enum):
+    """Who ended a sequence's run at its decode worker."""
+
+    WORKER = "worker"
+    """It runs no more: the worker said so, or its session, which holds its sequences, is gone."""
+    ROUTER = "router"
+    """The worker knows nothing of it and goes on: it must be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of a sequence's run at its decode worker; `error` is None if it has all its tokens."""
+
+    by: Side
+    error: HeadraceError | None = None
+
+
 class StepSink(Protocol):
     """Takes one sequence's outputs. Called on the event loop; must not block."""
 
     def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
-        """Take what a step produced. A raised `HeadraceError` becomes the sequence's failure."""
+        """Take what a step produced. What it raises ends the run: `on_ended` by the router follows, and no output."""
         ...
 
-    def on_failure(self, error: HeadraceError) -> None:
-        """The attempt is over: nothing more comes for it."""
+    def on_ended(self, ended: Ended) -> None:
+        """The run is over; only the first end counts."""
         ...
 
 
@@ -88,7 +107,7 @@ class StepSession:
         self._lost = error
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink.on_failure(error)
+            sink.on_ended(Ended(Side.WORKER, error))
 
     def _fan_out(self, message: decode_service_pb2.StreamStepsResponse) -> None:
         now_s = time.monotonic()
@@ -101,7 +120,12 @@ class StepSession:
                 check_output(output, self._vocab_size)
                 sink.on_output(output, now_s)
             except HeadraceError as error:
-                sink.on_failure(error)
+                self._drop(output.sequence_number, sink, error)
             except Exception as error:
                 log.error("unhandled error in a step output", exc_info=error)
-                sink.on_failure(HeadraceError("BUG", "internal error"))
+                self._drop(output.sequence_number, sink, HeadraceError("BUG", "internal error"))
+
+    def _drop(self, number: int, sink: StepSink, error: HeadraceError) -> None:
+        """End a run because of what we could not do with its output; what came after it would leave a gap."""
+        self.remove(number)
+        sink.on_ended(Ended(Side.ROUTER, error))

@@ -14,8 +14,10 @@ from headrace_core.errors import (
     TransferCorruptError,
     UnavailableError,
 )
+from headrace_core.rpc import raised_from
 from headrace_core.testing.fake_script import mixed, scripted
 from headrace_core.testing.fake_worker import FakeWorker
+from headrace_router.detokenizer import Detokenizer
 from headrace_router.testing import BOS, EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
@@ -336,6 +338,116 @@ def test_an_error_of_the_request_is_not_retried(tmp_path):
         error = await router.refused(text_request("hi"))
         assert (type(error), error.reason) == (InvalidRequestError, "PROMPT_TOO_LONG")
         assert len(router.workers[0].prefills) == 1
+
+    run(tmp_path, [worker("prefill"), worker("decode")], test)
+
+
+def _unknown_finish(decode, start):
+    output = decode_service_pb2.SequenceOutput(sequence_number=start.sequence_number, token_ids=[65], finish_reason=99)
+    decode.emit(start.session_id, [output])
+
+
+def _logprobs_of_nothing(decode, start):
+    output = decode_service_pb2.SequenceOutput(sequence_number=start.sequence_number, token_ids=[65])
+    decode.emit(start.session_id, [output])
+
+
+@pytest.mark.parametrize("has_started", [True, False], ids=["decoding", "starting"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [(_unknown_finish, "PROTOCOL"), (_logprobs_of_nothing, "PROTOCOL"), (None, "BUG")]
+)
+def test_a_sequence_whose_output_the_router_can_not_use_is_cancelled(tmp_path, monkeypatch, spoil, reason, has_started):
+    """The worker knows nothing of it, and would generate to the end of `max_tokens`."""
+
+    async def test(router):
+        _, decode = router.workers
+        if not has_started:
+            real = decode.run_sequence
+
+            async def slow(request):
+                response = await real(request)
+                spoilt(decode, request)
+                (running,) = router.service._router._running.values()
+                await wait_until(running.samples[0].attempt_over.done)
+                return response
+
+            decode.run_sequence = slow
+        request = text_request("hi", sampling={"max_tokens": 1000, "top_logprobs": 0})
+        running = asyncio.create_task(router.refused(request))
+        await wait_until(lambda: len(decode.sequences) == 1)
+        if has_started:
+            spoilt(decode, decode.starts[0])
+        assert (await running).reason == reason
+        await router.wait_empty()
+        (cancel,) = decode.cancels
+        assert cancel.sequence_number == decode.starts[0].sequence_number
+
+    def spoilt(decode, start):
+        if spoil is not None:
+            return spoil(decode, start)
+        monkeypatch.setattr(Detokenizer, "push", _raise)
+        return decode.step()
+
+    run(tmp_path, [worker("prefill"), worker("decode", step_s=None)], test)
+
+
+def _raise(*_):
+    raise ZeroDivisionError("made to fail")
+
+
+def test_nothing_follows_an_output_that_the_router_can_not_use(tmp_path):
+    """What came after it would reach the client with a gap."""
+
+    async def test(router):
+        _, decode = router.workers
+        running = asyncio.create_task(_received(router, text_request("hi", sampling={"max_tokens": 1000})))
+        await wait_until(lambda: len(decode.sequences) == 1)
+        decode.step()
+        start = decode.starts[0]
+        for finish, token_id in ((99, 66), (0, 67), (0, 68)):
+            output = decode_service_pb2.SequenceOutput(
+                sequence_number=start.sequence_number, token_ids=[token_id], finish_reason=finish
+            )
+            decode.emit(start.session_id, [output])
+        token_ids, error = await running
+        assert error.reason == "PROTOCOL"
+        assert token_ids == byte_ids("He")[: len(token_ids)]
+
+    run(tmp_path, [worker("prefill"), worker("decode", step_s=None)], test)
+
+
+async def _received(router, request):
+    """Return the token ids that came before the error, and the error."""
+    token_ids = []
+    try:
+        async for response in router.stub.Generate(request, timeout=20):
+            token_ids.extend(response.token_ids)
+    except grpc.aio.AioRpcError as error:
+        return token_ids, raised_from(error)
+    raise AssertionError("the request was expected to fail")
+
+
+@pytest.mark.parametrize("spoil", ["finish", "handoff", "detokenizer"])
+def test_pages_of_a_first_token_that_the_router_can_not_use_are_released(tmp_path, monkeypatch, spoil):
+    async def test(router):
+        prefill, decode = router.workers
+        real = prefill.prefill
+
+        async def spoilt(request):
+            response = await real(request)
+            if spoil == "finish":
+                response.finish_reason = 99
+            elif spoil == "handoff":
+                prefill.release(response.handoff.lease.lease_id)
+                response.ClearField("handoff")
+            return response
+
+        prefill.prefill = spoilt
+        if spoil == "detokenizer":
+            monkeypatch.setattr(Detokenizer, "push", _raise)
+        error = await router.refused(text_request("hi"))
+        assert error.reason == ("BUG" if spoil == "detokenizer" else "PROTOCOL")
+        assert decode.starts == []
 
     run(tmp_path, [worker("prefill"), worker("decode")], test)
 
