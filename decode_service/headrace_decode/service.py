@@ -217,8 +217,6 @@ class DecodeService:
     def _check_source(self, spec: SequenceSpec, ticket: Ticket | None) -> str:
         """Return the transport by which the sequence's cache comes; empty if it is computed here."""
         if ticket is None:
-            if self._settings.role != "both":
-                raise InvalidRequestError("BAD_HANDOFF", "this worker only decodes: send a handoff, or run --role both")
             return ""
         check_ticket(ticket, spec)
         if not 0 <= ticket.first_token.token_id < self.host.model.limits.vocab_size:

@@ -87,7 +87,7 @@ class FastDecodeWorker:
         self._clock = clock
         self._flow = flow
         self._max_running = min(spec.max_step_sequences, spec.max_step_tokens)
-        # Handed-off sequences share nothing: their pages are only counted.
+        # Pages of handed-off sequences are only counted, and those of the few that a decode worker prefills itself.
         self._pages = PageAllocator(self.num_pages, 1) if is_colocated else None
         self._num_owned = 0
         self._commands: list[Callable[[], None]] = []
@@ -111,7 +111,7 @@ class FastDecodeWorker:
 
     def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
         """Queue an attempt; with `has_handoff` its pages come by transfer and one token is known."""
-        units = [] if has_handoff else request.token_ids(block_tokens, self.page_tokens)
+        units = [] if has_handoff or self._pages is None else request.token_ids(block_tokens, self.page_tokens)
         num_pages = min(self.num_pages, -(-(request.num_to_prefill + request.num_left) // self.page_tokens))
         row = _Row(
             request.key, request.num_left, request.num_to_prefill, has_handoff, units, _NO_PAGES, num_pages=num_pages
@@ -152,7 +152,7 @@ class FastDecodeWorker:
     def check_integrity(self) -> None:
         """Assert that an idle worker has all its pages."""
         rows = [*self._moving.values(), *self._prompts.values(), *self._rows.values()]
-        assert self._num_owned == sum(row.num_pages for row in rows if row.has_handoff), "pages are lost"
+        assert self._num_owned == sum(row.num_pages for row in rows if self._is_counted(row)), "pages are lost"
         if self._pages is not None:
             self._pages.check_integrity()
 
@@ -271,8 +271,8 @@ class FastDecodeWorker:
 
     def _finish_prompt(self, row: _Row) -> None:
         del self._prompts[row.key]
-        assert self._pages is not None, "a prompt is computed by a colocated worker"
-        self._pages.commit(row.pages, row.units, len(row.units))
+        if self._pages is not None:
+            self._pages.commit(row.pages, row.units, len(row.units))
         self._flow.on_token(row.key, self._clock.now_s, is_last=row.num_left == 1)
         row.num_left -= 1
         if row.num_left:
@@ -315,12 +315,11 @@ class FastDecodeWorker:
                 self._flow.on_started(row.key, row.num_computed)
 
     def _reserve(self, row: _Row) -> bool:
-        if row.has_handoff:
+        if self._pages is None or row.has_handoff:
             if row.num_pages > self.num_free_pages:
                 return False
             self._num_owned += row.num_pages
             return True
-        assert self._pages is not None, "a prompt is computed by a colocated worker"
         row.pages = self._pages.match(row.key, row.units)
         cached = len(row.pages.page_ids)
         if row.num_pages - cached > self.num_free_pages:
@@ -329,6 +328,9 @@ class FastDecodeWorker:
         self._pages.reserve(row.pages, row.num_pages)
         row.num_computed = min(cached * self.page_tokens, row.num_prompt - 1)
         return True
+
+    def _is_counted(self, row: _Row) -> bool:
+        return self._pages is None or row.has_handoff
 
     def _give_back(self, row: _Row) -> None:
         if self._pages is None or row.has_handoff:

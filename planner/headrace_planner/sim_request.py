@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, Waiting, prefix_key
+from headrace_router.capacity import Waiting
+from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, prefix_key
 
 from headrace_planner.trace import Workload
 
@@ -74,7 +75,9 @@ class SimRequest:
         num_tokens, expected = self.num_tokens, self.num_left
         if not self.attempt and expected > EXPECTED_OUTPUT_TOKENS:
             expected = EXPECTED_OUTPUT_TOKENS
-        self.waiting = Waiting(num_tokens, num_tokens + expected, self.prefix, self.avoid, self.num_overtaken)
+        self.waiting = Waiting(
+            num_tokens, num_tokens + expected, self.prefix, self.avoid, self.num_overtaken, has_output=self.num_done > 0
+        )
 
     def token_ids(self, block_tokens: int, unit_tokens: int) -> list[int]:
         """Return ids for what an attempt prefills, one for each `unit_tokens` tokens.

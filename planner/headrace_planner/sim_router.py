@@ -18,7 +18,8 @@ from typing import Protocol
 
 import numpy as np
 from headrace_router import policy
-from headrace_router.policy import Assignment, WorkerView
+from headrace_router.capacity import Capacity, WorkerView
+from headrace_router.policy import Assignment
 
 from headrace_planner.sim_config import WorkerSpec
 from headrace_planner.sim_request import SimRequest
@@ -92,26 +93,30 @@ class Account:
     @property
     def num_free_slots(self) -> int:
         """Sequences it can still run."""
-        return self.spec.max_step_sequences - len(self._held)
+        return min(self.spec.max_step_sequences, self.spec.max_step_tokens) - len(self._held)
 
     def view(self) -> WorkerView:
         """Return what policies need to know."""
         view = self._view
         if view is None:
-            worker, spec = self.worker, self.spec
-            view = self._view = WorkerView(
-                self.address,
-                worker.page_tokens,
-                worker.num_pages,
-                worker.num_pages,
-                worker.num_free_pages - self.num_unseen,
-                _BUDGET_STEPS * spec.max_step_tokens,
-                self.num_tokens,
-                spec.max_step_sequences - len(self._held),
-                self.can_prefill,
-                self.can_decode,
-            )
+            view = self._view = self.view_now()
         return view
+
+    def view_now(self) -> WorkerView:
+        """Return the view, made anew; the one that policies get is as old as the worker's last report."""
+        worker = self.worker
+        return WorkerView(
+            self.address,
+            worker.page_tokens,
+            worker.num_pages,
+            worker.num_pages,
+            worker.num_free_pages - self.num_unseen,
+            _BUDGET_STEPS * self.spec.max_step_tokens,
+            self.num_tokens,
+            self.num_free_slots,
+            self.can_prefill,
+            self.can_decode,
+        )
 
     def reserve(self, request: SimRequest, *, prefills: bool, decodes: bool) -> None:
         """Set aside what an attempt needs."""
@@ -228,8 +233,9 @@ class Router:
         self.num_rounds = 0
         self._by_address = {account.address: account for account in accounts}
         can_decode = [account for account in accounts if account.can_decode]
-        # Who can't hold a sequence, nobody can.
-        self._roomiest = max(can_decode, key=lambda a: a.worker.num_pages * a.worker.page_tokens).view()
+        self._whole = self._up = Capacity(account.view_now() for account in accounts)
+        self._num_second = 0
+        """Queued requests that take another route than the first one."""
         self._on_placed = on_placed
         self._on_refused = on_refused
         self._queue: list[SimRequest] = []
@@ -250,14 +256,20 @@ class Router:
     def enqueue(self, request: SimRequest) -> None:
         """Queue a request at its place: retried ones keep theirs."""
         request.describe()
-        if not policy.can_ever_fit(request.waiting, self._roomiest):
+        if self._whole.route(request.waiting) is None:
             self._on_refused(request)
             return
+        self._num_second += self._is_second(request)
         if self._queue and self._queue[-1].index > request.index:
             insort(self._queue, request, key=_order)
         else:
             self._queue.append(request)
         self.kick()
+
+    def on_fleet(self) -> None:
+        """Take note that a worker ended or is back. Who none of those that are up could hold waits for the others."""
+        self._up = Capacity(account.view_now() for account in self.accounts if account.is_up)
+        self._num_second = sum(map(self._is_second, self._queue))
 
     def kick(self) -> None:
         """Plan, if anybody waits."""
@@ -271,23 +283,29 @@ class Router:
     def _round(self) -> bool:
         self.num_rounds += 1
         views = [account.view() for account in self._candidates()]
-        assignments = policy.plan((request.waiting for request in self._queue), views)
+        waiting = (request.waiting for request in self._queue)
+        assignments = policy.plan(waiting, views, self._up, num_second=self._num_second)
         if not assignments:
             return False
-        self._count_overtaken(assignments)
+        self._count_overtaken(assignments, views)
         placed = [(self._queue[assignment.index], assignment) for assignment in assignments]
         if len(placed) == 1:
             del self._queue[placed[0][1].index]
         else:
             gone = {assignment.index for assignment in assignments}
             self._queue = [request for index, request in enumerate(self._queue) if index not in gone]
+        if self._num_second:
+            self._num_second -= sum(self._is_second(request) for request, _ in placed)
         for request, assignment in placed:
             prefill = self._by_address[assignment.prefill] if assignment.prefill else None
             self._on_placed(request, prefill, self._by_address[assignment.decode])
         return True
 
+    def _is_second(self, request: SimRequest) -> bool:
+        return self._up.has_second_routes and self._up.route(request.waiting) not in (None, self._up.first)
+
     def _candidates(self) -> list[Account]:
-        if self._prefills is None or self._decodes is None:
+        if self._prefills is None or self._decodes is None or self._is_second(self._queue[0]):
             return [account for account in self.accounts if account.is_up]
         found = self._decodes.least()
         if self._prefills.accounts:
@@ -295,16 +313,12 @@ class Router:
             found += [account for account in self._prefills.of(self._queue[0].prefix) if account not in found]
         return found
 
-    def _count_overtaken(self, assignments: list[Assignment]) -> None:
+    def _count_overtaken(self, assignments: list[Assignment], views: list[WorkerView]) -> None:
         """As `headrace_router.dispatch`."""
-        placed = {assignment.index for assignment in assignments}
-        behind = len(placed)
-        for index in range(max(placed)):
-            if index in placed:
-                behind -= 1
-            else:
-                self._queue[index].num_overtaken += behind
-                self._queue[index].describe()
+        queue = [request.waiting for request in self._queue[: assignments[-1].index]]
+        for index, count in policy.overtaken(queue, assignments, views, self._up):
+            self._queue[index].num_overtaken += count
+            self._queue[index].describe()
 
 
 def _prefill_load(account: Account) -> int:

@@ -340,6 +340,7 @@ class _Simulation:
         account.worker = self._account(outage.worker).worker
         account.report()
         account.on_change(account)
+        self._router.on_fleet()
         lost = [r for r in self._requests.values() if outage.worker in (r.prefill, r.decode)]
         for request in lost:
             self._abandon(request)
@@ -350,6 +351,7 @@ class _Simulation:
     def _repair(self, account: Account) -> None:
         account.is_up = True
         account.on_change(account)
+        self._router.on_fleet()
         self._router.kick()
 
     def _abandon(self, request: SimRequest) -> None:

@@ -1,7 +1,8 @@
 """The queue: samples wait here, and nowhere else, until `policy.plan` binds them to workers.
 
 A planning round runs once at the end of a loop tick in which anything changed: a sample came, a worker reported,
-a reservation ended. Samples stay in order of arrival; one that is retried takes its old place.
+a reservation ended. Samples stay in order of arrival; one that is retried takes its old place. One that no worker could
+ever hold, of those that are there, is refused at once: in the round after it came, or after the fleet changed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
+from headrace_core.errors import HeadraceError, UnavailableError
 
 from headrace_router import policy
-from headrace_router.policy import Assignment, Waiting
+from headrace_router.capacity import Capacity, Waiting
 from headrace_router.registry import Registry
 from headrace_router.sample import Sample
 from headrace_router.worker import Reservation, Worker
@@ -68,6 +70,12 @@ class Dispatcher:
         self._registry = registry
         self._no_workers_timeout_s = no_workers_timeout_s
         self._queue: list[_Entry] = []
+        self._unchecked: list[_Entry] = []
+        """Those of the queue of which it is not known yet whether the fleet could hold them."""
+        self._second: set[_Entry] = set()
+        """Those of the queue that take another route than the fleet's first one."""
+        self._fleet: list[Worker] = []
+        self._capacity = Capacity(())
         self._is_round_due = False
         self._missing_since_s: float | None = None
         self._missing_timer: asyncio.TimerHandle | None = None
@@ -77,11 +85,12 @@ class Dispatcher:
         """Wait until workers are free for `sample`, and reserve them.
 
         Raises:
-            UnavailableError: NO_WORKERS, none were there for too long; says what is missing.
-            OverloadedError: NO_FREE_PAGES, no worker can ever hold it.
+            UnavailableError: NO_WORKERS, none were there for too long, or none with its context; says what is missing.
+            OverloadedError: NO_FREE_PAGES, no worker that is there could ever hold it.
         """
         entry = _Entry(sample, sample.waiting(), asyncio.get_running_loop().create_future(), time.monotonic())
         insort(self._queue, entry, key=_order)
+        self._unchecked.append(entry)
         self.kick()
         self._watch_missing()
         try:
@@ -92,8 +101,7 @@ class Dispatcher:
                 self.kick()
             raise
         finally:
-            if entry in self._queue:
-                self._queue.remove(entry)
+            self._leave(entry)
 
     def kick(self) -> None:
         """Plan again at the end of this tick."""
@@ -103,50 +111,53 @@ class Dispatcher:
 
     def _round(self) -> None:
         self._is_round_due = False
+        self._refuse_impossible()
         workers = {worker.address: worker for worker in self._registry.workers()}
         if not workers or not self._queue:
             return
-        self._refuse_impossible(workers)
         views = [worker.view() for worker in workers.values()]
-        assignments = policy.plan((entry.waiting for entry in self._queue), views)
-        self._count_overtaken(assignments)
-        placed: list[_Entry] = []
+        entries: list[_Entry] = []
+
+        def queue() -> Iterator[Waiting]:
+            for entry in self._queue:
+                if not entry.placed.done():  # cancelled, and its task has not run yet
+                    entries.append(entry)
+                    yield entry.waiting
+
+        assignments = policy.plan(queue(), views, self._capacity, num_second=len(self._second))
+        looked_at = [entry.waiting for entry in entries]
+        for index, count in policy.overtaken(looked_at, assignments, views, self._capacity):
+            waiting = entries[index].waiting
+            entries[index].waiting = replace(waiting, num_overtaken=waiting.num_overtaken + count)
         for assignment in assignments:
-            entry = self._queue[assignment.index]
-            placed.append(entry)
-            if entry.placed.done():
-                continue
+            entry = entries[assignment.index]
+            self._leave(entry)
             prefill = workers[assignment.prefill] if assignment.prefill else None
             placement = Placement(entry.sample, prefill, workers[assignment.decode], entry.waiting)
             entry.placed.set_result(placement)
-        for entry in placed:
+
+    def _refuse_impossible(self) -> None:
+        """Fail whoever no worker that is there could ever hold: those that are new, or all when the fleet is."""
+        fleet = self._registry.ready()
+        if fleet != self._fleet:
+            self._fleet = fleet
+            self._capacity = Capacity(worker.view() for worker in fleet)
+            self._unchecked = list(self._queue)
+            self._second.clear()
+        unchecked, self._unchecked = self._unchecked, []
+        for entry in unchecked:
+            error = self._capacity.refusal(entry.waiting)
+            if error is not None:
+                self._leave(entry)
+                _fail(entry, error)
+            elif entry in self._queue and self._capacity.route(entry.waiting) not in (None, self._capacity.first):
+                self._second.add(entry)
+
+    def _leave(self, entry: _Entry) -> None:
+        """Take an entry out of the queue; idempotent."""
+        self._second.discard(entry)
+        if entry in self._queue:
             self._queue.remove(entry)
-
-    def _count_overtaken(self, assignments: list[Assignment]) -> None:
-        if not assignments:
-            return
-        placed = {assignment.index for assignment in assignments}
-        num_behind = len(placed)
-        for index, entry in enumerate(self._queue[: max(placed)]):
-            if index in placed:
-                num_behind -= 1
-            else:
-                num_overtaken = entry.waiting.num_overtaken + num_behind
-                entry.waiting = replace(entry.waiting, num_overtaken=num_overtaken)
-
-    def _refuse_impossible(self, workers: dict[str, Worker]) -> None:
-        """Fail the head of the queue if no pool is large enough for it, however empty."""
-        views = [worker.view() for worker in workers.values()]
-        while self._queue:
-            waiting = self._queue[0].waiting
-            if any(policy.can_ever_fit(waiting, view) for view in views if view.can_decode):
-                return
-            if not any(view.can_decode for view in views):
-                return
-            entry = self._queue.pop(0)
-            most = max(view.num_pages * view.page_size for view in views if view.can_decode)
-            message = f"{waiting.num_tokens} tokens do not fit any decode worker; the largest pool holds {most}"
-            _fail(entry, OverloadedError("NO_FREE_PAGES", message))
 
     def _watch_missing(self) -> None:
         """Keep a timer running while somebody waits."""
@@ -165,7 +176,7 @@ class Dispatcher:
             limit_s = now_s - self._no_workers_timeout_s
             for entry in list(self._queue):
                 if max(entry.since_s, self._missing_since_s) <= limit_s:
-                    self._queue.remove(entry)
+                    self._leave(entry)
                     _fail(entry, UnavailableError("NO_WORKERS", missing))
         if self._queue:
             self._watch_missing()

@@ -5,69 +5,36 @@ worker has pages for its prompt and expected output. The rules:
 
 1. First come, first served. A sequence that can't start claims the workers it waits for: those it would get first.
    Nothing behind it may use them, so they empty for it; the other workers stay open to those behind. After
-   `MAX_OVERTAKEN` sequences went past it, nothing does any more. So nobody starves, however long the prompt.
+   `MAX_OVERTAKEN` sequences went past it on workers that it could have used, it claims every worker it could use. So
+   nobody starves, however long the prompt, and nobody waits for a sequence that waits for something else.
 2. A prefill worker takes a prompt if its prompt tokens in flight stay within the budget, or if it is idle. The least
    loaded one is chosen; among equals the one that prompts of the same beginning also get, for its prefix cache.
 3. The decode worker with the most free pages is chosen.
 4. Workers that failed the sequence before are the last choice, not excluded: there may be no other.
-5. Pairs are disaggregated whenever there is a prefill worker and a decode side (`decode` or `both`). Otherwise `both`
-   workers are used colocated: prompt and output on one worker.
+5. A sequence takes the route that `Capacity` names: a pair, or one worker for all of it. A worker that could not hold
+   it, were it idle, is no worker it waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
+from headrace_router.capacity import Capacity, Route, Waiting, WorkerView, could_decode, could_prefill
+
 EXPECTED_OUTPUT_TOKENS = 512
 """Most output that pages are reserved for at first; a sequence that ran out of pages reserves all it may produce."""
 MAX_OVERTAKEN = 64
-"""Sequences that may overtake a waiting one."""
+"""Sequences that may overtake a waiting one on workers that it could have used."""
 _AFFINITY_TOKENS = 64
 """Prompt tokens that decide which prefill worker's cache a prompt belongs to."""
 _LOAD_STEPS = 4
 """Loads are equal when they are the same quarter of a prefill worker's budget."""
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A sequence in the queue."""
-
-    num_tokens: int
-    """To prefill: the prompt and what earlier attempts produced."""
-    num_expected_tokens: int
-    """At the end: `num_tokens` and the expected output."""
-    prefix_key: int
-    """Equal for prompts of the same beginning; see `prefix_key`."""
-    avoid: frozenset[str] = frozenset()
-    """Addresses of workers that failed it."""
-    num_overtaken: int = 0
-    """Sequences that came later and started earlier."""
-
-
-@dataclass(slots=True)
-class WorkerView:
-    """A worker that takes work, less what the router has already promised to others.
-
-    A value, changed by nobody; not frozen, because routers make one per worker and change, and that costs eight times.
-    """
-
-    address: str
-    page_size: int
-    num_pages: int
-    """In its pool."""
-    num_usable_pages: int
-    """Most that were ever free."""
-    num_free_pages: int
-    token_budget: int
-    """Prompt tokens it may have in flight."""
-    num_tokens_in_flight: int
-    num_free_slots: int
-    """Sequences it can still run."""
-    can_prefill: bool
-    can_decode: bool
+_NO_END = 1 << 62
+_FITS, _WAITS, _NEVER = range(3)
+"""How a worker stands to a sequence: has room now, would have room when idle, never has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +44,7 @@ class Assignment:
     index: int
     """In the queue."""
     prefill: str
-    """Address; empty: colocated on `decode`."""
+    """Address; empty: `decode` computes the prompt as well."""
     decode: str
 
 
@@ -88,65 +55,81 @@ class _Open:
     prefills: dict[str, WorkerView]
     decodes: dict[str, WorkerView]
 
+    def has_room_on(self, first: Route) -> bool:
+        """Return True if a sequence of the fleet's first route may find a worker."""
+        if first is Route.PAIR:
+            return bool(self.prefills and self.decodes)
+        return any(worker.can_prefill for worker in self.decodes.values())
+
 
 def prefix_key(token_ids: Sequence[int]) -> int:
     """Return a number that is equal for equal first tokens."""
     return xxhash.xxh3_64_intdigest(repr(token_ids[:_AFFINITY_TOKENS]).encode())
 
 
-def is_colocated(workers: Iterable[WorkerView]) -> bool:
-    """Return True if prompts are computed where output is generated (rule 5)."""
-    return not any(worker.can_prefill and not worker.can_decode for worker in workers)
-
-
-def plan(queue: Iterable[Waiting], workers: Sequence[WorkerView]) -> list[Assignment]:
+def plan(
+    queue: Iterable[Waiting],
+    workers: Sequence[WorkerView],
+    capacity: Capacity | None = None,
+    *,
+    num_second: int | None = None,
+) -> list[Assignment]:
     """Choose what starts now.
 
     Args:
-        queue: in order of arrival.
-        workers: those that take work and whose caches match.
+        queue: in order.
+        workers: those that take work now and whose caches match.
+        capacity: of the fleet that is there; by default `workers` are all of it.
+        num_second: sequences in the queue that take another route than the first one. When nothing is left for the
+            others, the queue is looked through for these, and no further; without the number, to its end.
     """
-    colocated = is_colocated(workers)
-    if colocated:
-        ready = _Open({}, {worker.address: worker for worker in workers if worker.can_prefill})
-    else:
-        ready = _Open(
-            {worker.address: worker for worker in workers if not worker.can_decode},
-            {worker.address: worker for worker in workers if worker.can_decode},
-        )
+    capacity = capacity or Capacity(workers)
+    if not capacity.is_complete:
+        return []
+    left = _NO_END if num_second is None and capacity.has_second_routes else num_second or 0
+    ready = _Open(
+        {worker.address: worker for worker in workers if not worker.can_decode},
+        {worker.address: worker for worker in workers if worker.can_decode},
+    )
     assignments: list[Assignment] = []
     for index, waiting in enumerate(queue):
-        if not ready.decodes or not (colocated or ready.prefills):
+        if not ready.decodes or not (left or ready.has_room_on(capacity.first)):
             break
-        assignment = _place(index, waiting, ready, colocated)
+        route = capacity.route(waiting)
+        if route is None:
+            continue
+        left -= route is not capacity.first
+        assignment = _pair(index, waiting, ready) if route is Route.PAIR else _alone(index, waiting, ready, route)
         if assignment is not None:
             assignments.append(assignment)
         elif waiting.num_overtaken >= MAX_OVERTAKEN:
-            break
+            _claim_all(waiting, ready, route)
     return assignments
 
 
-def _place(index: int, waiting: Waiting, ready: _Open, colocated: bool) -> Assignment | None:
-    """Assign the sequence and take what it uses, or claim the workers it waits for."""
-    decode = min(ready.decodes.values(), key=lambda worker: _decode_order(waiting, worker, colocated))
-    decode_fits = _has_room(waiting, worker=decode) and (not colocated or _has_budget(waiting, decode))
-    if colocated:
-        if not decode_fits:
-            del ready.decodes[decode.address]
-            return None
-        ready.decodes[decode.address] = _after(waiting, decode, prefills=True, decodes=True)
-        return Assignment(index, "", decode.address)
-    prefill = min(ready.prefills.values(), key=lambda worker: _prefill_order(waiting, worker))
-    prefill_fits = _can_prefill(waiting, prefill)
-    if decode_fits and prefill_fits:
-        ready.prefills[prefill.address] = _after(waiting, prefill, prefills=True, decodes=False)
-        ready.decodes[decode.address] = _after(waiting, decode, prefills=False, decodes=True)
-        return Assignment(index, prefill.address, decode.address)
-    if not decode_fits:
-        del ready.decodes[decode.address]
-    if not prefill_fits:
-        del ready.prefills[prefill.address]
-    return None
+def overtaken(
+    queue: Sequence[Waiting], assignments: Sequence[Assignment], workers: Iterable[WorkerView], capacity: Capacity
+) -> Iterator[tuple[int, int]]:
+    """Yield who in the queue was overtaken by a plan's assignments: (index, by how many that it competed with).
+
+    Args:
+        queue: as it was planned; at least up to the last one assigned.
+        assignments: what `plan` made of it.
+        workers: those that were given to `plan`.
+        capacity: of the fleet.
+    """
+    placed = {assignment.index for assignment in assignments}
+    end = max(placed, default=-1)
+    if end < len(placed):
+        return  # nobody was passed
+    by_address = {worker.address: worker for worker in workers}
+    for index in range(end):
+        route = None if index in placed else capacity.route(queue[index])
+        if route is not None:
+            behind = (assignment for assignment in assignments if assignment.index > index)
+            count = sum(_competes(queue[index], route, assignment, by_address) for assignment in behind)
+            if count:
+                yield index, count
 
 
 def decode_pages(waiting: Waiting, worker: WorkerView) -> int:
@@ -163,9 +146,58 @@ def prefill_pages(waiting: Waiting, worker: WorkerView) -> int:
     return _num_pages(waiting.num_tokens, worker)
 
 
-def can_ever_fit(waiting: Waiting, worker: WorkerView) -> bool:
-    """Return False if the sequence is larger than the worker's whole pool."""
-    return _num_pages(waiting.num_tokens + 1, worker) <= worker.num_pages
+def _pair(index: int, waiting: Waiting, ready: _Open) -> Assignment | None:
+    """Assign a prefill worker and a decode side and take what is used, or claim those the sequence waits for."""
+    if not ready.prefills:
+        return None
+    prefill = min(ready.prefills.values(), key=lambda worker: _prefill_order(waiting, worker))
+    decode = min(ready.decodes.values(), key=lambda worker: _decode_order(waiting, worker, Route.PAIR))
+    at_prefill, at_decode = _prefill_standing(waiting, prefill), _decode_standing(waiting, decode, Route.PAIR)
+    if at_prefill == at_decode == _FITS:
+        ready.prefills[prefill.address] = _after(waiting, prefill, prefills=True, decodes=False)
+        ready.decodes[decode.address] = _after(waiting, decode, prefills=False, decodes=True)
+        return Assignment(index, prefill.address, decode.address)
+    if _NEVER not in (at_prefill, at_decode):  # else all that could hold it are claimed, or take nothing now
+        if at_decode == _WAITS:
+            del ready.decodes[decode.address]
+        if at_prefill == _WAITS:
+            del ready.prefills[prefill.address]
+    return None
+
+
+def _alone(index: int, waiting: Waiting, ready: _Open, route: Route) -> Assignment | None:
+    """Assign one worker for prompt and output and take what is used, or claim the one the sequence waits for."""
+    worker = min(ready.decodes.values(), key=lambda worker: _decode_order(waiting, worker, route))
+    standing = _decode_standing(waiting, worker, route)
+    if standing == _FITS:
+        ready.decodes[worker.address] = _after(waiting, worker, prefills=True, decodes=True)
+        return Assignment(index, "", worker.address)
+    if standing == _WAITS:
+        del ready.decodes[worker.address]
+    return None
+
+
+def _claim_all(waiting: Waiting, ready: _Open, route: Route) -> None:
+    """Close every worker that the sequence could use to those behind it."""
+    for workers, could_use in ((ready.prefills, _could_prefill_for), (ready.decodes, _could_decode_for)):
+        for address in [address for address, worker in workers.items() if could_use(waiting, worker, route)]:
+            del workers[address]
+
+
+def _competes(waiting: Waiting, route: Route, other: Assignment, workers: Mapping[str, WorkerView]) -> bool:
+    """Return True if another one's assignment uses a worker that the sequence could have used in its place."""
+    if other.prefill and _could_prefill_for(waiting, workers[other.prefill], route):
+        return True
+    return _could_decode_for(waiting, workers[other.decode], route)
+
+
+def _could_prefill_for(waiting: Waiting, worker: WorkerView, route: Route) -> bool:
+    return route is Route.PAIR and could_prefill(waiting, worker)
+
+
+def _could_decode_for(waiting: Waiting, worker: WorkerView, route: Route) -> bool:
+    # On the DECODE route no worker of both roles could hold it.
+    return (worker.can_prefill or route is not Route.BOTH) and could_decode(waiting, worker)
 
 
 def _num_pages(num_tokens: int, worker: WorkerView) -> int:
@@ -177,23 +209,29 @@ def _has_budget(waiting: Waiting, worker: WorkerView) -> bool:
     return in_flight == 0 or in_flight + waiting.num_tokens <= worker.token_budget
 
 
-def _can_prefill(waiting: Waiting, worker: WorkerView) -> bool:
-    return _has_budget(waiting, worker) and worker.num_free_pages >= prefill_pages(waiting, worker)
+def _prefill_standing(waiting: Waiting, worker: WorkerView) -> int:
+    if not could_prefill(waiting, worker):
+        return _NEVER
+    return _FITS if _has_budget(waiting, worker) and worker.num_free_pages >= prefill_pages(waiting, worker) else _WAITS
 
 
-def _has_room(waiting: Waiting, worker: WorkerView) -> bool:
-    return worker.num_free_slots > 0 and worker.num_free_pages >= decode_pages(waiting, worker)
+def _decode_standing(waiting: Waiting, worker: WorkerView, route: Route) -> int:
+    if not _could_decode_for(waiting, worker, route):
+        return _NEVER
+    if worker.num_free_slots <= 0 or worker.num_free_pages < decode_pages(waiting, worker):
+        return _WAITS
+    return _FITS if route is Route.PAIR or _has_budget(waiting, worker) else _WAITS
 
 
-def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[bool, bool, int, int]:
+def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[int, bool, int, int]:
     load = worker.num_tokens_in_flight * _LOAD_STEPS // max(worker.token_budget, 1)
     affinity = xxhash.xxh3_64_intdigest(worker.address.encode(), seed=waiting.prefix_key)
-    return not _can_prefill(waiting, worker), worker.address in waiting.avoid, load, affinity
+    return _prefill_standing(waiting, worker), worker.address in waiting.avoid, load, affinity
 
 
-def _decode_order(waiting: Waiting, worker: WorkerView, colocated: bool) -> tuple[bool, bool, int, str]:
-    lacks = not _has_room(waiting, worker) or (colocated and not _has_budget(waiting, worker))
-    return lacks, worker.address in waiting.avoid, -worker.num_free_pages, worker.address
+def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, int, str]:
+    standing = _decode_standing(waiting, worker, route)
+    return standing, worker.address in waiting.avoid, -worker.num_free_pages, worker.address
 
 
 def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: bool) -> WorkerView:
@@ -210,4 +248,5 @@ def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: boo
         worker.num_free_slots - (1 if decodes else 0),
         worker.can_prefill,
         worker.can_decode,
+        worker.max_context_tokens,
     )

@@ -66,6 +66,10 @@ class Registry:
         """Return those that take new sequences now."""
         return [link.worker for link, _ in self._links.values() if link.takes_work and link.worker is not None]
 
+    def ready(self) -> list[Worker]:
+        """Return the fleet that is there: those that are ready, be it that they take nothing at this moment."""
+        return [link.worker for link, _ in self._links.values() if link.is_ready and link.worker is not None]
+
     async def wait_model(self) -> FleetModel:
         """Wait until workers are ready that can serve a request, and return what they serve."""
         while self.model is None:
@@ -74,7 +78,7 @@ class Registry:
 
     def missing(self) -> str:
         """Say what the fleet lacks to serve any request; empty if it lacks nothing."""
-        ready = self._ready()
+        ready = self.ready()
         has_prefill = any(worker.can_prefill for worker in ready)
         has_decode = any(worker.can_decode for worker in ready)
         if has_prefill and has_decode:
@@ -136,14 +140,11 @@ class Registry:
 
     def on_state(self) -> None:
         """See what the fleet can do now. See `link.Fleet`."""
-        self.model = _model(self._ready())
+        self.model = _model(self.ready())
         if self.model is None:
             self._has_model.clear()
         else:
             self._has_model.set()
-
-    def _ready(self) -> list[Worker]:
-        return [link.worker for link, _ in self._links.values() if link.is_ready and link.worker is not None]
 
     def _follow(self, addresses: Sequence[str]) -> None:
         listed = set(addresses)

@@ -24,9 +24,10 @@ from headrace_core.request import FinishReason
 from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
 from headrace_router.admission import RequestSpec
+from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.metrics import TokenHistogram
-from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, Waiting
+from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.session import Ended, Side
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
@@ -130,6 +131,8 @@ class Sample:
             num_expected_tokens=self.num_tokens + expected,
             prefix_key=self._prefix_key,
             avoid=self.avoid,
+            num_most_tokens=self.num_tokens + left,
+            has_output=bool(self.output_ids),
         )
 
     def begin_attempt(self, *, prefill_address: str, decode_address: str, now_s: float) -> None:

@@ -20,7 +20,8 @@ from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_R
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import KvLayout
 
-from headrace_router.policy import Waiting, WorkerView, decode_pages, prefill_pages
+from headrace_router.capacity import Waiting, WorkerView
+from headrace_router.policy import decode_pages, prefill_pages
 from headrace_router.session import StepSession
 
 _BUDGET_STEPS = 2
@@ -71,6 +72,8 @@ class Worker:
         self._reservations: set[Reservation] = set()
         self._is_held = False
         self._num_usable_pages = 0
+        # As the worker's scheduler: a step has a token at least for every sequence.
+        self._num_slots = min(info.max_step_sequences, info.max_step_tokens)
         self._num_foreign_tokens = 0
         self._num_foreign_sequences = 0
 
@@ -132,9 +135,10 @@ class Worker:
             num_free_pages=self.load.num_free_pages - num_unseen,
             token_budget=_BUDGET_STEPS * info.max_step_tokens,
             num_tokens_in_flight=own_tokens + self._num_foreign_tokens,
-            num_free_slots=info.max_step_sequences - len(self._reservations) - self._num_foreign_sequences,
+            num_free_slots=self._num_slots - len(self._reservations) - self._num_foreign_sequences,
             can_prefill=self.can_prefill,
             can_decode=self.can_decode,
+            max_context_tokens=info.max_context_tokens,
         )
 
     def on_lost(self, error: HeadraceError) -> None:

@@ -168,11 +168,22 @@ async def test_bad_input_is_refused_by_name(change, error: type[HeadraceError], 
 
 
 @async_test
-async def test_a_worker_that_only_decodes_prefills_nothing():
-    async with running(service(role="decode")) as (address,), MiniRouter(decode=address) as router:
-        with pytest.raises(InvalidRequestError) as raised:
-            await router.start("r", PROMPT, params=GREEDY)
-        assert raised.value.reason == "BAD_HANDOFF"
+async def test_a_worker_that_only_decodes_prefills_what_comes_without_a_handoff():
+    """In chunks of its token budget, beside the sequences it runs, and with the tokens that a hand-off gives."""
+    decoder = service(role="decode", max_step_tokens=8)
+    async with (
+        running(prefill_service(), decoder) as (a, b),
+        MiniRouter(prefill=a, decode=b) as router,
+    ):
+        whole = await router.generate("whole", PROMPT, params=PENALISED)
+        beside, _ = await router.start("beside", PROMPT, params=GREEDY)
+        known = [*PROMPT, *whole[:9]]
+        orphan, started = await router.start("rest", known, params=PENALISED, attempt=2, num_prompt_tokens=len(PROMPT))
+        await orphan.wait_end()
+        await beside.wait_end()
+        assert orphan.token_ids == whole[9:]
+        assert beside.token_ids == await router.generate("again", PROMPT, params=GREEDY)
+        assert (started.transport, started.num_transfer_pages) == ("", 0)
 
 
 @async_test

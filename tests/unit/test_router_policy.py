@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 
+from headrace_router.capacity import Waiting, WorkerView, could_decode
 from headrace_router.policy import (
     MAX_OVERTAKEN,
     Assignment,
-    Waiting,
-    WorkerView,
-    can_ever_fit,
     decode_pages,
     plan,
     prefix_key,
@@ -77,7 +75,7 @@ def test_an_output_larger_than_the_pool_waits_for_the_whole_pool_and_no_longer()
     assert decode_pages(large, decode()) == 100
     assert plan([large], [prefill(), decode(num_free_pages=99)]) == []
     assert plan([large], [prefill(), decode()]) != []
-    assert not can_ever_fit(waiting(1600), decode())
+    assert not could_decode(waiting(1600), decode())
 
 
 def test_the_least_loaded_prefill_worker_is_chosen():

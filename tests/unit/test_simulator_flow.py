@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from headrace_core.errors import InvalidRequestError
@@ -185,3 +187,25 @@ def test_goodput_counts_only_what_met_both_objectives() -> None:
 def test_a_cluster_that_cannot_serve_is_an_error() -> None:
     with pytest.raises(InvalidRequestError, match="can't serve"):
         SimConfig(WORKER, WORKER, None, num_prefill=2)
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "fast"])
+def test_a_prompt_larger_than_every_prefill_pool_is_refused_and_holds_up_nobody(fidelity: str) -> None:
+    small = replace(WORKER, num_pages=24)
+    workload = Workload(np.arange(4) * 0.01, np.array([5000, 100, 100, 1500]), np.full(4, 5))
+    result = run(SimConfig(small, WORKER, None, 1, 1, wire=WIRE, fidelity=fidelity), workload)
+    assert (result.recorder.num_refused, result.num_done) == (1, 3)
+    assert np.nanmax(result.ttft_s) < 1
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "fast"])
+def test_a_request_that_outgrew_every_prefill_pool_survives_its_decode_worker(fidelity: str) -> None:
+    small = replace(WORKER, num_pages=24)
+    outages = [Outage(4.0, worker, 1000.0) for worker in (1, 2)]
+    workload = Workload(np.zeros(3), np.full(3, 1400), np.full(3, 800))
+    config = SimConfig(small, WORKER, None, 1, 3, wire=WIRE, fidelity=fidelity, outages=outages, detect_s=0.2)
+    result = run(config, workload)
+    assert np.array_equal(result.recorder.num_tokens, workload.num_output)
+    assert sorted(result.recorder.num_attempts) == [1, 2, 2]
+    decodes = [worker.num_tokens for worker in result.workers if worker.role == "decode"]
+    assert max(decodes) > 2 * 1400, "the one that is left computed both anew"

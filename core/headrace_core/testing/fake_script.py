@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace.v1 import types_pb2
+from headrace.v1 import types_pb2, worker_service_pb2
 
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError
 
 NextToken = Callable[[Sequence[int], int], int]
 """From the tokens so far and how many of them are the prompt's, the next token."""
@@ -35,6 +35,19 @@ def mixed(vocab_size: int) -> NextToken:
         return mix % vocab_size
 
     return next_token
+
+
+def check_size(info: worker_service_pb2.GetInfoResponse, num_tokens: int, *, num_more: int) -> None:
+    """Refuse what a real worker refuses: more tokens than its context, or with `num_more` its whole pool, holds.
+
+    Raises:
+        InvalidRequestError: PROMPT_TOO_LONG.
+        OverloadedError: NO_FREE_PAGES.
+    """
+    if num_tokens >= info.max_context_tokens:
+        raise InvalidRequestError("PROMPT_TOO_LONG", f"{num_tokens} tokens leave no room in the context")
+    if num_tokens + num_more > info.num_pages * info.layout.page_size:
+        raise OverloadedError("NO_FREE_PAGES", f"{num_tokens} tokens do not fit the whole pool")
 
 
 @dataclass(slots=True)

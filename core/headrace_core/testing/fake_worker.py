@@ -29,9 +29,16 @@ from headrace.v1 import (
 )
 
 from headrace_core import rpc
-from headrace_core.errors import ConflictError, HeadraceError, NotFoundError, TransferCorruptError, UnavailableError
+from headrace_core.errors import (
+    ConflictError,
+    HeadraceError,
+    NotFoundError,
+    OverloadedError,
+    TransferCorruptError,
+    UnavailableError,
+)
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams, hash_tokens
-from headrace_core.testing.fake_script import FakeFaults, NextToken, mixed, scripted
+from headrace_core.testing.fake_script import FakeFaults, NextToken, check_size, mixed, scripted
 from headrace_core.testing.fake_servicer import FakeServicer
 from headrace_core.testing.garbler import Garbler
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish
@@ -197,6 +204,7 @@ class FakeWorker:
         self.prefills.append(request)
         if self._is_draining:
             raise UnavailableError("DRAINING", "draining")
+        check_size(self.info, len(request.token_ids), num_more=0)
         self._num_prefilling += 1
         self.on_change()
         try:
@@ -227,6 +235,7 @@ class FakeWorker:
         self.starts.append(request)
         if self._is_draining:
             raise UnavailableError("DRAINING", "draining")
+        check_size(self.info, len(request.token_ids), num_more=1)
         await self.faults.start_gate.wait()
         if self.faults.start:
             raise self.faults.start.popleft()
@@ -322,8 +331,11 @@ class FakeWorker:
     def _advance(self, sequence: FakeSequence) -> decode_service_pb2.SequenceOutput:
         """Make one sequence's tokens of a step; drop it when it ends."""
         output = decode_service_pb2.SequenceOutput(sequence_number=sequence.number)
-        if sequence.fault is not None and sequence.num_made >= sequence.fault[0]:
-            output.failure.CopyFrom(encode_failure(sequence.fault[1]))
+        error = sequence.fault[1] if sequence.fault is not None and sequence.num_made >= sequence.fault[0] else None
+        if self._num_pages(len(sequence.tokens)) > self.info.num_pages:
+            error = OverloadedError("NO_FREE_PAGES", "the sequence outgrew the whole pool")
+        if error is not None:
+            output.failure.CopyFrom(encode_failure(error))
             self.end(sequence.session_id, sequence.number)
             return output
         for _ in range(self._tokens_per_step):

@@ -180,7 +180,9 @@ class StartRequest(_message.Message):
 
     @_builtins.property
     def handoff(self) -> _types_pb2.Handoff:
-        """Where the cache of `token_ids` lies. Unset: this worker prefills it (role `both` only)."""
+        """Where the cache of `token_ids` lies. Unset: this worker prefills it. A router asks that of role `both`, and of
+        `decode` only for a sequence that has outgrown every worker that prefills.
+        """
 
     def __init__(
         self,

@@ -43,7 +43,8 @@ class DecodeServiceStub:
     """
     Start: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.StartRequest, _decode_service_pb2.StartResponse]
     """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
-    verified, and the lease is released. Cancelling the call aborts the sequence. Not idempotent: a second start of a
+    verified, and the lease is released; without one this worker computes the prompt as well, whatever its role, in
+    chunks that hold up nobody's tokens. Cancelling the call aborts the sequence. Not idempotent: a second start of a
     running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
     EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
     (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
@@ -68,7 +69,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     """
     Start: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.StartRequest, _decode_service_pb2.StartResponse]  # type: ignore[assignment]
     """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
-    verified, and the lease is released. Cancelling the call aborts the sequence. Not idempotent: a second start of a
+    verified, and the lease is released; without one this worker computes the prompt as well, whatever its role, in
+    chunks that hold up nobody's tokens. Cancelling the call aborts the sequence. Not idempotent: a second start of a
     running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
     EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
     (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
@@ -102,7 +104,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_decode_service_pb2.StartResponse, _abc.Awaitable[_decode_service_pb2.StartResponse]]:
         """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
-        verified, and the lease is released. Cancelling the call aborts the sequence. Not idempotent: a second start of a
+        verified, and the lease is released; without one this worker computes the prompt as well, whatever its role, in
+        chunks that hold up nobody's tokens. Cancelling the call aborts the sequence. Not idempotent: a second start of a
         running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
         EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
         (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED

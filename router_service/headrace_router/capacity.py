@@ -1,0 +1,222 @@
+"""What workers could hold if they were idle: the route that a sequence takes, or why none will ever take it. Pure.
+
+The two sides of a fleet differ: in pools, page sizes, contexts. Each limit is a worker's own, so it is asked of every
+worker that is there, whoever is busy now. The routes, in order of preference:
+
+    PAIR    a prefill worker, then a decode side (`decode` or `both`): the normal case
+    BOTH    one worker of role `both`, alone: where there is no prefill worker, or none that could hold the prompt
+    DECODE  one decode worker, alone: only for a sequence of which its client has output already, when no worker that
+            prefills could hold what it has become
+    none    refused at once; nobody waits behind it
+
+A fleet that lacks a whole side can't be judged: its sequences wait for one (NO_WORKERS, `registry.missing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
+
+NO_LIMIT = 1 << 62
+"""A context that never ends."""
+
+
+class Route(Enum):
+    """See the module."""
+
+    PAIR = "pair"
+    BOTH = "both"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A sequence in the queue."""
+
+    num_tokens: int
+    """To prefill: the prompt and what earlier attempts produced."""
+    num_expected_tokens: int
+    """At the end: `num_tokens` and the expected output."""
+    prefix_key: int
+    """Equal for prompts of the same beginning; see `policy.prefix_key`."""
+    avoid: frozenset[str] = frozenset()
+    """Addresses of workers that failed it."""
+    num_overtaken: int = 0
+    """Sequences that came later and started earlier, on workers that it could have used."""
+    num_most_tokens: int = 0
+    """At the end, if nothing ends it before `max_tokens`: the context it needs. 0: not known, any context will do."""
+    has_output: bool = False
+    """True if its client has tokens of it already: it can't be asked to send something shorter."""
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """A worker, less what the router has already promised to others.
+
+    A value, changed by nobody; not frozen, because routers make one per worker and change, and that costs eight times.
+    """
+
+    address: str
+    page_size: int
+    num_pages: int
+    """In its pool."""
+    num_usable_pages: int
+    """Most that were ever free."""
+    num_free_pages: int
+    token_budget: int
+    """Prompt tokens it may have in flight."""
+    num_tokens_in_flight: int
+    num_free_slots: int
+    """Sequences it can still run."""
+    can_prefill: bool
+    can_decode: bool
+    max_context_tokens: int = NO_LIMIT
+    """Longest sequence, prompt and output."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What of a worker decides what it could hold."""
+
+    tokens: int
+    """Of its whole pool."""
+    context: int
+
+    def covers(self, other: _Size) -> bool:
+        return self.tokens >= other.tokens and self.context >= other.context
+
+
+def could_prefill(waiting: Waiting, worker: WorkerView) -> bool:
+    """Return False if the worker never computes the prompt for another one, however idle."""
+    return _holds_prompt(waiting, worker.num_pages * worker.page_size, worker.max_context_tokens)
+
+
+def could_decode(waiting: Waiting, worker: WorkerView) -> bool:
+    """Return False if the worker never generates for the sequence, be it that it also prefills it, however idle."""
+    return _holds_output(waiting, worker.num_pages * worker.page_size, worker.max_context_tokens)
+
+
+class Capacity:
+    """What the workers that are there could hold. Immutable; make a new one when one comes or goes."""
+
+    def __init__(self, workers: Iterable[WorkerView]) -> None:
+        """Args: `workers` are all that are there, those that take no work at this moment included."""
+        prefills: set[_Size] = set()
+        boths: set[_Size] = set()
+        decodes: set[_Size] = set()
+        for worker in workers:
+            kind = prefills if not worker.can_decode else boths if worker.can_prefill else decodes
+            kind.add(_size(worker))
+        # Sizes, not workers: a fleet of a thousand has few.
+        self._prefills, self._boths, self._decodes = _largest(prefills), _largest(boths), _largest(decodes)
+        self._takers = _largest({*boths, *decodes})
+        self.is_colocated = not prefills
+        """True if prompts are computed where output is generated."""
+        self.is_complete = bool(self._takers and (prefills or boths))
+        """False if it lacks a whole side."""
+        has_both_route = bool(prefills) and _exceed(self._boths, self._prefills)
+        has_decode_route = self.is_complete and _exceed(self._decodes, [*self._prefills, *self._boths])
+        self.has_second_routes = has_both_route or has_decode_route
+        """False if no sequence whatever takes another route than `first`."""
+        self.first = Route.BOTH if self.is_colocated else Route.PAIR
+        """The route that nearly all take."""
+        self._surely = self._first_size()
+
+    def route(self, waiting: Waiting) -> Route | None:
+        """Return the way to go; None if there is none."""
+        surely = self._surely
+        if waiting.num_tokens < surely.tokens and waiting.num_most_tokens <= surely.context:
+            return self.first
+        if _any_prefills(waiting, self._prefills) and _any_decodes(waiting, self._takers):
+            return Route.PAIR
+        if _any_decodes(waiting, self._boths):
+            return Route.BOTH
+        if waiting.has_output and self.is_complete and _any_decodes(waiting, self._decodes):
+            return Route.DECODE
+        return None
+
+    def refusal(self, waiting: Waiting) -> HeadraceError | None:
+        """Return what to tell a client whose sequence has no route; None if it has one, or if a whole side lacks.
+
+        OverloadedError NO_FREE_PAGES if every pool is too small; UnavailableError NO_WORKERS if every context is.
+        """
+        if not self.is_complete or self.route(waiting) is not None:
+            return None
+        num_tokens, context = waiting.num_tokens, waiting.num_most_tokens
+        if waiting.has_output or not (self.is_colocated or _any_decodes(waiting, self._takers)):
+            return _too_small(waiting, "decode worker", self._takers, num_tokens + 1, context)
+        if self.is_colocated:
+            return _too_small(waiting, "worker of role both", self._boths, num_tokens + 1, context)
+        return _too_small(waiting, "prefill worker", self._prefills, num_tokens, _prefill_context(waiting))
+
+    def _first_size(self) -> _Size:
+        """Return a size within which every sequence takes the first route: most do, and need no closer look."""
+        if not self.is_complete:
+            return _Size(0, 0)
+        if self.is_colocated:
+            return self._boths[0]
+        prefill, taker = self._prefills[0], self._takers[0]
+        return _Size(min(prefill.tokens, taker.tokens), min(prefill.context, taker.context))
+
+
+def _too_small(
+    waiting: Waiting, kind: str, sizes: Iterable[_Size], num_tokens: int, context: int
+) -> OverloadedError | UnavailableError:
+    """Return the error of a side of which no worker could hold so many tokens in so long a context."""
+    fit = [size.tokens for size in sizes if size.context >= context]
+    if not fit:
+        longest = max(size.context for size in sizes)
+        return UnavailableError(
+            "NO_WORKERS",
+            f"no {kind} that is there has a context of {context} tokens, prompt and output; the longest has {longest}; "
+            "send the request again for an answer that fits",
+        )
+    remedy = "" if waiting.has_output else "send a shorter prompt, or "
+    return OverloadedError(
+        "NO_FREE_PAGES",
+        f"{num_tokens} tokens do not fit any {kind}; the largest pool holds {max(fit)}; {remedy}run a {kind} with a "
+        "larger --kv-pool-mib",
+    )
+
+
+def _any_prefills(waiting: Waiting, sizes: Iterable[_Size]) -> bool:
+    return any(_holds_prompt(waiting, size.tokens, size.context) for size in sizes)
+
+
+def _any_decodes(waiting: Waiting, sizes: Iterable[_Size]) -> bool:
+    return any(_holds_output(waiting, size.tokens, size.context) for size in sizes)
+
+
+def _holds_prompt(waiting: Waiting, tokens: int, context: int) -> bool:
+    return waiting.num_tokens <= tokens and _prefill_context(waiting) <= context
+
+
+def _holds_output(waiting: Waiting, tokens: int, context: int) -> bool:
+    # At least one more token comes.
+    return waiting.num_tokens < tokens and waiting.num_most_tokens <= context
+
+
+def _prefill_context(waiting: Waiting) -> int:
+    """Return what a prefill worker needs lest its context ends with its token, unless that is the last one anyway."""
+    return min(waiting.num_most_tokens, waiting.num_tokens + 2)
+
+
+def _size(worker: WorkerView) -> _Size:
+    return _Size(worker.num_pages * worker.page_size, worker.max_context_tokens)
+
+
+def _largest(sizes: Iterable[_Size]) -> list[_Size]:
+    """Return those that no other one covers, the largest pool first."""
+    found: list[_Size] = []
+    for size in sorted(sizes, key=lambda size: (-size.tokens, -size.context)):
+        if _exceed([size], found):
+            found.append(size)
+    return found
+
+
+def _exceed(sizes: Iterable[_Size], others: Iterable[_Size]) -> bool:
+    """Return True if one of `sizes` is covered by none of `others`."""
+    return not all(any(other.covers(size) for other in others) for size in sizes)
