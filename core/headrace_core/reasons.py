@@ -35,7 +35,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_HANDOFF": "a ticket does not fit the sequence it came with; between workers, tried again",
         "BAD_OPTION": "a command's option has no such value",
         "BAD_REQUEST": "a message is malformed or contradicts itself",
-        "BAD_SAMPLING": "a sampling parameter is out of its range; the message names it",
+        "BAD_SAMPLING": "a sampling parameter, named in the message, is out of its range or leaves no token to choose",
         "BAD_SLO": "a latency objective can't be read",
         "BAD_STUDY": "`headrace simulate --study` is none it knows",
         "BAD_TABLES": "a folder of measured kernel times can't be used",
@@ -119,10 +119,10 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "POOL_TOO_SMALL": "the pool does not hold one page",
     },
     HeadraceError: {
-        "BAD_LOGITS": "the network's output is not finite: is the checkpoint damaged?",
+        "BAD_LOGITS": "the network's output for this request is not finite: is the checkpoint damaged?",
         "BAD_TOKEN_AUTH": "the router's token was not sent (status UNAUTHENTICATED)",
         "BUG": "an error of ours; the process's log has the traceback",
-        "ENGINE_FAILED": "a step raised; the worker's log has the traceback",
+        "ENGINE_FAILED": "computing this request raised, also alone; the worker's log has the traceback",
         "START_FAILED": "the router of a local cluster refuses to be asked",
     },
 }

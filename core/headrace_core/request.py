@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import sys
 from array import array
@@ -19,6 +18,20 @@ MAX_STOP_STRING_CHARS = 256
 MAX_SAMPLES = 16
 DEFAULT_MAX_TOKENS = 256
 
+MAX_ENTRIES = {"stop_token_ids": 1024, "logit_bias": 1024, "stop_strings": MAX_STOP_STRINGS}
+"""Most entries of each list of `SamplingParams`: a step may do work for each, and everybody in it waits."""
+
+FLOAT_RANGES = {
+    "temperature": (0.0, 1e6),
+    "top_p": (1e-30, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+"""What each may be, ends included: all that has an answer in float32, for any logits that a sound model gives."""
+MAX_LOGIT_BIAS = 100.0
+
 _TOKEN_ID_BYTES = 4
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -32,7 +45,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. `types.proto` says what each field means; defaults are the wire's.
+    """How tokens are chosen. `types.proto` says what each field means and may be; defaults are the wire's.
 
     `max_tokens` None means: the default, cut to what the context leaves. `seed` None means: the router draws one.
     `top_logprobs` None means: no log-probabilities.
@@ -65,68 +78,42 @@ class SamplingParams:
         Raises:
             InvalidRequestError: BAD_SAMPLING, naming the field, its value and its range.
         """
-        _require(
-            self.max_tokens is None or self.max_tokens >= 1,
-            "max_tokens",
-            self.max_tokens,
-            "at least 1",
-        )
-        _require(
-            _in(self.temperature, 0, math.inf),
-            "temperature",
-            self.temperature,
-            "0 (greedy) or more",
-        )
-        _require(_in(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "in (0, 1]")
+        for name, (low, high) in FLOAT_RANGES.items():
+            value: float = getattr(self, name)
+            _require(low <= value <= high, name, value, f"in [{low:g}, {high:g}]")  # which no NaN is
+        for name in MAX_ENTRIES:
+            check_num_entries(name, len(getattr(self, name)))
+        max_tokens, is_default = (DEFAULT_MAX_TOKENS, True) if self.max_tokens is None else (self.max_tokens, False)
+        _require(max_tokens >= 1, "max_tokens", max_tokens, "at least 1")
+        most = f"{max_tokens}], max_tokens{' if it is not set' if is_default else ''}"
+        _require(0 <= self.min_tokens <= max_tokens, "min_tokens", self.min_tokens, f"in [0, {most}")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _require(_in(self.min_p, 0, 1), "min_p", self.min_p, "in [0, 1]")
-        _require(
-            _in(self.repetition_penalty, 0, math.inf) and self.repetition_penalty > 0,
-            "repetition_penalty", self.repetition_penalty, "greater than 0",
-        )  # fmt: skip
-        _require(
-            _in(self.presence_penalty, -2, 2),
-            "presence_penalty",
-            self.presence_penalty,
-            "in [-2, 2]",
-        )
-        _require(
-            _in(self.frequency_penalty, -2, 2),
-            "frequency_penalty",
-            self.frequency_penalty,
-            "in [-2, 2]",
-        )
         _require(self.seed is None or 0 <= self.seed < 1 << 64, "seed", self.seed, "in [0, 2^64)")
-        most = self.max_tokens if self.max_tokens is not None else 1 << 31
-        _require(0 <= self.min_tokens <= most, "min_tokens", self.min_tokens, "in [0, max_tokens]")
-        _require(
-            len(self.stop_strings) <= MAX_STOP_STRINGS,
-            "stop_strings",
-            len(self.stop_strings),
-            "at most 16 strings",
-        )
         for text in self.stop_strings:
-            _require(
-                1 <= len(text) <= MAX_STOP_STRING_CHARS,
-                "stop_strings",
-                text[:32],
-                "1 to 256 characters each",
-            )
+            is_fit = 1 <= len(text) <= MAX_STOP_STRING_CHARS
+            _require(is_fit, "stop_strings", text[:32], f"1 to {MAX_STOP_STRING_CHARS} characters each")
         for token_id, bias in self.logit_bias.items():
-            _require(_in(bias, -100, 100), f"logit_bias[{token_id}]", bias, "in [-100, 100]")
+            is_fit = -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS
+            _require(is_fit, f"logit_bias[{token_id}]", bias, f"in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]")
         _require(
             self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
-            "top_logprobs", self.top_logprobs, "in [0, 20]",
+            "top_logprobs", self.top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]",
         )  # fmt: skip
 
-    def validate_tokens(self, vocab_size: int) -> None:
-        """Check the token ids it names.
+    def validate_tokens(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        """Check the token ids it names against the model's vocabulary, and that they leave a token to choose.
 
         Raises:
-            InvalidRequestError: BAD_TOKEN.
+            InvalidRequestError: BAD_TOKEN; BAD_SAMPLING, `min_tokens` forbids every token.
         """
         check_token_ids(self.stop_token_ids, vocab_size, "stop_token_ids")
         check_token_ids(self.logit_bias, vocab_size, "logit_bias")
+        if self.min_tokens and len({*self.stop_token_ids, *eos_token_ids}) >= vocab_size:
+            raise InvalidRequestError(
+                "BAD_SAMPLING",
+                f"min_tokens is {self.min_tokens}, but stop_token_ids and the model's end-of-sequence tokens, which it "
+                f"forbids, are the whole vocabulary of {vocab_size} tokens; name fewer stop_token_ids",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +158,15 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, name: str) -> Non
             )
 
 
+def check_num_entries(name: str, count: int) -> None:
+    """Check the length of the list `name` of `SamplingParams`.
+
+    Raises:
+        InvalidRequestError: BAD_SAMPLING.
+    """
+    _require(count <= MAX_ENTRIES[name], name, f"{count} entries long", f"at most {MAX_ENTRIES[name]}")
+
+
 def hash_tokens(token_ids: Sequence[int]) -> bytes:
     """Return `Handoff.tokens_sha256` of these ids: SHA-256 over each as 4 bytes, unsigned and little-endian.
 
@@ -186,10 +182,6 @@ def hash_tokens(token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(words).digest()
 
 
-def _in(value: float, low: float, high: float) -> bool:
-    return math.isfinite(value) and low <= value <= high
-
-
 def _require(is_met: bool, name: str, value: object, range_text: str) -> None:
     if not is_met:
-        raise InvalidRequestError("BAD_SAMPLING", f"{name} is {value!r}; it must be {range_text}")
+        raise InvalidRequestError("BAD_SAMPLING", f"{name} is {value}; it must be {range_text}")

@@ -12,7 +12,14 @@ from headrace.v1 import decode_service_pb2, types_pb2
 
 from headrace_core.errors import HeadraceError, InvalidRequestError, ProtocolError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
-from headrace_core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
+from headrace_core.request import (
+    MAX_ENTRIES,
+    FinishReason,
+    SampledToken,
+    SamplingParams,
+    TokenLogprobs,
+    check_num_entries,
+)
 from headrace_core.rpc import from_status, status_code
 
 _OPTIONAL_SCALARS = (
@@ -37,11 +44,13 @@ _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.Statu
 
 
 def decode_sampling(message: types_pb2.SamplingParams) -> SamplingParams:
-    """Return the checked parameters; an unset field takes its default.
+    """Return the checked parameters; an unset field takes its default, of a token named twice the last entry counts.
 
     Raises:
         InvalidRequestError: BAD_SAMPLING.
     """
+    for name in MAX_ENTRIES:
+        check_num_entries(name, len(getattr(message, name)))  # before anything is made of them
     scalars: dict[str, Any] = {
         name: _float32(getattr(message, name))
         for name in _OPTIONAL_SCALARS
@@ -49,7 +58,7 @@ def decode_sampling(message: types_pb2.SamplingParams) -> SamplingParams:
     }
     params = SamplingParams(
         **scalars,
-        stop_token_ids=tuple(message.stop_token_ids),
+        stop_token_ids=tuple(dict.fromkeys(message.stop_token_ids)),
         stop_strings=tuple(message.stop_strings),
         logit_bias={entry.token_id: entry.bias for entry in message.logit_bias},
     )

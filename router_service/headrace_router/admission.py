@@ -114,7 +114,7 @@ class Admission:
         message, params, num_prompt = tokenized.message, tokenized.params, len(tokenized.prompt.token_ids)
         check_num_tokens(num_prompt, model.max_context_tokens - 1)
         check_token_ids([tokenized.prompt.largest_id], model.vocab_size, "prompt")
-        params.validate_tokens(model.vocab_size)
+        params.validate_tokens(model.vocab_size, model.eos_token_ids)
         room = model.max_context_tokens - num_prompt
         max_tokens = min(params.max_tokens or DEFAULT_MAX_TOKENS, room)
         seed = secrets.randbits(63) if params.seed is None else params.seed

@@ -62,4 +62,4 @@ class SequenceSpec:
         if self.num_output_tokens >= max_tokens:
             raise InvalidRequestError("BAD_REQUEST", f"all of max_tokens={max_tokens} tokens are produced already")
         check_token_ids(self.token_ids, limits.vocab_size, "token_ids")
-        self.params.validate_tokens(limits.vocab_size)
+        self.params.validate_tokens(limits.vocab_size, limits.eos_token_ids)

@@ -54,7 +54,8 @@ class PrefillServiceServicer:
     def Prefill(self, request, context):
         """Prefills one sequence and answers when its first token is sampled. Cancelling the call aborts the sequence and
         frees its pages. Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN),
-        RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING).
+        RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING), INTERNAL
+        (BAD_LOGITS, ENGINE_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,8 @@ class PrefillServiceStub:
     Prefill: _grpc.UnaryUnaryMultiCallable[_prefill_service_pb2.PrefillRequest, _prefill_service_pb2.PrefillResponse]
     """Prefills one sequence and answers when its first token is sampled. Cancelling the call aborts the sequence and
     frees its pages. Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN),
-    RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING).
+    RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING), INTERNAL
+    (BAD_LOGITS, ENGINE_FAILED).
     """
     CancelPrefill: _grpc.UnaryUnaryMultiCallable[_prefill_service_pb2.CancelPrefillRequest, _prefill_service_pb2.CancelPrefillResponse]
     """Frees what an attempt and those before it hold, whatever their phase: for a caller that cancelled a Prefill whose
@@ -51,7 +52,8 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     Prefill: _aio.UnaryUnaryMultiCallable[_prefill_service_pb2.PrefillRequest, _prefill_service_pb2.PrefillResponse]  # type: ignore[assignment]
     """Prefills one sequence and answers when its first token is sampled. Cancelling the call aborts the sequence and
     frees its pages. Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN),
-    RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING).
+    RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING), INTERNAL
+    (BAD_LOGITS, ENGINE_FAILED).
     """
     CancelPrefill: _aio.UnaryUnaryMultiCallable[_prefill_service_pb2.CancelPrefillRequest, _prefill_service_pb2.CancelPrefillResponse]  # type: ignore[assignment]
     """Frees what an attempt and those before it hold, whatever their phase: for a caller that cancelled a Prefill whose
@@ -69,7 +71,8 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_prefill_service_pb2.PrefillResponse, _abc.Awaitable[_prefill_service_pb2.PrefillResponse]]:
         """Prefills one sequence and answers when its first token is sampled. Cancelling the call aborts the sequence and
         frees its pages. Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN),
-        RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING).
+        RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED (STALE_ATTEMPT), UNAVAILABLE (DRAINING), INTERNAL
+        (BAD_LOGITS, ENGINE_FAILED).
         """
 
     @_abc_1.abstractmethod

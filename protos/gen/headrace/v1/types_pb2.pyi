@@ -109,7 +109,9 @@ Global___CacheDtype: _TypeAlias = CacheDtype  # noqa: Y015
 @_typing.final
 class SamplingParams(_message.Message):
     """Token sampling. Every scalar is optional because proto3's zero is a legal value that may differ from the default;
-    an unset field means the default written beside it.
+    an unset field means the default written beside it. Ranges include their ends; a value outside one, or a NaN, is
+    refused with INVALID_ARGUMENT / BAD_SAMPLING, which names the field. Inside them every combination has an answer,
+    but for the one that `min_tokens` names.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -132,15 +134,15 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Most tokens to produce, at least 1. Default: 256, cut to what the context window leaves."""
     temperature: _builtins.float
-    """Softmax temperature, at least 0; 0 is greedy. Default 1."""
+    """Softmax temperature, in [0, 1e6]; 0 is greedy. Default 1."""
     top_p: _builtins.float
-    """Nucleus mass, in (0, 1]. Default 1 (off)."""
+    """Nucleus mass, in [1e-30, 1]. Default 1 (off)."""
     top_k: _builtins.int
-    """Keep the k most probable tokens. Default 0 (off)."""
+    """Keep the k most probable tokens; as many as the vocabulary has or more: all. Default 0 (off)."""
     min_p: _builtins.float
     """Drop tokens less probable than `min_p` times the most probable one, in [0, 1]. Default 0 (off)."""
     repetition_penalty: _builtins.float
-    """Divides positive and multiplies negative logits of tokens in prompt or output; greater than 0. Default 1 (off)."""
+    """Divides positive and multiplies negative logits of tokens in prompt or output, in [0.01, 100]. Default 1 (off)."""
     presence_penalty: _builtins.float
     """Subtracted once from logits of tokens in the output, in [-2, 2]. Default 0."""
     frequency_penalty: _builtins.float
@@ -148,7 +150,9 @@ class SamplingParams(_message.Message):
     seed: _builtins.int
     """Randomness is a function of (seed, sample index, position) alone. Default: drawn by the router."""
     min_tokens: _builtins.int
-    """Fewest tokens before an end-of-sequence or stop token may be chosen. Default 0."""
+    """Fewest tokens before an end-of-sequence or stop token may be chosen, at most `max_tokens` (its default, where that
+    is not set). Refused with BAD_SAMPLING if those tokens are the whole vocabulary. Default 0.
+    """
     ignore_eos: _builtins.bool
     """Generate past end-of-sequence tokens. Default false."""
     top_logprobs: _builtins.int
@@ -157,7 +161,9 @@ class SamplingParams(_message.Message):
     """
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that end the sequence; the id itself is part of the output, its text is not. Empty: none."""
+        """Token ids that end the sequence, at most 1,024; the id itself is part of the output, its text is not. Repeated ids
+        count once. Empty: none.
+        """
 
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -167,7 +173,7 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogitBias]:
-        """Added to the logits of the tokens named. Empty: none."""
+        """Added to the logits of the tokens named, at most 1,024 entries; of a token's entries the last counts. Empty: none."""
 
     def __init__(
         self,
