@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+NO_TOKEN = -1
+"""Stands for a token in rows that have none to choose."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels.draws import Draws
+from headrace_kernels.draws import NO_TOKEN, Draws
 from headrace_kernels.gpu.configs import Config, config
 from headrace_kernels.gpu.launch import launch
 
 DEFAULT_CONFIG: Config = {"BLOCK_V": 2048, "BLOCK_PIVOTS": 512, "NUM_PIVOTS": 8, "num_warps": 8, "num_stages": 2}
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 # Said at each loop: only then are loads that feed no matrix product started some rounds ahead.
 _AHEAD = tl.constexpr(4)
 
@@ -79,18 +80,21 @@ def _uniform(seed, sample_index, position):
 
 @triton.jit
 def _extremes(row_ptr, vocab_size, BLOCK_V: tl.constexpr):
-    """Return the highest logit, the first token that has it, and the lowest finite logit."""
+    """Return the highest logit, the first token that has it, the lowest finite logit, and if one is NaN or +inf."""
     n = tl.arange(0, BLOCK_V)
     highest = tl.full([BLOCK_V], float("-inf"), tl.float32)
     tokens = n
     lowest = tl.full([BLOCK_V], float("inf"), tl.float32)
+    num_bad = tl.zeros([BLOCK_V], tl.int32)
     for start in tl.range(0, vocab_size, BLOCK_V, num_stages=_AHEAD):
         x = tl.load(row_ptr + start + n, mask=start + n < vocab_size, other=float("-inf"))
         tokens = tl.where(x > highest, start + n, tokens)
         highest = tl.where(x > highest, x, highest)
         lowest = tl.where((x > float("-inf")) & (x < lowest), x, lowest)
+        num_bad += tl.where(x < float("inf"), 0, 1)  # a NaN is below nothing
     best = tl.max(highest, axis=0)
-    return best, tl.min(tl.where(highest == best, tokens, 0x7FFFFFFF), axis=0), tl.min(lowest, axis=0)
+    token = tl.min(tl.where(highest == best, tokens, 0x7FFFFFFF), axis=0)
+    return best, token, tl.min(lowest, axis=0), tl.max(num_bad, axis=0) > 0
 
 
 @triton.jit
@@ -167,7 +171,7 @@ def _mass(row_ptr, vocab_size, best, temperature, floor, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _pick(row_ptr, vocab_size, best, temperature, floor, number, token, BLOCK_V: tl.constexpr):
-    """Return the token at which the cumulative mass passes `number` of the whole; `token` if logits are not numbers."""
+    """Return the token at which the cumulative mass passes `number` of the whole; `token` if none does."""
     n = tl.arange(0, BLOCK_V)
     total = _mass(row_ptr, vocab_size, best, temperature, floor, BLOCK_V)
     # Rounding may bring the target up to the total, where no token is left.
@@ -211,9 +215,10 @@ def _sample_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
-    best, token, lowest = _extremes(row_ptr, vocab_size, BLOCK_V)
+    best, token, lowest, is_bad = _extremes(row_ptr, vocab_size, BLOCK_V)
+    is_answerable = (best > float("-inf")) & (not is_bad)
     temperature = tl.load(temperatures_ptr + row)
-    if temperature > 0:
+    if (temperature > 0) & is_answerable:
         key = _ordered(tl.full([], float("-inf"), tl.float32)).to(tl.int64)
         top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
         if (top_k > 0) & (top_k < vocab_size):
@@ -232,4 +237,4 @@ def _sample_kernel(
             floor = tl.maximum(floor, tl.log(min_p))
         number = _uniform(tl.load(seeds_ptr + row), tl.load(sample_indices_ptr + row), tl.load(positions_ptr + row))
         token = _pick(row_ptr, vocab_size, best, temperature, floor, number, token, BLOCK_V)
-    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(tokens_ptr + row, tl.where(is_answerable, token, _NO_TOKEN).to(tl.int64))

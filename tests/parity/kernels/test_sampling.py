@@ -6,7 +6,7 @@ import pytest
 import torch
 from headrace_kernels import use_backend
 from headrace_kernels.counter_random import uniform, uniforms
-from headrace_kernels.draws import Draws
+from headrace_kernels.draws import NO_TOKEN, Draws
 from headrace_kernels.gpu.configs import use_config
 from headrace_kernels.sampling import filter_logits, filter_logits_ref, sample_tokens, sample_tokens_ref
 
@@ -123,6 +123,40 @@ def test_a_real_vocabulary(device):
     logits = 3 * torch.randn(1, 129_280, device=device)
     with use_config("sampling", {**SMALL_TILES, "BLOCK_V": 16384, "BLOCK_PIVOTS": 16384}):
         check(logits, draws(1, device, top_k=5000, top_p=0.95))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_row_without_a_choice_gets_no_token_and_the_others_theirs(temperature, device):
+    """Wherever in the row, whatever the filters; and never the id after the last, nor a token that is ruled out."""
+    logits = torch.randn(9, 300, device=device)
+    logits[0, 299] = NAN
+    logits[1] = NAN
+    logits[2, 17] = INF
+    logits[3] = -INF
+    logits[4, :299] = -INF
+    logits[5, [0, 150]] = torch.tensor([INF, -INF], device=device)
+    logits[6, [0, 150]] = torch.tensor([NAN, -INF], device=device)
+    for options in ({}, {"top_k": 20}, {"top_p": 0.9, "min_p": 0.01}):
+        columns = draws(9, device, temperature=temperature, **options)
+        check(logits, columns)
+        tokens = sample_tokens(logits, columns).tolist()
+        assert tokens[:4] + tokens[5:7] == [NO_TOKEN] * 6
+        assert tokens[4] == 299
+        assert tokens[7:] == sample_tokens(logits[7:], select(columns, slice(7, 9))).tolist()
+
+
+@pytest.mark.parametrize("asking", [{"top_k": 250}, {"top_p": 0.999, "temperature": 1e5}, {"top_k": 2, "top_p": 1e-45}])
+def test_what_one_row_asks_changes_no_other(asking, device):
+    """Filters work on the rows that have them on."""
+    logits = torch.randn(3, 1500, device=device)
+    columns = draws(3, device, top_k=5, top_p=0.6)
+    one = draws(3, device, **asking)
+    mixed = Draws(
+        *(torch.cat((getattr(columns, n)[:2], getattr(one, n)[2:])) for n in Draws.__slots__[:4]),
+        *(getattr(columns, n) for n in Draws.__slots__[4:]),
+    )
+    check(logits, mixed)
+    assert sample_tokens(logits, mixed).tolist()[:2] == sample_tokens(logits, columns).tolist()[:2]
 
 
 def test_no_rows(device):
