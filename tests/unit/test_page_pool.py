@@ -213,6 +213,11 @@ class Pages(RuleBasedStateMachine):
         self.allocator.free(entry[0])
         self.sequences.remove(entry)
 
+    @rule(entry=consumes(live))
+    def discard(self, entry):
+        self.allocator.discard(entry[0])
+        self.sequences.remove(entry)
+
     @invariant()
     def conserved(self):
         self.allocator.check_integrity()

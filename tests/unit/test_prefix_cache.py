@@ -79,6 +79,24 @@ def test_equal_pages_computed_at_once_are_kept_once():
     assert allocator.num_available == 8
 
 
+def test_discarded_pages_are_free_at_once_and_not_found_again_but_for_those_that_others_use():
+    allocator = PageAllocator(8, PAGE)
+    tokens = [1] * 12
+    pages = allocator.match(1, tokens)
+    allocator.reserve(pages, 12)
+    allocator.commit(pages, tokens, 9)
+    user = allocator.match(2, tokens[:5])
+    allocator.discard(pages)
+    allocator.check_integrity()
+    assert allocator.pool.num_free == 7
+    found = allocator.match(3, tokens)
+    assert found.page_ids == user.page_ids
+    allocator.free(found)
+    allocator.discard(user)
+    allocator.check_integrity()
+    assert allocator.pool.num_free == 8
+
+
 def test_a_hot_prefix_does_not_grow_the_books():
     allocator = PageAllocator(4, PAGE)
     for owner in range(1000):

@@ -87,13 +87,15 @@ class PrefixCache:
             last_used, _, node = heapq.heappop(self._leaves)
             if last_used != node.last_used or not self._is_evictable(node):
                 continue
-            assert node.parent is not None, "the root is never offered"
-            del node.parent.children[node.token_ids]
-            node.is_evicted = True
-            self._pool.evict(node.page_id)
+            self._evict(node)
             num_evicted += 1
-            self._offer(node.parent)
         return num_evicted
+
+    def forget(self, nodes: Sequence[PrefixNode]) -> None:
+        """Evict those of a sequence's nodes, given from the first page to the last, that nobody uses or builds on."""
+        for node in reversed(nodes):
+            if self._is_evictable(node):
+                self._evict(node)
 
     def check_integrity(self) -> None:
         """Assert that the tree and the pool agree. Linear in the tree."""
@@ -111,6 +113,13 @@ class PrefixCache:
 
     def _edge(self, token_ids: Sequence[int], index: int) -> tuple[int, ...]:
         return tuple(token_ids[index * self._page_size : (index + 1) * self._page_size])
+
+    def _evict(self, node: PrefixNode) -> None:
+        assert node.parent is not None, "the root is never evicted"
+        del node.parent.children[node.token_ids]
+        node.is_evicted = True
+        self._pool.evict(node.page_id)
+        self._offer(node.parent)
 
     def _is_evictable(self, node: PrefixNode) -> bool:
         return not node.is_evicted and not node.children and not self._pool.references(node.page_id)

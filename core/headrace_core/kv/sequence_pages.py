@@ -1,7 +1,7 @@
 """A sequence's pages: taken, grown, shared and given back in one place. Engine thread only.
 
 The first `len(nodes)` pages of a sequence are shared ones of the prefix cache, read-only; the rest are its own.
-`PageAllocator.free` is the only way back, whatever ended the sequence.
+`PageAllocator.free` is the only way back, whatever ended the sequence; `discard` for one whose pages may hold nonsense.
 """
 
 from __future__ import annotations
@@ -94,6 +94,15 @@ class PageAllocator:
         self.pool.free(pages.own_page_ids, pages.owner)
         self._cache.release(pages.nodes)
         pages.page_ids, pages.nodes = [], []
+
+    def discard(self, pages: SequencePages) -> None:
+        """Give everything back like `free`, and let nobody find what was computed there who does not use it already.
+
+        For a sequence that failed by what it read or wrote: the next one with its prefix computes it again.
+        """
+        nodes = list(pages.nodes)
+        self.free(pages)
+        self._cache.forget(nodes)
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice."""
