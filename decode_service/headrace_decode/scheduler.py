@@ -182,18 +182,18 @@ class DecodeScheduler:
         return self._book.plan(chunks)
 
     def apply(self, result: StepResult, now: float) -> None:
-        """Advance the planned sequences by what was computed and sampled."""
+        """Advance the planned sequences by what was computed and sampled; end those that failed."""
         for chunk in self._book.take_planned().chunks:
             sequence = self._sequences[chunk.key]
+            error = result.failures.get(chunk.key)
+            if error is not None:
+                self.pages.discard(sequence.pages)
+                self._fail(sequence, error)
+                continue
             sequence.num_computed += len(chunk.token_ids)
             self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed)
             if chunk.sampling is not None:
                 self._emit(sequence, result.tokens[chunk.key])
-
-    def fail_step(self, error: HeadraceError, now: float) -> None:
-        """End the planned sequences with `error`."""
-        for chunk in self._book.take_planned().chunks:
-            self._fail(self._sequences[chunk.key], error)
 
     def take_events(self) -> Sequence[DecodeEvent]:
         """Return what happened since the last call."""
@@ -314,7 +314,14 @@ class DecodeScheduler:
                 position=end,
                 eos_token_ids=self._limits.eos_token_ids,
             )
-        return Chunk(sequence.key, sequence.token_ids[start:end], start, list(sequence.pages.page_ids), sampling)
+        return Chunk(
+            key=sequence.key,
+            token_ids=sequence.token_ids[start:end],
+            start=start,
+            page_ids=list(sequence.pages.page_ids),
+            sampling=sampling,
+            request_id=sequence.spec.request_id,
+        )
 
     def _emit(self, sequence: _Sequence, token: SampledToken) -> None:
         sequence.token_ids.append(token.token_id)

@@ -19,7 +19,7 @@ from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, StepBook
-from headrace_core.errors import HeadraceError, OverloadedError
+from headrace_core.errors import OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken
 
@@ -129,20 +129,20 @@ class PrefillScheduler:
         return self._book.plan(chunks, zero_page_ids)
 
     def apply(self, result: StepResult, now: float) -> None:
-        """Advance the planned sequences; publish those whose first token was sampled."""
+        """Advance the planned sequences; publish those whose first token was sampled, end those that failed."""
         for chunk in self._book.take_planned().chunks:
             sequence = self._sequences[chunk.key]
             assert sequence.pages is not None, "a running sequence has pages"
+            error = result.failures.get(chunk.key)
+            if error is not None:
+                self.pages.discard(sequence.pages)
+                self.free(chunk.key)
+                self._book.tell(Failed(chunk.key, error))
+                continue
             sequence.num_computed += len(chunk.token_ids)
             self.pages.commit(sequence.pages, sequence.spec.token_ids, sequence.num_computed)
             if not sequence.num_left:
                 self._publish(sequence, sequence.pages, result.tokens[chunk.key], now)
-
-    def fail_step(self, error: HeadraceError, now: float) -> None:
-        """End the planned sequences with `error`."""
-        for chunk in self._book.take_planned().chunks:
-            self.free(chunk.key)
-            self._book.tell(Failed(chunk.key, error))
 
     def take_events(self) -> Sequence[PrefillEvent]:
         """Return what happened since the last call."""
@@ -186,6 +186,7 @@ class PrefillScheduler:
             start=start,
             page_ids=list(sequence.pages.page_ids),
             sampling=self._sampling(spec) if end == sequence.num_tokens else None,
+            request_id=spec.request_id,
         )
 
     def _sampling(self, spec: SequenceSpec) -> SamplingRow:

@@ -1,5 +1,7 @@
 """The decode scheduler neither loses nor repeats a token, and keeps its budgets and pages, whatever is asked of it."""
 
+from collections.abc import Iterable
+
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import StepPlan, StepResult
 from headrace_core.batch.step_book import Failed
@@ -34,14 +36,15 @@ def next_token(known: list[int]) -> int:
     return hash(tuple(known)) % 999 + 1
 
 
-def answer(s: DecodeScheduler, plan: StepPlan) -> None:
+def answer(s: DecodeScheduler, plan: StepPlan, *, failing: Iterable[int] = ()) -> None:
     """Compute a plan, reading each sequence's tokens as a model would: prompt and output of its sampling row."""
+    failures = {key: HeadraceError("BAD_LOGITS", "x") for key in failing}
     tokens = {
         c.key: SampledToken(next_token(c.sampling.prompt_token_ids + c.sampling.output_token_ids))
         for c in plan.chunks
-        if c.sampling
+        if c.sampling and c.key not in failures
     }
-    s.apply(StepResult(tokens, 0.0), 0.0)
+    s.apply(StepResult(tokens, 0.0, failures=failures), 0.0)
 
 
 def run_all(s: DecodeScheduler) -> dict[int, list[int]]:
@@ -162,6 +165,41 @@ def test_decode_rows_are_not_held_up_by_a_long_prompt():
         answer(s, plan)
 
 
+def test_a_sequence_that_fails_in_a_step_ends_alone():
+    s = scheduler(num_pages=32, max_step_tokens=20)
+    prompts = {key: [key, 5, 6, 7] for key in (1, 2, 3)}
+    for key, prompt in prompts.items():
+        s.add(key, spec(prompt), None, 0.0)
+    plan = s.plan(0.0)
+    assert plan is not None
+    answer(s, plan, failing=[2])
+    failed = [event for event in s.take_events() if isinstance(event, Failed)]
+    assert [(event.key, event.error.reason) for event in failed] == [(2, "BAD_LOGITS")]
+    s.check_integrity()
+    assert {key: len(tokens) for key, tokens in run_all(s).items()} == {1: 5, 3: 5}
+    assert s.load().num_free_pages == 32
+
+
+def test_what_a_failed_sequence_computed_is_not_found_again_and_what_others_use_is():
+    s = scheduler(num_pages=32, max_step_tokens=20)
+    shared = [1, 2, 3, 4]
+    s.add(1, spec([*shared, 5]), None, 0.0)
+    answer(s, s.plan(0.0) or StepPlan([]))
+    s.add(2, spec([*shared, 6, 7, 8]), None, 0.0)
+    s.add(3, spec([9, 9, 9, 9, 9]), None, 0.0)
+    plan = s.plan(0.0)
+    assert plan is not None
+    assert [(c.key, c.start) for c in plan.chunks] == [(1, 5), (2, 4), (3, 0)]
+    answer(s, plan)
+    answer(s, s.plan(0.0) or StepPlan([]), failing=[2, 3])
+    s.add(4, spec([*shared, 6, 7, 8]), None, 0.0)
+    s.add(5, spec([9, 9, 9, 9, 9]), None, 0.0)
+    plan = s.plan(0.0)
+    assert plan is not None
+    assert [(c.key, c.start) for c in plan.chunks if c.key > 3] == [(4, 4), (5, 0)]
+    s.check_integrity()
+
+
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("local"), st.lists(st.integers(1, 2), min_size=1, max_size=9)),
@@ -195,7 +233,7 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
             elif isinstance(event, Failed):
                 over.add(event.key)
 
-    def step(fails: bool) -> bool:
+    def step(num_failing: int) -> bool:
         plan = s.plan(0.0)
         if plan is None:
             take_events()
@@ -208,10 +246,7 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
             assert chunk.token_ids == known[chunk.start : end]
             assert (chunk.sampling is not None) == (end == len(known))
             assert len(chunk.page_ids) >= s.pages.pages_for(end)
-        if fails:
-            s.fail_step(HeadraceError("ENGINE_FAILED", "x"), 0.0)
-        else:
-            answer(s, plan)
+        answer(s, plan, failing=[chunk.key for chunk in plan.chunks[:num_failing]])
         take_events()
         return True
 
@@ -232,11 +267,11 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
             if value in over:
                 s.drained(value)
         else:
-            step(value == 0)
+            step(max(0, 3 - value))
         take_events()
         s.check_integrity()
     for _ in range(10_000):
-        is_stepped = step(False)
+        is_stepped = step(0)
         for key in sorted(moving):
             s.drained(key) if key in over else s.arrived(key)
         has_moved = bool(moving)

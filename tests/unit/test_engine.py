@@ -1,21 +1,26 @@
 """The engine thread blocks when idle, runs commands in order, survives failed steps, ends on a broken scheduler."""
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.step import Chunk, StepPlan, StepResult
 from headrace_core.engine.engine import Engine, FatalStepError, News
 from headrace_core.errors import HeadraceError
+from headrace_core.request import SampledToken
 from headrace_core.testing.async_test import async_test, eventually
 
 
 class CountingScheduler:
-    """Plans as many steps as it is told to; events are what happened."""
+    """Plans as many steps as it is told to, of `num_rows`; events are what happened."""
 
     def __init__(self) -> None:
         self.num_wanted = 0
+        self.num_rows = 1
+        self.results: list[StepResult] = []
         self.num_plans = 0
         self._events: list[str] = []
 
@@ -25,15 +30,13 @@ class CountingScheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         self.num_plans += 1
-        return StepPlan([Chunk(1, [1, 2], 0, [0], None)]) if self.num_wanted else None
+        chunks = [Chunk(key, [1, 2], 0, [key], None, f"r{key}") for key in range(self.num_rows)]
+        return StepPlan(chunks, [0, self.num_rows - 1]) if self.num_wanted else None
 
     def apply(self, result: StepResult, now: float) -> None:
         self.num_wanted -= 1
-        self._events.append("applied")
-
-    def fail_step(self, error: HeadraceError, now: float) -> None:
-        self.num_wanted -= 1
-        self._events.append(error.reason)
+        self.results.append(result)
+        self._events += [error.reason for error in result.failures.values()] or ["applied"]
 
     def take_events(self) -> Sequence[str]:
         events, self._events = self._events, []
@@ -97,7 +100,93 @@ async def test_a_failed_step_fails_its_sequences_only():
     harness.engine.submit(lambda scheduler: scheduler.want(3))
     await eventually(lambda: "applied" in harness.events, "the third step ran")
     assert harness.events == ["want 3", "BAD_LOGITS", "ENGINE_FAILED", "applied"]
+    messages = [str(error) for result in harness.scheduler.results for error in result.failures.values()]
+    assert messages[0] == "request r0: nan"
+    assert "request r0" in messages[1]
+    assert "RuntimeError" in messages[1]
     assert not harness.fatal
+    await harness.engine.stop()
+
+
+class Steps:
+    """A model's side of a step that raises when its chunks have all of a group of keys; counts what it computes."""
+
+    def __init__(self, *groups: set[int]) -> None:
+        self.groups = groups
+        self.runs: list[StepPlan] = []
+
+    def __call__(self, plan: StepPlan) -> StepResult:
+        self.runs.append(plan)
+        keys = {chunk.key for chunk in plan.chunks}
+        if any(group <= keys for group in self.groups):
+            raise RuntimeError("broken")
+        return StepResult({key: SampledToken(100 + key) for key in keys}, 0.5, {1: [len(keys), 1]})
+
+    def num_runs(self, key: int) -> int:
+        return sum(key in {chunk.key for chunk in plan.chunks} for plan in self.runs)
+
+
+async def result_of(step: Steps, num_rows: int) -> StepResult:
+    harness = Harness(step)
+    harness.scheduler.num_rows = num_rows
+    harness.engine.submit(lambda scheduler: scheduler.want(1))
+    await eventually(lambda: bool(harness.scheduler.results), "the step ran")
+    await harness.engine.stop()
+    assert not harness.fatal
+    return harness.scheduler.results[0]
+
+
+@pytest.mark.parametrize(
+    ("groups", "failed"),
+    [
+        ([{5}], {5}),
+        ([{0}, {6}], {0, 6}),
+        ([{0, 6}], set()),
+        ([{2, 3}, {2, 6}, {4}], {4}),
+        ([{key} for key in range(7)], set(range(7))),
+    ],
+    ids=["one", "two", "only together", "both", "all"],
+)
+@async_test
+async def test_only_what_raises_alone_fails_and_nobody_is_computed_too_often(groups: list[set[int]], failed: set[int]):
+    step = Steps(*groups)
+    result = await result_of(step, 7)
+    assert set(result.failures) == failed
+    assert {key: token.token_id for key, token in result.tokens.items()} == {
+        key: 100 + key for key in range(7) if key not in failed
+    }
+    assert all(str(error).startswith(f"request r{key}: ") for key, error in result.failures.items())
+    assert max(step.num_runs(key) for key in range(7)) <= 1 + math.ceil(math.log2(7))
+
+
+@async_test
+async def test_a_step_run_in_halves_counts_once_what_was_computed():
+    result = await result_of(Steps({5}), 8)
+    assert result.expert_counts[1][0] == 7, "tokens of the rows that succeeded"
+    assert result.timing is None
+    assert result.duration_s >= 0
+
+
+@async_test
+async def test_each_half_zeroes_the_pages_of_its_own_chunks():
+    """Those of the other may have been written already."""
+    step = Steps({5})
+    await result_of(step, 8)
+    for plan in step.runs:
+        own = {page_id for chunk in plan.chunks for page_id in chunk.page_ids}
+        assert plan.zero_page_ids == [page_id for page_id in (0, 7) if page_id in own]
+
+
+@async_test
+async def test_a_device_lost_while_halves_run_is_fatal():
+    def lost(plan: StepPlan) -> StepResult:
+        raise RuntimeError("broken") if len(plan.chunks) == 4 else FatalStepError("device")
+
+    harness = Harness(lost)
+    harness.scheduler.num_rows = 4
+    harness.engine.submit(lambda scheduler: scheduler.want(1))
+    await eventually(lambda: bool(harness.fatal), "the engine died")
+    assert isinstance(harness.fatal[0], FatalStepError)
     await harness.engine.stop()
 
 

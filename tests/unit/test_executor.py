@@ -1,12 +1,15 @@
-"""The torch side of a step."""
+"""The torch side of a step: rows that fail alone, and what is left of a run that raised: nothing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from headrace_core.batch.step import Chunk, StepPlan
+from headrace_core.batch.step import Chunk, SamplingRow, StepPlan
 from headrace_core.engine.engine import FatalStepError
 from headrace_core.engine.executor import Executor
+from headrace_core.request import SamplingParams
 
 
 class LostDevice:
@@ -36,3 +39,47 @@ def test_a_lost_device_is_fatal_wherever_a_step_notices(failing):
     device = LostDevice(failing)
     with pytest.raises(FatalStepError, match="illegal memory access"):
         Executor(device, device).step(StepPlan([Chunk(0, [1], 0, [0], None)], [0]))
+
+
+class StandInModel:
+    """Logits by the last token of each chunk; every run counts one token for an expert and may then raise."""
+
+    def __init__(self):
+        self.failure = None
+        self.counts = 0
+
+    def forward(self, chunks, cache, timer):
+        self.counts += len(chunks)
+        if self.failure is not None:
+            raise self.failure
+        rows = [chunk.token_ids[-1] for chunk in chunks if chunk.sampling is not None]
+        return torch.stack([torch.full((8,), float("nan")) if t == 0 else torch.eye(8)[t] for t in rows])
+
+    def take_expert_counts(self):
+        counts, self.counts = self.counts, 0
+        return {1: [counts]}
+
+
+def chunk(key, token_id):
+    row = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 5, ())
+    return Chunk(key, [token_id], 5, [0], row, request_id=f"r{key}")
+
+
+def test_rows_without_a_token_are_failures_that_name_their_requests():
+    step = Executor(StandInModel(), None).step
+    result = step(StepPlan([chunk(1, 3), chunk(2, 0), replace(chunk(3, 4), sampling=None), chunk(4, 5)]))
+    assert {key: token.token_id for key, token in result.tokens.items()} == {1: 3, 4: 5}
+    assert list(result.failures) == [2]
+    assert result.failures[2].reason == "BAD_LOGITS"
+    assert str(result.failures[2]).startswith("request r2: ")
+    assert "damaged" in str(result.failures[2])
+
+
+def test_what_a_run_that_raised_has_counted_is_not_counted_again():
+    model = StandInModel()
+    step = Executor(model, None).step
+    model.failure = RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        step(StepPlan([chunk(1, 3), chunk(2, 4)]))
+    model.failure = None
+    assert step(StepPlan([chunk(1, 3)])).expert_counts == {1: [1]}

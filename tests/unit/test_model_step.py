@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from headrace_core.batch.step import Chunk
+from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.engine.executor import Executor
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model import step_inputs
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.step_inputs import prepare_step
+from headrace_core.request import SamplingParams
 from headrace_core.testing.paged_sequences import GREEDY_ROW, PagedSequences
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_core.worker.warm_up import warm_up
@@ -119,3 +123,43 @@ def test_warming_up_leaves_nothing_behind(tmp_path):
     assert not any(sum(layer) for layer in model.take_expert_counts().values())
     warm_up(model, cache, max_step_tokens=3)
     assert sizes[5:] == [1, 2, 3]
+
+
+def sampled(key, token_ids, start, pages):
+    params = SamplingParams(temperature=0.9, seed=key, top_logprobs=5)
+    row = SamplingRow(params, [], [], 0, start + len(token_ids), ())
+    return Chunk(key, token_ids, start, pages, row, f"r{key}")
+
+
+def top_logprobs(token):
+    assert token.logprobs is not None
+    return dict(token.logprobs.top)
+
+
+@pytest.mark.parametrize("kind", ["v3", "v2", "mixtral"])
+def test_a_token_of_a_damaged_embedding_spoils_no_other_row(tmp_path, kind):
+    """In prompts and in decode. It may choose other experts than a sound one; their groups' sizes decide last bits."""
+    write_checkpoint(tmp_path, TINY_CONFIGS[kind])
+    model = load_model(tmp_path)
+    with torch.inference_mode():
+        model._weights.embedding[7] = torch.nan
+
+    def tokens_beside(token_id: int) -> list[StepResult]:
+        step = Executor(model, KvCache(model.kv_layout(4), 64)).step
+        pages = [list(range(8 * key, 8 * key + 8)) for key in range(5)]
+        prompts = [sampled(key, list(range(20 + key, 23 + 5 * key)), 0, pages[key]) for key in (1, 2, 3)]
+        bad = sampled(0, [30, token_id, 31, 32, 33, 34], 0, pages[0])
+        alone = replace(bad, token_ids=[30, 35, 31, 32, 33, 34], key=4, page_ids=pages[4])
+        first = step(StepPlan([prompts[0], bad, *prompts[1:], alone]))
+        rows = [sampled(c.key, [40 + c.key], len(c.token_ids), c.page_ids) for c in prompts]
+        second = step(StepPlan([*rows[:2], sampled(4, [token_id], 6, alone.page_ids), rows[2]]))
+        return [first, second]
+
+    found, expected = tokens_beside(7), tokens_beside(8)
+    assert [set(result.failures) for result in found] == [{0}, {4}]
+    assert not any(result.failures for result in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert set(one.tokens) == set(other.tokens) - set(one.failures)
+        for key, token in one.tokens.items():
+            assert token.token_id == other.tokens[key].token_id
+            assert top_logprobs(token) == pytest.approx(top_logprobs(other.tokens[key]), abs=1e-5)

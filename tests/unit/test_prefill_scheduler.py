@@ -1,5 +1,7 @@
 """The prefill scheduler keeps its budgets, its order and its pages, whatever is asked of it."""
 
+from collections.abc import Iterable
+
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import StepPlan, StepResult
 from headrace_core.batch.step_book import Failed
@@ -28,10 +30,16 @@ def spec(tokens: list[int], **params) -> SequenceSpec:
     return SequenceSpec("r", 1, 0, tokens, len(tokens), SamplingParams(seed=1, **params))
 
 
-def run(s: PrefillScheduler, token: int = 5) -> StepPlan | None:
+def answer(s: PrefillScheduler, plan: StepPlan, *, failing: Iterable[int] = ()) -> None:
+    failures = {key: HeadraceError("BAD_LOGITS", "x") for key in failing}
+    tokens = {c.key: SampledToken(5) for c in plan.chunks if c.sampling and c.key not in failures}
+    s.apply(StepResult(tokens, 0.0, failures=failures), 0.0)
+
+
+def run(s: PrefillScheduler, *, failing: Iterable[int] = ()) -> StepPlan | None:
     plan = s.plan(0.0)
     if plan:
-        s.apply(StepResult({c.key: SampledToken(token) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+        answer(s, plan, failing=failing)
     return plan
 
 
@@ -113,11 +121,30 @@ def test_the_second_of_equal_prompts_computes_only_what_is_not_cached():
     assert [e.num_cached_tokens for e in events if isinstance(e, Prefilled)] == [0, 8]
 
 
+def test_a_sequence_that_fails_in_a_step_ends_alone_and_what_it_computed_is_not_found_again():
+    s = scheduler(num_pages=16, max_step_tokens=8)
+    s.add(1, spec([1] * 9), 0.0)
+    s.add(2, spec([2] * 5), 0.0)
+    run(s)
+    plan = run(s, failing=[1])
+    assert plan is not None
+    assert [c.key for c in plan.chunks] == [1, 2]
+    first, second = s.take_events()
+    assert isinstance(first, Failed)
+    assert (first.key, first.error.reason) == (1, "BAD_LOGITS")
+    assert isinstance(second, Prefilled)
+    s.check_integrity()
+    s.add(3, spec([1] * 9), 0.0)
+    plan = run(s)
+    assert plan is not None
+    assert [(c.key, c.start) for c in plan.chunks] == [(3, 0)], "the whole prompt is computed again"
+
+
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.lists(st.integers(1, 2), min_size=1, max_size=20)),
         st.tuples(st.just("free"), st.integers(0, 30)),
-        st.tuples(st.just("step"), st.booleans()),
+        st.tuples(st.just("step"), st.integers(0, 9)),
     ),
     max_size=60,
 )
@@ -132,7 +159,7 @@ def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, num
     computed: dict[int, int] = {}
     num_added = 0
 
-    def step(fails: bool) -> bool:
+    def step(num_failing: int) -> bool:
         plan = s.plan(0.0)
         if plan is None:
             return False
@@ -144,10 +171,7 @@ def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, num
             computed[chunk.key] = chunk.start + len(chunk.token_ids)
             assert (chunk.sampling is not None) == (computed[chunk.key] == len(prompts[chunk.key]))
             assert len(chunk.page_ids) == s.pages.pages_for(len(prompts[chunk.key]))
-        if fails:
-            s.fail_step(HeadraceError("ENGINE_FAILED", "x"), 0.0)
-        else:
-            s.apply(StepResult({c.key: SampledToken(7) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+        answer(s, plan, failing=[chunk.key for chunk in plan.chunks[:num_failing]])
         return True
 
     for name, value in operations:
@@ -160,13 +184,13 @@ def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, num
             s.free(value)
             alive.discard(value)
         else:
-            step(value)
+            step(max(0, 3 - value))
         s.check_integrity()
         alive -= {event.key for event in s.take_events() if isinstance(event, Failed)}
         assert s.load().num_sequences == len(alive)
     for key in sorted(alive):
         # Publishing frees nothing: the oldest are released one by one, as leases end.
-        while step(False):
+        while step(0):
             s.check_integrity()
         s.free(key)
     s.check_integrity()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from headrace_core.batch.step import StepPlan, StepResult
-from headrace_core.errors import HeadraceError
 from headrace_core.kv.page_pool import PageState
 
 E_co = TypeVar("E_co", covariant=True)
@@ -33,11 +32,7 @@ class Scheduler(Protocol[E_co]):
         ...
 
     def apply(self, result: StepResult, now: float) -> None:
-        """Take in what the planned step produced."""
-        ...
-
-    def fail_step(self, error: HeadraceError, now: float) -> None:
-        """End the sequences of the planned step with `error` and free their pages."""
+        """Take in what the planned step produced; end the sequences that failed in it and free their pages."""
         ...
 
     def take_events(self) -> Sequence[E_co]:

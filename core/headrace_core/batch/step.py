@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_core.roofline.operations import StepLoad
 
@@ -31,6 +32,9 @@ class Chunk:
 
     `page_ids` are the sequence's pages, in order, covering at least `start + len(token_ids)` tokens; positions before
     `start` are already in them. `sampling` is None when the chunk does not reach the end of what is known.
+    `request_id` is for messages.
+
+    Computing a chunk again, in whatever company, writes the same to the same places.
     """
 
     key: int
@@ -38,6 +42,11 @@ class Chunk:
     start: int
     page_ids: list[int]
     sampling: SamplingRow | None
+    request_id: str = ""
+
+    def error(self, error: HeadraceError) -> HeadraceError:
+        """Return `error` as this chunk's sequence's: its message names the request."""
+        return type(error)(error.reason, f"request {self.request_id}: {error}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,15 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens the step computes."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    def halves(self) -> tuple[StepPlan, StepPlan]:
+        """Return two plans that together do the same, each with the pages to zero that are its chunks'."""
+        middle = len(self.chunks) // 2
+        return self._part(self.chunks[:middle]), self._part(self.chunks[middle:])
+
+    def _part(self, chunks: list[Chunk]) -> StepPlan:
+        page_ids = set[int]().union(*(chunk.page_ids for chunk in chunks))
+        return StepPlan(chunks, [page_id for page_id in self.zero_page_ids if page_id in page_ids])
 
 
 def step_load(chunks: Sequence[Chunk]) -> StepLoad:
@@ -82,12 +100,15 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The token sampled for each chunk that asked for one, by `Chunk.key`; `duration_s` on the engine's clock.
+    """What came of each chunk, by `Chunk.key`: a token if it asked for one, or why its sequence can't go on.
 
-    `expert_counts` are the tokens each routed expert got, by layer. `timing` is there if the step was measured.
+    A chunk has a token, a failure or, if it asked for none, neither; what a failed one left in its pages is unknown.
+    `duration_s` is on the engine's clock. `expert_counts` are the tokens each routed expert got, by layer. `timing` is
+    there if the step was measured.
     """
 
     tokens: dict[int, SampledToken]
     duration_s: float
     expert_counts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     timing: StepTiming | None = None
+    failures: dict[int, HeadraceError] = field(default_factory=dict[int, HeadraceError])

@@ -3,8 +3,10 @@
 The event loop and this thread meet at two queues and nowhere else. Inwards: commands, functions that run on the
 scheduler between two steps. Outwards: the scheduler's events, handed to the loop once per step. An idle engine blocks.
 
-A step that raises fails the sequences of that step and frees their pages; the engine goes on. Anything raised outside
-a step means that our own books can't be trusted: the thread ends, and the process with it.
+A step that raises is run again in halves, and they in theirs, until what raises is alone in its step: that sequence
+fails, the others have their tokens. So n sequences are computed at most log2 n + 1 times each. Only a lost device ends
+more. Anything raised outside a step means that our own books can't be trusted: the thread ends, and the process with
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from headrace_core.batch.scheduler import Load, Scheduler
-from headrace_core.batch.step import StepPlan, StepResult, StepTiming
+from headrace_core.batch.step import Chunk, StepPlan, StepResult, StepTiming
 from headrace_core.errors import HeadraceError
 
 log = logging.getLogger(__name__)
@@ -115,18 +117,31 @@ class Engine(Generic[S]):
             wait = False
         return True
 
-    def _step(self, plan: StepPlan) -> StepReport | None:
-        try:
-            result = self._step_model(plan)
-        except FatalStepError:
-            raise
-        except Exception as cause:  # the boundary: a failed step fails its sequences, not the process
-            error = cause if isinstance(cause, HeadraceError) else _engine_failed(cause)
-            log.error("step failed", extra={"reason": error.reason, "sequences": len(plan.chunks)}, exc_info=cause)
-            self._scheduler.fail_step(error, self._clock())
-            return None
+    def _step(self, plan: StepPlan) -> StepReport:
+        result = self._run_plan(plan)
+        for chunk in plan.chunks:
+            error = result.failures.get(chunk.key)
+            if error is not None:
+                data = {"request_id": chunk.request_id, "reason": error.reason, "problem": str(error)}
+                log.error("a sequence failed in a step", extra=data, exc_info=error.__cause__)
         self._scheduler.apply(result, self._clock())
         return StepReport(plan.num_tokens, result.duration_s, result.expert_counts, result.timing)
+
+    def _run_plan(self, plan: StepPlan) -> StepResult:
+        """Run the plan, or what of it can be run."""
+        started = self._clock()
+        try:
+            return self._step_model(plan)
+        except FatalStepError:
+            raise
+        except Exception as cause:  # noqa: BLE001 - the boundary: what fails is a sequence, not the process
+            if len(plan.chunks) == 1:
+                return _failed(plan.chunks[0], cause, self._clock() - started)
+            log.warning(
+                "a step raised; its halves are run", extra={"sequences": len(plan.chunks), "problem": repr(cause)}
+            )
+        first, second = (self._run_plan(half) for half in plan.halves())
+        return _joined(first, second, self._clock() - started)
 
     def _publish(self, report: StepReport | None = None) -> None:
         events, load = self._scheduler.take_events(), self._scheduler.load()
@@ -135,5 +150,29 @@ class Engine(Generic[S]):
             self._loop.call_soon_threadsafe(self._deliver, News(events, report, load))
 
 
+def _failed(chunk: Chunk, cause: Exception, duration_s: float) -> StepResult:
+    error = cause if isinstance(cause, HeadraceError) else _engine_failed(cause)
+    error = chunk.error(error)
+    error.__cause__ = cause
+    return StepResult({}, duration_s, failures={chunk.key: error})
+
+
 def _engine_failed(cause: Exception) -> HeadraceError:
-    return HeadraceError("ENGINE_FAILED", f"the step raised {type(cause).__name__}; the worker's log has the traceback")
+    return HeadraceError(
+        "ENGINE_FAILED",
+        f"computing its next token raised {type(cause).__name__}, also alone; the worker's log has the traceback, and "
+        "the checkpoint may be damaged",
+    )
+
+
+def _joined(first: StepResult, second: StepResult, duration_s: float) -> StepResult:
+    """Return what two halves of a step amount to; it was not measured as one."""
+    counts = dict(first.expert_counts)
+    for layer, added in second.expert_counts.items():
+        counts[layer] = [a + b for a, b in zip(counts.get(layer, [0] * len(added)), added, strict=True)]
+    return StepResult(
+        tokens=first.tokens | second.tokens,
+        duration_s=duration_s,
+        expert_counts=counts,
+        failures=first.failures | second.failures,
+    )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
 from headrace_core.batch.step import Chunk, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.engine.engine import FatalStepError
+from headrace_core.errors import HeadraceError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
 from headrace_core.model.sampler import sample
+from headrace_core.request import SampledToken
 
 
 class StepModel(Protocol):
@@ -40,36 +43,54 @@ class Executor:
         self._num_steps = 0
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one plan.
+        """Run one plan. A row whose token can't be chosen is among the result's failures; the others have theirs.
 
         Raises:
-            HeadraceError: BAD_LOGITS and other failures of the step's sequences.
             FatalStepError: the device is lost.
+            Exception: anything else the model raised. The plan, or parts of it, can be run again: nothing of this run
+                is counted, and what it wrote is written again.
         """
         started = time.perf_counter()
         running = self._running_timer()
         timer = running or OFF
-        rows = [chunk.sampling for chunk in plan.chunks if chunk.sampling is not None]
-        with torch.inference_mode():
+        with torch.inference_mode(), _lost_device_is_fatal():
             try:
-                if plan.zero_page_ids:
-                    self._cache.zero_pages(plan.zero_page_ids)
-                timer.mark(OTHER)
-                logits = self._model.forward(plan.chunks, self._cache, timer)
-                tokens = sample(logits, rows) if rows else []
-                timer.mark(SAMPLING)
-                expert_counts = self._model.take_expert_counts()
-            except torch.AcceleratorError as error:
-                raise FatalStepError(f"the device failed: {error}") from error
-        keys = [chunk.key for chunk in plan.chunks if chunk.sampling is not None]
+                outcomes = self._compute(plan, timer)
+            except torch.AcceleratorError:
+                raise
+            except Exception:
+                self._model.take_expert_counts()
+                raise
+            expert_counts = self._model.take_expert_counts()
+        chunks = [chunk for chunk in plan.chunks if chunk.sampling is not None]
+        pairs = list(zip(chunks, outcomes, strict=True))
         return StepResult(
-            tokens=dict(zip(keys, tokens, strict=True)),
+            tokens={chunk.key: token for chunk, token in pairs if isinstance(token, SampledToken)},
+            failures={chunk.key: chunk.error(error) for chunk, error in pairs if isinstance(error, HeadraceError)},
             duration_s=time.perf_counter() - started,
             expert_counts=expert_counts,
             timing=StepTiming(step_load(plan.chunks), dict(running.seconds)) if running else None,
         )
 
+    def _compute(self, plan: StepPlan, timer: OpTimer) -> list[SampledToken | HeadraceError]:
+        rows = [chunk.sampling for chunk in plan.chunks if chunk.sampling is not None]
+        if plan.zero_page_ids:
+            self._cache.zero_pages(plan.zero_page_ids)
+        timer.mark(OTHER)
+        logits = self._model.forward(plan.chunks, self._cache, timer)
+        outcomes = sample(logits, rows) if rows else []
+        timer.mark(SAMPLING)
+        return outcomes
+
     def _running_timer(self) -> RunningOpTimer | None:
         self._num_steps += 1
         is_due = self._timing_period > 0 and self._num_steps % self._timing_period == 0
         return RunningOpTimer() if is_due else None
+
+
+@contextmanager
+def _lost_device_is_fatal() -> Generator[None]:
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise FatalStepError(f"the device failed: {error}") from error

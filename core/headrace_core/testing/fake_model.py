@@ -9,7 +9,7 @@ every chunking and batch, on the CPU only.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _WIDTH = 4
 class FakeModel:
     """See the module. `salt` makes another model. While `failure` is set, `forward` raises it.
 
+    `raises` may return, for the chunks of a step, what `forward` raises when it has computed all but the last of them.
+    A chunk that `is_damaged` fills its part of the cache with NaN; the logits of all that read there are NaN.
+
     `hold` stops steps at their beginning, `wait_held` returns when one is stopped, `release` lets them go on: so a test
     does what it does while a step is under way, however fast or slow the machine is. Any thread.
     """
@@ -39,6 +42,8 @@ class FakeModel:
         self.num_layers = num_layers
         self._salt = salt
         self.failure: Exception | None = None
+        self.raises: Callable[[Sequence[Chunk]], Exception | None] = lambda chunks: None
+        self.is_damaged: Callable[[Chunk], bool] = lambda chunk: False
         self.num_steps = 0
         self._turn = threading.Condition()
         self._num_free: int | None = None
@@ -55,7 +60,10 @@ class FakeModel:
         self._enter()
         if self.failure is not None:
             raise self.failure
-        rows = [self._compute(chunk, cache) for chunk in chunks]
+        failure = self.raises(chunks)
+        rows = [self._compute(chunk, cache) for chunk in chunks[: len(chunks) - (failure is not None)]]
+        if failure is not None:
+            raise failure
         return torch.stack([row for row in rows if row is not None]) if any(row is not None for row in rows) else _NONE
 
     def take_expert_counts(self) -> dict[int, list[int]]:
@@ -103,10 +111,14 @@ class FakeModel:
                 before = int(values[slots[position - 1]].to(torch.int64).sum()) if position else self._salt
                 row = [(before * (7 + k) + token_id * 1_000_003 + position * 31 + layer) for k in range(_WIDTH)]
                 values[slots[position]] = torch.tensor([value % _MODULUS for value in row], dtype=torch.float32)
+            if self.is_damaged(chunk):
+                values[slots[chunk.start :]] = torch.nan
             weights = (positions * 7919 + 1)[:, None] + torch.arange(_WIDTH)
             digest = digest * 31 + int((values[slots].to(torch.int64) * weights % _MODULUS).sum())
         if chunk.sampling is None:
             return None
+        if any(bool(tensor.view(-1, _WIDTH)[slots].isnan().any()) for tensor in cache.layers):
+            return torch.full((self.vocab_size,), torch.nan)
         vocabulary = torch.arange(self.vocab_size, dtype=torch.int64)
         mixed = ((vocabulary + 1) * (digest % _MODULUS + 1) + vocabulary * vocabulary * 104_729) % _MODULUS
         return (mixed.to(torch.float64) / _MODULUS * 8).to(torch.float32)
