@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from headrace_core.batch.finish import finish_reason
+from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
@@ -90,6 +90,7 @@ class _Sequence:
     token_ids: list[int]
     prompt_ids: list[int]
     output_ids: list[int]
+    finish: FinishRule
     added_s: float
     state: State = State.WAITING
     pages: SequencePages = field(default_factory=lambda: SequencePages(0))
@@ -97,6 +98,7 @@ class _Sequence:
     num_cached: int = 0
     queue_s: float = 0.0
     is_started: bool = False
+    memo: SamplingMemo = field(default_factory=SamplingMemo)
 
     @property
     def num_left(self) -> int:
@@ -141,6 +143,7 @@ class DecodeScheduler:
                 token_ids=[*spec.token_ids, *first],
                 prompt_ids=spec.token_ids[: spec.num_prompt_tokens],
                 output_ids=[*spec.token_ids[spec.num_prompt_tokens :], *first],
+                finish=FinishRule(spec.params, self._limits),
                 added_s=now,
             )
             insort(self._waiting, sequence, key=_age)
@@ -313,12 +316,13 @@ class DecodeScheduler:
                 sample_index=sequence.spec.sample_index,
                 position=end,
                 eos_token_ids=self._limits.eos_token_ids,
+                memo=sequence.memo,
             )
         return Chunk(
             key=sequence.key,
             token_ids=sequence.token_ids[start:end],
             start=start,
-            page_ids=list(sequence.pages.page_ids),
+            page_ids=sequence.pages.page_ids,
             sampling=sampling,
             request_id=sequence.spec.request_id,
         )
@@ -326,10 +330,9 @@ class DecodeScheduler:
     def _emit(self, sequence: _Sequence, token: SampledToken) -> None:
         sequence.token_ids.append(token.token_id)
         sequence.output_ids.append(token.token_id)
-        finish = finish_reason(
-            token.token_id, sequence.spec.params, self._limits,
-            num_output_tokens=len(sequence.output_ids), num_tokens=len(sequence.token_ids),
-        )  # fmt: skip
+        finish = sequence.finish.reason(
+            token.token_id, num_output_tokens=len(sequence.output_ids), num_tokens=len(sequence.token_ids)
+        )
         self._book.tell(Output(sequence.key, token, finish))
         if finish:
             self._free(sequence)

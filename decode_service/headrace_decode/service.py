@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headrace.v1 import types_pb2
-from headrace_core.batch.finish import finish_reason
+from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.batch.step_book import Failed
 from headrace_core.config import DecodeSettings
@@ -221,10 +221,8 @@ class DecodeService:
         check_ticket(ticket, spec)
         if not 0 <= ticket.first_token.token_id < self.host.model.limits.vocab_size:
             raise InvalidRequestError("BAD_TOKEN", "the first token is outside the vocabulary")
-        ended = finish_reason(
+        ended = FinishRule(spec.params, self.host.model.limits).reason(
             ticket.first_token.token_id,
-            spec.params,
-            self.host.model.limits,
             num_output_tokens=spec.num_output_tokens + 1,
             num_tokens=len(spec.token_ids) + 1,
         )

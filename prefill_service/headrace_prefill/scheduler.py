@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from headrace_core.batch.finish import finish_reason
+from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
@@ -184,7 +184,7 @@ class PrefillScheduler:
             key=sequence.key,
             token_ids=spec.token_ids[start:end],
             start=start,
-            page_ids=list(sequence.pages.page_ids),
+            page_ids=sequence.pages.page_ids,
             sampling=self._sampling(spec) if end == sequence.num_tokens else None,
             request_id=spec.request_id,
         )
@@ -209,9 +209,8 @@ class PrefillScheduler:
                 key=sequence.key,
                 token_ids=spec.token_ids,
                 token=token,
-                finish=finish_reason(
-                    token.token_id, spec.params, self._limits,
-                    num_output_tokens=num_tokens - spec.num_prompt_tokens, num_tokens=num_tokens,
+                finish=FinishRule(spec.params, self._limits).reason(
+                    token.token_id, num_output_tokens=num_tokens - spec.num_prompt_tokens, num_tokens=num_tokens
                 ),
                 page_ids=tuple(pages.page_ids),
                 generations=tuple(self.pages.pool.generation(page_id) for page_id in pages.page_ids),
@@ -219,4 +218,4 @@ class PrefillScheduler:
                 queue_s=sequence.started_s - sequence.added_s,
                 compute_s=now - sequence.started_s,
             )
-        )  # fmt: skip
+        )

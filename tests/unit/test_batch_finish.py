@@ -1,7 +1,7 @@
 """When a sequence ends, and why."""
 
 import pytest
-from headrace_core.batch.finish import finish_reason
+from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.spec import ModelLimits
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
 
@@ -9,9 +9,8 @@ LIMITS = ModelLimits(vocab_size=100, max_context_tokens=50, eos_token_ids=(7, 8)
 
 
 def finish(token_id=1, *, num_output_tokens=5, num_tokens=10, limits=LIMITS, **params):
-    return finish_reason(
-        token_id, SamplingParams(**params), limits, num_output_tokens=num_output_tokens, num_tokens=num_tokens
-    )
+    rule = FinishRule(SamplingParams(**params), limits)
+    return rule.reason(token_id, num_output_tokens=num_output_tokens, num_tokens=num_tokens)
 
 
 def test_an_ordinary_token_ends_nothing():

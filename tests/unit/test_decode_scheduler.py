@@ -200,6 +200,23 @@ def test_what_a_failed_sequence_computed_is_not_found_again_and_what_others_use_
     s.check_integrity()
 
 
+def test_a_step_copies_no_list_of_a_sequence():
+    s = scheduler(num_pages=32)
+    s.add(1, spec([1, 2, 3]), None, 0.0)
+    for _ in range(3):
+        plan = s.plan(0.0)
+        assert plan is not None
+        (chunk,) = plan.chunks
+        answer(s, plan)
+    again = s.plan(0.0)
+    assert again is not None
+    assert again.chunks[0].page_ids is chunk.page_ids
+    assert again.chunks[0].sampling is not None
+    assert chunk.sampling is not None
+    assert again.chunks[0].sampling.output_token_ids is chunk.sampling.output_token_ids
+    assert again.chunks[0].sampling.memo is chunk.sampling.memo
+
+
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("local"), st.lists(st.integers(1, 2), min_size=1, max_size=9)),

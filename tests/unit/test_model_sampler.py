@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from headrace_core.batch.step import SamplingRow
+from headrace_core.batch.step import SamplingMemo, SamplingRow
 from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.model.sampler import sample
 from headrace_core.request import FLOAT_RANGES, SampledToken, SamplingParams
@@ -317,6 +318,50 @@ def test_a_token_is_never_outside_the_vocabulary_nor_forbidden_for_any_valid_par
     if filled.is_greedy and not filled.logit_bias and filled.repetition_penalty == 1.0 and not output:
         allowed = [values[t] if t not in forbidden else -math.inf for t in range(FEW)]
         assert values[found.token_id] == max(allowed)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    st.lists(st.integers(0, 9), max_size=60),
+    st.integers(0, 12),
+    st.sampled_from([1.0, 1.3]),
+    st.sampled_from([0.0, 0.7]),
+    st.sampled_from([0.0, -0.4]),
+)
+def test_a_memo_changes_no_token_however_the_output_came_about(prompt, output, known, repetition, presence, frequency):
+    """Kept from the first tokens on, taken up in the middle as after a hand-off, or none: the same, step by step."""
+    params = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
+    params |= {"min_tokens": 7, "logit_bias": {2: 0.5}, "temperature": 0.0}
+    memo, grown = SamplingMemo(), output[: min(known, len(output))]
+    for length in range(len(grown), len(output) + 1):
+        grown += output[len(grown) : length]
+        logits = some_logits(seed=length)
+        kept = replace(row(prompt, (), **params), output_token_ids=grown, memo=memo)
+        assert sample(logits, [kept]) == sample(logits, [kept]) == sample(logits, [row(prompt, grown, **params)])
+
+
+def test_a_token_costs_no_look_at_all_that_came_before():
+    """Lists are read whole once; then each token adds itself."""
+
+    class Counted(list[int]):
+        num_read = 0
+
+        def __iter__(self):
+            Counted.num_read += len(self)
+            return super().__iter__()
+
+        def __getitem__(self, index):
+            Counted.num_read += 1
+            return super().__getitem__(index)
+
+    params = SamplingParams(seed=1, repetition_penalty=1.1, frequency_penalty=0.1, min_tokens=9, stop_token_ids=(5,))
+    prompt, output, memo = Counted([3, 4] * 5000), Counted([7] * 5000), SamplingMemo()
+    logits = some_logits()
+    for _ in range(20):
+        (token,) = sample(logits, [SamplingRow(params, prompt, output, 0, len(output), (1,), memo)])
+        assert isinstance(token, SampledToken)
+        output.append(token.token_id)
+    assert Counted.num_read <= 2 * 15_000
 
 
 def test_an_empty_step_samples_nothing():

@@ -6,17 +6,25 @@ from headrace_core.batch.spec import ModelLimits
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
 
 
-def finish_reason(
-    token_id: int, params: SamplingParams, limits: ModelLimits, *, num_output_tokens: int, num_tokens: int
-) -> FinishReason | None:
-    """Return why a sequence ends with `token_id`, its newest token; None if it goes on.
+class FinishRule:
+    """When one sequence ends. Made once for it, so that what a token costs does not grow with the request."""
 
-    `num_output_tokens` and `num_tokens` (prompt and output) include the newest token. Stop strings are the router's.
-    """
-    is_stop = token_id in params.stop_token_ids or (not params.ignore_eos and token_id in limits.eos_token_ids)
-    if is_stop and num_output_tokens > params.min_tokens:
-        return FinishReason.STOP
-    max_tokens = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
-    if num_output_tokens >= max_tokens or num_tokens >= limits.max_context_tokens:
-        return FinishReason.LENGTH
-    return None
+    __slots__ = ("_max_context_tokens", "_max_tokens", "_min_tokens", "_stop_ids")
+
+    def __init__(self, params: SamplingParams, limits: ModelLimits) -> None:
+        self._stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else limits.eos_token_ids)
+        self._min_tokens = params.min_tokens
+        self._max_tokens = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
+        self._max_context_tokens = limits.max_context_tokens
+
+    def reason(self, token_id: int, *, num_output_tokens: int, num_tokens: int) -> FinishReason | None:
+        """Return why the sequence ends with `token_id`, its newest token; None if it goes on.
+
+        `num_output_tokens` and `num_tokens` (prompt and output) include the newest token. Stop strings are the
+        router's.
+        """
+        if token_id in self._stop_ids and num_output_tokens > self._min_tokens:
+            return FinishReason.STOP
+        if num_output_tokens >= self._max_tokens or num_tokens >= self._max_context_tokens:
+            return FinishReason.LENGTH
+        return None

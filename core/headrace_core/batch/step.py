@@ -10,12 +10,24 @@ from headrace_core.request import SampledToken, SamplingParams
 from headrace_core.roofline.operations import StepLoad
 
 
+@dataclass(slots=True, eq=False)
+class SamplingMemo:
+    """What the sampler keeps of one sequence from token to token, so that it need not look at all of it each time.
+
+    Made with the sequence, the same in each of its rows, dropped with it; only the sampler looks inside. A sequence's
+    tokens only grow while it has one memo.
+    """
+
+    kept: object | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
     """All that choosing one sequence's next token depends on.
 
     `params.seed` is set. `position` is the new token's, counted from the prompt's first token. `eos_token_ids` are
-    the model's; with `params.stop_token_ids` they are what `min_tokens` forbids.
+    the model's; with `params.stop_token_ids` they are what `min_tokens` forbids. The lists are the sequence's own, as
+    they are until the step is applied.
     """
 
     params: SamplingParams
@@ -24,6 +36,7 @@ class SamplingRow:
     sample_index: int
     position: int
     eos_token_ids: tuple[int, ...]
+    memo: SamplingMemo = field(default_factory=SamplingMemo, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +44,8 @@ class Chunk:
     """One sequence's share of a step: compute `token_ids` at positions `start` ... and, at the end, maybe sample.
 
     `page_ids` are the sequence's pages, in order, covering at least `start + len(token_ids)` tokens; positions before
-    `start` are already in them. `sampling` is None when the chunk does not reach the end of what is known.
-    `request_id` is for messages.
+    `start` are already in them. The list is the sequence's own, as it is until the step is applied. `sampling` is None
+    when the chunk does not reach the end of what is known. `request_id` is for messages.
 
     Computing a chunk again, in whatever company, writes the same to the same places.
     """

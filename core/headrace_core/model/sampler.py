@@ -21,6 +21,7 @@ from torch import Tensor
 
 from headrace_core.batch.step import SamplingRow
 from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.model.logit_changes import change_logits, needs_changes
 from headrace_core.request import SampledToken, TokenLogprobs
 
 _NOT_FINITE = -2
@@ -35,7 +36,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | H
 
     Args:
         logits: [L, V] float32, the model's own; not changed.
-        rows: what each row's choice depends on.
+        rows: what each row's choice depends on; what their memos keep is brought up to date.
 
     Raises:
         ValueError: the number of rows differs.
@@ -60,48 +61,13 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | H
 
 def _changed(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Return logits with what the rows ask to be changed in theirs; the input itself if none asks for anything."""
-    touched = [i for i, row in enumerate(rows) if _needs_changes(row)]
+    touched = [i for i, row in enumerate(rows) if needs_changes(row)]
     if not touched:
         return logits
     logits = logits.clone()
     for i in touched:
-        _change_logits(logits[i], rows[i])
+        change_logits(logits[i], rows[i])
     return logits
-
-
-def _needs_changes(row: SamplingRow) -> bool:
-    params = row.params
-    return bool(
-        params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
-        or len(row.output_token_ids) < params.min_tokens
-    )
-
-
-def _change_logits(logits: Tensor, row: SamplingRow) -> None:
-    """Change `logits` [V] in place; works on the tokens concerned only.
-
-    Source: transformers RepetitionPenaltyLogitsProcessor; OpenAI API reference, "frequency and presence penalties".
-    """
-    params = row.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(row.prompt_token_ids + row.output_token_ids, device=logits.device).unique()
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if row.output_token_ids and (params.presence_penalty or params.frequency_penalty):
-        output = torch.tensor(row.output_token_ids, device=logits.device)
-        tokens, counts = output.unique(return_counts=True)
-        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
-    if params.logit_bias:
-        tokens = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[tokens] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if len(row.output_token_ids) < params.min_tokens:
-        banned = [*row.eos_token_ids, *params.stop_token_ids]
-        if banned:
-            logits[torch.tensor(banned, device=logits.device)] = float("-inf")
 
 
 def _error(token_id: int, changed: Tensor, row: SamplingRow) -> HeadraceError:
