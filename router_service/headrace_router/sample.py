@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from headrace.v1 import decode_service_pb2, generation_service_pb2, types_pb2
-from headrace_core.errors import HeadraceError, ProtocolError
+from headrace_core.errors import ProtocolError
 from headrace_core.request import FinishReason
 from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
