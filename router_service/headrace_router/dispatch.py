@@ -140,7 +140,7 @@ class Dispatcher:
         """Fail whoever no worker that is there could ever hold: those that are new, or all when the fleet is."""
         fleet = self._registry.ready()
         if fleet != self._fleet:
-            self._fleet = fleet
+            self._fleet = list(fleet)
             self._capacity = Capacity(worker.view() for worker in fleet)
             self._unchecked = list(self._queue)
             self._second.clear()

@@ -97,7 +97,7 @@ class Worker:
             own_tokens += reservation.num_prefill_tokens
             if reservation.is_started:
                 num_started += 1
-                num_seen = -(-reservation.owner.num_tokens // self.info.layout.page_size)
+                num_seen = -(-reservation.owner.num_tokens // self.layout.page_size)
                 reservation.num_unseen_pages = max(0, reservation.num_pages - num_seen)
         self._num_foreign_tokens = max(0, load.num_waiting_tokens - own_tokens)
         self._num_foreign_sequences = max(0, load.num_running + load.num_waiting - len(self._reservations))
@@ -129,7 +129,7 @@ class Worker:
             own_tokens += reservation.num_prefill_tokens
         return WorkerView(
             address=self.address,
-            page_size=info.layout.page_size,
+            page_size=self.layout.page_size,
             num_pages=info.num_pages,
             num_usable_pages=self._num_usable_pages,
             num_free_pages=self.load.num_free_pages - num_unseen,
