@@ -309,18 +309,20 @@ async def test_a_holder_that_can_not_be_asked_is_unavailable(call: str):
 @async_test
 async def test_one_connection_serves_every_call_and_is_made_again_after_a_disconnect():
     async with ends() as it:
+        connections = it.transport.connections
         await it.transport.renew(it.ticket(), timeout_s=WAIT_S)
-        first = dict(it.transport._channels)
-        await it.pull()
-        assert it.transport._channels == first
+        with connections.use(it.address) as first:
+            await it.pull()
         await it.transport.disconnect("127.0.0.1:9")
-        assert it.transport._channels == first
+        assert connections.endpoints == [it.address]
         await it.transport.disconnect(it.address)
-        assert it.transport._channels == {}
+        assert connections.endpoints == []
         await it.transport.renew(it.ticket(), timeout_s=WAIT_S)
         assert len(it.holder.renewed) == 2
+        with connections.use(it.address) as second:
+            assert second is not first
         await it.transport.close()
-        assert it.transport._channels == {}
+        assert connections.endpoints == []
 
 
 def test_the_offer_says_how_long_frames_are():
