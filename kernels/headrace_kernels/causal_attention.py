@@ -102,8 +102,7 @@ def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     for first in range(0, num_queries, _QUERIES_PER_MASK):
         end = min(first + _QUERIES_PER_MASK, num_queries)
         visible = num_keys - num_queries + end
-        mask = torch.ones(end - first, visible, dtype=torch.bool, device=query.device)
-        mask.tril_(visible - (end - first))
+        mask = query.new_full((end - first, visible), float("-inf")).triu_(visible - (end - first) + 1)
         outputs.append(_attend(query[first:end], key[:visible], value[:visible], scale, mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -117,16 +116,38 @@ def _attend(
     *,
     is_causal: bool = False,
 ) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+    """Return attention [T, H, Dq] of one piece; `mask` [T, S], dtype of `query`, is added to the scores."""
+    if query.device.type != "cpu" or 0 in (len(query), len(key)):
+        heads = (each.transpose(0, 1)[None] for each in (query, key, value))
+        is_grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
+        )
+        return out[0].transpose(0, 1)
+    # What scaled_dot_product_attention calls on a CPU; here for the log-sum-exp, which tells where it gave up.
+    out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(each.transpose(0, 1)[None] for each in (query, key, value)), is_causal=is_causal, attn_mask=mask, scale=scale
     )
-    return out[0].transpose(0, 1)
+    out = out[0].transpose(0, 1)
+    is_doubtful = (log_sum_exp[0] == 0) | ~log_sum_exp[0].isfinite()
+    if bool(is_doubtful.any()):
+        for head in is_doubtful.any(dim=1).nonzero()[:, 0].tolist():
+            keys = key[:, head * key.shape[1] // query.shape[1]]
+            for rows in is_doubtful[head].nonzero()[:, 0].split(_QUERIES_PER_MASK):
+                out[rows, head] += _nan_where_given_up(query[:, head], keys, scale, rows)
+    return out
+
+
+def _nan_where_given_up(query: Tensor, key: Tensor, scale: float, rows: Tensor) -> Tensor:
+    """Return for each of `rows` of a head NaN if it has no score above -inf among the keys it sees, else 0; [rows, 1].
+
+    There softmax is NaN. torch's fused kernel takes such a row, all its scores -inf or, with fewer keys than a vector
+    has lanes, NaN, for one that is masked throughout: its result is 0, a number like any other, and its log-sum-exp 0.
+    """
+    scores = query[rows].float() @ key.float().T * scale
+    is_visible = torch.arange(len(key)) <= (rows + len(key) - len(query))[:, None]
+    is_sound = ((scores < float("inf")) | ~is_visible).all(dim=1) & ((scores > float("-inf")) & is_visible).any(dim=1)
+    return torch.where(is_sound, 0.0, float("nan")).to(query.dtype)[:, None]
 
 
 def causal_attention_ref(

@@ -83,6 +83,46 @@ def test_causal_attention_equals_its_specification(queries, keys, value_dim, dty
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCES[dtype])
 
 
+NUM_KEYS = [1, 2, 7, 8, 9, 15, 16, 17, 40]
+
+
+def heads_with(spoilt, value, num_queries, num_keys, dtype):
+    """Two heads alike in shape; the first one's `spoilt` holds `value`."""
+    query, key, tokens = (torch.randn(n, 2, 8).to(dtype) for n in (num_queries, num_keys, num_keys))
+    if spoilt == "query":
+        query[-1, 0] = value
+    elif spoilt == "keys":
+        key[:, 0] = value
+    else:
+        query[:, 0], key[:, 0] = value, -value
+    return query, key, tokens, starts([num_queries]), starts([num_keys])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("spoilt", "value"),
+    [("query", float("nan")), ("query", float("inf")), ("keys", float("nan")), ("keys", float("-inf")), ("both", 3e4)],
+)
+def test_a_query_whose_scores_are_not_finite_is_nan_whatever_the_number_of_keys(spoilt, value, dtype):
+    """Where softmax is NaN torch's fused attention gives 0: for few keys, and where every score is -inf."""
+    # Finite numbers whose scores are not: every one is -inf.
+    scale = 1e30 if spoilt == "both" else 0.3
+    for num_keys in NUM_KEYS:
+        for num_queries in sorted({1, -(-num_keys // 2), num_keys}):
+            arguments = heads_with(spoilt, value, num_queries, num_keys, dtype)
+            found = causal_attention(*arguments, scale=scale)
+            assert not found[-1, 0].isfinite().any(), f"{num_queries} queries, {num_keys} keys"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_rows_that_only_look_as_if_torch_had_given_them_up_stay_as_they_are(dtype):
+    """A log-sum-exp of 0, by which such rows are found, may be a row's own: one key, a score of 0."""
+    query, key, value = torch.zeros(3, 2, 8), torch.randn(3, 1, 8), torch.randn(3, 1, 8)
+    arguments = (query.to(dtype), key.to(dtype), value.to(dtype), starts([1, 1, 1]), starts([1, 1, 1]))
+    found = causal_attention(*arguments, scale=0.3)
+    torch.testing.assert_close(found, arguments[2].expand(3, 2, 8), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("queries", [[4, 1, 6], [4, 9, 11]])
 def test_mla_prefill_equals_its_specification_and_absorption(queries):
     keys = [4, 9, 11]
