@@ -20,9 +20,10 @@ from headrace_kernels.routing_rule import RoutingRule
 def moe_routing(logits: Tensor, bias: Tensor | None, rule: RoutingRule, num_shared: int = 0) -> tuple[Tensor, Tensor]:
     """Return every token's experts and weights.
 
-    Of experts that are equally good the lowest is chosen on a GPU; on a CPU, one of them. A token with a NaN among its
-    scores gets experts of no meaning, each in [0, E), and weights that are not all finite: so whatever multiplies them
-    gives it a result that the sampler refuses, and no other token is touched.
+    Of experts that are equally good the lowest is chosen on a GPU; on a CPU, one of them. A token with a logit that is
+    not finite, and with a bias that is not finite every token, gets experts of no meaning, each in [0, E), and for the
+    K of them weights of NaN: so whatever multiplies them gives it a result that the sampler refuses, and no other token
+    is touched.
 
     Args:
         logits: [T, E] float32.
@@ -71,6 +72,9 @@ def moe_routing_ref(
     if rule.is_normalised:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     weights = weights * rule.scaling_factor
+    # 0, or NaN where anything is not finite: a bias chooses and leaves no trace, and the sigmoid of infinity is 1.
+    chosen_by = logits if bias is None else logits + bias
+    weights = weights + (chosen_by - chosen_by).sum(dim=-1, keepdim=True)
     if num_shared == 0:
         return experts, weights
     shared = torch.arange(num_shared, device=logits.device) + logits.shape[1]

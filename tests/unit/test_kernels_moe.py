@@ -81,6 +81,19 @@ def test_correction_bias_changes_the_choice_and_not_the_weights():
     assert by_expert == pytest.approx({3: 2 * logits[0, 3].sigmoid().item(), 1: 2 * logits[0, 1].sigmoid().item()})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_a_bias_or_a_logit_that_is_not_finite_never_chooses_in_silence(scoring, value):
+    rule = RoutingRule(2, scoring, is_normalised=True)
+    for place in ("bias", "logits"):
+        logits, bias = torch.randn(3, 6), torch.zeros(6)
+        (bias if place == "bias" else logits[1])[4] = value
+        experts, weights = moe_routing(logits, bias, rule, num_shared=1)
+        assert bool(((experts >= 0) & (experts < 7)).all())
+        assert weights[1, :2].isnan().all(), place
+        assert weights[0, :2].isfinite().all() == (place == "logits"), "a logit is its token's alone, a bias everyone's"
+
+
 @pytest.mark.parametrize("is_top2", [False, True])
 def test_only_the_best_groups_are_chosen_from(is_top2):
     # Group 0 has the single best expert, group 1 the best pair.

@@ -96,7 +96,7 @@ def route(
     """Return experts int32 and weights [ROWS, CHOICES] for logits [ROWS, columns], -inf where no expert is.
 
     Ties go to the lowest column, so to the lowest expert, and never to padding: a row without any candidate left gets
-    column 0. A row with a NaN score has NaN weights.
+    column 0. A row with a logit or a biased score that is not finite has NaN weights.
     """
     column = tl.arange(0, GROUPS * GROUP_COLUMNS)[None, :]
     if IS_SIGMOID:
@@ -107,9 +107,9 @@ def route(
     choice_scores = scores
     if HAS_BIAS:
         choice_scores += bias[None, :]
-    is_nan = choice_scores != choice_scores
-    is_nan_row = tl.max(is_nan.to(tl.int32), axis=1) > 0
-    choice_scores = tl.where(is_expert[None, :] & (is_nan == 0), choice_scores, float("-inf"))
+    is_finite = (tl.abs(logits) < float("inf")) & (tl.abs(choice_scores) < float("inf"))
+    is_spoilt_row = tl.max((is_expert[None, :] & (is_finite == 0)).to(tl.int32), axis=1) > 0
+    choice_scores = tl.where(is_expert[None, :] & is_finite, choice_scores, float("-inf"))
     if GROUPS_KEPT > 0:
         choice_scores = _keep_best_groups(choice_scores, ROWS, GROUPS, GROUP_COLUMNS, GROUPS_KEPT, IS_TOP2)
     k = tl.arange(0, CHOICES)[None, :]
@@ -125,7 +125,7 @@ def route(
         choice_scores = tl.where(is_best, float("-inf"), choice_scores)
     if IS_NORMALISED:
         weights = weights / (tl.sum(weights, axis=1)[:, None] + 1e-20)
-    weights = tl.where(is_nan_row[:, None], float("nan"), weights * scaling_factor)
+    weights = tl.where(is_spoilt_row[:, None], float("nan"), weights * scaling_factor)
     return experts, tl.where(k < PER_TOKEN, weights, 1.0)
 
 
