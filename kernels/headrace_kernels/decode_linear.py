@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace_kernels.backend import backend
 from headrace_kernels.linear import linear
-from headrace_kernels.rms_norm import rms_norm
+from headrace_kernels.rms_norm import inverse_root, rms_norm
 
 MAX_ROWS = 256
 
@@ -82,7 +82,7 @@ def norm_linear_ref(
 ) -> Tensor:
     """Specification of `norm_linear` in plain torch, in float32 throughout."""
     wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    scale = inverse_root(wide.pow(2).mean(-1, keepdim=True) + eps)
     out = (wide if norm_weight is None else wide * norm_weight.float()) @ weight.float().T * scale
     return (out if bias is None else out + bias.float()).to(x.dtype)
 

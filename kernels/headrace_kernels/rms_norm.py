@@ -1,6 +1,7 @@
 """Root-mean-square normalisation of rows, alone or after a residual has been added.
 
-Shapes: T tokens, N hidden. `y = (x / sqrt(mean(x^2) + eps)) * weight`, the mean in float32.
+Shapes: T tokens, N hidden. `y = (x / sqrt(mean(x^2) + eps)) * weight`, the mean in float32. A row whose mean is not
+finite is NaN throughout: dividing by infinity would turn numbers too large to be squared into zeros.
 Bytes moved: 2 * T * N * itemsize by `rms_norm`, 4 * T * N * itemsize by `add_rms_norm`, so both are bound by memory
 bandwidth.
 
@@ -38,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.float32)
     # Five times faster on a CPU than torch's own rms_norm in bfloat16: one pass for the norm, none for squares.
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scale = inverse_root(norm.square_().div_(x.shape[-1]).add_(eps))
     return (wide * scale).to(x.dtype).mul_(weight)
 
 
@@ -68,13 +69,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
+def inverse_root(x: Tensor) -> Tensor:
+    """Return 1 / sqrt(x), float32, and NaN for infinity."""
+    # 0 times a finite number is 0; times infinity it is NaN.
+    return x.rsqrt().sub_(x, alpha=0.0)
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Specification of `rms_norm` in plain torch: rounds to the dtype of `x` before the weight is applied.
 
     Source: huggingface/transformers models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3RMSNorm.
     """
     wide = x.to(torch.float32)
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    mean_square = wide.pow(2).mean(-1, keepdim=True)
+    scale = torch.rsqrt(mean_square + eps).masked_fill(mean_square.isinf(), float("nan"))
     return weight * (wide * scale).to(x.dtype)
 
 

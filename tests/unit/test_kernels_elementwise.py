@@ -18,6 +18,18 @@ def test_rms_norm_equals_its_specification(shape, dtype, tolerance):
     torch.testing.assert_close(found, rms_norm_ref(x, weight, 1e-5), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_row_whose_mean_square_is_not_finite_has_no_norm(value, dtype):
+    """1e30 is finite, its square is not: divided by infinity the row would be one of zeros."""
+    x, weight = torch.randn(3, 9).to(dtype), torch.ones(9, dtype=dtype)
+    x[1, 4] = value
+    for norm in (rms_norm, rms_norm_ref):
+        found = norm(x, weight, 1e-6)
+        assert found[1].isnan().all()
+        assert found[[0, 2]].isfinite().all()
+
+
 def test_rms_norm_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.zeros(2, 4), torch.zeros(5), 1e-6)

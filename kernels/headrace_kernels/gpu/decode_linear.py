@@ -14,6 +14,7 @@ from torch import Tensor
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.configs import Config
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
+from headrace_kernels.gpu.rms_norm import inverse_root
 
 # What a program may take to load ahead, of the 227 KiB of a multiprocessor.
 _SHARED_BYTES = 144 * 1024
@@ -141,7 +142,7 @@ def _linear_kernel(
                 x = (wide * norm_weight[:, None]).to(OPERAND)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
     if IS_NORMALISED:
-        sums *= tl.rsqrt(tl.sum(squares, axis=0) / in_features + eps)[None, :]
+        sums *= inverse_root(tl.sum(squares, axis=0) / in_features, eps)[None, :]
     if HAS_BIAS:
         sums += tl.load(bias_ptr + o, mask=is_output, other=0.0).to(tl.float32)[:, None]
     is_inside = is_output[:, None] & is_token[None, :]

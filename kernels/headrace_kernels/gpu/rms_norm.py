@@ -35,10 +35,16 @@ def _num_warps(width: int) -> int:
 
 
 @triton.jit
+def inverse_root(mean_square, eps) -> tl.tensor:
+    """Return 1 / sqrt(mean_square + eps), and NaN for infinity."""
+    return tl.where(mean_square < float("inf"), tl.rsqrt(mean_square + eps), float("nan"))
+
+
+@triton.jit
 def normalise(x, mean_square, weight, eps, DTYPE: tl.constexpr) -> tl.tensor:
     """Return float32 `x` normalised and scaled, as values of DTYPE."""
     # Rounded before the weight is applied, as the specification does.
-    normalised = (x * tl.rsqrt(mean_square + eps)).to(DTYPE).to(tl.float32)
+    normalised = (x * inverse_root(mean_square, eps)).to(DTYPE).to(tl.float32)
     return (normalised * weight).to(DTYPE)
 
 
