@@ -3,6 +3,8 @@
 Shapes: T new tokens, S slots in the cache (pages x page_size), D row width. MLA stores rows of kv_lora_rank + rope_dim;
 GQA stores keys and values with the same function, one call each.
 A slot is `page_id * page_size + offset`; slot -1 means "skip this token" (`latent_store`: any below 0).
+A row that is not finite throughout is stored as NaN throughout: an infinite key may have a score of -inf, which is a
+weight of 0, and nobody would know.
 Bytes moved: 2 * T * D * itemsize, so the kernels are bound by memory bandwidth, and for few tokens by their launch.
 
 `latent_store` and `latent_norm_rope_store` are the entries; `latent_store_ref` and `latent_norm_rope_store_ref` are the
@@ -21,10 +23,10 @@ from headrace_kernels.rope import rope, rope_ref
 
 
 def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Copy `latents[t]` to `cache[slot_mapping[t]]` for every t whose slot is not negative.
+    """Copy `latents[t]` to `cache[slot_mapping[t]]` for every t whose slot is not negative; NaN if it is not finite.
 
     Args:
-        latents: [T, D], any float dtype; rows contiguous.
+        latents: [T, D], any float dtype, or uint8, whose rows are copied as they are; rows contiguous.
         cache: [S, D], dtype of `latents`; rows contiguous; written in place.
         slot_mapping: [T] int64; each value below S; those that are not negative are distinct.
 
@@ -45,13 +47,8 @@ def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         from headrace_kernels.gpu import latent_store as gpu
 
         gpu.latent_store(latents, cache, slot_mapping)
-        return
-    if num_tokens == 0:
-        return
-    if int(slot_mapping.min()) < 0:
-        latent_store_ref(latents, cache, slot_mapping)
     else:
-        cache.index_copy_(0, slot_mapping, latents)
+        _put(_finite_or_nan(latents), cache, slot_mapping)
 
 
 def latent_norm_rope_store(
@@ -67,6 +64,8 @@ def latent_norm_rope_store(
     is_interleaved: bool,
 ) -> None:
     """Normalise `c_kv[t]`, rotate `k_pe[t]` and store both as row `slot_mapping[t]` for every t whose slot is not -1.
+
+    Each of the two is NaN throughout if its row is not finite.
 
     Args:
         c_kv: [T, D], any float dtype; rows contiguous, perhaps columns of a wider tensor.
@@ -91,9 +90,9 @@ def latent_norm_rope_store(
             c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping, eps=eps, is_interleaved=is_interleaved
         )
         return
-    k_pe = rope(k_pe[:, None], cos, sin, is_interleaved=is_interleaved)[:, 0]
+    k_pe = _finite_or_nan(rope(k_pe[:, None], cos, sin, is_interleaved=is_interleaved)[:, 0])
     rows = torch.cat((rms_norm(c_kv, norm_weight, eps), k_pe), dim=1)
-    latent_store(_as_cached(rows, cache, c_kv.shape[1]), cache, slot_mapping)
+    _put(_as_cached(rows, cache, c_kv.shape[1]), cache, slot_mapping)
 
 
 def check_new_latents(
@@ -130,7 +129,10 @@ def check_new_latents(
 def latent_store_ref(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     """Specification of `latent_store` in plain torch."""
     kept = slot_mapping >= 0
-    cache[slot_mapping[kept]] = latents[kept]
+    rows = latents[kept]
+    if rows.is_floating_point():
+        rows = rows.masked_fill(~rows.isfinite().all(dim=1, keepdim=True), float("nan"))
+    cache[slot_mapping[kept]] = rows
 
 
 def latent_norm_rope_store_ref(
@@ -147,8 +149,28 @@ def latent_norm_rope_store_ref(
 ) -> None:
     """Specification of `latent_norm_rope_store`: the specifications of its parts, one after the other."""
     k_pe = rope_ref(k_pe[:, None], cos, sin, is_interleaved=is_interleaved)[:, 0]
+    k_pe = k_pe.masked_fill(~k_pe.isfinite().all(dim=1, keepdim=True), float("nan"))
     rows = torch.cat((rms_norm_ref(c_kv, norm_weight, eps), k_pe), dim=1)
-    latent_store_ref(_as_cached(rows, cache, c_kv.shape[1]), cache, slot_mapping)
+    kept = slot_mapping >= 0
+    cache[slot_mapping[kept]] = _as_cached(rows, cache, c_kv.shape[1])[kept]
+
+
+def _finite_or_nan(rows: Tensor) -> Tensor:
+    """Return `rows` [T, D] with each row that is not finite throughout made NaN; itself if there is none."""
+    if not rows.is_floating_point():
+        return rows
+    # A finite number minus itself is 0; anything else is NaN.
+    spoilt = (rows - rows).sum(dim=1, keepdim=True)
+    return rows + spoilt if bool(spoilt.isnan().any()) else rows
+
+
+def _put(rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    if len(rows) == 0:
+        return
+    if int(slot_mapping.min()) < 0:
+        kept = slot_mapping >= 0
+        rows, slot_mapping = rows[kept], slot_mapping[kept]
+    cache.index_copy_(0, slot_mapping, rows)
 
 
 def _as_cached(rows: Tensor, cache: Tensor, latent_dim: int) -> Tensor:

@@ -87,6 +87,10 @@ def norm_rope_store(
         halves = rotate(pe_ptr + token * pe_stride + head, 1, head == 0, cos, sin, half, BLOCK_R, IS_INTERLEAVED)
         out_ptrs = cached_pe_ptr + slot * cached_pe_stride + head[:, None] + pair[None, :]
         # First to the computing dtype, as the specification does; an fp8 row then has them in bfloat16.
-        first, second = halves[0].to(dtype), halves[1].to(dtype)
+        first, second = halves[0].to(dtype).to(tl.float32), halves[1].to(dtype).to(tl.float32)
+        # Pairs past the key were read as 0.
+        are_finite = (tl.abs(first) < float("inf")) & (tl.abs(second) < float("inf"))
+        is_finite = tl.min(are_finite.to(tl.int32), axis=1)[:, None] > 0
+        first, second = tl.where(is_finite, first, float("nan")), tl.where(is_finite, second, float("nan"))
         tl.store(out_ptrs, first.to(cached_pe_ptr.dtype.element_ty), mask=is_pair[None, :])
         tl.store(out_ptrs + half, second.to(cached_pe_ptr.dtype.element_ty), mask=is_pair[None, :])

@@ -17,6 +17,7 @@ def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         _latent_store_kernel,
         (num_tokens,),
         *(latents, latents.stride(0), cache, cache.stride(0), slot_mapping, width),
+        IS_FLOAT=latents.is_floating_point(),
         BLOCK_N=triton.next_power_of_2(width),
         num_warps=4 if width > 1024 else 2,
     )
@@ -46,13 +47,26 @@ def latent_norm_rope_store(
 
 
 @triton.jit
-def _latent_store_kernel(latents_ptr, latents_stride, cache_ptr, cache_stride, slots_ptr, width, BLOCK_N: tl.constexpr):
+def _latent_store_kernel(
+    latents_ptr,
+    latents_stride,
+    cache_ptr,
+    cache_stride,
+    slots_ptr,
+    width,
+    IS_FLOAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     if slot >= 0:
         n = tl.arange(0, BLOCK_N)
         is_inside = n < width
-        row = tl.load(latents_ptr + token * latents_stride + n, mask=is_inside)
+        row = tl.load(latents_ptr + token * latents_stride + n, mask=is_inside, other=0)
+        if IS_FLOAT:
+            wide = row.to(tl.float32)
+            is_finite = tl.min((tl.abs(wide) < float("inf")).to(tl.int32), axis=0) > 0
+            row = tl.where(is_finite, wide, float("nan")).to(row.dtype)
         tl.store(cache_ptr + slot * cache_stride + n, row, mask=is_inside)
 
 

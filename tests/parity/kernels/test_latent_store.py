@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_kernels import use_backend
 from headrace_kernels.latent_fp8 import pack_latents, row_bytes, unpack_latents
 from headrace_kernels.latent_store import (
     latent_norm_rope_store,
@@ -49,6 +50,24 @@ def test_pages_of_one_layer_among_others(device):
     expected = torch.zeros(3, 12, device=device)
     expected[1:, 4:9] = 1
     assert torch.equal(whole, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_row_that_is_not_finite_is_nan_throughout(backend, dtype, device):
+    """Else the score of a key with an infinity may be -inf: a weight of 0, as if the token were not there."""
+    slots = torch.arange(3, device=device)
+    rows, cache = torch.randn(3, 20, device=device).to(dtype), torch.zeros(3, 20, device=device).to(dtype)
+    rows[1, 7] = float("inf")
+    new, new_cache = _New(3, 48, 6, dtype, device), torch.zeros(3, 54, device=device).to(dtype)
+    new.k_pe[1, 2] = -float("inf")
+    with use_backend(backend):
+        latent_store(rows, cache, slots)
+        latent_norm_rope_store(*new.arguments(), new_cache, slots, eps=1e-6, is_interleaved=True)
+    assert torch.equal(cache[[0, 2]], rows[[0, 2]])
+    assert cache[1].isnan().all()
+    assert new_cache[1, 48:].isnan().all()
+    assert new_cache[[0, 2]].isfinite().all()
 
 
 def test_nothing_to_store(device):
