@@ -1,7 +1,8 @@
 """Quantise activations to fp8 in groups: the left operand of a block-scaled product.
 
 Shapes: T rows, N columns. Each group of 128 columns of a row has one scale, the one that brings its largest value to
-448, the end of float8_e4m3fn. Bytes moved: T * N * (itemsize + 1), so the kernel is bound by memory bandwidth.
+448, the end of float8_e4m3fn; a group that is not finite throughout has one that is not. Bytes moved:
+T * N * (itemsize + 1), so the kernel is bound by memory bandwidth.
 
 `act_quant` is the entry, `act_quant_ref` the specification; `dequantise` undoes it, and undoes the scales of weights.
 Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2: 1 x 128 tiles of activations, 128 x 128 blocks of weights.

@@ -29,7 +29,12 @@ def to_fp8(x, IS_INTERPRETED: tl.constexpr) -> tl.tensor:
 def quantise(
     x, SMALLEST_MAXIMUM: tl.constexpr, FP8_MAX: tl.constexpr, IS_INTERPRETED: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return `x` [R, 128] float32 as fp8, and scales [R]: `headrace_kernels.act_quant` for one group a row."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_MAXIMUM)
+    """Return `x` [R, 128] float32 as fp8, and scales [R]: `headrace_kernels.act_quant` for one group a row.
+
+    The scale of a group that is not finite throughout is NaN; what its values are converted to is the target's affair.
+    """
+    magnitudes = tl.abs(x)
+    is_finite = tl.min((magnitudes < float("inf")).to(tl.int32), axis=1) > 0
+    largest = tl.where(is_finite, tl.maximum(tl.max(magnitudes, axis=1), SMALLEST_MAXIMUM), float("nan"))
     values = to_fp8(x * tl.div_rn(FP8_MAX, largest)[:, None], IS_INTERPRETED)
     return values, tl.div_rn(largest, FP8_MAX)
