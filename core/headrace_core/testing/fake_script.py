@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from headrace.v1 import types_pb2, worker_service_pb2
 
 from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError
+from headrace_core.request import SamplingParams
 
 NextToken = Callable[[Sequence[int], int], int]
 """From the tokens so far and how many of them are the prompt's, the next token."""
@@ -76,3 +77,17 @@ class FakeFaults:
         self.answer_gate.set()
         self.start_gate.set()
         self.step_gate.set()
+
+
+@dataclass(slots=True, eq=False)
+class FakeSequence:
+    """A running sequence."""
+
+    session_id: str
+    number: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    fault: tuple[int, HeadraceError] | None
+    num_pages: int
+    num_made: int = 0

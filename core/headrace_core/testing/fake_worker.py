@@ -15,7 +15,6 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import grpc.aio
@@ -31,14 +30,13 @@ from headrace.v1 import (
 from headrace_core import rpc
 from headrace_core.errors import (
     ConflictError,
-    HeadraceError,
     NotFoundError,
     OverloadedError,
     TransferCorruptError,
     UnavailableError,
 )
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams, hash_tokens
-from headrace_core.testing.fake_script import FakeFaults, NextToken, check_size, mixed, scripted
+from headrace_core.testing.fake_script import FakeFaults, FakeSequence, NextToken, check_size, mixed, scripted
 from headrace_core.testing.fake_servicer import FakeServicer
 from headrace_core.testing.garbler import Garbler
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish
@@ -55,20 +53,6 @@ _LAYOUT = types_pb2.KvLayout(
     dtype=types_pb2.CACHE_DTYPE_FLOAT32,
     latent=types_pb2.LatentLayout(kv_lora_rank=8, rope_dim=4),
 )
-
-
-@dataclass(slots=True, eq=False)
-class FakeSequence:
-    """A running sequence."""
-
-    session_id: str
-    number: int
-    tokens: list[int]
-    num_prompt_tokens: int
-    params: SamplingParams
-    fault: tuple[int, HeadraceError] | None
-    num_pages: int
-    num_made: int = 0
 
 
 class FakeWorker:
