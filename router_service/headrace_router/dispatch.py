@@ -1,15 +1,15 @@
 """The queue: samples wait here, and nowhere else, until `policy.plan` binds them to workers.
 
 A planning round runs once at the end of a loop tick in which anything changed: a sample came, a worker reported,
-a reservation ended. Samples stay in order of arrival; one that is retried takes its old place. One that no worker could
-ever hold, of those that are there, is refused at once: in the round after it came, or after the fleet changed.
+a reservation ended. Clients share the queue fairly (`fair_queue`), each one's samples stay in order of arrival, and one
+that is retried takes its old place. One that no worker could ever hold, of those that are there, is refused at once: in
+the round after it came, or after the fleet changed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from headrace_core.errors import HeadraceError, UnavailableError
 
 from headrace_router import policy
 from headrace_router.capacity import Capacity, Waiting
+from headrace_router.fair_queue import FairQueue, Turn
 from headrace_router.registry import Registry
 from headrace_router.sample import Sample
 from headrace_router.worker import Reservation, Worker
@@ -62,6 +63,11 @@ class _Entry:
     placed: asyncio.Future[Placement]
     since_s: float
 
+    @property
+    def turn(self) -> Turn:
+        """See `fair_queue.HasTurn`."""
+        return self.sample.turn
+
 
 class Dispatcher:
     """Binds samples to workers. Event loop only."""
@@ -69,7 +75,7 @@ class Dispatcher:
     def __init__(self, registry: Registry, *, no_workers_timeout_s: float) -> None:
         self._registry = registry
         self._no_workers_timeout_s = no_workers_timeout_s
-        self._queue: list[_Entry] = []
+        self._queue: FairQueue[_Entry] = FairQueue()
         self._unchecked: list[_Entry] = []
         """Those of the queue of which it is not known yet whether the fleet could hold them."""
         self._second: set[_Entry] = set()
@@ -89,7 +95,7 @@ class Dispatcher:
             OverloadedError: NO_FREE_PAGES, no worker that is there could ever hold it.
         """
         entry = _Entry(sample, sample.waiting(), asyncio.get_running_loop().create_future(), time.monotonic())
-        insort(self._queue, entry, key=_order)
+        self._queue.add(entry)
         self._unchecked.append(entry)
         self.kick()
         self._watch_missing()
@@ -101,7 +107,8 @@ class Dispatcher:
                 self.kick()
             raise
         finally:
-            self._leave(entry)
+            self._queue.remove(entry)
+            self._second.discard(entry)
 
     def kick(self) -> None:
         """Plan again at the end of this tick."""
@@ -131,7 +138,8 @@ class Dispatcher:
             entries[index].waiting = replace(waiting, num_overtaken=waiting.num_overtaken + count)
         for assignment in assignments:
             entry = entries[assignment.index]
-            self._leave(entry)
+            self._queue.serve(entry)
+            self._second.discard(entry)
             prefill = workers[assignment.prefill] if assignment.prefill else None
             placement = Placement(entry.sample, prefill, workers[assignment.decode], entry.waiting)
             entry.placed.set_result(placement)
@@ -148,16 +156,10 @@ class Dispatcher:
         for entry in unchecked:
             error = self._capacity.refusal(entry.waiting)
             if error is not None:
-                self._leave(entry)
+                self._queue.remove(entry)
                 _fail(entry, error)
             elif entry in self._queue and self._capacity.route(entry.waiting) not in (None, self._capacity.first):
                 self._second.add(entry)
-
-    def _leave(self, entry: _Entry) -> None:
-        """Take an entry out of the queue; idempotent."""
-        self._second.discard(entry)
-        if entry in self._queue:
-            self._queue.remove(entry)
 
     def _watch_missing(self) -> None:
         """Keep a timer running while somebody waits."""
@@ -176,16 +178,12 @@ class Dispatcher:
             limit_s = now_s - self._no_workers_timeout_s
             for entry in list(self._queue):
                 if max(entry.since_s, self._missing_since_s) <= limit_s:
-                    self._leave(entry)
+                    self._queue.remove(entry)
                     _fail(entry, UnavailableError("NO_WORKERS", missing))
         if self._queue:
             self._watch_missing()
         else:
             self._missing_since_s = None
-
-
-def _order(entry: _Entry) -> tuple[float, int]:
-    return entry.sample.order
 
 
 def _fail(entry: _Entry, error: HeadraceError) -> None:

@@ -15,6 +15,7 @@ from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedE
 
 from headrace_router.admission import Admission, RequestSpec, Tokenized
 from headrace_router.answers import ROLE_NAMES
+from headrace_router.caller import Caller
 from headrace_router.discovery import Discovery
 from headrace_router.dispatch import Dispatcher
 from headrace_router.flow import Flow
@@ -83,11 +84,14 @@ class Router:
         await self._flow.close()
         await self._prompts.close()
 
-    async def open(self, message: generation_service_pb2.GenerateRequest, remaining_s: float | None) -> RunningRequest:
+    async def open(
+        self, message: generation_service_pb2.GenerateRequest, caller: Caller, remaining_s: float | None
+    ) -> RunningRequest:
         """Check a request and start it; `close` must follow.
 
         Args:
             message: the client's.
+            caller: who sent it.
             remaining_s: until the client's deadline; None if it has none.
 
         Raises:
@@ -99,7 +103,7 @@ class Router:
         deadline_s = arrival_s + (self._settings.request_timeout_s if remaining_s is None else remaining_s)
         try:
             spec = await self._admit(message, arrival_s=arrival_s, deadline_s=deadline_s)
-            running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics)
+            running = RunningRequest(spec, caller, self._flow, self._tokenizer, self._metrics)
             self._running[spec.request_id] = running
             return running
         except HeadraceError as error:

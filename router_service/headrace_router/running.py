@@ -16,6 +16,7 @@ from headrace_core.errors import DeadlineError, HeadraceError
 
 from headrace_router import policy
 from headrace_router.admission import RequestSpec
+from headrace_router.caller import Caller
 from headrace_router.flow import Flow
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
@@ -53,9 +54,12 @@ def outcome_of_leaving(deadline_s: float) -> str:
 class RunningRequest:
     """All samples of one request. Event loop only."""
 
-    def __init__(self, spec: RequestSpec, flow: Flow, tokenizer: Tokenizer, metrics: RouterMetrics) -> None:
+    def __init__(
+        self, spec: RequestSpec, caller: Caller, flow: Flow, tokenizer: Tokenizer, metrics: RouterMetrics
+    ) -> None:
         """Start every sample; `close` must follow."""
         self.spec = spec
+        self._client = (caller.address, caller.name)
         self._flow = flow
         self._metrics = metrics
         self._error: HeadraceError | None = None
@@ -123,7 +127,9 @@ class RunningRequest:
     def _sample(self, index: int, key: int, tokenizer: Tokenizer) -> Sample:
         spec = self.spec
         detokenizer = tokenizer.detokenizer(silent_ids=spec.silent_ids, is_continuation=spec.is_continuation)
-        return Sample(spec, index, detokenizer, prefix_key=key, itl=self._metrics.itl, on_news=self._on_news)
+        return Sample(
+            spec, index, detokenizer, client=self._client, prefix_key=key, itl=self._metrics.itl, on_news=self._on_news
+        )
 
     async def _run(self, sample: Sample) -> None:
         try:

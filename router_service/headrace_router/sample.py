@@ -26,6 +26,7 @@ from headrace_core.wire import decode_failure, decode_finish, encode_finish
 from headrace_router.admission import RequestSpec
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
+from headrace_router.fair_queue import Client, Turn
 from headrace_router.metrics import TokenHistogram
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.session import Ended, Side
@@ -53,6 +54,7 @@ class Sample:
         sample_index: int,
         detokenizer: Detokenizer,
         *,
+        client: Client,
         prefix_key: int,
         itl: TokenHistogram,
         on_news: Callable[[Sample], None],
@@ -63,6 +65,9 @@ class Sample:
         self.attempt = 0
         self.avoid: frozenset[str] = frozenset()
         self.output_ids: list[int] = []
+        cost = len(spec.prompt_ids) + min(spec.params.max_tokens or 0, EXPECTED_OUTPUT_TOKENS)
+        self.turn = Turn(client, (spec.arrival_s, sample_index), cost)
+        """Its standing in the queue, for all attempts."""
         self.finish_reason: FinishReason | None = None
         self.waterfall = Waterfall(spec.arrival_s)
         self.waterfall.mark("tokenize", spec.tokenized_s)
@@ -101,11 +106,6 @@ class Sample:
     def token_ids(self) -> list[int]:
         """Prompt and output so far: what an attempt prefills."""
         return self.spec.prompt_ids + self.output_ids
-
-    @property
-    def order(self) -> tuple[float, int]:
-        """Place in the queue; a retried sample keeps its own."""
-        return self.spec.arrival_s, self.sample_index
 
     @property
     def is_over(self) -> bool:

@@ -13,6 +13,7 @@ from headrace_core.config import RouterSettings
 from headrace_core.errors import UnavailableError
 
 from headrace_router.auth import TokenInterceptor, server_credentials
+from headrace_router.caller import caller_of
 from headrace_router.metrics import Gauges, RouterMetrics
 from headrace_router.router import Router
 
@@ -31,7 +32,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: generation_service_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
         """Serve one request; see generation_service.proto."""
-        running = await self._router.open(request, context.time_remaining())
+        running = await self._router.open(request, caller_of(context), context.time_remaining())
 
         def on_done(_: Any) -> None:
             self._router.close(running)

@@ -121,16 +121,17 @@ class RouterUnderTest:
                 found = sorted(worker.state for worker in (await self.info()).workers)
 
     async def generate(
-        self, request: generation_service_pb2.GenerateRequest, timeout_s: float | None = WAIT_S
+        self, request: generation_service_pb2.GenerateRequest, timeout_s: float | None = WAIT_S, *, token: str = ""
     ) -> list[Sampled]:
-        """Run a request to its end and return its samples.
+        """Run a request to its end, with a bearer token if there is one, and return its samples.
 
         Raises:
             HeadraceError: what the router answered.
         """
         samples = [Sampled() for _ in range(request.n or 1)]
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
         try:
-            async for response in self.stub.Generate(request, timeout=timeout_s):
+            async for response in self.stub.Generate(request, timeout=timeout_s, metadata=metadata):
                 sample = samples[response.sample_index]
                 sample.text += response.text
                 sample.token_ids.extend(response.token_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -14,10 +15,12 @@ from headrace_core.errors import HeadraceError, OverloadedError, UnavailableErro
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_router.dispatch import Dispatcher, Placement
+from headrace_router.fair_queue import Turn
 from headrace_router.policy import MAX_OVERTAKEN, Waiting
 from headrace_router.worker import Worker
 
 PAGE = 16
+_ARRIVALS = itertools.count()
 LAYOUT = KvLayout(2, PAGE, CacheDtype.BFLOAT16, LatentAttention(512, 64))
 ROLES = {
     "prefill": types_pb2.WORKER_ROLE_PREFILL,
@@ -33,10 +36,11 @@ class StubSample:
     place: float = 0.0
     num_tokens: int = 16
     prefix_key: int = 1
+    client: str = "one"
+    turn: Turn = field(init=False)
 
-    @property
-    def order(self) -> tuple[float, int]:
-        return self.place, 0
+    def __post_init__(self) -> None:
+        self.turn = Turn((self.client,), (self.place, next(_ARRIVALS)), 2 * self.num_tokens)
 
     def waiting(self) -> Waiting:
         return Waiting(self.num_tokens, 2 * self.num_tokens, self.prefix_key)

@@ -6,6 +6,7 @@ import pytest
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.testing.fake_script import mixed
 from headrace_core.testing.fake_worker import FakeWorker
+from headrace_router.caller import caller_of
 from headrace_router.testing import BOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
 
 PAGE = 16
@@ -237,3 +238,54 @@ def test_a_fleet_that_lacks_a_side_is_waited_for(tmp_path):
         await waits
 
     run(tmp_path, [worker("decode")], test, no_workers_timeout_s=0.3)
+
+
+@pytest.mark.parametrize("hostile", [{}, {"n": 4}], ids=["many requests", "many samples"])
+def test_one_request_does_not_wait_for_another_clients_many(tmp_path, hostile):
+    async def test(router):
+        decode = router.workers[1]
+        decode.faults.start_gate.clear()
+
+        def send(name, token, **fields):
+            prompt = text_request("hi", request_id=name, sampling={"max_tokens": 4}, **fields)
+            return asyncio.create_task(router.generate(prompt, token=token))
+
+        running = [send(f"many-{i}", "a", **hostile) for i in range(30)]
+        await wait_until(lambda: bool(decode.starts) and router.service._router.num_queued >= 29)
+        running.append(send("single", "b"))
+        await wait_until(lambda: router.service._router.num_queued >= 30)
+        num_before = len(decode.starts)
+        decode.faults.start_gate.set()
+        await asyncio.gather(*running)
+        names = [start.request_id for start in decode.starts]
+        assert names.index("single") - num_before <= 2
+        order = [(start.request_id, start.sample_index) for start in decode.starts if start.request_id != "single"]
+        assert order == sorted(order, key=lambda name: (int(name[0].removeprefix("many-")), name[1]))
+
+    run(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_same"),
+    [
+        (("ipv4:10.0.0.7:40122", "a"), ("ipv4:10.0.0.7:50133", "a"), True),
+        (("ipv4:10.0.0.7:40122", "a"), ("ipv4:10.0.0.7:40122", "b"), False),
+        (("ipv4:10.0.0.7:40122", "a"), ("ipv4:10.0.0.7:40122", ""), False),
+        (("ipv4:10.0.0.7:40122", ""), ("ipv4:10.0.0.8:40122", ""), False),
+        (("ipv6:%5B::1%5D:40122", ""), ("ipv6:[::1]:50133", ""), True),
+        (("ipv6:%5B::1%5D:40122", ""), ("ipv6:%5B::2%5D:40122", ""), False),
+        (("unix:/run/router", ""), ("unix:/run/router", ""), True),
+    ],
+)
+def test_a_client_is_its_token_and_its_address_without_the_port(first, second, is_same):
+    callers = [caller_of(FakeContext(*peer)) for peer in (first, second)]
+    assert (callers[0] == callers[1]) is is_same
+    assert "40122" not in callers[0].name
+
+
+class FakeContext:
+    """A call's context, as far as it tells who calls."""
+
+    def __init__(self, peer, token):
+        self.peer = lambda: peer
+        self.invocation_metadata = lambda: (("authorization", f"Bearer {token}"),) if token else ()
