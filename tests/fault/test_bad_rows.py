@@ -17,7 +17,7 @@ from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.request import SamplingParams
 from headrace_core.rpc import channel, raised_from
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
@@ -198,8 +198,8 @@ async def test_parameters_without_an_answer_or_a_bound_are_refused_by_every_work
             prefill_stub = prefill_service_pb2_grpc.PrefillServiceStub(to_prefill)
             decode_stub = decode_service_pb2_grpc.DecodeServiceStub(to_decode)
             for call in (
-                prefill_stub.Prefill(prefill_request, timeout=20),
-                decode_stub.Start(start_request, timeout=20),
+                prefill_stub.Prefill(prefill_request, timeout=WAIT_S),
+                decode_stub.Start(start_request, timeout=WAIT_S),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as raised:
                     await call

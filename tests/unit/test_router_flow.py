@@ -15,6 +15,7 @@ from headrace_core.errors import (
     UnavailableError,
 )
 from headrace_core.rpc import raised_from
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.fake_script import mixed, scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router.detokenizer import Detokenizer
@@ -425,7 +426,7 @@ async def _received(router, request):
     """Return the token ids that came before the error, and the error."""
     token_ids = []
     try:
-        async for response in router.stub.Generate(request, timeout=20):
+        async for response in router.stub.Generate(request, timeout=WAIT_S):
             token_ids.extend(response.token_ids)
     except grpc.aio.AioRpcError as error:
         return token_ids, raised_from(error)
