@@ -2,6 +2,7 @@
 
 import collections
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ ROOT = Path(__file__).parents[1]
 # Before torch is imported. Threads that spin while they wait for each other take ten times as long, or a hundred, where
 # every core is busy: 40 tokens of the oracle took 42 s for 5.8 s of CPU, and 0.4 s without.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Tests press Ctrl-C. What a shell starts in the background ignores the signal, and so would its children.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("headrace", deadline=None)
 # `make mutants` (tests/mutants) runs tests thousands of times: always the same examples, and none made smaller.
