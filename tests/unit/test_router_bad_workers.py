@@ -223,6 +223,7 @@ def test_a_sequence_whose_output_can_not_be_goes_on_elsewhere_and_its_neighbour_
             assert all(len(result.logprobs) == 60 for result in results), name
             assert router.metric("headrace_retries_total", reason="PROTOCOL") == number, name
             assert len(bad.starts) == 2 * number, name
+            await wait_until(lambda number=number: len(bad.cancels) == number)
             await router.wait_empty()
 
     workers = [worker("prefill"), worker("decode", step_s=0.003, num_pages=4096), worker("decode")]

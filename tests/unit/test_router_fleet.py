@@ -65,6 +65,9 @@ def test_a_small_worker_that_joins_and_leaves_leaves_no_limit_behind(tmp_path):
         small = await router.add(worker("both", 100))
         await router.wait_states(["ready", "ready"])
         assert (await router.info()).max_context_tokens == 4096
+        for _ in range(3):
+            await router.generate(LONG)
+        assert small.starts == [], "it goes to whom it fits"
         await leave(router, small)
         await router.generate(LONG)
 
