@@ -140,18 +140,30 @@ def check_started(
 
 
 def check_output(output: decode_service_pb2.SequenceOutput, vocab_size: int) -> None:
-    """Check a sequence's news, as far as they can be judged without knowing the sequence.
+    """Check a sequence's tokens, as far as they can be judged without knowing the sequence.
 
     Raises:
         ProtocolError: PROTOCOL.
     """
-    if output.HasField("failure"):
-        _require(1 <= output.failure.code <= _LAST_CODE, f"it sent a failure of code {output.failure.code}")
+    # For every token that anybody gets: each attribute of a message is read once.
+    token_ids = output.token_ids
+    if not token_ids:
+        _require(output.HasField("failure"), "it sent an output without a token")
         return
-    _require(bool(output.token_ids), "it sent an output without a token")
-    _check_ids(output.token_ids, vocab_size, "its token")
-    if output.logprobs:
-        _check_logprobs(output.logprobs, vocab_size)
+    if max(token_ids) >= vocab_size:
+        _check_ids(token_ids, vocab_size, "its token")
+    logprobs = output.logprobs
+    if logprobs:
+        _check_logprobs(logprobs, vocab_size)
+
+
+def check_failure(failure: decode_service_pb2.SequenceFailure) -> None:
+    """Check why a worker says that a sequence can't go on.
+
+    Raises:
+        ProtocolError: PROTOCOL, it gives no reason that there is.
+    """
+    _require(1 <= failure.code <= _LAST_CODE, f"it sent a failure of code {failure.code}")
 
 
 def _check_logprobs(logprobs: Sequence[types_pb2.TokenLogprobs], vocab_size: int) -> None:

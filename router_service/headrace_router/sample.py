@@ -24,6 +24,7 @@ from headrace_core.request import FinishReason
 from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
 from headrace_router.admission import RequestSpec
+from headrace_router.answers import check_failure
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
@@ -168,6 +169,7 @@ class Sample:
         if self._ending is not None or self.state is SampleState.FAILED:
             return
         if output.HasField("failure"):
+            check_failure(output.failure)
             self.on_ended(Ended(Side.WORKER, decode_failure(output.failure)))
             return
         token_ids = output.token_ids
