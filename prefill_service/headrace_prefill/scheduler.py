@@ -161,7 +161,11 @@ class PrefillScheduler:
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice, and that the queues agree."""
         self._book.check_integrity(s.pages for s in self._sequences.values() if s.pages)
-        assert len(self._waiting) + len(self._running) <= len(self._sequences), "a sequence is in two queues"
+        states = [sequence.state for sequence in self._sequences.values()]
+        assert states.count(State.WAITING) == len(self._waiting), "the waiting queue differs"
+        assert states.count(State.RUNNING) == len(self._running), "the running queue differs"
+        num_published = len(states) - len(self._waiting) - len(self._running)
+        assert states.count(State.PUBLISHED) == num_published, "a sequence is in two queues"
 
     def _admit(self, sequence: _Sequence, now: float) -> bool:
         pages = self.pages.match(sequence.key, sequence.spec.token_ids)

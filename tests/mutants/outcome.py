@@ -44,12 +44,16 @@ class Mutant:
 
     @property
     def is_wording(self) -> bool:
-        """True if only words of a message differ: a string with a space, in other letters or wrapped in `XX`."""
+        """True if only words of a message differ, in other letters or wrapped in `XX`.
+
+        A message is a string with a space, or what an assertion says; other strings are names and reasons.
+        """
         if _STRING.sub("", self.before) != _STRING.sub("", self.after):
             return False
         pairs = zip(_STRING.findall(self.before), _STRING.findall(self.after), strict=True)
         changed = [(old, new) for old, new in pairs if old != new]
-        return bool(changed) and all(" " in old and new.lower() in _cosmetic(old) for old, new in changed)
+        is_said = self.before.startswith("assert ")
+        return bool(changed) and all((is_said or " " in old) and new.lower() in _cosmetic(old) for old, new in changed)
 
 
 def read(folder: Path) -> list[Mutant]:

@@ -82,6 +82,14 @@ def test_an_older_prompt_comes_after_a_younger_decode_row():
     assert shares(step(s)) == [(2, 3, 1), (1, 0, 3)]
 
 
+def test_two_tokens_still_to_compute_are_a_prompt_and_no_decode_row():
+    s = scheduler(max_step_tokens=2)
+    handed_off(s, 2, [7, 7, 7])
+    s.arrived(2)
+    s.add(1, spec(prompt(1, 2)), None, 0.0)
+    assert shares(step(s)) == [(2, 3, 1), (1, 0, 1)]
+
+
 def test_a_spent_budget_leaves_the_rest_for_the_next_step():
     s = scheduler(max_step_tokens=4)
     s.add(1, spec(prompt(1, 4)), None, 0.0)
@@ -260,6 +268,58 @@ def test_the_youngest_gives_way_and_goes_on_where_it_was():
     assert (load.num_running, load.num_waiting) == (1, 1)
     assert load.num_waiting_tokens == 5, "all its tokens are computed again"
     s.check_integrity()
+
+
+def test_it_gives_way_to_others_it_is_not_the_end_of_the_step_for():
+    """The oldest decode row takes the youngest one's page; a prompt of an age between them is computed all the same."""
+    s = scheduler(num_pages=7, max_step_tokens=4)
+    running(s, 2)
+    handed_off(s, 3, [7, 7])
+    s.arrived(3)
+    s.add(2, spec(prompt(2, 6)), None, 0.0)
+    step(s)
+    assert s.load().num_free_pages == 0, "two, two and three pages"
+    plan = s.plan(0.0)
+    assert [key for key, _, _ in shares(plan)] == [1, 2]
+    assert Preempted(3) in s.take_events()
+
+
+def test_a_row_that_gives_way_itself_leaves_the_rest_of_the_step_to_others():
+    """Two decode rows, of which the younger needs a page that nobody younger has; the prompt goes on without it."""
+    s = scheduler(num_pages=6, max_step_tokens=3)
+    handed_off(s, 1, [7, 7, 7])
+    handed_off(s, 3, [8, 8])
+    s.add(2, spec(prompt(2, 6)), None, 0.0)
+    step(s)
+    assert s.load().num_free_pages == 0
+    s.arrived(1)
+    s.arrived(3)
+    assert shares(s.plan(0.0)) == [(1, 3, 1), (2, 3, 2)]
+    assert Preempted(3) in s.take_events()
+
+
+def test_a_pre_empted_sequence_waits_for_pages_for_all_its_tokens():
+    s = scheduler(num_pages=6, max_step_tokens=8)
+    running(s, 2, 2)
+    for _ in range(4):
+        step(s)
+    assert (s.load().num_waiting, s.load().num_free_pages) == (1, 2), "its seven tokens take four"
+    s.take_events()
+    for _ in range(2):
+        step(s)
+        assert s.load().num_waiting == 1
+    assert {type(event) for event in s.take_events()} == {Output}, "it does not come and go"
+
+
+def test_a_sequence_may_grow_to_the_whole_pool_if_younger_ones_give_way():
+    s = scheduler(num_pages=3)
+    handed_off(s, 2, [8])
+    s.add(1, spec(prompt(1, 4)), None, 0.0)
+    step(s)
+    s.arrived(2)
+    assert s.load().num_free_pages == 0
+    assert shares(step(s)) == [(1, 4, 1)]
+    assert [type(event) for event in s.take_events() if not isinstance(event, Output)] == [Started, Started, Preempted]
 
 
 def test_a_pre_empted_sequence_is_not_started_twice():

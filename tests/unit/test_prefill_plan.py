@@ -106,6 +106,13 @@ def test_nobody_overtakes_a_prompt_that_waits_for_pages():
     assert shares(step(s)) == [(2, 0, 8)]
 
 
+def test_a_prompt_that_waits_for_pages_holds_up_nobody_before_it():
+    s = scheduler(num_pages=4)
+    s.add(1, spec(prompt(1, 6)), 0.0)
+    s.add(2, spec(prompt(2, 12)), 0.0)
+    assert shares(step(s)) == [(1, 0, 6)]
+
+
 def test_a_prompt_that_waits_gives_back_what_it_found_in_the_cache():
     s = scheduler(num_pages=4)
     s.add(1, spec([1] * 4 + [2] * 4), 0.0)
@@ -162,6 +169,7 @@ def test_a_published_sequence_says_what_a_ticket_needs():
         s.free(key) if key == 1 else None
     first, second = published(s)
     assert (first.key, first.token, first.finish) == (1, SampledToken(5), None)
+    assert (first.token_ids, second.token_ids) == ([7, 7, 7, 7, 1, 1], [7, 7, 7, 7, 2, 2])
     assert (first.queue_s, first.compute_s) == (2.0, 4.5)
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4)
     assert first.generations == (0, 0)
@@ -258,11 +266,20 @@ def test_a_sequence_may_go_at_any_time_and_another_takes_its_place():
     s.check_integrity()
 
 
-def test_pages_of_a_sequence_that_is_not_here_any_more_are_noticed():
-    s = scheduler()
-    s.add(1, spec(prompt(1, 6)), 0.0)
-    step(s)
-    s.check_integrity()
-    s.pages.pool.allocate(1, 9)
-    with pytest.raises(AssertionError, match="pages without a sequence"):
+def test_books_that_do_not_fit_are_noticed():
+    """Sequences: 1 is published, 2 runs, 3 and 4 wait."""
+    damages = {
+        "the waiting queue differs": lambda s: s._waiting.pop(3),
+        "the running queue differs": lambda s: s._running.update({3: s._sequences[3]}),
+        "a sequence is in two queues": lambda s: setattr(s._sequences[1], "state", None),
+        "pages without a sequence": lambda s: s.pages.pool.allocate(1, 9),
+    }
+    for words, damage in damages.items():
+        s = scheduler(max_step_tokens=8)
+        for key in (1, 2, 3, 4):
+            s.add(key, spec(prompt(key, 6)), 0.0)
+        step(s)
         s.check_integrity()
+        damage(s)
+        with pytest.raises(AssertionError, match=words):
+            s.check_integrity()
