@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from headrace_core.batch.finish import finish_reason
+from headrace_core.batch.finish import FinishRule
 from headrace_core.config import DecodeSettings
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
@@ -42,8 +42,9 @@ def test_an_answer_ends_where_transformers_ends_it(folder):
     loaded = load_worker_model(DecodeSettings(model=folder, dtype="float32", kv_pool_mib=1))
     assert isinstance(loaded.model, Model)
     (tokens,) = generate_greedy(loaded.model, [prompt], MAX_TOKENS, page_size=16, max_chunk=64)
+    rule = FinishRule(PARAMS, loaded.limits)
     ends = [
-        finish_reason(token, PARAMS, loaded.limits, num_output_tokens=count, num_tokens=len(prompt) + count)
+        rule.reason(token, num_output_tokens=count, num_tokens=len(prompt) + count)
         for count, token in enumerate(tokens, start=1)
     ]
     assert tokens[: next(index for index, end in enumerate(ends, start=1) if end)] == expected
