@@ -106,6 +106,7 @@ def lacks_a_side(fleet):
 @example(waiting(98, 2), [worker("prefill", max_context_tokens=99), worker("decode")])
 @example(waiting(98, 2), [worker("prefill", max_context_tokens=100), worker("decode", max_context_tokens=100)])
 @example(waiting(98, 3), [worker("prefill"), worker("decode", max_context_tokens=100)])
+@example(waiting(98, 300), [worker("prefill", max_context_tokens=100), worker("decode")])
 def test_in_an_idle_fleet_a_sequence_starts_or_is_refused_at_once(item, fleet):
     capacity, views = Capacity(fleet), {view.address: view for view in fleet}
     if lacks_a_side(fleet):
@@ -250,7 +251,7 @@ def test_an_orphan_that_outgrew_every_prefill_worker_is_computed_by_a_decode_wor
     assert plan([waiting(100, has_output=True)], fleet) == [Assignment(0, "p", "d")]
     assert plan([waiting(800)], fleet) == []
     assert plan([orphan], [worker("both", num_pages=10), worker("decode")]) == [Assignment(0, "", "d")]
-    assert plan([orphan], [worker("decode")]) == [], "with no worker that prefills, one is waited for"
+    assert Capacity([worker("decode")]).route(orphan) is None, "with no worker that prefills, one is waited for"
 
 
 def test_an_orphan_does_not_wait_behind_prompts_that_wait_for_prefill_workers():
@@ -259,7 +260,11 @@ def test_an_orphan_does_not_wait_behind_prompts_that_wait_for_prefill_workers():
 
 
 def test_what_starts_leaves_a_worker_its_limits():
-    short = [worker("prefill"), worker("decode", max_context_tokens=200)]
+    short = [
+        worker("prefill"),
+        worker("decode", "d1", max_context_tokens=200),
+        worker("decode", "d2", num_free_slots=0),
+    ]
     assert [a.index for a in plan([waiting(50), waiting(50, 400), waiting(50)], short)] == [0, 2]
     budget = [worker("prefill", token_budget=512), worker("decode")]
     assert [a.index for a in plan([waiting(256), waiting(256), waiting(1)], budget)] == [0, 1]

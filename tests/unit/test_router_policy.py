@@ -76,6 +76,8 @@ def test_an_output_larger_than_the_pool_waits_for_the_whole_pool_and_no_longer()
     assert plan([large], [prefill(), decode(num_free_pages=99)]) == []
     assert plan([large], [prefill(), decode()]) != []
     assert not could_decode(waiting(1600), decode())
+    # A pool of which more than ten pages were never free: the least it needs are those of the next token.
+    assert decode_pages(waiting(160, num_output=640), decode(num_usable_pages=10)) == 11
 
 
 def test_the_least_loaded_prefill_worker_is_chosen():
