@@ -109,6 +109,8 @@ class Link:
         self.worker: Worker | None = None
         self.info: worker_service_pb2.GetInfoResponse | None = None
         """Who it said it is, last; None until it gave an answer that can be."""
+        self._made: list[Worker] = []
+        """Those of this channel, lost ones included, that sequences may still use."""
         self._is_listed = True
         self._is_tried = False
         self._fleet = fleet
@@ -123,6 +125,11 @@ class Link:
     def is_ready(self) -> bool:
         """True while the worker is part of the fleet that is there: connected, listed, not draining."""
         return self.state is LinkState.READY
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a sequence uses the channel, be it for a call that outlived its worker's streams."""
+        return any(worker.is_busy for worker in self._made)
 
     @property
     def is_listed(self) -> bool:
@@ -156,7 +163,7 @@ class Link:
                 pause_s = backoff.pause_s(time.monotonic())
                 if self.state is LinkState.REFUSED:
                     pause_s = _REFUSED_PAUSE_S
-                elif pause_s > _SHORT_PAUSE_S and channel is not None:
+                elif pause_s > _SHORT_PAUSE_S and channel is not None and not self.is_busy:
                     await channel.close()  # gRPC itself would go on trying, more often than we do
                     channel = None
                 await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
@@ -213,6 +220,7 @@ class Link:
             group.create_task(worker.session.run(worker.decode))
             await worker.session.opened.wait()
         self._judge(info, layout)  # again: another may have joined meanwhile, and decided what the fleet serves
+        self._made = [*(made for made in self._made if made.is_busy), worker]
         return worker
 
     def _judge(self, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> None:

@@ -158,7 +158,7 @@ class Registry:
 
     def _leave_idle(self) -> None:
         for address, (link, task) in list(self._links.items()):
-            if not link.is_listed and not (link.worker is not None and link.worker.is_busy):
+            if not link.is_listed and not link.is_busy:
                 del self._links[address]
                 task.cancel()
                 # Kept until it has closed its connection: the loop itself only knows tasks that somebody holds.

@@ -9,6 +9,7 @@ import pytest
 from headrace_core.errors import InvalidRequestError
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
+from headrace_core.testing.garbler import no_message
 from headrace_router.link import Backoff
 from headrace_router.testing import EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
 
@@ -169,6 +170,29 @@ def test_an_address_where_nobody_is_is_asked_less_and_less_and_again_soon_once_s
     assert pauses[-1] == pytest.approx(30.0)
     backoff.on_joined()
     assert [backoff.pause_s(now_s) for _ in range(3)] == pytest.approx([0.1, 0.2, 0.4])
+
+
+def test_a_call_that_outlives_its_workers_streams_keeps_the_connection_until_it_is_answered(tmp_path):
+    async def test(router):
+        prefill, _ = router.workers
+        fleet = router.service._router.fleet
+        prefill.faults.prefill_gate.clear()
+        running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
+        await wait_until(lambda: len(prefill.prefills) == 1)
+        prefill.garbler.rewrites["WatchLoad"] = no_message
+        prefill.on_change()
+        await router.wait_states(["ready", "refused"])
+        router.workers.remove(prefill)
+        router.write_workers()
+        (link,) = (each for each in fleet.links if each.address == prefill.address)
+        await wait_until(lambda: not link.is_listed)
+        fleet._leave_idle()
+        assert link in fleet.links
+        prefill.faults.prefill_gate.set()
+        assert (await running)[0].text == "abc"
+        await router.wait_states(["ready"])
+
+    run(tmp_path, [worker("prefill"), worker("decode")], test)
 
 
 def test_nothing_is_kept_of_workers_that_left(tmp_path):
