@@ -112,7 +112,7 @@ def test_generate_reads_standard_input_less_one_newline():
         (("-",), b"caf\xe9 au lait", "not valid UTF-8: byte 0xe9 at offset 3"),
         (("caf\udce9",), None, "not valid UTF-8: byte 0xe9 at offset 3"),
         (("-",), b"x" * (50 << 20), "larger than 8 MiB"),
-        (("Tell", "--top-p", "3"), None, "top_p is 3.0; it must be in (0, 1]"),
+        (("Tell", "--top-p", "3"), None, "top_p is 3.0; it must be in [1e-30, 1]"),
         (("Tell", "--logit-bias", "x"), None, "'x' is not ID=BIAS"),
         (("Tell", "--request-id", "a b"), None, "request_id"),
         (("Tell", "--tls-roots", "/nowhere.pem"), None, "/nowhere.pem"),
