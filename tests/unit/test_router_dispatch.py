@@ -105,6 +105,16 @@ class Queue:
         self.calls.append(asyncio.ensure_future(call()))
         return self.calls[-1]
 
+    async def placed_now(self, sample: StubSample) -> Placement:
+        """Place a sample for which there is room."""
+        return await self.result(self.place(sample))
+
+    async def result(self, call: asyncio.Task[Placement]) -> Placement:
+        """Return what is due: waiting for it would be waiting for ever if it is not."""
+        await self.settle()
+        assert call.done(), "it still waits"
+        return call.result()
+
     async def settle(self) -> None:
         """Let everything that is due happen: rounds, and who waited for them."""
         for _ in range(10):
@@ -124,6 +134,7 @@ async def a_queue(**settings) -> AsyncGenerator[Queue]:
 
 
 async def failure(call: asyncio.Task[Placement]) -> HeadraceError:
+    await eventually(call.done, "it is refused")
     with pytest.raises(HeadraceError) as raised:
         await call
     return raised.value
@@ -139,7 +150,7 @@ def reserved(worker: Worker) -> tuple[int, int, int]:
 async def test_a_placement_reserves_pages_tokens_and_a_slot_until_each_is_over():
     async with a_queue() as queue:
         prefill, decode = queue.add_worker("p", "prefill"), queue.add_worker("d", "decode")
-        placement = await queue.place(StubSample(num_tokens=20))
+        placement = await queue.placed_now(StubSample(num_tokens=20))
         assert (placement.prefill, placement.decode) == (prefill, decode)
         assert (reserved(prefill), reserved(decode)) == ((2, 20, 1), (3, 0, 1))
         placement.on_prefilled()
@@ -155,7 +166,7 @@ async def test_a_placement_reserves_pages_tokens_and_a_slot_until_each_is_over()
 async def test_an_attempt_that_fails_early_gives_both_workers_back():
     async with a_queue() as queue:
         prefill, decode = queue.add_worker("p", "prefill"), queue.add_worker("d", "decode")
-        placement = await queue.place(StubSample())
+        placement = await queue.placed_now(StubSample())
         placement.release()
         assert (reserved(prefill), reserved(decode)) == ((0, 0, 0), (0, 0, 0))
         assert not prefill.is_busy
@@ -166,7 +177,7 @@ async def test_an_attempt_that_fails_early_gives_both_workers_back():
 async def test_a_colocated_placement_reserves_everything_of_one_worker():
     async with a_queue() as queue:
         worker = queue.add_worker("b", "both")
-        placement = await queue.place(StubSample(num_tokens=20))
+        placement = await queue.placed_now(StubSample(num_tokens=20))
         assert (placement.prefill, placement.decode) == (None, worker)
         assert reserved(worker) == (3, 20, 1)
         placement.on_prefilled()
@@ -181,7 +192,7 @@ async def test_a_colocated_placement_reserves_everything_of_one_worker():
 async def test_what_the_worker_reports_of_a_started_sequence_is_not_reserved_twice():
     async with a_queue() as queue:
         prefill, decode = queue.add_worker("p", "prefill"), queue.add_worker("d", "decode")
-        placement = await queue.place(StubSample(num_tokens=20))
+        placement = await queue.placed_now(StubSample(num_tokens=20))
         placement.on_prefilled()
         prefill.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=98))
         assert reserved(prefill)[0] == 2
@@ -196,7 +207,7 @@ async def test_samples_start_in_order_of_arrival_and_one_retried_takes_its_old_p
         late, early, middle = StubSample(3.0), StubSample(1.0), StubSample(2.0)
         queue.add_worker("p", "prefill")
         decode = queue.add_worker("d", "decode", max_step_sequences=1)
-        running = await queue.place(StubSample(0.0))
+        running = await queue.placed_now(StubSample(0.0))
         for sample in (late, early, middle):
             queue.place(sample)
         for expected in ([early], [early, middle], [early, middle, late]):
@@ -214,7 +225,8 @@ async def test_whatever_happens_in_one_tick_is_planned_once():
         queue.add_worker("p", "prefill")
         queue.add_worker("d", "decode")
         calls = [queue.place(StubSample()) for _ in range(4)]
-        await asyncio.gather(*calls)
+        for call in calls:
+            await queue.result(call)
         assert queue.fleet.num_looks == 1
         queue.dispatcher.kick()
         await queue.settle()
@@ -231,7 +243,7 @@ async def test_a_change_of_the_fleet_starts_who_waited_for_it():
         assert not call.done()
         queue.add_worker("d", "decode")
         queue.fleet.on_change()
-        assert (await call).decode.address == "d"
+        assert (await queue.result(call)).decode.address == "d"
 
 
 @async_test
@@ -245,7 +257,7 @@ async def test_a_worker_on_hold_gets_nothing_until_it_reports():
         assert not call.done()
         decode.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=100))
         queue.fleet.on_change()
-        await call
+        await queue.result(call)
 
 
 @async_test
@@ -253,7 +265,7 @@ async def test_who_gives_up_while_waiting_leaves_the_queue():
     async with a_queue() as queue:
         queue.add_worker("p", "prefill")
         queue.add_worker("d", "decode", max_step_sequences=1)
-        running = await queue.place(StubSample(0.0))
+        running = await queue.placed_now(StubSample(0.0))
         gone, next_one = queue.place(StubSample(1.0)), queue.place(StubSample(2.0))
         await queue.settle()
         gone.cancel()
@@ -261,7 +273,7 @@ async def test_who_gives_up_while_waiting_leaves_the_queue():
         assert gone.cancelled()
         running.release()
         queue.dispatcher.kick()
-        await next_one
+        await queue.result(next_one)
         assert len(queue.placed) == 2
 
 
@@ -274,11 +286,10 @@ async def test_who_gives_up_as_it_is_placed_gives_its_workers_to_the_next():
         await asyncio.sleep(0)  # both wait, and a round is due
         loop = asyncio.get_running_loop()
         loop.call_soon(lambda: first.cancel() if decode.is_busy else None)
-        await second
-        await asyncio.wait([first])
+        await queue.result(second)
         assert first.cancelled()
         assert decode.view().num_free_slots == 0
-        (await second).release()
+        second.result().release()
         assert not decode.is_busy
 
 
@@ -303,7 +314,7 @@ async def test_a_sequence_is_overtaken_only_so_often():
         assert number == MAX_OVERTAKEN + 1
         loaded.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=100))
         queue.fleet.on_change()
-        assert (await large).prefill is loaded
+        assert (await queue.result(large)).prefill is loaded
 
 
 @async_test
@@ -315,7 +326,7 @@ async def test_a_sequence_that_no_pool_can_ever_hold_is_refused_at_once():
         error = await failure(queue.place(StubSample(num_tokens=20 * PAGE)))
         assert isinstance(error, OverloadedError)
         assert error.reason == "NO_FREE_PAGES"
-        assert (await queue.place(StubSample(num_tokens=20 * PAGE - 1))).decode.address == "d2"
+        assert (await queue.placed_now(StubSample(num_tokens=20 * PAGE - 1))).decode.address == "d2"
 
 
 @async_test
@@ -334,7 +345,7 @@ async def test_a_sample_waits_for_a_busy_fleet_however_long():
     async with a_queue(no_workers_timeout_s=0.0) as queue:
         queue.add_worker("p", "prefill")
         queue.add_worker("d", "decode", max_step_sequences=1)
-        running = await queue.place(StubSample())
+        running = await queue.placed_now(StubSample())
         call = queue.place(StubSample())
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
@@ -342,7 +353,7 @@ async def test_a_sample_waits_for_a_busy_fleet_however_long():
         assert not call.done()
         running.release()
         queue.dispatcher.kick()
-        await call
+        await queue.result(call)
 
 
 @async_test
@@ -357,4 +368,4 @@ async def test_a_worker_that_comes_in_time_is_waited_for():
         queue.add_worker("b", "both")
         queue.fleet.lack = ""
         queue.fleet.on_change()
-        await call
+        await queue.result(call)
