@@ -19,6 +19,9 @@ INFO_TIMEOUT_S = 10.0
 # What gRPC puts before the cause: "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:50050: ".
 _TRANSPORT_PREFIX = re.compile(r"^.*last error: (\w+: )?(ipv[46]:\S+: )?")
 
+# What gRPC says of a call that this side cancelled.
+_OWN_CANCELS = ("Locally cancelled by application!", "Channel closed!")
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionOptions:
@@ -71,7 +74,8 @@ class ConnectionOptions:
 def error_from(error: grpc.RpcError, address: str, *, has_answer: bool = False) -> HeadraceError:
     """Return the error to raise; what failed without a word from the router says so in words for people.
 
-    A connection that failed becomes UNREACHABLE, or CONNECTION_LOST when a part of the answer had come.
+    A connection that failed becomes UNREACHABLE, or CONNECTION_LOST when a part of the answer had come; so does a call
+    that gRPC itself cancelled at the router. A message that gRPC refused for its size becomes PROMPT_TOO_LONG.
     """
     raised = raised_from(error)
     if raised.reason == grpc.StatusCode.UNAVAILABLE.name:
@@ -79,6 +83,10 @@ def error_from(error: grpc.RpcError, address: str, *, has_answer: bool = False) 
         if has_answer:
             return UnavailableError("CONNECTION_LOST", f"the connection to the router at {address} was lost: {cause}")
         return UnavailableError("UNREACHABLE", f"no connection to a router at {address}: {cause}")
+    if error.code() is grpc.StatusCode.CANCELLED and error.details() not in _OWN_CANCELS:
+        return UnavailableError("CONNECTION_LOST", f"the router at {address} dropped the call without a word")
+    if raised.reason == grpc.StatusCode.RESOURCE_EXHAUSTED.name and "larger than max" in str(raised):
+        return InvalidRequestError("PROMPT_TOO_LONG", f"the request is larger than the router takes: {raised}")
     if raised.reason == grpc.StatusCode.DEADLINE_EXCEEDED.name:
         return DeadlineError(raised.reason, "the time limit passed before the answer was complete")
     return raised

@@ -15,7 +15,8 @@ class RetryPolicy:
     """How often and how soon. Only `UnavailableError` and `OverloadedError` are retried, never after the first token.
 
     The pause before try k + 1 is drawn evenly from 0 to `first_pause_s` * 2^(k - 1), at most `longest_pause_s`, so that
-    many clients turned away together do not come back together. `max_attempts` 1 turns retries off.
+    many clients turned away together do not come back together; when the router says how long to stay away, that comes
+    on top. `max_attempts` 1 turns retries off.
     """
 
     max_attempts: int = 4
@@ -55,6 +56,8 @@ class Attempts:
             raise error
         longest_s = min(policy.longest_pause_s, policy.first_pause_s * 2 ** (self._num_made - 1))
         pause_s = longest_s * self._draw()
+        if isinstance(error, OverloadedError):
+            pause_s += min(error.retry_after_s, policy.longest_pause_s)
         remaining_s = self.remaining_s()
         if remaining_s is not None and remaining_s <= pause_s:
             raise error

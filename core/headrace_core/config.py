@@ -118,6 +118,11 @@ class RouterSettings(ProcessSettings):
         None, description="one worker address per line, # begins a comment; read again when it changes"
     )
     max_queued_requests: int = Field(1024, ge=1, description="queue length at which requests are refused")
+    max_open_requests: int = Field(
+        4096, ge=1, description="requests open at a time, queued, running and not yet read; one client has half at most"
+    )
+    max_body_mib: int = Field(256, ge=16, description="memory for requests' messages, read and being read, MiB")
+    message_timeout_s: float = Field(10.0, gt=0, description="longest time a request's message may take to arrive")
     max_prompt_bytes: int = Field(
         4 << 20,
         ge=1,

@@ -5,6 +5,7 @@
     ├── NotFoundError            NOT_FOUND            another attempt: a session went away under the call
     ├── ConflictError            ALREADY_EXISTS       return to the caller
     ├── LayoutMismatchError      FAILED_PRECONDITION  another pair of workers, bounded; logged as an error
+    ├── UnauthenticatedError     UNAUTHENTICATED      never seen from a worker
     ├── OverloadedError          RESOURCE_EXHAUSTED   another worker, then shed
     ├── UnavailableError         UNAVAILABLE          another worker
     ├── HandoffLostError         ABORTED              prefill again, bounded
@@ -63,10 +64,23 @@ class LayoutMismatchError(HeadraceError):
     status = "FAILED_PRECONDITION"
 
 
+class UnauthenticatedError(HeadraceError):
+    """The caller did not show who it is."""
+
+    status = "UNAUTHENTICATED"
+
+
 class OverloadedError(HeadraceError):
-    """There is no room now; another worker may have some."""
+    """There is no room now; another worker may have some.
+
+    `retry_after_s` is how long the caller had better wait before it asks again; 0 leaves it to the caller.
+    """
 
     status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, reason: str, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason, message)
+        self.retry_after_s = retry_after_s
 
 
 class UnavailableError(HeadraceError):

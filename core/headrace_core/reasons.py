@@ -22,6 +22,7 @@ from headrace_core.errors import (
     ProtocolError,
     StartupError,
     TransferCorruptError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -51,6 +52,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     NotFoundError: {
         "UNKNOWN_MODEL": "the router serves another model",
+        "UNKNOWN_SERVICE": "health was asked about a service that is not here",
         "UNKNOWN_SESSION": "the decode worker has no such session (any more)",
     },
     ConflictError: {
@@ -62,7 +64,11 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_COMMON_TRANSPORT": "two workers have no transport in common",
         "REFUSED": "a worker does not fit the fleet; `headrace status` says why",
     },
+    UnauthenticatedError: {
+        "BAD_TOKEN_AUTH": "the router's token was not sent",
+    },
     OverloadedError: {
+        "MESSAGE_TIMEOUT": "the request's message took too long to arrive",
         "NO_FREE_PAGES": "the pages are taken, or the sequence is larger than a pool",
         "QUEUE_FULL": "too much is waiting; try again later",
         "SLOW_READER": "a session's reader fell too far behind",
@@ -120,7 +126,6 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     HeadraceError: {
         "BAD_LOGITS": "the network's output for this request is not finite: is the checkpoint damaged?",
-        "BAD_TOKEN_AUTH": "the router's token was not sent (status UNAUTHENTICATED)",
         "BUG": "an error of ours; the process's log has the traceback",
         "ENGINE_FAILED": "computing this request raised, also alone; the worker's log has the traceback",
         "START_FAILED": "the router of a local cluster refuses to be asked",

@@ -1,21 +1,24 @@
 """gRPC in one place: servers with health, reflection and error mapping; channels with sane limits.
 
-The interceptor is where errors become statuses; `raised_from` is where statuses become errors again.
+The boundary is where calls come in, through the server's door, and where errors become statuses; `raised_from` is where
+statuses become errors again.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from headrace_core.door import Door
 from headrace_core.errors import (
     ConflictError,
     DeadlineError,
@@ -28,22 +31,32 @@ from headrace_core.errors import (
     ProtocolError,
     StartupError,
     TransferCorruptError,
+    UnauthenticatedError,
     UnavailableError,
 )
+from headrace_core.health import HealthServicer
+from headrace_core.message_parts import has_more_parts
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 REASON_KEY = "headrace-reason"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""gRPC's own word for when to come again; `OverloadedError.retry_after_s` travels in it."""
 MAX_MESSAGE_BYTES = 8 << 20
 """Largest control message; a prompt of a million token ids fits. Page frames are smaller."""
 
 _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
+_PUSHBACK = re.compile(r"[0-9]{1,7}")
 _MOST_MESSAGE_BYTES = 2000
 
-_OWN = "/headrace."
-"""Our own methods. Health and reflection map errors themselves, and health's Watch is a coroutine, no generator."""
+_WINDOW_BYTES = 16 << 10
+"""What a caller may send of a message before we read it."""
+_MAX_PENDING_CALLS = 8192
+"""Of one method, not yet seen by Python; about 30 kB each. Past it core cancels calls, without our reason."""
+_MAX_CONNECTIONS = 4096
+_HANDSHAKE_TIMEOUT_MS = 10_000
 
 # A stopped peer is noticed after about 10 s: a ping every 5 s, answered within 5 s.
 _KEEPALIVE = [
@@ -62,6 +75,13 @@ _SERVER_OPTIONS = [
     *_KEEPALIVE,
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.so_reuseport", 0),
+    # Without a fixed window core takes up to 4 MB of each unread message; while one is read, the window follows it.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+    # Core's own limits are 1000 and 3000, between which it cancels calls by chance.
+    ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
 ]
 _CHANNEL_OPTIONS = [
     *_LIMITS,
@@ -80,6 +100,7 @@ _BY_STATUS: dict[str, type[HeadraceError]] = {
         NotFoundError,
         ConflictError,
         LayoutMismatchError,
+        UnauthenticatedError,
         OverloadedError,
         UnavailableError,
         HandoffLostError,
@@ -109,13 +130,18 @@ def _cut(message: str) -> str:
     return message.encode("utf-8", "replace")[:_MOST_MESSAGE_BYTES].decode("utf-8", "ignore")
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns a raised `HeadraceError` into its status; anything else is a bug and becomes INTERNAL.
+class Boundary(grpc.aio.ServerInterceptor):
+    """Where a call comes in and its errors become statuses.
 
-    The reason travels in trailing metadata under `headrace-reason`. Cancellation and aborts that a
-    handler made itself pass through untouched. Requests are decoded here rather than by grpc, so that bytes which are
-    no message are the caller's error, too.
+    A method that takes one message is served as one that takes a stream of them, which is the same on the wire: so the
+    `door` decides before the message is read. Messages are decoded here rather than by grpc, so that bytes which are no
+    message are the caller's error, too. A raised `HeadraceError` becomes its status, anything else is a bug and becomes
+    INTERNAL; the reason travels in trailing metadata under `headrace-reason`. Cancellation and aborts that a handler
+    made itself pass through untouched.
     """
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
 
     async def intercept_service(
         self,
@@ -125,51 +151,96 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         """Wrap the handler that serves this call."""
         handler: Any = await continuation(handler_call_details)
         details: Any = handler_call_details
-        method: str = details.method
-        if handler is None or not method.startswith(_OWN):
-            return handler
-        decode = _decoder(handler.request_deserializer)
-        if handler.unary_unary:
-
-            async def unary(request: bytes, context: Any) -> Any:
-                try:
-                    return await handler.unary_unary(decode(request), context)
-                except Exception as error:  # noqa: BLE001 - the boundary: nothing may leak past it
-                    await _abort(context, method, error)
-
-            return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
-        if handler.unary_stream:
-
-            async def stream(request: bytes, context: Any) -> AsyncIterator[Any]:
-                try:
-                    async for response in handler.unary_stream(decode(request), context):
-                        yield response
-                except Exception as error:  # noqa: BLE001 - the boundary: nothing may leak past it
-                    await _abort(context, method, error)
-
-            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
-        return handler
+        if handler is None:
+            return None
+        requests = _Requests(self._door, details.method, handler)
+        if not handler.response_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                _answering(requests, handler.stream_unary or handler.unary_unary), None, handler.response_serializer
+            )
+        return grpc.stream_stream_rpc_method_handler(
+            _streaming(requests, handler.stream_stream or handler.unary_stream), None, handler.response_serializer
+        )
 
 
-def _decoder(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    def decode(request: bytes) -> Any:
-        if deserialize is None:
-            return request
+class _Requests:
+    """What one method's handlers are given, once the door let the call in."""
+
+    def __init__(self, door: Door, method: str, handler: Any) -> None:
+        self.method = method
+        self._door = door
+        self._is_stream: bool = handler.request_streaming
+        self._deserialize: Callable[[bytes], Any] | None = handler.request_deserializer
+
+    async def get(self, context: Any) -> Any:
+        """Return the call's message, or for a stream an iterator.
+
+        Raises:
+            HeadraceError: it is refused.
+        """
+        if self._is_stream:
+            self._door.enter(self.method, context)
+            return self._iterate(context)
+        return await self._door.receive(self.method, context, self._decode)
+
+    async def _iterate(self, context: Any) -> AsyncIterator[Any]:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            yield self._decode(message)
+
+    def _decode(self, message: bytes) -> Any:
+        if self._deserialize is None:
+            return message
+        limit = self._door.max_parts(self.method)
+        if limit is not None:
+            maker: Any = self._deserialize
+            if has_more_parts(message, maker.__self__.DESCRIPTOR, limit):
+                problem = f"the request is made of more than {limit} parts, such as messages of a conversation"
+                raise InvalidRequestError("PROMPT_TOO_LONG", problem)
         try:
-            return deserialize(request)
+            return self._deserialize(message)
         except DecodeError as error:
             raise InvalidRequestError("BAD_REQUEST", f"the request can't be decoded: {error}") from error
 
-    return decode
+
+def _answering(requests: _Requests, serve: Any) -> Any:
+    async def answer(_: Any, context: Any) -> Any:
+        try:
+            return await serve(await requests.get(context), context)
+        except Exception as error:  # noqa: BLE001 - the boundary: nothing may leak past it
+            await _abort(context, requests.method, error)
+
+    return answer
+
+
+def _streaming(requests: _Requests, serve: Any) -> Any:
+    async def stream(_: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in serve(await requests.get(context), context):
+                yield response
+        except Exception as error:  # noqa: BLE001 - the boundary: nothing may leak past it
+            await _abort(context, requests.method, error)
+
+    return stream
 
 
 async def _abort(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, HeadraceError):
-        await context.abort(status_code(error), _cut(str(error)), ((REASON_KEY, error.reason),))
+        _forget_frames(error)
+        trailing = [(REASON_KEY, error.reason)]
+        if isinstance(error, OverloadedError) and error.retry_after_s:
+            trailing.append((PUSHBACK_KEY, str(round(1000 * error.retry_after_s))))
+        await context.abort(status_code(error), _cut(str(error)), tuple(trailing))
     log.error("unhandled error", extra={"method": method}, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error", ((REASON_KEY, "BUG"),))
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an expected error: grpc keeps it with the call, and its frames keep the message."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def raised_from(error: grpc.RpcError) -> HeadraceError:
@@ -182,7 +253,11 @@ def raised_from(error: grpc.RpcError) -> HeadraceError:
     metadata: dict[str, str | bytes] = dict(trailing)
     reason = metadata.get(REASON_KEY, code.name)
     reason = reason.decode() if isinstance(reason, bytes) else reason
-    return from_status(code, reason, error.details() or code.name)
+    raised = from_status(code, reason, error.details() or code.name)
+    pushback = metadata.get(PUSHBACK_KEY, "")
+    if isinstance(raised, OverloadedError) and isinstance(pushback, str) and _PUSHBACK.fullmatch(pushback):
+        raised.retry_after_s = int(pushback) / 1000
+    return raised
 
 
 def answered(response: T | None) -> T:
@@ -199,15 +274,17 @@ def answered(response: T | None) -> T:
 
 
 class Server:
-    """A gRPC server with health, reflection and the error interceptor.
+    """A gRPC server with health, reflection and the boundary.
 
     Health starts as NOT_SERVING; `set_ready` flips it. Event loop only.
     """
 
-    def __init__(self, service_names: Sequence[str], *, interceptors: Sequence[Any] = ()) -> None:
-        self.grpc = grpc.aio.server(interceptors=[*interceptors, ErrorInterceptor()], options=_SERVER_OPTIONS)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        self._names = [*service_names, ""]
+    def __init__(
+        self, service_names: Sequence[str], *, door: Door | None = None, interceptors: Sequence[Any] = ()
+    ) -> None:
+        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", _max_connections())]
+        self.grpc = grpc.aio.server(interceptors=[*interceptors, Boundary(door or Door())], options=options)
+        self._health = HealthServicer(service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = [*service_names, "grpc.health.v1.Health", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self.grpc)
@@ -233,15 +310,17 @@ class Server:
 
     async def set_ready(self, is_ready: bool) -> None:
         """Tell health checkers whether this process takes work."""
-        status = health_pb2.HealthCheckResponse.SERVING
-        if not is_ready:
-            status = health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in self._names:
-            await self._health.set(name, status)
+        self._health.set_ready(is_ready)
 
     async def stop(self, grace_s: float) -> None:
         """Stop answering; calls under way have `grace_s` seconds, then are cancelled."""
         await self.grpc.stop(grace_s)
+
+
+def _max_connections() -> int:
+    """Return how many callers may be connected: never so many that no file can be opened any more."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, files // 2)
 
 
 def channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:

@@ -7,13 +7,19 @@ objects in its own `metrics.py` on its own registry, and `serve_metrics` shows t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import socket
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from headrace_core.errors import StartupError
 
@@ -76,14 +82,74 @@ def setup_logging(process: str, *, log_format: str, level: str) -> None:
 
 
 def serve_metrics(address: str, registry: CollectorRegistry) -> str:
-    """Serve `registry` over HTTP at `host:port` from a daemon thread; return the address with the kernel's port.
+    """Serve `registry` over HTTP at `host:port` from daemon threads; return the address with the kernel's port.
+
+    At most `MAX_SCRAPES` connections are open: the next one closes the oldest, so that connections that never ask, or
+    never read, keep nobody from the metrics. One answer is made at a time, as making it competes with the event loop.
 
     Raises:
         StartupError: BIND, the address can't be bound.
     """
     host, _, port = address.rpartition(":")
     try:
-        server, _ = start_http_server(int(port), host, registry=registry)
-    except (OSError, ValueError) as error:
+        server = _MetricsServer(host.strip("[]"), int(port), registry)
+    except (OSError, ValueError, OverflowError) as error:
         raise StartupError("BIND", f"can't serve metrics on {address}: {error}") from error
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return f"{host}:{server.server_port}"
+
+
+MAX_SCRAPES = 32
+_SCRAPE_TIMEOUT_S = 10.0
+
+
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        family, *_, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        self.address_family = family
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, None] = {}
+        super().__init__((str(address[0]), port), _MetricsHandler)
+        self.set_app(_one_at_a_time(make_wsgi_app(registry)))
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin a connection's thread; end the oldest one's if there are too many."""
+        with self._lock:
+            if len(self._open) >= MAX_SCRAPES:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection and close it."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a scraper that went away is no error of ours."""
+
+
+class _MetricsHandler(WSGIRequestHandler):
+    timeout = _SCRAPE_TIMEOUT_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+def _one_at_a_time(app: Callable[[Any, Any], Iterable[bytes]]) -> Callable[[Any, Any], Iterable[bytes]]:
+    making = threading.Lock()
+
+    def answer(environ: Any, start_response: Any) -> Iterable[bytes]:
+        with making:
+            return app(environ, start_response)
+
+    return answer

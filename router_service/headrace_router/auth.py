@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
-import grpc.aio
-from headrace_core.errors import StartupError
-from headrace_core.rpc import REASON_KEY
+from headrace_core.door import Call, Guard
+from headrace_core.errors import StartupError, UnauthenticatedError
+
+from headrace_router.caller import authorization_of
 
 _PROTECTED = "/headrace."
 """Health and reflection stay open: probes have no token."""
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls of our own services without `authorization: Bearer <token>`: UNAUTHENTICATED, BAD_TOKEN_AUTH."""
+def token_guard(token: str) -> Guard:
+    """Return the guard that refuses calls of our own services without `authorization: Bearer <token>`."""
+    expected = f"Bearer {token}".encode()
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+    @contextmanager
+    def guard(call: Call) -> Generator[None]:
+        if call.method.startswith(_PROTECTED) and not hmac.compare_digest(authorization_of(call.context), expected):
+            raise UnauthenticatedError(
+                "BAD_TOKEN_AUTH", "send the router's token as metadata `authorization: Bearer <token>`"
+            )
+        yield
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Let the call through, or put a refusal in its handler's place."""
-        handler: Any = await continuation(handler_call_details)
-        details: Any = handler_call_details
-        if handler is None or not details.method.startswith(_PROTECTED):
-            return handler
-        sent: str | bytes = dict(details.invocation_metadata or ()).get("authorization", "")
-        sent = sent if isinstance(sent, bytes) else sent.encode()
-        if hmac.compare_digest(sent, self._expected):
-            return handler
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return make(_refuse, handler.request_deserializer, handler.response_serializer)
-
-
-async def _refuse(_request: Any, context: Any) -> None:
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "send the router's token as metadata `authorization: Bearer <token>`",
-        ((REASON_KEY, "BAD_TOKEN_AUTH"),),
-    )
+    return guard
 
 
 def server_credentials(cert: Path | None, key: Path | None) -> grpc.ServerCredentials | None:

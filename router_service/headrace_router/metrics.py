@@ -90,6 +90,7 @@ class RouterMetrics:
     prompt_tokens: Counter
     output_tokens: Counter
     requests: Counter
+    refused: Counter
     retries: Counter
 
     @classmethod
@@ -118,6 +119,7 @@ class RouterMetrics:
             prompt_tokens=counter("prompt_tokens", "Prompt tokens of accepted requests."),
             output_tokens=counter("output_tokens", "Tokens generated."),
             requests=counter("requests", "Requests, by how they ended.", "outcome"),
+            refused=counter("refused_requests", "Requests that ended before a worker had them, by reason.", "reason"),
             retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
         )
         for outcome in OUTCOMES:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 from headrace.v1 import generation_service_pb2
 from headrace.v1.types_pb2 import WORKER_ROLE_UNSPECIFIED
 from headrace_core import __version__
 from headrace_core.config import RouterSettings
-from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnavailableError
+from headrace_core.door import Call
+from headrace_core.endable import EndableWait
+from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.shares import Caller
 
 from headrace_router.admission import Admission, RequestSpec, Tokenized
 from headrace_router.answers import ROLE_NAMES
-from headrace_router.caller import Caller
 from headrace_router.discovery import Discovery
 from headrace_router.dispatch import Dispatcher
 from headrace_router.flow import Flow
@@ -25,6 +28,7 @@ from headrace_router.prompts import Prompts
 from headrace_router.registry import Registry
 from headrace_router.running import RunningRequest, deadline_error, outcome_of, outcome_of_leaving
 from headrace_router.tokenizer import Tokenizer
+from headrace_router.waiting import Seat, WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class Router:
         self._flow = Flow(dispatcher, metrics, max_attempts=settings.max_attempts)
         self._prompts = Prompts(self._tokenizer, max_bytes=settings.max_prompt_bytes)
         self._admission = Admission(self._prompts, model_name=self._model_name)
+        self._waiting = WaitingRoom(settings.max_queued_requests)
         self._running: dict[str, RunningRequest] = {}
         self._num_entering = 0
         self._is_draining = False
@@ -56,8 +61,8 @@ class Router:
 
     @property
     def num_queued(self) -> int:
-        """Requests of which a sample waits for a worker."""
-        return self._num_entering + sum(running.is_waiting for running in list(self._running.values()))
+        """Requests of which a sample waits for a worker, or whose message is on its way."""
+        return self._waiting.num_taken
 
     @property
     def num_running(self) -> int:
@@ -84,6 +89,21 @@ class Router:
         await self._flow.close()
         await self._prompts.close()
 
+    @contextmanager
+    def arriving(self, call: Call) -> Generator[None]:
+        """Keep a place in the queue for a request whose message is on its way; `open` gives it another at once.
+
+        Raises:
+            UnavailableError: DRAINING.
+            OverloadedError: QUEUE_FULL.
+        """
+        self._check_open()
+        seat = self._waiting.take(call.caller, is_arriving=True, evict=call.refuse)
+        try:
+            yield
+        finally:
+            seat.leave()
+
     async def open(
         self, message: generation_service_pb2.GenerateRequest, caller: Caller, remaining_s: float | None
     ) -> RunningRequest:
@@ -101,21 +121,35 @@ class Router:
         self._idle.clear()
         arrival_s = time.monotonic()
         deadline_s = arrival_s + (self._settings.request_timeout_s if remaining_s is None else remaining_s)
+        seat: Seat | None = None
         try:
-            spec = await self._admit(message, arrival_s=arrival_s, deadline_s=deadline_s)
-            running = RunningRequest(spec, caller, self._flow, self._tokenizer, self._metrics)
+            self._check_open()
+            wait = EndableWait()
+            seat = self._waiting.take(caller, evict=wait.end)
+            async with wait:
+                spec = await self._admit(message, arrival_s=arrival_s, deadline_s=deadline_s)
+            running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics, seat)
             self._running[spec.request_id] = running
+            seat = None
             return running
         except HeadraceError as error:
-            self._metrics.requests.labels(outcome_of(error)).inc()
+            self.count_refused(error)
             log.info("request refused", extra={"request_id": message.request_id[:64], "reason": error.reason})
             raise
         except asyncio.CancelledError:
             self._metrics.requests.labels(outcome_of_leaving(deadline_s)).inc()
             raise
         finally:
+            if seat is not None:
+                seat.leave()
             self._num_entering -= 1
             self._check_idle()
+
+    def count_refused(self, error: HeadraceError | None) -> None:
+        """Count a request that was not opened; None: its client left."""
+        self._metrics.requests.labels("cancelled" if error is None else outcome_of(error)).inc()
+        if error is not None:
+            self._metrics.refused.labels(error.reason).inc()
 
     def close(self, running: RunningRequest) -> None:
         """End a request's bookkeeping, and what still runs of it; idempotent."""
@@ -140,10 +174,6 @@ class Router:
     async def _admit(
         self, message: generation_service_pb2.GenerateRequest, *, arrival_s: float, deadline_s: float
     ) -> RequestSpec:
-        if self._is_draining:
-            raise UnavailableError("DRAINING", "the router is stopping; try another one")
-        if self.num_queued > self._settings.max_queued_requests:
-            raise OverloadedError("QUEUE_FULL", f"{self.num_queued - 1} requests are waiting; try again later")
         self._check_unused(message.request_id)
         tokenized = await self._admission.tokenize(
             message, self.fleet.model, arrival_s=arrival_s, deadline_s=deadline_s
@@ -164,6 +194,10 @@ class Router:
             missing = self.fleet.missing() or "no worker was ready in time"
             raise UnavailableError("NO_WORKERS", missing) from None
         return self._admission.admit(tokenized, model)
+
+    def _check_open(self) -> None:
+        if self._is_draining:
+            raise UnavailableError("DRAINING", "the router is stopping; try another one")
 
     def _check_unused(self, request_id: str) -> None:
         if request_id in self._running:

@@ -16,11 +16,11 @@ from headrace_core.errors import DeadlineError, HeadraceError
 
 from headrace_router import policy
 from headrace_router.admission import RequestSpec
-from headrace_router.caller import Caller
 from headrace_router.flow import Flow
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
 from headrace_router.tokenizer import Tokenizer
+from headrace_router.waiting import Seat
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ _DEADLINE_SLACK_S = 0.02
 _OUTCOMES = {
     "INVALID_ARGUMENT": "invalid",
     "NOT_FOUND": "invalid",
+    "UNAUTHENTICATED": "invalid",
     "RESOURCE_EXHAUSTED": "overloaded",
     "UNAVAILABLE": "unavailable",
     "DEADLINE_EXCEEDED": "deadline",
@@ -54,12 +55,12 @@ def outcome_of_leaving(deadline_s: float) -> str:
 class RunningRequest:
     """All samples of one request. Event loop only."""
 
-    def __init__(
-        self, spec: RequestSpec, caller: Caller, flow: Flow, tokenizer: Tokenizer, metrics: RouterMetrics
-    ) -> None:
-        """Start every sample; `close` must follow."""
+    def __init__(self, spec: RequestSpec, flow: Flow, tokenizer: Tokenizer, metrics: RouterMetrics, seat: Seat) -> None:
+        """Start every sample; `close` must follow. The seat in the queue is given up when no sample waits any more."""
         self.spec = spec
-        self._client = (caller.address, caller.name)
+        self._seat = seat
+        self._client = (seat.caller.address, seat.caller.name)
+        seat.evict = self._evict
         self._flow = flow
         self._metrics = metrics
         self._error: HeadraceError | None = None
@@ -69,17 +70,13 @@ class RunningRequest:
         self._num_open = spec.num_samples
         self._is_closed = False
         self._waiting: set[int] = set(range(spec.num_samples))
+        """Samples that were never dispatched."""
         key = policy.prefix_key(spec.prompt_ids)
         self.samples = [self._sample(index, key, tokenizer) for index in range(spec.num_samples)]
         metrics.prompt_tokens.inc(len(spec.prompt_ids))
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(max(0.0, spec.deadline_s - time.monotonic()), self._on_deadline)
         self._tasks = [asyncio.create_task(self._run(sample)) for sample in self.samples]
-
-    @property
-    def is_waiting(self) -> bool:
-        """True while one of its samples was never dispatched."""
-        return bool(self._waiting)
 
     async def responses(self) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
         """Yield the client's messages until every sample is finished.
@@ -133,15 +130,28 @@ class RunningRequest:
 
     async def _run(self, sample: Sample) -> None:
         try:
-            await self._flow.run(sample, on_placed=lambda: self._waiting.discard(sample.sample_index))
+            await self._flow.run(sample, on_placed=lambda: self._on_placed(sample))
         except HeadraceError as error:
             self.fail(error)
         except Exception as error:
             log.error("unhandled error", extra={"request_id": self.spec.request_id}, exc_info=error)
             self.fail(HeadraceError("BUG", "internal error"))
         finally:
-            self._waiting.discard(sample.sample_index)
+            self._on_placed(sample)
             self._observe(sample)
+
+    def _on_placed(self, sample: Sample) -> None:
+        self._waiting.discard(sample.sample_index)
+        if not self._waiting:
+            self._seat.leave()
+
+    def _evict(self, error: HeadraceError) -> bool:
+        """End the request if nothing of it has begun."""
+        if len(self._waiting) < self.spec.num_samples:
+            return False
+        self._metrics.refused.labels(error.reason).inc()
+        self.fail(error)
+        return True
 
     def _on_news(self, sample: Sample) -> None:
         if sample not in self._news:
@@ -158,6 +168,7 @@ class RunningRequest:
 
     def _stop(self) -> None:
         self._timer.cancel()
+        self._seat.leave()
         for task in self._tasks:
             task.cancel()
         for sample in self.samples:

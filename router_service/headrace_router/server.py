@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
 from headrace_core import rpc
 from headrace_core.config import RouterSettings
-from headrace_core.errors import UnavailableError
+from headrace_core.door import Call, Door, DoorLimits, Guard, MethodLimits
+from headrace_core.errors import HeadraceError, UnavailableError
 
-from headrace_router.auth import TokenInterceptor, server_credentials
+from headrace_router.auth import server_credentials, token_guard
 from headrace_router.caller import caller_of
 from headrace_router.metrics import Gauges, RouterMetrics
 from headrace_router.router import Router
@@ -20,6 +22,21 @@ from headrace_router.router import Router
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 1.0
+_GENERATE = "/headrace.v1.GenerationService/Generate"
+_SMALL = MethodLimits(open_calls=1024, readers=4, message_bytes=32 << 20)
+"""Of methods whose message is small: health, reflection, GetServerInfo."""
+_MAX_PARTS = 16_384
+"""Of one request: chat messages, entries of a bias, stop strings."""
+
+
+def door_limits(settings: RouterSettings) -> DoorLimits:
+    """Return what calls may take: half of the memory for messages on their way in, half for those of open requests."""
+    half_bytes = settings.max_body_mib << 19
+    readers = half_bytes // rpc.MAX_MESSAGE_BYTES
+    generate = MethodLimits(
+        open_calls=settings.max_open_requests, readers=readers, message_bytes=half_bytes, max_parts=_MAX_PARTS
+    )
+    return DoorLimits(default=_SMALL, methods={_GENERATE: generate}, message_timeout_s=settings.message_timeout_s)
 
 
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
@@ -33,6 +50,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
         """Serve one request; see generation_service.proto."""
         running = await self._router.open(request, caller_of(context), context.time_remaining())
+        del request  # it may be large, and nobody needs it any more
 
         def on_done(_: Any) -> None:
             self._router.close(running)
@@ -62,8 +80,14 @@ class RouterService:
         self._settings = settings
         self._router: Router | None = None
         self._following: asyncio.Task[None] | None = None
-        interceptors = [TokenInterceptor(settings.token)] if settings.token else []
-        self._server = rpc.Server(["headrace.v1.GenerationService"], interceptors=interceptors)
+        guards: list[Guard] = [token_guard(settings.token)] if settings.token else []
+        door = Door(
+            door_limits(settings),
+            guards=[*guards, self._arriving],
+            caller_of=caller_of,
+            on_refused=self._on_refused,
+        )
+        self._server = rpc.Server(["headrace.v1.GenerationService"], door=door)
 
     async def start(self) -> str:
         """Load the tokenizer and serve. Workers are connected in the background; until then requests wait."""
@@ -100,6 +124,15 @@ class RouterService:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+
+    def _arriving(self, call: Call) -> AbstractContextManager[None]:
+        if call.method == _GENERATE and self._router is not None:
+            return self._router.arriving(call)
+        return nullcontext()
+
+    def _on_refused(self, method: str, error: HeadraceError | None) -> None:
+        if method == _GENERATE and self._router is not None:
+            self._router.count_refused(error)
 
     def _on_registry_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and not self.failed.done():

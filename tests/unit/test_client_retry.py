@@ -26,6 +26,14 @@ def test_a_pause_is_drawn_from_zero_to_its_limit():
     assert Attempts(POLICY, None, draw=lambda: 0.25).pause_after(UnavailableError("DRAINING", "bye")) == 0.25
 
 
+def test_what_the_router_says_comes_on_top():
+    full = OverloadedError("QUEUE_FULL", "full", retry_after_s=0.5)
+    attempts = Attempts(POLICY, None, draw=lambda: 0.0)
+    assert attempts.pause_after(full) == 0.5
+    patient = OverloadedError("QUEUE_FULL", "full", retry_after_s=1e6)
+    assert attempts.pause_after(patient) == POLICY.longest_pause_s
+
+
 def test_no_pause_reaches_past_the_deadline():
     now = [0.0]
     attempts = Attempts(POLICY, 2.5, draw=lambda: 1.0, clock=lambda: now[0])

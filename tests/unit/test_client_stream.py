@@ -94,7 +94,9 @@ def test_token_ids_and_conversations_travel_as_such(generate):
     ]
 
 
-@pytest.mark.parametrize("failure", [FULL, UnavailableError("DRAINING", "bye"), grpc.StatusCode.UNAVAILABLE])
+@pytest.mark.parametrize(
+    "failure", [FULL, UnavailableError("DRAINING", "bye"), grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED]
+)
 def test_a_passing_failure_before_the_first_token_is_retried(generate, failure):
     with FakeRouter([failure], [failure], [*answer("a", "b")]) as router:
         assert generate(router, "Tell").text == "ab"
@@ -107,7 +109,7 @@ def test_retries_are_bounded(generate):
     assert (len(router.requests), caught.value.reason) == (3, "QUEUE_FULL")
 
 
-@pytest.mark.parametrize("failure", [FULL, grpc.StatusCode.UNAVAILABLE])
+@pytest.mark.parametrize("failure", [FULL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
 def test_nothing_is_retried_after_the_first_token(generate, failure):
     script = [next(answer("a", "b")), failure]
     with FakeRouter(script, [*answer("wrong", " again")]) as router, pytest.raises(HeadraceError) as caught:
@@ -123,6 +125,26 @@ def test_a_refusal_is_raised_as_itself_and_not_retried(generate, error):
     with FakeRouter([error]) as router, pytest.raises(type(error), match=str(error)) as caught:
         generate(router, "Tell")
     assert (len(router.requests), caught.value.reason) == (1, error.reason)
+
+
+def test_a_request_too_large_for_grpc_is_no_passing_failure(generate, monkeypatch):
+    monkeypatch.setattr("headrace_client.codec.MAX_MESSAGE_BYTES", 1 << 30)
+    options = [("grpc.max_send_message_length", -1)]
+    monkeypatch.setattr("headrace_core.rpc._CHANNEL_OPTIONS", options)
+    with FakeRouter() as router, pytest.raises(InvalidRequestError) as caught:
+        generate(router, "x" * (9 << 20))
+    assert (caught.value.reason, router.requests) == ("PROMPT_TOO_LONG", [])
+
+
+def test_closing_the_client_ends_its_streams_and_tries_nothing_again():
+    with FakeRouter([next(answer("a", "b")), Hold.UNTIL_CANCELLED]) as router:
+        client = Client(router.address, AT_ONCE)
+        stream = client.stream("Tell")
+        assert next(stream).text == "a"
+        client.close()
+        with pytest.raises(HeadraceError):
+            next(stream)
+    assert len(router.requests) == 1
 
 
 def test_the_deadline_ends_the_call_and_reaches_the_router(generate):

@@ -10,8 +10,6 @@ ROOT = Path(__file__).parents[2]
 PRODUCT = ["core", "prefill_service", "decode_service", "router_service", "client", "planner"]
 ERRORS = {error.__name__: error for error in REASONS}
 KNOWN = {reason for reasons in REASONS.values() for reason in reasons}
-# Raised by status, where no error object exists yet: gRPC's own refusal of a call without the token.
-BY_STATUS = {("HeadraceError", "BAD_TOKEN_AUTH")}
 
 
 def _sources():
@@ -37,7 +35,7 @@ def test_every_reason_that_is_raised_is_in_the_table():
 
 
 def test_every_reason_in_the_table_is_raised():
-    raised = {(name, reason) for name, reason, _ in _raised()} | BY_STATUS
+    raised = {(name, reason) for name, reason, _ in _raised()}
     listed = {(error.__name__, reason) for error, reasons in REASONS.items() for reason in reasons}
     assert sorted(listed - raised) == [], "delete them from headrace_core/reasons.py"
 

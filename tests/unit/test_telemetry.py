@@ -1,12 +1,17 @@
+import contextlib
 import json
 import logging
+import socket
+import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from headrace_core import telemetry
 from headrace_core.errors import HeadraceError
 from headrace_core.testing.async_test import WAIT_S
 from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.registry import Collector
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,39 @@ def test_metrics_are_served():
     address = telemetry.serve_metrics("127.0.0.1:0", registry)
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as answer:
         assert b"headrace_things_total 3.0" in answer.read()
+
+
+def test_connections_that_never_ask_keep_nobody_from_the_metrics():
+    address = telemetry.serve_metrics("127.0.0.1:0", CollectorRegistry())
+    host, _, port = address.rpartition(":")
+    silent = [socket.create_connection((host, int(port)), timeout=10) for _ in range(telemetry.MAX_SCRAPES + 5)]
+    for closed in silent[:5]:
+        assert closed.recv(1) == b""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        assert answer.status == 200
+    for connection in silent:
+        connection.close()
+
+
+def test_scrapes_are_made_one_at_a_time():
+    at_once, most = [], []
+
+    class Slow(Collector):
+        def collect(self):
+            at_once.append(1)
+            most.append(len(at_once))
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(0.05)
+            at_once.pop()
+            return []
+
+    together = threading.Barrier(2)
+    registry = CollectorRegistry()
+    registry.register(Slow())
+    address = telemetry.serve_metrics("127.0.0.1:0", registry)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: urllib.request.urlopen(f"http://{address}/", timeout=10).read(), range(4)))
+    assert max(most) == 1
 
 
 def test_a_metrics_address_in_use_is_named():

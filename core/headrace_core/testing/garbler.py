@@ -31,17 +31,18 @@ class Garbler(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         details: Any = handler_call_details
         name: str = details.method.rpartition("/")[2]
-        if handler is None or not (handler.unary_unary or handler.unary_stream):
-            return handler
+        if handler is None:
+            return None
 
         def serialize(message: Any) -> bytes:
             content = handler.response_serializer(message)
             rewrite = self.rewrites.get(name)
             return rewrite(content) if rewrite else content
 
-        if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(handler.unary_unary, handler.request_deserializer, serialize)
-        return grpc.unary_stream_rpc_method_handler(handler.unary_stream, handler.request_deserializer, serialize)
+        # `rpc.Boundary`, which comes behind, makes every handler one of these.
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(handler.stream_unary, handler.request_deserializer, serialize)
+        return grpc.stream_stream_rpc_method_handler(handler.stream_stream, handler.request_deserializer, serialize)
 
 
 def no_message(content: bytes) -> bytes:

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from headrace_core.batch.scheduler import Load
 from headrace_core.engine.engine import StepReport
+from headrace_core.errors import HeadraceError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
 from headrace_core.worker.op_metrics import OpMetrics, Prediction
@@ -70,6 +71,9 @@ class WorkerMetrics:
         self.handoff_failures = Counter(
             "headrace_handoff_failures_total", "Hand-offs that ended without a takeover", ["reason"], registry=registry
         )
+        self.refused_calls = Counter(
+            "headrace_refused_calls_total", "Calls refused before their message was read", ["reason"], registry=registry
+        )
         self.expert_tokens = ExpertTokens()
         registry.register(self.expert_tokens)
         self._registry = registry
@@ -86,6 +90,11 @@ class WorkerMetrics:
         """End what runs for metrics; they can still be read."""
         if self._operations:
             self._operations.close()
+
+    def count_refused(self, _: str, error: HeadraceError | None) -> None:
+        """Count a call that the server's door did not let in; see `door.OnRefused`."""
+        if error is not None:
+            self.refused_calls.labels(error.reason).inc()
 
     def observe_load(self, load: Load) -> None:
         """Show what the scheduler holds."""

@@ -1,0 +1,113 @@
+"""Who waits for a worker, by caller. Who comes to a full queue takes the place of who has most in it.
+
+    ARRIVING ──message read──► WAITING ──a worker, an error, the client left──► LEFT
+        └─────────────────────────┴── put out: the queue is full, another caller has less ──► LEFT
+
+So a queue is one caller's as long as nobody else wants it. "Most" is by address first, then by name: names can be made
+up. Of that caller's requests the oldest is put out whose message nobody reads yet, then the youngest that no worker
+has: it has its error before its first token. A caller's own newest call puts out its oldest that sends no message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+from headrace_core.door import RETRY_AFTER_S
+from headrace_core.errors import HeadraceError, OverloadedError
+from headrace_core.shares import Caller
+
+Evict = Callable[[HeadraceError], bool]
+"""Ends what has a place, with an error; returns False if it can't be ended any more, or not yet."""
+
+
+class Seat:
+    """One request's place in the queue."""
+
+    def __init__(self, room: WaitingRoom, caller: Caller, *, is_arriving: bool, evict: Evict) -> None:
+        self.caller = caller
+        self.is_arriving = is_arriving
+        self.evict = evict
+        self._room: WaitingRoom | None = room
+
+    def leave(self) -> None:
+        """Give the place up; idempotent."""
+        room, self._room = self._room, None
+        if room is not None:
+            room.remove(self)
+
+
+class _Seats:
+    """One caller's places, the oldest first."""
+
+    def __init__(self) -> None:
+        self.arriving: dict[Seat, None] = {}
+        self.waiting: dict[Seat, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.arriving) + len(self.waiting)
+
+    def of_kind(self, is_arriving: bool) -> dict[Seat, None]:
+        return self.arriving if is_arriving else self.waiting
+
+
+class WaitingRoom:
+    """The queue's places. Event loop only."""
+
+    def __init__(self, num_seats: int) -> None:
+        self._num_seats = num_seats
+        self.num_taken = 0
+        self._seats: dict[str, dict[str, _Seats]] = {}
+        """By address and name; none is empty."""
+
+    def take(self, caller: Caller, *, evict: Evict, is_arriving: bool = False) -> Seat:
+        """Give a place; if there is none, that of a caller with more.
+
+        Raises:
+            OverloadedError: QUEUE_FULL.
+        """
+        if self.num_taken >= self._num_seats and not self._put_out(caller):
+            raise OverloadedError(
+                "QUEUE_FULL", f"{self.num_taken} requests are waiting; try again later", retry_after_s=RETRY_AFTER_S
+            )
+        seat = Seat(self, caller, is_arriving=is_arriving, evict=evict)
+        names = self._seats.setdefault(caller.address, {})
+        names.setdefault(caller.name, _Seats()).of_kind(is_arriving)[seat] = None
+        self.num_taken += 1
+        return seat
+
+    def remove(self, seat: Seat) -> None:
+        """Take a place back; `Seat.leave` calls it."""
+        names = self._seats[seat.caller.address]
+        seats = names[seat.caller.name]
+        del seats.of_kind(seat.is_arriving)[seat]
+        if not seats:
+            del names[seat.caller.name]
+        if not names:
+            del self._seats[seat.caller.address]
+        self.num_taken -= 1
+
+    def _put_out(self, caller: Caller) -> bool:
+        problem = "the queue is full, most of it is yours, and another request came; try again later"
+        error = OverloadedError("QUEUE_FULL", problem, retry_after_s=RETRY_AFTER_S)
+        for seat in self._candidates(caller):
+            if seat.evict(error):
+                seat.leave()
+                return True
+        return False
+
+    def _candidates(self, caller: Caller) -> Iterator[Seat]:
+        """Yield the places that `caller` may take, the best first."""
+        own = self._seats.get(caller.address, {})
+        own_seats = own.get(caller.name, _Seats())
+        names, num_own = max(self._seats.values(), key=_num_seats), _num_seats(own)
+        if _num_seats(names) <= num_own + 1:
+            names, num_own = own, len(own_seats)
+        seats = max(names.values(), key=len, default=own_seats)
+        if names is not own or len(seats) > num_own + 1:
+            yield from chain(list(seats.arriving), list(reversed(seats.waiting)))
+        yield from list(own_seats.arriving)
+
+
+def _num_seats(names: dict[str, _Seats]) -> int:
+    return sum(map(len, names.values()))

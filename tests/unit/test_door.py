@@ -1,0 +1,354 @@
+"""The door of a server: what is refused before its message is read, and what the others have of it."""
+
+import asyncio
+import gc
+import socket
+import struct
+import weakref
+from contextlib import asynccontextmanager, contextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from headrace.v1 import worker_service_pb2 as pb
+from headrace.v1 import worker_service_pb2_grpc as pb_grpc
+from headrace_core import rpc
+from headrace_core.door import Door, DoorLimits, MethodLimits, address_of
+from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
+from headrace_core.shares import Caller
+
+NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
+INFO, LOAD, DRAIN = (f"/{NAME}/{method}" for method in ("GetInfo", "WatchLoad", "Drain"))
+WAIT_S = 20.0
+
+
+class Worker(pb_grpc.WorkerServiceServicer):
+    """GetInfo answers, WatchLoad streams until `gate` is set, Drain runs `on_drain`."""
+
+    def __init__(self):
+        self.gate = asyncio.Event()
+        self.on_drain = pb.DrainResponse
+
+    async def GetInfo(self, request, context):
+        return pb.GetInfoResponse(num_pages=7)
+
+    async def WatchLoad(self, request, context):
+        yield pb.WatchLoadResponse(num_running=1)
+        await self.gate.wait()
+
+    async def Drain(self, request, context):
+        return self.on_drain()
+
+
+def by_metadata(context):
+    """Name callers by what they say; all are at one address."""
+    return Caller(dict(context.invocation_metadata()).get("name", "nobody"), "here")
+
+
+class Served:
+    def __init__(self, door):
+        self.worker = Worker()
+        self.door = door
+        self.server = rpc.Server([NAME], door=door)
+        pb_grpc.add_WorkerServiceServicer_to_server(self.worker, self.server.grpc)
+        self.address = self.server.bind("127.0.0.1:0")
+
+    def silent(self, method, name="nobody"):
+        """Open a call that never sends its message."""
+        return self.channel.stream_stream(method)(timeout=WAIT_S, metadata=(("name", name),))
+
+    async def info(self):
+        return await pb_grpc.WorkerServiceStub(self.channel).GetInfo(pb.GetInfoRequest(), timeout=WAIT_S)
+
+    async def watch(self, name="nobody"):
+        """Open a stream and read its first message."""
+        stub = pb_grpc.WorkerServiceStub(self.channel)
+        call = stub.WatchLoad(pb.WatchLoadRequest(), timeout=WAIT_S, metadata=(("name", name),))
+        await call.read()
+        return call
+
+
+@asynccontextmanager
+async def served(limits=None, **options):
+    refused = []
+    options.setdefault("on_refused", lambda method, error: refused.append((method, error and error.reason)))
+    serving = Served(Door(limits or DoorLimits(), **options))
+    serving.refused = refused
+    await serving.server.start()
+    async with rpc.channel(serving.address) as serving.channel:
+        try:
+            yield serving
+        finally:
+            await serving.server.stop(0)
+
+
+async def failure(call) -> HeadraceError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return rpc.raised_from(caught.value)
+
+
+async def wait_until(is_met):
+    async with asyncio.timeout(WAIT_S):
+        while not is_met():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.002)
+
+
+def test_a_guard_refuses_before_a_message_is_sent():
+    @contextmanager
+    def guard(call):
+        raise UnavailableError("DRAINING", f"no {call.method}")
+        yield
+
+    async def test():
+        async with served(guards=[guard]) as serving:
+            for method in (INFO, LOAD):
+                error = await failure(serving.silent(method).read())
+                assert (type(error), error.reason, str(error)) == (UnavailableError, "DRAINING", f"no {method}")
+            assert serving.refused == [(INFO, "DRAINING"), (LOAD, "DRAINING")]
+
+    asyncio.run(test())
+
+
+def test_a_guard_stays_until_the_message_is_read_and_no_longer():
+    inside = []
+
+    @contextmanager
+    def guard(call):
+        inside.append(call.method)
+        yield
+        inside.remove(call.method)
+
+    async def test():
+        async with served(guards=[guard], limits=DoorLimits(message_timeout_s=WAIT_S)) as serving:
+            await serving.watch()
+            assert inside == []
+            call = serving.silent(LOAD)
+            await wait_until(lambda: inside == [LOAD])
+            await call.write(b"")
+            await call.read()
+            assert inside == []
+
+    asyncio.run(test())
+
+
+def test_a_message_that_never_comes_ends_the_call():
+    async def test():
+        async with served(DoorLimits(message_timeout_s=0.05)) as serving:
+            error = await failure(serving.silent(INFO).read())
+            assert (type(error), error.reason) == (OverloadedError, "MESSAGE_TIMEOUT")
+            assert serving.refused == [(INFO, "MESSAGE_TIMEOUT")]
+            assert (await serving.info()).num_pages == 7
+
+    asyncio.run(test())
+
+
+def test_calls_past_their_callers_share_are_refused_at_once_and_others_still_come_in():
+    async def test():
+        limits = DoorLimits(methods={LOAD: MethodLimits(open_calls=8)})
+        async with served(limits, caller_of=by_metadata) as serving:
+            held = [await serving.watch("greedy") for _ in range(4)]
+            error = await failure(serving.silent(LOAD, "greedy").read())
+            assert (type(error), error.reason) == (OverloadedError, "QUEUE_FULL")
+            assert error.retry_after_s > 0
+            other = await serving.watch("modest")
+            held[0].cancel()
+            other.cancel()
+            await wait_until(lambda: places(serving, LOAD) == 3)
+            await serving.watch("greedy")
+
+    asyncio.run(test())
+
+
+def places(serving, method):
+    """Return how many calls of a method are open."""
+    room = serving.door._rooms.get(method)
+    return room.places.taken if room else 0
+
+
+def test_every_way_a_call_ends_gives_its_place_back():
+    def fail():
+        raise HeadraceError("X", "x")
+
+    def break_down():
+        raise RuntimeError("x")
+
+    async def test():
+        async with served(DoorLimits(message_timeout_s=0.05)) as serving:
+            stub = pb_grpc.WorkerServiceStub(serving.channel)
+            await stub.Drain(pb.DrainRequest(), timeout=WAIT_S)
+            for serving.worker.on_drain in (fail, break_down):
+                await failure(stub.Drain(pb.DrainRequest(), timeout=WAIT_S))
+            await failure(serving.silent(DRAIN).read())
+            await failure(serving.channel.unary_unary(DRAIN)(b"\xff\xff", timeout=WAIT_S))
+            left = serving.silent(DRAIN)
+            await wait_until(lambda: places(serving, DRAIN) == 1)
+            left.cancel()
+            await wait_until(lambda: places(serving, DRAIN) == 0)
+            (await serving.watch()).cancel()
+            unread = stub.WatchLoad(pb.WatchLoadRequest(), timeout=WAIT_S)
+            await wait_until(lambda: places(serving, LOAD) == 1)
+            unread.cancel()
+            await wait_until(lambda: places(serving, LOAD) == 0)
+            for room in serving.door._rooms.values():
+                assert (room.messages.taken, room.turns._pot.taken, room.turns._begun) == (0, 0, {})
+
+    asyncio.run(test())
+
+
+def test_what_open_calls_sent_is_bounded():
+    async def test():
+        limits = DoorLimits(methods={LOAD: MethodLimits(message_bytes=1000)})
+        async with served(limits, caller_of=by_metadata) as serving:
+            message = b"\x7a\x8d\x03" + bytes(397)  # a field that nobody knows
+
+            async def opened(name):
+                metadata = (("name", name),)
+                call = serving.channel.unary_stream(LOAD)(message, timeout=WAIT_S, metadata=metadata)
+                await call.read()
+                return call
+
+            first = await opened("ann")
+            error = await failure(opened("ann"))
+            assert (type(error), error.reason) == (OverloadedError, "QUEUE_FULL")
+            assert "400 bytes of messages are held" in str(error)
+            await opened("bob")
+            first.cancel()
+            await wait_until(lambda: serving.door._rooms[LOAD].messages.taken == 400)
+            await opened("ann")
+
+    asyncio.run(test())
+
+
+def test_calls_that_send_nothing_keep_nobody_from_being_read_and_health_from_nothing():
+    async def test():
+        limits = DoorLimits(default=MethodLimits(readers=2), message_timeout_s=WAIT_S, patience_s=0.05)
+        async with served(limits) as serving:
+            silent = [serving.silent(INFO) for _ in range(20)]
+            await wait_until(lambda: places(serving, INFO) == 20)
+            health = health_pb2_grpc.HealthStub(serving.channel)
+            await health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+            # One turn is the silent calls', who all are this caller: it ends early, because somebody waits.
+            assert (await serving.info()).num_pages == 7
+            for call in silent:
+                call.cancel()
+
+    asyncio.run(test())
+
+
+def test_a_burst_of_calls_is_served_to_the_last_one():
+    async def test():
+        async with served() as serving:
+            answers = await asyncio.gather(*(serving.info() for _ in range(1600)))
+            assert {answer.num_pages for answer in answers} == {7}
+
+    asyncio.run(test())
+
+
+def test_an_unread_message_stays_with_its_sender():
+    """By HTTP/2's own rule: what the server lets a caller send before it reads is one small window."""
+
+    async def test():
+        async with served() as serving:
+            settings = await asyncio.to_thread(_settings, serving.address)
+            assert settings[_INITIAL_WINDOW_SIZE] == 16 << 10
+
+    asyncio.run(test())
+
+
+def test_an_error_does_not_keep_the_request_it_is_about():
+    class Large:
+        pass
+
+    made = []
+
+    def fail():
+        large = Large()
+        made.append(weakref.ref(large))
+        raise HeadraceError("X", "x")
+
+    async def test():
+        async with served() as serving:
+            serving.worker.on_drain = fail
+            stub = pb_grpc.WorkerServiceStub(serving.channel)
+            await failure(stub.Drain(pb.DrainRequest(), timeout=WAIT_S))
+            await wait_until(lambda: made[0]() is None)
+
+    gc.disable()
+    try:
+        asyncio.run(test())
+    finally:
+        gc.enable()
+
+
+def test_a_watcher_that_reads_nothing_holds_up_no_change_of_health():
+    async def test():
+        async with served() as serving:
+            await serving.server.set_ready(True)
+            watcher = await asyncio.to_thread(_watch_without_window, serving.address)
+            await wait_until(lambda: places(serving, "/grpc.health.v1.Health/Watch") == 1)
+            async with asyncio.timeout(WAIT_S):
+                for _ in range(3):
+                    await serving.server.set_ready(False)
+                    await serving.server.set_ready(True)
+                await serving.server.set_ready(False)
+            health = health_pb2_grpc.HealthStub(serving.channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)).status == 2
+            watcher.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:10.1.2.3:4567", "10.1.2.3"),
+        ("ipv6:%5B2001:db8:1:2:3::4%5D:9", "2001:db8:1:2::/64"),
+        ("ipv6:[2001:db8:1:2::77]:10", "2001:db8:1:2::/64"),
+        ("ipv6:%5B::ffff:10.1.2.3%5D:4567", "10.1.2.3"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:1", "fe80::/64"),
+        ("unix:/run/router", "unix:/run/router"),
+    ],
+)
+def test_an_address_is_a_host_without_port(peer, address):
+    class Context:
+        def peer(self):
+            return peer
+
+    assert address_of(Context()) == address
+
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _SETTINGS = 0, 1, 4
+_INITIAL_WINDOW_SIZE = 4
+
+
+def _frame(kind, flags, stream, payload):
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def _connect(address, settings=b""):
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)), timeout=WAIT_S)
+    connection.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, settings))
+    return connection
+
+
+def _settings(address):
+    """Return the settings that a server begins with, by identifier."""
+    with _connect(address) as connection, connection.makefile("rb") as stream:
+        size, kind = struct.unpack(">IBxxxx", b"\0" + stream.read(9)[:4] + bytes(4))
+        assert kind == _SETTINGS
+        return dict(struct.iter_unpack(">HI", stream.read(size)))
+
+
+def _watch_without_window(address):
+    """Open health's Watch as a client that lets the server send nothing; return its connection."""
+    names = {":method": "POST", ":scheme": "http", ":path": "/grpc.health.v1.Health/Watch", ":authority": "x",
+             "te": "trailers", "content-type": "application/grpc"}  # fmt: skip
+    headers = b"".join(
+        b"\0%c%b%c%b" % (len(name), name.encode(), len(text), text.encode()) for name, text in names.items()
+    )
+    connection = _connect(address, struct.pack(">HI", _INITIAL_WINDOW_SIZE, 0))
+    connection.sendall(_frame(_HEADERS, 4, 1, headers) + _frame(_DATA, 1, 1, bytes(5)))
+    return connection

@@ -1,0 +1,289 @@
+"""The router's door: who is turned away before the message is read, and whose place a full queue gives to whom."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from headrace.v1 import generation_service_pb2 as pb
+from headrace_core import rpc
+from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnauthenticatedError
+from headrace_core.shares import Caller
+from headrace_core.testing.fake_script import scripted
+from headrace_core.testing.fake_worker import FakeWorker
+from headrace_router import server
+from headrace_router.caller import caller_of
+from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
+from headrace_router.waiting import WaitingRoom
+
+GENERATE = "/headrace.v1.GenerationService/Generate"
+WAIT_S = 20.0
+
+
+def run(folder, test, *, workers=None, **settings):
+    async def main():
+        worker = FakeWorker("both", next_token=scripted(byte_ids("abcdefgh ")), vocab_size=VOCAB_SIZE)
+        async with RouterUnderTest(
+            folder, workers=[worker] if workers is None else workers, settings=settings
+        ) as router:
+            await router.wait_states(["ready"] * len(router.workers))
+            await test(router)
+
+    asyncio.run(main())
+
+
+def bearer(token):
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+def silent(router, token=""):
+    """Open a call of Generate that never sends its message."""
+    return router.channel.stream_stream(GENERATE)(timeout=WAIT_S, metadata=bearer(token))
+
+
+def asking(router, token=""):
+    """Begin a request; return the task that reads it to its end."""
+
+    async def read():
+        async for _ in router.stub.Generate(text_request("a"), timeout=WAIT_S, metadata=bearer(token)):
+            pass
+
+    return asyncio.create_task(read())
+
+
+async def failure(call) -> HeadraceError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return rpc.raised_from(caught.value)
+
+
+def num_queued(router):
+    return router.service._router.num_queued
+
+
+async def with_full_queue(router, *, token="", size=2):
+    """Fill the queue while no worker takes anything; return the tasks of those in it."""
+    router.workers[0].drain()
+    await router.wait_states(["draining"])
+    waiting = []
+    for count in range(size):
+        waiting.append(asking(router, token))
+        await wait_until(lambda count=count: num_queued(router) == count + 1)
+    return waiting
+
+
+async def end(*tasks):
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_without_the_token_no_message_is_read(tmp_path):
+    async def test(router):
+        error = await failure(silent(router).read())
+        assert (type(error), error.reason) == (UnauthenticatedError, "BAD_TOKEN_AUTH")
+        assert router.metric("headrace_refused_requests_total", reason="BAD_TOKEN_AUTH") == 1
+        assert router.metric("headrace_requests_total", outcome="invalid") == 1
+
+    async def main():
+        async with RouterUnderTest(tmp_path, settings={"token": "secret"}) as router:
+            await test(router)
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_refuses_before_a_message_is_read(tmp_path):
+    async def test(router):
+        waiting = await with_full_queue(router)
+        error = await failure(silent(router).read())
+        assert (type(error), error.reason, error.retry_after_s > 0) == (OverloadedError, "QUEUE_FULL", True)
+        assert router.metric("headrace_refused_requests_total", reason="QUEUE_FULL") == 1
+        assert router.metric("headrace_requests_total", outcome="overloaded") == 1
+        info = await router.info()
+        assert (info.num_queued, info.num_running) == (2, 2)
+        assert (await health_pb2_grpc.HealthStub(router.channel).Check(health_pb2.HealthCheckRequest())).status == 1
+        await end(*waiting)
+
+    run(tmp_path, test, max_queued_requests=2)
+
+
+def test_a_draining_router_refuses_before_a_message_is_read(tmp_path):
+    async def test(router):
+        held = router.workers[0].faults.start_gate
+        held.clear()
+        running = asking(router)
+        await wait_until(lambda: len(router.workers[0].starts) == 1)
+        draining = asyncio.create_task(router.service.drain())
+        await asyncio.sleep(0)
+        assert (await failure(silent(router).read())).reason == "DRAINING"
+        held.set()
+        await running
+        await draining
+
+    run(tmp_path, test)
+
+
+def test_who_has_most_in_a_full_queue_makes_room_for_another_caller(tmp_path):
+    async def test(router):
+        waiting = await with_full_queue(router, token="greedy", size=3)
+        other = asking(router, "modest")
+        error = await failure(waiting[2])
+        assert (type(error), error.reason) == (OverloadedError, "QUEUE_FULL")
+        assert num_queued(router) == 3
+        assert not any(task.done() for task in (*waiting[:2], other))
+        assert router.metric("headrace_requests_total", outcome="overloaded") == 1
+        assert (await failure(asking(router, "greedy"))).reason == "QUEUE_FULL"
+        await end(*waiting, other)
+
+    run(tmp_path, test, max_queued_requests=3)
+
+
+def test_a_request_that_a_worker_has_is_not_put_out(tmp_path):
+    async def test(router):
+        router.workers[0].faults.start_gate.clear()
+        placed = asking(router, "greedy")
+        await wait_until(lambda: len(router.workers[0].starts) == 1)
+        waiting = await with_full_queue(router, token="greedy", size=2)
+        other = asking(router, "modest")
+        assert (await failure(waiting[1])).reason == "QUEUE_FULL"
+        router.workers[0].faults.start_gate.set()
+        await placed
+        await end(*waiting, other)
+
+    run(tmp_path, test, max_queued_requests=2)
+
+
+def test_calls_that_send_no_message_do_not_keep_a_full_queue_full(tmp_path, monkeypatch):
+    limits = server.door_limits
+    monkeypatch.setattr(server, "door_limits", lambda settings: replace(limits(settings), patience_s=0.05))
+
+    async def test(router):
+        calls = []
+        for count in range(3):
+            calls.append(silent(router))
+            await wait_until(lambda count=count: num_queued(router) == count + 1)
+        # One is being read; of those in line the oldest makes room, and the newest call has the next turn.
+        assert (await router.generate(text_request("a", sampling={"max_tokens": 3})))[0].text == "abc"
+        assert (await failure(calls[1].read())).reason == "QUEUE_FULL"
+        assert (await failure(calls[0].read())).reason == "MESSAGE_TIMEOUT"
+        calls[2].cancel()
+
+    run(tmp_path, test, max_queued_requests=3, max_body_mib=16)
+
+
+def test_open_requests_are_bounded_and_one_caller_has_half_of_them(tmp_path):
+    async def test(router):
+        gate = router.workers[0].faults.start_gate
+        gate.clear()
+        held = [asking(router, "greedy") for _ in range(4)]
+        await wait_until(lambda: len(router.workers[0].starts) == 4)
+        error = await failure(silent(router, "greedy").read())
+        assert (error.reason, "room for 8" in str(error)) == ("QUEUE_FULL", True)
+        other = asking(router, "modest")
+        await wait_until(lambda: len(router.workers[0].starts) == 5)
+        gate.set()
+        await asyncio.gather(*held, other)
+
+    run(tmp_path, test, max_open_requests=8)
+
+
+def test_a_message_that_never_comes_ends_its_request(tmp_path):
+    async def test(router):
+        assert (await failure(silent(router).read())).reason == "MESSAGE_TIMEOUT"
+        assert router.metric("headrace_refused_requests_total", reason="MESSAGE_TIMEOUT") == 1
+        await router.wait_empty()
+
+    run(tmp_path, test, message_timeout_s=0.05)
+
+
+def test_a_request_of_too_many_parts_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    async def test(router):
+        def decode(_):
+            raise AssertionError("it was decoded")
+
+        messages = b"\x0a\x00" * 100_000
+        chat = pb.TextPrompt(text="x" * len(messages)).SerializeToString()[1 : -len(messages)]
+        call = router.channel.unary_stream(GENERATE)(b"\x2a" + chat + messages, timeout=WAIT_S)
+        monkeypatch.setattr(router.service._router, "open", decode)
+        error = await failure(call.read())
+        assert (type(error), error.reason, "parts" in str(error)) == (InvalidRequestError, "PROMPT_TOO_LONG", True)
+        assert router.metric("headrace_refused_requests_total", reason="PROMPT_TOO_LONG") == 1
+
+    run(tmp_path, test)
+
+
+def test_every_refusal_is_counted_by_reason_and_none_twice(tmp_path):
+    async def test(router):
+        for request in (text_request(""), text_request("a", model="other"), text_request("a", n=0)):
+            await router.refused(request)
+        for reason in ("EMPTY_PROMPT", "UNKNOWN_MODEL", "BAD_REQUEST"):
+            assert router.metric("headrace_refused_requests_total", reason=reason) == 1, reason
+        call = router.channel.unary_stream(GENERATE)(b"\xff\xff", timeout=WAIT_S)
+        assert (await failure(call.read())).reason == "BAD_REQUEST"
+        assert router.metric("headrace_refused_requests_total", reason="BAD_REQUEST") == 2
+        assert router.metric("headrace_requests_total", outcome="invalid") == 4
+
+    run(tmp_path, test)
+
+
+class Context:
+    def __init__(self, peer, *metadata):
+        self._peer, self._metadata = peer, metadata
+
+    def peer(self):
+        return self._peer
+
+    def invocation_metadata(self):
+        return self._metadata
+
+
+def test_a_caller_is_its_token_and_its_address():
+    here, there = "ipv4:10.0.0.1:1234", "ipv4:10.0.0.2:1234"
+    assert caller_of(Context(here)).name == caller_of(Context("ipv4:10.0.0.1:99")).name == "10.0.0.1"
+    named = {caller_of(Context(peer, *bearer(token))).name for peer in (here, there) for token in ("", "one", "two")}
+    assert len(named) == 6
+    assert not any("one" in name for name in named)
+    assert caller_of(Context(here, *bearer("one"))).address == "10.0.0.1"
+
+
+def test_a_name_that_is_made_up_puts_nobody_at_another_address_out():
+    room = WaitingRoom(4)
+    put_out = []
+
+    def seat(name, address):
+        return room.take(Caller(name, address), evict=lambda error: put_out.append(name) or True)
+
+    for name in "ab":
+        seat(name, "honest")
+        seat(name, "honest")
+    seat("made up 1", "hostile")
+    seat("made up 2", "hostile")
+    assert put_out == ["a", "b"]
+    for number in range(3, 9):
+        with pytest.raises(OverloadedError):
+            seat(f"made up {number}", "hostile")
+    assert (put_out, room.num_taken) == (["a", "b"], 4)
+
+
+def test_seats_are_conserved_whoever_comes_and_goes():
+    die, room, seats = random.Random(5), WaitingRoom(20), set()
+    for _ in range(5000):
+        caller = Caller(die.choice("abcd"), die.choice("xyz"))
+
+        def evict(_):
+            return die.random() < 0.7
+
+        if die.random() < 0.6:
+            try:
+                seats.add(room.take(caller, is_arriving=die.random() < 0.5, evict=evict))
+            except OverloadedError:
+                assert room.num_taken == 20
+        elif seats:
+            seats.pop().leave()
+        assert room.num_taken == sum(seat._room is not None for seat in seats) <= 20
+    for seat in seats:
+        seat.leave()
+        seat.leave()
+    assert (room.num_taken, room._seats) == (0, {})
