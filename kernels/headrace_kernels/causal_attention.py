@@ -168,7 +168,7 @@ def causal_attention_ref(
         keys = key[k0:k1].float().repeat_interleave(group, dim=1)
         values = value[k0:k1].float().repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", query[q0:q1].float(), keys) * scale
-        is_visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril((k1 - k0) - (q1 - q0))
+        is_visible = scores.new_ones(q1 - q0, k1 - k0, dtype=torch.bool).tril((k1 - k0) - (q1 - q0))
         weights = torch.softmax(scores.masked_fill(~is_visible, float("-inf")), dim=-1)
         out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
     return out

@@ -106,6 +106,10 @@ def new_row(t, cache):
     return t["c_kv"], t["k_pe"], t["norm_weight"], *angles, cache, torch.tensor([2, 3], device=cache.device)
 
 
+def rotated(t):
+    return rope(t["x"], *(each.to(t["x"].device) for each in cosines(2, 2)), is_interleaved=True)
+
+
 def stored_new(t):
     cache = torch.zeros(4, 12, dtype=t["c_kv"].dtype, device=t["c_kv"].device)
     latent_norm_rope_store(*new_row(t, cache), eps=1e-6, is_interleaved=True)
@@ -213,7 +217,7 @@ CASES = {
     "add_rms_norm": Case(
         lambda t: add_rms_norm(t["x"], t["y"], t["w"], 1e-6)[0], {"x": (2, 9), "y": (2, 9), "w": (9,)}
     ),
-    "rope": Case(lambda t: rope(t["x"], *cosines(2, 2), is_interleaved=True), {"x": (2, 1, 4)}),
+    "rope": Case(rotated, {"x": (2, 1, 4)}),
     "norm_linear": Case(
         lambda t: norm_linear(t["x"], t["n"], t["w"], 1e-6, t["b"]), {"x": (2, 9), "n": (9,), "w": (5, 9), "b": (5,)}
     ),
