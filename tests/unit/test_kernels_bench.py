@@ -7,10 +7,11 @@ import pytest
 import torch
 from headrace_kernels.gpu import configs
 
-from tests.perf.kernels import harness, report, tune
+from tests.perf.kernels import harness, parity, report, tune
 from tests.perf.kernels.bench_case import BenchCase
 from tests.perf.kernels.ceilings import Ceilings
 from tests.perf.kernels.harness import NoGpuError, families, measure_us, require_gpu
+from tests.perf.kernels.parity import Verdict
 from tests.perf.kernels.peers import load_adapters, peers_of
 from tests.perf.kernels.rows import Row, as_json, fits_l2, floor, table, unmeasured
 from tests.perf.kernels.tune import Trial, best, is_close, keep
@@ -69,6 +70,61 @@ def test_without_a_gpu_nothing_is_measured_or_written(program, monkeypatch, caps
     with pytest.raises(NoGpuError, match="sees no GPU"):
         require_gpu()
     assert program.main() == 2
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.parity.kernels.test_rope" name="test_a"/>
+<testcase classname="tests.parity.kernels.test_rms_norm" name="test_a"/>
+<testcase classname="tests.parity.kernels.test_rms_norm" name="test_b"><failure message="no"/></testcase>
+<testcase classname="tests.parity.kernels.test_model" name="test_c"><failure message="no"/></testcase>
+<testcase classname="tests.parity.kernels.test_mla_decode" name="test_d"><skipped message="no"/></testcase>
+<testcase classname="" name="tests.parity.kernels.test_moe_sort"><error message="collection failure"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_parity_is_judged_family_by_family():
+    verdict = parity.judge(JUNIT, ["rope", "rms_norm", "moe_sort", "mla_decode", "sampling"])
+    assert verdict.wrong == {"rms_norm", "moe_sort", "mla_decode", "sampling"}, "the last two's tests never ran"
+    assert verdict.elsewhere == ("tests.parity.kernels.test_model::test_c",)
+    assert not verdict.holds
+    assert parity.judge(JUNIT, ["rope"]).wrong == frozenset()
+    assert parity.judge("", ["rope"]).wrong == {"rope"}, "the run ended before it wrote a report"
+
+
+def measured_by_report(monkeypatch, tmp_path, arguments, verdict):
+    """Run the command where everything of a GPU is made up; return its exit code, the rows and who was judged."""
+    judged = []
+    made = {name: lambda name=name: [case(family=name)] for name in ("rope", "rms_norm")}
+    monkeypatch.setattr("sys.argv", ["report", *arguments])
+    monkeypatch.setattr(report, "families", lambda _: made)
+    monkeypatch.setattr(report, "require_gpu", lambda: "G")
+    monkeypatch.setattr(report.ceilings_of_gpu, "measure", lambda: CEILINGS)
+    monkeypatch.setattr(report.parity, "run", lambda names: judged.extend(names) or verdict)
+    monkeypatch.setattr(report, "_row", lambda each, *_: Row(each.family, each.shape, 2.0, "bytes", us=2.5))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "REPORT", tmp_path / "report.json")
+    monkeypatch.setattr(report, "DOCS", tmp_path / "kernels.md")
+    report.DOCS.write_text("<!-- kernels-gpu: begin -->\nas it was\n<!-- kernels-gpu: end -->\n")
+    code = report.main()
+    return code, {row["family"]: row for row in json.loads(report.REPORT.read_text())["rows"]}, judged
+
+
+def test_a_family_that_is_wrong_costs_the_others_nothing(monkeypatch, tmp_path):
+    code, rows, _ = measured_by_report(monkeypatch, tmp_path, [], Verdict(frozenset({"rope"}), ("test_model::test_c",)))
+    assert code == 1
+    assert (rows["rope"]["us"], rows["rms_norm"]["us"]) == (None, 2.5)
+    assert rows["rope"]["error"] == "not measured: its parity tests fail"
+
+
+def test_a_failed_test_of_no_family_is_told_by_the_exit_code(monkeypatch, tmp_path):
+    code, rows, _ = measured_by_report(monkeypatch, tmp_path, [], Verdict(frozenset(), ("test_model::test_c",)))
+    assert (code, rows["rope"]["us"]) == (1, 2.5)
+
+
+def test_without_parity_nothing_is_judged_and_the_page_stays(monkeypatch, tmp_path):
+    code, rows, judged = measured_by_report(monkeypatch, tmp_path, ["--no-parity"], Verdict(frozenset({"rope"})))
+    assert (code, judged, rows["rope"]["us"]) == (0, [], 2.5)
+    assert "as it was" in report.DOCS.read_text()
 
 
 class FakeGpu:

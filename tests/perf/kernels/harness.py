@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-_NOT_FAMILIES = {"bench_case", "ceilings", "harness", "peers", "report", "rows", "tune"}
+_NOT_FAMILIES = {"bench_case", "ceilings", "harness", "parity", "peers", "report", "rows", "tune"}
 _GRAPH_S = 5e-3
 _MAX_GRAPH_CALLS = 4096
 _REPLAYS = 30

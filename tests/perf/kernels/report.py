@@ -1,17 +1,18 @@
 """`make kernels-bench`: the ceilings of the GPU at hand, then every kernel beside its floor and its peers.
 
-    python -m tests.perf.kernels.report [--family NAME] [--floors]
+    python -m tests.perf.kernels.report [--family NAME] [--no-parity] [--floors]
 
-Runs the parity tests on the GPU first and stops if one fails: the speed of a wrong kernel is of no use. Writes
-build/bench/kernels-gpu.json and, if every family ran, the table in docs/kernels.md. `--floors` needs no GPU: it writes
-the table with the floors that an H200's assumed ceilings give and without times.
+Runs the parity tests on the GPU first and measures the families that pass: the speed of a wrong kernel is of no use.
+Writes build/bench/kernels-gpu.json and, if every family was judged, the table in docs/kernels.md. `--no-parity` takes
+the tests as passed, where they have just run; docs/kernels.md stays. `--floors` needs no GPU: it writes the table with
+the floors that an H200's assumed ceilings give and without times.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.perf import report_file
 from tests.perf.kernels import ceilings as ceilings_of_gpu
+from tests.perf.kernels import parity
 from tests.perf.kernels.bench_case import BenchCase, Calls
 from tests.perf.kernels.ceilings import H200_ASSUMED, Ceilings
 from tests.perf.kernels.harness import NoGpuError, families, measure_us, require_gpu, versions
+from tests.perf.kernels.parity import Verdict
 from tests.perf.kernels.peers import Adapter, load_adapters, peers_of
 from tests.perf.kernels.rows import Row, as_json, fits_l2, table, unmeasured
 
@@ -33,7 +36,6 @@ ROOT = Path(__file__).parents[3]
 REPORT = ROOT / "build" / "bench" / "kernels-gpu.json"
 DOCS = ROOT / "docs" / "kernels.md"
 PEERS = ROOT / ".peers"
-PARITY = ROOT / "tests" / "parity" / "kernels"
 MARKER = "kernels-gpu"
 
 console = Console(soft_wrap=True)
@@ -43,6 +45,7 @@ def main() -> int:
     """Measure everything the options name; return 0, 1 if a kernel is wrong or fails, 2 if nothing could be tried."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=sorted(families("cases")), help="only this one; docs/kernels.md stays")
+    parser.add_argument("--no-parity", action="store_true", help="measure without the tests; docs/kernels.md stays")
     parser.add_argument("--floors", action="store_true", help="no measurement: write the floors, on any machine")
     options = parser.parse_args()
     if options.floors:
@@ -52,20 +55,19 @@ def main() -> int:
     except NoGpuError as error:
         console.print(str(error), style="red")
         return 2
-    if not _parity_holds(options.family):
-        console.print("The parity tests fail on this GPU: nothing was measured.", style="red")
-        return 1
-    cases = [c for name, make in families("cases").items() if options.family in (None, name) for c in make()]
+    makers = {name: make for name, make in families("cases").items() if options.family in (None, name)}
+    verdict = Verdict(frozenset()) if options.no_parity else _parity_of(makers)
+    cases = [case for make in makers.values() for case in make()]
     with console.status("measuring the GPU's ceilings …"):
         ceilings = ceilings_of_gpu.measure()
-    rows = _measure(cases, ceilings, load_adapters(PEERS))
+    rows = _measure(cases, ceilings, load_adapters(PEERS), verdict.wrong)
     heading = {"GPU": gpu, "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")} | versions()
     report_file.merge(REPORT, {**heading, "ceilings": asdict(ceilings), "rows": as_json(rows)})
-    if options.family is None:
+    if options.family is None and not options.no_parity:
         DOCS.write_text(put_between(DOCS.read_text(), MARKER, table(rows, ceilings, heading)))
     console.print(table(rows, ceilings, heading), markup=False)
     console.print(f"Written to {REPORT.relative_to(ROOT)}.")
-    return 1 if any(row.error for row in rows) else 0
+    return 1 if any(row.error for row in rows) or not verdict.holds else 0
 
 
 def _write_floors() -> int:
@@ -77,21 +79,30 @@ def _write_floors() -> int:
     return 0
 
 
-def _parity_holds(family: str | None) -> bool:
-    of_family = PARITY / f"test_{family}.py"
-    tests = of_family if family and of_family.exists() else PARITY
-    console.print(f"parity on the GPU: {tests.relative_to(ROOT)}")
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)], cwd=ROOT, check=False).returncode == 0
+def _parity_of(names: Iterable[str]) -> Verdict:
+    console.print("parity on the GPU")
+    verdict = parity.run(names)
+    if not verdict.holds:
+        told = [*sorted(verdict.wrong), *verdict.elsewhere]
+        console.print(
+            f"parity fails, and wrong families are not measured: {', '.join(told)}", style="red", markup=False
+        )
+    return verdict
 
 
-def _measure(cases: list[BenchCase], ceilings: Ceilings, adapters: list[Adapter]) -> list[Row]:
+def _measure(
+    cases: list[BenchCase], ceilings: Ceilings, adapters: list[Adapter], wrong: frozenset[str] = frozenset()
+) -> list[Row]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Row] = []
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("kernels", total=len(cases))
         for case in cases:
             progress.update(bar, description=f"{case.family} {case.shape}")
-            rows.append(_row(case, ceilings, adapters))
+            if case.family in wrong:
+                rows.append(replace(unmeasured(case, ceilings), error="not measured: its parity tests fail"))
+            else:
+                rows.append(_row(case, ceilings, adapters))
             progress.advance(bar)
     return rows
 
