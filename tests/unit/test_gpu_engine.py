@@ -84,6 +84,28 @@ def test_a_layers_launches_lie_between_two_prologues():
     assert step.launches_per_layer(["embedding", *layer]) is None
 
 
+def test_a_profiler_that_fails_costs_its_own_figure_alone(monkeypatch):
+    class Model:
+        device = "cuda"
+
+        def forward(self, chunks, cache):
+            pass
+
+        def take_expert_counts(self):
+            return {1: [0, 3, 1]}
+
+    def refuse(**options):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(torch.profiler, "profile", refuse)
+    monkeypatch.setattr(step, "_synchronize", lambda device: None)
+    monkeypatch.setattr(step, "_median_ms", lambda replay, device, num_rounds: 1.5)
+    told = []
+    found = step._measure_step(Model(), None, [], lambda: None, 2, told.append)
+    assert (found["replay_ms"], found["launches_per_layer"], found["distinct_experts"]) == (1.5, None, 2.0)
+    assert "CUPTI_ERROR_INSUFFICIENT_PRIVILEGES" in told[0]
+
+
 def test_distinct_experts_are_counted_by_layer():
     assert step.mean_distinct({1: [0, 3, 1], 2: [2, 0, 0]}) == 1.5
 
