@@ -9,13 +9,14 @@ from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.checkpoint.expected_tensors import expected_tensors
 from headrace_core.model.load import load_model, num_weight_bytes
 from headrace_core.roofline.model_shape import DEEPSEEK_V2_LITE
+from headrace_core.testing.tiny_checkpoints import write_checkpoint
 
 from tests.perf import report_file
 from tests.perf.gpu_engine import __main__ as command
 from tests.perf.gpu_engine import cluster, step, weights
 from tests.perf.gpu_engine.shapes import SHAPES
 from tests.perf.gpu_engine.table import tables
-from tests.perf.gpu_engine.tokens import num_equal
+from tests.perf.gpu_engine.tokens import CONFIGS, load_oracle, num_equal
 from tests.perf.kernels.ceilings import H200_ASSUMED, Ceilings
 
 FULL, TINY = SHAPES["v2-lite"], SHAPES["tiny"]
@@ -112,6 +113,20 @@ def test_distinct_experts_are_counted_by_layer():
 
 def test_equal_tokens_count_up_to_the_first_that_differs():
     assert num_equal([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 9, 6]]) == 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_experts_need_no_grouped_product_in_float32(name, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Expected mat_a to be BFloat16 matrix")
+
+    write_checkpoint(tmp_path, CONFIGS[name])
+    oracle = load_oracle(tmp_path, "cpu")
+    for product in ("_grouped_mm", "grouped_mm"):
+        for module in (torch, torch.nn.functional):
+            monkeypatch.setattr(module, product, refuse, raising=False)
+    assert oracle.config._experts_implementation == "eager"
+    assert oracle(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
 def test_tokens_that_arrive_together_share_their_gap():

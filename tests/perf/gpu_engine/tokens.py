@@ -94,17 +94,9 @@ def transformers_greedy(
     checkpoint: Path, prompts: Sequence[list[int]], num_tokens: int, device: str
 ) -> list[list[int]]:
     """Return transformers' greedy tokens of each prompt alone, in float32 on `device`."""
-    os.environ["TRANSFORMERS_OFFLINE"] = "1"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import transformers
+    oracle = load_oracle(checkpoint, device)
+    import transformers
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        oracle: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    oracle.to(device).eval()
-    # generate() would fill an unset end from here.
-    oracle.generation_config.eos_token_id = None
     settings = transformers.GenerationConfig(
         max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -114,6 +106,27 @@ def transformers_greedy(
         output = oracle.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         outputs.append(output[0, len(prompt) :].tolist())
     return outputs
+
+
+def load_oracle(checkpoint: Path, device: str) -> Any:
+    """Return transformers' model in float32 on `device`, its experts one after another.
+
+    What it takes by default, `torch._grouped_mm`, is bfloat16's on a GPU: float32 depends on torch's fallback.
+    """
+    os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        oracle: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, experts_implementation="eager"
+        )
+    oracle.to(device).eval()
+    # generate() would fill an unset end from here.
+    oracle.generation_config.eos_token_id = None
+    return oracle
 
 
 def num_equal(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> int:
