@@ -1,7 +1,9 @@
 """The kernels' benchmark and tuner as far as they go without a GPU: floors, the table, choosing, refusing."""
 
 import contextlib
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from headrace_kernels.gpu import configs
 from tests.perf.kernels import harness, parity, report, tune
 from tests.perf.kernels.bench_case import BenchCase
 from tests.perf.kernels.ceilings import Ceilings
-from tests.perf.kernels.harness import NoGpuError, families, measure_us, require_gpu
+from tests.perf.kernels.harness import NoGpuError, families, measure_eager_us, measure_us, require_gpu
 from tests.perf.kernels.parity import Verdict
 from tests.perf.kernels.peers import load_adapters, peers_of
 from tests.perf.kernels.rows import Row, as_json, fits_l2, floor, table, unmeasured
@@ -184,9 +186,30 @@ def test_a_time_is_that_of_one_call_with_the_buffers_in_turn(gpu):
     assert gpu.made == ["a", "b", "a", "b"]
 
 
-def test_a_case_without_calls_is_refused():
+def test_a_peer_that_waits_for_the_host_is_timed_outside_a_graph(gpu, monkeypatch):
+    def waits():
+        assert gpu.captured is None, "operation not permitted when stream is capturing"
+        gpu.now_us += 500.0
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50_000_000))
+    waiting = case(peers={"torch": lambda: [gpu.call("a", 20.0)]}, eager_peers={"torch, eager": lambda: [waits, waits]})
+    row = report._row(dataclasses.replace(waiting, calls=lambda: [gpu.call("b", 10.0)]), CEILINGS, [])
+    assert row.us == pytest.approx(10.0)
+    assert row.peers == pytest.approx({"torch": 20.0, "torch, eager": 500.0})
+    assert unmeasured(waiting, CEILINGS).peers == dict.fromkeys(row.peers, "not measured")
+
+
+def test_torchs_draw_is_in_no_graph():
+    """It looks at its rows on the host, which a capture does not survive."""
+    for each in families("cases")["sampling"]():
+        assert bool(each.peers) == each.shape.endswith("greedy")
+        assert bool(each.eager_peers) != bool(each.peers)
+
+
+@pytest.mark.parametrize("measure", [measure_us, measure_eager_us])
+def test_a_case_without_calls_is_refused(measure):
     with pytest.raises(ValueError, match="no calls"):
-        measure_us([])
+        measure([])
 
 
 def test_every_family_lists_cases_with_a_floor():

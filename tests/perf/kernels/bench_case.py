@@ -17,7 +17,8 @@ class BenchCase:
 
     `bytes_moved` and `flops` are what cannot be avoided; the floor is the longer of both at the measured ceilings.
     `ceiling` names the matrix rate that bounds it ("bf16" or "fp8"). `peers` are others' kernels of the same function
-    on the same buffers. `published_us` is another's figure on an H200, with its source.
+    on the same buffers; `eager_peers` are those that wait for the host, which no CUDA graph can hold: they are timed
+    call by call. `published_us` is another's figure on an H200, with its source.
     """
 
     family: str
@@ -27,6 +28,7 @@ class BenchCase:
     flops: float = 0.0
     ceiling: str = "bf16"
     peers: dict[str, Calls] = field(default_factory=dict)
+    eager_peers: dict[str, Calls] = field(default_factory=dict)
     published_us: float | None = None
     published_source: str = ""
 

@@ -21,6 +21,7 @@ _GRAPH_S = 5e-3
 _MAX_GRAPH_CALLS = 4096
 _REPLAYS = 30
 _WARM_UP_REPLAYS = 3
+_EAGER_ROUNDS = 5
 
 
 class NoGpuError(RuntimeError):
@@ -54,13 +55,30 @@ def measure_us(calls: Sequence[Callable[[], object]]) -> float:
                 call()
     for _ in range(_WARM_UP_REPLAYS):
         graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_REPLAYS)]
+    return _median_us(graph.replay, _REPLAYS) / (repeats * len(calls))
+
+
+def measure_eager_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Return the median time of one call, µs, made from the host: what it waits for there is part of the figure."""
+    if not calls:
+        raise ValueError("nothing to measure: the case makes no calls")
+    _eager_round_s(calls)
+
+    def make_all() -> None:
+        for call in calls:
+            call()
+
+    return _median_us(make_all, _EAGER_ROUNDS) / len(calls)
+
+
+def _median_us(run: Callable[[], object], rounds: int) -> float:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in events:
         start.record()
-        graph.replay()
+        run()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / (repeats * len(calls))
+    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
 
 
 def _eager_round_s(calls: Sequence[Callable[[], object]]) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from tests.perf.kernels import ceilings as ceilings_of_gpu
 from tests.perf.kernels import parity
 from tests.perf.kernels.bench_case import BenchCase, Calls
 from tests.perf.kernels.ceilings import H200_ASSUMED, Ceilings
-from tests.perf.kernels.harness import NoGpuError, families, measure_us, require_gpu, versions
+from tests.perf.kernels.harness import NoGpuError, families, measure_eager_us, measure_us, require_gpu, versions
 from tests.perf.kernels.parity import Verdict
 from tests.perf.kernels.peers import Adapter, load_adapters, peers_of
 from tests.perf.kernels.rows import Row, as_json, fits_l2, table, unmeasured
@@ -37,6 +37,8 @@ REPORT = ROOT / "build" / "bench" / "kernels-gpu.json"
 DOCS = ROOT / "docs" / "kernels.md"
 PEERS = ROOT / ".peers"
 MARKER = "kernels-gpu"
+
+Measure = Callable[[Sequence[Callable[[], object]]], float]
 
 console = Console(soft_wrap=True)
 
@@ -111,17 +113,18 @@ def _row(case: BenchCase, ceilings: Ceilings, adapters: list[Adapter]) -> Row:
     empty = unmeasured(case, ceilings)
     own, num_calls = _time(case.calls)
     peers = {name: _time(calls)[0] for name, calls in peers_of(case, adapters).items()}
+    peers |= {name: _time(calls, measure_eager_us)[0] for name, calls in case.eager_peers.items()}
     if isinstance(own, str):
         return replace(empty, error=own, peers=peers)
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     return replace(empty, us=own, peers=peers, is_in_l2=fits_l2(case, num_calls, l2_bytes, empty.bound))
 
 
-def _time(make_calls: Calls) -> tuple[float | str, int]:
+def _time(make_calls: Calls, measure: Measure = measure_us) -> tuple[float | str, int]:
     """Return the median time and the number of buffers; in place of the time, why there is none."""
     try:
         calls = make_calls()
-        return measure_us(calls), len(calls)
+        return measure(calls), len(calls)
     except Exception as error:  # noqa: BLE001 - one kernel or peer that fails must not cost the others' figures
         return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160], 0
     finally:

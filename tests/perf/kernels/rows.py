@@ -55,7 +55,8 @@ def unmeasured(case: BenchCase, ceilings: Ceilings) -> Row:
     """Return the row of a case without a time."""
     floor_us, bound = floor(case, ceilings)
     published = {"published_us": case.published_us, "published_source": case.published_source}
-    return Row(case.family, case.shape, floor_us, bound, peers=dict.fromkeys(case.peers, NOT_MEASURED), **published)
+    peers: dict[str, float | str] = dict.fromkeys((*case.peers, *case.eager_peers), NOT_MEASURED)
+    return Row(case.family, case.shape, floor_us, bound, peers=peers, **published)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
