@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +105,7 @@ def measured_by_report(monkeypatch, tmp_path, arguments, verdict):
     monkeypatch.setattr(report.ceilings_of_gpu, "measure", lambda: CEILINGS)
     monkeypatch.setattr(report.parity, "run", lambda names: judged.extend(names) or verdict)
     monkeypatch.setattr(report, "_row", lambda each, *_: Row(each.family, each.shape, 2.0, "bytes", us=2.5))
+    monkeypatch.setattr(report, "_in_process", lambda run: run())
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "REPORT", tmp_path / "report.json")
     monkeypatch.setattr(report, "DOCS", tmp_path / "kernels.md")
@@ -127,6 +130,59 @@ def test_without_parity_nothing_is_judged_and_the_page_stays(monkeypatch, tmp_pa
     code, rows, judged = measured_by_report(monkeypatch, tmp_path, ["--no-parity"], Verdict(frozenset({"rope"})))
     assert (code, judged, rows["rope"]["us"]) == (0, [], 2.5)
     assert "as it was" in report.DOCS.read_text()
+
+
+def test_a_failure_costs_its_own_case_alone(monkeypatch, tmp_path):
+    """Of five cases one leaves its process unusable, one ends it, and one only fails."""
+    cases = [case(shape=f"B={number}") for number in range(5)]
+    state = SimpleNamespace(usable=True, processes=0)
+
+    def row(each, *_):
+        if each.shape == "B=3":
+            raise SystemExit
+        assert state.usable, "a process that a failure left unusable measures nothing"
+        state.usable = each.shape != "B=1"
+        error = "fails: no" if each.shape in ("B=1", "B=2") else ""
+        return Row("f", each.shape, 2.0, "bytes", us=None if error else 2.5, error=error)
+
+    def in_process(run):
+        state.usable, state.processes = True, state.processes + 1
+        try:
+            run()
+        except SystemExit:
+            return -6
+        return 0
+
+    monkeypatch.setattr(report, "families", lambda _: {"f": lambda: cases})
+    monkeypatch.setattr(report, "REPORT", tmp_path / "report.json")
+    monkeypatch.setattr(report, "_row", row)
+    monkeypatch.setattr(report, "is_usable", lambda: state.usable)
+    monkeypatch.setattr(report, "_in_process", in_process)
+    rows = report._measure(cases, CEILINGS)
+    assert [each.shape for each in rows] == ["B=0", "B=1", "B=2", "B=3", "B=4"]
+    assert [each.error for each in rows] == ["", "fails: no", "fails: no", "fails: its process ended with -6", ""]
+    # B=0 and B=1; B=2; B=3, which ends its process before it has a row; B=4.
+    assert state.processes == 4
+    assert report._rows_in(tmp_path / "report.jsonl") == rows
+
+
+def test_the_exit_code_of_a_process_is_known():
+    assert report._in_process(functools.partial(os._exit, 9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("randn", "stream", "usable"),
+    [(torch.zeros, "default", True), (torch.zeros, "side", False), (None, "default", False)],
+)
+def test_a_process_is_usable_if_it_can_draw_on_the_default_stream(randn, stream, usable, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(torch, "randn", (lambda *_, **__: randn(1)) if randn else fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
+    assert harness.is_usable() == usable
 
 
 class FakeGpu:

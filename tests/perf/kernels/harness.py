@@ -94,6 +94,20 @@ def _eager_round_s(calls: Sequence[Callable[[], object]]) -> float:
     return seconds
 
 
+def is_usable() -> bool:
+    """Say whether this process can go on measuring: some failures of a kernel or of a capture leave it unable to.
+
+    A kernel that faults fails every later call; a capture that fails may leave the random generator in it, and the
+    capture's stream the current one.
+    """
+    try:
+        torch.randn(1, device="cuda")
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
 def families(attribute: str) -> dict[str, Callable[[], list[Any]]]:
     """Return the function named `attribute` ("cases", "tuning") of every family's benchmark that has one, by family."""
     names = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - _NOT_FAMILIES)

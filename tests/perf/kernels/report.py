@@ -6,28 +6,41 @@ Runs the parity tests on the GPU first and measures the families that pass: the 
 Writes build/bench/kernels-gpu.json and, if every family was judged, the table in docs/kernels.md. `--no-parity` takes
 the tests as passed, where they have just run; docs/kernels.md stays. `--floors` needs no GPU: it writes the table with
 the floors that an H200's assumed ceilings give and without times.
+
+Each family has a process of its own, and what follows a failure that leaves it unusable another. A row is written to
+build/bench/kernels-gpu.jsonl as soon as it is measured: who ends the command early has what was found so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from headrace_kernels.aot.report import put_between
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.perf import report_file
 from tests.perf.kernels import ceilings as ceilings_of_gpu
 from tests.perf.kernels import parity
 from tests.perf.kernels.bench_case import BenchCase, Calls
 from tests.perf.kernels.ceilings import H200_ASSUMED, Ceilings
-from tests.perf.kernels.harness import NoGpuError, families, measure_eager_us, measure_us, require_gpu, versions
+from tests.perf.kernels.harness import (
+    NoGpuError,
+    families,
+    is_usable,
+    measure_eager_us,
+    measure_us,
+    require_gpu,
+    versions,
+)
 from tests.perf.kernels.parity import Verdict
 from tests.perf.kernels.peers import Adapter, load_adapters, peers_of
 from tests.perf.kernels.rows import Row, as_json, fits_l2, table, unmeasured
@@ -59,10 +72,19 @@ def main() -> int:
         return 2
     makers = {name: make for name, make in families("cases").items() if options.family in (None, name)}
     verdict = Verdict(frozenset()) if options.no_parity else _parity_of(makers)
-    cases = [case for make in makers.values() for case in make()]
     with console.status("measuring the GPU's ceilings …"):
         ceilings = ceilings_of_gpu.measure()
-    rows = _measure(cases, ceilings, load_adapters(PEERS), verdict.wrong)
+    torch.cuda.empty_cache()
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.with_suffix(".jsonl").unlink(missing_ok=True)
+    rows: list[Row] = []
+    for name, make in makers.items():
+        if name in verdict.wrong:
+            rows += [
+                replace(unmeasured(case, ceilings), error="not measured: its parity tests fail") for case in make()
+            ]
+        else:
+            rows += _measure(make(), ceilings)
     heading = {"GPU": gpu, "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")} | versions()
     report_file.merge(REPORT, {**heading, "ceilings": asdict(ceilings), "rows": as_json(rows)})
     if options.family is None and not options.no_parity:
@@ -92,21 +114,50 @@ def _parity_of(names: Iterable[str]) -> Verdict:
     return verdict
 
 
-def _measure(
-    cases: list[BenchCase], ceilings: Ceilings, adapters: list[Adapter], wrong: frozenset[str] = frozenset()
-) -> list[Row]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def _measure(cases: list[BenchCase], ceilings: Ceilings) -> list[Row]:
+    """Measure one family's cases, in as many processes as that takes."""
     rows: list[Row] = []
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("kernels", total=len(cases))
-        for case in cases:
-            progress.update(bar, description=f"{case.family} {case.shape}")
-            if case.family in wrong:
-                rows.append(replace(unmeasured(case, ceilings), error="not measured: its parity tests fail"))
-            else:
-                rows.append(_row(case, ceilings, adapters))
-            progress.advance(bar)
+    while len(rows) < len(cases):
+        case = cases[len(rows)]
+        path = REPORT.with_suffix(".jsonl")
+        num_before = len(_rows_in(path))
+        exit_code = _in_process(partial(_measure_from, case.family, len(rows), ceilings, path))
+        found = _rows_in(path)[num_before:]
+        if not found:
+            found = [replace(unmeasured(case, ceilings), error=f"fails: its process ended with {exit_code}")]
+            _append(path, found[0])
+        rows += found
     return rows
+
+
+def _measure_from(family: str, first: int, ceilings: Ceilings, path: Path) -> None:
+    """Measure a family's cases from number `first` on, to the end or until this process can measure no more."""
+    adapters = load_adapters(PEERS)
+    for case in families("cases")[family]()[first:]:
+        row = _row(case, ceilings, adapters)
+        _append(path, row)
+        told = row.error or f"{row.us:.1f} µs, floor {row.floor_us:.1f}"
+        console.print(f"{row.family} {row.shape}: {told}; peers {row.peers}", markup=False)
+        has_failed = row.error or any(isinstance(time, str) for time in row.peers.values())
+        if has_failed and not is_usable():
+            return
+
+
+def _in_process(run: Callable[[], object]) -> int | None:
+    """Call `run` in a process that shares nothing with this one; return its exit code, negative for a signal."""
+    process = multiprocessing.get_context("spawn").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _append(path: Path, row: Row) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+
+
+def _rows_in(path: Path) -> list[Row]:
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _row(case: BenchCase, ceilings: Ceilings, adapters: list[Adapter]) -> Row:
