@@ -53,6 +53,23 @@ def test_refusing_writes_nothing(tmp_path, monkeypatch):
     assert "TRITON_INTERPRET" not in os.environ
 
 
+def test_a_part_that_ended_is_written_before_the_next(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    report_file.merge(path, {"engine": {"tokens": "of before"}, "rows": [1]})
+
+    def is_ended_by_a_limit(*_):
+        raise KeyboardInterrupt
+
+    # The command sets it; what was before comes back.
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(command, "_step", lambda *_: {"kernels_check": 1e-6, "batches": {}})
+    monkeypatch.setattr(command, "_tokens", is_ended_by_a_limit)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--device", "cpu", "--shape", "tiny", "--json", str(path)])
+    assert report_file.read(path)["engine"]["step"]["kernels_check"] == 1e-6
+    assert report_file.read(path)["engine"]["tokens"] == "of before"
+
+
 def test_the_floor_is_bytes_at_the_measured_bandwidth_with_the_experts_hit():
     chunks = step.decode_chunks(1, 4096, 64, 102_400)
     hardware = step.hardware_of(CEILINGS)

@@ -9,9 +9,10 @@ replay beside its floor at measured ceilings, launches, host time. tokens: greed
 beside transformers on the same device. cluster: a random checkpoint written on the spot (31 GB), served by a router, a
 prefill and a decode process on that GPU.
 
-Results are merged into build/bench/kernels-gpu.json under "engine"; a full run on a GPU also writes its tables to
-docs/kernels.md. Without a GPU it refuses; `--device cpu --shape tiny` tries the command itself, with kernels in
-Triton's interpreter: none of its times means anything. `--floors` needs no GPU: it writes the tables without times.
+Results are merged into build/bench/kernels-gpu.json under "engine", each part's when it ends; a full run on a GPU also
+writes its tables to docs/kernels.md. Without a GPU it refuses; `--device cpu --shape tiny` tries the command itself,
+with kernels in Triton's interpreter: none of its times means anything. `--floors` needs no GPU: it writes the tables
+without times.
 """
 
 from __future__ import annotations
@@ -67,10 +68,13 @@ def main(argv: list[str] | None = None) -> int:
     shape = SHAPES[options.shape]
     shape = shape.with_layers(options.layers) if options.layers else shape
     is_full = options.device == "cuda" and options.shape == "v2-lite" and not options.layers
-    found = _run_parts(options.part or PARTS, shape, options)
     path = options.json or (GPU_REPORT if is_full else SMOKE_REPORT)
-    engine = {**report_file.read(path).get("engine", {}), **found}
-    report_file.merge(path, {"engine": engine})
+    found: dict[str, Any] = {}
+    for name, figures in _run_parts(options.part or PARTS, shape, options):
+        found[name] = figures
+        # At once: whoever ends the command in a later part has this one.
+        report_file.merge(path, {"engine": {**report_file.read(path).get("engine", {}), **found}})
+    engine = report_file.read(path)["engine"]
     if is_full:
         _write_docs(engine, shape)
     console.print(_tables(engine, shape), markup=False)
@@ -113,10 +117,11 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_parts(parts: list[str] | tuple[str, ...], shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+def _run_parts(
+    parts: list[str] | tuple[str, ...], shape: Shape, options: argparse.Namespace
+) -> Generator[tuple[str, dict[str, Any]]]:
     """Run parts in a folder that goes away; a part that fails does not cost the others' figures."""
     runs = {"step": _step, "tokens": _tokens, "cluster": _cluster}
-    found: dict[str, Any] = {}
     for name in (part for part in PARTS if part in parts):
         with (
             tempfile.TemporaryDirectory(prefix="headrace-", dir=options.folder) as folder,
@@ -131,8 +136,7 @@ def _run_parts(parts: list[str] | tuple[str, ...], shape: Shape, options: argpar
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        found[name] = {**_heading(options.device), "shape": shape.name, **figures}
-    return found
+        yield name, {**_heading(options.device), "shape": shape.name, **figures}
 
 
 def _step(shape: Shape, folder: Path, device: str, say: Report, on_bytes: OnBytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -72,7 +73,10 @@ def measure_steps(
         row = _measure_step(model, cache, chunks, capture.replays[batch], num_rounds, report)
         distinct = row.pop("distinct_experts")
         floor = step_floor(shape.roofline_shape(), hardware, chunks, _DTYPES[model.dtype], distinct)
-        found["batches"][str(batch)] = row | floor_figures(floor, row["replay_ms"]) | {"experts_hit": distinct}
+        row |= floor_figures(floor, row["replay_ms"]) | {"experts_hit": distinct}
+        found["batches"][str(batch)] = row
+        # At once: whoever ends the command in a later batch has this one.
+        report(f"batch {batch}: {json.dumps(row)}")
     model.forget_decode()
     return found
 
