@@ -13,6 +13,7 @@ from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.load import load_model
+from headrace_core.roofline.model_shape import DEEPSEEK_V3
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,
     Variation,
@@ -218,3 +219,14 @@ def test_the_compute_type_is_the_caches(tmp_path, dtype, expected, written):
     assert model.dtype == getattr(torch, expected)
     assert model.kv_layout(8).dtype == CacheDtype(expected)
     assert model.kv_layout(8).num_layers == 2
+
+
+def test_the_margin_on_a_gpu_holds_a_step_of_the_largest_network():
+    """8,192 tokens in bfloat16: experts' rows padded to blocks of 128, their results, expanded keys and values."""
+    network, tokens = DEEPSEEK_V3, 8192
+    rows = tokens * (network.moe.num_experts_per_token + 1)
+    padded = rows + (network.moe.num_experts + 1) * 128
+    between = padded * network.moe.intermediate_size * 2
+    keys_and_values = tokens * network.num_heads * (128 + 64 + 128) * 2
+    step_bytes = between + rows * network.hidden_size * 2 + keys_and_values
+    assert memory.GPU_WORKING_BYTES - step_bytes > 0.5e9, "compiled kernels, workspaces and the allocator take some"

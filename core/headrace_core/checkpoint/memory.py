@@ -15,9 +15,14 @@ _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 _UNLIMITED = 1 << 60
 WORKING_BYTES = 256 * _MIB
 """What activations, packing and the runtime may need beside weights and pages."""
-GPU_WORKING_BYTES = 2048 * _MIB
-"""The same on a GPU, an estimate: 8,192 tokens of DeepSeek-V3 have 0.5 GB of expanded keys and values and about 1 GB of
-experts' rows."""
+GPU_WORKING_BYTES = 3072 * _MIB
+"""The same on a GPU, an estimate: what a prefill step of 8,192 tokens of DeepSeek-V3 in bfloat16 holds in a layer.
+
+Nine experts a token, one of them shared, are 73,728 rows, and up to 106,624 with those of 257 experts padded to blocks
+of 128: 106,624 x 2,048 x 2 bytes between both products, 0.44 GB, and 73,728 x 7,168 x 2 after them, 1.06 GB. Expanded
+keys and values, 8,192 x 128 heads x (192 + 128) x 2: 0.67 GB. Together 2.2 GB; the rest is for compiled kernels,
+cuBLAS's workspace, captured graphs and what the allocator rounds up. A longer prefix expands to more.
+"""
 
 
 def available_bytes(device: str = "cpu") -> int:
