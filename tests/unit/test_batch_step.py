@@ -26,6 +26,23 @@ def test_a_plan_counts_the_tokens_of_all_its_chunks():
     assert StepPlan([chunk(1, 0)]).zero_page_ids == []
 
 
+@pytest.mark.parametrize(("num_chunks", "sizes"), [(1, (0, 1)), (2, (1, 1)), (3, (1, 2)), (4, (2, 2)), (5, (2, 3))])
+def test_two_halves_do_what_the_whole_does_and_each_zeroes_its_own_pages(num_chunks, sizes):
+    chunks = [Chunk(key, [5], 0, [10 * key, 10 * key + 1], None) for key in range(num_chunks)]
+    zeroed = [10 * key + 1 for key in range(num_chunks)]
+    first, second = StepPlan(chunks, zeroed).halves()
+    assert (len(first.chunks), len(second.chunks)) == sizes
+    assert first.chunks + second.chunks == chunks
+    for half in (first, second):
+        assert half.zero_page_ids == [chunk.page_ids[1] for chunk in half.chunks]
+
+
+def test_a_chunks_error_names_its_request():
+    error = Chunk(1, [5], 0, [0], None, "r-7").error(OverloadedError("NO_FREE_PAGES", "try again"))
+    assert isinstance(error, OverloadedError)
+    assert (error.reason, str(error)) == ("NO_FREE_PAGES", "request r-7: try again")
+
+
 def test_one_token_after_a_cached_prefix_is_decode():
     assert step_load([chunk(1, 9, ROW)]) == StepLoad(
         num_sequences=1, num_logits=1, decode_tokens=1, decode_context=10, decode_pairs=10

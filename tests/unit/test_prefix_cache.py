@@ -242,6 +242,18 @@ def test_eviction_keeps_its_order_when_the_books_are_cleaned_of_what_was_used_ag
         assert (evicted,) * 4 not in cache._root.children
 
 
+def test_pages_still_in_use_are_not_forgotten():
+    pool = PagePool(4)
+    cache = PrefixCache(pool, PAGE)
+    nodes = cached(pool, cache, [1] * 8)
+    cache.match([1] * 4, 1)
+    cache.release(nodes)
+    cache.forget(nodes)
+    assert node_of(cache, [1] * 4).children == {}
+    assert pool.num_free == 3
+    cache.check_integrity()
+
+
 def test_a_page_that_hangs_twice_and_one_that_hangs_nowhere_are_noticed():
     pool = PagePool(4)
     cache = PrefixCache(pool, PAGE)
@@ -272,38 +284,60 @@ class Oracle:
 
     def evict(self, count: int) -> None:
         for _ in range(min(count, len(self.used))):
-            leaves = [path for path in self.used if not any(path == other[:-1] for other in self.used)]
-            del self.used[min(leaves, key=self.used.__getitem__)]
+            del self.used[min(filter(self.is_leaf, self.used), key=self.used.__getitem__)]
+
+    def forget(self, path: tuple[int, ...]) -> None:
+        for length in range(len(path), 0, -1):
+            if self.is_leaf(path[:length]):
+                del self.used[path[:length]]
+
+    def is_leaf(self, path: tuple[int, ...]) -> bool:
+        return not any(path == other[:-1] for other in self.used)
 
 
 _PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)
 
 
-@given(st.lists(st.one_of(_PATHS, _PATHS, _PATHS, st.integers(1, 3)), max_size=200))
-def test_eviction_takes_the_longest_unused_leaf_whatever_was_used_before(operations):
+_OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("use"), _PATHS),
+        st.tuples(st.just("use"), _PATHS),
+        st.tuples(st.just("discard"), _PATHS),
+        st.tuples(st.just("evict"), st.integers(1, 3)),
+    ),
+    max_size=200,
+)
+
+
+@given(_OPERATIONS)
+def test_eviction_takes_the_longest_unused_leaf_whatever_was_used_or_discarded_before(operations):
     pool = PagePool(6)
     cache = PrefixCache(pool, 1)
     oracle = Oracle()
-    for operation in operations:
-        if isinstance(operation, int):
-            assert cache.evict(operation) == min(operation, len(oracle.used))
-            oracle.evict(operation)
+    for name, operand in operations:
+        if name == "evict":
+            assert cache.evict(operand) == min(operand, len(oracle.used))
+            oracle.evict(operand)
         else:
-            path = list(operation)
-            nodes = cache.match(path, len(path))
-            missing = len(path) - len(nodes)
-            if missing > pool.num_free:
-                cache.release(nodes)
-                oracle.use(operation[: len(nodes)])
-                continue
-            for index in range(len(nodes), len(path)):
-                (page_id,) = pool.allocate(1, 1)
-                nodes.append(cache.insert(nodes[-1] if nodes else None, path, index, page_id=page_id, owner=1))
+            nodes, path = _filed(pool, cache, operand)
             cache.release(nodes)
-            oracle.use(operation)
+            oracle.use(path)
+            if name == "discard":
+                cache.forget(nodes)
+                oracle.forget(path)
         assert _paths(cache) == set(oracle.used)
         assert len(cache._leaves) <= 2 * pool.num_pages + 1
     cache.check_integrity()
+
+
+def _filed(pool: PagePool, cache: PrefixCache, path: tuple[int, ...]) -> tuple[list[PrefixNode], tuple[int, ...]]:
+    """File pages of one token each, as many as there are pages for; return their nodes, used, and what they hold."""
+    nodes = cache.match(path, len(path))
+    path = path[: len(nodes) + pool.num_free]
+    for index in range(len(nodes), len(path)):
+        (page_id,) = pool.allocate(1, 1)
+        nodes.append(cache.insert(nodes[-1] if nodes else None, path, index, page_id=page_id, owner=1))
+    return nodes, path
 
 
 def _paths(cache: PrefixCache) -> set[tuple[int, ...]]:
