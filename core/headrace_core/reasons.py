@@ -77,7 +77,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "CANCELLED": "the work was cancelled meanwhile",
         "CONNECTION_LOST": "the connection to the router broke",
         "DRAINING": "the process is going away and takes no new work",
-        "NO_WORKERS": "no worker is ready; says what is missing",
+        "NO_WORKERS": "no worker is ready, or none with a context so long; says what is missing",
         "RETRIES_EXHAUSTED": "every attempt failed; says how the last one did",
         "SESSION_CLOSED": "the session's stream ended",
         "STARTING": "the process is loading its model",

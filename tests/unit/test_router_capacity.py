@@ -106,6 +106,10 @@ def lacks_a_side(fleet):
 @example(waiting(98, 2), [worker("prefill", max_context_tokens=99), worker("decode")])
 @example(waiting(98, 2), [worker("prefill", max_context_tokens=100), worker("decode", max_context_tokens=100)])
 @example(waiting(98, 3), [worker("prefill"), worker("decode", max_context_tokens=100)])
+@example(
+    waiting(100), [worker("prefill", "p1", max_context_tokens=90), worker("prefill", num_pages=7), worker("decode")]
+)
+@example(waiting(100), [worker("both", "b1", max_context_tokens=90), worker("both", num_pages=8)])
 @example(waiting(98, 300), [worker("prefill", max_context_tokens=100), worker("decode")])
 def test_in_an_idle_fleet_a_sequence_starts_or_is_refused_at_once(item, fleet):
     capacity, views = Capacity(fleet), {view.address: view for view in fleet}
