@@ -108,11 +108,8 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
         names.append(name)
         if stored[name].dtype == "F8_E4M3":
             names.append(_check_scale(config, stored, name, shape))
-        elif stored[name].dtype not in _FLOAT_DTYPES:
-            raise CheckpointError(
-                "UNSUPPORTED_MODEL",
-                f"tensor {name} is {stored[name].dtype}; Headrace reads F32, BF16, F16 and block-scaled F8_E4M3",
-            )
+        else:
+            _check_float(name, stored)
     if config.is_embedding_tied and "lm_head.weight" in stored:
         _check_tensor(stored["lm_head.weight"], "lm_head.weight", (config.vocab_size, config.hidden_size))
     known = {*names, "lm_head.weight"} if config.is_embedding_tied else set(names)
@@ -139,6 +136,14 @@ def _check_tensor(tensor: StoredTensor | None, name: str, shape: tuple[int, ...]
         )
 
 
+def _check_float(name: str, stored: dict[str, StoredTensor]) -> None:
+    if stored[name].dtype not in _FLOAT_DTYPES:
+        raise CheckpointError(
+            "UNSUPPORTED_MODEL",
+            f"tensor {name} is {stored[name].dtype}; Headrace reads F32, BF16, F16 and block-scaled F8_E4M3",
+        )
+
+
 def _check_scale(config: ModelConfig, stored: dict[str, StoredTensor], name: str, shape: tuple[int, ...]) -> str:
     if config.fp8_block is None or len(shape) != 2:
         raise CheckpointError(
@@ -149,6 +154,7 @@ def _check_scale(config: ModelConfig, stored: dict[str, StoredTensor], name: str
     scale_name = name + SCALE_SUFFIX
     scale = stored.get(scale_name)
     _check_tensor(scale, scale_name, (-(-shape[0] // rows), -(-shape[1] // columns)))
+    _check_float(scale_name, stored)
     return scale_name
 
 

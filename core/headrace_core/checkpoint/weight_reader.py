@@ -1,18 +1,21 @@
-"""Hand out a checkpoint's weights one at a time, in the compute type, and hash them on the way."""
+"""Hand out a checkpoint's weights one at a time, in the compute type; hash and check them on the way."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import NoReturn
 
 import torch
 import xxhash
+from headrace_kernels.finite import is_finite
 from torch import Tensor
 
 from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.checkpoint.expected_tensors import SCALE_SUFFIX
 from headrace_core.checkpoint.safetensors_file import StoredTensor
+from headrace_core.errors import CheckpointError
 
 
 class WeightReader:
@@ -38,14 +41,18 @@ class WeightReader:
         """Return tensor `name` as `dtype` (default: the compute type), dequantised if it is block-FP8.
 
         Raises:
-            CheckpointError: DAMAGED_FILE.
+            CheckpointError: DAMAGED_FILE; NON_FINITE_WEIGHT, a value is NaN or infinite, as stored or as `dtype`.
         """
-        tensor = self._read(name)
+        stored = tensor = self._read(name)
+        scale: Tensor | None = None
         if tensor.dtype == torch.float8_e4m3fn:
             assert self._config.fp8_block is not None, "check_tensors lets FP8 pass only with blocks"
             scale = self._read(name + SCALE_SUFFIX)
             tensor = dequantise(tensor, scale.float(), self._config.fp8_block, dtype or self._dtype)
-        return tensor.to(device=self._device, dtype=dtype or self._dtype)
+        tensor = tensor.to(device=self._device, dtype=dtype or self._dtype)
+        if not is_finite(tensor):
+            _refuse(name, stored, scale, tensor)
+        return tensor
 
     def empty(self, *shape: int) -> Tensor:
         """Return memory for weights of the compute type, on the device."""
@@ -76,6 +83,26 @@ class WeightReader:
         self._digests[name] = xxhash.xxh3_128_hexdigest(data)
         self._on_progress(self._stored[name].size)
         return tensor
+
+
+def _refuse(name: str, stored: Tensor, scale: Tensor | None, tensor: Tensor) -> NoReturn:
+    """Say which of a weight's values are not finite: those of the file, of its scales, or only what became of them."""
+    for place, values in ((name, stored), (name + SCALE_SUFFIX, scale)):
+        is_bad = torch.empty(0) if values is None else ~values.float().isfinite()
+        count = int(is_bad.count_nonzero())
+        if count:
+            raise CheckpointError(
+                "NON_FINITE_WEIGHT",
+                f"tensor {place}: {count} of {is_bad.numel()} values are NaN or infinite, the first at "
+                f"{is_bad.nonzero()[0].tolist()}; the file is damaged or its training diverged: compare it with its "
+                "source, or download it again",
+            )
+    count = int((~tensor.isfinite()).count_nonzero())
+    raise CheckpointError(
+        "NON_FINITE_WEIGHT",
+        f"tensor {name}: {count} of {tensor.numel()} values are larger than {tensor.dtype} can hold; "
+        "use another --dtype: bfloat16 and float32 reach farther than float16",
+    )
 
 
 def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:

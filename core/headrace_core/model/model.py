@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from headrace_kernels.finite import is_finite
 from headrace_kernels.linear import Linear
 from headrace_kernels.rms_norm import rms_norm
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk
 from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step
@@ -129,6 +131,8 @@ class Model:
             [L, V] float32, one row for each chunk with `sampling`, in the order of the chunks.
 
         Raises:
+            HeadraceError: BAD_LOGITS, a chunk without `sampling` came out not finite: nobody would look at it before
+                its pages are others' to find. The logits of the other chunks are for the caller to look at.
             ValueError: a chunk is empty or its pages do not cover it.
         """
         with torch.inference_mode():
@@ -137,6 +141,7 @@ class Model:
                 return self._replay(graphs, chunks)
             step = self._prepare(chunks, cache)
             hidden = self._run_layers(step, cache, timer)
+            _check_unsampled(hidden, step.chunk_rows, chunks)
             rows = [
                 row + len(chunk.token_ids) - 1
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)
@@ -210,3 +215,14 @@ class Model:
         logits = self._weights.head(normalised).float()
         timer.mark("head")
         return logits
+
+
+def _check_unsampled(hidden: Tensor, chunk_rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
+    for row, chunk in zip(chunk_rows, chunks, strict=True):
+        if chunk.sampling is None and not is_finite(hidden[row : row + len(chunk.token_ids)]):
+            end = chunk.start + len(chunk.token_ids)
+            raise HeadraceError(
+                "BAD_LOGITS",
+                f"what the model makes of positions {chunk.start} to {end - 1} is not all finite; the checkpoint may "
+                "be damaged: compare its files with their source",
+            )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 from headrace_kernels import use_backend
+from headrace_kernels.finite import is_finite
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk, SamplingRow
-from headrace_core.errors import StartupError
+from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
@@ -31,11 +32,13 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
     """Return the largest relative difference found, with pages of `page_size` tokens.
 
     Raises:
-        StartupError: NO_KERNEL, the kernels do not take this network or page size; KERNELS_DISAGREE, the difference
-            is too large or not a number.
+        CheckpointError: BAD_LOGITS, see `check_finite`.
+        StartupError: NO_KERNEL, the kernels do not take this network or page size; KERNELS_DISAGREE, a difference is
+            too large or not a number.
     """
     with use_backend("reference"):
         expected = _logits(model, device, page_size)
+    check_finite(expected)
     try:
         with use_backend("triton"):
             found = [_logits(model, device, page_size), _logits(model, device, page_size, is_fused=True)]
@@ -44,7 +47,8 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
             "NO_KERNEL",
             f"the GPU's kernels do not take this network with --page-size {page_size}: {error}; use --device cpu",
         ) from error
-    worst = max(_difference(each, expected) for each in found)
+    # torch's maximum, for which a NaN is the largest; Python's takes whichever number stands before it.
+    worst = float(torch.stack([_difference(each, expected) for each in found]).max())
     limit = _LIMITS[model.dtype]
     if not worst <= limit:
         raise StartupError(
@@ -86,8 +90,22 @@ def _logits(model: Model, device: str, page_size: int, *, is_fused: bool = False
         model.forget_decode()
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def check_finite(logits: Tensor) -> None:
+    """Refuse a network that can't compute the few tokens that it is tried with.
+
+    Raises:
+        CheckpointError: BAD_LOGITS, one of `logits` is NaN or infinite.
+    """
+    if not is_finite(logits):
+        raise CheckpointError(
+            "BAD_LOGITS",
+            "the network's logits for the tokens it was tried with are not all finite; compare the checkpoint's files "
+            "with their source, and with --dtype float16 try bfloat16, which reaches farther",
+        )
+
+
+def _difference(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).norm() / expected.norm()
 
 
 def _name(device: str) -> str:

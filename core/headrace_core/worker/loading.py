@@ -106,6 +106,7 @@ def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_con
     """Check and compile the kernels; capture a decode worker's steps.
 
     Raises:
+        CheckpointError: BAD_LOGITS.
         StartupError: NO_KERNEL, KERNELS_DISAGREE.
     """
     difference = check_kernels(model, settings.device, settings.page_size)

@@ -10,6 +10,7 @@ from headrace_core.batch.step import Chunk, SamplingRow
 from headrace_core.engine.executor import StepModel
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.sampler import sample
+from headrace_core.model.self_check import check_finite
 from headrace_core.request import SamplingParams
 
 _PARAMS = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=0)
@@ -19,6 +20,9 @@ def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
     """Compute throw-away prompts of 1, 2, 4 ... up to `max_step_tokens` tokens; the pages are zero afterwards.
 
     Prompts are no longer than the pool holds. Call it before the engine starts.
+
+    Raises:
+        CheckpointError: BAD_LOGITS, the network gave logits that are not finite.
     """
     most = min(max_step_tokens, cache.num_pages * cache.layout.page_size)
     pages = list(range(cache.layout.num_pages(most)))
@@ -26,6 +30,7 @@ def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
     for num_tokens in (*sizes, most):
         row = SamplingRow(_PARAMS, [0] * num_tokens, [], 0, num_tokens, ())
         logits = model.forward([Chunk(0, [0] * num_tokens, 0, pages, row)], cache)
+        check_finite(logits)
         sample(logits, [row])
     cache.copy_to_host(pages[:1])
     cache.copy_from_host(pages[:1])
