@@ -212,7 +212,15 @@ def test_no_top_logprobs_still_gives_the_chosen_tokens():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"top_p": 0.9, "top_k": 5}, {"logit_bias": {4: -3.0}}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"top_p": 0.9, "top_k": 5},
+        {"logit_bias": {4: -3.0}},
+        {"min_tokens": 1, "stop_token_ids": (4,)},
+    ],
+)
 def test_a_row_whose_logits_are_not_finite_has_an_error_and_the_others_their_tokens(value, params):
     logits = some_logits(3)
     rows = [row(position=7), row(position=8, top_logprobs=2, **params), row(position=9, top_logprobs=2, **params)]
@@ -222,7 +230,7 @@ def test_a_row_whose_logits_are_not_finite_has_an_error_and_the_others_their_tok
     assert [first, last] == [expected[0], expected[2]]
     assert isinstance(error, HeadraceError)
     assert error.reason == "BAD_LOGITS"
-    assert "position 8" in str(error)
+    assert "position 8 are not all finite, so" in str(error), "the model's own are, whatever is forbidden"
     assert "checkpoint may be damaged" in str(error)
 
 
