@@ -75,6 +75,7 @@ async def test_a_lease_that_expired_before_the_pull_is_refused():
     ):
         handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
         await all_free(prefiller)
+        handoff.lease.duration_ms = 30_000  # the taker has time to ask: it is the holder that says no
         with pytest.raises(HandoffLostError) as raised:
             await router.start("r", PROMPT, params=GREEDY, handoff=handoff)
         assert raised.value.reason == "LEASE_EXPIRED"
