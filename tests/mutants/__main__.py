@@ -56,7 +56,7 @@ def _run(group: Group, folder: Path, jobs: int) -> None:
     with log.open("wb") as output:
         done = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output, check=False)
     if done.returncode:
-        sys.exit(f"mutmut failed on {group.name}: see {log.relative_to(ROOT)}")
+        sys.exit(f"mutmut failed on {group.name}, exit status {done.returncode}: see {log.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
