@@ -68,23 +68,10 @@ class MethodLimits:
     """Of open calls' messages together, as they came."""
     max_parts: int | None = None
     """Fields that a message may have, as `message_parts` counts them; None: as many as fit."""
-
-
-@dataclass(frozen=True, slots=True)
-class DoorLimits:
-    """What a server's calls may take."""
-
-    default: MethodLimits = MethodLimits()
-    methods: Mapping[str, MethodLimits] | None = None
-    """By full method name; all others have the default, each for itself."""
     message_timeout_s: float = 10.0
     """How long a message may take to arrive, and a call may wait until it is read."""
     patience_s: float = 2.0
     """How long it may take while other calls wait for the reader's turn."""
-
-    def of(self, method: str) -> MethodLimits:
-        """Return a method's limits."""
-        return (self.methods or {}).get(method, self.default)
 
 
 def address_of(context: Any) -> str:
@@ -115,8 +102,9 @@ class Door:
 
     def __init__(
         self,
-        limits: DoorLimits = DoorLimits(),
+        limits: MethodLimits = MethodLimits(),
         *,
+        methods: Mapping[str, MethodLimits] | None = None,
         guards: Sequence[Guard] = (),
         caller_of: Callable[[Any], Caller] = caller_at,
         on_refused: OnRefused = _ignore,
@@ -124,12 +112,14 @@ class Door:
         """Take what to ask.
 
         Args:
-            limits: of the server.
+            limits: of each method that is not in `methods`, for itself.
+            methods: by full name.
             guards: what else may refuse a call, in order.
             caller_of: whose share a call takes, by its context.
             on_refused: told of each call that does not come in.
         """
-        self._limits = limits
+        self._default = limits
+        self._methods = dict(methods or {})
         self._guards = guards
         self._caller_of = caller_of
         self._on_refused = on_refused
@@ -137,7 +127,10 @@ class Door:
 
     def max_parts(self, method: str) -> int | None:
         """Return how many parts a message of `method` may have."""
-        return self._limits.of(method).max_parts
+        return self._limits(method).max_parts
+
+    def _limits(self, method: str) -> MethodLimits:
+        return self._methods.get(method, self._default)
 
     def enter(self, method: str, context: Any) -> None:
         """Let a call in that reads its messages itself.
@@ -183,12 +176,12 @@ class Door:
             guards.enter_context(guard(call))
         room = self._rooms.get(call.method)
         if room is None:
-            room = self._rooms[call.method] = _Room(self._limits.of(call.method), self._limits.patience_s)
+            room = self._rooms[call.method] = _Room(self._limits(call.method))
         _take(room.places, call, 1, "calls are open")
         return room
 
     async def _read(self, call: Call, turns: Turns) -> Any:
-        call.wait = EndableWait(self._limits.message_timeout_s)
+        call.wait = EndableWait(self._limits(call.method).message_timeout_s)
         try:
             async with call.wait, turns.turn(call.caller, call.wait.timer):
                 call.has_turn = True
@@ -204,9 +197,9 @@ class Door:
 class _Room:
     """What one method's calls share."""
 
-    def __init__(self, limits: MethodLimits, patience_s: float) -> None:
+    def __init__(self, limits: MethodLimits) -> None:
         self.places = Pot(limits.open_calls)
-        self.turns = Turns(limits.readers, patience_s=patience_s)
+        self.turns = Turns(limits.readers, patience_s=limits.patience_s)
         self.messages = Pot(limits.message_bytes)
 
 

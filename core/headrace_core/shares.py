@@ -69,14 +69,15 @@ class Pot:
 class Turns:
     """So many may do something at a time, shared like a pot; the others wait, each caller in a line of its own.
 
-    A line is served from its end: under an attack of calls that never get on, the newest call is the likeliest to be
-    an honest one. While somebody waits for it, a turn lasts `patience_s` at most.
+    While somebody waits for it, a turn lasts `patience_s` at most. A line is served in order, until its first has
+    waited that long: then somebody keeps turns for nothing, and the newest call is the likeliest to be an honest one.
     """
 
     def __init__(self, total: int, *, patience_s: float) -> None:
         self._pot = Pot(total)
         self._patience_s = patience_s
-        self._lines: dict[Caller, deque[asyncio.Future[None]]] = {}
+        self._lines: dict[Caller, deque[tuple[asyncio.Future[None], float]]] = {}
+        """Who waits, and since when."""
         self._begun: dict[asyncio.Timeout, tuple[Caller, float]] = {}
         """Turns under way: whose, and since when."""
 
@@ -106,15 +107,17 @@ class Turns:
             if other == caller or not is_own_share:
                 self._hurry(timer, begun_s)
         line = self._lines.setdefault(caller, deque())
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.append(turn)
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        entry = (turn, loop.time())
+        line.append(entry)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self._end(caller)
-            elif turn in line:
-                line.remove(turn)
+            elif entry in line:
+                line.remove(entry)
                 self._drop_empty(caller)
             raise
 
@@ -126,10 +129,12 @@ class Turns:
 
     def _end(self, caller: Caller) -> None:
         self._pot.give_back(caller)
+        now_s = asyncio.get_running_loop().time()
         for waiting in list(self._lines):
             line = self._lines[waiting]
             while line and self._pot.take(waiting):
-                turn = line.pop()
+                is_in_time = now_s - line[0][1] < self._patience_s
+                turn, _ = line.popleft() if is_in_time else line.pop()
                 if turn.done():  # cancelled, and its task has not run yet
                     self._pot.give_back(waiting)
                 else:

@@ -11,7 +11,7 @@ from typing import Any
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
 from headrace_core import rpc
 from headrace_core.config import RouterSettings
-from headrace_core.door import Call, Door, DoorLimits, Guard, MethodLimits
+from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
 
 from headrace_router.auth import server_credentials, token_guard
@@ -29,14 +29,16 @@ _MAX_PARTS = 16_384
 """Of one request: chat messages, entries of a bias, stop strings."""
 
 
-def door_limits(settings: RouterSettings) -> DoorLimits:
-    """Return what calls may take: half of the memory for messages on their way in, half for those of open requests."""
+def generate_limits(settings: RouterSettings) -> MethodLimits:
+    """Return what requests may take: half of the memory for messages on their way, half for those of open requests."""
     half_bytes = settings.max_body_mib << 19
-    readers = half_bytes // rpc.MAX_MESSAGE_BYTES
-    generate = MethodLimits(
-        open_calls=settings.max_open_requests, readers=readers, message_bytes=half_bytes, max_parts=_MAX_PARTS
+    return MethodLimits(
+        open_calls=settings.max_open_requests,
+        readers=half_bytes // rpc.MAX_MESSAGE_BYTES,
+        message_bytes=half_bytes,
+        max_parts=_MAX_PARTS,
+        message_timeout_s=settings.message_timeout_s,
     )
-    return DoorLimits(default=_SMALL, methods={_GENERATE: generate}, message_timeout_s=settings.message_timeout_s)
 
 
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
@@ -82,7 +84,8 @@ class RouterService:
         self._following: asyncio.Task[None] | None = None
         guards: list[Guard] = [token_guard(settings.token)] if settings.token else []
         door = Door(
-            door_limits(settings),
+            _SMALL,
+            methods={_GENERATE: generate_limits(settings)},
             guards=[*guards, self._arriving],
             caller_of=caller_of,
             on_refused=self._on_refused,

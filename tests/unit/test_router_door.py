@@ -156,8 +156,8 @@ def test_a_request_that_a_worker_has_is_not_put_out(tmp_path):
 
 
 def test_calls_that_send_no_message_do_not_keep_a_full_queue_full(tmp_path, monkeypatch):
-    limits = server.door_limits
-    monkeypatch.setattr(server, "door_limits", lambda settings: replace(limits(settings), patience_s=0.05))
+    limits = server.generate_limits
+    monkeypatch.setattr(server, "generate_limits", lambda settings: replace(limits(settings), patience_s=1.0))
 
     async def test(router):
         calls = []

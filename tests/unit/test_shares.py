@@ -93,16 +93,27 @@ async def begun(turns: Turns, *callers: Caller) -> list[Turn]:
     return made
 
 
-def test_a_callers_line_keeps_nobody_else_waiting_and_its_newest_comes_first():
+def test_a_callers_line_keeps_nobody_else_waiting():
     async def test():
-        turns = Turns(4, patience_s=1e6)
-        made = await begun(turns, ANN, ANN, ANN, ANN, BOB)
+        made = await begun(Turns(4, patience_s=1e6), ANN, ANN, ANN, ANN, BOB)
         assert [turn.has_begun.is_set() for turn in made] == [True, True, False, False, True]
-        await made[0].end()
-        await settled()
-        assert [turn.has_begun.is_set() for turn in made] == [True, True, False, True, True]
         for turn in made:
             await turn.end()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(("patience_s", "order"), [(1e6, [0, 1, 2, 3]), (0.0, [0, 3, 2, 1])])
+def test_a_line_is_served_in_order_or_from_its_end_if_its_first_waited_too_long(patience_s, order):
+    async def test():
+        turns, found = Turns(2, patience_s=1e6), []
+        made = await begun(turns, ANN, ANN, ANN, ANN)
+        turns._patience_s = patience_s
+        for number, turn in enumerate(made):
+            turn.may_end.set()
+            turn.task.add_done_callback(lambda _, number=number: found.append(number))
+        await asyncio.gather(*(turn.task for turn in made))
+        assert found == order
 
     asyncio.run(test())
 
