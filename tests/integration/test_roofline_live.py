@@ -1,5 +1,6 @@
 """Real workers measure; the command reads them and lays them over the page."""
 
+import asyncio
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import Dtype, ModelShape
 from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import predict_step
+from headrace_core.testing.async_test import eventually
 from headrace_planner.__main__ import app
 from headrace_planner.measured import load_measured
 from typer.testing import CliRunner
@@ -25,7 +27,19 @@ def workers(model_dir):
         with Client(cluster.router_address) as client:
             for _ in range(2):
                 client.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True))
-        yield {process.role: process.metrics_address for process in cluster.workers}
+        addresses = {process.role: process.metrics_address for process in cluster.workers}
+        # A worker counts a measured step when it has predicted it, and before the first it measures its machine.
+        for role, num_steps in {"prefill": 2, "decode": 16}.items():
+            counted = eventually(
+                lambda role=role, n=num_steps: num_counted(addresses[role], role) == n, f"{role} steps"
+            )
+            asyncio.run(counted)
+        yield addresses
+
+
+def num_counted(address, phase):
+    (worker,) = json.loads(run("--json", "--metrics", address))["workers"]
+    return worker["sampled"].get(phase, {"num_steps": 0})["num_steps"]
 
 
 def run(*arguments):
