@@ -251,7 +251,6 @@ class _Level(Generic[E]):
         """Forget who has none left, unless it is ahead."""
         del self.children[name]
         if not self.children:
-            self._time = max(self._time, *self._had.values())
             self._largest = 0.0
             self._had.clear()
         elif self._had[name] <= self._time:

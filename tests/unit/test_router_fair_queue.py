@@ -1,5 +1,6 @@
 """The queue's order: by arrival with one client, in equal shares with several, and nobody starves."""
 
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -154,24 +155,33 @@ def test_nobody_starves_however_many_clients_come():
 
 
 def test_a_client_that_could_not_be_served_catches_up_by_one_sequence_and_no_more():
-    stuck = [Item(number, ("stuck", "")) for number in range(30)]
-    queue = queue_of(*stuck, *(Item(100 + number, ("other", "")) for number in range(80)))
+    queue = queue_of(Item(0, ("other", ""), 1000.0))
+    served(queue, 1)
+    for item in (*(Item(1 + i, ("stuck", "")) for i in range(30)), *(Item(100 + i, ("other", "")) for i in range(80))):
+        queue.add(item)
     for _ in range(40):
         queue.serve(next(item for item in queue if item.client == ("other", "")))
     names = [item.client[0] for item in served(queue, 10)]
     assert names.count("stuck") in (5, 6)
 
 
-def test_going_and_coming_gains_nothing():
-    steady = [Item(number, ("steady", "")) for number in range(100)]
-    queue, number, had = queue_of(*steady), 100, Counter()
-    for _ in range(60):
-        if not any(item.client[0] == "bursts" for item in queue):
-            number += 1
-            queue.add(Item(number, ("bursts", ""), 5.0))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(1, 3), st.integers(0, 1 << 32))
+def test_going_and_coming_gains_nothing(costs, num_steady, seed):
+    """Clients with one sequence at a time, that go when it starts and come at once, beside some that always wait."""
+    rng, queue, number, had = random.Random(seed), FairQueue(), 0, Counter()
+    names = [*(f"comes {i}" for i in range(len(costs))), *(f"waits {i}" for i in range(num_steady))]
+    left = Counter()
+    for _ in range(200):
+        for i, name in enumerate(names):
+            while left[name] < (1 if i < len(costs) else 2):
+                number += 1
+                left[name] += 1
+                queue.add(Item(number, (name, ""), costs[i] if i < len(costs) else rng.randint(1, 50)))
         (item,) = served(queue, 1)
         had[item.client[0]] += item.cost
-    assert abs(had["bursts"] - had["steady"]) <= 10
+        left[item.client[0]] -= 1
+        assert max(had.values()) - min(had[name] for name in names[len(costs) :]) <= 2 * 50
 
 
 def test_what_comes_again_keeps_its_place_and_is_paid_for_once():
@@ -203,11 +213,11 @@ def test_what_was_overtaken_by_one_that_comes_again_stays_before_it():
 
 
 def test_an_idle_queue_forgets_what_was_had():
-    queue = queue_of(*(Item(number, ("a", ""), 100.0) for number in range(3)))
-    served(queue, 3)
-    queue.add(Item(4, ("a", "")))
-    queue.add(Item(5, ("b", "")))
-    assert [item.number for item in queue] == [4, 5]
+    queue = queue_of(*(Item(number, ("a", ""), 100.0) for number in range(3)), Item(3, ("b", ""), 1.0))
+    served(queue, 4)
+    for number, name in enumerate("abab", 4):
+        queue.add(Item(number, (name, "")))
+    assert [item.number for item in queue] == [4, 5, 6, 7]
 
 
 _OPERATIONS = st.lists(
