@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.errors import HeadraceError
 from headrace_core.testing.async_test import WAIT_S
+from headrace_core.testing.fake_script import mixed, scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -23,6 +24,7 @@ from headrace_router.server import RouterService
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
+HELLO = "Hello, wörld! 👋 "
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
@@ -183,3 +185,37 @@ def _alphabet() -> list[str]:
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = iter(range(256, 512))
     return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]
+
+
+def scripted_worker(role: str, text: str = HELLO, **options: Any) -> FakeWorker:
+    """Return a worker that answers every prompt with `text`, again and again."""
+    return FakeWorker(role, **{"next_token": scripted(byte_ids(text)), "vocab_size": VOCAB_SIZE, **options})
+
+
+def remembering_worker(role: str, **options: Any) -> FakeWorker:
+    """Return a worker whose tokens depend on every token before; `remembered` says which they are."""
+    return FakeWorker(role, **{"next_token": mixed(BOS), "vocab_size": VOCAB_SIZE, **options})
+
+
+def remembered(prompt: str, num_tokens: int) -> list[int]:
+    """Return what workers that remember answer a text prompt with."""
+    tokens = [BOS, *byte_ids(prompt)]
+    num_prompt, step = len(tokens), mixed(BOS)
+    for _ in range(num_tokens):
+        tokens.append(step(tokens, num_prompt))
+    return tokens[num_prompt:]
+
+
+def run_router(
+    folder: Path, workers: list[FakeWorker], test: Callable[[RouterUnderTest], Awaitable[None]], **settings: Any
+) -> None:
+    """Run `test(router)` when the workers are ready; afterwards the router still runs, and nothing is left anywhere."""
+
+    async def main() -> None:
+        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
+            await router.wait_states(["ready"] * len(workers))
+            await test(router)
+            await router.wait_empty()
+            assert not router.service.failed.done()
+
+    asyncio.run(main())

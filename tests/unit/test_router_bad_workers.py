@@ -7,37 +7,16 @@ from google.protobuf.internal.encoder import _VarintBytes
 from grpc_health.v1 import health_pb2
 from headrace.v1 import decode_service_pb2, prefill_service_pb2, worker_service_pb2
 from headrace_core.errors import HandoffLostError, InvalidRequestError
-from headrace_core.testing.fake_script import mixed
-from headrace_core.testing.fake_worker import FakeWorker
 from headrace_core.testing.garbler import no_message, rewriting
 from headrace_router import link
-from headrace_router.testing import BOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
-
-
-def worker(role, **options):
-    """A worker whose tokens depend on every token before."""
-    return FakeWorker(role, next_token=mixed(256), vocab_size=VOCAB_SIZE, **options)
-
-
-def reference(prompt, num_tokens):
-    tokens = [BOS, *byte_ids(prompt)]
-    num_prompt, step = len(tokens), mixed(256)
-    for _ in range(num_tokens):
-        tokens.append(step(tokens, num_prompt))
-    return tokens[num_prompt:]
-
-
-def run(folder, workers, test, **settings):
-    """Run `test(router)`; afterwards the router still runs, and nothing is left at a worker."""
-
-    async def main():
-        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
-            await router.wait_states(["ready"] * len(workers))
-            await test(router)
-            await router.wait_empty()
-            assert not router.service.failed.done()
-
-    asyncio.run(main())
+from headrace_router.testing import (
+    VOCAB_SIZE,
+    remembered,
+    remembering_worker,
+    run_router,
+    text_request,
+    wait_until,
+)
 
 
 def info(**fields):
@@ -122,7 +101,7 @@ def test_workers_that_say_what_can_not_be_are_refused_by_name_and_come_back(tmp_
         good = asyncio.create_task(router.generate(text_request("good", sampling={"max_tokens": 400})))
         words = {}
         for method, rewrite, expected in LINK_FAULTS.values():
-            bad = worker("both")
+            bad = remembering_worker("both")
             bad.garbler.rewrites[method] = rewrite
             await router.add(bad)
             words[bad.address] = expected
@@ -133,13 +112,13 @@ def test_workers_that_say_what_can_not_be_are_refused_by_name_and_come_back(tmp_
             assert expected in details[address], name
             assert len(details[address]) <= 500, name
             assert expected in warnings[address].detail, name
-        assert (await good)[0].token_ids == reference("good", 400)
+        assert (await good)[0].token_ids == remembered("good", 400)
         assert router.metric("headrace_retries_total", reason="PROTOCOL") == 0
         for bad in router.workers:
             bad.garbler.rewrites.clear()
         await router.wait_states(["ready"] * (2 + len(words)))
 
-    run(tmp_path, [worker("prefill"), worker("decode", step_s=0.001)], test)
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=0.001)], test)
 
 
 @pytest.mark.parametrize("method", ["Watch", "WatchLoad", "StreamSteps"])
@@ -161,11 +140,13 @@ def test_a_worker_that_turns_bad_loses_its_sequences_to_another(tmp_path, monkey
         await router.wait_states(["ready", "ready", "refused"])
         first.faults.step_gate.set()
         await first.set_ready(True)
-        assert [(await task)[0].token_ids for task in tasks] == [reference(str(i), 80) for i in range(4)]
+        assert [(await task)[0].token_ids for task in tasks] == [remembered(str(i), 80) for i in range(4)]
         assert router.metric("headrace_retries_total", reason="PROTOCOL") == 2
         assert {call.attempt for call in second.starts} == {1, 2}
 
-    run(tmp_path, [worker("prefill"), *(worker("decode", step_s=0.01) for _ in range(2))], test)
+    run_router(
+        tmp_path, [remembering_worker("prefill"), *(remembering_worker("decode", step_s=0.01) for _ in range(2))], test
+    )
 
 
 OUTPUT = decode_service_pb2.StreamStepsResponse
@@ -219,15 +200,19 @@ def test_a_sequence_whose_output_can_not_be_goes_on_elsewhere_and_its_neighbour_
             bad.garbler.rewrites["StreamSteps"] = once(change)
             bad.faults.step_gate.set()
             results = [(await task)[0] for task in tasks]
-            assert [result.token_ids for result in results] == [reference(text, 60) for text in ("a", "b")], name
+            assert [result.token_ids for result in results] == [remembered(text, 60) for text in ("a", "b")], name
             assert all(len(result.logprobs) == 60 for result in results), name
             assert router.metric("headrace_retries_total", reason="PROTOCOL") == number, name
             assert len(bad.starts) == 2 * number, name
             await wait_until(lambda number=number: len(bad.cancels) == number)
             await router.wait_empty()
 
-    workers = [worker("prefill"), worker("decode", step_s=0.003, num_pages=4096), worker("decode")]
-    run(tmp_path, workers, test)
+    workers = [
+        remembering_worker("prefill"),
+        remembering_worker("decode", step_s=0.003, num_pages=4096),
+        remembering_worker("decode"),
+    ]
+    run_router(tmp_path, workers, test)
 
 
 def test_a_sequence_that_does_not_end_where_it_must_goes_on_elsewhere(tmp_path):
@@ -236,10 +221,14 @@ def test_a_sequence_that_does_not_end_where_it_must_goes_on_elsewhere(tmp_path):
         endless = rewriting(OUTPUT, lambda message: [output.ClearField("finish_reason") for output in message.outputs])
         bad.garbler.rewrites["StreamSteps"] = endless
         (sample,) = await router.generate(text_request("a", sampling={"max_tokens": 10}))
-        assert sample.token_ids == reference("a", 10)
+        assert sample.token_ids == remembered("a", 10)
         assert router.metric("headrace_retries_total", reason="PROTOCOL") == 1
 
-    run(tmp_path, [worker("prefill"), worker("decode", num_pages=4096), worker("decode")], test)
+    run_router(
+        tmp_path,
+        [remembering_worker("prefill"), remembering_worker("decode", num_pages=4096), remembering_worker("decode")],
+        test,
+    )
 
 
 def prefill(change):
@@ -284,11 +273,16 @@ def test_an_attempt_whose_answer_can_not_be_is_made_again_elsewhere(tmp_path):
             await wait_until(lambda: all_take_work(router))
             for text in "abcdefgh":  # the prompt's beginning decides which prefill worker gets it
                 request = text_request(text, include_timings=True, sampling=wanted)
-                assert (await router.generate(request))[0].token_ids == reference(text, 20), name
+                assert (await router.generate(request))[0].token_ids == remembered(text, 20), name
             assert router.metric("headrace_retries_total", reason="PROTOCOL") > before, name
 
-    workers = [worker("prefill"), worker("prefill"), worker("decode", num_pages=4096), worker("decode")]
-    run(tmp_path, workers, test)
+    workers = [
+        remembering_worker("prefill"),
+        remembering_worker("prefill"),
+        remembering_worker("decode", num_pages=4096),
+        remembering_worker("decode"),
+    ]
+    run_router(tmp_path, workers, test)
 
 
 def test_a_workers_words_reach_the_client_cut_and_its_reasons_make_no_metrics(tmp_path):
@@ -306,4 +300,4 @@ def test_a_workers_words_reach_the_client_cut_and_its_reasons_make_no_metrics(tm
         }
         assert names == {None, "OTHER", "WORKER_LOST"}
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [remembering_worker("both")], test)

@@ -11,7 +11,7 @@ from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_core.testing.garbler import no_message
 from headrace_router.link import Backoff
-from headrace_router.testing import EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
+from headrace_router.testing import EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, run_router, text_request, wait_until
 
 LONG = text_request("x" * 299, sampling={"max_tokens": 3})
 """With the begin token, 300 tokens."""
@@ -20,17 +20,6 @@ LONG = text_request("x" * 299, sampling={"max_tokens": 3})
 def worker(role, context=4096, **options):
     options = {"vocab_size": VOCAB_SIZE, "next_token": scripted(byte_ids("abc")), **options}
     return FakeWorker(role, max_context_tokens=context, **options)
-
-
-def run(folder, workers, test, **settings):
-    async def main():
-        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
-            await router.wait_states(["ready"] * len(workers))
-            await test(router)
-            await router.wait_empty()
-            assert not router.service.failed.done()
-
-    asyncio.run(main())
 
 
 async def leave(router, worker):
@@ -57,7 +46,7 @@ def test_the_context_is_the_most_that_some_pair_can_hold(tmp_path, workers, cont
     async def test(router):
         assert (await router.info()).max_context_tokens == context
 
-    run(tmp_path, [worker(role, most) for role, most in workers], test)
+    run_router(tmp_path, [worker(role, most) for role, most in workers], test)
 
 
 def test_a_small_worker_that_joins_and_leaves_leaves_no_limit_behind(tmp_path):
@@ -72,7 +61,7 @@ def test_a_small_worker_that_joins_and_leaves_leaves_no_limit_behind(tmp_path):
         await leave(router, small)
         await router.generate(LONG)
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [worker("both")], test)
 
 
 @pytest.mark.parametrize("how", ["unlisted", "stopped", "draining", "not serving"])
@@ -93,7 +82,7 @@ def test_a_large_worker_that_leaves_takes_its_limit_along(tmp_path, how):
         await small.set_ready(True)
         assert (await router.generate(text_request("a", sampling={"max_tokens": 3})))[0].text == "abc"
 
-    run(tmp_path, [worker("both", 100, num_pages=128), worker("both")], test)
+    run_router(tmp_path, [worker("both", 100, num_pages=128), worker("both")], test)
 
 
 @pytest.mark.parametrize("context", [100, 4096])
@@ -113,7 +102,7 @@ def test_a_request_that_comes_while_nobody_is_there_is_checked_against_who_comes
         else:
             assert (await running)[0].text == "abc"
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [worker("both")], test)
 
 
 def test_end_tokens_and_vocabulary_are_those_of_the_workers_that_are_there(tmp_path):
@@ -131,7 +120,7 @@ def test_end_tokens_and_vocabulary_are_those_of_the_workers_that_are_there(tmp_p
         await router.wait_states(["ready"])
         assert (fleet.model.vocab_size, fleet.model.eos_token_ids) == (999, ())
 
-    run(tmp_path, [worker("both", eos_token_ids=[3])], test)
+    run_router(tmp_path, [worker("both", eos_token_ids=[3])], test)
 
 
 def test_of_two_models_that_join_at_once_one_is_refused(tmp_path):
@@ -192,7 +181,7 @@ def test_a_call_that_outlives_its_workers_streams_keeps_the_connection_until_it_
         assert (await running)[0].text == "abc"
         await router.wait_states(["ready"])
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [worker("prefill"), worker("decode")], test)
 
 
 def test_nothing_is_kept_of_workers_that_left(tmp_path):
@@ -232,4 +221,4 @@ def test_nothing_is_kept_of_workers_that_left(tmp_path):
         assert names == [f"link-{each.address}" for each in router.workers]
         assert num_series() == before
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [worker("both")], test)

@@ -16,42 +16,24 @@ from headrace_core.errors import (
 )
 from headrace_core.rpc import raised_from
 from headrace_core.testing.async_test import WAIT_S
-from headrace_core.testing.fake_script import mixed, scripted
+from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router.detokenizer import Detokenizer
-from headrace_router.testing import BOS, EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
+from headrace_router.testing import (
+    BOS,
+    EOS,
+    HELLO,
+    VOCAB_SIZE,
+    byte_ids,
+    remembered,
+    remembering_worker,
+    run_router,
+    scripted_worker,
+    text_request,
+    wait_until,
+)
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
-HELLO = "Hello, wörld! 👋 "
-
-
-def worker(role, text=HELLO, **options):
-    return FakeWorker(role, next_token=scripted(byte_ids(text)), vocab_size=VOCAB_SIZE, **options)
-
-
-def remembering(role, **options):
-    """A worker whose tokens depend on every token before."""
-    return FakeWorker(role, next_token=mixed(256), vocab_size=VOCAB_SIZE, **options)
-
-
-def reference(prompt, num_tokens):
-    tokens = [BOS, *byte_ids(prompt)]
-    num_prompt, step = len(tokens), mixed(256)
-    for _ in range(num_tokens):
-        tokens.append(step(tokens, num_prompt))
-    return tokens[num_prompt:]
-
-
-def run(folder, workers, test, **settings):
-    """Run `test(router)` and then check that nothing is left."""
-
-    async def main():
-        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
-            await router.wait_states(["ready"] * len(workers))
-            await test(router)
-            await router.wait_empty()
-
-    asyncio.run(main())
 
 
 def check_timings(message):
@@ -88,7 +70,7 @@ def test_a_request_is_prefilled_handed_off_and_streamed(tmp_path):
         assert router.metric("headrace_ttft_seconds_count") == 1
         assert router.metric("headrace_workers", role="prefill", state="ready") == 1
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 def test_a_worker_of_both_roles_serves_alone(tmp_path):
@@ -100,7 +82,7 @@ def test_a_worker_of_both_roles_serves_alone(tmp_path):
         ]  # fmt: skip
         assert sample.last.timings.prefill_worker == ""
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_the_first_token_may_end_the_sample(tmp_path):
@@ -110,7 +92,7 @@ def test_the_first_token_may_end_the_sample(tmp_path):
         assert check_timings(sample.last)[-1] == "prefill_rpc"
         assert router.workers[1].starts == []
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 def test_samples_are_streamed_side_by_side(tmp_path):
@@ -120,7 +102,7 @@ def test_samples_are_streamed_side_by_side(tmp_path):
         assert sorted(call.sample_index for call in router.workers[0].prefills) == [0, 1, 2, 3]
         assert len({call.sampling.seed for call in router.workers[0].prefills}) == 1
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 def test_end_of_sequence_has_no_text(tmp_path):
@@ -136,7 +118,7 @@ def test_end_of_sequence_has_no_text(tmp_path):
         FakeWorker(role, next_token=tokens, vocab_size=VOCAB_SIZE, eos_token_ids=[EOS])
         for role in ("prefill", "decode")
     ]
-    run(tmp_path, workers, test)
+    run_router(tmp_path, workers, test)
 
 
 def test_a_stop_string_is_found_across_tokens_and_ends_the_sequence(tmp_path):
@@ -150,7 +132,7 @@ def test_a_stop_string_is_found_across_tokens_and_ends_the_sequence(tmp_path):
         check_timings(sample.last)
         await wait_until(lambda: len(router.workers[1].cancels) == 1)
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 def test_a_stop_string_in_the_first_token_needs_no_decode_worker(tmp_path):
@@ -159,7 +141,7 @@ def test_a_stop_string_in_the_first_token_needs_no_decode_worker(tmp_path):
         assert (sample.text, sample.last.matched_stop_string) == ("", "H")
         assert router.workers[1].starts == []
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 def test_several_tokens_in_a_step_stop_at_the_stop_string(tmp_path):
@@ -167,7 +149,7 @@ def test_several_tokens_in_a_step_stop_at_the_stop_string(tmp_path):
         (sample,) = await router.generate(text_request("hi", sampling={"stop_strings": ["lo"]}))
         assert (sample.text, sample.token_ids) == ("Hel", byte_ids("Hello"))
 
-    run(tmp_path, [worker("prefill"), worker("decode", tokens_per_step=7)], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", tokens_per_step=7)], test)
 
 
 def test_log_probabilities_come_with_their_tokens(tmp_path):
@@ -175,7 +157,7 @@ def test_log_probabilities_come_with_their_tokens(tmp_path):
         (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 9, "top_logprobs": 1}))
         assert [entry.top[0].token_id for entry in sample.logprobs] == sample.token_ids
 
-    run(tmp_path, [worker("prefill"), worker("decode", tokens_per_step=2)], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", tokens_per_step=2)], test)
 
 
 PHASES = ("queued", "prefilling", "prefilled", "starting", "decoding")
@@ -212,7 +194,7 @@ def test_a_client_that_leaves_frees_everything(tmp_path, phase):
         await router.wait_empty()
         await wait_until(lambda: router.metric("headrace_requests_total", outcome="cancelled") == 1)
 
-    run(tmp_path, [worker("prefill"), worker("decode", step_s=None)], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -224,7 +206,9 @@ def test_a_deadline_of_the_router_frees_everything(tmp_path, phase):
         await router.wait_empty()
         await wait_until(lambda: router.metric("headrace_requests_total", outcome="deadline") == 1)
 
-    run(tmp_path, [worker("prefill"), worker("decode", step_s=None)], test, request_timeout_s=0.3)
+    run_router(
+        tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test, request_timeout_s=0.3
+    )
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -244,7 +228,7 @@ def test_a_deadline_of_the_client_frees_everything(tmp_path, phase):
         outcomes = [router.metric("headrace_requests_total", outcome=name) for name in ("deadline", "cancelled")]
         assert sum(outcomes) >= 1
 
-    run(tmp_path, [worker("prefill"), worker("decode", step_s=None)], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test)
 
 
 @pytest.mark.parametrize(
@@ -272,13 +256,13 @@ def test_a_failed_attempt_is_made_again_and_the_client_sees_nothing_of_it(tmp_pa
             faulty = prefill if leg == "prefill" else decode
             getattr(faulty.faults, leg).append(error)
         (sample,) = await router.generate(text_request("hi", include_timings=True, sampling={"max_tokens": 30}))
-        assert sample.token_ids == reference("hi", 30)
+        assert sample.token_ids == remembered("hi", 30)
         assert "retry" in check_timings(sample.last)
         assert sample.last.timings.num_attempts == 2
         assert [call.attempt for call in prefill.prefills] == [1, 2]
         assert router.metric("headrace_retries_total", reason=error.reason) == 1
 
-    run(tmp_path, [remembering("prefill"), remembering("decode")], test)
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
 
 
 ANSWERS_FOR_ANOTHER = {
@@ -304,11 +288,11 @@ def test_a_prefill_that_answers_for_something_else_gives_the_client_no_token(tmp
     async def test(router):
         router.workers[0].faults.tickets.append(answer)
         (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": max_tokens}))
-        assert sample.token_ids == reference("hi", max_tokens)
+        assert sample.token_ids == remembered("hi", max_tokens)
         assert router.metric("headrace_retries_total", reason=reason) == 1
         assert [call.attempt for call in router.workers[0].prefills] == [1, 2]
 
-    run(tmp_path, [remembering("prefill"), remembering("decode")], test)
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
 
 
 def test_a_prefill_worker_that_always_answers_for_something_else_is_given_up_on(tmp_path):
@@ -320,17 +304,17 @@ def test_a_prefill_worker_that_always_answers_for_something_else_is_given_up_on(
         assert "TOKENS_MISMATCH" in str(error)
         assert not router.workers[1].starts
 
-    run(tmp_path, [remembering("prefill"), remembering("decode")], test, max_attempts=3)
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test, max_attempts=3)
 
 
 def test_a_failed_sample_of_a_colocated_worker_goes_on_with_its_tokens(tmp_path):
     async def test(router):
         router.workers[0].faults.sequence.append((7, OverloadedError("NO_FREE_PAGES", "out of pages")))
         (sample,) = await router.generate(text_request("hi", include_timings=True, sampling={"max_tokens": 20}))
-        assert sample.token_ids == reference("hi", 20)
+        assert sample.token_ids == remembered("hi", 20)
         check_timings(sample.last)
 
-    run(tmp_path, [remembering("both")], test)
+    run_router(tmp_path, [remembering_worker("both")], test)
 
 
 def test_an_error_of_the_request_is_not_retried(tmp_path):
@@ -340,7 +324,7 @@ def test_an_error_of_the_request_is_not_retried(tmp_path):
         assert (type(error), error.reason) == (InvalidRequestError, "PROMPT_TOO_LONG")
         assert len(router.workers[0].prefills) == 1
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 def _unknown_finish(decode, start):
@@ -389,7 +373,7 @@ def test_a_sequence_whose_output_the_router_can_not_use_is_cancelled(tmp_path, m
         monkeypatch.setattr(Detokenizer, "push", _raise)
         return decode.step()
 
-    run(tmp_path, [worker("prefill"), worker("decode", step_s=None)], test, max_attempts=1)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test, max_attempts=1)
 
 
 def told(error):
@@ -419,7 +403,7 @@ def test_nothing_follows_an_output_that_the_router_can_not_use(tmp_path):
         assert "PROTOCOL" in told(error)
         assert token_ids == byte_ids("He")[: len(token_ids)]
 
-    run(tmp_path, [worker("prefill"), worker("decode", step_s=None)], test, max_attempts=1)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test, max_attempts=1)
 
 
 async def _received(router, request):
@@ -455,7 +439,7 @@ def test_pages_of_a_first_token_that_the_router_can_not_use_are_released(tmp_pat
         assert ("BUG" if spoil == "detokenizer" else "PROTOCOL") in told(error)
         assert decode.starts == []
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test, max_attempts=1)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test, max_attempts=1)
 
 
 def test_attempts_are_bounded_and_the_last_cause_is_told(tmp_path):
@@ -467,7 +451,7 @@ def test_attempts_are_bounded_and_the_last_cause_is_told(tmp_path):
         assert "CHECKSUM: layer 1 differs" in str(error)
         assert len(router.workers[0].prefills) == 3
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test, max_attempts=3)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test, max_attempts=3)
 
 
 def test_one_failed_sample_fails_the_request_with_one_error(tmp_path):
@@ -476,7 +460,7 @@ def test_one_failed_sample_fails_the_request_with_one_error(tmp_path):
         error = await router.refused(text_request("hi", n=3))
         assert error.reason == "RETRIES_EXHAUSTED"
 
-    run(tmp_path, [worker("prefill"), worker("decode", step_s=0.01)], test, max_attempts=1)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=0.01)], test, max_attempts=1)
 
 
 def test_a_prefill_worker_that_dies_is_replaced(tmp_path):
@@ -490,10 +474,12 @@ def test_a_prefill_worker_that_dies_is_replaced(tmp_path):
         other.faults.prefill_gate.set()
         await victim.stop()
         (sample,) = await running
-        assert sample.token_ids == reference("hi", 20)
+        assert sample.token_ids == remembered("hi", 20)
         router.workers.remove(victim)
 
-    run(tmp_path, [remembering("prefill"), remembering("prefill"), remembering("decode")], test)
+    run_router(
+        tmp_path, [remembering_worker("prefill"), remembering_worker("prefill"), remembering_worker("decode")], test
+    )
 
 
 def test_a_stream_survives_the_death_of_its_decode_worker(tmp_path):
@@ -505,29 +491,33 @@ def test_a_stream_survives_the_death_of_its_decode_worker(tmp_path):
         victim = first if first.sequences else second
         await victim.stop()
         samples = await running
-        assert [sample.token_ids for sample in samples] == [reference("hi", 60)] * 3
+        assert [sample.token_ids for sample in samples] == [remembered("hi", 60)] * 3
         assert max(sample.last.timings.num_attempts for sample in samples) == 2
         for sample in samples:
             check_timings(sample.last)
         router.workers.remove(victim)
 
-    workers = [remembering("prefill"), remembering("decode", step_s=0.005), remembering("decode", step_s=0.005)]
-    run(tmp_path, workers, test)
+    workers = [
+        remembering_worker("prefill"),
+        remembering_worker("decode", step_s=0.005),
+        remembering_worker("decode", step_s=0.005),
+    ]
+    run_router(tmp_path, workers, test)
 
 
 def test_a_restarted_worker_at_the_same_address_is_a_new_one(tmp_path):
     async def test(router):
         # Its own loopback address: nobody else is given the port while neither worker has it.
-        decode = await router.add(remembering("decode", step_s=0.005), listen="127.0.0.2:0")
+        decode = await router.add(remembering_worker("decode", step_s=0.005), listen="127.0.0.2:0")
         running = asyncio.create_task(router.generate(text_request("hi", sampling={"max_tokens": 60})))
         await wait_until(lambda: any(len(s.tokens) > 20 for s in decode.sequences.values()))
         await decode.stop()
         router.workers.remove(decode)
-        await router.add(remembering("decode"), listen=decode.address)
+        await router.add(remembering_worker("decode"), listen=decode.address)
         (sample,) = await running
-        assert sample.token_ids == reference("hi", 60)
+        assert sample.token_ids == remembered("hi", 60)
 
-    run(tmp_path, [remembering("prefill")], test)
+    run_router(tmp_path, [remembering_worker("prefill")], test)
 
 
 def test_late_outputs_of_an_old_attempt_are_dropped(tmp_path):
@@ -542,9 +532,9 @@ def test_late_outputs_of_an_old_attempt_are_dropped(tmp_path):
             output = decode_service_pb2.SequenceOutput(sequence_number=number, token_ids=[1, 2, 3])
             decode.emit(old.session_id, [output])
         (sample,) = await running
-        assert sample.token_ids == reference("hi", 40)
+        assert sample.token_ids == remembered("hi", 40)
 
-    run(tmp_path, [remembering("prefill"), remembering("decode", step_s=0.005)], test)
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=0.005)], test)
 
 
 def test_a_last_output_that_overtakes_the_answer_to_start_is_not_lost(tmp_path):
@@ -562,11 +552,11 @@ def test_a_last_output_that_overtakes_the_answer_to_start_is_not_lost(tmp_path):
 
         decode.run_sequence = slow
         (sample,) = await router.generate(text_request("hi", include_timings=True, sampling={"max_tokens": 6}))
-        assert sample.token_ids == reference("hi", 6)
+        assert sample.token_ids == remembered("hi", 6)
         check_timings(sample.last)
         assert sample.last.timings.num_transfer_pages == 1
 
-    run(tmp_path, [remembering("prefill"), remembering("decode", step_s=None)], test)
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=None)], test)
 
 
 def test_many_requests_share_few_pages_and_all_finish(tmp_path):
@@ -574,11 +564,14 @@ def test_many_requests_share_few_pages_and_all_finish(tmp_path):
         prompts = [f"prompt {i} " * (1 + i % 5) for i in range(24)]
         requests = [text_request(prompt, sampling={"max_tokens": 20}) for prompt in prompts]
         results = await asyncio.gather(*(router.generate(request) for request in requests))
-        assert [result[0].token_ids for result in results] == [reference(prompt, 20) for prompt in prompts]
+        assert [result[0].token_ids for result in results] == [remembered(prompt, 20) for prompt in prompts]
         assert router.metric("headrace_requests_total", outcome="ok") == 24
 
-    workers = [remembering("prefill", num_pages=12), remembering("decode", num_pages=16, max_step_sequences=4)]
-    run(tmp_path, workers, test)
+    workers = [
+        remembering_worker("prefill", num_pages=12),
+        remembering_worker("decode", num_pages=16, max_step_sequences=4),
+    ]
+    run_router(tmp_path, workers, test)
 
 
 def test_grpc_cancellation_status_of_a_worker_is_a_lost_worker():

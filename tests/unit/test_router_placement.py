@@ -7,7 +7,13 @@ from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.testing.fake_script import mixed
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router.caller import caller_of
-from headrace_router.testing import BOS, VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
+from headrace_router.testing import (
+    VOCAB_SIZE,
+    remembered,
+    run_router,
+    text_request,
+    wait_until,
+)
 
 PAGE = 16
 
@@ -15,26 +21,6 @@ PAGE = 16
 def worker(role, **options):
     """A worker whose tokens depend on every token before; it makes 200 a second."""
     return FakeWorker(role, **{"next_token": mixed(256), "vocab_size": VOCAB_SIZE, "step_s": 0.005, **options})
-
-
-def reference(prompt, num_tokens):
-    tokens = [BOS, *byte_ids(prompt)]
-    num_prompt, step = len(tokens), mixed(256)
-    for _ in range(num_tokens):
-        tokens.append(step(tokens, num_prompt))
-    return tokens[num_prompt:]
-
-
-def run(folder, workers, test, **settings):
-    """Run `test(router)` and then check that nothing is left."""
-
-    async def main():
-        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
-            await router.wait_states(["ready"] * len(workers))
-            await test(router)
-            await router.wait_empty()
-
-    asyncio.run(main())
 
 
 def request(num_tokens, **sampling):
@@ -68,7 +54,7 @@ def test_a_prompt_that_no_worker_can_ever_hold_is_refused_at_once_and_holds_up_n
             assert f"holds {most};" in str(error)
         await router.generate(request(num_tokens - 1, max_tokens=1))
 
-    run(tmp_path, [worker(role, num_pages=num_pages) for role, num_pages in sizes], test)
+    run_router(tmp_path, [worker(role, num_pages=num_pages) for role, num_pages in sizes], test)
 
 
 def test_what_can_never_start_is_refused_also_behind_one_that_waits(tmp_path):
@@ -85,7 +71,7 @@ def test_what_can_never_start_is_refused_also_behind_one_that_waits(tmp_path):
         await asyncio.gather(first, head)
 
     # A budget of 32 prompt tokens in flight: one prompt at a time.
-    run(tmp_path, [worker("prefill", num_pages=4, max_step_tokens=16), worker("decode")], test)
+    run_router(tmp_path, [worker("prefill", num_pages=4, max_step_tokens=16), worker("decode")], test)
 
 
 def test_a_stream_that_outgrew_every_prefill_worker_survives_its_decode_worker(tmp_path):
@@ -101,11 +87,11 @@ def test_a_stream_that_outgrew_every_prefill_worker_survives_its_decode_worker(t
         results = await asyncio.gather(*(router.generate(request(20)) for _ in range(3)))
         assert all(len(sample.token_ids) == 8 for (sample,) in results)
         samples = await stream
-        assert [sample.token_ids for sample in samples] == [reference("hi", 200)] * 2
+        assert [sample.token_ids for sample in samples] == [remembered("hi", 200)] * 2
         assert any(not start.HasField("handoff") for start in other.starts)
         assert all(len(call.token_ids) <= 4 * PAGE for call in router.workers[0].prefills)
 
-    run(tmp_path, [worker("prefill", num_pages=4), worker("decode"), worker("decode")], test)
+    run_router(tmp_path, [worker("prefill", num_pages=4), worker("decode"), worker("decode")], test)
 
 
 def test_a_prefill_worker_computes_an_orphan_as_long_as_it_can(tmp_path):
@@ -116,11 +102,11 @@ def test_a_prefill_worker_computes_an_orphan_as_long_as_it_can(tmp_path):
         await victim.stop()
         router.workers.remove(victim)
         (sample,) = await stream
-        assert sample.token_ids == reference("hi", 200)
+        assert sample.token_ids == remembered("hi", 200)
         assert [call.attempt for call in prefill.prefills] == [1, 2]
         assert all(start.HasField("handoff") for worker in decodes for start in worker.starts)
 
-    run(tmp_path, [worker("prefill", num_pages=20), worker("decode"), worker("decode")], test)
+    run_router(tmp_path, [worker("prefill", num_pages=20), worker("decode"), worker("decode")], test)
 
 
 def test_a_stream_that_nobody_left_can_hold_ends_with_one_error_and_holds_up_nobody(tmp_path):
@@ -139,7 +125,7 @@ def test_a_stream_that_nobody_left_can_hold_ends_with_one_error_and_holds_up_nob
         assert len(prefill.prefills) == 2
         assert len(small.starts) == 1
 
-    run(tmp_path, [worker("prefill", num_pages=4), worker("decode"), worker("decode", num_pages=6)], test)
+    run_router(tmp_path, [worker("prefill", num_pages=4), worker("decode"), worker("decode", num_pages=6)], test)
 
 
 def test_a_prompt_that_only_a_worker_of_both_roles_holds_is_computed_there(tmp_path):
@@ -151,7 +137,7 @@ def test_a_prompt_that_only_a_worker_of_both_roles_holds_is_computed_there(tmp_p
         assert [len(call.token_ids) for call in prefill.prefills] == [20]
         assert [start.HasField("handoff") for start in both.starts] == [False, True]
 
-    run(tmp_path, [worker("prefill", num_pages=4), worker("both")], test)
+    run_router(tmp_path, [worker("prefill", num_pages=4), worker("both")], test)
 
 
 def test_one_that_waits_is_refused_when_the_last_worker_that_could_hold_it_goes(tmp_path):
@@ -170,7 +156,7 @@ def test_one_that_waits_is_refused_when_the_last_worker_that_could_hold_it_goes(
         await first
 
     workers = [worker("prefill", max_step_tokens=16), worker("prefill", num_pages=4), worker("decode")]
-    run(tmp_path, workers, test)
+    run_router(tmp_path, workers, test)
 
 
 def test_a_worker_whose_context_is_too_short_is_not_given_what_needs_more(tmp_path):
@@ -189,9 +175,9 @@ def test_a_worker_whose_context_is_too_short_is_not_given_what_needs_more(tmp_pa
         assert [len(start.token_ids) for start in short.starts] == [2]
         decode.faults.start_gate.set()
         for prompt, (sample,) in zip("ab", await asyncio.gather(first, waits), strict=True):
-            assert sample.token_ids == reference(prompt, 100)
+            assert sample.token_ids == remembered(prompt, 100)
 
-    run(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
+    run_router(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
 
 
 def test_a_worker_that_takes_nothing_for_a_moment_is_still_there(tmp_path):
@@ -205,7 +191,7 @@ def test_a_worker_that_takes_nothing_for_a_moment_is_still_there(tmp_path):
         assert sample.last.timings.num_attempts == 2
         assert small.prefills == []
 
-    run(tmp_path, [worker("prefill"), worker("prefill", num_pages=4), worker("decode")], test)
+    run_router(tmp_path, [worker("prefill"), worker("prefill", num_pages=4), worker("decode")], test)
 
 
 def test_no_more_sequences_are_sent_than_a_step_has_tokens_for(tmp_path):
@@ -225,7 +211,7 @@ def test_no_more_sequences_are_sent_than_a_step_has_tokens_for(tmp_path):
         step()
 
     decode.step = watch
-    run(tmp_path, [worker("prefill"), decode], test)
+    run_router(tmp_path, [worker("prefill"), decode], test)
 
 
 def test_a_fleet_that_lacks_a_side_is_waited_for(tmp_path):
@@ -237,7 +223,7 @@ def test_a_fleet_that_lacks_a_side_is_waited_for(tmp_path):
         await router.add(worker("prefill", num_pages=4))
         await waits
 
-    run(tmp_path, [worker("decode")], test, no_workers_timeout_s=0.3)
+    run_router(tmp_path, [worker("decode")], test, no_workers_timeout_s=0.3)
 
 
 @pytest.mark.parametrize("hostile", [{}, {"n": 4}], ids=["many requests", "many samples"])
@@ -251,12 +237,12 @@ def test_one_request_does_not_wait_for_another_clients_many(tmp_path, hostile):
             return asyncio.create_task(router.generate(prompt, token=token))
 
         running = []
-        for i in range(30):  # one after the other: the door reads messages that come together in any order
+        for i in range(30):  # one after the other: messages that come together are read in any order
             running.append(send(f"many-{i}", "a", **hostile))
-            await wait_until(lambda: router.service._router.num_queued >= len(running) - 1)
+            await wait_until(lambda name=f"many-{i}": name in router.service._router._running)
         await wait_until(lambda: bool(decode.starts))
         running.append(send("single", "b"))
-        await wait_until(lambda: router.service._router.num_queued >= 30)
+        await wait_until(lambda: "single" in router.service._router._running)
         num_before = len(decode.starts)
         decode.faults.start_gate.set()
         await asyncio.gather(*running)
@@ -265,7 +251,7 @@ def test_one_request_does_not_wait_for_another_clients_many(tmp_path, hostile):
         order = [(start.request_id, start.sample_index) for start in decode.starts if start.request_id != "single"]
         assert order == sorted(order, key=lambda name: (int(name[0].removeprefix("many-")), name[1]))
 
-    run(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
+    run_router(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
 
 
 @pytest.mark.parametrize(

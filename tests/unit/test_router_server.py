@@ -14,32 +14,18 @@ from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.errors import CheckpointError, StartupError, UnavailableError
 from headrace_core.testing.async_test import WAIT_S
-from headrace_core.testing.fake_script import scripted
-from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router.server import RouterService
 from headrace_router.testing import (
     BOS,
     VOCAB_SIZE,
     RouterUnderTest,
     byte_ids,
+    run_router,
+    scripted_worker,
     text_request,
     wait_until,
     write_tokenizer,
 )
-
-
-def worker(role, **options):
-    return FakeWorker(role, next_token=scripted(byte_ids("abcdefgh ")), vocab_size=VOCAB_SIZE, **options)
-
-
-def run(folder, workers, test, **settings):
-    async def main():
-        async with RouterUnderTest(folder, workers=workers, settings=settings) as router:
-            await router.wait_states(["ready"] * len(workers))
-            await test(router)
-            await router.wait_empty()
-
-    asyncio.run(main())
 
 
 def tokens_request(*token_ids, **fields):
@@ -81,7 +67,7 @@ def test_bad_requests_are_refused_with_what_is_wrong(tmp_path):
         assert router.workers[0].starts == []
         assert router.metric("headrace_requests_total", outcome="invalid") == len(BAD_REQUESTS)
 
-    run(tmp_path, [worker("both", max_context_tokens=64)], test, max_prompt_bytes=4096)
+    run_router(tmp_path, [scripted_worker("both", max_context_tokens=64)], test, max_prompt_bytes=4096)
 
 
 def test_a_message_over_grpcs_limit_is_refused(tmp_path):
@@ -94,7 +80,7 @@ def test_a_message_over_grpcs_limit_is_refused(tmp_path):
                 await call.read()
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_max_tokens_past_the_context_ends_with_length_at_the_context(tmp_path):
@@ -103,7 +89,7 @@ def test_max_tokens_past_the_context_ends_with_length_at_the_context(tmp_path):
         assert sample.last.finish_reason == types_pb2.FINISH_REASON_LENGTH
         assert len(sample.token_ids) == 64 - 4
 
-    run(tmp_path, [worker("both", max_context_tokens=64)], test)
+    run_router(tmp_path, [scripted_worker("both", max_context_tokens=64)], test)
 
 
 def test_defaults_are_filled_in_for_workers(tmp_path):
@@ -116,7 +102,7 @@ def test_defaults_are_filled_in_for_workers(tmp_path):
         assert not first.stop_strings
         assert len(router.workers[0].starts[0].request_id) == 24
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_text_tokens_and_chat_become_the_right_ids(tmp_path):
@@ -130,7 +116,7 @@ def test_text_tokens_and_chat_become_the_right_ids(tmp_path):
         assert prompts[:3] == [[BOS, *byte_ids("é")], [5, 6], [BOS, *byte_ids("[user]hi[assistant]")]]
         assert prompts[3] == [BOS, *byte_ids("long " * 1000)]
 
-    run(tmp_path, [worker("both", max_context_tokens=8192, num_pages=1024)], test)
+    run_router(tmp_path, [scripted_worker("both", max_context_tokens=8192, num_pages=1024)], test)
 
 
 def test_chat_needs_a_template(tmp_path):
@@ -139,7 +125,7 @@ def test_chat_needs_a_template(tmp_path):
     async def test(router):
         assert "no chat template" in str(await router.refused(chat_request(("user", "hi"))))
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_a_request_id_can_not_run_twice_but_again(tmp_path):
@@ -153,7 +139,7 @@ def test_a_request_id_can_not_run_twice_but_again(tmp_path):
         await running
         await router.generate(text_request("a", request_id="same"))
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_a_full_queue_refuses(tmp_path):
@@ -168,7 +154,7 @@ def test_a_full_queue_refuses(tmp_path):
             task.cancel()
         await asyncio.wait(waiting)
 
-    run(tmp_path, [worker("both")], test, max_queued_requests=2)
+    run_router(tmp_path, [scripted_worker("both")], test, max_queued_requests=2)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode", None])
@@ -179,7 +165,7 @@ def test_without_workers_the_error_says_what_is_missing(tmp_path, role):
         missing = {"prefill": "no decode worker", "decode": "no prefill worker", None: "no worker"}[role]
         assert missing in str(error)
 
-    run(tmp_path, [worker(role)] if role else [], test, no_workers_timeout_s=0.3)
+    run_router(tmp_path, [scripted_worker(role)] if role else [], test, no_workers_timeout_s=0.3)
 
 
 def test_a_prompt_larger_than_every_pool_is_refused(tmp_path):
@@ -187,18 +173,18 @@ def test_a_prompt_larger_than_every_pool_is_refused(tmp_path):
         error = await router.refused(text_request("x" * 100))
         assert (error.reason, "largest pool holds 64" in str(error)) == ("NO_FREE_PAGES", True)
 
-    run(tmp_path, [worker("both", num_pages=4)], test)
+    run_router(tmp_path, [scripted_worker("both", num_pages=4)], test)
 
 
 def test_requests_wait_for_workers_that_come_later(tmp_path):
     async def test(router):
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
         await wait_until(lambda: router.service._router.num_queued == 1)
-        await router.add(worker("prefill"))
-        await router.add(worker("decode"))
-        assert (await running)[0].text == "abc"
+        await router.add(scripted_worker("prefill"))
+        await router.add(scripted_worker("decode"))
+        assert (await running)[0].text == "Hel"
 
-    run(tmp_path, [], test)
+    run_router(tmp_path, [], test)
 
 
 def test_a_worker_taken_off_the_list_gets_nothing_new_and_ends_what_it_has(tmp_path):
@@ -208,16 +194,16 @@ def test_a_worker_taken_off_the_list_gets_nothing_new_and_ends_what_it_has(tmp_p
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
         await wait_until(lambda: len(first.starts) == 1)
         router.workers.clear()
-        second = await router.add(worker("both"))
+        second = await router.add(scripted_worker("both"))
         await router.wait_states(["draining", "ready"])
         await router.generate(text_request("b", sampling={"max_tokens": 3}))
         assert (len(first.starts), len(second.starts)) == (1, 1)
         first.faults.start_gate.set()
-        assert (await running)[0].text == "abc"
+        assert (await running)[0].text == "Hel"
         await router.wait_states(["ready"])
         await first.stop()
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_a_draining_worker_gets_nothing_new_and_ends_what_it_has(tmp_path):
@@ -228,13 +214,13 @@ def test_a_draining_worker_gets_nothing_new_and_ends_what_it_has(tmp_path):
         await wait_until(lambda: len(first.starts) == 1)
         first.faults.start_gate.set()
         await first.set_ready(False)
-        second = await router.add(worker("both"))
+        second = await router.add(scripted_worker("both"))
         await router.wait_states(["draining", "ready"])
         await router.generate(text_request("b", sampling={"max_tokens": 3}))
         assert len(second.starts) == 1
         await running
 
-    run(tmp_path, [worker("both", step_s=0.05)], test)
+    run_router(tmp_path, [scripted_worker("both", step_s=0.05)], test)
 
 
 def test_a_worker_with_another_model_or_layout_is_refused(tmp_path):
@@ -244,14 +230,14 @@ def test_a_worker_with_another_model_or_layout_is_refused(tmp_path):
     )  # fmt: skip
 
     async def test(router):
-        for other in (worker("both", fingerprint="beef" * 16), worker("both", layout=layout)):
+        for other in (scripted_worker("both", fingerprint="beef" * 16), scripted_worker("both", layout=layout)):
             await router.add(other)
         await router.wait_states(["ready", "refused", "refused"])
         details = sorted(status.detail for status in (await router.info()).workers)
         assert "cache layout" in details[1]
         assert details[2] == "its model is beefbeefbeef; this fleet serves fa4efa4efa4e"
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_one_process_at_two_addresses_is_one_worker(tmp_path):
@@ -260,7 +246,7 @@ def test_one_process_at_two_addresses_is_one_worker(tmp_path):
         (tmp_path / "workers").write_text(f"# twice\n127.0.0.1:{port}\nlocalhost:{port}\nnonsense\n")
         await router.wait_states(["ready", "refused"])
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_a_dns_name_stands_for_its_addresses(tmp_path, monkeypatch):
@@ -283,7 +269,7 @@ def test_a_dns_name_stands_for_its_addresses(tmp_path, monkeypatch):
         await router.generate(text_request("a"))
         monkeypatch.undo()
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_a_token_is_asked_for_but_not_by_probes(tmp_path):
@@ -371,15 +357,15 @@ def test_draining_refuses_new_requests_and_ends_those_under_way(tmp_path):
         assert (await router.refused(text_request("a"))).reason == "DRAINING"
         assert not draining.done()
         both.faults.start_gate.set()
-        assert (await running)[0].text == "abc"
+        assert (await running)[0].text == "Hel"
         await draining
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_stopping_ends_what_is_under_way_with_one_clear_error(tmp_path):
     async def main():
-        async with RouterUnderTest(tmp_path, workers=[worker("both", step_s=None)]) as router:
+        async with RouterUnderTest(tmp_path, workers=[scripted_worker("both", step_s=None)]) as router:
             running = asyncio.create_task(router.generate(text_request("a")))
             await wait_until(lambda: bool(router.workers[0].sequences))
             await router.service.stop()
@@ -401,7 +387,7 @@ def test_a_reader_that_stops_holds_up_nobody(tmp_path):
             last = response
         assert last.usage.num_output_tokens == 900
 
-    run(tmp_path, [worker("both")], test)
+    run_router(tmp_path, [scripted_worker("both")], test)
 
 
 def test_server_info_names_the_model_and_every_worker(tmp_path):
@@ -411,7 +397,7 @@ def test_server_info_names_the_model_and_every_worker(tmp_path):
         assert {status.address for status in info.workers} == {each.address for each in router.workers}
         assert {status.num_free_pages for status in info.workers} == {256}
 
-    run(tmp_path, [worker("prefill"), worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 def test_the_router_never_loads_torch():
