@@ -180,11 +180,35 @@ def text_request(text: str, **fields: Any) -> generation_service_pb2.GenerateReq
     return generation_service_pb2.GenerateRequest(text=prompt, sampling=sampling, **fields)
 
 
+def tokens_request(*token_ids: int, **fields: Any) -> generation_service_pb2.GenerateRequest:
+    """Return a request for a prompt of tokens."""
+    return generation_service_pb2.GenerateRequest(
+        tokens=generation_service_pb2.TokenPrompt(token_ids=token_ids), **fields
+    )
+
+
+def chat_request(*messages: tuple[str, str], **fields: Any) -> generation_service_pb2.GenerateRequest:
+    """Return a request for a chat of (role, content)."""
+    chat = generation_service_pb2.ChatPrompt(
+        messages=[generation_service_pb2.ChatMessage(role=role, content=content) for role, content in messages]
+    )
+    return generation_service_pb2.GenerateRequest(chat=chat, **fields)
+
+
 def _alphabet() -> list[str]:
     """Return the character that stands for each byte in a byte-level vocabulary."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = iter(range(256, 512))
     return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]
+
+
+def check_timings(message: generation_service_pb2.GenerateResponse) -> list[str]:
+    """Check that the phases of a sample's last message sum to its times; return their names."""
+    timings = message.timings
+    assert sum(phase.duration_us for phase in timings.phases) == timings.total_us
+    before = sum(phase.duration_us for phase in timings.phases if phase.is_before_first_token)
+    assert before == timings.ttft_us > 0
+    return [phase.name for phase in timings.phases]
 
 
 def scripted_worker(role: str, text: str = HELLO, **options: Any) -> FakeWorker:

@@ -1,0 +1,154 @@
+"""Outputs of workers that the router can not use: nothing of them reaches the client, and what they are of is freed."""
+
+import asyncio
+
+import grpc
+import pytest
+from headrace.v1 import decode_service_pb2
+from headrace_core.errors import (
+    HandoffLostError,
+)
+from headrace_core.rpc import raised_from
+from headrace_core.testing.async_test import WAIT_S
+from headrace_router.detokenizer import Detokenizer
+from headrace_router.testing import (
+    byte_ids,
+    remembered,
+    remembering_worker,
+    run_router,
+    scripted_worker,
+    text_request,
+    wait_until,
+)
+
+
+def _unknown_finish(decode, start):
+    output = decode_service_pb2.SequenceOutput(sequence_number=start.sequence_number, token_ids=[65], finish_reason=99)
+    decode.emit(start.session_id, [output])
+
+
+def _logprobs_of_nothing(decode, start):
+    output = decode_service_pb2.SequenceOutput(sequence_number=start.sequence_number, token_ids=[65])
+    decode.emit(start.session_id, [output])
+
+
+@pytest.mark.parametrize("has_started", [True, False], ids=["decoding", "starting"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [(_unknown_finish, "PROTOCOL"), (_logprobs_of_nothing, "PROTOCOL"), (None, "BUG")]
+)
+def test_a_sequence_whose_output_the_router_can_not_use_is_cancelled(tmp_path, monkeypatch, spoil, reason, has_started):
+    """The worker knows nothing of it, and would generate to the end of `max_tokens`."""
+
+    async def test(router):
+        _, decode = router.workers
+        if not has_started:
+            real = decode.run_sequence
+
+            async def slow(request):
+                response = await real(request)
+                spoilt(decode, request)
+                (running,) = router.service._router._running.values()
+                await wait_until(running.samples[0].attempt_over.done)
+                return response
+
+            decode.run_sequence = slow
+        request = text_request("hi", sampling={"max_tokens": 1000, "top_logprobs": 0})
+        running = asyncio.create_task(router.refused(request))
+        await wait_until(lambda: len(decode.sequences) == 1)
+        if has_started:
+            spoilt(decode, decode.starts[0])
+        assert reason in told(await running)
+        await router.wait_empty()
+        (cancel,) = decode.cancels
+        assert cancel.sequence_number == decode.starts[0].sequence_number
+
+    def spoilt(decode, start):
+        if spoil is not None:
+            return spoil(decode, start)
+        monkeypatch.setattr(Detokenizer, "push", _raise)
+        return decode.step()
+
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test, max_attempts=1)
+
+
+def told(error):
+    """Return the reason and the words of an error; the last attempt's reason is among them if there were no more."""
+    return f"{error.reason}: {error}"
+
+
+def _raise(*_):
+    raise ZeroDivisionError("made to fail")
+
+
+def test_nothing_follows_an_output_that_the_router_can_not_use(tmp_path):
+    """What came after it would reach the client with a gap."""
+
+    async def test(router):
+        _, decode = router.workers
+        running = asyncio.create_task(_received(router, text_request("hi", sampling={"max_tokens": 1000})))
+        await wait_until(lambda: len(decode.sequences) == 1)
+        decode.step()
+        start = decode.starts[0]
+        for finish, token_id in ((99, 66), (0, 67), (0, 68)):
+            output = decode_service_pb2.SequenceOutput(
+                sequence_number=start.sequence_number, token_ids=[token_id], finish_reason=finish
+            )
+            decode.emit(start.session_id, [output])
+        token_ids, error = await running
+        assert "PROTOCOL" in told(error)
+        assert token_ids == byte_ids("He")[: len(token_ids)]
+
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test, max_attempts=1)
+
+
+async def _received(router, request):
+    """Return the token ids that came before the error, and the error."""
+    token_ids = []
+    try:
+        async for response in router.stub.Generate(request, timeout=WAIT_S):
+            token_ids.extend(response.token_ids)
+    except grpc.aio.AioRpcError as error:
+        return token_ids, raised_from(error)
+    raise AssertionError("the request was expected to fail")
+
+
+@pytest.mark.parametrize("spoil", ["finish", "handoff", "detokenizer"])
+def test_pages_of_a_first_token_that_the_router_can_not_use_are_released(tmp_path, monkeypatch, spoil):
+    async def test(router):
+        prefill, decode = router.workers
+        real = prefill.prefill
+
+        async def spoilt(request):
+            response = await real(request)
+            if spoil == "finish":
+                response.finish_reason = 99
+            elif spoil == "handoff":
+                prefill.release(response.handoff.lease.lease_id)
+                response.ClearField("handoff")
+            return response
+
+        prefill.prefill = spoilt
+        if spoil == "detokenizer":
+            monkeypatch.setattr(Detokenizer, "push", _raise)
+        error = await router.refused(text_request("hi"))
+        assert ("BUG" if spoil == "detokenizer" else "PROTOCOL") in told(error)
+        assert decode.starts == []
+
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test, max_attempts=1)
+
+
+def test_late_outputs_of_an_old_attempt_are_dropped(tmp_path):
+    async def test(router):
+        _, decode = router.workers
+        decode.faults.ignores_cancel = True
+        decode.faults.sequence.append((5, HandoffLostError("STALE_PAGE", "made to fail")))
+        running = asyncio.create_task(router.generate(text_request("hi", sampling={"max_tokens": 40})))
+        await wait_until(lambda: len(decode.starts) == 2)
+        old = decode.starts[0]
+        for number in (old.sequence_number, 999):
+            output = decode_service_pb2.SequenceOutput(sequence_number=number, token_ids=[1, 2, 3])
+            decode.emit(old.session_id, [output])
+        (sample,) = await running
+        assert sample.token_ids == remembered("hi", 40)
+
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=0.005)], test)
