@@ -1,66 +1,13 @@
-"""Which sequences a decode step advances, who gives way to whom, and what is told of them, rule by rule."""
+"""Which sequences a decode step advances, and what is told of them, rule by rule."""
 
 import pytest
-from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import SamplingRow
 from headrace_core.batch.step_book import Failed
-from headrace_core.errors import OverloadedError
 from headrace_core.kv.page_pool import PageState
-from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_decode.scheduler import DecodeScheduler, Output, PagesReady, Preempted, Started
+from headrace_decode.scheduler import Output, PagesReady, Started
 
-LIMITS = ModelLimits(vocab_size=1000, max_context_tokens=60, eos_token_ids=(0,))
-PAGE = 2
-
-
-def scheduler(num_pages=32, max_step_tokens=8, max_step_sequences=4, max_waiting=100) -> DecodeScheduler:
-    return DecodeScheduler(
-        PageAllocator(num_pages, PAGE),
-        LIMITS,
-        max_step_tokens=max_step_tokens,
-        max_step_sequences=max_step_sequences,
-        max_waiting_sequences=max_waiting,
-    )
-
-
-def spec(tokens: list[int], *, num_output=0, sample_index=0, **params) -> SequenceSpec:
-    params = {"max_tokens": 50} | params
-    return SequenceSpec("r", 1, sample_index, tokens, len(tokens) - num_output, SamplingParams(seed=1, **params))
-
-
-def prompt(key: int, length: int) -> list[int]:
-    """Return a prompt that shares no page with another key's."""
-    return [key] * length
-
-
-def step(s: DecodeScheduler, *, now=0.0, token=5) -> StepPlan:
-    """Plan and answer a step; every token sampled is `token`."""
-    plan = s.plan(now)
-    assert plan is not None, "nothing to compute"
-    s.apply(StepResult({c.key: SampledToken(token) for c in plan.chunks if c.sampling}, 0.0), now)
-    return plan
-
-
-def shares(plan: StepPlan | None) -> list[tuple[int, int, int]]:
-    """Return (key, start, number of tokens) of each chunk."""
-    return [(chunk.key, chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] if plan else []
-
-
-def running(s: DecodeScheduler, *lengths: int) -> None:
-    """Add sequences 1, 2, ... with prompts of these lengths and compute their prompts."""
-    for key, length in enumerate(lengths, start=1):
-        s.add(key, spec(prompt(key, length)), None, 0.0)
-    while any(chunk.start == 0 for chunk in step(s).chunks):
-        pass
-    s.take_events()
-
-
-def handed_off(s: DecodeScheduler, key: int, tokens: list[int], first_token_id=9, now=0.0, **params) -> PagesReady:
-    """Add a sequence whose pages are on their way."""
-    s.add(key, spec(tokens, **params), first_token_id, now)
-    s.plan(now)
-    return next(event for event in s.take_events() if isinstance(event, PagesReady) and event.key == key)
+from tests.unit.decode_plan_parts import handed_off, prompt, running, scheduler, shares, spec, step
 
 
 def test_decode_rows_come_first_and_prompts_share_what_is_left_of_the_budget():
@@ -255,123 +202,6 @@ def test_a_sequence_may_be_aborted_in_every_state():
     assert (s.load().num_sequences, s.load().num_free_pages) == (0, 32)
     assert s.plan(0.0) is None
     s.check_integrity()
-
-
-def test_the_youngest_gives_way_and_goes_on_where_it_was():
-    s = scheduler(num_pages=4, max_step_tokens=8)
-    running(s, 2, 2)  # three tokens in two pages each
-    step(s)
-    plan = s.plan(0.0)
-    assert shares(plan) == [(1, 4, 1)]
-    assert list(s.take_events())[-1:] == [Preempted(2)]
-    load = s.load()
-    assert (load.num_running, load.num_waiting) == (1, 1)
-    assert load.num_waiting_tokens == 5, "all its tokens are computed again"
-    s.check_integrity()
-
-
-def test_it_gives_way_to_others_it_is_not_the_end_of_the_step_for():
-    """The oldest decode row takes the youngest one's page; a prompt of an age between them is computed all the same."""
-    s = scheduler(num_pages=7, max_step_tokens=4)
-    running(s, 2)
-    handed_off(s, 3, [7, 7])
-    s.arrived(3)
-    s.add(2, spec(prompt(2, 6)), None, 0.0)
-    step(s)
-    assert s.load().num_free_pages == 0, "two, two and three pages"
-    plan = s.plan(0.0)
-    assert [key for key, _, _ in shares(plan)] == [1, 2]
-    assert Preempted(3) in s.take_events()
-
-
-def test_a_row_that_gives_way_itself_leaves_the_rest_of_the_step_to_others():
-    """Two decode rows, of which the younger needs a page that nobody younger has; the prompt goes on without it."""
-    s = scheduler(num_pages=6, max_step_tokens=3)
-    handed_off(s, 1, [7, 7, 7])
-    handed_off(s, 3, [8, 8])
-    s.add(2, spec(prompt(2, 6)), None, 0.0)
-    step(s)
-    assert s.load().num_free_pages == 0
-    s.arrived(1)
-    s.arrived(3)
-    assert shares(s.plan(0.0)) == [(1, 3, 1), (2, 3, 2)]
-    assert Preempted(3) in s.take_events()
-
-
-def test_a_pre_empted_sequence_waits_for_pages_for_all_its_tokens():
-    s = scheduler(num_pages=6, max_step_tokens=8)
-    running(s, 2, 2)
-    for _ in range(4):
-        step(s)
-    assert (s.load().num_waiting, s.load().num_free_pages) == (1, 2), "its seven tokens take four"
-    s.take_events()
-    for _ in range(2):
-        step(s)
-        assert s.load().num_waiting == 1
-    assert {type(event) for event in s.take_events()} == {Output}, "it does not come and go"
-
-
-def test_a_sequence_may_grow_to_the_whole_pool_if_younger_ones_give_way():
-    s = scheduler(num_pages=3)
-    handed_off(s, 2, [8])
-    s.add(1, spec(prompt(1, 4)), None, 0.0)
-    step(s)
-    s.arrived(2)
-    assert s.load().num_free_pages == 0
-    assert shares(step(s)) == [(1, 4, 1)]
-    assert [type(event) for event in s.take_events() if not isinstance(event, Output)] == [Started, Started, Preempted]
-
-
-def test_a_pre_empted_sequence_is_not_started_twice():
-    s = scheduler(num_pages=4, max_step_tokens=8)
-    running(s, 2, 2)
-    step(s)
-    step(s, now=1.0)
-    s.abort(1)
-    plan = step(s, now=9.0)
-    assert [(key, start) for key, start, _ in shares(plan)] == [(2, 2)], "its full page was still cached"
-    assert not [event for event in s.take_events() if isinstance(event, Started)]
-
-
-def test_a_sequence_that_was_handed_off_is_computed_here_after_it_gave_way():
-    s = scheduler(num_pages=4, max_step_tokens=8)
-    s.add(1, spec(prompt(1, 2)), None, 0.0)
-    step(s)
-    handed_off(s, 2, [7, 7])
-    s.arrived(2)
-    while not any(isinstance(event, Preempted) for event in s.take_events()):
-        step(s)
-    s.abort(1)
-    plan = s.plan(0.0)
-    assert [(chunk.key, chunk.token_ids[-3:]) for chunk in plan.chunks if plan] == [(2, [9, 5, 5])]
-    assert not [event for event in s.take_events() if isinstance(event, PagesReady)]
-
-
-def test_a_sequence_that_fills_the_pool_alone_ends_with_an_error_that_says_so():
-    s = scheduler(num_pages=2)
-    s.add(1, spec([1, 2, 3]), None, 0.0)
-    step(s)
-    step(s)
-    s.take_events()
-    assert s.plan(0.0) is None
-    (event,) = s.take_events()
-    assert isinstance(event, Failed)
-    assert event.key == 1
-    assert isinstance(event.error, OverloadedError)
-    assert event.error.reason == "NO_FREE_PAGES"
-    assert str(event.error) == "5 tokens do not fit a pool of 2 pages; raise --kv-pool-mib"
-    assert (s.load().num_sequences, s.load().num_free_pages) == (0, 2)
-
-
-def test_pages_that_one_gave_up_are_used_in_the_same_step():
-    s = scheduler(num_pages=3)
-    s.add(1, spec([1, 2, 3, 4]), None, 0.0)
-    s.add(2, spec([5, 6, 7, 8]), None, 0.0)
-    for _ in range(3):
-        step(s)
-    assert s.load().num_waiting == 1
-    assert shares(s.plan(0.0)) == [(2, 0, 4)], "the first outgrew the pool"
-    assert [type(event) for event in s.take_events() if not isinstance(event, Output)] == [Started, Failed, Started]
 
 
 def test_a_sequence_as_large_as_the_pool_but_for_its_next_token_is_refused_at_once():
