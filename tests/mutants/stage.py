@@ -41,7 +41,7 @@ def groups() -> dict[str, Group]:
 
 
 def stage(group: Group, folder: Path) -> None:
-    """Make `folder` anew: the product's packages, the group's tests, and settings for pytest and mutmut."""
+    """Make `folder` anew: the packages, the group's tests with what they share, and settings for pytest and mutmut."""
     shutil.rmtree(folder, ignore_errors=True)
     pyproject = (ROOT / "pyproject.toml").read_text()
     ignore = shutil.ignore_patterns("__pycache__")
@@ -52,7 +52,7 @@ def stage(group: Group, folder: Path) -> None:
     shutil.copy(ROOT / "tests" / "conftest.py", tests)
     shutil.copy(Path(__file__).with_name("quick_first.py"), tests / "unit" / "conftest.py")
     selected = [f"tests/unit/{stem}.py" for stem in group.tests]
-    for path in selected:
+    for path in [*selected, *(f"tests/unit/{parts.name}" for parts in (ROOT / "tests" / "unit").glob("*_parts.py"))]:
         shutil.copy(ROOT / path, folder / path)
     settings = {
         "source_paths": ["src/"],
