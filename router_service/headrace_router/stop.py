@@ -1,33 +1,20 @@
 """Stop strings, found across token borders.
 
-Text that may be the beginning of a stop string is held back until it is one or can't be. The matcher is an
-Aho-Corasick automaton: its state is the longest suffix of the text that begins a stop string, so what to hold back is
-the state's depth, and each character costs O(1) whatever the number of stop strings.
+Text that may be the beginning of a stop string is held back until it is one or can't be. Nothing is built for a
+request: whatever the stop strings are, a sample costs what it is to keep its tail and to look for them in it, in C.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-
-@dataclass(slots=True)
-class _Node:
-    depth: int
-    edges: dict[str, _Node] = field(default_factory=dict[str, "_Node"])
-    fail: _Node | None = None
-    match: str = ""
-    """The longest stop string that ends here."""
 
 
 class StopMatcher:
     """Searches one sample's text. The match that is complete first wins; of those, the longest."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
-        """Build the automaton: O(total characters)."""
-        self._root = _build(stop_strings)
-        self._state = self._root
+        """Search for `stop_strings`, none of them empty."""
+        self._stop_strings = stop_strings
         self._held = ""
         self.matched = ""
         """The stop string found; empty until then."""
@@ -36,17 +23,12 @@ class StopMatcher:
         """Take more text and return what can be shown; after a match, what came before it and then nothing more."""
         if self.matched or not text:
             return ""
-        state = self._state
-        for i, char in enumerate(text):
-            state = _next(state, char, self._root)
-            if state.match:
-                self.matched = state.match
-                seen = self._held + text[: i + 1]
-                self._held = ""
-                return seen[: len(seen) - len(state.match)]
-        self._state = state
-        seen = self._held + text
-        num_shown = len(seen) - state.depth
+        seen, self._held = self._held + text, ""
+        found = [(at + len(stop), -len(stop), stop) for stop in self._stop_strings if (at := seen.find(stop)) >= 0]
+        if found:
+            end, _, self.matched = min(found)
+            return seen[: end - len(self.matched)]
+        num_shown = len(seen) - max(_num_begun(seen, stop) for stop in self._stop_strings)
         self._held = seen[num_shown:]
         return seen[:num_shown]
 
@@ -56,30 +38,11 @@ class StopMatcher:
         return held
 
 
-def _next(state: _Node, char: str, root: _Node) -> _Node:
-    node: _Node | None = state
-    while node is not None:
-        after = node.edges.get(char)
-        if after is not None:
-            return after
-        node = node.fail
-    return root
-
-
-def _build(stop_strings: Sequence[str]) -> _Node:
-    root = _Node(0)
-    for text in stop_strings:
-        node = root
-        for char in text:
-            node = node.edges.setdefault(char, _Node(node.depth + 1))
-        node.match = text
-    queue = deque(root.edges.values())
-    for child in queue:
-        child.fail = root
-    while queue:
-        node = queue.popleft()
-        for char, child in node.edges.items():
-            child.fail = _next(node.fail or root, char, root)
-            child.match = child.match or child.fail.match
-            queue.append(child)
-    return root
+def _num_begun(text: str, stop: str) -> int:
+    """Return with how many of its first characters, not all, `text` ends."""
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start = text.find(stop[0], start + 1)
+    return 0
