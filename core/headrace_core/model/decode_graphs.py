@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk
+from headrace_core.model.decode_batch import DecodeBatch
 
 _EXACT_BUCKETS = (1, 2, 4)
 _BUCKET_STEP = 8
@@ -38,31 +39,6 @@ class DecodeOutput:
         self.logits.copy_(other.logits)
         if self.experts is not None and other.experts is not None:
             self.experts.copy_(other.experts)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeBatch:
-    """One token each of B sequences.
-
-    `token_ids`, `positions`, `slot_mapping` [B] int64, slot -1: write nothing; `block_table` [B, max_pages] int32;
-    `context_lens` [B] int32, the token itself included.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    block_table: Tensor
-    context_lens: Tensor
-
-    def first(self, num_rows: int) -> DecodeBatch:
-        """Return views of the first rows."""
-        return DecodeBatch(
-            self.token_ids[:num_rows],
-            self.positions[:num_rows],
-            self.slot_mapping[:num_rows],
-            self.block_table[:num_rows],
-            self.context_lens[:num_rows],
-        )
 
 
 Capture = Callable[[Callable[[], DecodeOutput]], Callable[[], DecodeOutput]]

@@ -17,7 +17,8 @@ from headrace_kernels.decode_linear import norm_linear
 from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
-from headrace_core.model.decode_graphs import DecodeBatch, DecodeOutput
+from headrace_core.model.decode_batch import DecodeBatch
+from headrace_core.model.decode_graphs import DecodeOutput
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.rope_angles import RopeAngles
 
