@@ -103,3 +103,27 @@ def test_an_output_for_fewer_rows_is_kept_in_the_largest_ones_memory(has_experts
     assert largest.logits[:, 0].tolist() == [7, 7, 0, 0]
     if has_experts:
         assert largest.experts[:, :, 0].tolist() == [[7, 7, 0, 0]] * 3
+
+
+def test_a_sequences_pages_may_grow_change_and_make_room_for_anothers():
+    recorder = Recorder()
+    steps = graphs(recorder)
+    for pages in ([9], [9, 2], [9, 2, 7], [9, 4, 7], [5, 4], [6]):
+        # Before and behind it are sequences whose pages stay as they are.
+        steps.run([chunk(0, 1, 5, [8, 3]), chunk(1, 1, 4 * len(pages) - 1, list(pages)), chunk(2, 1, 4, [1, 0])])
+        assert recorder.table[1, : len(pages)].tolist() == pages
+        assert recorder.table[[0, 2], :2].tolist() == [[8, 3], [1, 0]]
+        assert recorder.table[3, :2].tolist() == [8, 3], "padding reads what row 0 reads"
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 12])
+def test_the_inputs_lie_where_kernels_were_compiled_for(max_rows):
+    """Triton compiles for pointers that are multiples of 16 bytes; another would be compiled while clients wait."""
+    seen = []
+
+    def forward(batch):
+        seen.extend((batch.token_ids, batch.positions, batch.slot_mapping, batch.context_lens, batch.block_table))
+        return DecodeOutput(batch.token_ids[:, None].float(), None)
+
+    graphs(forward, max_rows=max_rows).run([chunk(0, 7, 5, [9, 2])])
+    assert [column.data_ptr() % 16 for column in seen] == [0] * 5

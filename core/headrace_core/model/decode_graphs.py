@@ -2,7 +2,7 @@
 
 A step in which every sequence computes one token is the same series of launches whoever is in it. So its inputs are
 copied to buffers that stay where they are, the number of rows is padded to one of few (a bucket), and each bucket's
-launches are captured when the worker starts. What the host does in a step is five small copies and one replay.
+launches are captured when the worker starts. What the host does in a step is one copy of what is new and one replay.
 
 A row of padding repeats row 0 but writes nothing and chooses no expert (slot -1): it reads what row 0 reads anyway.
 """
@@ -10,14 +10,13 @@ A row of padding repeats row 0 but writes nothing and chooses no expert (slot -1
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk
-from headrace_core.model.decode_batch import DecodeBatch
+from headrace_core.model.decode_batch import DecodeBatch, DecodeBatchBuffers
 
 _EXACT_BUCKETS = (1, 2, 4)
 _BUCKET_STEP = 8
@@ -43,17 +42,6 @@ class DecodeOutput:
 
 Capture = Callable[[Callable[[], DecodeOutput]], Callable[[], DecodeOutput]]
 """Takes a function that launches and returns its output; returns one that launches the same into the same output."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Views:
-    """A batch on the host as numpy sees it: much cheaper to fill."""
-
-    token_ids: np.ndarray
-    positions: np.ndarray
-    slot_mapping: np.ndarray
-    block_table: np.ndarray
-    context_lens: np.ndarray
 
 
 def is_decode_step(chunks: Sequence[Chunk]) -> bool:
@@ -86,15 +74,13 @@ class DecodeGraphs:
         graphs.
         """
         self.max_rows = max_rows
-        self._page_size = page_size
-        self._host = _buffers(buckets(max_rows)[-1], max_pages, "cpu", is_pinned=device == "cuda")
-        self._views = _Views(*(getattr(self._host, field.name).numpy() for field in fields(DecodeBatch)))
-        self._device = _buffers(buckets(max_rows)[-1], max_pages, device)
-        self._copied = torch.cuda.Event() if device == "cuda" else None
+        self._inputs = DecodeBatchBuffers(
+            num_rows=buckets(max_rows)[-1], max_pages=max_pages, page_size=page_size, device=device
+        )
         self._replays: dict[int, Callable[[], DecodeOutput]] = {}
         capture = capture or CudaGraphCapture()
         for num_rows in reversed(buckets(max_rows)):
-            batch = self._device.first(num_rows)
+            batch = self._inputs.device.first(num_rows)
             self._replays[num_rows] = capture(lambda batch=batch: forward(batch))
 
     def run(self, chunks: Sequence[Chunk]) -> DecodeOutput:
@@ -108,43 +94,8 @@ class DecodeGraphs:
             raise ValueError(
                 f"{len(chunks)} sequences are more than the {max(self._replays)} that steps were captured for"
             )
-        if self._copied:
-            # Copies from pinned memory return before they are done: those of the last run may still read it.
-            self._copied.synchronize()
-        num_pages = self._fill(chunks, num_rows)
-        host, device = self._host.first(num_rows), self._device.first(num_rows)
-        device.token_ids.copy_(host.token_ids, non_blocking=True)
-        device.positions.copy_(host.positions, non_blocking=True)
-        device.slot_mapping.copy_(host.slot_mapping, non_blocking=True)
-        device.context_lens.copy_(host.context_lens, non_blocking=True)
-        device.block_table[:, :num_pages].copy_(host.block_table[:, :num_pages], non_blocking=True)
-        if self._copied:
-            self._copied.record()
+        self._inputs.load(chunks, num_rows)
         return self._replays[num_rows]().first(len(chunks))
-
-    def _fill(self, chunks: Sequence[Chunk], num_rows: int) -> int:
-        """Write the step's inputs to the host's buffers; return how many columns of the table are in use."""
-        size, most, count = self._page_size, self._host.block_table.shape[1], len(chunks)
-        used = [chunk.start // size + 1 for chunk in chunks]
-        for chunk, pages in zip(chunks, used, strict=True):
-            if pages > min(len(chunk.page_ids), most):
-                raise ValueError(
-                    f"chunk {chunk.key}: token {chunk.start} does not fit {len(chunk.page_ids)} pages of {size} "
-                    f"({most} at most)"
-                )
-        host = self._views
-        host.token_ids[:count] = [chunk.token_ids[0] for chunk in chunks]
-        host.positions[:count] = [chunk.start for chunk in chunks]
-        host.slot_mapping[:count] = [
-            c.page_ids[p - 1] * size + c.start % size for c, p in zip(chunks, used, strict=True)
-        ]
-        host.context_lens[:count] = host.positions[:count] + 1
-        for row, (chunk, pages) in enumerate(zip(chunks, used, strict=True)):
-            host.block_table[row, :pages] = chunk.page_ids[:pages]
-        for buffer in (host.token_ids, host.positions, host.context_lens, host.block_table):
-            buffer[count:num_rows] = buffer[0]
-        host.slot_mapping[count:num_rows] = -1
-        return max(used)
 
 
 class CudaGraphCapture:
@@ -177,19 +128,3 @@ class CudaGraphCapture:
             return out
 
         return replay
-
-
-def _buffers(rows: int, max_pages: int, device: str, *, is_pinned: bool = False) -> DecodeBatch:
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
-
-    batch = DecodeBatch(
-        token_ids=zeros(rows, dtype=torch.int64),
-        positions=zeros(rows, dtype=torch.int64),
-        slot_mapping=zeros(rows, dtype=torch.int64),
-        block_table=zeros(rows, max_pages, dtype=torch.int32),
-        context_lens=zeros(rows, dtype=torch.int32),
-    )
-    batch.slot_mapping.fill_(-1)
-    batch.context_lens.fill_(1)
-    return batch
