@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from headrace_core.batch.step import SamplingMemo, SamplingRow
 from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.model import sampler
 from headrace_core.model.sampler import sample
 from headrace_core.request import FLOAT_RANGES, SampledToken, SamplingParams
 from headrace_kernels.counter_random import philox, uniform
-from headrace_kernels.sampling import filter_logits, filter_logits_ref, pick
+from headrace_kernels.draws import Draws
+from headrace_kernels.sampling import filter_logits, filter_logits_ref, pick, sample_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -370,6 +372,28 @@ def test_a_token_costs_no_look_at_all_that_came_before():
         assert isinstance(token, SampledToken)
         output.append(token.token_id)
     assert Counted.num_read <= 2 * 15_000
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 64])
+def test_what_draws_depend_on_lies_where_kernels_were_compiled_for(num_rows, monkeypatch):
+    """Triton compiles for pointers that are multiples of 16 bytes; another would be compiled while clients wait."""
+    kept = []
+    monkeypatch.setattr(
+        sampler, "sample_tokens", lambda logits, draws: kept.append(draws) or sample_tokens(logits, draws)
+    )
+    rows = [
+        row(position=i, top_k=i + 2, top_p=1 / (i + 1), seed=2**64 - 1 - i, sample_index=i) for i in range(num_rows)
+    ]
+    sample(some_logits(num_rows), rows)
+    columns = [getattr(kept[0], field.name) for field in fields(Draws)]
+    assert not any(column.data_ptr() % 16 for column in columns)
+    assert all(column.is_contiguous() for column in columns)
+    numbers = list(range(num_rows))
+    assert kept[0].positions.tolist() == kept[0].sample_indices.tolist() == numbers
+    assert kept[0].top_k.tolist() == [i + 2 for i in numbers]
+    assert kept[0].top_p.tolist() == [1 / (i + 1) for i in numbers]
+    assert kept[0].seeds.tolist() == [-1 - i for i in numbers]
+    assert (set(kept[0].temperatures.tolist()), set(kept[0].min_p.tolist())) == ({1.0}, {0.0})
 
 
 def test_an_empty_step_samples_nothing():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headrace_core.batch.step import SamplingRow
+from headrace_core.model.host_copies import to_device
 from headrace_core.request import SamplingParams
 
 
@@ -27,6 +28,8 @@ def needs_changes(row: SamplingRow) -> bool:
 
 def change_logits(logits: Tensor, row: SamplingRow) -> None:
     """Apply the row's penalties, bias and bans, in this order, to its `logits` [V] float32, in place.
+
+    Waits for nothing: no number is assigned to a part of a tensor, which would copy it to the device and wait.
 
     Keeps what it prepares in the row's memo. A forbidden token's logit is -inf. Others may overflow to infinity where
     the model's are as large as float32 goes.
@@ -47,12 +50,13 @@ class _Changes:
         self._seen = _SeenTokens(row, device) if _has_penalties(params) else None
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-            self._bias = torch.tensor(list(params.logit_bias), device=device), values
+            tokens = torch.tensor(list(params.logit_bias))
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+            self._bias = to_device(tokens, device), to_device(values, device)
         self._banned: Tensor | None = None
         banned = {*row.eos_token_ids, *params.stop_token_ids}
         if banned and len(row.output_token_ids) < params.min_tokens:
-            self._banned = torch.tensor(list(banned), device=device)
+            self._banned = to_device(torch.tensor(list(banned)), device)
 
     def apply(self, logits: Tensor, row: SamplingRow) -> None:
         if self._seen is not None:
@@ -62,7 +66,7 @@ class _Changes:
             tokens, values = self._bias
             logits[tokens] += values
         if self._banned is not None and len(row.output_token_ids) < row.params.min_tokens:
-            logits[self._banned] = float("-inf")
+            logits.index_fill_(0, self._banned, float("-inf"))
 
 
 class _SeenTokens:
@@ -76,11 +80,10 @@ class _SeenTokens:
             tokens = list(counts)  # the other penalties are about the output alone
         self._places = {token_id: place for place, token_id in enumerate(tokens)}
         self._num_output = len(row.output_token_ids)
-        room = _room(len(tokens))
-        self._tokens = torch.zeros(room, dtype=torch.int64, device=device)
-        self._counts = torch.zeros(room, dtype=torch.float32, device=device)
-        self._tokens[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        self._counts[: len(tokens)] = torch.tensor([counts[token] for token in tokens], dtype=torch.float32)
+        padding = [0] * (_room(len(tokens)) - len(tokens))
+        repeats = [counts[token] for token in tokens]
+        self._tokens = to_device(torch.tensor(tokens + padding), device)
+        self._counts = to_device(torch.tensor(repeats + padding, dtype=torch.float32), device)
 
     def catch_up(self, output_token_ids: Sequence[int]) -> None:
         """Take in what was added to the output since the last call, at most a few tokens."""
@@ -88,8 +91,8 @@ class _SeenTokens:
             place = self._places.setdefault(output_token_ids[index], len(self._places))
             if place == len(self._tokens):
                 self._tokens, self._counts = _grown(self._tokens), _grown(self._counts)
-            self._tokens[place] = output_token_ids[index]
-            self._counts[place] += 1
+            self._tokens[place].fill_(output_token_ids[index])
+            self._counts[place].add_(1)
             self._num_output = index + 1
 
     def penalise(self, logits: Tensor, params: SamplingParams) -> None:

@@ -7,13 +7,17 @@ state, so that any worker continues a sequence as any other would have.
 A token is in the vocabulary and its logit was finite after all that changed it: never a forbidden one. Where that
 leaves nothing, or the model's own logits are not all finite, the row has an error in its place, and the others theirs.
 
-Letters: L rows, V vocabulary.
+On a GPU the host prepares and launches all of this while the step computes; then it waits once, for one copy that holds
+whatever the answers need.
+
+Letters: L rows, V vocabulary, A rows that ask for log-probabilities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from headrace_kernels.draws import Draws
 from headrace_kernels.sampling import sample_tokens
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from headrace_core.batch.step import SamplingRow
 from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.model.host_copies import to_device, to_host
 from headrace_core.model.logit_changes import change_logits, needs_changes
 from headrace_core.request import SampledToken, TokenLogprobs
 
@@ -45,17 +50,18 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | H
         raise ValueError(f"logits {tuple(logits.shape)} do not fit {len(rows)} rows")
     if not rows:
         return []
-    # A NaN wins both comparisons.
-    is_finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()
+    # A NaN wins both comparisons. Times 0 it stays one, an infinity becomes one, and neither equals anything.
+    is_bad = logits.amin(dim=-1) * 0 != logits.amax(dim=-1) * 0
     changed = _changed(logits, rows)
-    tokens = sample_tokens(changed, _draws(rows, logits.device))
-    token_ids: list[int] = torch.where(is_finite, tokens, _NOT_FINITE).tolist()
-    logprobs = _logprobs(logits, token_ids, rows)
+    tokens = sample_tokens(changed, _draws(rows, logits.device)).masked_fill_(is_bad, _NOT_FINITE)
+    asking = [i for i, row in enumerate(rows) if row.params.top_logprobs is not None]
+    token_ids, *found = to_host([tokens, *_logprobs(logits, tokens, rows, asking)])
+    logprobs = _by_row(found, rows, asking)
     return [
         SampledToken(token_id, logprobs.get(i))
         if 0 <= token_id < logits.shape[1]
         else _error(token_id, changed[i], row)
-        for i, (token_id, row) in enumerate(zip(token_ids, rows, strict=True))
+        for i, (token_id, row) in enumerate(zip(token_ids.tolist(), rows, strict=True))
     ]
 
 
@@ -89,19 +95,25 @@ def _error(token_id: int, changed: Tensor, row: SamplingRow) -> HeadraceError:
 def _draws(rows: Sequence[SamplingRow], device: torch.device) -> Draws:
     """Return how each row chooses, as columns on `device`."""
     params = [row.params for row in rows]
-
-    def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return Draws(
-        temperatures=column([0.0 if p.is_greedy else p.temperature for p in params], torch.float64),
-        top_k=column([p.top_k for p in params], torch.int64),
-        top_p=column([p.top_p for p in params], torch.float64),
-        min_p=column([p.min_p for p in params], torch.float64),
-        seeds=column([_signed(p.seed or 0) for p in params], torch.int64),
-        sample_indices=column([row.sample_index for row in rows], torch.int64),
-        positions=column([row.position for row in rows], torch.int64),
-    )
+    floats = [
+        [0.0 if p.is_greedy else p.temperature for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+    ]
+    integers = [
+        [p.top_k for p in params],
+        [_signed(p.seed or 0) for p in params],
+        [row.sample_index for row in rows],
+        [row.position for row in rows],
+    ]
+    # One copy. Each column begins at a multiple of 16 bytes, like memory of its own: kernels are compiled for that.
+    packed = np.zeros((len(floats) + len(integers), len(rows) + len(rows) % 2), dtype=np.int64)
+    packed.view(np.float64)[: len(floats), : len(rows)] = floats
+    packed[len(floats) :, : len(rows)] = integers
+    columns = to_device(torch.from_numpy(packed), device)[:, : len(rows)]
+    temperatures, top_p, min_p = columns[: len(floats)].view(torch.float64)
+    top_k, seeds, sample_indices, positions = columns[len(floats) :]
+    return Draws(temperatures, top_k, top_p, min_p, seeds, sample_indices, positions)
 
 
 def _signed(seed: int) -> int:
@@ -109,20 +121,31 @@ def _signed(seed: int) -> int:
     return seed - (1 << 64) if seed >> 63 else seed
 
 
-def _logprobs(logits: Tensor, token_ids: list[int], rows: Sequence[SamplingRow]) -> dict[int, TokenLogprobs]:
-    """Return the log-probabilities of the rows that ask for them, by row."""
-    asking = [i for i, row in enumerate(rows) if row.params.top_logprobs is not None and token_ids[i] >= 0]
+def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], asking: Sequence[int]) -> list[Tensor]:
+    """Return the most probable tokens of the rows that ask, [A, n] int64, and log-probabilities, [A, 1 + n] float32.
+
+    The first of these is that of the row's own of `tokens` [L], the others are the most probable ones'; n is as many as
+    any row asks for. A row that has no token gets numbers that mean nothing. Empty if no row asks.
+    """
+    if not asking:
+        return []
+    places = to_device(torch.tensor(asking), logits.device)
+    logprobs = logits.index_select(0, places).log_softmax(dim=-1)
+    # Of logits as far apart as float32 goes, the logarithm overflows; no client expects an infinity.
+    logprobs = logprobs.clamp_(min=torch.finfo(torch.float32).min)
+    most = max(rows[i].params.top_logprobs or 0 for i in asking)
+    best = logprobs.topk(min(most, logits.shape[1]), dim=-1)
+    own = logprobs.gather(1, tokens.index_select(0, places).clamp_(0, logits.shape[1] - 1)[:, None])
+    return [best.indices, torch.cat((own, best.values), dim=1)]
+
+
+def _by_row(found: Sequence[Tensor], rows: Sequence[SamplingRow], asking: Sequence[int]) -> dict[int, TokenLogprobs]:
+    """Return what `_logprobs` found, on the host, by row."""
     if not asking:
         return {}
-    all_logprobs = logits[torch.tensor(asking, device=logits.device)].log_softmax(dim=-1)
-    # Of logits as far apart as float32 goes, the logarithm overflows; no client expects an infinity.
-    all_logprobs = all_logprobs.clamp_(min=torch.finfo(torch.float32).min)
-    most = max(rows[i].params.top_logprobs or 0 for i in asking)
-    best = all_logprobs.topk(min(most, logits.shape[1]), dim=-1)
-    values, tokens = best.values.tolist(), best.indices.tolist()
-    found: dict[int, TokenLogprobs] = {}
-    for place, i in enumerate(asking):
+    best, logprobs = found
+    by_row: dict[int, TokenLogprobs] = {}
+    for i, tokens, (own, *values) in zip(asking, best.tolist(), logprobs.tolist(), strict=True):
         count = rows[i].params.top_logprobs or 0
-        top = tuple(zip(tokens[place][:count], values[place][:count], strict=True))
-        found[i] = TokenLogprobs(float(all_logprobs[place, token_ids[i]]), top)
-    return found
+        by_row[i] = TokenLogprobs(own, tuple(zip(tokens[:count], values[:count], strict=True)))
+    return by_row
