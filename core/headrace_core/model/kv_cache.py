@@ -10,6 +10,7 @@ from headrace_kernels.page_copy import gather_pages, scatter_pages
 from torch import Tensor
 
 from headrace_core.kv.layout import CacheDtype, KvLayout
+from headrace_core.model.host_copies import to_device
 
 TORCH_DTYPES = {
     CacheDtype.FLOAT32: torch.float32,
@@ -94,6 +95,6 @@ class KvCache:
         """Set every byte of these pages to zero, in all layers."""
         if not page_ids:
             return
-        index = torch.tensor(list(page_ids), dtype=torch.int64, device=self.layers[0].device)
+        index = to_device(torch.tensor(list(page_ids)), self.layers[0].device)
         for layer in self.layers:
             layer.index_fill_(0, index, 0)

@@ -22,6 +22,7 @@ from headrace_core.model.attention import Attention
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
 from headrace_core.model.fused_decode import FusedAttention, FusedDecode, FusedFeedForward, FusedLayer
+from headrace_core.model.host_copies import to_device
 from headrace_core.model.kv_cache import TORCH_DTYPES, KvCache
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
@@ -209,7 +210,7 @@ class Model:
     def _logits(self, hidden: Tensor, rows: list[int], timer: OpTimer) -> Tensor:
         if not rows:
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
+        last = hidden.index_select(0, to_device(torch.tensor(rows), hidden.device))
         normalised = rms_norm(last, self._weights.norm, self.config.rms_norm_eps)
         timer.mark("final_norm")
         logits = self._weights.head(normalised).float()

@@ -16,6 +16,7 @@ from headrace_kernels.paged_slots import paged_slots
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk
+from headrace_core.model.host_copies import to_device
 
 _GROUP_KEY_TOKENS = 8192
 
@@ -88,9 +89,9 @@ def prepare_step(chunks: Sequence[Chunk], page_size: int, *, max_decode_chunk: i
         slots.append(np.asarray(chunk.page_ids)[position // page_size] * page_size + position % page_size)
     first = sum(len(chunks[i].token_ids) for i in decode)
     return StepInputs(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
+        token_ids=to_device(torch.tensor(token_ids), device),
+        positions=to_device(torch.from_numpy(np.concatenate(positions)), device),
+        slot_mapping=to_device(torch.from_numpy(np.concatenate(slots)), device),
         decode=_decode_rows([chunks[i] for i in decode], page_size, device) if decode else None,
         prefill=_prefill_groups([chunks[i] for i in prefill], page_size, first, device),
         chunk_rows=chunk_rows,
@@ -117,8 +118,8 @@ def _decode_rows(chunks: list[Chunk], page_size: int, device: str) -> DecodeRows
     block_table = np.zeros((len(tables), num_pages), dtype=np.int32)
     for row, table in zip(block_table, tables, strict=True):
         row[: len(table)] = table[:num_pages]
-    table_tensor = torch.from_numpy(block_table).to(device)
-    lens_tensor = torch.tensor(context_lens, dtype=torch.int32, device=device)
+    table_tensor = to_device(torch.from_numpy(block_table), device)
+    lens_tensor = to_device(torch.tensor(context_lens, dtype=torch.int32), device)
     is_gathered = backend(table_tensor) == "reference"
     slots = paged_slots(table_tensor, lens_tensor, page_size) if is_gathered else None
     return DecodeRows(table_tensor, lens_tensor, slots)
@@ -148,7 +149,7 @@ def _prefill_group(chunks: list[Chunk], page_size: int, first: int, device: str)
     return PrefillGroup(
         first=first,
         end=first + int(queries.sum()),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
+        slots=to_device(torch.from_numpy(np.concatenate(slots)), device),
         query_starts=torch.from_numpy(np.concatenate(([0], queries.cumsum())).astype(np.int32)),
         key_starts=torch.from_numpy(np.concatenate(([0], keys.cumsum())).astype(np.int32)),
     )
