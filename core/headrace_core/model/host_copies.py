@@ -47,3 +47,35 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     arrived.synchronize()
     pieces = found.split([len(part) for part in parts])
     return [piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+class HostBuffer:
+    """Memory on the host, zero at first, that copies to and from a device begin with and nobody waits for until `wait`.
+
+    Pinned for a GPU, ordinary for a CPU. `values` may be read and written after `wait`, until the next copy begins.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> None:
+        is_cuda = torch.device(device).type == "cuda"
+        self.values = torch.zeros(tuple(shape), dtype=dtype, pin_memory=is_cuda)
+        self._copied = torch.cuda.Event() if is_cuda else None
+
+    def receive(self, tensor: Tensor) -> None:
+        """Begin to copy `tensor`, of the same dtype, to the first rows, behind what was launched so far."""
+        self.values[: len(tensor)].copy_(tensor, non_blocking=True)
+        self._record()
+
+    def send(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return the first rows on `device`, there before what is launched next; on a CPU the same memory."""
+        sent = self.values[:num_rows].to(device, non_blocking=True)
+        self._record()
+        return sent
+
+    def wait(self) -> None:
+        """Return when all copies that began are done."""
+        if self._copied and not self._copied.query():
+            self._copied.synchronize()
+
+    def _record(self) -> None:
+        if self._copied:
+            self._copied.record()
