@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
-from headrace_kernels.page_copy import gather_pages, scatter_pages
 from torch import Tensor
 
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.host_copies import to_device
+from headrace_core.model.page_ring import PageRing, page_rows
 
 TORCH_DTYPES = {
     CacheDtype.FLOAT32: torch.float32,
@@ -28,7 +29,8 @@ class KvCache:
     copy takes real memory only for pages that were moved.
 
     Pages are copied on a CUDA stream of their own, behind what the steps' stream holds when a copy begins. On that
-    stream itself a copy would wait, layer by layer, for whatever step was launched meanwhile.
+    stream itself a copy would wait, layer by layer, for whatever step was launched meanwhile. Copies take turns: they
+    share two buffers of pinned memory (`page_ring`), and the link.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class KvCache:
         if has_host_copy if has_host_copy is not None else device != "cpu":
             self._host = [torch.empty(layer.shape, dtype=dtype) for layer in self.layers]
         self._stream = torch.cuda.Stream() if self.layers[0].is_cuda else None
-        self._bytes = [layer.view(-1).view(torch.uint8).numpy().data for layer in self._host]
+        self._rows = [page_rows(layer) for layer in self._host]
+        self._ring = None if self._host is self.layers else PageRing(layout, dtype, self.layers[0].device)
+        self._turn = threading.Lock()
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
         """Return the bytes of one page of one layer on the host: writable, contiguous, no copy.
@@ -55,41 +59,36 @@ class KvCache:
         """
         if not 0 <= page_id < self.num_pages:
             raise IndexError(f"page {page_id} is outside a pool of {self.num_pages}")
-        size = self.layout.page_layer_bytes
-        return self._bytes[layer][page_id * size : (page_id + 1) * size]
+        return self._rows[layer][page_id].data
 
     def copy_to_host(self, page_ids: Sequence[int]) -> None:
         """Let `page_bytes` show what the device's pages hold now; returns when it does. Not on the event loop."""
-        if self._host is self.layers or not page_ids:
-            return
-        host_ids = torch.tensor(list(page_ids))
-        with self._copying():
-            ids = host_ids.to(self.layers[0].device)
-            for layer, host in zip(self.layers, self._host, strict=True):
-                host.index_copy_(0, host_ids, gather_pages(layer, ids).cpu())
+        if self._ring and page_ids:
+            with self._copying():
+                self._ring.copy_to_host(self.layers, self._rows, page_ids)
 
     def copy_from_host(self, page_ids: Sequence[int]) -> None:
         """Set the device's pages to what `page_bytes` shows; returns when they are. Not on the event loop."""
-        if self._host is self.layers or not page_ids:
-            return
-        host_ids = torch.tensor(list(page_ids))
-        with self._copying():
-            ids = host_ids.to(self.layers[0].device)
-            for layer, host in zip(self.layers, self._host, strict=True):
-                scatter_pages(host.index_select(0, host_ids).to(layer.device), layer, ids)
+        if self._ring and page_ids:
+            with self._copying():
+                self._ring.copy_to_device(self.layers, self._rows, page_ids)
 
     @contextmanager
     def _copying(self) -> Generator[None]:
-        """Run what is launched inside after all steps launched so far; leave when it is done, also by an error."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            try:
+        """Run what is launched inside after all steps launched so far; leave when it is done, also by an error.
+
+        One thread at a time: what a copy leaves in the buffers of the ring is done with before the next begins.
+        """
+        with self._turn:
+            if self._stream is None:
                 yield
-            finally:
-                self._stream.synchronize()
+                return
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                try:
+                    yield
+                finally:
+                    self._stream.synchronize()
 
     def zero_pages(self, page_ids: Sequence[int]) -> None:
         """Set every byte of these pages to zero, in all layers."""
