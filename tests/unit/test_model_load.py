@@ -13,7 +13,7 @@ from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.load import load_model
-from headrace_core.roofline.model_shape import DEEPSEEK_V3
+from headrace_core.model.working_memory import StepLimits
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,
     Variation,
@@ -147,6 +147,13 @@ def test_a_model_too_large_is_refused_with_the_figures(tmp_path, written, refusa
     refusal("MODEL_TOO_LARGE", r"weights \d+, KV pool 0.*100 MiB are available")
 
 
+def test_what_a_step_needs_counts_on_a_gpu(tmp_path, written, monkeypatch):
+    monkeypatch.setattr("headrace_core.model.load.available_bytes", lambda device: 2 << 30)
+    with pytest.raises(CheckpointError, match=r"working margin \d{5,}\).*--max-step-tokens") as caught:
+        load_model(tmp_path, device="cuda", step_limits=StepLimits(max_step_tokens=10_000_000))
+    assert caught.value.reason == "MODEL_TOO_LARGE"
+
+
 def test_the_kv_pool_counts(tmp_path, written):
     with pytest.raises(CheckpointError, match="KV pool 1073741824") as caught:
         load_model(tmp_path, kv_pool_bytes=1 << 50)
@@ -219,14 +226,3 @@ def test_the_compute_type_is_the_caches(tmp_path, dtype, expected, written):
     assert model.dtype == getattr(torch, expected)
     assert model.kv_layout(8).dtype == CacheDtype(expected)
     assert model.kv_layout(8).num_layers == 2
-
-
-def test_the_margin_on_a_gpu_holds_a_step_of_the_largest_network():
-    """8,192 tokens in bfloat16: experts' rows padded to blocks of 128, their results, expanded keys and values."""
-    network, tokens = DEEPSEEK_V3, 8192
-    rows = tokens * (network.moe.num_experts_per_token + 1)
-    padded = rows + (network.moe.num_experts + 1) * 128
-    between = padded * network.moe.intermediate_size * 2
-    keys_and_values = tokens * network.num_heads * (128 + 64 + 128) * 2
-    step_bytes = between + rows * network.hidden_size * 2 + keys_and_values
-    assert memory.GPU_WORKING_BYTES - step_bytes > 0.5e9, "compiled kernels, workspaces and the allocator take some"

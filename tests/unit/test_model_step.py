@@ -47,7 +47,7 @@ def test_a_short_chunk_may_become_decode_rows():
 
 
 def test_groups_bound_how_many_keys_are_expanded_at_once(monkeypatch):
-    monkeypatch.setattr(step_inputs, "_GROUP_KEY_TOKENS", 8)
+    monkeypatch.setattr(step_inputs, "GROUP_KEY_TOKENS", 8)
     chunks = [chunk(i, 3, 2 * i, list(range(9))) for i in range(4)]
     groups = prepare_step(chunks, 4, max_decode_chunk=0).prefill
     assert [(g.first, g.end, len(g.slots)) for g in groups] == [(0, 6, 8), (6, 9, 7), (9, 12, 9)]

@@ -14,15 +14,7 @@ _CGROUP_V2 = Path("/sys/fs/cgroup")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 _UNLIMITED = 1 << 60
 WORKING_BYTES = 256 * _MIB
-"""What activations, packing and the runtime may need beside weights and pages."""
-GPU_WORKING_BYTES = 3072 * _MIB
-"""The same on a GPU, an estimate: what a prefill step of 8,192 tokens of DeepSeek-V3 in bfloat16 holds in a layer.
-
-Nine experts a token, one of them shared, are 73,728 rows, and up to 106,624 with those of 257 experts padded to blocks
-of 128: 106,624 x 2,048 x 2 bytes between both products, 0.44 GB, and 73,728 x 7,168 x 2 after them, 1.06 GB. Expanded
-keys and values, 8,192 x 128 heads x (192 + 128) x 2: 0.67 GB. Together 2.2 GB; the rest is for compiled kernels,
-cuBLAS's workspace, captured graphs and what the allocator rounds up. A longer prefix expands to more.
-"""
+"""What activations, packing and the runtime may need on a CPU beside weights and pages."""
 
 
 def available_bytes(device: str = "cpu") -> int:
@@ -58,7 +50,8 @@ def check_fits(weight_bytes: int, kv_pool_bytes: int, available: int, working_by
             "MODEL_TOO_LARGE",
             f"the model needs {needed // _MIB} MiB (weights {weight_bytes // _MIB}, KV pool {kv_pool_bytes // _MIB}, "
             f"working margin {working_bytes // _MIB}) and {available // _MIB} MiB are available; "
-            "free memory, lower --kv-pool-mib, or use a larger machine or GPU",
+            "free memory, lower --kv-pool-mib (on a GPU also --max-step-tokens or --max-context-tokens), "
+            "or use a larger machine or GPU",
         )
 
 

@@ -16,15 +16,11 @@ from torch import Tensor
 from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.checkpoint.expected_tensors import check_tensors, expected_tensors
-from headrace_core.checkpoint.memory import (
-    GPU_WORKING_BYTES,
-    WORKING_BYTES,
-    available_bytes,
-    check_fits,
-)
+from headrace_core.checkpoint.memory import WORKING_BYTES, available_bytes, check_fits
 from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
 from headrace_core.checkpoint.weight_reader import WeightReader
 from headrace_core.errors import CheckpointError
+from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.attention import Attention
 from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeWeights
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
@@ -32,6 +28,7 @@ from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
 from headrace_core.model.rope_angles import softmax_scale
 from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
+from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +40,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     kv_pool_bytes: int = 0,
+    step_limits: StepLimits | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load the checkpoint in `directory`.
@@ -52,6 +50,7 @@ def load_model(
         dtype: type of weights, compute and cache: "float32", "bfloat16", "float16", or "auto", the checkpoint's.
         device: torch's name of where to compute.
         kv_pool_bytes: memory that pages will take; counted when the model is checked against what is available.
+        step_limits: of the steps that will run, None: the settings' defaults; counted likewise on a GPU.
         on_progress: called with (bytes read, bytes to read) after every tensor.
 
     Raises:
@@ -61,9 +60,13 @@ def load_model(
     config = parse_config(directory)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
-    compute_dtype = _DTYPES[config.checkpoint_dtype if dtype == "auto" else dtype]
+    dtype = config.checkpoint_dtype if dtype == "auto" else dtype
+    compute_dtype = _DTYPES[dtype]
     weight_bytes = num_weight_bytes(config, compute_dtype)
-    working_bytes = GPU_WORKING_BYTES if device == "cuda" else WORKING_BYTES
+    working_bytes = WORKING_BYTES
+    if device == "cuda":
+        layout = config.kv_layout(1, CacheDtype(dtype))
+        working_bytes = gpu_working_bytes(config, layout, step_limits or StepLimits(), kv_pool_bytes)
     check_fits(weight_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)

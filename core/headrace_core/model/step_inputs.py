@@ -18,7 +18,8 @@ from torch import Tensor
 from headrace_core.batch.step import Chunk
 from headrace_core.model.host_copies import to_device
 
-_GROUP_KEY_TOKENS = 8192
+GROUP_KEY_TOKENS = 8192
+"""Contexts of several chunks are expanded together up to so many tokens; one longer than that, alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def _prefill_groups(chunks: list[Chunk], page_size: int, first: int, device: str
     members: list[Chunk] = []
     for chunk in chunks:
         held = sum(member.start + len(member.token_ids) for member in members)
-        if members and held + chunk.start + len(chunk.token_ids) > _GROUP_KEY_TOKENS:
+        if members and held + chunk.start + len(chunk.token_ids) > GROUP_KEY_TOKENS:
             groups.append(_prefill_group(members, page_size, first, device))
             first, members = groups[-1].end, []
         members.append(chunk)

@@ -22,6 +22,7 @@ from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.self_check import check_kernels
+from headrace_core.model.working_memory import StepLimits
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape, ModelShapeError
 from headrace_core.worker.cpu_speed import measure_worker_cpu
@@ -66,6 +67,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             dtype=settings.dtype,
             device=settings.device,
             kv_pool_bytes=pool_bytes,
+            step_limits=StepLimits(settings.max_step_tokens, settings.max_step_sequences, settings.max_context_tokens),
             on_progress=on_progress,
         )
     layout = model.kv_layout(settings.page_size)

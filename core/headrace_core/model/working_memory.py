@@ -1,0 +1,106 @@
+"""What a worker on a GPU needs beside weights and pages, from the shape of its network and the limits of its steps.
+
+Counted are the tensors that are there at once while a step computes: those of a layer, or those of sampling. Captured
+decode steps keep such memory for themselves. The rest is estimated: what torch's allocator rounds up or can't use for
+other sizes, and what compiled kernels, cuBLAS and captured graphs take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace_kernels.expert_blocks import bounds
+from headrace_kernels.moe_experts import best_block_size
+
+from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.kv.layout import KvLayout
+from headrace_core.model.step_inputs import GROUP_KEY_TOKENS
+
+FIXED_BYTES = 768 << 20
+"""Modules of kernels, cuBLAS's workspaces, captured graphs: an estimate, not measured."""
+_ALLOCATOR_SHARE = 1 / 8
+"""Of what is counted: an estimate, not measured."""
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What bounds a step; as the settings of the same names, `max_context_tokens` 0: the model's own limit."""
+
+    max_step_tokens: int = 512
+    max_step_sequences: int = 64
+    max_context_tokens: int = 0
+
+
+def gpu_working_bytes(config: ModelConfig, layout: KvLayout, limits: StepLimits, kv_pool_bytes: int) -> int:
+    """Return the bytes to leave free on a GPU for steps within `limits`.
+
+    Args:
+        config: the network.
+        layout: its cache, of the type that it computes in.
+        limits: of a step.
+        kv_pool_bytes: no context is longer than what fits in so many bytes of pages.
+    """
+    itemsize, rows = layout.dtype.itemsize, limits.max_step_sequences
+    longest = min(limits.max_context_tokens or config.max_context_tokens, kv_pool_bytes // layout.token_bytes)
+    num_logits = rows * config.vocab_size
+    step_bytes = max(
+        layer_bytes(config, itemsize, limits.max_step_tokens, max(GROUP_KEY_TOKENS, longest)),
+        # The logits, changed ones, log-probabilities and what these are made of.
+        num_logits * 4 * _FLOAT32,
+        # The check of the kernels brings gate and up of one expert to float32.
+        2 * config.moe.intermediate_size * config.hidden_size * _FLOAT32,
+    )
+    # Logits as they are computed, in float32, and those that all captured steps leave theirs in.
+    captured_bytes = layer_bytes(config, itemsize, rows, 0) + num_logits * (itemsize + 2 * _FLOAT32)
+    return FIXED_BYTES + int((step_bytes + captured_bytes) * (1 + _ALLOCATOR_SHARE))
+
+
+def layer_bytes(config: ModelConfig, itemsize: int, num_tokens: int, num_keys: int) -> int:
+    """Return the bytes of the tensors that are there at once in a layer: in attention, or in what follows it.
+
+    Args:
+        config: the network.
+        itemsize: bytes of a value of the type that it computes in.
+        num_tokens: of the step.
+        num_keys: tokens of contexts whose latents are expanded at once.
+    """
+    stream = num_tokens * config.hidden_size * itemsize
+    shape = config.attention
+    attention = (
+        _latent_attention_values(shape, config.num_heads, num_tokens, num_keys)
+        if isinstance(shape, MlaShape)
+        else _grouped_attention_values(shape, config.num_heads, num_tokens)
+    )
+    most = max(2 * stream + attention * itemsize, 3 * stream + _expert_bytes(config, itemsize, num_tokens))
+    if all(config.is_moe_layer(layer) for layer in range(config.num_layers)):
+        return most
+    # Gate and up, and the activation of the gate, which becomes the product with up.
+    return max(most, 2 * stream + 3 * num_tokens * config.dense_intermediate_size * itemsize)
+
+
+def _latent_attention_values(shape: MlaShape, num_heads: int, num_tokens: int, num_keys: int) -> int:
+    """Return how many values queries (or what they are a part of), latents, keys, values and results are."""
+    query_dim, row_dim = num_heads * (shape.nope_dim + shape.rope_dim), shape.kv_lora_rank + shape.rope_dim
+    projected = query_dim if shape.q_lora_rank is not None else query_dim + row_dim
+    expanded = row_dim + num_heads * (shape.nope_dim + shape.value_dim)
+    return num_tokens * (projected + num_heads * shape.value_dim) + num_keys * expanded
+
+
+def _grouped_attention_values(shape: GqaShape, num_heads: int, num_tokens: int) -> int:
+    """Return how many values queries, keys and values, the first two rotated, and results are."""
+    projected, rotated = num_heads + 2 * shape.num_kv_heads, num_heads + shape.num_kv_heads
+    return num_tokens * shape.head_dim * (projected + rotated + num_heads)
+
+
+def _expert_bytes(config: ModelConfig, itemsize: int, num_tokens: int) -> int:
+    """Return the bytes of the router's logits, of the rows between the experts' products, and of those after them.
+
+    The rows between are padded to blocks of one expert; after them there is one for each expert of a token.
+    """
+    moe = config.moe
+    num_experts = moe.num_experts + moe.num_shared_experts
+    num_assignments = num_tokens * (moe.num_experts_per_token + moe.num_shared_experts)
+    padded, _ = bounds(num_assignments, num_experts, best_block_size(num_assignments, num_experts))
+    rows = padded * moe.intermediate_size + num_assignments * config.hidden_size
+    return num_tokens * moe.num_experts * _FLOAT32 + rows * itemsize
