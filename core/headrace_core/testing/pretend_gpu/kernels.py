@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
 from headrace_core.testing.pretend_gpu import graph, journal
 from headrace_core.testing.pretend_gpu.launches import on_host
 from headrace_core.testing.pretend_gpu.tensor import GpuTensor
+from headrace_core.testing.pretend_gpu.trees import tensors_of
 
 
 @contextmanager
@@ -24,9 +22,9 @@ def kernels_on_gpu() -> Generator[None]:
     run = GridExecutor.__call__
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
-        for place, leaf in enumerate(tree_leaves((args, kwargs))):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, GpuTensor):
-                name, where = executor.fn.__name__, leaf.device
+        for place, tensor in enumerate(tensors_of((args, kwargs))):
+            if not isinstance(tensor, GpuTensor):
+                name, where = executor.fn.__name__, tensor.device
                 raise ValueError(f"{name}: pointer argument {place} cannot be accessed from Triton: it is on {where}")
         host_args, host_kwargs = on_host((args, kwargs))
 

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from headrace_core.testing.pretend_gpu import graph, journal
 from headrace_core.testing.pretend_gpu.memory import poison
 from headrace_core.testing.pretend_gpu.tensor import GpuTensor
+from headrace_core.testing.pretend_gpu.trees import map_tensors, tensors_of
 
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 
 def launch(func: Any, args: Any, kwargs: dict[str, Any], *, is_to_gpu: bool) -> Any:
     """Return what `func` gives, on the GPU if `is_to_gpu`; tensors that it wrote to are those that were given."""
-    given = {id(leaf.on_host): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, GpuTensor)}
+    given = {id(each.on_host): each for each in tensors_of((args, kwargs)) if isinstance(each, GpuTensor)}
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if is_to_gpu and kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
@@ -34,12 +34,12 @@ def launch(func: Any, args: Any, kwargs: dict[str, Any], *, is_to_gpu: bool) -> 
         if name != "aten::_local_scalar_dense":
             journal.note_launch(name)
         result = func(*args, **kwargs)
-    return tree_map_only(Tensor, lambda each: _on_gpu(each, given), result) if is_to_gpu else result
+    return map_tensors(lambda each: _on_gpu(each, given), result) if is_to_gpu else result
 
 
 def on_host(tree: Any) -> Any:
     """Return `tree` with their data in place of GPU tensors."""
-    return tree_map_only(GpuTensor, lambda tensor: tensor.on_host, tree)
+    return map_tensors(lambda tensor: tensor.on_host if isinstance(tensor, GpuTensor) else tensor, tree)
 
 
 def _on_gpu(tensor: Tensor, given: dict[int, GpuTensor]) -> GpuTensor:
@@ -60,10 +60,10 @@ def _kept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return written[0] if num_results == 1 else tuple(written) if num_results else None
     device = {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
     shapes = func(*_on_meta(args), **{**_on_meta(kwargs), **device})
-    results = tree_map_only(Tensor, lambda each: poison(torch.empty_like(each, device="cpu")), shapes)
+    results = map_tensors(lambda each: poison(torch.empty_like(each, device="cpu")), shapes)
 
     def run() -> None:
-        for kept, found in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
+        for kept, found in zip(tensors_of(results), tensors_of(func(*args, **kwargs)), strict=True):
             kept.copy_(found)
 
     graph.keep(run)
@@ -75,7 +75,7 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += tree_leaves(args[place] if place < len(args) else kwargs[argument.name])
+            found += tensors_of(args[place] if place < len(args) else kwargs[argument.name])
     return found
 
 
@@ -83,4 +83,4 @@ def _on_meta(tree: Any) -> Any:
     def shape_of(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    return tree_map_only(Tensor, shape_of, tree)
+    return map_tensors(shape_of, tree)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from headrace_core.testing.pretend_gpu import rules, under_way
 from headrace_core.testing.pretend_gpu.copies import copy_, to_copy, to_device
 from headrace_core.testing.pretend_gpu.launches import launch
 from headrace_core.testing.pretend_gpu.memory import is_pinned, pin
 from headrace_core.testing.pretend_gpu.tensor import DEVICE, GpuTensor
+from headrace_core.testing.pretend_gpu.trees import tensors_of
 
 
 class Functions(TorchFunctionMode):
@@ -63,6 +63,11 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self._functions = functions
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and to say so to the compiler would import it, which takes seconds.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if _is_composite(func):
@@ -70,7 +75,7 @@ class Operations(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         name: str = func._schema.name
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_of((args, kwargs))
         ours = any(isinstance(tensor, GpuTensor) for tensor in tensors)
         is_to_gpu = ours
         if kwargs.get("device") is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda", 0)
+_META = torch.device("meta")
 
 
 class GpuTensor(Tensor):
@@ -23,14 +24,14 @@ class GpuTensor(Tensor):
     def __new__(cls, on_host: Tensor) -> GpuTensor:
         """Return a tensor of the shape of `on_host`, without data of its own."""
         # A view is one of inference mode where what it views is, whatever mode it is made in.
-        with torch.inference_mode(on_host.is_inference()):
+        with torch._C._InferenceMode(on_host.is_inference()):
             return torch.Tensor._make_wrapper_subclass(
                 cls,
                 on_host.size(),
                 strides=on_host.stride(),
                 storage_offset=on_host.storage_offset(),
                 dtype=on_host.dtype,
-                device=torch.device("meta"),
+                device=_META,
             )
 
     def __init__(self, on_host: Tensor) -> None:
