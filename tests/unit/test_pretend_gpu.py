@@ -291,11 +291,20 @@ def test_kernels_take_the_devices_tensors_alone_and_run_when_replayed():
     assert out.tolist() == [2.0, 3.0]
 
 
-def test_one_inside_another_ends_itself_alone():
+def test_one_inside_another_is_the_same():
+    outer = on_gpu(1.0)
     with pretend_gpu():
-        inner = on_gpu(1.0)
+        inner = outer + on_gpu(1.0)
     assert torch.cuda.is_available()
-    assert (inner + on_gpu(1.0)).item() == 2.0
+    assert (inner + on_gpu(1.0)).item() == 3.0
+
+
+def test_a_number_of_the_host_is_the_same_in_every_replay():
+    x, number = on_gpu(1.0), torch.tensor(2.0)
+    graph = captured(lambda: x.mul_(number))
+    number.fill_(100.0)
+    graph.replay()
+    assert x.item() == 2.0
 
 
 def test_outside_its_tensors_are_of_no_use(pretended):

@@ -10,25 +10,27 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from headrace_core.testing.pretend_gpu import graph, journal, under_way
-from headrace_core.testing.pretend_gpu.launches import launch
-from headrace_core.testing.pretend_gpu.memory import is_pinned, pin
+from headrace_core.testing.pretend_gpu.memory import is_pinned, pin, poison
 from headrace_core.testing.pretend_gpu.streams import current_stream
 from headrace_core.testing.pretend_gpu.tensor import GpuTensor
 
 
 def to_copy(func: Any, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """`aten::_to_copy` from one to the other."""
+    """`aten::_to_copy` from one to the other; CaptureError as for `to_device`."""
     non_blocking = kwargs.pop("non_blocking", False)
+    kwargs["device"] = torch.device("cpu")
     if not isinstance(source, GpuTensor):
         to_device(source, non_blocking=non_blocking)
-        if graph.is_capturing():
-            return launch(func, (source,), kwargs, is_to_gpu=True)
-        return GpuTensor(func(source, **{**kwargs, "device": "cpu"}))
+        value: Tensor = func(source, **kwargs)
+        if graph.keep(lambda: value.copy_(source)):
+            poison(value)
+        return GpuTensor(value)
     graph.refuse_in_capture("a copy to new memory of the host")
-    value: Tensor = func(source.on_host, **{**kwargs, "device": "cpu"})
+    value = func(source.on_host, **kwargs)
     # torch pins the new memory if it need not wait.
     host = pin(value.clone()) if non_blocking else value
     _to_host(host, value, non_blocking=non_blocking)
@@ -36,7 +38,7 @@ def to_copy(func: Any, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 
 def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """`aten::copy_` from one to the other."""
+    """`aten::copy_` from one to the other; CaptureError as for `to_device`."""
     is_whole = target.shape == source.shape
     if isinstance(target, GpuTensor):
         to_device(source, non_blocking=non_blocking, is_whole=is_whole)
@@ -54,37 +56,41 @@ def to_device(host: Tensor, *, non_blocking: bool, is_whole: bool = True) -> Non
     Raises:
         CaptureError: inside a capture, unless it will be under way.
     """
-    is_free = _is_free("device", host, non_blocking=non_blocking, is_whole=is_whole)
+    is_direct = _is_direct("device", host, non_blocking=non_blocking, is_whole=is_whole)
 
     def begin() -> None:
-        journal.note_copy("device", host.nbytes, is_pinned=is_free, is_waited_for=not non_blocking)
-        if is_free:
-            under_way.start(host, host, current_stream(), is_to_host=False)
-        elif not non_blocking:
-            under_way.finish()
+        stream = current_stream()
+        journal.note_copy("device", host.nbytes, is_pinned=is_direct, is_waited_for=not non_blocking)
+        if not non_blocking:
+            under_way.finish(under_way.behind(stream))
+        elif is_direct:
+            under_way.start(host, host, stream, is_to_host=False)
 
     graph.submit(begin)
 
 
 def _to_host(host: Tensor, value: Tensor, *, non_blocking: bool, is_whole: bool = True) -> None:
     """Copy `value`, data of the device, to `host`; CaptureError as for `to_device`."""
-    is_free = _is_free("host", host, non_blocking=non_blocking, is_whole=is_whole)
+    is_direct = _is_direct("host", host, non_blocking=non_blocking, is_whole=is_whole)
 
     def copy() -> None:
-        journal.note_copy("host", host.nbytes, is_pinned=is_free, is_waited_for=not is_free)
-        if is_free:
-            under_way.start(host, value, current_stream(), is_to_host=True)
-        else:
-            under_way.finish()
+        stream = current_stream()
+        is_waited_for = not (non_blocking and is_direct)
+        journal.note_copy("host", host.nbytes, is_pinned=is_direct, is_waited_for=is_waited_for)
+        if is_waited_for:
+            under_way.finish(under_way.behind(stream))
             host.copy_(value)
+        else:
+            under_way.start(host, value, stream, is_to_host=True)
 
     graph.submit(copy)
 
 
-def _is_free(to: Literal["device", "host"], host: Tensor, *, non_blocking: bool, is_whole: bool) -> bool:
-    """Say whether a copy will be under way; inside a capture, raise if not."""
-    is_free = non_blocking and is_pinned(host) and host.is_contiguous() and is_whole
-    if not is_free:
-        why = "for which the host waits" if not non_blocking else "of memory that is not pinned, or in pieces,"
-        graph.refuse_in_capture(f"a copy to the {to} {why}")
-    return is_free
+def _is_direct(to: Literal["device", "host"], host: Tensor, *, non_blocking: bool, is_whole: bool) -> bool:
+    """Say whether the copy is one of pinned memory itself; raise inside a capture if no graph can hold it."""
+    is_direct = is_pinned(host) and host.is_contiguous() and is_whole
+    if not non_blocking:
+        graph.refuse_in_capture(f"a copy to the {to} for which the host waits")
+    elif not is_direct:
+        graph.refuse_in_capture(f"a copy to the {to} of memory that is not pinned, or in pieces,")
+    return is_direct

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-_OURS = str(Path(__file__).parent)
-_NOT_A_PLACE = (_OURS, f"{Path('/', 'site-packages', 'torch')}/", "/contextlib.py")
+import torch
+
+_NOT_A_PLACE = (f"{Path(__file__).parent}/", f"{Path(torch.__file__).parent}/", "/contextlib.py")
 
 
 @dataclass(frozen=True, slots=True)

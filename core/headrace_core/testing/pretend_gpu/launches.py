@@ -21,6 +21,9 @@ def launch(func: Any, args: Any, kwargs: dict[str, Any], *, is_to_gpu: bool) -> 
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if is_to_gpu and kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
+    if graph.is_capturing():
+        # Numbers of the host are the same in every replay.
+        args, kwargs = map_tensors(lambda each: each if isinstance(each, GpuTensor) else each.clone(), (args, kwargs))
     args, kwargs = on_host((args, kwargs))
     name: str = func._schema.name
     if name in _ALLOCATIONS:

@@ -18,6 +18,7 @@ from headrace_core.testing.pretend_gpu import rules, under_way
 from headrace_core.testing.pretend_gpu.copies import copy_, to_copy, to_device
 from headrace_core.testing.pretend_gpu.launches import launch
 from headrace_core.testing.pretend_gpu.memory import is_pinned, pin
+from headrace_core.testing.pretend_gpu.streams import current_stream
 from headrace_core.testing.pretend_gpu.tensor import DEVICE, GpuTensor
 from headrace_core.testing.pretend_gpu.trees import tensors_of
 
@@ -36,7 +37,7 @@ class Functions(TorchFunctionMode):
             like, *rest = args
             return torch.tensor(*rest, **{"dtype": like.dtype, "device": "cpu", **kwargs}).to(device or like.device)
         if func is Tensor.cuda:
-            return args[0].to(DEVICE, non_blocking=kwargs.get("non_blocking", False))
+            return _cuda(*args, **kwargs)
         if func is Tensor.to:
             # C++ would ask CUDA for the number of a device without one.
             args = tuple(DEVICE if _is(each, "cuda") else each for each in args)
@@ -92,7 +93,7 @@ class Operations(TorchDispatchMode):
             to_device(tensor, non_blocking=False)
         reason = rules.wait_of(name, args, kwargs)
         if reason:
-            under_way.wait(reason)
+            under_way.wait(reason, under_way.behind(current_stream()))
         return launch(func, args, kwargs, is_to_gpu=is_to_gpu)
 
     def _is_gpu(self, device: torch.device) -> bool:
@@ -114,6 +115,10 @@ def _on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     is_to_be_pinned = kwargs.pop("pin_memory", None)
     result = func(*args, **kwargs)
     return pin(result) if is_to_be_pinned else result
+
+
+def _cuda(tensor: Tensor, device: Any = None, non_blocking: bool = False) -> Tensor:
+    return tensor.to(DEVICE, non_blocking=non_blocking)
 
 
 def _is(device: object, kind: str) -> bool:

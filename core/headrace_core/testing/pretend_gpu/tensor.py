@@ -60,6 +60,10 @@ class GpuTensor(Tensor):
         """Return the GPU's number."""
         return 0
 
+    def data_ptr(self) -> int:
+        """Return where the data lie, though on the host."""
+        return self.on_host.data_ptr()
+
     def tolist(self) -> Any:
         """Copy to the host, as a list."""
         return self.cpu().tolist()

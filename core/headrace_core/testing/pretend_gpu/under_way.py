@@ -23,7 +23,7 @@ class UnderWayError(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class UnderWay:
-    """A copy nobody has waited for, done when any of `streams` is.
+    """A copy that nobody has waited for, done when any of `streams` is.
 
     To the host, `value` is what `host` will hold; to the device, what it held and must still hold.
     """
