@@ -61,9 +61,9 @@ def _kept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         graph.keep(lambda: func(*args, **kwargs))
         num_results = len(func._schema.returns)
         return written[0] if num_results == 1 else tuple(written) if num_results else None
-    device = {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
-    shapes = func(*_on_meta(args), **{**_on_meta(kwargs), **device})
-    results = map_tensors(lambda each: poison(torch.empty_like(each, device="cpu")), shapes)
+    # Of zeros, which are indices of everything, the results have the same shapes.
+    results = func(*map_tensors(_zeros, args), **map_tensors(_zeros, kwargs))
+    map_tensors(poison, results)
 
     def run() -> None:
         for kept, found in zip(tensors_of(results), tensors_of(func(*args, **kwargs)), strict=True):
@@ -82,8 +82,5 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def _on_meta(tree: Any) -> Any:
-    def shape_of(tensor: Tensor) -> Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-    return map_tensors(shape_of, tree)
+def _zeros(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).zero_()

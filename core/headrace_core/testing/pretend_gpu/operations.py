@@ -22,6 +22,8 @@ from headrace_core.testing.pretend_gpu.streams import current_stream
 from headrace_core.testing.pretend_gpu.tensor import DEVICE, GpuTensor
 from headrace_core.testing.pretend_gpu.trees import tensors_of
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
 
 class Functions(TorchFunctionMode):
     """Brings every way to a copy from the host to `Tensor.to`, and knows who means the device `meta` itself."""
@@ -72,9 +74,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if _is_composite(func):
-            # In inference mode they come as they are.
+            # In inference mode they come as they are. C++ takes them apart; `func.decompose` may be Python's other way.
             with self:
-                return func.decompose(*args, **kwargs)
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         name: str = func._schema.name
         tensors = tensors_of((args, kwargs))
         ours = any(isinstance(tensor, GpuTensor) for tensor in tensors)
@@ -103,7 +105,7 @@ class Operations(TorchDispatchMode):
 
 @cache
 def _is_composite(func: Any) -> bool:
-    return func._can_decompose()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
 
 
 def _on_host(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
