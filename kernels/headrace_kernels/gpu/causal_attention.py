@@ -1,9 +1,10 @@
 """`headrace_kernels.causal_attention` in Triton: one program a tile of queries and a head, keys streamed past it.
 
 A score is the sum of two dots, over a head's columns and over their tail: a width of 192 is computed as 128 + 64, not
-padded to 256, and the tail may belong to a tensor of its own that all heads share. Tiles of keys that every query of
-the tile sees are loaded and scored without a mask; those on the diagonal follow. Which rows share a tile depends on
-their own sequence alone, and so does each result, to the last bit.
+padded to 256, and the tail may belong to a tensor of its own that all heads share. One loop takes all keys, and scores
+are masked only from the diagonal on: with a loop of its own for the diagonal, ptxas would no longer let the products
+overlap, for the accumulators would meet where a loop may have had no turn. Which rows share a tile depends on their own
+sequence alone, and so does each result, to the last bit.
 
 Source: Dao, "FlashAttention-2" (arXiv 2307.08691), section 3.
 """
@@ -167,16 +168,12 @@ def _tiles(query_starts: tuple[int, ...], key_starts: tuple[int, ...], block: in
 
 
 @triton.jit
-def _load_tile(base, row_offsets, columns, is_row, WIDTH: tl.constexpr, IS_MASKED: tl.constexpr, OPERAND: tl.constexpr):
-    """Load rows x columns; zeros where `is_row` is false, if IS_MASKED, and past WIDTH."""
-    pointers = base + row_offsets[:, None] + columns[None, :]
+def _load_tile(base, row_offsets, columns, is_row, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
+    """Load rows x columns; zeros where `is_row` is false and past WIDTH."""
+    is_inside = is_row[:, None]
     if columns.shape[0] > WIDTH:
-        tile = tl.load(pointers, mask=is_row[:, None] & (columns < WIDTH)[None, :], other=0.0)
-    elif IS_MASKED:
-        tile = tl.load(pointers, mask=is_row[:, None], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile.to(OPERAND)
+        is_inside = is_inside & (columns < WIDTH)[None, :]
+    return tl.load(base + row_offsets[:, None] + columns[None, :], mask=is_inside, other=0.0).to(OPERAND)
 
 
 @triton.jit
@@ -192,18 +189,17 @@ def _add_scores(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_MASKED: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """Add the products of queries and keys over WIDTH columns: of `q`, or if CHUNK, of pieces that are loaded here."""
     if CHUNK == 0:
-        k = _load_tile(key_base, key_offsets, tl.arange(0, TILE), is_key, WIDTH, IS_MASKED, OPERAND)
+        k = _load_tile(key_base, key_offsets, tl.arange(0, TILE), is_key, WIDTH, OPERAND)
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
     else:
         for first in tl.static_range(0, WIDTH, CHUNK):
             columns = tl.arange(0, CHUNK)
-            x = _load_tile(query_base + first, query_offsets, columns, is_query, WIDTH - first, True, OPERAND)
-            k = _load_tile(key_base + first, key_offsets, columns, is_key, WIDTH - first, IS_MASKED, OPERAND)
+            x = _load_tile(query_base + first, query_offsets, columns, is_query, WIDTH - first, OPERAND)
+            k = _load_tile(key_base + first, key_offsets, columns, is_key, WIDTH - first, OPERAND)
             scores = tl.dot(x, tl.trans(k), scores, input_precision="ieee")
     return scores
 
@@ -259,10 +255,10 @@ def _attend_kernel(
     q, q_tail = None, None
     if CHUNK == 0:
         width = tl.arange(0, TILE_WIDTH)
-        q = _load_tile(query_base, query_offsets, width, is_query, WIDTH, True, OPERAND)
+        q = _load_tile(query_base, query_offsets, width, is_query, WIDTH, OPERAND)
         if TAIL > 0:
             tail = tl.arange(0, TILE_TAIL)
-            q_tail = _load_tile(query_base + WIDTH, query_offsets, tail, is_query, TAIL, True, OPERAND)
+            q_tail = _load_tile(query_base + WIDTH, query_offsets, tail, is_query, TAIL, OPERAND)
     group = (head // GROUP).to(tl.int64)
     key_base = key_ptr + group * key_head_stride
     tail_base = tail_ptr + group * tail_head_stride
@@ -272,63 +268,57 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, TILE_VALUE], tl.float32)
     num_visible = first_place + num_queries
-    # The tile's first query sees every key up to here; its last one, all that the diagonal tiles hold.
+    # Every query of the tile sees all keys before this one.
     diagonal = (first_place + 1) // BLOCK_N * BLOCK_N
-    for IS_DIAGONAL in tl.static_range(2):
-        for start in tl.range(diagonal if IS_DIAGONAL else 0, num_visible if IS_DIAGONAL else diagonal, BLOCK_N):
-            is_key = start + n < num_visible
-            if PAGE_SIZE > 0:
-                slots = tl.load(slots_ptr + first_key + start + n, mask=is_key, other=0)
-                # A page's values follow its keys.
-                rows = slots + slots // PAGE_SIZE * PAGE_SIZE
-                first_row = tl.zeros([], tl.int64)
-            else:
-                rows = n
-                first_row = first_key + start
+    for start in tl.range(0, num_visible, BLOCK_N):
+        is_key = start + n < num_visible
+        if PAGE_SIZE > 0:
+            slots = tl.load(slots_ptr + first_key + start + n, mask=is_key, other=0)
+            # A page's values follow its keys.
+            rows = slots + slots // PAGE_SIZE * PAGE_SIZE
+            first_row = tl.zeros([], tl.int64)
+        else:
+            rows = n
+            first_row = first_key + start
+        scores = _add_scores(
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+            q,
+            query_base,
+            query_offsets,
+            is_query,
+            key_base + first_row * key_stride,
+            rows * key_stride,
+            is_key,
+            WIDTH,
+            TILE_WIDTH,
+            CHUNK,
+            OPERAND,
+        )
+        if TAIL > 0:
             scores = _add_scores(
-                tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
-                q,
-                query_base,
+                scores,
+                q_tail,
+                query_base + WIDTH,
                 query_offsets,
                 is_query,
-                key_base + first_row * key_stride,
-                rows * key_stride,
+                tail_base + first_row * tail_stride,
+                rows * tail_stride,
                 is_key,
-                WIDTH,
-                TILE_WIDTH,
+                TAIL,
+                TILE_TAIL,
                 CHUNK,
-                IS_DIAGONAL,
                 OPERAND,
             )
-            if TAIL > 0:
-                scores = _add_scores(
-                    scores,
-                    q_tail,
-                    query_base + WIDTH,
-                    query_offsets,
-                    is_query,
-                    tail_base + first_row * tail_stride,
-                    rows * tail_stride,
-                    is_key,
-                    TAIL,
-                    TILE_TAIL,
-                    CHUNK,
-                    IS_DIAGONAL,
-                    OPERAND,
-                )
-            if IS_DIAGONAL:
-                is_visible = (start + n)[None, :] <= (first_place + m)[:, None]
-                # Rows past the last query see the keys that it sees.
-                scores = tl.where(is_visible & is_key[None, :], scores, float("-inf"))
-            highest_now = tl.maximum(highest, tl.max(scores, axis=1) * log2_scale)
-            weights = tl.exp2(scores * log2_scale - highest_now[:, None])
-            correction = tl.exp2(highest - highest_now)
-            total = total * correction + tl.sum(weights, axis=1)
-            v = _load_tile(
-                value_base + first_row * value_stride, rows * value_stride, value, is_key, VALUE, IS_DIAGONAL, OPERAND
-            )
-            acc = tl.dot(weights.to(OPERAND), v, acc * correction[:, None], input_precision="ieee")
-            highest = highest_now
+        if start >= diagonal:
+            is_visible = (start + n)[None, :] <= (first_place + m)[:, None]
+            scores = tl.where(is_visible, scores, float("-inf"))
+        highest_now = tl.maximum(highest, tl.max(scores, axis=1) * log2_scale)
+        weights = tl.exp2(scores * log2_scale - highest_now[:, None])
+        correction = tl.exp2(highest - highest_now)
+        total = total * correction + tl.sum(weights, axis=1)
+        v = _load_tile(value_base + first_row * value_stride, rows * value_stride, value, is_key, VALUE, OPERAND)
+        acc = tl.dot(weights.to(OPERAND), v, acc * correction[:, None], input_precision="ieee")
+        highest = highest_now
     out_rows = (first_query + m).to(tl.int64) * num_heads + head
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     is_out = is_query[:, None] & (value < VALUE)[None, :]
