@@ -16,6 +16,7 @@ from headrace_kernels.aot.resources import (
     cubin_usage,
     cuda_excess,
     ptx_matrix_units,
+    ptxas_serialised,
     ptxas_spilled_bytes,
 )
 from headrace_kernels.backend import use_backend
@@ -150,6 +151,18 @@ PTXAS = """ptxas info    : Function properties for _k
     160 bytes stack frame, 152 bytes spill stores, 200 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers
 """
+REASON = (
+    "due to non wgmma instructions defining accumulator registers of a wgmma "
+    "between start and end of the pipeline stage"
+)
+# As the ptxas of Triton 3.6.0 and of 3.7.1 writes it.
+SERIALISED = f"""ptxas info    : (C7515) Potential Performance Loss: \
+wgmma.mma_async instructions are serialized {REASON} in the function '_k'
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_k' for 'sm_90a'
+ptxas info    : Function properties for _k
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
 AMDGCN = """
 	v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
 	.amdgpu_metadata
@@ -169,6 +182,13 @@ def test_resources_of_a_cubin_are_read():
         cubin_usage("cuobjdump fatal: no such file")
     with pytest.raises(ValueError, match="ptxas"):
         ptxas_spilled_bytes("")
+
+
+def test_why_ptxas_serialises_is_read():
+    assert ptxas_serialised(SERIALISED) == REASON
+    assert ptxas_serialised(PTXAS) == ""
+    assert ptxas_serialised("Potential Performance Loss: wgmma.mma_async instructions are serialized") != ""
+    assert REASON in cuda_excess(Resources(190, 0, 0, "wgmma", serialised=REASON), num_warps=8)[0]
 
 
 def test_resources_of_amd_assembly_are_read():
@@ -246,6 +266,12 @@ def test_the_table_shows_both_targets_once_for_equal_machine_code():
     rows = [row(case=case, key=key, target=t) for case in ("c", "d") for t, key in (("cuda", "1"), ("hip", "2"))]
     lines = [line for line in table(rows, VERSIONS).splitlines() if "`_k`" in line]
     assert lines == ["| f: c | `_k` | 64 | 2.0 | wgmma | 0 | 64 (0) | 2.0 | wgmma | 0 |"]
+
+
+def test_the_table_tells_what_is_serialised():
+    serialised = row(resources=Resources(64, 0, 2048, "wgmma", serialised="due to calls"))
+    assert "| wgmma, serialised |" in table([serialised], VERSIONS)
+    assert report([serialised, row("f._combine")], VERSIONS, 1.0)["serialised"] == 1
 
 
 def test_a_launch_of_one_target_alone_has_a_line_unless_it_was_shown():

@@ -2,5 +2,6 @@
 
 `python -m headrace_kernels.aot` records what the families' `aot_cases()` launch, compiles each launch exactly as a
 launch on the GPU would, and reads from the machine code how many registers and how much shared memory it takes,
-whether it spills, and whether it multiplies on matrix units. It fails when one of that went wrong.
+whether it spills, and whether it multiplies on matrix units without one product waiting for the next. It fails when
+one of that went wrong.
 """

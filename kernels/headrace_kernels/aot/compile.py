@@ -25,9 +25,10 @@ from headrace_kernels.aot.resources import (
     cubin_usage,
     cuda_excess,
     ptx_matrix_units,
+    ptxas_serialised,
     ptxas_spilled_bytes,
 )
-from headrace_kernels.gpu.launch import Target
+from headrace_kernels.gpu.launch import Launch, Target
 
 _CRASHED = "the compiler crashed, without an exception: look above for what it printed"
 
@@ -43,8 +44,16 @@ class Compiled:
 
 
 def compile_job(job: Job) -> Compiled:
-    """Compile one launch; what the compiler raises is a problem of that launch."""
-    launch = recorded(job.family, job.case, job.target)[job.launch]
+    """Compile the launch of a job: `compile_launch`."""
+    return compile_launch(recorded(job.family, job.case, job.target)[job.launch], job.target)
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
+    """Compile one launch for `target`; what the compiler raises is a problem of that launch.
+
+    Raises:
+        ValueError: a tool that reads the machine code says something else than it did.
+    """
     cache_hits: list[bool] = []
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
@@ -53,12 +62,12 @@ def compile_job(job: Job) -> Compiled:
     knobs.compilation.listener = listen
     began_s = time.monotonic()
     try:
-        specialised = specialise(launch, job.target)
-        kernel, log = _compile(specialised, job.target)
+        specialised = specialise(launch, target)
+        kernel, log = _compile(specialised, target)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises, the other launches still compile
         return Compiled(None, (f"does not compile: {_gist(error)}",), time.monotonic() - began_s, False)
     seconds, from_cache = time.monotonic() - began_s, all(cache_hits)
-    if job.target == "cuda":
+    if target == "cuda":
         resources = _cuda_resources(kernel, specialised, log)
         problems = cuda_excess(resources, launch.num_warps)
     else:
@@ -79,21 +88,28 @@ def _cuda_resources(kernel: Any, specialised: Specialised, log: str) -> Resource
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     registers, stack_bytes, static_shared = cubin_usage(usage)
+    matrix_units = ptx_matrix_units(kernel.asm["ptx"])
+    spilled_bytes, serialised = 0, ""
+    if stack_bytes or matrix_units == "wgmma":
+        # Only ptxas knows whether a stack holds spills, and whether wgmma instructions can overlap.
+        log = _whole_log(specialised, log)
+        spilled_bytes, serialised = ptxas_spilled_bytes(log), ptxas_serialised(log)
     return Resources(
         registers=registers,
-        # Without a stack nothing can be spilled; with one, only ptxas knows whether it holds spills.
-        spilled_bytes=_spilled_bytes(specialised, log) if stack_bytes else 0,
+        spilled_bytes=spilled_bytes,
         shared_bytes=max(kernel.metadata.shared, static_shared),
-        matrix_units=ptx_matrix_units(kernel.asm["ptx"]),
+        matrix_units=matrix_units,
+        serialised=serialised,
     )
 
 
-def _spilled_bytes(specialised: Specialised, log: str) -> int:
-    if "spill stores" not in log:  # it came from the cache, which does not keep the log
+def _whole_log(specialised: Specialised, log: str) -> str:
+    """Return ptxas's log; a kernel that came from the cache, which does not keep it, is compiled again."""
+    if "spill stores" not in log:
         with knobs.compilation.scope():
             knobs.compilation.always_compile = True
             _, log = _compile(specialised, "cuda")
-    return ptxas_spilled_bytes(log)
+    return log
 
 
 def _compile(specialised: Specialised, target: Target) -> tuple[Any, str]:

@@ -63,7 +63,8 @@ def report(rows: Sequence[Row], versions: dict[str, str], seconds: float) -> dic
 
     `kernels` counts the kernels; `cuda90_kernels` and `gfx942_kernels` those that any case launches on that target;
     `cuda90_ok` and `gfx942_ok` those of the latter that have no problem in any launch. `spills` sums the bytes that a
-    thread spills over all launches; `uses_matrix_units` says whether every case that must does, on both targets.
+    thread spills over all launches, `serialised` counts the launches whose wgmma instructions ptxas serialises;
+    `uses_matrix_units` says whether every case that must does, on both targets.
     """
     kernels = {row.kernel for row in rows}
     found = failures(rows)
@@ -79,6 +80,7 @@ def report(rows: Sequence[Row], versions: dict[str, str], seconds: float) -> dic
         "kernels": len(kernels),
         **fields,
         "spills": sum(row.resources.spilled_bytes for row in compiled if row.resources is not None),
+        "serialised": sum(bool(row.resources.serialised) for row in compiled if row.resources is not None),
         "uses_matrix_units": not without_matrix_units(rows),
         "matrix_kernels": {
             name: len(
@@ -129,7 +131,8 @@ def _cells(row: Row | None) -> str:
         return "does not compile | – | – | –"
     r = row.resources
     registers = f"{r.registers} ({r.accumulators})" if row.target == "hip" else f"{r.registers}"
-    return f"{registers} | {r.shared_bytes / 1024:.1f} | {r.matrix_units or 'none'} | {r.spilled_bytes}"
+    matrix = f"{r.matrix_units or 'none'}{', serialised' if r.serialised else ''}"
+    return f"{registers} | {r.shared_bytes / 1024:.1f} | {matrix} | {r.spilled_bytes}"
 
 
 def put_between(text: str, name: str, content: str) -> str:

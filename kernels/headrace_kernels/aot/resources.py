@@ -24,6 +24,7 @@ _AMD_SIMDS = 4
 class Resources:
     """What one launch takes: `shared_bytes` per program; registers and spilled bytes per thread.
 
+    `serialised` says, in the words of ptxas, why it does not let the launch's wgmma overlap; empty if it does.
     On AMD `registers` counts vector registers of both kinds, `accumulators` those among them that only matrix
     instructions use, and `scalar_spills` scalar registers that live in lanes of vector registers: these cost moves
     but no memory, so they are told and not refused.
@@ -33,6 +34,7 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     matrix_units: MatrixUnits
+    serialised: str = ""
     accumulators: int = 0
     scalar_spills: int = 0
 
@@ -52,6 +54,16 @@ def ptxas_spilled_bytes(log: str) -> int:
     if not found:
         raise ValueError(f"no line about spills in ptxas's output: {log!r}")
     return sum(max(int(stores), int(loads)) for stores, loads in found)
+
+
+def ptxas_serialised(log: str) -> str:
+    """Read from `ptxas -v`'s output why wgmma instructions wait for one another, in its words; empty if they do not."""
+    found = re.search(
+        r"wgmma\.mma_async instructions are serialized *(.*?)(?: in the function '.*')?$", log, re.MULTILINE
+    )
+    if found is None:
+        return ""
+    return found.group(1) or "for a reason that ptxas does not give"
 
 
 def ptx_matrix_units(ptx: str) -> MatrixUnits:
@@ -82,8 +94,13 @@ def _amd_field(amdgcn: str, name: str) -> int:
 
 
 def cuda_excess(resources: Resources, num_warps: int) -> list[str]:
-    """Return what of sm_90's limits a launch of `num_warps` warps of 32 threads exceeds, in words."""
+    """Return what is wrong on sm_90 with a launch of `num_warps` warps of 32 threads, in words."""
     problems = _spills(resources)
+    if resources.serialised:
+        problems.append(
+            f"wgmma instructions are serialised {resources.serialised}: let one loop alone sum into an accumulator, "
+            "with tiles that leave registers free"
+        )
     if resources.shared_bytes > _CUDA_SHARED_BYTES:
         problems.append(_too_much_shared(resources.shared_bytes, _CUDA_SHARED_BYTES))
     if resources.registers > _CUDA_REGISTERS_PER_THREAD:
@@ -98,7 +115,7 @@ def cuda_excess(resources: Resources, num_warps: int) -> list[str]:
 
 
 def amd_excess(resources: Resources, num_warps: int) -> list[str]:
-    """Return what of gfx942's limits a launch of `num_warps` waves of 64 lanes exceeds, in words."""
+    """Return what is wrong on gfx942 with a launch of `num_warps` waves of 64 lanes, in words."""
     problems = _spills(resources)
     if resources.shared_bytes > _AMD_LDS_BYTES:
         problems.append(_too_much_shared(resources.shared_bytes, _AMD_LDS_BYTES))
