@@ -60,9 +60,10 @@ def combine_assignments(
 def default_tile(dtype: torch.dtype, block_size: int, is_gated: bool) -> configs.Config:
     """Return the tile for blocks of `block_size` rows. BLOCK_N counts gate columns; as many of up come with them."""
     narrow = 2 if is_gated else 1
-    if dtype == torch.float32:
-        return _tile(32, 32, 4, 2, per_sm=2)
     is_hip = target() == "hip"
+    if dtype == torch.float32:
+        # Without matrix units 4 warps lack registers for 128 rows; of 8 warps, too, two programs fit a multiprocessor.
+        return _tile(32, 32, 8 if block_size == 128 and not is_hip else 4, 2, per_sm=2)
     if dtype == FP8:
         is_large = block_size == 128
         return _tile(
