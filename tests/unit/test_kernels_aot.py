@@ -1,14 +1,19 @@
 """The pure parts of ahead-of-time compilation: specialisation, reading resources, limits, verdicts, the table."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import triton.language as tl
+from headrace_kernels.aot import __main__ as program
 from headrace_kernels.aot.launches import cases, specialise
-from headrace_kernels.aot.report import Row, failures, put_between, report, table
+from headrace_kernels.aot.other_triton import report_under
+from headrace_kernels.aot.report import Row, failures, put_between, report, rows_of, table
 from headrace_kernels.aot.resources import (
     Resources,
     amd_excess,
@@ -274,6 +279,16 @@ def test_the_table_tells_what_is_serialised():
     assert report([serialised, row("f._combine")], VERSIONS, 1.0)["serialised"] == 1
 
 
+def test_the_table_shows_another_tritons_figures_where_they_differ():
+    rows = [row(), row(target="hip", units="mfma")]
+    there = [row(spilled=40), row(target="hip", units="mfma")]
+    also = json.loads(json.dumps(report(there, {"triton": "3.6.0"}, 1.0)))
+    assert rows_of(also) == there
+    lines = table(rows, VERSIONS, also).splitlines()
+    assert lines[0].startswith("Compiled with Triton 3.7.1 and, after a slash where it differs, 3.6.0.")
+    assert lines[-1] == "| f: c | `_k` | 64 | 2.0 | wgmma | 0 / 40 | 64 (0) | 2.0 | mfma | 0 |"
+
+
 def test_a_launch_of_one_target_alone_has_a_line_unless_it_was_shown():
     rows = [row("f._k", key="1"), row("g._sort", "hip", key="2"), row("g._sort", "hip", key="2", case="d")]
     lines = table(rows, VERSIONS).splitlines()
@@ -294,3 +309,40 @@ def test_the_interpreter_is_refused():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1 is set" in done.stdout
+
+
+def test_what_fails_with_the_other_triton_fails(monkeypatch, tmp_path):
+    bad = row(spilled=4, problems=("spills 4 bytes a thread: use smaller tiles",))
+    for there, status in (([row()], 0), ([bad], 1)):
+        monkeypatch.setattr(program, "_compile", lambda *_: ([row()], []))
+        monkeypatch.setattr(program, "report_under", lambda *_, rows=there: report(rows, {"triton": "3.6.0"}, 1.0))
+        monkeypatch.setattr(sys, "argv", ["aot", "--also-triton", "there", "--json", str(tmp_path / "report.json")])
+        assert program.main() == status
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert written["also"]["versions"] == {"triton": "3.6.0"}
+        assert [message[:40] for message in written["failures"]] == status * [
+            "Triton 3.6.0: f, case 'c', cuda:90, kern"
+        ]
+
+
+def test_the_other_triton_is_another(monkeypatch, capsys):
+    monkeypatch.setattr(program, "report_under", lambda *_: report([row()], program.versions(), 1.0))
+    monkeypatch.setattr(sys, "argv", ["aot", "--also-triton", "there"])
+    assert program.main() == 2
+    assert "which is the installed one" in capsys.readouterr().out
+
+
+def test_the_other_triton_is_found_first_and_must_report(tmp_path):
+    with pytest.raises(ValueError, match="no Triton in"):
+        report_under(tmp_path, [])
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise SystemExit(7)")
+    with pytest.raises(ValueError, match="exit status 7"):
+        report_under(tmp_path, [])
+
+
+def test_the_other_triton_is_the_oldest_that_is_allowed():
+    root = Path(__file__).parents[2]
+    (allowed,) = re.findall(r'"triton>=([\d.]+)"', (root / "pyproject.toml").read_text())
+    (compiled_with,) = re.findall(r"^OLDEST_TRITON := ([\d.]+)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert compiled_with.startswith(f"{allowed}.")

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from headrace_kernels.aot.compile import Compiled, compile_all
 from headrace_kernels.aot.launches import Job, cases, find_families, keyed_jobs, recorded, tile_text, versions
+from headrace_kernels.aot.other_triton import report_under
 from headrace_kernels.aot.report import OK_FIELDS, TARGET_NAMES, Row, put_between, report, table
 from headrace_kernels.gpu.launch import Target
 
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--family", action="append", help="only this family; may be given more than once")
     parser.add_argument("--target", choices=list(TARGET_NAMES.values()), help="only this target; default: both")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (default: 2)")
+    parser.add_argument("--also-triton", type=Path, metavar="FOLDER", help="compile with the Triton in there, too")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the report there")
     parser.add_argument("--write-table", type=Path, metavar="PATH", help="rewrite the table in that Markdown file")
     options = parser.parse_args()
@@ -36,22 +38,36 @@ def main() -> int:
     if options.write_table and (options.family or options.target):
         console.print("--write-table needs every family and target: leave out --family and --target.")
         return 2
-    began_s = time.monotonic()
     try:
+        also = _also(options) if options.also_triton else None
+        began_s = time.monotonic()
         rows, not_recorded = _compile(options.family, options.target, options.jobs)
     except ValueError as error:
         console.print(f"{error}", markup=False)
         return 2
     result = report(rows, versions(), time.monotonic() - began_s)
     result["failures"] = not_recorded + result["failures"]
+    if also:
+        result["also"] = also
+        result["failures"] += [f"Triton {also['versions']['triton']}: {message}" for message in also["failures"]]
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.write_table:
-        text = put_between(options.write_table.read_text(), "kernels-aot", table(rows, versions()))
+        text = put_between(options.write_table.read_text(), "kernels-aot", table(rows, versions(), also))
         options.write_table.write_text(text)
     _say(result, rows)
     return 1 if result["failures"] else 0
+
+
+def _also(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the report of the same command under the Triton of --also-triton; ValueError if that is this one."""
+    arguments = [f"--jobs={options.jobs}", *(f"--family={family}" for family in options.family or [])]
+    arguments += [f"--target={options.target}"] if options.target else []
+    also = report_under(options.also_triton, arguments)
+    if also["versions"]["triton"] == versions()["triton"]:
+        raise ValueError(f"{options.also_triton} holds Triton {versions()['triton']}, which is the installed one")
+    return also
 
 
 def _compile(families: list[str] | None, target: str | None, num_processes: int) -> tuple[list[Row], list[str]]:
@@ -94,8 +110,8 @@ def _say(result: dict[str, Any], rows: list[Row]) -> None:
         if target in tried
     )
     console.print(
-        f"{result['kernels']} kernels in {result['cases']} cases, well are {well or 'none'}; "
-        f"{result['compiled']} distinct launches in {result['wall_s']} s{cached}."
+        f"Triton {result['versions']['triton']}: {result['kernels']} kernels in {result['cases']} cases, "
+        f"well are {well or 'none'}; {result['compiled']} distinct launches in {result['wall_s']} s{cached}."
     )
     compiled = {row.key: row for row in rows if not row.from_cache}.values()
     for row in sorted(compiled, key=lambda r: -r.seconds)[:3]:

@@ -99,13 +99,27 @@ def report(rows: Sequence[Row], versions: dict[str, str], seconds: float) -> dic
     }
 
 
-def table(rows: Sequence[Row], versions: dict[str, str]) -> str:
-    """Return the table for docs/kernels.md: a line a launch, both targets in it; equal machine code only once."""
+def rows_of(report: dict[str, Any]) -> list[Row]:
+    """Return the rows that a report was made of."""
+    return [_row(**launch) for launch in report["launches"]]
+
+
+def _row(resources: dict[str, Any] | None, problems: Sequence[str], **fields: Any) -> Row:
+    return Row(resources=None if resources is None else Resources(**resources), problems=tuple(problems), **fields)
+
+
+def table(rows: Sequence[Row], versions: dict[str, str], also: dict[str, Any] | None = None) -> str:
+    """Return the table for docs/kernels.md: a line a launch, both targets in it; equal machine code only once.
+
+    Where a figure is another one in `also`, another Triton's report, that follows after a slash.
+    """
     pairs: dict[tuple[str, str, str, int], dict[str, Row]] = {}
     for row in rows:
-        pairs.setdefault((row.family, row.case, row.kernel, row.nth), {})[row.target] = row
+        pairs.setdefault(_place(row), {})[row.target] = row
+    others = {(*_place(row), row.target): row for row in rows_of(also)} if also else {}
+    by = versions["triton"] + (f" and, after a slash where it differs, {also['versions']['triton']}" if also else "")
     lines = [
-        f"Compiled with Triton {versions['triton']}. Registers are a thread's (a lane's, of which accumulators), "
+        f"Compiled with Triton {by}. Registers are a thread's (a lane's, of which accumulators), "
         "shared memory a program's.",
         "",
         "| Case | Kernel | sm_90: registers | shared KiB | matrix | spills "
@@ -113,26 +127,35 @@ def table(rows: Sequence[Row], versions: dict[str, str]) -> str:
         "|---|---|--:|--:|---|--:|--:|--:|---|--:|",
     ]
     shown: set[str] = set()
-    for (family, case, kernel, _), pair in pairs.items():
+    for place, pair in pairs.items():
         keys = {row.key for row in pair.values()}
         if keys <= shown:
             continue
         shown |= keys
+        family, case, kernel, _ = place
         name = case if case.startswith(family) else f"{family}: {case}"
-        cells = " | ".join(_cells(pair.get(target)) for target in TARGET_NAMES)
-        lines.append(f"| {name} | `{kernel.rpartition('.')[2]}` | {cells} |")
+        cells: list[str] = []
+        for target in TARGET_NAMES:
+            here = _cells(pair.get(target))
+            there = _cells(others.get((*place, target))) if also else here
+            cells += [a if a == b else f"{a} / {b}" for a, b in zip(here, there, strict=True)]
+        lines.append(f"| {name} | `{kernel.rpartition('.')[2]}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(row: Row | None) -> str:
+def _place(row: Row) -> tuple[str, str, str, int]:
+    return row.family, row.case, row.kernel, row.nth
+
+
+def _cells(row: Row | None) -> tuple[str, str, str, str]:
     if row is None:
-        return "– | – | – | –"
+        return "–", "–", "–", "–"
     if row.resources is None:
-        return "does not compile | – | – | –"
+        return "does not compile", "–", "–", "–"
     r = row.resources
     registers = f"{r.registers} ({r.accumulators})" if row.target == "hip" else f"{r.registers}"
     matrix = f"{r.matrix_units or 'none'}{', serialised' if r.serialised else ''}"
-    return f"{registers} | {r.shared_bytes / 1024:.1f} | {matrix} | {r.spilled_bytes}"
+    return registers, f"{r.shared_bytes / 1024:.1f}", matrix, f"{r.spilled_bytes}"
 
 
 def put_between(text: str, name: str, content: str) -> str:
