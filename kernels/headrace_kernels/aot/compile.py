@@ -16,6 +16,7 @@ from typing import Any
 
 import triton
 from triton import knobs
+from triton.compiler import make_backend
 
 from headrace_kernels.aot.launches import TARGETS, Job, Specialised, recorded, specialise
 from headrace_kernels.aot.resources import (
@@ -92,7 +93,7 @@ def _cuda_resources(kernel: Any, specialised: Specialised, log: str) -> Resource
     spilled_bytes, serialised = 0, ""
     if stack_bytes or matrix_units == "wgmma":
         # Only ptxas knows whether a stack holds spills, and whether wgmma instructions can overlap.
-        log = _whole_log(specialised, log)
+        log = _whole_log(kernel, specialised, log)
         spilled_bytes, serialised = ptxas_spilled_bytes(log), ptxas_serialised(log)
     return Resources(
         registers=registers,
@@ -103,22 +104,26 @@ def _cuda_resources(kernel: Any, specialised: Specialised, log: str) -> Resource
     )
 
 
-def _whole_log(specialised: Specialised, log: str) -> str:
-    """Return ptxas's log; a kernel that came from the cache, which does not keep it, is compiled again."""
-    if "spill stores" not in log:
-        with knobs.compilation.scope():
-            knobs.compilation.always_compile = True
-            _, log = _compile(specialised, "cuda")
-    return log
+def _whole_log(kernel: Any, specialised: Specialised, log: str) -> str:
+    """Return ptxas's log; if the kernel comes from the cache, which does not keep it, by running ptxas again."""
+    if "spill stores" in log:
+        return log
+    backend: Any = make_backend(TARGETS["cuda"])
+    options = backend.parse_options(specialised.options)
+    return _logged(backend.make_cubin, kernel.asm["ptx"], {}, options, TARGETS["cuda"].arch)[1]
 
 
 def _compile(specialised: Specialised, target: Target) -> tuple[Any, str]:
     """Return the compiled kernel and what Triton printed: ptxas's log, and on an error the whole PTX."""
+    return _logged(triton.compile, specialised.source, target=TARGETS[target], options=specialised.options)
+
+
+def _logged(run: Callable[..., Any], *arguments: Any, **keywords: Any) -> tuple[Any, str]:
     log = io.StringIO()
     with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
-        kernel = triton.compile(specialised.source, target=TARGETS[target], options=specialised.options)
-    return kernel, log.getvalue()
+        result = run(*arguments, **keywords)
+    return result, log.getvalue()
 
 
 def compile_all(jobs: Iterable[Job], num_processes: int, finished: Callable[[], None]) -> dict[Job, Compiled]:
