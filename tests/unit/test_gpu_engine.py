@@ -20,7 +20,9 @@ from tests.perf.gpu_engine.tokens import CONFIGS, load_oracle, num_equal
 from tests.perf.kernels.ceilings import H200_ASSUMED, Ceilings
 
 FULL, TINY = SHAPES["v2-lite"], SHAPES["tiny"]
-CEILINGS = Ceilings(copy_tb_s=4.0, read_tb_s=5.0, bf16_tflops=800.0, fp8_tflops=None, launch_gap_us=1.0)
+CEILINGS = Ceilings(
+    copy_tb_s=4.0, read_tb_s=5.0, bf16_tflops=800.0, fp32_tflops=50.0, fp8_tflops=None, launch_gap_us=1.0
+)
 
 
 def test_the_full_shape_is_v2_lites(tmp_path):

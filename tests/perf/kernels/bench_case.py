@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from headrace_kernels.gpu.configs import Config
@@ -16,9 +18,9 @@ class BenchCase:
     """One kernel at one shape.
 
     `bytes_moved` and `flops` are what cannot be avoided; the floor is the longer of both at the measured ceilings.
-    `ceiling` names the matrix rate that bounds it ("bf16" or "fp8"). `peers` are others' kernels of the same function
-    on the same buffers; `eager_peers` are those that wait for the host, which no CUDA graph can hold: they are timed
-    call by call. `published_us` is another's figure on an H200, with its source.
+    `ceiling` names the rate that bounds it: "bf16" or "fp8" of matrix units, "fp32" without. `peers` are others'
+    kernels of the same function on the same buffers; `eager_peers` are those that wait for the host, which no CUDA
+    graph can hold: they are timed call by call. `published_us` is another's figure on an H200, with its source.
     """
 
     family: str
@@ -34,9 +36,23 @@ class BenchCase:
 
 
 TuningCase = tuple[str, str, list[Config], BenchCase]
-"""What a family's `tuning()` lists: family, key of `configs.config`, candidates (the default first), a case to time."""
+"""What `tuning()` lists: family, key of `configs.config`, candidates beside the launcher's default, a case to time."""
+
+# Beyond it making the calls takes longer than measuring them, and what is so small is bound by its launch.
+_MOST_BUFFERS = 1024
+_most_buffers: ContextVar[int] = ContextVar("most_buffers", default=_MOST_BUFFERS)
 
 
 def num_buffers(bytes_of_one: float) -> int:
-    """Return how many buffers of that size to take in turn so that no L2 cache holds them: 2 to 64, about 256 MB."""
-    return max(2, min(64, round(256e6 / max(bytes_of_one, 1))))
+    """Return how many buffers of that size to take in turn so that no L2 cache holds them: about 256 MB, or 1024."""
+    return min(max(2, round(256e6 / max(bytes_of_one, 1))), _most_buffers.get())
+
+
+@contextmanager
+def buffers_at_most(count: int) -> Generator[None]:
+    """Let cases make no more buffers than `count`, where nothing is measured."""
+    token = _most_buffers.set(count)
+    try:
+        yield
+    finally:
+        _most_buffers.reset(token)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import headrace_kernels
 import torch
 import triton
 
-_NOT_FAMILIES = {"bench_case", "ceilings", "harness", "parity", "peers", "report", "rows", "tune"}
 _GRAPH_S = 5e-3
 _MAX_GRAPH_CALLS = 4096
 _REPLAYS = 30
@@ -71,6 +71,14 @@ def measure_eager_us(calls: Sequence[Callable[[], object]]) -> float:
     return _median_us(make_all, _EAGER_ROUNDS) / len(calls)
 
 
+def measure_host_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Return how long a round of calls takes where there is no GPU, µs a call: it means nothing but that they run."""
+    began_s = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - began_s) * 1e6 / len(calls)
+
+
 def _median_us(run: Callable[[], object], rounds: int) -> float:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in events:
@@ -108,10 +116,16 @@ def is_usable() -> bool:
     return torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
+def family_modules() -> list[str]:
+    """Return the modules of the families' benchmarks: those named as an entry of the kernels, in their order."""
+    entries = Path(headrace_kernels.__file__).parent
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if (entries / path.name).exists())
+    return [f"{__package__}.{name}" for name in names]
+
+
 def families(attribute: str) -> dict[str, Callable[[], list[Any]]]:
     """Return the function named `attribute` ("cases", "tuning") of every family's benchmark that has one, by family."""
-    names = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - _NOT_FAMILIES)
-    modules = {name: importlib.import_module(f"{__package__}.{name}") for name in names}
+    modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in family_modules()}
     return {name: getattr(module, attribute) for name, module in modules.items() if hasattr(module, attribute)}
 
 

@@ -1,4 +1,7 @@
-"""A layer's experts, all launches together, beside torch's grouped product; experts hit are counted, not assumed."""
+"""A layer's experts with its residual, all launches together; experts hit are counted, not assumed.
+
+The peer is torch's grouped product with what it needs around it: index kernels that sort rows by expert and back.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,13 @@ class Layer:
 
     @property
     def expert_bytes(self) -> float:
-        return 3.0 * self.hidden * self.width * self.dtype.itemsize
+        values = 3.0 * self.hidden * self.width * self.dtype.itemsize
+        scales = 3 * num_groups(self.hidden) * num_groups(self.width) if self.dtype == FP8 else 0
+        return values + 4.0 * scales
+
+    def step_bytes(self, tokens: int) -> float:
+        """Return what tokens and their routing take: tokens, residuals and results; ids of 8 bytes, weights of 4."""
+        return tokens * (6.0 * self.hidden + 12.0 * self.top_k)
 
 
 LAYERS = (
@@ -63,12 +72,14 @@ def _case(layer: Layer, tokens: int) -> BenchCase:
     is_local = experts < layer.num_local
     num_hit = len(experts[is_local].unique())
     rows = int(is_local.sum())
-    peers = {"torch._grouped_mm": _calls(_torch, layer, tokens)} if layer.dtype == torch.bfloat16 else {}
+    peers = (
+        {"torch._grouped_mm and index kernels": _calls(_torch, layer, tokens)} if layer.dtype == torch.bfloat16 else {}
+    )
     return BenchCase(
         family="moe_experts",
         shape=f"{layer.name} {layer.dtype.itemsize * 8} bit T={tokens}, {num_hit} of {layer.num_local} experts hit",
         calls=_calls(_ours, layer, tokens),
-        bytes_moved=num_hit * layer.expert_bytes + 4.0 * tokens * layer.hidden,
+        bytes_moved=num_hit * layer.expert_bytes + layer.step_bytes(tokens),
         flops=6.0 * rows * layer.hidden * layer.width,
         ceiling="fp8" if layer.dtype == FP8 else "bf16",
         peers=peers,
@@ -83,38 +94,59 @@ def _routing(layer: Layer, tokens: int) -> Tensor:
     return torch.rand(tokens, layer.num_experts, generator=generator).topk(layer.top_k, dim=1).indices
 
 
-def _calls(run: Callable[..., object], layer: Layer, tokens: int) -> Calls:
+def _calls(run: Callable[[Inputs], object], layer: Layer, tokens: int) -> Calls:
     def make() -> list[Callable[[], object]]:
-        return [partial(run, *_inputs(layer, tokens)) for _ in range(num_buffers(layer.num_local * layer.expert_bytes))]
+        return [partial(run, _inputs(layer, tokens)) for _ in range(num_buffers(layer.num_local * layer.expert_bytes))]
 
     return make
 
 
-def _inputs(layer: Layer, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer computes from; `num_experts` are those that tokens chose from, local or not."""
+
+    x: Tensor
+    residual: Tensor
+    experts: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    scales: tuple[Tensor, Tensor] | None
+    num_experts: int
+
+
+def _inputs(layer: Layer, tokens: int) -> Inputs:
     def weight(*shape: int) -> Tensor:
         return torch.stack([(torch.randn(shape[1:], device="cuda") / 32).to(layer.dtype) for _ in range(shape[0])])
 
-    x = torch.randn(tokens, layer.hidden, device="cuda", dtype=torch.bfloat16)
+    x, residual = (torch.randn(tokens, layer.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     experts = _routing(layer, tokens).cuda()
     weights = torch.rand(experts.shape, device="cuda")
     gate_up = weight(layer.num_local, 2 * layer.width, layer.hidden)
     down = weight(layer.num_local, layer.hidden, layer.width)
+    return Inputs(x, residual, experts, weights, gate_up, down, _scales(layer), layer.num_experts)
+
+
+def _scales(layer: Layer) -> tuple[Tensor, Tensor] | None:
     if layer.dtype != FP8:
-        return x, experts, weights, gate_up, down, None
+        return None
     groups = num_groups(layer.hidden), num_groups(layer.width)
-    scales = [torch.ones(layer.num_local, *shape, device="cuda") for shape in ((2 * groups[1], groups[0]), groups)]
-    return x, experts, weights, gate_up, down, (scales[0], scales[1])
+    gate_up = torch.ones(layer.num_local, 2 * groups[1], groups[0], device="cuda")
+    return gate_up, torch.ones(layer.num_local, *groups, device="cuda")
 
 
-def _ours(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, scales: object) -> Tensor:
-    return moe_experts(x, experts, weights, gate_up, down, scales=scales)  # type: ignore[arg-type]
+def _ours(inputs: Inputs) -> Tensor:
+    routing, stacks = (inputs.experts, inputs.weights), (inputs.gate_up, inputs.down)
+    options = {"residual": inputs.residual, "num_experts": inputs.num_experts, "scales": inputs.scales}
+    return moe_experts(inputs.x, *routing, *stacks, **options)  # type: ignore[arg-type]
 
 
-def _torch(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, _: object) -> Tensor:
+def _torch(inputs: Inputs) -> Tensor:
+    x, experts = inputs.x, inputs.experts
     order = experts.view(-1).argsort(stable=True)
-    counts = (experts.view(-1, 1) == torch.arange(len(gate_up), device=x.device)).sum(dim=0)
+    counts = (experts.view(-1, 1) == torch.arange(len(inputs.gate_up), device=x.device)).sum(dim=0)
     ends = counts.cumsum(0).int()
-    gate, up = torch._grouped_mm(x[order // experts.shape[1]], gate_up.transpose(1, 2), ends).chunk(2, dim=1)
-    rows = torch._grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends)
+    gate, up = torch._grouped_mm(x[order // experts.shape[1]], inputs.gate_up.transpose(1, 2), ends).chunk(2, dim=1)
+    rows = torch._grouped_mm(F.silu(gate) * up, inputs.down.transpose(1, 2), ends)
     per_token = torch.empty_like(rows).index_copy_(0, order, rows).view(*experts.shape, -1)
-    return (per_token * weights[:, :, None]).sum(dim=1).to(x.dtype)
+    return inputs.residual + (per_token * inputs.weights[:, :, None]).sum(dim=1).to(x.dtype)

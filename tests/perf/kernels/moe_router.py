@@ -24,7 +24,7 @@ Layer = Callable[[Tensor, Tensor, Router], object]
 
 
 def cases() -> list[BenchCase]:
-    """Decode steps. Bytes: the router's weights, and the tokens twice."""
+    """Decode steps. Bytes: the router's weights, and the tokens twice; logits are float32, without matrix units."""
     return [_case(name, tokens) for name in WIDTHS for tokens in TOKENS]
 
 
@@ -35,6 +35,8 @@ def _case(name: str, tokens: int) -> BenchCase:
         shape=f"{name} T={tokens}",
         calls=_calls(_ours, name, tokens),
         bytes_moved=4.0 * num_experts * width + 4.0 * tokens * width,
+        flops=2.0 * tokens * num_experts * width,
+        ceiling="fp32",
         peers={"four steps": _calls(_four_steps, name, tokens), "torch unsorted": _calls(_torch, name, tokens)},
     )
 

@@ -12,7 +12,7 @@ themselves, from wherever it is installed; nothing of it is part of this reposit
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.perf.kernels.bench_case import BenchCase, Calls
@@ -35,7 +35,7 @@ def load_adapters(folder: Path) -> list[Adapter]:
     return adapters
 
 
-def peers_of(case: BenchCase, adapters: list[Adapter]) -> dict[str, Calls]:
+def peers_of(case: BenchCase, adapters: Sequence[Adapter]) -> dict[str, Calls]:
     """Return the case's own peers and those that the adapters add."""
     found = dict(case.peers)
     for adapter in adapters:
