@@ -23,27 +23,42 @@ Config = Mapping[str, int]
 
 TUNED = Path(__file__).parent / "tuned"
 
-_candidate: ContextVar[tuple[str, Config] | None] = ContextVar("candidate", default=None)
+_candidate: ContextVar[tuple[str, str | None, Config] | None] = ContextVar("candidate", default=None)
+_asked: ContextVar[dict[tuple[str, str], Config] | None] = ContextVar("asked", default=None)
 
 
 def config(family: str, key: str, default: Config, tensor: Tensor) -> Config:
     """Return the configuration of `family` for the shapes that `key` names, on the GPU of `tensor`."""
+    asked = _asked.get()
+    if asked is not None:
+        asked[family, key] = default
     candidate = _candidate.get()
-    if candidate is not None and candidate[0] == family:
-        return candidate[1]
+    if candidate is not None and candidate[0] == family and candidate[1] in (None, key):
+        return candidate[2]
     if not tensor.is_cuda or is_interpreted():
         return default
     return _tuned(torch.cuda.get_device_name(tensor.device)).get(family, {}).get(key, default)
 
 
 @contextmanager
-def use_config(family: str, candidate: Config) -> Generator[None]:
-    """Let `config` answer `candidate` for `family`: how `make tune` tries one, and tests small tiles."""
-    token = _candidate.set((family, candidate))
+def use_config(family: str, candidate: Config, key: str | None = None) -> Generator[None]:
+    """Let `config` answer `candidate` for `family`: how `make tune` tries one for a key, and tests small tiles."""
+    token = _candidate.set((family, key, candidate))
     try:
         yield
     finally:
         _candidate.reset(token)
+
+
+@contextmanager
+def asking() -> Generator[dict[tuple[str, str], Config]]:
+    """Yield what `config` is asked for meanwhile, the defaults by family and key: what there is to tune in a call."""
+    asked: dict[tuple[str, str], Config] = {}
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
 
 
 def tuned_path(device_name: str) -> Path:

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels.expert_blocks import empty_blocks
+from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.launch import launch, num_sms, target
 from headrace_kernels.gpu.moe_routing import column_experts, empty_routing, route, routing_constants
 from headrace_kernels.gpu.moe_sort import bins, sort_few
@@ -36,6 +37,7 @@ _BLOCK_T = 16
 _BLOCK_N = 32
 _MOST_SLICES = 8
 _MOST_TILES = 64
+DEFAULT_CONFIG: configs.Config = {"num_warps": 4, "num_stages": 2}
 
 
 def is_one_launch() -> bool:
@@ -96,9 +98,14 @@ def route_and_sort(
         BLOCK_T=_BLOCK_T,
         BLOCK_N=_BLOCK_N,
         MOST_TILES=_MOST_TILES,
-        num_warps=4,
+        **configs.config("moe_router", config_key(num_routed, width), DEFAULT_CONFIG, x),
     )
     return RoutedTokens(normalised, experts, weights, blocks)
+
+
+def config_key(num_experts: int, width: int) -> str:
+    """Return the key of a configuration: never the number of rows, which a row's sums must not depend on."""
+    return f"{num_experts}x{width}"
 
 
 def _experts_of_program(num_experts: int, programs_per_block: int, x: Tensor) -> int:

@@ -9,11 +9,12 @@ import torch
 from headrace_kernels import use_backend
 from headrace_kernels.backend import Backend
 from headrace_kernels.causal_attention import causal_attention
-from headrace_kernels.gpu.causal_attention import config_key, default_config
+from headrace_kernels.gpu.causal_attention import config_key
 from headrace_kernels.gpu.configs import Config
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
+from tests.perf.kernels.tiles import fits
 
 # Query heads, key heads, key width, value width.
 HEADS = {"V3": (128, 128, 192, 128), "V2-Lite": (16, 16, 192, 128), "Mixtral": (32, 8, 128, 128)}
@@ -29,24 +30,29 @@ def cases() -> list[BenchCase]:
 
 
 def tuning() -> list[TuningCase]:
-    """Tiles around the default, at 8,192 tokens."""
+    """Tiles, at 8,192 tokens."""
     found: list[TuningCase] = []
     for model in ("V3", "Mixtral"):
         heads, _, key_dim, value_dim = HEADS[model]
         query = torch.empty(1, heads, key_dim, dtype=torch.bfloat16, device="meta")
-        found.append(("causal_attention", config_key(query, value_dim), _candidates(query), _case(model, 8192)))
+        changes = _changes(key_dim, value_dim)
+        found.append(("causal_attention", config_key(query, value_dim), changes, _case(model, 8192)))
     return found
 
 
-def _candidates(query: Tensor) -> list[Config]:
-    default = default_config(query)
-    others: list[Config] = [
-        {"BLOCK_M": m, "BLOCK_N": n, "CHUNK": 0, "num_warps": num_warps, "num_stages": num_stages}
+def _changes(key_dim: int, value_dim: int) -> list[Config]:
+    """Queries stay in shared memory beside the stages; scores and the result's sums are registers."""
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
         for m, num_warps in ((64, 4), (128, 4), (128, 8))
         for n in (32, 64, 128)
         for num_stages in (1, 2, 3, 4)
+        if fits(
+            num_warps,
+            shared_bytes=2 * (m * key_dim + num_stages * n * (key_dim + value_dim)),
+            values=m * (n + value_dim),
+        )
     ]
-    return [default, *(config for config in others if config != default)]
 
 
 def attention_flops(num_heads: int, widths: int, queries: int, keys: int) -> float:

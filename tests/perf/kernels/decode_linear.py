@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from headrace_kernels.decode_linear import linear_add, norm_linear
 from headrace_kernels.gpu.configs import Config
-from headrace_kernels.gpu.decode_linear import default_config, key
+from headrace_kernels.gpu.decode_linear import key
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
+from tests.perf.kernels.tiles import fits
 
 # Inputs and outputs: query and latent projections, which follow a norm, and output projections, which a residual joins.
 NORM_SHAPES = {"V2-Lite": (2048, 3648), "V3": (7168, 2112), "Mixtral": (4096, 6144)}
@@ -30,28 +31,26 @@ def cases() -> list[BenchCase]:
 
 
 def tuning() -> list[TuningCase]:
-    """Tiles around the default, for every shape of `cases`."""
+    """Tiles for every shape of `cases`."""
     found: list[TuningCase] = []
     for kind, shapes in (("norm_linear", NORM_SHAPES), ("linear_add", ADD_SHAPES)):
         for name, (inputs, outputs) in shapes.items():
             weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device="meta")
             for tokens in (16, 32, 64, 128, 256):
-                candidates = _candidates(tokens, weight)
-                found.append(("decode_linear", key(tokens, weight), candidates, _case(kind, name, tokens)))
+                found.append(("decode_linear", key(tokens, weight), _changes(tokens), _case(kind, name, tokens)))
     return found
 
 
-def _candidates(tokens: int, weight: Tensor) -> list[Config]:
-    default = default_config(tokens, weight)
-    others: list[Config] = [
+def _changes(tokens: int) -> list[Config]:
+    return [
         {"BLOCK_O": outputs, "BLOCK_T": tile, "BLOCK_I": inputs, "num_warps": num_warps, "num_stages": num_stages}
         for outputs in (16, 32, 64, 128)
         for tile in (16, 32, 64)
         for inputs, num_stages in ((128, 4), (128, 6), (256, 3))
         for num_warps in (4, 8)
-        if tile <= tokens and 2 * inputs * num_stages * (outputs + tile) <= 200 * 1024
+        if tile <= tokens
+        and fits(num_warps, shared_bytes=2 * inputs * num_stages * (outputs + tile), values=outputs * tile)
     ]
-    return [default, *(config for config in others if config != default)]
 
 
 def _case(kind: str, name: str, tokens: int) -> BenchCase:

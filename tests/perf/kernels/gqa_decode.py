@@ -8,10 +8,12 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from headrace_kernels.gpu.configs import Config
 from headrace_kernels.gqa_decode import gqa_decode, plan_gqa_decode
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
+from tests.perf.kernels.tiles import fits
 
 _HEADS, _GROUPS, _DIM, _PAGE = 32, 8, 128, 64
 _SCALE = _DIM**-0.5
@@ -24,11 +26,12 @@ def cases() -> list[BenchCase]:
 
 def tuning() -> list[TuningCase]:
     """Tiles for heads of 128."""
-    candidates = [
+    changes: list[Config] = [
         {"BLOCK_N": tokens, "num_warps": warps, "num_stages": stages}
-        for tokens, warps, stages in product((64, 32), (4, 2), (3, 2, 4))
+        for tokens, warps, stages in product((64, 32), (2, 4, 8), (2, 3, 4))
+        if fits(warps, shared_bytes=4 * _DIM * tokens * stages)
     ]
-    return [("gqa_decode", f"width {_DIM}, 16 bits", candidates, _case(32, 4096))]
+    return [("gqa_decode", f"width {_DIM}, 16 bits", changes, _case(32, 4096))]
 
 
 def _case(batch: int, context: int) -> BenchCase:

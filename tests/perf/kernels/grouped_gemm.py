@@ -7,17 +7,17 @@ from functools import partial
 
 import torch
 from headrace_kernels.gpu.configs import Config
-from headrace_kernels.gpu.grouped_gemm import default_tile, key
+from headrace_kernels.gpu.grouped_gemm import key
 from headrace_kernels.grouped_gemm import experts_down, experts_gate_up
 from headrace_kernels.moe_experts import best_block_size
 from headrace_kernels.moe_sort import sort_blocks
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
+from tests.perf.kernels.tiles import fits
 
 # Hidden, width, experts, experts per token.
 LAYERS = {"V2-Lite": (2048, 1408, 64, 6), "Mixtral": (4096, 14336, 8, 2)}
 TOKENS = (32, 256, 1024, 4096)
-_SHARED_BYTES = 227 * 1024
 
 
 def cases() -> list[BenchCase]:
@@ -26,7 +26,7 @@ def cases() -> list[BenchCase]:
 
 
 def tuning() -> list[TuningCase]:
-    """Tiles around the default for each of `cases`: one number of tokens for each size of block."""
+    """Tiles for each of `cases`: one number of tokens for each size of block."""
     found: dict[str, TuningCase] = {}
     for name, (hidden, width, num_experts, top_k) in LAYERS.items():
         for tokens in TOKENS:
@@ -35,24 +35,25 @@ def tuning() -> list[TuningCase]:
                 shape = (num_experts, 2 * width, hidden) if is_gated else (num_experts, hidden, width)
                 weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
                 name_of_tile = key(weight, block_size, is_gated)
-                candidates = _candidates(weight.dtype, block_size, is_gated)
-                found[name_of_tile] = ("grouped_gemm", name_of_tile, candidates, _case(name, tokens, is_gated))
+                changes = _changes(block_size, is_gated)
+                found[name_of_tile] = ("grouped_gemm", name_of_tile, changes, _case(name, tokens, is_gated))
     return list(found.values())
 
 
-def _candidates(dtype: torch.dtype, block_size: int, is_gated: bool) -> list[Config]:
-    default = default_tile(dtype, block_size, is_gated)
-    others: list[Config] = [
-        {**default, "BLOCK_N": block_n, "BLOCK_K": block_k, "SWAP_AB": swap, "num_stages": stages, "num_warps": warps}
+def _changes(block_size: int, is_gated: bool) -> list[Config]:
+    return [
+        {"BLOCK_N": block_n, "BLOCK_K": block_k, "SWAP_AB": swap, "num_stages": stages, "num_warps": warps}
         for block_n in (64, 128, 256)
         for block_k in (64, 128)
         for swap in ((0, 1) if block_size < 64 else (0,))
         for stages in (3, 4)
         for warps in (4, 8)
-        if 2 * stages * block_k * (block_size + block_n * (1 + is_gated)) <= _SHARED_BYTES
-        and block_size * block_n * (1 + is_gated) <= 128 * 32 * warps  # accumulators a thread
+        if fits(
+            warps,
+            shared_bytes=2 * stages * block_k * (block_size + block_n * (1 + is_gated)),
+            values=block_size * block_n * (1 + is_gated),
+        )
     ]
-    return [default, *(tile for tile in others if tile != default)]
 
 
 def _case(name: str, tokens: int, is_gated: bool) -> BenchCase:

@@ -7,12 +7,14 @@ from functools import partial
 from itertools import product
 
 import torch
+from headrace_kernels.gpu.configs import Config
 from headrace_kernels.latent_fp8 import pack_latents, row_bytes
 from headrace_kernels.mla_decode import mla_decode, mla_decode_values, plan_mla_decode
 from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
+from tests.perf.kernels.tiles import fits
 
 HEADS = {"V2-Lite": 16, "K2": 64, "V3": 128}
 # Best of three inference engines on an H200, bf16, us by heads, batch and context; NVIDIA ai-dynamo/aiconfigurator
@@ -46,12 +48,14 @@ def tuning() -> list[TuningCase]:
     """Tiles by heads of a program and bits of a cache element."""
     found: list[TuningCase] = []
     for num_heads, is_fp8 in product((16, 128), (False, True)):
-        candidates = [
+        row = (_LATENT + _ROPE) * (1 if is_fp8 else 2)
+        changes: list[Config] = [
             {"BLOCK_N": tokens, "num_warps": warps, "num_stages": stages}
-            for tokens, warps, stages in product((64, 32), (4, 8), (3, 2, 4))
+            for tokens, warps, stages in product((64, 32), (4, 8), (2, 3, 4))
+            if fits(warps, shared_bytes=tokens * row * stages)
         ]
         key = f"heads {min(num_heads, 64)}, {8 if is_fp8 else 16} bits"
-        found.append(("mla_decode", key, candidates, _case(num_heads, 32, 4096, is_fp8=is_fp8)))
+        found.append(("mla_decode", key, changes, _case(num_heads, 32, 4096, is_fp8=is_fp8)))
     return found
 
 

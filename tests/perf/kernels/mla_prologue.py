@@ -8,12 +8,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from headrace_kernels.gpu.configs import Config
-from headrace_kernels.gpu.mla_prologue import config_key, default_config
+from headrace_kernels.gpu.mla_prologue import config_key
 from headrace_kernels.mla_prologue import mla_prologue
 from headrace_kernels.rope import rope_ref
 from torch import Tensor
 
 from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
+from tests.perf.kernels.tiles import fits
 
 NOPE_DIM, ROPE_DIM, LATENT_DIM = 128, 64, 512
 HEADS = {"V2-Lite": 16, "Kimi-K2": 64, "V3": 128}
@@ -33,15 +34,14 @@ def tuning() -> list[TuningCase]:
     """Tiles of weights and of rows; one choice for all batch sizes, made at 32 rows."""
     found: list[TuningCase] = []
     for name, heads in HEADS.items():
-        default = default_config(heads, torch.bfloat16)
-        others: list[Config] = [
-            {"BLOCK_B": rows, "BLOCK_D": columns, "BLOCK_K": 128, "num_warps": num_warps, "num_stages": 2}
+        changes: list[Config] = [
+            {"BLOCK_B": rows, "BLOCK_D": columns, "num_warps": num_warps}
             for rows in (16, 32, 64)
             for columns in (64, 128, 256)
             for num_warps in (4, 8)
+            if fits(num_warps, shared_bytes=4 * NOPE_DIM * (rows + columns), values=rows * columns)
         ]
-        candidates = [default, *(config for config in others if config != default)]
-        found.append(("mla_prologue", config_key(heads, torch.bfloat16), candidates, _case(name, 32)))
+        found.append(("mla_prologue", config_key(heads, torch.bfloat16), changes, _case(name, 32)))
     return found
 
 

@@ -12,10 +12,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from headrace_kernels.fp8_groups import FP8, num_groups
-from headrace_kernels.moe_experts import moe_experts
+from headrace_kernels.gpu.configs import Config
+from headrace_kernels.moe_experts import FEW_TOKENS, moe_experts
 from torch import Tensor
 
-from tests.perf.kernels.bench_case import BenchCase, Calls, num_buffers
+from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
+from tests.perf.kernels.tiles import fits
 
 _SOURCE = "ai-dynamo/aiconfigurator 095f58a51, h200_sxm moe_perf, best of its kernels"
 
@@ -65,6 +67,28 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 def cases() -> list[BenchCase]:
     """Decode steps and prefills of every layer."""
     return [_case(layer, tokens) for layer in LAYERS for tokens in TOKENS]
+
+
+def tuning() -> list[TuningCase]:
+    """Tiles of each of the two launches for few tokens, by layer, at the fewest that hit an expert held here."""
+    changes: list[Config] = [
+        {"BLOCK_O": outputs, "BLOCK_K": inputs, "num_warps": num_warps}
+        for outputs in (2, 4, 8, 16)
+        for inputs in (256, 512, 1024, 2048)
+        for num_warps in (2, 4, 8)
+        # Sums of gate and up, and as many weights that are waited for.
+        if fits(num_warps, values=4 * outputs * inputs)
+    ]
+    found: list[TuningCase] = []
+    for layer in LAYERS:
+        tokens = 1 if layer.num_local == layer.num_experts else FEW_TOKENS
+        for launch, outputs, inputs in (
+            ("gate_up", layer.width, layer.hidden),
+            ("down", layer.hidden, layer.width),
+        ):
+            key = f"{launch} {layer.dtype} {outputs}x{inputs}"
+            found.append(("moe_experts", key, changes, _case(layer, tokens)))
+    return found
 
 
 def _case(layer: Layer, tokens: int) -> BenchCase:

@@ -8,12 +8,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
+from headrace_kernels.gpu.configs import Config
+from headrace_kernels.gpu.moe_router import config_key
 from headrace_kernels.moe_router import route_and_sort, route_and_sort_ref
 from headrace_kernels.moe_routing import moe_routing_ref
 from headrace_kernels.routing_rule import Router
 from torch import Tensor
 
-from tests.perf.kernels.bench_case import BenchCase, Calls, num_buffers
+from tests.perf.kernels.bench_case import BenchCase, Calls, TuningCase, num_buffers
 
 WIDTHS = {"V2-Lite": 2048, "V3": 7168, "Mixtral": 4096}
 TOKENS = (1, 8, 16, 32, 64)
@@ -26,6 +28,15 @@ Layer = Callable[[Tensor, Tensor, Router], object]
 def cases() -> list[BenchCase]:
     """Decode steps. Bytes: the router's weights, and the tokens twice; logits are float32, without matrix units."""
     return [_case(name, tokens) for name in WIDTHS for tokens in TOKENS]
+
+
+def tuning() -> list[TuningCase]:
+    """Warps and stages of each model's layer: one choice for all batch sizes, made at one token."""
+    changes: list[Config] = [
+        {"num_warps": num_warps, "num_stages": num_stages} for num_warps in (2, 4, 8) for num_stages in (1, 2, 3, 4)
+    ]
+    keys = {name: config_key(MODEL_RULES[name][1], width) for name, width in WIDTHS.items()}
+    return [("moe_router", key, changes, _case(name, 1)) for name, key in keys.items()]
 
 
 def _case(name: str, tokens: int) -> BenchCase:

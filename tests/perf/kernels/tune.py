@@ -1,137 +1,124 @@
 """`make tune`: time every family's candidate configurations on the GPU at hand and keep the best.
 
-    python -m tests.perf.kernels.tune [--family NAME]
+    python -m tests.perf.kernels.tune [--family NAME]... [--key KEY]... [--seconds N] [--jobs N] [--json PATH]
+    python -m tests.perf.kernels.tune --dry-run --family mla_decode
 
 Writes `tuned/<GPU>.json` beside `headrace_kernels.gpu.configs`, which reads it when kernels are launched on such a GPU:
-for each family and key the configuration, its time, the number of candidates, the date and the versions. Families that
-were not tuned this time keep what the file had. Nothing is tuned while serving.
+for each family and key the configuration, its time, the number of candidates, the date and the versions. Each key is
+written as soon as its candidates are timed, or as many of them as `--seconds` left time for; what was not tuned this
+time keeps what the file had. Nothing is tuned while serving.
+
+The candidates of a key are compiled first, several at a time; those that do not compile, spill registers or exceed what
+a multiprocessor has are refused. The rest are timed in a process of their own: a candidate that hangs or crashes costs
+itself alone. `--dry-run` needs no GPU: it compiles for sm_90 and says what would be timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import torch
-from headrace_kernels.gpu.configs import Config, tuned_path, use_config
+from headrace_kernels.gpu.configs import tuned_path
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
-from tests.perf.kernels.bench_case import BenchCase, TuningCase
-from tests.perf.kernels.harness import NoGpuError, families, measure_us, require_gpu, versions
+from tests.perf.in_turn import Limits
+from tests.perf.kernels.harness import NoGpuError, families, require_gpu
+from tests.perf.kernels.trials import Trial, best, compiled, entry, keep, timed
 
-_TOLERANCE = 2e-2
+_EACH_S = 60.0
 
 console = Console(soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A candidate and its median time, or why it has none."""
-
-    config: Config
-    us: float | None
-    error: str = ""
-
-
 def main() -> int:
-    """Tune what the options name; return 0, 1 if a key has no working candidate, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=sorted(families("tuning")), help="only this family")
-    options = parser.parse_args()
+    """Tune what the options name; return 0, 1 if a key has no working candidate, 2 if nothing could be tried."""
+    options = _options()
     try:
-        gpu = require_gpu()
-    except NoGpuError as error:
-        console.print(str(error), style="red")
+        wanted = wanted_cases(options.family, options.key)
+        gpu = "" if options.dry_run else require_gpu()
+    except (ValueError, NoGpuError) as error:
+        console.print(str(error), markup=False, style="red")
         return 2
-    wanted = [t for name, make in families("tuning").items() if options.family in (None, name) for t in make()]
-    path = tuned_path(gpu)
+    limits = Limits.begin(_EACH_S, options.seconds)
+    if options.dry_run:
+        return try_all(wanted, options.jobs, limits)
+    return tune_all(wanted, gpu, options.json or tuned_path(gpu), options.jobs, limits)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = sorted(families("tuning"))
+    parser.add_argument("--family", choices=known, action="append", help="only this one; may be repeated")
+    parser.add_argument("--key", action="append", help="only this key; may be repeated; a wrong one lists them")
+    parser.add_argument("--seconds", type=float, metavar="N", help="begin no candidate after so many")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers (default: CPUs)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write there, not where the launchers read")
+    parser.add_argument("--dry-run", action="store_true", help="compile only, on any machine")
+    return parser.parse_args()
+
+
+def wanted_cases(names: Sequence[str] | None, keys: Sequence[str] | None) -> list[tuple[str, int]]:
+    """Return the tuning cases with these keys of these families, by family and place in its `tuning()`; None: all.
+
+    Raises:
+        ValueError: none of the families has one of the keys; says which keys they have.
+    """
+    listed = {family: make() for family, make in families("tuning").items() if family in (names or [family])}
+    known = [f"{family}: {key}" for family, cases in listed.items() for _, key, _, _ in cases]
+    for wanted in keys or []:
+        if not any(key == wanted for cases in listed.values() for _, key, _, _ in cases):
+            raise ValueError("\n  ".join([f"there is no key {wanted!r} to tune; there are", *known]))
+    return [
+        (family, index)
+        for family, cases in listed.items()
+        for index, (_, key, _, _) in enumerate(cases)
+        if key in (keys or [key])
+    ]
+
+
+def tune_all(wanted: Sequence[tuple[str, int]], gpu: str, path: Path, num_processes: int, limits: Limits) -> int:
+    """Tune cases, by family and place in its `tuning()`, and write each to `path`; return how the command ends."""
     num_failed = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("tuning", total=sum(len(candidates) for _, _, candidates, _ in wanted))
-        for tuning_case in wanted:
-            family, key, candidates, _ = tuning_case
-            progress.update(bar, description=f"{family} {key}")
-            trials = _try_all(tuning_case)
-            progress.advance(bar, len(candidates))
-            try:
-                entry = best(trials) | {"at": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
-            except ValueError as error:
-                console.print(f"{family} {key}: {error}", markup=False, style="red")
-                num_failed += 1
-                continue
-            keep(path, gpu, family, key, entry)
-            refused = next((f"; refused: {trial.config}: {trial.error}" for trial in trials if trial.error), "")
-            console.print(f"{family} {key}: {entry['us']:.1f} µs with {entry['config']}{refused}", markup=False)
+    for number, (family, index) in enumerate(wanted):
+        key = families("tuning")[family]()[index][1]
+        told = f"{family} {key}"
+        if not limits.left_s():
+            console.print(f"no time left for {len(wanted) - number} keys, from {told} on", markup=False, style="red")
+            return 1
+        trials = timed(family, index, compiled(family, index, num_processes, limits), limits)
+        try:
+            found = entry(best(trials))
+        except ValueError as error:
+            console.print(f"{told}: {error}", markup=False, style="red")
+            num_failed += 1
+            continue
+        keep(path, gpu, family, key, found)
+        console.print(
+            f"{told}: {found['us']:.1f} µs with {found['config']}, {found['num_ran']} of {found['num_candidates']} "
+            f"timed{first_refused(trials)}",
+            markup=False,
+        )
     return 1 if num_failed else 0
 
 
-def _try_all(tuning_case: TuningCase) -> list[Trial]:
-    family, _, candidates, case = tuning_case
-    trials: list[Trial] = []
-    expected: list[Tensor] | None = None
-    for candidate in candidates:
-        trial, expected = _try(family, candidate, case, expected)
-        trials.append(trial)
-    return trials
+def try_all(wanted: Sequence[tuple[str, int]], num_processes: int, limits: Limits) -> int:
+    """Compile the candidates of cases and say which would be timed; return 1 if none of a key would."""
+    num_failed = 0
+    for family, index in wanted:
+        trials = compiled(family, index, num_processes, limits)
+        num_good = sum(not trial.error for trial in trials)
+        num_failed += not num_good
+        told = f"{family} {families('tuning')[family]()[index][1]}"
+        console.print(f"{told}: {num_good} of {len(trials)} would be timed{first_refused(trials)}", markup=False)
+    return 1 if num_failed else 0
 
 
-def _try(
-    family: str, candidate: Config, case: BenchCase, expected: list[Tensor] | None
-) -> tuple[Trial, list[Tensor] | None]:
-    """Time a candidate; its result must be that of the first candidate that ran, the default."""
-    try:
-        torch.manual_seed(0)
-        with use_config(family, candidate):
-            calls = case.calls()
-            found = [t.float().cpu() for t in _tensors(calls[0]())]
-            if expected is not None and not is_close(found, expected):
-                return Trial(candidate, None, "computes something else than the default does"), expected
-            return Trial(candidate, measure_us(calls)), expected if expected is not None else found
-    except Exception as error:  # noqa: BLE001 - a candidate that does not fit the GPU is one that is not chosen
-        return Trial(candidate, None, f"{type(error).__name__}: {error}"), expected
-    finally:
-        torch.cuda.empty_cache()
-
-
-def _tensors(result: object) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    return [t for t in result if isinstance(t, Tensor)] if isinstance(result, (tuple, list)) else []
-
-
-def is_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Say whether two results agree up to the order of summation, relative to the largest value of each tensor."""
-    return len(found) == len(expected) and all(
-        a.shape == b.shape
-        and (a.numel() == 0 or bool((a - b).abs().max() <= _TOLERANCE * b.abs().max().clamp(min=1e-6)))
-        for a, b in zip(found, expected, strict=True)
-    )
-
-
-def best(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Return the fastest trial as an entry of the file; ValueError with the first failure's reason if none ran."""
-    timed = [(trial.us, index) for index, trial in enumerate(trials) if trial.us is not None]
-    if not timed:
-        raise ValueError(f"none of {len(trials)} candidates runs: {trials[0].error if trials else 'there are none'}")
-    us, index = min(timed)
-    return {"config": dict(trials[index].config), "us": us, "num_candidates": len(trials), "num_ran": len(timed)}
-
-
-def keep(path: Path, gpu: str, family: str, key: str, entry: dict[str, Any]) -> None:
-    """Put an entry into the file of configurations, in place of the one for that family and key if there is one."""
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"device": gpu, "families": {}}
-    content["families"].setdefault(family, {})[key] = entry
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+def first_refused(trials: Sequence[Trial]) -> str:
+    """Return the first candidate that has no time and why, to be added to a line."""
+    return next((f"; refused: {dict(trial.config)}: {trial.error}" for trial in trials if trial.error), "")
 
 
 if __name__ == "__main__":
