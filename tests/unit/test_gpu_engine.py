@@ -72,6 +72,31 @@ def test_a_part_that_ended_is_written_before_the_next(tmp_path, monkeypatch):
     assert report_file.read(path)["engine"]["tokens"] == "of before"
 
 
+def test_what_a_part_found_is_written_before_it_ends(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+
+    def ends_early(error):
+        def part(shape, folder, device, listeners):
+            listeners.keep({"context": 20, "batches": {"1": {"replay_ms": 1.5, "floor_ms": 1.2, "roofline_ms": 1.3}}})
+            raise error
+
+        return part
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(command, "_step", ends_early(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--device", "cpu", "--shape", "tiny", "--part", "step", "--json", str(path)])
+    found = report_file.read(path)["engine"]["step"]
+    assert (found["batches"]["1"]["replay_ms"], found["unfinished"]) == (1.5, True)
+    assert "cut off before its end" in tables({"step": found}, {})
+
+    monkeypatch.setattr(command, "_tables", lambda *_: "")
+    monkeypatch.setattr(command, "_step", ends_early(RuntimeError("no memory")))
+    assert command.main(["--device", "cpu", "--shape", "tiny", "--part", "step", "--json", str(path)]) == 1
+    found = report_file.read(path)["engine"]["step"]
+    assert (found["batches"]["1"]["replay_ms"], found["error"]) == (1.5, "RuntimeError: no memory")
+
+
 def test_the_floor_is_bytes_at_the_measured_bandwidth_with_the_experts_hit():
     chunks = step.decode_chunks(1, 4096, 64, 102_400)
     hardware = step.hardware_of(CEILINGS)

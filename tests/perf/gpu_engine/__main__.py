@@ -9,10 +9,10 @@ replay beside its floor at measured ceilings, launches, host time. tokens: greed
 beside transformers on the same device. cluster: a random checkpoint written on the spot (31 GB), served by a router, a
 prefill and a decode process on that GPU.
 
-Results are merged into build/bench/kernels-gpu.json under "engine", each part's when it ends; a full run on a GPU also
-writes its tables to docs/kernels.md. Without a GPU it refuses; `--device cpu --shape tiny` tries the command itself,
-with kernels in Triton's interpreter: none of its times means anything. `--floors` needs no GPU: it writes the tables
-without times.
+Results are merged into build/bench/kernels-gpu.json under "engine", those of each batch, checkpoint or load as soon as
+they are known; a full run on a GPU also writes its tables to docs/kernels.md. Without a GPU it refuses; `--device cpu
+--shape tiny` tries the command itself, with kernels in Triton's interpreter: none of its times means anything.
+`--floors` needs no GPU: it writes the tables without times.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Generator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ Report = Callable[[str], None]
 OnBytes = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Listeners:
+    """What a part tells: what it does, bytes of weights done and of all, and figures as soon as they are known."""
+
+    say: Report
+    on_bytes: OnBytes
+    keep: Callable[[dict[str, Any]], None]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure what the options name; return 0, 1 if a part failed or tokens differ, 2 if nothing could be tried."""
     options = _options(argv)
@@ -70,12 +80,16 @@ def main(argv: list[str] | None = None) -> int:
     is_full = options.device == "cuda" and options.shape == "v2-lite" and not options.layers
     path = options.json or (GPU_REPORT if is_full else SMOKE_REPORT)
     found: dict[str, Any] = {}
-    for name, figures in _run_parts(options.part or PARTS, shape, options):
-        found[name] = figures
-        # At once: whoever ends the command in a later part has this one.
+
+    def keep(name: str, figures: dict[str, Any]) -> None:
+        # At once: whoever ends the command later has what is known now.
+        found[name] = {**_heading(options.device), "shape": shape.name, **figures}
         report_file.merge(path, {"engine": {**report_file.read(path).get("engine", {}), **found}})
+
+    for name in (part for part in PARTS if part in (options.part or PARTS)):
+        _run_part(name, shape, options, partial(keep, name))
     engine = report_file.read(path)["engine"]
-    if is_full:
+    if is_full and not options.json:
         _write_docs(engine, shape)
     console.print(_tables(engine, shape), markup=False)
     console.print(f"Written to {path}.")
@@ -112,65 +126,77 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="a network of so many; docs/kernels.md stays")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be repeated")
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is written, then deleted")
-    parser.add_argument("--json", type=Path, default=None, help="report to merge results into")
+    parser.add_argument("--json", type=Path, default=None, help="report to merge results into; docs/kernels.md stays")
     parser.add_argument("--floors", action="store_true", help="no measurement: write the floors, on any machine")
     return parser.parse_args(argv)
 
 
-def _run_parts(
-    parts: list[str] | tuple[str, ...], shape: Shape, options: argparse.Namespace
-) -> Generator[tuple[str, dict[str, Any]]]:
-    """Run parts in a folder that goes away; a part that fails does not cost the others' figures."""
-    runs = {"step": _step, "tokens": _tokens, "cluster": _cluster}
-    for name in (part for part in PARTS if part in parts):
-        with (
-            tempfile.TemporaryDirectory(prefix="headrace-", dir=options.folder) as folder,
-            _progress() as (say, on_bytes),
-        ):
-            try:
-                figures = runs[name](shape, Path(folder), options.device, say, on_bytes)
-            except Exception as error:  # noqa: BLE001 - see the docstring; the whole of it is printed
-                console.print_exception()
-                figures = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
-        # The next part, and the cluster's own processes, need the memory that this one took.
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-        yield name, {**_heading(options.device), "shape": shape.name, **figures}
+def _run_part(name: str, shape: Shape, options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Run a part in a folder that goes away; one that fails does not cost the others' figures, nor its own so far."""
+    so_far: dict[str, Any] = {}
+
+    def keep_so_far(figures: dict[str, Any]) -> None:
+        so_far.update(figures)
+        keep({**so_far, "unfinished": True})
+
+    run = {"step": _step, "tokens": _tokens, "cluster": _cluster}[name]
+    with (
+        tempfile.TemporaryDirectory(prefix="headrace-", dir=options.folder) as folder,
+        _progress() as (say, on_bytes),
+    ):
+        try:
+            figures = run(shape, Path(folder), options.device, Listeners(say, on_bytes, keep_so_far))
+        except Exception as error:  # noqa: BLE001 - see the docstring; the whole of it is printed
+            console.print_exception()
+            gist = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+            figures = {**so_far, "error": gist}
+    keep(figures)
+    # The next part, and the cluster's own processes, need the memory that this one took.
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
 
 
-def _step(shape: Shape, folder: Path, device: str, say: Report, on_bytes: OnBytes) -> dict[str, Any]:
+def _step(shape: Shape, folder: Path, device: str, listeners: Listeners) -> dict[str, Any]:
     # These import kernels: not before the interpreter is asked for.
     from tests.perf.gpu_engine.step import measure_steps
     from tests.perf.gpu_engine.weights import random_model
     from tests.perf.kernels import ceilings as ceilings_of_gpu
 
-    ceilings = ceilings_of_gpu.H200_ASSUMED
+    ceilings, say = ceilings_of_gpu.H200_ASSUMED, listeners.say
     if device == "cuda":
         say("measuring the GPU's ceilings")
         ceilings = ceilings_of_gpu.measure()
         torch.cuda.empty_cache()
     with _kernels_on(device):
         say("drawing random weights")
-        model = random_model(shape.model_config(folder), device=device, on_bytes=on_bytes)
-        found = measure_steps(model, shape, ceilings, num_rounds=_ROUNDS[device], report=say)
+        model = random_model(shape.model_config(folder), device=device, on_bytes=listeners.on_bytes)
+        listeners.keep({"ceilings": asdict(ceilings)})
+        found = measure_steps(model, shape, ceilings, num_rounds=_ROUNDS[device], report=say, keep=listeners.keep)
     return {"ceilings": asdict(ceilings), **found}
 
 
-def _tokens(shape: Shape, folder: Path, device: str, say: Report, _on_bytes: OnBytes) -> dict[str, Any]:
+def _tokens(shape: Shape, folder: Path, device: str, listeners: Listeners) -> dict[str, Any]:
     from tests.perf.gpu_engine.tokens import compare_tokens
 
     with _kernels_on(device):
         found = compare_tokens(
-            folder, shape.greedy_checkpoints, device=device, num_tokens=shape.num_greedy_tokens, report=say
+            folder,
+            shape.greedy_checkpoints,
+            device=device,
+            num_tokens=shape.num_greedy_tokens,
+            report=listeners.say,
+            keep=listeners.keep,
         )
     return {"checkpoints": found}
 
 
-def _cluster(shape: Shape, folder: Path, device: str, say: Report, on_bytes: OnBytes) -> dict[str, Any]:
+def _cluster(shape: Shape, folder: Path, device: str, listeners: Listeners) -> dict[str, Any]:
     from tests.perf.gpu_engine.cluster import measure_cluster
 
-    return measure_cluster(shape, folder, device=device, on_bytes=on_bytes, report=say)
+    return measure_cluster(
+        shape, folder, device=device, on_bytes=listeners.on_bytes, report=listeners.say, keep=listeners.keep
+    )
 
 
 def _kernels_on(device: str) -> contextlib.AbstractContextManager[None]:

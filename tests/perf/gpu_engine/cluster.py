@@ -51,9 +51,17 @@ class RequestTimes:
 
 
 def measure_cluster(
-    shape: Shape, folder: Path, *, device: str, on_bytes: OnBytes, report: Callable[[str], None]
+    shape: Shape,
+    folder: Path,
+    *,
+    device: str,
+    on_bytes: OnBytes,
+    report: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the checkpoint, serve it, return what clients saw of every load at every concurrency.
+
+    `keep` gets the figures of the part so far after each load and concurrency.
 
     Raises:
         NotPossibleError: disk or GPU memory are too small.
@@ -77,7 +85,7 @@ def measure_cluster(
         worker_options=_worker_options(shape, device, pool_mib),
         start_timeout_s=_START_S,
     ) as cluster:
-        cells = asyncio.run(_measure_cells(cluster.router_address, shape, config, report))
+        cells = asyncio.run(_measure_cells(cluster.router_address, shape, config, report, keep))
     return {
         "layers": config.num_layers,
         "weight_gb": round(weight_bytes / 1e9, 2),
@@ -126,7 +134,11 @@ def check_gpu_memory(free: int, weight_bytes: int, pool_bytes: int) -> None:
 
 
 async def _measure_cells(
-    address: str, shape: Shape, config: ModelConfig, report: Callable[[str], None]
+    address: str,
+    shape: Shape,
+    config: ModelConfig,
+    report: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
     async with AsyncClient(address) as client:
@@ -138,6 +150,7 @@ async def _measure_cells(
                 began_s = time.monotonic()
                 times = await _serve(client, load, config.vocab_size, clients, shape.requests_per_client, seed=clients)
                 cells.append(cell_figures(load, clients, times, time.monotonic() - began_s))
+                keep({"cells": cells})
     return cells
 
 

@@ -48,9 +48,18 @@ class KeptCapture:
 
 
 def measure_steps(
-    model: Model, shape: Shape, ceilings: Ceilings, *, num_rounds: int, report: Callable[[str], None]
+    model: Model,
+    shape: Shape,
+    ceilings: Ceilings,
+    *,
+    num_rounds: int,
+    report: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return what a decode step takes at every batch: ms of a replay, of the host and of both, floors, launches."""
+    """Return what a decode step takes at every batch: ms of a replay, of the host and of both, floors, launches.
+
+    `keep` gets what is known so far after each batch.
+    """
     is_gpu = model.device == "cuda"
     found: dict[str, Any] = {
         "context": shape.context,
@@ -75,7 +84,7 @@ def measure_steps(
         floor = step_floor(shape.roofline_shape(), hardware, chunks, _DTYPES[model.dtype], distinct)
         row |= floor_figures(floor, row["replay_ms"]) | {"experts_hit": distinct}
         found["batches"][str(batch)] = row
-        # At once: whoever ends the command in a later batch has this one.
+        keep(found)
         report(f"batch {batch}: {json.dumps(row)}")
     model.forget_decode()
     return found

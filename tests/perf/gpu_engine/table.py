@@ -82,6 +82,7 @@ def _part(title: str, part: Mapping[str, Any], columns: Sequence[str], rows: Ite
     if "error" in part:
         return f"{title}: failed: {part['error']}."
     what = "; ".join(f"{name} {part[name]}" for name in _HEADING if name in part) or NOT_MEASURED
+    what += "; cut off before its end" if part.get("unfinished") else ""
     rows = list(rows)
     if not rows:
         return f"{title}: {what}."

@@ -34,11 +34,18 @@ _MAX_CHUNK = 16
 
 
 def compare_tokens(
-    folder: Path, names: Sequence[str], *, device: str, num_tokens: int, report: Callable[[str], None]
+    folder: Path,
+    names: Sequence[str],
+    *,
+    device: str,
+    num_tokens: int,
+    report: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, dict[str, Any]]:
     """Return, by checkpoint, how many greedy tokens equal transformers', and what the worker's own check finds.
 
-    `names` are of `CONFIGS`, whose checkpoints are written into `folder`, or "demo".
+    `names` are of `CONFIGS`, whose checkpoints are written into `folder`, or "demo". `keep` gets the part's figures
+    so far after each.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -47,6 +54,7 @@ def compare_tokens(
         if name != "demo":
             write_checkpoint(checkpoint, CONFIGS[name])
         found[name] = _compare(checkpoint, device, num_tokens)
+        keep({"checkpoints": found})
     return found
 
 
