@@ -1,6 +1,7 @@
 """What the benchmark's cases launch, recorded and compiled without a GPU."""
 
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -57,3 +58,11 @@ def test_what_a_process_cannot_compile_has_a_reason(monkeypatch):
     found = dict(compile_all(jobs, 2, Limits()))
     assert {compile_ahead.trouble(each) for each in found.values()} == {("cut off after 60 s",)}
     assert set(found) == set(jobs)
+
+
+def test_a_candidate_is_compiled_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    jobs = jobs_of_candidate("moe_router", 2, {"num_warps": 8, "num_stages": 2})
+    ((job, found),) = compile_all(jobs, 1, Limits())
+    assert (job, compile_ahead.trouble(found)) == (jobs[0], ())
+    assert found.resources.registers > 0
