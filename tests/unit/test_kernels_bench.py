@@ -50,7 +50,7 @@ def test_buffers_that_fit_the_cache_are_told():
 def test_a_row_without_a_time_says_not_measured():
     row = unmeasured(case(peers={"torch": list}, published_us=3.5, published_source="x"), CEILINGS)
     shown = table([row], CEILINGS, {"GPU": "NVIDIA H200"}).splitlines()
-    assert shown[-3] == "| f | B=1 | not measured | 2.0 | bytes | – | torch | 3.5 µs, 66% of its floor [1] |"
+    assert shown[-3] == "| f | B=1 | not measured | 2.0 | bytes | – | torch | 3.5 µs (66%) [1] |"
     assert shown[-1] == "[1] x  "
     assert as_json([row])[0]["fraction"] is None
 
@@ -59,8 +59,8 @@ def test_on_another_gpu_only_shares_of_the_floor_are_compared():
     """Of the published figure's floor on its own GPU: 10 MB at 4.3 TB/s are 2.3 of its 3.5 µs."""
     row = unmeasured(case(published_us=3.5, published_source="x"), CEILINGS)
     shown = table([row], CEILINGS, {"GPU": "NVIDIA H100 80GB HBM3"}).splitlines()
-    assert shown[2].endswith("| Published for an H200 |")
-    assert shown[-3].endswith("| 66% of its floor [1] |")
+    assert shown[2].endswith("| Published on an H200 (% of floor) |")
+    assert shown[-3].endswith("| 66% [1] |")
     assert as_json([row])[0]["published_fraction"] == pytest.approx(10e6 / 4.3e6 / 3.5)
 
 

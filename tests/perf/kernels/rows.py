@@ -88,7 +88,8 @@ def table(rows: Sequence[Row], ceilings: Ceilings, heading: Mapping[str, str]) -
         f"bf16 {ceilings.bf16_tflops:.0f} TFLOP/s, fp8 {fp8}, fp32 without matrix units {ceilings.fp32_tflops:.0f} "
         f"TFLOP/s, {ceilings.launch_gap_us:.1f} µs from one empty kernel to the next.",
         "",
-        f"| Family | Shape | µs | Floor, µs | Bound by | % of floor | Peers, µs | Published for an {PUBLISHED_GPU} |",
+        f"| Family | Shape | µs | Floor, µs | Bound by | % of floor | Peers, µs | "
+        f"Published on an {PUBLISHED_GPU} (% of floor) |",
         "|---|---|--:|--:|---|--:|---|---|",
     ]
     sources = list(dict.fromkeys(row.published_source for row in rows if row.published_us is not None))
@@ -109,10 +110,9 @@ def _line(row: Row, sources: list[str], *, is_same_gpu: bool) -> str:
 def _published(row: Row, sources: list[str], *, is_same_gpu: bool) -> str:
     if row.published_us is None:
         return "–"
-    share = f"{row.published_fraction:.0%} of its floor"
-    return (
-        f"{f'{row.published_us:g} µs, {share}' if is_same_gpu else share} [{sources.index(row.published_source) + 1}]"
-    )
+    share = f"{row.published_fraction:.0%}"
+    told = f"{row.published_us:g} µs ({share})" if is_same_gpu else share
+    return f"{told} [{sources.index(row.published_source) + 1}]"
 
 
 def _peer(name: str, us: float | str) -> str:
