@@ -129,10 +129,11 @@ def told(outcome: Outcome) -> str:
 
 def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what parts get: this checkout's packages before whatever PYTHONPATH names, and nothing from a network."""
-    paths = [*map(str, machine.source_roots()), environment.get("PYTHONPATH", "")]
+    # Parts run in the checkout's folder, wherever this command was given.
+    given = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {
         **environment,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONPATH": os.pathsep.join([*map(str, machine.source_roots()), *given]),
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "COLUMNS": "160",
