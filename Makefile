@@ -9,12 +9,13 @@ MINUTES ?= 10
 OLDEST_TRITON := 3.6.0
 OTHER_TRITON := build/triton-$(OLDEST_TRITON)
 AOT = $(BIN)/python -m headrace_kernels.aot --also-triton $(OTHER_TRITON) --json build/bench/kernels-aot.json
+MODE ?= first
 MUTMUT := build/mutants/tool/.installed
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -100,8 +101,11 @@ kernels-bench: setup ## On a GPU: parity, ceilings, every kernel; writes build/b
 gpu-bench: setup ## On a GPU: the engine's decode step, its tokens, a cluster; into the same report
 	$(BIN)/python -m tests.perf.gpu_engine
 
-tune: setup ## On a GPU: time the kernels' configurations and keep the best
-	$(BIN)/python -m tests.perf.kernels.tune
+gpu-day: setup ## On a GPU for a quarter of an hour: all of it by what is worth most: MODE=first LIMIT=450 (build/gpu-day)
+	$(BIN)/python -m tests.perf.gpu_day $(MODE) $(addprefix --seconds ,$(LIMIT))
+
+tune: setup ## On a GPU: time the kernels' configurations and keep the best: FAMILY=mla_decode KEY="heads 16, 16 bits" LIMIT=60
+	$(BIN)/python -m tests.perf.kernels.tune $(addprefix --family ,$(FAMILY)) $(if $(KEY),--key "$(KEY)") $(addprefix --seconds ,$(LIMIT))
 
 planner-report: setup ## Predictions against measurements on this machine; writes build/bench/planner.json
 	$(BIN)/python -m tests.perf.planner_report
