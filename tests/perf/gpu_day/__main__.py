@@ -128,11 +128,14 @@ def told(outcome: Outcome) -> str:
 
 
 def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what parts get: this checkout's packages before whatever PYTHONPATH names, and nothing from a network."""
+    """Return what parts get: this checkout's packages before whatever PYTHONPATH names, and nothing from a network.
+
+    Triton's interpreter is for the parts of a dry run that ask for it.
+    """
     # Parts run in the checkout's folder, wherever this command was given.
     given = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {
-        **environment,
+        **{name: value for name, value in environment.items() if name != "TRITON_INTERPRET"},
         "PYTHONPATH": os.pathsep.join([*map(str, machine.source_roots()), *given]),
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_OFFLINE": "1",
