@@ -65,6 +65,11 @@ def test_a_run_passes_and_keeps_what_each_part_found(tmp_path):
     assert "parity: 1 passed" in told
 
 
+def test_what_a_profiler_looks_at_runs():
+    command = [sys.executable, "-m", "tests.perf.gpu_day.one_call", "--dry-run", "rms_norm:T=1"]
+    assert subprocess.run(command, cwd=ROOT, timeout=WAIT_S, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_who_ends_it_has_what_was_found_and_no_process_left(tmp_path, signum):
     day = gpu_day(tmp_path, "first", "--dry-run", "--seconds", str(4 * WAIT_S))

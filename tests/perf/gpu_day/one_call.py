@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from tests.perf.kernels.bench_case import BenchCase, buffers_at_most
+if TYPE_CHECKING:
+    from tests.perf.kernels.bench_case import BenchCase
 
 _CALLS = 3
 
@@ -22,9 +24,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
-    # They import kernels: not before the interpreter is asked for.
+    # They import Triton: not before the interpreter is asked for.
     import torch
 
+    from tests.perf.kernels.bench_case import buffers_at_most
     from tests.perf.kernels.measure import How, device
 
     with device(How(is_dry=options.dry_run)), buffers_at_most(_CALLS):
