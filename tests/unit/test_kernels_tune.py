@@ -100,14 +100,16 @@ def resources(spilled_bytes):
 
 
 GOOD = Compiled(resources(0), (), 0.1, False)
-SPILLS = Compiled(resources(40), ("spills 40 bytes a thread",), 0.1, False)
+SPILLS = Compiled(resources(840), ("spills 840 bytes a thread",), 0.1, False)
+SPILLS_LITTLE = Compiled(resources(40), ("spills 40 bytes a thread",), 0.1, False)
 
 
 @pytest.mark.parametrize(
     ("found", "errors"),
     [
         ({}, ["", "", ""]),
-        ({32: SPILLS}, ["", "spills 40 bytes a thread", ""]),
+        ({32: SPILLS}, ["", "spills 840 bytes a thread", ""]),
+        ({32: SPILLS_LITTLE}, ["", "", ""]),
         # What is launched without tuning is compared with, if it runs at all.
         ({16: SPILLS}, ["", "", ""]),
         ({16: Lost("cut off after 60 s"), 64: Lost(NO_TIME)}, ["cut off after 60 s", "", NO_TIME]),

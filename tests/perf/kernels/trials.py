@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from headrace_kernels.aot.compile import Compiled
 from headrace_kernels.gpu.configs import Config, use_config
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from tests.perf.kernels.compile_ahead import Job, asked_by, compile_all, jobs_of
 from tests.perf.kernels.harness import families, family_modules, is_usable, measure_us, versions
 
 _TOLERANCE = 2e-2
+# Bytes a thread. What spills so little may still be the fastest: its time tells.
+_SPILLS_TO_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,16 @@ def compiled(family: str, index: int, num_processes: int, limits: Limits) -> lis
         # What is launched without tuning may spill: it is what others are compared with.
         if 0 not in whose or isinstance(found, Lost) or found.resources is None:
             for number in whose:
-                problems[number] += trouble(found)
+                problems[number] += refusal(found)
     return [Trial(config, error="; ".join(problems[number])) for number, config in enumerate(candidates)]
+
+
+def refusal(found: Compiled | Lost) -> tuple[str, ...]:
+    """Return why a candidate whose launch compiled like that is not worth timing; empty if it is."""
+    problems = trouble(found)
+    if isinstance(found, Lost) or found.resources is None or len(problems) != 1:
+        return problems
+    return () if 0 < found.resources.spilled_bytes <= _SPILLS_TO_TIME else problems
 
 
 def timed(family: str, index: int, trials: Sequence[Trial], limits: Limits) -> list[Trial]:

@@ -8,9 +8,9 @@ for each family and key the configuration, its time, the number of candidates, t
 written as soon as its candidates are timed, or as many of them as `--seconds` left time for; what was not tuned this
 time keeps what the file had. Nothing is tuned while serving.
 
-The candidates of a key are compiled first, several at a time; those that do not compile, spill registers or exceed what
-a multiprocessor has are refused. The rest are timed in a process of their own: a candidate that hangs or crashes costs
-itself alone. `--dry-run` needs no GPU: it compiles for sm_90 and says what would be timed.
+The candidates of a key are compiled first, several at a time; those that do not compile, exceed what a multiprocessor
+has or spill more than a few registers are refused. The rest are timed in a process of their own: a candidate that hangs
+or crashes costs itself alone. `--dry-run` needs no GPU: it compiles for sm_90 and says what would be timed.
 """
 
 from __future__ import annotations
