@@ -9,7 +9,6 @@ MINUTES ?= 10
 OLDEST_TRITON := 3.6.0
 OTHER_TRITON := build/triton-$(OLDEST_TRITON)
 AOT = $(BIN)/python -m headrace_kernels.aot --also-triton $(OTHER_TRITON) --json build/bench/kernels-aot.json
-MODE ?= first
 MUTMUT := build/mutants/tool/.installed
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -102,7 +101,7 @@ gpu-bench: setup ## On a GPU: the engine's decode step, its tokens, a cluster; i
 	$(BIN)/python -m tests.perf.gpu_engine
 
 gpu-day: setup ## On a GPU for a quarter of an hour: all of it by what is worth most: MODE=first LIMIT=450 (build/gpu-day)
-	$(BIN)/python -m tests.perf.gpu_day $(MODE) $(addprefix --seconds ,$(LIMIT))
+	$(BIN)/python -m tests.perf.gpu_day $(or $(MODE),first) $(addprefix --seconds ,$(LIMIT))
 
 tune: setup ## On a GPU: time the kernels' configurations and keep the best: FAMILY=mla_decode KEY="heads 16, 16 bits" LIMIT=60
 	$(BIN)/python -m tests.perf.kernels.tune $(addprefix --family ,$(FAMILY)) $(if $(KEY),--key "$(KEY)") $(addprefix --seconds ,$(LIMIT))
