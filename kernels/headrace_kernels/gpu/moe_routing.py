@@ -113,16 +113,15 @@ def route(
     if GROUPS_KEPT > 0:
         choice_scores = _keep_best_groups(choice_scores, ROWS, GROUPS, GROUP_COLUMNS, GROUPS_KEPT, IS_TOP2)
     k = tl.arange(0, CHOICES)[None, :]
-    experts = tl.where(k < PER_TOKEN, 0, num_experts + k - PER_TOKEN) + tl.zeros([ROWS, CHOICES], tl.int32)
-    weights = tl.zeros([ROWS, CHOICES], tl.float32)
+    best_columns = tl.zeros([ROWS, CHOICES], tl.int32)
     for i in range(PER_TOKEN):
         best = tl.argmax(choice_scores, axis=1)[:, None]
-        is_best = column == best
-        expert = best // GROUP_COLUMNS * GROUP_SIZE + best % GROUP_COLUMNS
-        score = tl.sum(tl.where(is_best, scores, 0.0), axis=1)[:, None]
-        experts = tl.where(k == i, expert, experts)
-        weights = tl.where(k == i, score, weights)
-        choice_scores = tl.where(is_best, float("-inf"), choice_scores)
+        best_columns = tl.where(k == i, best, best_columns)
+        choice_scores = tl.where(column == best, float("-inf"), choice_scores)
+    experts = best_columns // GROUP_COLUMNS * GROUP_SIZE + best_columns % GROUP_COLUMNS
+    experts = tl.where(k < PER_TOKEN, experts, num_experts + k - PER_TOKEN)
+    # All scores at once: one by one, each would be a reduction between warps.
+    weights = tl.where(k < PER_TOKEN, tl.gather(scores, best_columns, axis=1), 0.0)
     if IS_NORMALISED:
         weights = weights / (tl.sum(weights, axis=1)[:, None] + 1e-20)
     weights = tl.where(is_spoilt_row[:, None], float("nan"), weights * scaling_factor)
