@@ -33,11 +33,13 @@ from headrace_kernels.gpu.moe_sort import bins, sort_few
 from headrace_kernels.gpu.rms_norm import normalise
 from headrace_kernels.routing_rule import RoutedTokens, Router
 
-_BLOCK_T = 16
 _BLOCK_N = 32
-_MOST_SLICES = 8
+_MOST_SLICES = 16
 _MOST_TILES = 64
-DEFAULT_CONFIG: configs.Config = {"num_warps": 4, "num_stages": 2}
+# A row's squares must be summed in one order whatever BLOCK_T is. So wide, and with at least two rows, every row has
+# the same threads: those of its 16-byte loads, by four warps in bfloat16 and by eight in float32.
+_WIDE = 1024
+DEFAULT_CONFIG: configs.Config = {"num_warps": 8, "num_stages": 4}
 
 
 def is_one_launch() -> bool:
@@ -66,9 +68,11 @@ def route_and_sort(
         blocks.counts.zero_()
         blocks.num_blocks.zero_()
         return RoutedTokens(normalised, experts, weights, blocks)
-    # Slices depend on the width alone, so that a token's logits do not depend on the batch.
-    num_slices = min(triton.cdiv(width, _BLOCK_N), _MOST_SLICES)
-    num_tiles = triton.cdiv(num_rows, _BLOCK_T)
+    # Slices depend on the layer alone, so that a token's logits do not depend on the batch.
+    programs_for_32 = max(num_sms(x) // triton.cdiv(num_routed, 32), 1)
+    num_slices = min(triton.cdiv(width, _BLOCK_N), _MOST_SLICES, programs_for_32)
+    block_t = 2 if num_rows <= 2 else 4 if num_rows <= 4 else 16
+    num_tiles = triton.cdiv(num_rows, block_t)
     block_e = _experts_of_program(num_routed, num_slices * num_tiles, x)
     grid = (triton.cdiv(num_routed, block_e), num_slices, num_tiles)
     partial = torch.empty(num_slices, num_rows, num_routed, dtype=torch.float32, device=x.device)
@@ -95,9 +99,10 @@ def route_and_sort(
         SLICE=triton.cdiv(width, num_slices * _BLOCK_N) * _BLOCK_N,
         NUM_SLICES=num_slices,
         BLOCK_E=block_e,
-        BLOCK_T=_BLOCK_T,
+        BLOCK_T=block_t,
         BLOCK_N=_BLOCK_N,
         MOST_TILES=_MOST_TILES,
+        WIDE=_WIDE,
         **configs.config("moe_router", config_key(num_routed, width), DEFAULT_CONFIG, x),
     )
     return RoutedTokens(normalised, experts, weights, blocks)
@@ -109,8 +114,9 @@ def config_key(num_experts: int, width: int) -> str:
 
 
 def _experts_of_program(num_experts: int, programs_per_block: int, x: Tensor) -> int:
-    """Return 16 experts of a program, or 32 where 16 would need a second wave of programs."""
-    return 16 if -(-num_experts // 16) * programs_per_block <= num_sms(x) else 32
+    """Return how many experts a program takes: as few as need no second wave of programs."""
+    sizes = (16, 32, 64)
+    return next((e for e in sizes if -(-num_experts // e) * programs_per_block <= num_sms(x)), sizes[-1])
 
 
 def _sorted_count(num_assignments: int) -> int:
@@ -172,6 +178,7 @@ def _router_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MOST_TILES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     tile = tl.program_id(2)
     num_assignments = num_rows * (PER_TOKEN + SHARED)
@@ -191,6 +198,7 @@ def _router_kernel(
         BLOCK_E,
         BLOCK_T,
         BLOCK_N,
+        WIDE,
     )
     if _is_last(counters_ptr + tile, tl.num_programs(0) * NUM_SLICES):
         _route_tile(
@@ -275,6 +283,7 @@ def _partial_logits(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Write the part of the logits that a slice of the hidden dimension gives, and that slice of the tokens' norm."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -282,10 +291,9 @@ def _partial_logits(
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_expert, is_token = e < num_experts, t < num_rows
     rows = t.to(tl.int64)
-    WIDE: tl.constexpr = 256
     squares = tl.zeros([BLOCK_T, WIDE], tl.float32)
     wide_n = tl.arange(0, WIDE)
-    for start in range(0, width, WIDE):
+    for start in tl.range(0, width, WIDE, num_stages=3):
         is_inside = is_token[:, None] & (start + wide_n < width)[None, :]
         x = tl.load(x_ptr + rows[:, None] * x_stride + (start + wide_n)[None, :], mask=is_inside, other=0.0)
         x = x.to(tl.float32)
@@ -333,8 +341,8 @@ def _route_tile(
     HAS_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
 ):
-    # As many rows at once as there are registers for.
-    ROWS: tl.constexpr = max(min(1024 // (GROUPS * GROUP_COLUMNS), 16), 1)
+    # As many rows at once as there are registers for; not as many as there are, which would change how each is summed.
+    ROWS: tl.constexpr = max(min(4096 // (GROUPS * GROUP_COLUMNS), 16), 1)
     expert, is_expert = column_experts(GROUPS, GROUP_COLUMNS, GROUP_SIZE, num_experts)
     bias = tl.zeros([GROUPS * GROUP_COLUMNS], tl.float32)
     if HAS_BIAS:

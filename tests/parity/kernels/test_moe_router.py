@@ -77,6 +77,18 @@ def test_a_launch_leaves_the_counters_as_it_found_them(device):
     assert torch.equal(first.blocks.assignment, again.blocks.assignment)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_how_many_there_are(dtype, device):
+    """Bit for bit, though one token, a few and many have tiles of their own; more columns than are squared at once."""
+    router, norm_weight = make_router(40, 1100, device), torch.rand(1100, device=device).to(dtype)
+    x = torch.randn(19, 1100, device=device).to(dtype)
+    whole = route_and_sort(x, norm_weight, 1e-5, router, 2)
+    for num_rows in (1, 3, 16):
+        part = route_and_sort(x[:num_rows], norm_weight, 1e-5, router, 2)
+        for name in ("x", "experts", "weights"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:num_rows]), (name, num_rows)
+
+
 def test_a_nan_spoils_the_weights_of_its_token_alone(device):
     router, norm_weight = make_router(6, 32, device), torch.rand(32, device=device)
     x = torch.randn(3, 32, device=device)
