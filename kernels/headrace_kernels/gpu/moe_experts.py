@@ -16,7 +16,7 @@ from headrace_kernels.fp8_groups import GROUP
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.launch import launch
 
-DEFAULT: configs.Config = {"BLOCK_O": 4, "BLOCK_K": 1024, "num_warps": 4}
+DEFAULT: configs.Config = {"BLOCK_O": 4, "BLOCK_K": 512, "STAGES": 4, "num_warps": 4}
 
 
 def few_tokens(
@@ -47,6 +47,7 @@ def few_tokens(
         (num_tokens, triton.cdiv(hidden, tile["BLOCK_O"])),
         *(rows, *down, experts, weights, local.start, len(local), residual, out, hidden, width),
         TOP_K=top_k,
+        CHOICES=triton.next_power_of_2(top_k),
         GROUP=GROUP,
         **tile,
     )
@@ -69,6 +70,7 @@ def _few_gate_up_kernel(
     GROUP: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     assignment = tl.program_id(0).to(tl.int64)
     expert = tl.load(experts_ptr + assignment).to(tl.int64) - first_local
@@ -81,7 +83,7 @@ def _few_gate_up_kernel(
     gate_group = expert * 2 * groups_out + first // GROUP
     gate = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
-    for start in tl.range(0, width_in, BLOCK_K):
+    for start in tl.range(0, width_in, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         is_inside = k < width_in
         x = tl.load(x_ptr + assignment // TOP_K * x_stride + k, mask=is_inside, other=0.0).to(tl.float32)
@@ -107,26 +109,34 @@ def _few_down_kernel(
     width_out,
     width_in,
     TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_O
     o = first + tl.arange(0, BLOCK_O)
     acc = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
-    for choice in tl.range(0, TOP_K):
-        assignment = token * TOP_K + choice
-        expert = tl.load(experts_ptr + assignment).to(tl.int64) - first_local
-        if (expert >= 0) & (expert < num_local):
-            weight = tl.load(weights_ptr + assignment)
-            row = expert * width_out + tl.minimum(o, width_out - 1)
-            group = expert * tl.cdiv(width_out, GROUP) + first // GROUP
-            for start in tl.range(0, width_in, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                is_inside = k < width_in
-                x = tl.load(rows_ptr + assignment * width_in + k, mask=is_inside, other=0.0).to(tl.float32) * weight
-                acc += _products(x, weight_ptr, row, scale_ptr, group, width_in, k, is_inside, GROUP)
+    # Which experts and weights stays in registers, and one loop goes over all: no load waits for its expert.
+    choices = tl.arange(0, CHOICES)
+    experts = tl.load(experts_ptr + token * TOP_K + choices, mask=choices < TOP_K, other=-1).to(tl.int64) - first_local
+    is_local = (choices < TOP_K) & (experts >= 0) & (experts < num_local)
+    weights = tl.load(weights_ptr + token * TOP_K + choices, mask=is_local, other=0.0)
+    # Of experts that are elsewhere nothing is read.
+    experts = tl.where(is_local, experts, -1)
+    steps = tl.cdiv(width_in, BLOCK_K)
+    for step in tl.range(0, TOP_K * steps, num_stages=STAGES):
+        choice = step // steps
+        expert = tl.sum(tl.where(choices == choice, experts, 0), axis=0)
+        weight = tl.sum(tl.where(choices == choice, weights, 0.0), axis=0)
+        row = expert * width_out + tl.minimum(o, width_out - 1)
+        group = expert * tl.cdiv(width_out, GROUP) + first // GROUP
+        k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        is_inside = (expert >= 0) & (k < width_in)
+        x = tl.load(rows_ptr + (token * TOP_K + choice) * width_in + k, mask=is_inside, other=0.0).to(tl.float32)
+        acc += _products(x * weight, weight_ptr, row, scale_ptr, group, width_in, k, is_inside, GROUP)
     out = tl.sum(acc, axis=1)
     places = token * width_out + o
     if residual_ptr is not None:

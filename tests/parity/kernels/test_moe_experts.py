@@ -25,7 +25,7 @@ def fresh_memory_is_nan(monkeypatch):
 @pytest.fixture(autouse=True)
 def large_tiles():
     """Few programs: what the interpreter takes is by the program."""
-    with configs.use_config("moe_experts", {"BLOCK_O": 32, "BLOCK_K": 128, "num_warps": 4}):
+    with configs.use_config("moe_experts", {"BLOCK_O": 32, "BLOCK_K": 128, "STAGES": 2, "num_warps": 4}):
         yield
 
 
