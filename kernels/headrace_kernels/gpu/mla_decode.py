@@ -275,4 +275,4 @@ def _mla_decode_kernel(
             slot_head = slot.to(tl.int64) * H + offs_h
             tl.store(lse_ptr + slot_head, highest + tl.log2(weight_sum), mask=is_head)
             partial_ptrs = partial_ptr + slot_head[:, None] * D + offs_d[None, :]
-            tl.store(partial_ptrs, acc / weight_sum[:, None], mask=is_latent_place)
+            tl.store(partial_ptrs, acc * (1.0 / weight_sum)[:, None], mask=is_latent_place)
