@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-OVERHEAD_TOKENS = 128
-"""What starting a row costs a program (queries, softmax state, partial results), in tokens of context. An estimate."""
+OVERHEAD_TOKENS = 64
+"""What starting a row costs a program, in tokens of context: an estimate, by bytes.
+
+16 heads' queries are 18 KiB and their partial results 32 KiB; 64 tokens of bfloat16 latents are 72 KiB.
+"""
 
 
-MIN_TOKENS = 256
-"""The shortest range, in tokens: below it writing and combining a split cost more than they spread. An estimate."""
+MIN_TOKENS = 64
+"""The shortest range, in tokens: what reading a split's partial results costs again. An estimate, as the overhead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_core.model.gqa import key_value_rows
+from headrace_kernels.backend import use_backend
 from headrace_kernels.causal_attention import causal_attention, causal_attention_ref
+from headrace_kernels.gpu.launch import recording
 from headrace_kernels.gqa_decode import gqa_decode, gqa_decode_ref
 from headrace_kernels.gqa_prefill import gqa_prefill, gqa_prefill_ref
 from headrace_kernels.latent_store import latent_store, latent_store_ref
-from headrace_kernels.mla_decode import mla_decode, mla_decode_ref
+from headrace_kernels.mla_decode import mla_decode, mla_decode_ref, plan_mla_decode
 from headrace_kernels.mla_prefill import mla_prefill, mla_prefill_ref
 from headrace_kernels.paged_slots import paged_slots
 
@@ -201,3 +203,10 @@ def test_shapes_that_do_not_fit_are_named():
         )
     with pytest.raises(ValueError, match="key"):
         causal_attention(torch.zeros(1, 2, 5), torch.zeros(1, 2, 6), torch.zeros(1, 2, 6), lens, lens, scale=1)
+
+
+@pytest.mark.parametrize(("num_heads", "num_programs"), [(16, 2 * 132), (64, 132), (128, 132 // 2)])
+def test_each_multiprocessor_has_two_programs_of_sixteen_heads_or_one_of_more(num_heads, num_programs):
+    context_lens = torch.empty(8, dtype=torch.int32, device="meta")
+    with use_backend("triton"), recording("cuda"):
+        assert plan_mla_decode(context_lens, 64, num_heads).num_programs == num_programs

@@ -26,7 +26,7 @@ _LOG2_E = 1.4426950408889634
 def plan_mla_decode(context_lens: Tensor, page_size: int, num_heads: int) -> SplitPlan:
     """See `headrace_kernels.mla_decode.plan_mla_decode`."""
     head_blocks = triton.cdiv(num_heads, _block_heads(num_heads))
-    num_programs = max(num_sms(context_lens) // head_blocks, 1)
+    num_programs = max(num_sms(context_lens) * _programs_of_sm(num_heads) // head_blocks, 1)
     return split_plan.plan_splits(context_lens, page_size, num_programs=num_programs)
 
 
@@ -128,17 +128,28 @@ def _block_heads(num_heads: int) -> int:
     return 32 if target() == "hip" else 64
 
 
+def _programs_of_sm(num_heads: int) -> int:
+    """Return how many programs a multiprocessor runs at once with the default tiles.
+
+    One's products, softmax and second products wait for each other; two take turns.
+    """
+    return 2 if _block_heads(num_heads) == 16 and target() == "cuda" else 1
+
+
 def _tiles(query: Tensor, cache: Tensor) -> Config:
     """Return BLOCK_N, which divides the page, num_warps and num_stages."""
     block_heads = _block_heads(query.shape[1])
     bits = 8 * cache.element_size()
-    # The most that compiles without spilling registers; nothing here is measured yet.
-    default = {"BLOCK_N": 64, "num_warps": 4 if block_heads == 16 and bits == 16 else 8, "num_stages": 3}
+    # The most that compiles without spilling registers, twice on a multiprocessor where a program has 16 heads; nothing
+    # here is measured yet.
+    default = {"BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
     if target() == "hip":
         default = {"BLOCK_N": 32 if block_heads == 16 and bits == 16 else 16, "num_warps": 4, "num_stages": 1}
     elif bits == 32:
         default |= {"BLOCK_N": 16, "num_stages": 2}
-    elif block_heads > 16 and bits == 16:
+    elif block_heads == 16:
+        default = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3 if bits == 16 else 4}
+    elif bits == 16:
         default |= {"BLOCK_N": 32}
     tiles = config("mla_decode", f"heads {block_heads}, {bits} bits", default, query)
     page_size = cache.shape[1]

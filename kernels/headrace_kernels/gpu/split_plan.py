@@ -64,7 +64,7 @@ def planned(plan: SplitPlan) -> Splits:
         {"NUM_SPLITS": 0, "OVERHEAD": plan.overhead_pages},
         plan.num_programs,
         plan.num_programs + plan.num_rows,
-        _lanes(triton.cdiv(plan.num_programs, max(plan.num_rows, 1))),
+        _lanes(max(plan.num_programs // max(plan.num_rows, 1), 1)),
     )
 
 

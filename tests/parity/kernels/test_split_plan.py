@@ -31,8 +31,8 @@ def test_programs_get_equal_parts_of_a_long_batch(device):
 
 def test_a_short_batch_is_not_cut_small(device):
     plan = plan_splits(torch.tensor([320], dtype=torch.int32, device=device), 64, num_programs=100)
-    assert plan.range_pages[0] == plan.overhead_pages + 4
-    assert plan.first_rows.tolist() == [0] * 2 + [1] * 99
+    assert plan.range_pages[0] == plan.overhead_pages + 1
+    assert plan.first_rows.tolist() == [0] * 3 + [1] * 98
 
 
 @pytest.mark.parametrize(
