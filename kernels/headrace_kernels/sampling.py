@@ -3,8 +3,9 @@
 Shapes: L rows, V vocabulary. Every filter is a threshold on the logits, so that tokens that are equally probable are
 kept or dropped together and neither the order of the vocabulary nor the rest of the batch matters. The draw walks the
 vocabulary in order; nothing is sorted for it.
-Bytes read: L * V * 4 a pass over the logits; greedy rows take one pass, drawn ones three, and each threshold that is
-searched about six. Bound by memory bandwidth for greedy rows, else by the exponentials in float64.
+Bytes read: L * V * 4 a pass over the logits; greedy rows take one pass, drawn ones two, or three with a threshold; a
+threshold that leaves very many tokens takes about six more. Bound by memory bandwidth for greedy rows, else by the
+exponentials in float64.
 
 A row whose logits leave no choice (a NaN or an infinite one among them, or every one -inf) gets NO_TOKEN, not a token:
 what is returned is NO_TOKEN or the id of a token whose logit is finite.

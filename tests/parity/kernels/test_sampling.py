@@ -12,14 +12,20 @@ from headrace_kernels.gpu.sampling import DEFAULT_CONFIG
 from headrace_kernels.sampling import filter_logits, filter_logits_ref, sample_tokens, sample_tokens_ref
 
 # What the interpreter takes 129,280 logits in is too much for a compiler, which unrolls it: minutes, and no end.
-WIDE_TILES = {"BLOCK_V": 16384, "BLOCK_PIVOTS": 16384, "NUM_PIVOTS": 8, "num_warps": 4, "num_stages": 1}
-SMALL_TILES = {"BLOCK_V": 128, "BLOCK_PIVOTS": 256, "NUM_PIVOTS": 8, "num_warps": 4, "num_stages": 1}
+WIDE_TILES = {**DEFAULT_CONFIG, "BLOCK_V": 16384, "BLOCK_PIVOTS": 16384, "num_warps": 4, "num_stages": 1}
+SMALL_TILES = {**DEFAULT_CONFIG, "BLOCK_V": 128, "BLOCK_PIVOTS": 256, "num_warps": 4, "num_stages": 1}
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
 def small_tiles():
     with use_config("sampling", SMALL_TILES):
+        yield
+
+
+@pytest.fixture(params=[512, 16, 0], ids=["all fit the list", "few fit the list", "no list"])
+def capacity(request):
+    with use_config("sampling", {**SMALL_TILES, "CAPACITY": request.param}):
         yield
 
 
@@ -48,6 +54,7 @@ def check(logits, columns):
         assert sample_tokens(logits, columns).tolist() == found.tolist()
 
 
+@pytest.mark.usefixtures("capacity")
 @pytest.mark.parametrize("vocab_size", [300, 128, 1])
 def test_random_rows_with_all_filters(vocab_size, device):
     rows = 10 if vocab_size > 1 else 3
@@ -64,6 +71,7 @@ def test_random_rows_with_all_filters(vocab_size, device):
     check(logits, columns)
 
 
+@pytest.mark.usefixtures("capacity")
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,12 +97,24 @@ def test_equal_logits_stay_or_go_together(options, device):
     check(logits, draws(4, device, **options))
 
 
+@pytest.mark.usefixtures("capacity")
 def test_logits_of_extreme_size(device):
     tiny = torch.finfo(torch.float32).smallest_normal / 8
     logits = torch.tensor([[3e38, -3e38, 2.9e38, 0.0], [tiny, -tiny, 0.0, 2 * tiny], [-1e30, -1e-30, 1e-30, -2.0]])
     logits = logits.to(device)
     for options in ({}, {"top_k": 2}, {"top_k": 3, "top_p": 0.6}):
         check(logits, draws(3, device, **options))
+
+
+@pytest.mark.usefixtures("capacity")
+@pytest.mark.parametrize("temperature", [1.0, 1e-5])
+def test_neighbours_in_float32_are_told_apart(temperature, device):
+    """Thresholds between values one rounding apart, shuffled, and a mass that neighbours reach almost alike."""
+    neighbours = torch.tensor([2.0]).view(torch.int32) + torch.arange(-20, 20, dtype=torch.int32)
+    logits = torch.cat((neighbours.view(torch.float32), torch.randn(100)))
+    logits = torch.stack([logits[torch.randperm(140)] for _ in range(4)]).to(device)
+    for options in ({"top_k": 1}, {"top_k": 20}, {"top_k": 39, "top_p": 0.5}, {"top_p": 0.25}, {"top_p": 1 - 1e-15}):
+        check(logits, draws(4, device, temperature=temperature, **options))
 
 
 def test_the_first_of_the_best_is_greedy(device):
@@ -157,6 +177,7 @@ def test_a_row_without_a_choice_gets_no_token_and_the_others_theirs(temperature,
         assert tokens[7:] == sample_tokens(logits[7:], select(columns, slice(7, 9))).tolist()
 
 
+@pytest.mark.usefixtures("capacity")
 @pytest.mark.parametrize("asking", [{"top_k": 250}, {"top_p": 0.999, "temperature": 1e5}, {"top_k": 2, "top_p": 1e-45}])
 def test_what_one_row_asks_changes_no_other(asking, device):
     """Filters work on the rows that have them on."""

@@ -2,7 +2,7 @@
 
 torch's formulation of a draw looks at the rows on the host, so it is timed without a graph.
 
-The floor counts one pass over the logits; a draw takes three, and each threshold about six.
+The floor counts one pass over the logits; a draw takes two, and three with a threshold.
 """
 
 from __future__ import annotations
