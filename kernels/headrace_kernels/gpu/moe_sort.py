@@ -13,7 +13,7 @@ from torch import Tensor
 from headrace_kernels.expert_blocks import DeviceBlocks, empty_blocks
 from headrace_kernels.gpu.launch import launch
 
-_CHUNK = 1024
+_CHUNK = 4096
 
 
 def sort_blocks(experts: Tensor, num_experts: int, block_size: int, first_local: int, num_local: int) -> DeviceBlocks:
@@ -21,6 +21,7 @@ def sort_blocks(experts: Tensor, num_experts: int, block_size: int, first_local:
     experts = experts.contiguous()
     total = experts.numel()
     blocks = empty_blocks(total, num_experts, num_local, block_size, experts)
+    chunk = min(_CHUNK, max(triton.next_power_of_2(total), 16))
     launch(
         _sort_kernel,
         (num_local + 1,),
@@ -35,9 +36,9 @@ def sort_blocks(experts: Tensor, num_experts: int, block_size: int, first_local:
         num_local,
         len(blocks.block_expert),
         BLOCK_SIZE=block_size,
-        CHUNK=min(_CHUNK, max(triton.next_power_of_2(total), 16)),
+        CHUNK=chunk,
         BINS=bins(num_experts),
-        num_warps=4,
+        num_warps=8 if chunk > 1024 else 4,
     )
     return blocks
 

@@ -21,7 +21,15 @@ def assert_equals_the_specification(experts, num_experts, block_size, first_loca
 
 @pytest.mark.parametrize(
     ("shape", "num_experts", "block_size"),
-    [((7, 3), 5, 4), ((1, 2), 5, 16), ((0, 2), 3, 4), ((5, 1), 1, 2), ((9, 2), 16, 1), ((600, 2), 3, 64)],
+    [
+        ((7, 3), 5, 4),
+        ((1, 2), 5, 16),
+        ((0, 2), 3, 4),
+        ((5, 1), 1, 2),
+        ((9, 2), 16, 1),
+        ((600, 2), 3, 64),
+        ((2100, 2), 3, 64),
+    ],
 )
 def test_equals_the_specification(shape, num_experts, block_size, device):
     experts = torch.randint(num_experts, shape, device=device)
