@@ -19,6 +19,7 @@ from torch import Tensor
 from headrace_kernels.expert_blocks import DeviceBlocks
 from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM
 from headrace_kernels.gpu import configs
+from headrace_kernels.gpu.dependent_launch import dependent_launch, wait_for_earlier
 from headrace_kernels.gpu.fp8 import quantise
 from headrace_kernels.gpu.launch import is_interpreted, launch, num_sms, operand_dtype, target
 
@@ -53,7 +54,8 @@ def combine_assignments(
     out = torch.empty((num_tokens, width), dtype=rows.dtype, device=rows.device)
     grid = (num_tokens, triton.cdiv(width, _COMBINE_COLUMNS))
     ids = (experts, weights, local.start, local.stop)
-    launch(_combine_kernel, grid, rows, *ids, residual, out, width, TOP_K=top_k, BLOCK_N=_COMBINE_COLUMNS)
+    constants = {"TOP_K": top_k, "BLOCK_N": _COMBINE_COLUMNS, **dependent_launch(rows)}
+    launch(_combine_kernel, grid, rows, *ids, residual, out, width, **constants)
     return out
 
 
@@ -139,6 +141,7 @@ def _multiply(
         FP8_MAX=FP8_MAX,
         IS_INTERPRETED=is_interpreted(),
         OPERAND=_operand(values),
+        **dependent_launch(values),
         **tile,
     )
 
@@ -177,7 +180,10 @@ def _expert_gemm_kernel(
     FP8_MAX: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
     OPERAND: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    if IS_DEPENDENT:
+        wait_for_earlier()
     halves: tl.constexpr = 2 if IS_GATED else 1
     groups_in = tl.cdiv(width_in, GROUP)
     groups_out = tl.cdiv(width_out, GROUP)
@@ -260,7 +266,10 @@ def _combine_kernel(
     width,
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    if IS_DEPENDENT:
+        wait_for_earlier()
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_inside = n < width

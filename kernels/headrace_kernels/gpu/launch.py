@@ -80,6 +80,11 @@ def recording(target: Target) -> Generator[list[Launch]]:
         _recording.reset(token)
 
 
+def is_recording() -> bool:
+    """True while launches are recorded instead of run."""
+    return _recording.get() is not None
+
+
 def is_interpreted() -> bool:
     """True when Triton's interpreter runs the kernels on a CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,6 +16,7 @@ from headrace_kernels.fp8_groups import GROUP
 from headrace_kernels.gpu import split_plan
 from headrace_kernels.gpu.combine_splits import combine_splits, new_partials
 from headrace_kernels.gpu.configs import Config, config
+from headrace_kernels.gpu.dependent_launch import dependent_launch, wait_for_earlier
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
 from headrace_kernels.gpu.split_plan import Splits, rows_of_program, split_of
 from headrace_kernels.split_ranges import SplitPlan
@@ -100,6 +101,7 @@ def attend(
         BLOCK_R=max(triton.next_power_of_2(rope_dim), 16),
         **layout,
         **splits.constants,
+        **dependent_launch(query),
         **_tiles(query, cache),
     )
     return partial, lse
@@ -228,7 +230,10 @@ def _mla_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    if IS_DEPENDENT:
+        wait_for_earlier()
     # Blocks of heads follow each other, so that those of one range read its pages at the same time.
     first_head = tl.program_id(0) * BLOCK_H
     program = tl.program_id(1)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels.gpu.combine_splits import combined_lanes
+from headrace_kernels.gpu.dependent_launch import dependent_launch, prefetch_rows, wait_for_earlier
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
 from headrace_kernels.gpu.mla_decode import attend, splits_for
 from headrace_kernels.gpu.split_plan import Splits, slots_of_row
@@ -59,6 +60,7 @@ def mla_decode_values(
         BLOCK_D=max(triton.next_power_of_2(kv_lora_rank), 16),
         num_warps=8,
         **splits.constants,
+        **dependent_launch(query),
     )
     return out
 
@@ -97,9 +99,14 @@ def _combine_values_kernel(
     OPERAND: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     head = tl.program_id(1)
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    if IS_DEPENDENT:
+        values = head.to(tl.int64) * DV + tl.minimum(offs_v, DV - 1)
+        prefetch_rows(w_uv_ptr + values * D, D, max(BLOCK_D * w_uv_ptr.dtype.element_ty.primitive_bitwidth // 1024, 1))
+        wait_for_earlier()
     offs_d = tl.arange(0, BLOCK_D)
     w_uv_ptrs = w_uv_ptr + (head.to(tl.int64) * DV + offs_v[:, None]) * D + offs_d[None, :]
     is_weight = (offs_v < DV)[:, None] & (offs_d < D)[None, :]

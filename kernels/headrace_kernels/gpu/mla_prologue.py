@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace_kernels.gpu import configs
+from headrace_kernels.gpu.dependent_launch import dependent_launch, prefetch_rows, wait_for_earlier
 from headrace_kernels.gpu.latent_rows import norm_rope_store, row_arguments, row_constants
 from headrace_kernels.gpu.launch import launch, operand_dtype
 from headrace_kernels.gpu.rope import rotate
@@ -67,6 +68,7 @@ def mla_prologue(
         NOPE_DIM=nope_dim,
         BLOCK_H=min(triton.next_power_of_2(max(num_heads, 1)), _BLOCK_HEADS),
         OPERAND=operand_dtype(query),
+        **dependent_launch(query),
         **tiles,
         **row_constants(c_kv, k_pe, is_interleaved=is_interleaved),
     )
@@ -97,9 +99,19 @@ def _mla_prologue_kernel(
     NUM_GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     program = tl.program_id(0)
     latent_dim, half = row[14:]
+    if IS_DEPENDENT:
+        if program >= num_rows:
+            tile = program - num_rows
+            k = tl.minimum(tl.arange(0, BLOCK_K), NOPE_DIM - 1)
+            first = tile % num_tiles * BLOCK_D
+            tile_ptr = w_ptr + (tile // num_tiles).to(tl.int64) * w_head_stride + first
+            LINES: tl.constexpr = max(BLOCK_D * w_ptr.dtype.element_ty.primitive_bitwidth // 1024, 1)
+            prefetch_rows(tile_ptr + k * w_row_stride, latent_dim - first, LINES)
+        wait_for_earlier()
     out_head_stride = latent_dim + 2 * half
     if program < num_rows:
         token = program.to(tl.int64)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headrace_kernels.fp8_groups import GROUP
 from headrace_kernels.gpu import configs
+from headrace_kernels.gpu.dependent_launch import dependent_launch, wait_for_earlier
 from headrace_kernels.gpu.launch import launch
 
 DEFAULT: configs.Config = {"BLOCK_O": 4, "BLOCK_K": 512, "STAGES": 4, "num_warps": 4}
@@ -38,6 +39,7 @@ def few_tokens(
         *(x, x.stride(0), *gate_up, experts, local.start, len(local), rows, width, hidden),
         TOP_K=top_k,
         GROUP=GROUP,
+        **dependent_launch(x),
         **tile,
     )
     out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
@@ -49,6 +51,7 @@ def few_tokens(
         TOP_K=top_k,
         CHOICES=triton.next_power_of_2(top_k),
         GROUP=GROUP,
+        **dependent_launch(x),
         **tile,
     )
     return out
@@ -68,10 +71,13 @@ def _few_gate_up_kernel(
     width_in,
     TOP_K: tl.constexpr,
     GROUP: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if IS_DEPENDENT:
+        wait_for_earlier()
     assignment = tl.program_id(0).to(tl.int64)
     expert = tl.load(experts_ptr + assignment).to(tl.int64) - first_local
     if (expert < 0) | (expert >= num_local):
@@ -111,10 +117,13 @@ def _few_down_kernel(
     TOP_K: tl.constexpr,
     CHOICES: tl.constexpr,
     GROUP: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if IS_DEPENDENT:
+        wait_for_earlier()
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_O
     o = first + tl.arange(0, BLOCK_O)
