@@ -30,6 +30,7 @@ def aot_cases() -> list[AotCase]:
 
     return [
         case("V2-Lite", 2048, 1, 16),
+        case("V2-Lite", 2048, 4, 16),
         case("V2-Lite", 2048, 64, 16),
         case("V3", 7168, 16, 16),
         case("V3", 7168, 64, 64),
