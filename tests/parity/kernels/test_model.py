@@ -37,7 +37,8 @@ def run(model, *, is_captured):
         [sequences.chunk(1, [11])],
         [sequences.chunk(0, [12]), sequences.chunk(1, [13]), sequences.chunk(2, [14])],
     ]
-    logits = torch.cat([model.forward(chunks, sequences.cache) for chunks in steps])
+    # A captured step's logits lie where the next one's will.
+    logits = torch.cat([model.forward(chunks, sequences.cache).clone() for chunks in steps])
     return logits, model.take_expert_counts()
 
 
