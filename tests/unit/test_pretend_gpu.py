@@ -53,6 +53,7 @@ def test_values_are_the_hosts(is_inference):
         assert torch.nn.functional.linear(x.view(1, 3), x.view(1, 3)).item() == 29
         assert x.sort().indices.tolist() == [1, 2, 0]
         x[1] = 7.0
+        x[[]] = 9.0
         x[x > 5] = -1.0
         assert x.tolist() == [4.0, -1.0, 3.0]
 

@@ -92,4 +92,6 @@ class GpuTensor(Tensor):
 def _with_tensors(index: Any) -> Any:
     """Return an index with tensors of the host in place of lists."""
     parts = index if isinstance(index, tuple) else (index,)
-    return tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+    return tuple(
+        torch.tensor(part, dtype=None if part else torch.int64) if isinstance(part, list) else part for part in parts
+    )
