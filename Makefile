@@ -59,7 +59,7 @@ protos-check: setup
 unit: setup ## Fast tests: no GPU, no other process
 	$(BIN)/pytest tests/unit
 
-parity: setup ## Against transformers, and absorbed against naive
+parity: setup ## Against transformers; kernels against their specifications, on a GPU or a pretended one
 	$(BIN)/pytest tests/parity
 
 integration: setup ## Real processes on loopback

@@ -1,13 +1,19 @@
-"""Every kernel against its specification: on the GPU where there is one, else in Triton's interpreter on the CPU."""
+"""Every kernel against its specification: on the GPU where there is one, else on a pretended one, interpreted.
+
+To Triton's interpreter the pretended GPU (`headrace_core.testing.pretend_gpu`) adds that tensors of the host and of the
+device do not mix, and that captured decode steps are captured.
+"""
 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from headrace_core.testing.pretend_gpu import pretend_gpu
 from headrace_kernels import use_backend
 
 HAS_GPU = torch.cuda.is_available()
@@ -18,7 +24,13 @@ if not HAS_GPU:
 
 @pytest.fixture
 def device():
-    return "cuda" if HAS_GPU else "cpu"
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    with nullcontext() if HAS_GPU else pretend_gpu():
+        yield
 
 
 @pytest.fixture(autouse=True)

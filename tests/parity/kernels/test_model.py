@@ -27,9 +27,7 @@ def run(model, *, is_captured):
     """Logits after prompts of several lengths, decode steps of 1 to 3 sequences, and a step that mixes both."""
     sequences = PagedSequences(model, page_size=PAGE_SIZE, num_pages=12)
     if is_captured:
-        # Without a GPU there are no graphs: the launches that would be replayed are called.
-        capture = None if model.device == "cuda" else lambda call: call
-        model.prepare_decode(sequences.cache, max_rows=3, max_context_tokens=64, capture=capture)
+        model.prepare_decode(sequences.cache, max_rows=3, max_context_tokens=64)
     prompts = [[(3 * i + 5 * key) % 150 + 2 for i in range(length)] for key, length in enumerate((19, 16, 1))]
     steps = [
         [sequences.chunk(0, prompts[0]), sequences.chunk(1, prompts[1][:7], is_sampled=False)],
