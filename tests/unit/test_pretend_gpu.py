@@ -101,6 +101,11 @@ WAITS = {
     "nonzero": lambda x: x.nonzero(),
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "masked_select": lambda x: x.masked_select(x > 1),
+    "bincount": lambda x: x.long().bincount(),
+    "multinomial": lambda x: x.multinomial(1),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
     "index by a mask": lambda x: x[x > 1],
     "put by a mask": lambda x: x.index_put_((x > 1,), x[:1]),
     "index of the host": lambda x: x[torch.tensor([1])],
@@ -149,6 +154,13 @@ def test_what_the_host_does_not_wait_for_goes_into_a_graph(name):
     assert journal.waits == []
     assert journal.copies == []
     captured(lambda: FREE[name](x)).replay()
+
+
+def test_a_size_that_is_known_need_not_be_waited_for():
+    x = on_gpu(1.0, 2.0)
+    with recording() as journal:
+        assert len(x.repeat_interleave(x.long(), output_size=3)) == 3
+    assert journal.waits == []
 
 
 def test_a_capture_computes_nothing_and_a_replay_all():

@@ -1,7 +1,7 @@
 """What torch on a GPU takes from the host, and what makes the host wait.
 
-Everything else that mixes the two raises. The rules are those of torch's CUDA code, read there; each has a test in
-`tests/unit/test_pretend_gpu.py`.
+Everything else that mixes the two raises. The rules are those of torch's CUDA code; `tests/unit/test_pretend_gpu.py`
+has a breach of each.
 """
 
 from __future__ import annotations
