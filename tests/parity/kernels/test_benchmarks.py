@@ -20,8 +20,8 @@ from tests.perf.gpu_engine.weights import random_model
 from tests.perf.kernels import ceilings, harness
 from tests.perf.kernels.ceilings import H200_ASSUMED
 from tests.perf.kernels.harness import families
+from tests.perf.kernels.measure import How, row_of
 from tests.perf.kernels.moe_experts import Layer
-from tests.perf.kernels.report import _row
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a GPU: make kernels-bench measures on it")
 
@@ -73,7 +73,7 @@ def test_a_case_of_every_family_is_measured_beside_its_peers(family, monkeypatch
         monkeypatch.setattr(module, "num_buffers", lambda _: 1)
     cases = module.cases()
     for case in [cases[number] for number in KINDS.get(family, (0,))]:
-        row = _row(case, H200_ASSUMED, [])
+        row = row_of(case, H200_ASSUMED, How(), [])
         assert not row.error
         assert row.us is not None
         assert set(row.peers) == {*case.peers, *case.eager_peers}
@@ -82,7 +82,7 @@ def test_a_case_of_every_family_is_measured_beside_its_peers(family, monkeypatch
 
 
 def test_the_ceilings_are_measured(monkeypatch):
-    for name, value in {"_BYTES": 2**15, "_GEMM": 64}.items():
+    for name, value in {"_BYTES": 2**15, "_GEMM": 64, "_FP32_GEMM": 64}.items():
         monkeypatch.setattr(ceilings, name, value)
     found = ceilings.measure()
     assert min(found.copy_tb_s, found.read_tb_s, found.bf16_tflops, found.launch_gap_us) > 0
