@@ -4,8 +4,9 @@ A kernel launched with `dependent_launch` may start once every program of the on
 has ended; it says so itself at once. Until `wait_for_earlier` returns it touches no global memory, not even to read:
 earlier kernels may still be writing there, or reading what it will overwrite. It returns when the kernel before has
 ended and what that stored can be seen. That kernel waited in turn, and a kernel launched without this starts only when
-all before it have ended; so by induction everything earlier on the stream has. This holds whatever stands between, in
-a CUDA graph too, whose capture turns the same attribute into the same kind of edge.
+all before it have ended; so by induction everything earlier on the stream has, and what it stored can be seen, since
+each wait acquires what the one before had acquired. This holds whatever stands between, in a CUDA graph too, whose
+capture turns the same attribute into the same kind of edge.
 
 What a kernel may do before is to have weights brought into the L2 cache. That is a hint: no value reaches the kernel,
 and since the L2 cache is the one place where all multiprocessors' stores meet, no stale value can reach it later.
