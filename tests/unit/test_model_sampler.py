@@ -213,6 +213,41 @@ def test_no_top_logprobs_still_gives_the_chosen_tokens():
     assert token.logprobs.logprob < 0
 
 
+def coarse_logits(rows):
+    """Logits as bfloat16 leaves them: many are equal."""
+    return torch.randn(rows, 1536, generator=torch.Generator().manual_seed(3)).mul(2).bfloat16().float()
+
+
+def test_the_most_probable_tokens_do_not_depend_on_what_the_neighbours_ask_for():
+    logits = coarse_logits(200)
+    asks = [row(temperature=0.0, top_logprobs=(2, 5, 20)[i % 3]) for i in range(200)]
+    alone = [sample(logits[i : i + 1], asks[i : i + 1])[0] for i in range(200)]
+    assert sample(logits, asks) == alone
+
+
+def test_of_equally_probable_tokens_the_lowest_id_comes_first_as_greedy_takes_it():
+    logits = coarse_logits(200)
+    logits[0] = 0.0
+    logits[0, ::2] = -0.0
+    logits[1] = -logits[1].abs()
+    for values, token in zip(logits, sample(logits, [row(temperature=0.0, top_logprobs=20)] * 200), strict=True):
+        assert isinstance(token, SampledToken)
+        assert token.logprobs is not None
+        found = [token_id for token_id, _ in token.logprobs.top]
+        assert found == (-values).sort(stable=True).indices[:20].tolist()
+        assert found[0] == token.token_id
+        assert token.logprobs.top[0][1] == token.logprobs.logprob
+
+
+def test_tokens_are_ranked_by_logits_where_log_probabilities_are_equal():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 1:] = torch.linspace(-3e-7, -1e-9, VOCAB - 1)
+    (token,) = sample(logits, [row(temperature=0.0, top_logprobs=20)])
+    assert isinstance(token, SampledToken)
+    assert token.logprobs is not None
+    assert [token_id for token_id, _ in token.logprobs.top] == [0, *range(VOCAB - 1, VOCAB - 20, -1)]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "params",

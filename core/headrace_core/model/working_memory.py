@@ -46,8 +46,8 @@ def gpu_working_bytes(config: ModelConfig, layout: KvLayout, limits: StepLimits,
     num_logits = rows * config.vocab_size
     step_bytes = max(
         layer_bytes(config, itemsize, limits.max_step_tokens, max(GROUP_KEY_TOKENS, longest)),
-        # The logits, changed ones, log-probabilities and what these are made of.
-        num_logits * 4 * _FLOAT32,
+        # The logits, changed ones, those to rank for log-probabilities, and what ranks them, of eight bytes and of four.
+        num_logits * 6 * _FLOAT32,
         # The check of the kernels brings gate and up of one expert to float32.
         2 * config.moe.intermediate_size * config.hidden_size * _FLOAT32,
     )
