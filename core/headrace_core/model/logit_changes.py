@@ -1,17 +1,16 @@
 """What a request asks to be changed in its logits: penalties, bias, and the tokens that `min_tokens` forbids.
 
-Made once for a sequence, as tensors on the device of the logits; a step adds the tokens that are new and changes the
-logits of the tokens concerned. So a step's work is bounded by the vocabulary and by what validation lets a request
-name, never by the length of prompt and output.
+Made once for a sequence, as tensors on the device of the logits; a step adds the tokens that are new. So a step's work
+is bounded by the vocabulary and by what validation lets a request name, never by the length of prompt and output.
 
-Letters: V vocabulary, U different tokens of a sequence.
+Letter: V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def change_logits(logits: Tensor, row: SamplingRow) -> None:
     Source: transformers RepetitionPenaltyLogitsProcessor; OpenAI API reference, "frequency and presence penalties".
     """
     kept = row.memo.kept
-    changes = kept if isinstance(kept, _Changes) else _Changes(row, logits.device)
+    changes = kept if isinstance(kept, _Changes) else _Changes(row, len(logits), logits.device)
     row.memo.kept = changes
     changes.apply(logits, row)
 
@@ -45,9 +44,9 @@ def change_logits(logits: Tensor, row: SamplingRow) -> None:
 class _Changes:
     """One sequence's."""
 
-    def __init__(self, row: SamplingRow, device: torch.device) -> None:
+    def __init__(self, row: SamplingRow, vocab_size: int, device: torch.device) -> None:
         params = row.params
-        self._seen = _SeenTokens(row, device) if _has_penalties(params) else None
+        self._seen = _SeenTokens(row, vocab_size, device) if _has_penalties(params) else None
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
             tokens = torch.tensor(list(params.logit_bias))
@@ -70,52 +69,36 @@ class _Changes:
 
 
 class _SeenTokens:
-    """The different tokens that penalties are about, and how often each is in the output; grows by the output's."""
+    """Which tokens penalties are about, [V] bool, and how often each is in the output, [V] float32.
 
-    def __init__(self, row: SamplingRow, device: torch.device) -> None:
-        counts = Counter(row.output_token_ids)
-        if row.params.repetition_penalty != 1.0:
-            tokens = list(dict.fromkeys(row.prompt_token_ids) | counts)
-        else:
-            tokens = list(counts)  # the other penalties are about the output alone
-        self._places = {token_id: place for place, token_id in enumerate(tokens)}
+    Over the whole vocabulary, because to find the different tokens of a prompt of 160,000 takes far longer than a step.
+    """
+
+    def __init__(self, row: SamplingRow, vocab_size: int, device: torch.device) -> None:
         self._num_output = len(row.output_token_ids)
-        padding = [0] * (_room(len(tokens)) - len(tokens))
-        repeats = [counts[token] for token in tokens]
-        self._tokens = to_device(torch.tensor(tokens + padding), device)
-        self._counts = to_device(torch.tensor(repeats + padding, dtype=torch.float32), device)
+        counts = np.bincount(np.array(row.output_token_ids, dtype=np.int64), minlength=vocab_size)
+        is_seen = counts > 0
+        if row.params.repetition_penalty != 1.0:  # the other penalties are about the output alone
+            is_seen[np.array(row.prompt_token_ids, dtype=np.int64)] = True
+        self._is_seen = to_device(torch.from_numpy(is_seen), device)
+        self._counts = to_device(torch.from_numpy(counts.astype(np.float32)), device)
 
     def catch_up(self, output_token_ids: Sequence[int]) -> None:
         """Take in what was added to the output since the last call, at most a few tokens."""
-        for index in range(self._num_output, len(output_token_ids)):
-            place = self._places.setdefault(output_token_ids[index], len(self._places))
-            if place == len(self._tokens):
-                self._tokens, self._counts = _grown(self._tokens), _grown(self._counts)
-            self._tokens[place].fill_(output_token_ids[index])
-            self._counts[place].add_(1)
-            self._num_output = index + 1
+        for token_id in output_token_ids[self._num_output :]:
+            self._is_seen[token_id].fill_(True)
+            self._counts[token_id].add_(1)
+        self._num_output = len(output_token_ids)
 
     def penalise(self, logits: Tensor, params: SamplingParams) -> None:
-        tokens, counts = self._tokens[: len(self._places)], self._counts[: len(self._places)]
-        values = logits[tokens]
         if params.repetition_penalty != 1.0:
             penalty = params.repetition_penalty
-            values = torch.where(values > 0, values / penalty, values * penalty)
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits.copy_(torch.where(self._is_seen, penalised, logits))
         if params.presence_penalty or params.frequency_penalty:
-            values -= (params.presence_penalty + params.frequency_penalty * counts).masked_fill_(counts == 0, 0.0)
-        logits[tokens] = values
+            penalties = params.presence_penalty + params.frequency_penalty * self._counts
+            logits -= penalties.masked_fill_(self._counts == 0, 0.0)
 
 
 def _has_penalties(params: SamplingParams) -> bool:
     return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
-
-
-def _room(num_tokens: int) -> int:
-    return num_tokens + num_tokens // 2 + 64
-
-
-def _grown(values: Tensor) -> Tensor:
-    """Return `values` with zeros behind them."""
-    grown = values.new_zeros(_room(len(values)))
-    grown[: len(values)] = values
-    return grown

@@ -143,7 +143,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], askin
 
 
 def _ranks(logits: Tensor) -> Tensor:
-    """Return numbers [A, V] int64, no two of a row equal, that order its `logits` and, of equal ones, the lower id first.
+    """Return numbers [A, V] int64, no two of a row equal: larger for larger `logits`, of equal ones for the lower id.
 
     So the best k of a row are the first k of its best n, whatever its neighbours ask for. A row with a NaN gets numbers
     that mean nothing.

@@ -46,14 +46,16 @@ def gpu_working_bytes(config: ModelConfig, layout: KvLayout, limits: StepLimits,
     num_logits = rows * config.vocab_size
     step_bytes = max(
         layer_bytes(config, itemsize, limits.max_step_tokens, max(GROUP_KEY_TOKENS, longest)),
-        # The logits, changed ones, those to rank for log-probabilities, and what ranks them, of eight bytes and of four.
+        # The logits, changed ones, those to rank for log-probabilities, and what ranks them, eight bytes and four each.
         num_logits * 6 * _FLOAT32,
         # The check of the kernels brings gate and up of one expert to float32.
         2 * config.moe.intermediate_size * config.hidden_size * _FLOAT32,
     )
     # Logits as they are computed, in float32, and those that all captured steps leave theirs in.
     captured_bytes = layer_bytes(config, itemsize, rows, 0) + num_logits * (itemsize + 2 * _FLOAT32)
-    return FIXED_BYTES + int((step_bytes + captured_bytes) * (1 + _ALLOCATOR_SHARE))
+    # What each sequence keeps that asks for penalties: which tokens it has seen, and how often.
+    penalty_bytes = num_logits * (1 + _FLOAT32)
+    return FIXED_BYTES + int((step_bytes + captured_bytes + penalty_bytes) * (1 + _ALLOCATOR_SHARE))
 
 
 def layer_bytes(config: ModelConfig, itemsize: int, num_tokens: int, num_keys: int) -> int:
