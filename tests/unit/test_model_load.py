@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import psutil
@@ -111,6 +112,75 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, written, refusal, hea
     data = len(header).to_bytes(8, "little") + header + bytes(4)
     (tmp_path / "model.safetensors").write_bytes(data)
     refusal("DAMAGED_FILE", "model.safetensors")
+
+
+def rewrite_header(path, change):
+    """Let `change` work on the header of a safetensors file, as an object."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + size :])
+
+
+def test_tensors_that_overlap_and_leave_a_hole_of_the_same_size_are_refused(tmp_path, written, refusal):
+    def move(header):
+        header[NORM]["data_offsets"] = header["model.norm.weight"]["data_offsets"]
+
+    rewrite_header(tmp_path / "model.safetensors", move)
+    refusal("DAMAGED_FILE", r"model\.safetensors: tensor .* begins at byte \d+; tensor .* ends at \d+")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shape", [32.0]),
+        ("shape", [True]),
+        ("shape", "32"),
+        ("shape", {"32": 1}),
+        ("shape", [10**400, 0]),
+        ("shape", [1] * 1_000_000),
+        ("data_offsets", [0.0, 128.0]),
+        ("data_offsets", [False, 128]),
+        ("data_offsets", [10**4000, 10**4000 + 128]),
+        ("data_offsets", "ab"),
+        ("dtype", ["F32"]),
+        ("dtype", None),
+    ],
+)
+def test_numbers_that_are_no_sizes_are_refused_by_name(tmp_path, written, refusal, field, value):
+    rewrite_header(tmp_path / "model.safetensors", lambda header: header[NORM].update({field: value}))
+    refusal("DAMAGED_FILE", rf"model\.safetensors: its entry for tensor {NORM}")
+
+
+DEEP = "[" * 200_000
+
+
+def test_a_header_or_an_index_nested_too_deep_is_refused(tmp_path, written, refusal):
+    header = f'{{"a": {DEEP}'.encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    refusal("DAMAGED_FILE", r"model\.safetensors: its header can't be read as JSON")
+    (tmp_path / "model.safetensors.index.json").write_text(DEEP)
+    refusal("DAMAGED_FILE", r"index\.json: it is no index")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["link to nothing", "pipe"])
+def test_what_is_there_but_no_file_is_named(tmp_path, written, refusal, name, kind):
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("nowhere")
+    refusal("BAD_CONFIG" if name == "config.json" else "DAMAGED_FILE", name)
+
+
+def test_a_shard_with_a_name_too_long_for_a_file_is_refused(tmp_path, written, refusal):
+    text = json.dumps({"weight_map": {NORM: "a" * 300}})
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    refusal("DAMAGED_FILE", "index")
 
 
 def test_missing_weights_are_refused(tmp_path, written, refusal):

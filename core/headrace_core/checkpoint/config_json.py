@@ -8,7 +8,6 @@ leaves config.json's, where transformers would go on past every end. Its samplin
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from headrace_core.checkpoint.config import (
     YarnScaling,
 )
 from headrace_core.errors import CheckpointError
+from headrace_core.json_file import is_there, read_object
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -46,8 +46,7 @@ def parse_config(directory: Path) -> ModelConfig:
     """
     config = _parse_network(_Fields(_read(directory / _CONFIG)))
     path = directory / _GENERATION_CONFIG
-    is_there = path.exists() or path.is_symlink()  # a link to nothing is a damaged checkpoint
-    generation = _Fields(_read(path) if is_there else {}, file=_GENERATION_CONFIG)
+    generation = _Fields(_read(path) if is_there(path) else {}, file=_GENERATION_CONFIG)
     if _EOS not in generation:
         return config
     return replace(config, eos_token_ids=_parse_eos(generation, config.vocab_size))
@@ -135,17 +134,12 @@ class _Fields:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not is_there(path):
+        raise CheckpointError("BAD_CONFIG", f"{path} does not exist; give the folder of a Hugging Face checkpoint")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            "BAD_CONFIG", f"{path} does not exist; give the folder of a Hugging Face checkpoint"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError("BAD_CONFIG", f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError("BAD_CONFIG", f"{path} must hold a JSON object")
-    return values
+        return read_object(path)
+    except ValueError as error:
+        raise CheckpointError("BAD_CONFIG", str(error)) from None
 
 
 def _parse_deepseek(fields: _Fields, family: str) -> ModelConfig:

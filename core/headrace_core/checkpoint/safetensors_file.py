@@ -7,19 +7,23 @@ Source: https://github.com/huggingface/safetensors README, "Format".
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from headrace_core.errors import CheckpointError
+from headrace_core.json_file import is_there, parse_object, read_object
 
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_SIDES = 64
+"""As many as a torch tensor can have."""
+_MAX_NAME = 200
+"""Characters of a name or value that a message repeats."""
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,18 +84,18 @@ def find_files(directory: Path) -> list[Path]:
         CheckpointError: DAMAGED_FILE if there are none, or the index can't be read or names a file that is missing.
     """
     index = directory / "model.safetensors.index.json"
-    if not index.exists():
+    if not is_there(index):
         path = directory / "model.safetensors"
-        if not path.exists():
+        if not is_there(path):
             damaged(directory, "neither model.safetensors nor model.safetensors.index.json is there")
         return [path]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(read_object(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         damaged(index, f"it is no index of weights ({error!r})")
     paths: list[Path] = []
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (directory / name).exists():
+        if not isinstance(name, str) or Path(name).name != name or not is_there(directory / name):
             damaged(directory, f"the index names {name!r}, which is not there")
         paths.append(directory / name)
     return paths
@@ -101,7 +105,8 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the checkpoint, by name, having read headers only.
 
     Raises:
-        CheckpointError: DAMAGED_FILE if a file is missing, truncated or not in the format, or a name occurs twice.
+        CheckpointError: DAMAGED_FILE if a file is missing, truncated or not in the format, its tensors overlap or leave
+            a hole, or a name occurs twice.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in find_files(directory):
@@ -114,31 +119,57 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
 
 def _read_header(path: Path) -> list[StoredTensor]:
     try:
+        if not path.is_file():  # from a pipe nothing may ever come
+            damaged(path, "it is a link to nothing, or no regular file")
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
             header_size = int.from_bytes(file.read(8), "little")
             if file_size < 8 or not 0 < header_size <= min(_MAX_HEADER_BYTES, file_size - 8):
                 damaged(path, "its header is cut off or it is no safetensors file")
-            header = json.loads(file.read(header_size))
+            header = parse_object(file.read(header_size), "its header")
     except (OSError, ValueError) as error:
-        damaged(path, f"its header can't be read ({error})")
-    if not isinstance(header, dict):
-        damaged(path, "its header is no JSON object")
+        damaged(path, str(error))
     header.pop("__metadata__", None)
     tensors = [_parse_entry(path, name, entry, 8 + header_size) for name, entry in header.items()]
-    described = 8 + header_size + sum(tensor.size for tensor in tensors)
-    end = max((tensor.offset + tensor.size for tensor in tensors), default=described)
-    if not described == end == file_size:
-        damaged(path, f"it has {file_size} bytes, its header describes {described} up to byte {end}")
+    _check_places(path, tensors, 8 + header_size, file_size)
     return tensors
+
+
+def _check_places(path: Path, tensors: list[StoredTensor], begin: int, end: int) -> None:
+    """Check that the tensors fill the file's bytes from `begin` to `end`, each behind another: none shared, none idle.
+
+    As the format has it; where two overlap, one has the other's numbers.
+    """
+    place, last = begin, "the header"
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset != place:
+            damaged(path, f"tensor {tensor.name} begins at byte {tensor.offset}; {last} ends at {place}")
+        place, last = tensor.offset + tensor.size, f"tensor {tensor.name}"
+    if place != end:
+        damaged(path, f"it has {end} bytes; {last} ends at {place}")
 
 
 def _parse_entry(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        size = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
-        if begin < 0 or end - begin != size or any(side < 0 for side in shape):
-            raise ValueError(f"offsets {begin}..{end} do not fit {dtype} {list(shape)}")
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or not isinstance(shape, list) or len(cast("list[object]", shape)) > _MAX_SIDES:
+            raise ValueError("its dtype or shape is of no use")
+        sides = tuple(map(_count, cast("list[object]", shape)))
+        begin, end = _count(begin), _count(end)
+        size = math.prod(sides) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+        if size < 0 or end - begin != size:
+            raise ValueError(f"offsets {begin}..{end} do not fit {dtype} {shape}")
     except (KeyError, TypeError, ValueError) as error:
-        damaged(path, f"its entry for tensor {name} makes no sense ({error})")
-    return StoredTensor(path, name, dtype, shape, base + begin, size)
+        damaged(path, f"its entry for tensor {name[:_MAX_NAME]} makes no sense ({error})")
+    return StoredTensor(path, name, dtype, sides, base + begin, size)
+
+
+def _count(value: object) -> int:
+    """Return `value` if it is a whole number that a file can have so many of; True and 1.0 are none.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{str(value)[:_MAX_NAME]} is no size or place in a file")
+    return value
