@@ -66,7 +66,7 @@ def write(directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=1))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, shape in expected_tensors(parse_config(directory)).items():
+    for name, shape in expected_tensors(parse_config(directory)):
         if name.endswith("norm.weight"):
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 
 import psutil
 import pytest
@@ -181,6 +182,17 @@ def test_a_shard_with_a_name_too_long_for_a_file_is_refused(tmp_path, written, r
     text = json.dumps({"weight_map": {NORM: "a" * 300}})
     (tmp_path / "model.safetensors.index.json").write_text(text)
     refusal("DAMAGED_FILE", "index")
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "n_routed_experts"])
+def test_more_tensors_than_anybody_has_cost_no_more_than_the_first_that_is_missing(tmp_path, written, refusal, field):
+    write_config(tmp_path, {**CONFIG, field: 10**9, "n_group": 1, "topk_group": 1})
+    tracemalloc.start()
+    try:
+        refusal("MISSING_TENSOR" if field == "num_hidden_layers" else "BAD_TENSOR_SHAPE", "is ")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_missing_weights_are_refused(tmp_path, written, refusal):

@@ -77,7 +77,7 @@ class MetaWeights:
     """`WeightSource` of tensors without memory."""
 
     def __init__(self, config):
-        self._shapes = expected_tensors(config)
+        self._shapes = dict(expected_tensors(config))
 
     def take(self, name, dtype=None):
         return self.empty(*self._shapes[name], dtype=dtype or torch.bfloat16)

@@ -16,22 +16,24 @@ _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 SCALE_SUFFIX = "_scale_inv"
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor the network needs, by its name in the checkpoint."""
+def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every tensor the network needs: its name in the checkpoint, and its shape.
+
+    One at a time, since a config may speak of more than memory holds the names of.
+    """
     hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield "model.norm.weight", (hidden,)
     if not config.is_embedding_tied:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        yield "lm_head.weight", (config.vocab_size, hidden)
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes.update((prefix + "self_attn." + name, shape) for name, shape in _attention(config))
-        shapes.update((prefix + name, shape) for name, shape in _feed_forward(config, layer))
-    return shapes
+        yield prefix + "input_layernorm.weight", (hidden,)
+        yield prefix + "post_attention_layernorm.weight", (hidden,)
+        for name, shape in _attention(config):
+            yield prefix + "self_attn." + name, shape
+        for name, shape in _feed_forward(config, layer):
+            yield prefix + name, shape
 
 
 def _attention(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -103,7 +105,7 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
         CheckpointError: MISSING_TENSOR, EXTRA_TENSOR, BAD_TENSOR_SHAPE or UNSUPPORTED_MODEL, naming the tensor.
     """
     names: list[str] = []
-    for name, shape in expected_tensors(config).items():
+    for name, shape in expected_tensors(config):
         _check_tensor(stored.get(name), name, shape)
         names.append(name)
         if stored[name].dtype == "F8_E4M3":

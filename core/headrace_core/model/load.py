@@ -110,8 +110,7 @@ class _Progress:
 def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes that the weights of `config` take in compute type `dtype`."""
     return sum(
-        math.prod(shape) * (4 if is_float32(name) else dtype.itemsize)
-        for name, shape in expected_tensors(config).items()
+        math.prod(shape) * (4 if is_float32(name) else dtype.itemsize) for name, shape in expected_tensors(config)
     )
 
 

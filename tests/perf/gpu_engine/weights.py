@@ -38,7 +38,7 @@ class _Draw:
     """
 
     def __init__(self, config: ModelConfig, device: str) -> None:
-        self.shapes = expected_tensors(config)
+        self.shapes = dict(expected_tensors(config))
         self._generator = torch.Generator(device).manual_seed(0)
         self._scale = 1 / math.sqrt(2 * config.num_layers)
 
