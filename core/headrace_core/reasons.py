@@ -105,10 +105,10 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "DEADLINE_EXCEEDED": "the caller's time limit passed",
     },
     CheckpointError: {
-        "BAD_CONFIG": "config.json is missing, unreadable or inconsistent; names the field",
-        "BAD_LOGITS": "on a GPU, where a worker tries it first: the network's output is not finite",
+        "BAD_CONFIG": "config.json or generation_config.json can't be read or is inconsistent; names file and field",
+        "BAD_LOGITS": "before it serves, a worker tries the network: its output is not finite",
         "BAD_TENSOR_SHAPE": "a tensor's shape is not what config.json says",
-        "BAD_TOKENIZER": "a tokenizer file can't be read",
+        "BAD_TOKENIZER": "a tokenizer file can't be read, or two contradict each other; names file and field",
         "DAMAGED_FILE": "a weight file is cut short or no safetensors file",
         "EXTRA_TENSOR": "a tensor that the network does not have",
         "MISSING_TENSOR": "a tensor that the network needs is not there",

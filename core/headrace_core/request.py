@@ -12,6 +12,10 @@ from enum import Enum
 
 from headrace_core.errors import InvalidRequestError
 
+MAX_COUNT = (1 << 31) - 1
+"""Ids and counts are int32 wherever they are computed with."""
+MAX_EOS_TOKEN_IDS = 1024
+"""Most tokens of a model that end a text."""
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256

@@ -16,7 +16,7 @@ from headrace.v1 import decode_service_pb2, prefill_service_pb2, types_pb2, work
 from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerRole
 from headrace_core.errors import InvalidRequestError, ProtocolError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
-from headrace_core.request import MAX_TOP_LOGPROBS, hash_tokens
+from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS, MAX_TOP_LOGPROBS, hash_tokens
 from headrace_core.wire import decode_finish, decode_layout
 
 ROLE_NAMES: dict[WorkerRole.ValueType, str] = {
@@ -27,10 +27,7 @@ ROLE_NAMES: dict[WorkerRole.ValueType, str] = {
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
-_MOST = 1 << 31
-"""Ids and counts are int32 wherever they are computed with."""
 _MOST_PAGE_TOKENS = 1 << 16
-_MOST_EOS_IDS = 1024
 _MOST_TRANSPORTS = 16
 _LAST_CODE = max(code.value[0] for code in grpc.StatusCode)
 _MOST_LOGPROB = 0.01
@@ -70,9 +67,9 @@ def check_info(info: worker_service_pb2.GetInfoResponse) -> KvLayout:
         "vocab_size": (info.vocab_size, 1),
     }
     for name, (count, least) in counts.items():
-        _require(least <= count < _MOST, f"its {name} is {count}; it must be {least} to {_MOST - 1}")
+        _require(least <= count <= MAX_COUNT, f"its {name} is {count}; it must be {least} to {MAX_COUNT}")
     _require(layout.page_size <= _MOST_PAGE_TOKENS, f"its pages hold {layout.page_size} tokens")
-    _require(len(info.eos_token_ids) <= _MOST_EOS_IDS, f"it names {len(info.eos_token_ids)} end-of-sequence ids")
+    _require(len(info.eos_token_ids) <= MAX_EOS_TOKEN_IDS, f"it names {len(info.eos_token_ids)} end-of-sequence ids")
     _check_ids(info.eos_token_ids, info.vocab_size, "an end-of-sequence id")
     _require(len(info.transports) <= _MOST_TRANSPORTS, f"it names {len(info.transports)} transports")
     for name in info.transports:

@@ -9,6 +9,7 @@ from headrace_core.checkpoint.config import GqaShape, MlaShape
 from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, LatentAttention
+from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 
 V2_LITE = {
@@ -155,12 +156,13 @@ def test_the_ends_that_generation_config_names_replace_those_of_config(read_with
 
 
 @pytest.mark.parametrize("eos", [160, -1, [1, 160], True, [True], 1.0, "1", {"id": 1}, [[1]]])
-def test_an_end_that_is_no_token_is_refused_by_file_and_field(read, read_with, eos):
+def test_an_end_that_is_no_token_is_refused_by_file_and_field(read, read_with, tmp_path, eos):
     for read_it, file in ((lambda: read_with({"eos_token_id": eos}), "generation_config"), (
         lambda: read({**TINY_CONFIGS["v3"], "eos_token_id": eos}), "config",
     )):  # fmt: skip
         with pytest.raises(CheckpointError, match=rf"^{file}\.json: eos_token_id is ") as caught:
             read_it()
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
         assert caught.value.reason == "BAD_CONFIG"
 
 
@@ -199,6 +201,7 @@ def test_every_second_layer_may_have_experts(read):
         ("v3", {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial"),
         ("v3", {"quantization_config": {"quant_method": "gptq"}}, "quant_method"),
         ("v3", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
+        ("v3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [True, True]}}, "weight_block"),
         ("v3", {"v_head_dim": 64}, "v_head_dim"),
         ("v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("v2", {"scoring_func": "sigmoid"}, "scoring_func"),
@@ -232,6 +235,14 @@ def test_what_is_not_computed_is_refused_by_name(read, name, changes, field):
         ("v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("v3", {"qk_rope_head_dim": 7}, "rotary"),
         ("v3", {"rope_scaling": {"type": "yarn"}}, "factor"),
+        ("v3", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ("v3", {"rms_norm_eps": 1e300}, "rms_norm_eps"),
+        ("v3", {"routed_scaling_factor": 1e300}, "routed_scaling_factor"),
+        ("v3", {"routed_scaling_factor": float("nan")}, "routed_scaling_factor"),
+        ("v3", {"max_position_embeddings": 2**31}, "max_position_embeddings"),
+        ("v3", {"max_position_embeddings": 1}, "max_position_embeddings"),
+        ("v3", {"hidden_size": 10**400}, "hidden_size"),
+        ("v3", {"vocab_size": 2000, "eos_token_id": list(range(1025))}, "eos_token_id"),
         ("v3", {"rope_scaling": "yarn"}, "rope_scaling"),
         ("mixtral", {"num_key_value_heads": 3}, "num_key_value_heads"),
         ("mixtral", {"hidden_size": 30}, "hidden_size"),
@@ -241,6 +252,26 @@ def test_what_makes_no_sense_is_refused_by_name(read, name, changes, field):
     with pytest.raises(CheckpointError, match=field) as caught:
         read(TINY_CONFIGS[name], **changes)
     assert caught.value.reason == "BAD_CONFIG"
+    assert len(str(caught.value)) < 500
+
+
+def test_the_limits_of_a_config_are_those_of_the_router(read):
+    config = read(
+        TINY_CONFIGS["v3"], vocab_size=2000, max_position_embeddings=2**31 - 1, eos_token_id=[*range(1024)] * 2
+    )
+    assert (config.max_context_tokens, len(config.eos_token_ids)) == (2**31 - 1, 1024)
+    assert (MAX_COUNT, MAX_EOS_TOKEN_IDS) == (2**31 - 1, 1024)
+
+
+@pytest.mark.parametrize("bos", [-1, [0], "<s>", 10**9])
+def test_what_is_not_used_is_not_judged(read, bos):
+    assert read(TINY_CONFIGS["v3"], bos_token_id=bos) == read(TINY_CONFIGS["v3"])
+
+
+def test_the_ends_of_config_are_not_judged_where_others_replace_them(tmp_path):
+    write_config(tmp_path, {**TINY_CONFIGS["v3"], "eos_token_id": -1})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 18}')
+    assert parse_config(tmp_path).eos_token_ids == (18,)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "\xff"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tracemalloc
@@ -12,6 +13,7 @@ import pytest
 import torch
 from headrace_core.checkpoint import memory
 from headrace_core.checkpoint.safetensors_file import StoredTensor
+from headrace_core.config import DecodeSettings
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.load import load_model
@@ -23,6 +25,7 @@ from headrace_core.testing.tiny_checkpoints import (
     write_config,
     write_tensors,
 )
+from headrace_core.worker.loading import load_worker_model
 
 CONFIG = {**TINY_CONFIGS["v3"], "num_hidden_layers": 2}
 NORM = "model.layers.1.input_layernorm.weight"
@@ -153,6 +156,44 @@ def test_tensors_that_overlap_and_leave_a_hole_of_the_same_size_are_refused(tmp_
 def test_numbers_that_are_no_sizes_are_refused_by_name(tmp_path, written, refusal, field, value):
     rewrite_header(tmp_path / "model.safetensors", lambda header: header[NORM].update({field: value}))
     refusal("DAMAGED_FILE", rf"model\.safetensors: its entry for tensor {NORM}")
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"rope_theta": 1e-300}, "rope_theta 1e-300"),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope_theta 1.0"),
+        ({"rope_scaling": {**YARN, "factor": 1e-300}}, "factor 1e-300"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1}}, "beta_fast -1"),
+        ({"rope_scaling": {**YARN, "beta_slow": 1e-320}}, "beta_slow"),
+        ({"rope_scaling": {**YARN, "mscale": 3e38, "mscale_all_dim": 1e-30}}, "mscale 3e.38"),
+        ({"rope_scaling": {**YARN, "mscale_all_dim": 1e38}}, "mscale_all_dim 1e.38"),
+        ({"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": -10 / math.log(4.0)}}, "mscale_all_dim -7"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor 0"),
+        ({"rope_scaling": {**YARN, "attention_factor": 3e38}}, "attention_factor 3e.38"),
+    ],
+)
+def test_angles_that_are_no_use_are_refused_with_the_fields_they_follow_from(
+    tmp_path, written, refusal, changes, field
+):
+    write_config(tmp_path, {**CONFIG, **changes})
+    refusal("BAD_CONFIG", field)
+
+
+def test_a_worker_tries_its_network_before_it_serves(tmp_path, written):
+    write_config(tmp_path, {**CONFIG, "routed_scaling_factor": 3e38})
+    with pytest.raises(CheckpointError, match=r"logits .* are not all finite") as caught:
+        load_worker_model(DecodeSettings(model=tmp_path, kv_pool_mib=1))
+    assert caught.value.reason == "BAD_LOGITS"
+
+
+def test_what_a_worker_tries_its_network_with_leaves_nothing_behind(tmp_path, written):
+    loaded = load_worker_model(DecodeSettings(model=tmp_path, kv_pool_mib=1))
+    assert not any(layer.any() for layer in loaded.cache.layers)
+    assert not any(map(any, loaded.model.take_expert_counts().values()))
 
 
 DEEP = "[" * 200_000

@@ -61,7 +61,7 @@ class MoeShape:
     """Mixture of experts of the layers that have one.
 
     A layer is dense if its index is below `num_first_dense_layers` or no multiple of `layer_stride`. The rest is
-    `headrace_kernels.moe_routing.RoutingRule`, and whether a correction bias joins the choice.
+    `headrace_kernels.routing_rule.RoutingRule`, and whether a correction bias joins the choice.
     """
 
     num_experts: int
@@ -95,7 +95,6 @@ class ModelConfig:
     num_heads: int
     dense_intermediate_size: int
     max_context_tokens: int
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     checkpoint_dtype: str
     rms_norm_eps: float

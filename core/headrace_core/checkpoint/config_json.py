@@ -8,10 +8,9 @@ leaves config.json's, where transformers would go on past every end. Its samplin
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from headrace_core.checkpoint.config import (
     GqaShape,
@@ -23,10 +22,15 @@ from headrace_core.checkpoint.config import (
 )
 from headrace_core.errors import CheckpointError
 from headrace_core.json_file import is_there, read_object
+from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _EOS = "eos_token_id"
+_MAX_FLOAT = (2 - 2**-23) * 2.0**127
+"""The largest of float32, in which every such number meets the network's."""
+_MAX_SHOWN = 200
+"""Characters of a value that a message repeats."""
 _DTYPES = ("float32", "bfloat16", "float16")
 # Kimi-K2 is DeepSeek-V3's architecture under a name of its own.
 _FAMILIES = {
@@ -44,12 +48,11 @@ def parse_config(directory: Path) -> ModelConfig:
         CheckpointError: BAD_CONFIG if config.json is missing, or either file is unreadable or inconsistent;
             UNSUPPORTED_MODEL if it asks for something that Headrace does not compute. The message names file and field.
     """
-    config = _parse_network(_Fields(_read(directory / _CONFIG)))
+    fields = _Fields(_read(directory / _CONFIG))
+    config = _parse_network(fields)
     path = directory / _GENERATION_CONFIG
     generation = _Fields(_read(path) if is_there(path) else {}, file=_GENERATION_CONFIG)
-    if _EOS not in generation:
-        return config
-    return replace(config, eos_token_ids=_parse_eos(generation, config.vocab_size))
+    return replace(config, eos_token_ids=_parse_eos(generation if _EOS in generation else fields, config.vocab_size))
 
 
 def _parse_network(fields: _Fields) -> ModelConfig:
@@ -62,12 +65,17 @@ def _parse_network(fields: _Fields) -> ModelConfig:
 
 def unsupported(name: str, value: object, supported: str) -> NoReturn:
     """Refuse a config that asks for something that is not implemented."""
-    raise CheckpointError("UNSUPPORTED_MODEL", f"{_CONFIG}: {name} is {value!r}; Headrace supports {supported}")
+    raise CheckpointError("UNSUPPORTED_MODEL", f"{_CONFIG}: {name} is {_shown(value)}; Headrace supports {supported}")
 
 
 def bad(name: str, value: object, expected: str, *, file: str = _CONFIG) -> NoReturn:
     """Refuse a config that makes no sense."""
-    raise CheckpointError("BAD_CONFIG", f"{file}: {name} is {value!r}; it must be {expected}")
+    raise CheckpointError("BAD_CONFIG", f"{file}: {name} is {_shown(value)}; it must be {expected}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 class _Fields:
@@ -93,14 +101,15 @@ class _Fields:
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            bad(self._prefix + name, value, f"a whole number, at least {least}")
+        if type(value) is not int or not least <= value <= MAX_COUNT:
+            bad(self._prefix + name, value, f"a whole number, {least} to {MAX_COUNT}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            bad(self._prefix + name, value, "a finite number")
+        # Whole numbers are compared as they are: one of 400 digits is no float. NaN is in no range.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_MAX_FLOAT <= value <= _MAX_FLOAT:
+            bad(self._prefix + name, value, f"a number in the range of float32, {-_MAX_FLOAT:g} to {_MAX_FLOAT:g}")
         return float(value)
 
     def positive(self, name: str, default: float | None = None) -> float:
@@ -215,17 +224,15 @@ def _parse_mixtral(fields: _Fields) -> ModelConfig:
 
 
 def _parse_common(fields: _Fields) -> dict[str, Any]:
-    vocab_size = fields.count("vocab_size")
     dtype = fields.text("dtype", fields.raw("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in _DTYPES:
         unsupported("dtype", dtype, f"one of {', '.join(_DTYPES)}")
     return {
-        "vocab_size": vocab_size,
+        "vocab_size": fields.count("vocab_size"),
         "num_layers": fields.count("num_hidden_layers"),
         "hidden_size": fields.count("hidden_size"),
-        "max_context_tokens": fields.count("max_position_embeddings"),
-        "bos_token_id": fields.count("bos_token_id", least=0) if "bos_token_id" in fields else None,
-        "eos_token_ids": _parse_eos(fields, vocab_size),
+        "max_context_tokens": fields.count("max_position_embeddings", least=2),  # one of prompt, one of output
+        "eos_token_ids": (),  # which file names them is not this one's to say
         "checkpoint_dtype": dtype,
         "is_embedding_tied": fields.flag("tie_word_embeddings", False),
     }
@@ -235,9 +242,12 @@ def _parse_eos(fields: _Fields, vocab_size: int) -> tuple[int, ...]:
     value = fields.raw(_EOS)
     token_ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in token_ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
             bad(_EOS, value, f"a token id below vocab_size, {vocab_size}, a list of them, or null", file=fields.file)
-    return tuple(dict.fromkeys(token_ids))
+    unique = tuple(dict.fromkeys(token_ids))
+    if len(unique) > MAX_EOS_TOKEN_IDS:
+        bad(_EOS, value, f"at most {MAX_EOS_TOKEN_IDS} token ids", file=fields.file)
+    return unique
 
 
 def _parse_v3_moe(fields: _Fields) -> MoeShape:
@@ -339,6 +349,7 @@ def _parse_fp8_block(fields: _Fields) -> tuple[int, int] | None:
     quantization.only("quant_method", "fp8", default="fp8")
     quantization.only("fmt", "e4m3", default="e4m3")
     block = quantization.raw("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)):
+    is_block = isinstance(block, list) and len(cast("list[object]", block)) == 2
+    if not is_block or not all(type(side) is int and 1 <= side <= MAX_COUNT for side in block):
         unsupported("quantization_config.weight_block_size", block, "two sides of a block, such as [128, 128]")
     return (block[0], block[1])

@@ -23,7 +23,7 @@ def available_bytes(device: str = "cpu") -> int:
     For the machine it is the control group's limit if that is less.
 
     Raises:
-        CheckpointError: NO_GPU, `device` is "cuda" and this process sees no GPU.
+        StartupError: NO_GPU, `device` is "cuda" and this process sees no GPU.
     """
     if device == "cuda":
         return _available_gpu_bytes()

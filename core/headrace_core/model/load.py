@@ -26,7 +26,7 @@ from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeW
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
-from headrace_core.model.rope_angles import softmax_scale
+from headrace_core.model.rope_angles import check_angles, softmax_scale
 from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
@@ -58,6 +58,7 @@ def load_model(
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
     """
     config = parse_config(directory)
+    check_angles(config)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
     dtype = config.checkpoint_dtype if dtype == "auto" else dtype
@@ -190,7 +191,7 @@ class _Builder:
                 take(prefix + "o_proj.bias") if self._config.has_attention_bias else None,
             ),
         )
-        scale = softmax_scale(shape.nope_dim + shape.rope_dim, self._config.rope.yarn)
+        scale = softmax_scale(shape, self._config.rope.yarn)
         return LatentAttentionLayer(shape, num_heads, scale, weights)
 
     def _mla_input_bias(self, prefix: str, shape: MlaShape, width: int) -> Tensor | None:

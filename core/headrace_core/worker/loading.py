@@ -32,6 +32,8 @@ from headrace_core.worker.warm_up import warm_up
 log = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 5.0
+_TRIED_TOKENS = 2
+"""What a CPU worker computes before it serves: one token, then two, so that a network that can't is told at once."""
 _ROOFLINE_DTYPES = {CacheDtype.FLOAT32: Dtype.FP32, CacheDtype.BFLOAT16: Dtype.BF16, CacheDtype.FLOAT16: Dtype.FP16}
 
 
@@ -81,6 +83,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     cache = KvCache(layout, num_pages, settings.device)
     if settings.device == "cuda":
         _prepare_gpu(settings, model, cache, most)
+    else:
+        warm_up(model, cache, max_step_tokens=_TRIED_TOKENS)
     log.info(
         "model loaded",
         extra={

@@ -1,4 +1,6 @@
-"""Run what a GPU worker will run, before anyone waits for it: a kernel is compiled when it is first launched.
+"""Run what a worker will run, before anyone waits for it: on a GPU a kernel is compiled when it is first launched.
+
+A network whose logits are not finite, from whatever numbers in its config, answers nobody: that is told now, too.
 
 Which kernel runs depends on the number of tokens, through tile sizes; so prompts of every size up to a step's are
 computed, tokens are sampled, and pages copied to the host and back.
