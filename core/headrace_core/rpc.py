@@ -191,12 +191,11 @@ class _Requests:
         if self._deserialize is None:
             return message
         limit = self._door.max_parts(self.method)
-        if limit is not None:
-            maker: Any = self._deserialize
-            if has_more_parts(message, maker.__self__.DESCRIPTOR, limit):
+        maker: Any = self._deserialize
+        try:
+            if limit is not None and has_more_parts(message, maker.__self__.DESCRIPTOR, limit):
                 problem = f"the request is made of more than {limit} parts, such as messages of a conversation"
                 raise InvalidRequestError("PROMPT_TOO_LONG", problem)
-        try:
             return self._deserialize(message)
         except DecodeError as error:
             raise InvalidRequestError("BAD_REQUEST", f"the request can't be decoded: {error}") from error
