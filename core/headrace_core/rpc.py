@@ -6,6 +6,7 @@ statuses become errors again.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import resource
@@ -223,6 +224,14 @@ def _streaming(requests: _Requests, serve: Any) -> Any:
 
 
 async def _abort(context: Any, method: str, error: Exception) -> None:
+    try:
+        await _send_status(context, method, error)
+    except grpc.aio.InternalError as no_call:
+        # The call has ended, by the caller or by grpc itself, and nothing can be sent on it any more.
+        raise asyncio.CancelledError from no_call
+
+
+async def _send_status(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, HeadraceError):

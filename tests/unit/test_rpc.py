@@ -91,6 +91,16 @@ def test_bytes_that_are_no_message_are_the_callers_error():
     asyncio.run(serve(test))
 
 
+@pytest.mark.parametrize("raised", [HeadraceError("X", "x"), RuntimeError("x")])
+def test_an_error_of_a_call_that_grpc_has_ended_but_not_yet_cancelled_is_a_cancellation(raised):
+    class Ended:
+        async def abort(self, *_):
+            raise grpc.aio.InternalError("Failed grpc_call_start_batch")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(rpc._abort(Ended(), "method", raised))
+
+
 def test_an_answer_that_is_no_message_is_a_protocol_error_and_leaves_no_traceback(capsys):
     setup_logging("router", log_format="text", level="INFO")
 
