@@ -1,11 +1,11 @@
 """What a server lets in: a call is refused before its message is read, and what is read and held is bounded.
 
-    ARRIVED ──guards, a place──► WAITING ──a reader's turn──► READING ──message──► INSIDE ──► GONE
+    ARRIVED ──a place, guards──► WAITING ──a reader's turn──► READING ──message──► INSIDE ──► GONE
        └───── refused ──────────────┴──── refused, too slow ─────┘
 
 Flow control keeps an unread message at the caller's side, but for one window (`rpc.py`), so that a call that is refused
 costs no memory, whatever its size. Places, turns and bytes are shared (`shares.py`); places and bytes are given back
-when the call ends, however it ends.
+when the call ends, however it ends. A call that sends a stream of messages waits for a turn before each of them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,13 +47,17 @@ class Call:
 
 
 Guard = Callable[[Call], AbstractContextManager[None]]
-"""Entered when a call arrives, left when its message has been read; raises the `HeadraceError` that refuses it."""
+"""Entered when a call has its place, left when its message has been read, or at once if it sends a stream of them;
+raises the `HeadraceError` that refuses it."""
 
 OnRefused = Callable[[str, HeadraceError | None], None]
-"""Takes the method of a call that did not come in and what refused it; None if the caller left."""
+"""Takes the method of a call that did not come in, or whose next message did not, and what refused it; None if it ended
+before its message came: the caller left, or the message is larger than grpc takes, which are alike from here."""
 
 RETRY_AFTER_S = 0.5
 """What a caller is told that found no room."""
+_ENDING_S = 0.02
+"""After a call's last message: how long grpc may take to say that the call itself has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +70,18 @@ class MethodLimits:
     """Calls whose message is being read; each may cost the largest message."""
     message_bytes: int = 1 << 30
     """Of open calls' messages together, as they came."""
+    max_message_bytes: int | None = None
+    """Of one message, once it has come; None: as many as grpc takes."""
     max_parts: int | None = None
     """Fields that a message may have, as `message_parts` counts them; None: as many as fit."""
     message_timeout_s: float = 10.0
     """How long a message may take to arrive, and a call may wait until it is read."""
     patience_s: float = 2.0
     """How long it may take while other calls wait for the reader's turn."""
+
+
+STREAM_LIMITS = MethodLimits(open_calls=64, readers=2, message_bytes=1 << 20, max_message_bytes=64 << 10)
+"""Of a method that takes a stream of messages, unless it is named: that is reflection, which needs no token."""
 
 
 def address_of(context: Any) -> str:
@@ -124,100 +134,141 @@ class Door:
         self._caller_of = caller_of
         self._on_refused = on_refused
         self._rooms: dict[str, _Room] = {}
+        self._messages: dict[Any, _Share] = {}
+        """Of open calls, by context."""
 
     def max_parts(self, method: str) -> int | None:
         """Return how many parts a message of `method` may have."""
-        return self._limits(method).max_parts
+        return self._methods.get(method, self._default).max_parts
 
-    def _limits(self, method: str) -> MethodLimits:
-        return self._methods.get(method, self._default)
-
-    def enter(self, method: str, context: Any) -> None:
-        """Let a call in that reads its messages itself.
+    def enter(self, method: str, context: Any, decode: Callable[[bytes], T]) -> AsyncIterator[T]:
+        """Let a call in that sends a stream of messages, and return them, each decoded when it is asked for.
 
         Raises:
-            HeadraceError: it is refused.
+            HeadraceError: it is refused, now or where a message is asked for, as by `receive`; its stream may be empty.
         """
-        try:
+        with self._counting(method):
             call = Call(method, self._caller_of(context), context)
             with ExitStack() as guards:
-                self._let_in(call, guards)
-        except HeadraceError as error:
-            self._on_refused(method, error)
-            raise
+                room = self._let_in(call, STREAM_LIMITS, guards)
+        return self._each(call, room, decode)
+
+    async def _each(self, call: Call, room: _Room, decode: Callable[[bytes], T]) -> AsyncIterator[T]:
+        share = _Share(room.messages, call, "bytes of messages are held")
+        while True:
+            with self._counting(call.method):
+                message = await self._read(call, room)
+                if message is None:
+                    return
+                share.take(len(message))
+                decoded = decode(message)
+            yield decoded
+            share.give_back()
 
     async def receive(self, method: str, context: Any, decode: Callable[[bytes], T]) -> T:
         """Let a call in and return its one message, decoded.
 
         Raises:
             HeadraceError: it is refused: by a guard or `decode`; QUEUE_FULL, there is no place, turn or memory for it;
-                MESSAGE_TIMEOUT; BAD_REQUEST, it ended without a message, or its message is larger than grpc takes.
+                MESSAGE_TIMEOUT; BAD_REQUEST, it sent no message, or one that is too large for the method.
         """
         try:
-            call = Call(method, self._caller_of(context), context)
-            with ExitStack() as guards:
-                room = self._let_in(call, guards)
-                message: Any = await self._read(call, room.turns)
-                if message is not grpc.aio.EOF:
-                    _take(room.messages, call, len(message), "bytes of messages are held")
-                    return decode(message)
-        except HeadraceError as error:
-            self._on_refused(method, error)
-            raise
+            with self._counting(method), ExitStack() as guards:
+                call = Call(method, self._caller_of(context), context)
+                room = self._let_in(call, self._default, guards)
+                message = await self._read(call, room)
+                if message is None:
+                    raise InvalidRequestError("BAD_REQUEST", "the call ended before a message came")
+                share = self._messages[context] = _Share(room.messages, call, "bytes of messages are held")
+                context.add_done_callback(lambda _: self._messages.pop(context))
+                share.take(len(message))
+                return decode(message)
         except asyncio.CancelledError:
             self._on_refused(method, None)
             raise
-        # grpc says the same when the caller left and when it has refused a message that is too large.
-        self._on_refused(method, None)
-        raise InvalidRequestError("BAD_REQUEST", "the call ended before a message came")
 
-    def _let_in(self, call: Call, guards: ExitStack) -> _Room:
-        for guard in self._guards:
-            guards.enter_context(guard(call))
+    def forget_message(self, context: Any) -> None:
+        """Give back the bytes of a call's message before the call ends: nothing of it is kept any more. Idempotent."""
+        if share := self._messages.get(context):
+            share.give_back()
+
+    @contextmanager
+    def _counting(self, method: str) -> Generator[None]:
+        try:
+            yield
+        except HeadraceError as error:
+            self._on_refused(method, error)
+            raise
+
+    def _let_in(self, call: Call, default: MethodLimits, guards: ExitStack) -> _Room:
         room = self._rooms.get(call.method)
         if room is None:
-            room = self._rooms[call.method] = _Room(self._limits(call.method))
-        _take(room.places, call, 1, "calls are open")
+            room = self._rooms[call.method] = _Room(self._methods.get(call.method, default))
+        _Share(room.places, call, "calls are open").take(1)
+        for guard in self._guards:
+            guards.enter_context(guard(call))
         return room
 
-    async def _read(self, call: Call, turns: Turns) -> Any:
-        call.wait = EndableWait(self._limits(call.method).message_timeout_s)
+    async def _read(self, call: Call, room: _Room) -> bytes | None:
+        """Return a call's next message; None after its last."""
+        limits = room.limits
+        call.wait, call.has_turn = EndableWait(limits.message_timeout_s), False
         try:
-            async with call.wait, turns.turn(call.caller, call.wait.timer):
+            async with call.wait, room.turns.turn(call.caller, call.wait.timer):
                 call.has_turn = True
-                return await call.context.read()
+                message: Any = await call.context.read()
         except TimeoutError:
             if call.has_turn:
                 problem = "the request's message took too long to arrive"
                 raise OverloadedError("MESSAGE_TIMEOUT", problem, retry_after_s=RETRY_AFTER_S) from None
             problem = "too many messages arrive at once; try again later"
             raise OverloadedError("QUEUE_FULL", problem, retry_after_s=RETRY_AFTER_S) from None
+        if message is grpc.aio.EOF:
+            await asyncio.sleep(_ENDING_S)  # if grpc has ended the call, it cancels us here
+            return None
+        if limits.max_message_bytes is not None and len(message) > limits.max_message_bytes:
+            problem = f"a message of {len(message)} bytes; {call.method} takes {limits.max_message_bytes}"
+            raise InvalidRequestError("BAD_REQUEST", problem)
+        return message
 
 
 class _Room:
     """What one method's calls share."""
 
     def __init__(self, limits: MethodLimits) -> None:
+        self.limits = limits
         self.places = Pot(limits.open_calls)
         self.turns = Turns(limits.readers, patience_s=limits.patience_s)
         self.messages = Pot(limits.message_bytes)
 
 
-def _take(pot: Pot, call: Call, amount: int, what: str) -> None:
-    """Give a call its share until it ends, however it does: a generator that nobody reads on has no `finally`.
+class _Share:
+    """What a call holds of a pot until it ends, however it does: a generator that nobody reads on has no `finally`."""
 
-    Raises:
-        OverloadedError: QUEUE_FULL.
-    """
-    caller = call.caller
-    if not pot.take(caller, amount):
-        raise OverloadedError(
-            "QUEUE_FULL",
-            f"{pot.taken} {what}, {pot.held(caller)} for you, and there is room for {pot.total}; try again later",
-            retry_after_s=RETRY_AFTER_S,
-        )
+    def __init__(self, pot: Pot, call: Call, what: str) -> None:
+        self._pot = pot
+        self._caller = call.caller
+        self._what = what
+        self._held = 0
+        call.context.add_done_callback(lambda _: self.give_back())
 
-    def on_done(_: Any) -> None:
-        pot.give_back(caller, amount)
+    def take(self, amount: int) -> None:
+        """Hold `amount` more.
 
-    call.context.add_done_callback(on_done)
+        Raises:
+            OverloadedError: QUEUE_FULL.
+        """
+        pot, caller = self._pot, self._caller
+        if not pot.take(caller, amount):
+            raise OverloadedError(
+                "QUEUE_FULL",
+                f"{pot.taken} {self._what}, {pot.held(caller)} for you, and there is room for {pot.total}; "
+                "try again later",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._held += amount
+
+    def give_back(self) -> None:
+        """Hold nothing any more; idempotent."""
+        held, self._held = self._held, 0
+        self._pot.give_back(self._caller, held)

@@ -180,13 +180,8 @@ class _Requests:
             HeadraceError: it is refused.
         """
         if self._is_stream:
-            self._door.enter(self.method, context)
-            return self._iterate(context)
+            return self._door.enter(self.method, context, self._decode)
         return await self._door.receive(self.method, context, self._decode)
-
-    async def _iterate(self, context: Any) -> AsyncIterator[Any]:
-        while (message := await context.read()) is not grpc.aio.EOF:
-            yield self._decode(message)
 
     def _decode(self, message: bytes) -> Any:
         if self._deserialize is None:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 1.0
 _GENERATE = "/headrace.v1.GenerationService/Generate"
-_SMALL = MethodLimits(open_calls=1024, readers=4, message_bytes=32 << 20)
+_SMALL = MethodLimits(open_calls=1024, readers=4, message_bytes=32 << 20, max_message_bytes=64 << 10)
 """Of methods whose message is small: health, reflection, GetServerInfo."""
 _MAX_PARTS = 16_384
 """Of one request: chat messages, entries of a bias, stop strings."""

@@ -10,15 +10,17 @@ from contextlib import asynccontextmanager, contextmanager
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from headrace.v1 import worker_service_pb2 as pb
 from headrace.v1 import worker_service_pb2_grpc as pb_grpc
 from headrace_core import rpc
 from headrace_core.door import Door, MethodLimits, address_of
-from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
+from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnavailableError
 from headrace_core.shares import Caller
 
 NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
 INFO, LOAD, DRAIN = (f"/{NAME}/{method}" for method in ("GetInfo", "WatchLoad", "Drain"))
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 WAIT_S = 20.0
 
 
@@ -33,6 +35,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
         return pb.GetInfoResponse(num_pages=7)
 
     async def WatchLoad(self, request, context):
+        self.watching = context
         yield pb.WatchLoadResponse(num_running=1)
         await self.gate.wait()
 
@@ -106,6 +109,23 @@ def test_a_guard_refuses_before_a_message_is_sent():
                 error = await failure(serving.silent(method).read())
                 assert (type(error), error.reason, str(error)) == (UnavailableError, "DRAINING", f"no {method}")
             assert serving.refused == [(INFO, "DRAINING"), (LOAD, "DRAINING")]
+
+    asyncio.run(test())
+
+
+def test_a_place_is_taken_before_a_guard_is_asked():
+    asked = []
+
+    @contextmanager
+    def guard(call):
+        asked.append(call.method)
+        yield
+
+    async def test():
+        async with served(guards=[guard], methods={LOAD: MethodLimits(open_calls=1)}) as serving:
+            await serving.watch()
+            assert (await failure(serving.silent(LOAD).read())).reason == "QUEUE_FULL"
+            assert asked == [LOAD]
 
     asyncio.run(test())
 
@@ -228,6 +248,99 @@ def test_calls_that_send_nothing_keep_nobody_from_being_read_and_health_from_not
             assert (await serving.info()).num_pages == 7
             for call in silent:
                 call.cancel()
+
+    asyncio.run(test())
+
+
+async def asked(call, num_bytes=0):
+    """Ask reflection for something of so many bytes, and wait for its answer."""
+    await call.write(reflection_pb2.ServerReflectionRequest(file_by_filename="x" * num_bytes).SerializeToString())
+    return await call.read()
+
+
+def test_a_stream_of_messages_waits_for_a_turn_before_each():
+    async def test():
+        async with served() as serving:
+            calls = [serving.silent(REFLECTION) for _ in range(24)]
+            await wait_until(lambda: places(serving, REFLECTION) == 24)
+            turns = serving.door._rooms[REFLECTION].turns
+            await wait_until(lambda: turns._pot.taken == 1)
+            assert sum(map(len, turns._lines.values())) == 23
+            for call in calls:
+                call.cancel()
+            await wait_until(lambda: (turns._pot.taken, turns._lines) == (0, {}))
+
+    asyncio.run(test())
+
+
+def test_a_stream_whose_next_message_does_not_come_ends():
+    async def test():
+        async with served(methods={REFLECTION: MethodLimits(message_timeout_s=0.2)}) as serving:
+            call = serving.silent(REFLECTION)
+            await asked(call)
+            assert (await failure(call.read())).reason == "MESSAGE_TIMEOUT"
+            assert serving.refused == [(REFLECTION, "MESSAGE_TIMEOUT")]
+
+    asyncio.run(test())
+
+
+def test_the_messages_of_a_stream_are_small_and_counted_one_at_a_time():
+    async def test():
+        async with served() as serving:
+            call = serving.silent(REFLECTION)
+            for _ in range(40):
+                assert await asked(call, 60_000) is not grpc.aio.EOF
+                assert serving.door._rooms[REFLECTION].messages.taken <= 60_100
+            error = await failure(asked(call, 70_000))
+            assert (type(error), error.reason) == (InvalidRequestError, "BAD_REQUEST")
+            await wait_until(lambda: serving.door._rooms[REFLECTION].messages.taken == 0)
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_a_message_that_grpc_does_not_take_leaves_no_traceback_and_counts_as_a_call_that_ended(caplog, compression):
+    async def test():
+        async with served() as serving:
+            for method in (DRAIN, LOAD, REFLECTION):
+                options = [("grpc.max_send_message_length", -1)]
+                async with grpc.aio.insecure_channel(serving.address, options=options) as channel:
+                    call = channel.unary_stream(method)(bytes(9 << 20), timeout=WAIT_S, compression=compression)
+                    error = await failure(call.read())
+                assert error.reason == "RESOURCE_EXHAUSTED"
+                await wait_until(lambda method=method: places(serving, method) == 0)
+            assert serving.refused == [(DRAIN, None), (LOAD, None)]
+
+    asyncio.run(test())
+    gc.collect()
+    assert not caplog.records
+
+
+def test_a_call_without_a_message_is_a_bad_request():
+    async def test():
+        async with served() as serving:
+            call = serving.silent(DRAIN)
+            await call.done_writing()
+            assert (await failure(call.read())).reason == "BAD_REQUEST"
+            assert serving.refused == [(DRAIN, "BAD_REQUEST")]
+
+    asyncio.run(test())
+
+
+def test_a_message_can_be_forgotten_before_its_call_ends():
+    async def test():
+        async with served() as serving:
+            message = b"\x7a\x8d\x03" + bytes(397)
+            call = serving.channel.unary_stream(LOAD)(message, timeout=WAIT_S)
+            await call.read()
+            messages = serving.door._rooms[LOAD].messages
+            assert messages.taken == 400
+            for _ in range(2):
+                serving.door.forget_message(serving.worker.watching)
+                assert messages.taken == 0
+            call.cancel()
+            await wait_until(lambda: places(serving, LOAD) == 0)
+            assert (messages.taken, serving.door._messages) == (0, {})
 
     asyncio.run(test())
 
