@@ -233,6 +233,7 @@ class Flow:
             raise error
         log.log(reaction.level, "attempt failed", extra=data)
         sample.avoid |= {worker.address for worker in blamed}
+        sample.reserves_all |= error.reason == "NO_FREE_PAGES" and placement.decode in blamed
         if reaction.holds_worker:
             for worker in blamed:
                 worker.hold()

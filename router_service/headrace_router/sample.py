@@ -65,6 +65,8 @@ class Sample:
         self.state = SampleState.QUEUED
         self.attempt = 0
         self.avoid: frozenset[str] = frozenset()
+        self.reserves_all = False
+        """True once it ran out of pages: the next attempt reserves those of all that it may still produce."""
         self.output_ids: list[int] = []
         cost = len(spec.prompt_ids) + min(spec.params.max_tokens or 0, EXPECTED_OUTPUT_TOKENS)
         self.turn = Turn(client, (spec.arrival_s, sample_index), cost)
@@ -126,7 +128,7 @@ class Sample:
     def waiting(self) -> Waiting:
         """Return what policies need to know."""
         left = (self.spec.params.max_tokens or 0) - len(self.output_ids)
-        expected = left if self.attempt else min(left, EXPECTED_OUTPUT_TOKENS)
+        expected = left if self.reserves_all else min(left, EXPECTED_OUTPUT_TOKENS)
         return Waiting(
             num_tokens=self.num_tokens,
             num_expected_tokens=self.num_tokens + expected,

@@ -207,3 +207,37 @@ def test_grpc_cancellation_status_of_a_worker_is_a_lost_worker():
     assert isinstance(_cause(error(grpc.StatusCode.CANCELLED)), UnavailableError)
     assert isinstance(_cause(error(grpc.StatusCode.INTERNAL)), UnavailableError)
     assert isinstance(_cause(error(grpc.StatusCode.DEADLINE_EXCEEDED)), DeadlineError)
+
+
+@pytest.mark.parametrize(
+    ("leg", "reason", "num_expected"),
+    [
+        ("prefill", "NO_FREE_PAGES", [512, 512]),
+        ("sequence", "QUEUE_FULL", [512, 512]),
+        ("sequence", "NO_FREE_PAGES", [512, 894]),
+    ],
+)
+def test_only_what_ran_out_of_pages_reserves_those_of_all_that_it_may_produce(tmp_path, leg, reason, num_expected):
+    """Any other orphan would claim a worker that is nearly empty, and hold up who comes with a few tokens."""
+
+    async def test(router):
+        prefill, decode = router.workers
+        fault = OverloadedError(reason, "made to fail")
+        getattr((prefill if leg == "prefill" else decode).faults, leg).append(
+            (5, fault) if leg == "sequence" else fault
+        )
+        expected = []
+        dispatcher = router.service._router._flow._dispatcher
+        place = dispatcher.place
+
+        async def watch(sample):
+            waiting = sample.waiting()
+            expected.append(waiting.num_expected_tokens - waiting.num_tokens)
+            return await place(sample)
+
+        dispatcher.place = watch
+        (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 900}))
+        assert len(sample.token_ids) == 900
+        assert expected == num_expected
+
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
