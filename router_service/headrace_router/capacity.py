@@ -15,8 +15,9 @@ A fleet that lacks a whole side can't be judged: its sequences wait for one (NO_
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple, Protocol
 
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 
@@ -30,6 +31,25 @@ class Route(Enum):
     PAIR = "pair"
     BOTH = "both"
     DECODE = "decode"
+
+
+class Needs(Protocol):
+    """What decides who could ever hold a sequence. The fields are those of `Waiting`."""
+
+    @property
+    def num_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def num_most_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def has_output(self) -> bool: ...  # noqa: D102
+
+
+class Kind(NamedTuple):
+    """Sequences for which the same workers are open; the fields are those of `Waiting`."""
+
+    num_tokens: int
+    num_most_tokens: int
+    has_output: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +70,13 @@ class Waiting:
     """At the end, if nothing ends it before `max_tokens`: the context it needs. 0: not known, any context will do."""
     has_output: bool = False
     """True if its client has tokens of it already: it can't be asked to send something shorter."""
+
+    kind: Kind = field(init=False, repr=False, compare=False)
+    """What it has in common with others. Kept, because a round may look at thousands."""
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from the rest."""
+        object.__setattr__(self, "kind", Kind(self.num_tokens, self.num_most_tokens, self.has_output))
 
 
 @dataclass(slots=True)
@@ -89,14 +116,14 @@ class _Size:
         return self.tokens >= other.tokens and self.context >= other.context
 
 
-def could_prefill(waiting: Waiting, worker: WorkerView) -> bool:
+def could_prefill(needs: Needs, worker: WorkerView) -> bool:
     """Return False if the worker never computes the prompt for another one, however idle."""
-    return _holds_prompt(waiting, worker.num_pages * worker.page_size, worker.max_context_tokens)
+    return _holds_prompt(needs, worker.num_pages * worker.page_size, worker.max_context_tokens)
 
 
-def could_decode(waiting: Waiting, worker: WorkerView) -> bool:
+def could_decode(needs: Needs, worker: WorkerView) -> bool:
     """Return False if the worker never generates for the sequence, be it that it also prefills it, however idle."""
-    return _holds_output(waiting, worker.num_pages * worker.page_size, worker.max_context_tokens)
+    return _holds_output(needs, worker.num_pages * worker.page_size, worker.max_context_tokens)
 
 
 class Capacity:
@@ -125,18 +152,24 @@ class Capacity:
         """The route that nearly all take."""
         self._surely = self._first_size()
 
-    def route(self, waiting: Waiting) -> Route | None:
+    def route(self, needs: Needs) -> Route | None:
         """Return the way to go; None if there is none."""
         surely = self._surely
-        if waiting.num_tokens < surely.tokens and waiting.num_most_tokens <= surely.context:
+        if needs.num_tokens < surely.tokens and needs.num_most_tokens <= surely.context:
             return self.first
-        if _any_prefills(waiting, self._prefills) and _any_decodes(waiting, self._takers):
+        if self.could_take(needs, Route.PAIR):
             return Route.PAIR
-        if _any_decodes(waiting, self._boths):
+        if self.could_take(needs, Route.BOTH):
             return Route.BOTH
-        if waiting.has_output and self.is_complete and _any_decodes(waiting, self._decodes):
+        if needs.has_output and self.is_complete and self.could_take(needs, Route.DECODE):
             return Route.DECODE
         return None
+
+    def could_take(self, needs: Needs, route: Route) -> bool:
+        """Return True if there are workers that could hold a sequence on its way, were they idle."""
+        if route is Route.PAIR:
+            return _any_prefills(needs, self._prefills) and _any_decodes(needs, self._takers)
+        return _any_decodes(needs, self._boths if route is Route.BOTH else self._takers)
 
     def refusal(self, waiting: Waiting) -> HeadraceError | None:
         """Return what to tell a client whose sequence has no route; None if it has one, or if a whole side lacks.
@@ -182,26 +215,26 @@ def _too_small(
     )
 
 
-def _any_prefills(waiting: Waiting, sizes: Iterable[_Size]) -> bool:
-    return any(_holds_prompt(waiting, size.tokens, size.context) for size in sizes)
+def _any_prefills(needs: Needs, sizes: Iterable[_Size]) -> bool:
+    return any(_holds_prompt(needs, size.tokens, size.context) for size in sizes)
 
 
-def _any_decodes(waiting: Waiting, sizes: Iterable[_Size]) -> bool:
-    return any(_holds_output(waiting, size.tokens, size.context) for size in sizes)
+def _any_decodes(needs: Needs, sizes: Iterable[_Size]) -> bool:
+    return any(_holds_output(needs, size.tokens, size.context) for size in sizes)
 
 
-def _holds_prompt(waiting: Waiting, tokens: int, context: int) -> bool:
-    return waiting.num_tokens <= tokens and _prefill_context(waiting) <= context
+def _holds_prompt(needs: Needs, tokens: int, context: int) -> bool:
+    return needs.num_tokens <= tokens and _prefill_context(needs) <= context
 
 
-def _holds_output(waiting: Waiting, tokens: int, context: int) -> bool:
+def _holds_output(needs: Needs, tokens: int, context: int) -> bool:
     # At least one more token comes.
-    return waiting.num_tokens < tokens and waiting.num_most_tokens <= context
+    return needs.num_tokens < tokens and needs.num_most_tokens <= context
 
 
-def _prefill_context(waiting: Waiting) -> int:
+def _prefill_context(needs: Needs) -> int:
     """Return what a prefill worker needs lest its context ends with its token, unless that is the last one anyway."""
-    return min(waiting.num_most_tokens, waiting.num_tokens + 2)
+    return min(needs.num_most_tokens, needs.num_tokens + 2)
 
 
 def _size(worker: WorkerView) -> _Size:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from headrace_core.errors import HeadraceError, UnavailableError
 
 from headrace_router import policy
-from headrace_router.capacity import Capacity, Waiting
+from headrace_router.capacity import Capacity, Kind, Waiting
 from headrace_router.fair_queue import FairQueue, Turn
 from headrace_router.registry import Registry
 from headrace_router.sample import Sample
@@ -76,6 +77,8 @@ class Dispatcher:
         self._registry = registry
         self._no_workers_timeout_s = no_workers_timeout_s
         self._queue: FairQueue[_Entry] = FairQueue()
+        self._kinds: Counter[Kind] = Counter()
+        """Of the queue."""
         self._unchecked: list[_Entry] = []
         """Those of the queue of which it is not known yet whether the fleet could hold them."""
         self._second: set[_Entry] = set()
@@ -96,6 +99,7 @@ class Dispatcher:
         """
         entry = _Entry(sample, sample.waiting(), asyncio.get_running_loop().create_future(), time.monotonic())
         self._queue.add(entry)
+        self._kinds[entry.waiting.kind] += 1
         self._unchecked.append(entry)
         self.kick()
         self._watch_missing()
@@ -107,8 +111,7 @@ class Dispatcher:
                 self.kick()
             raise
         finally:
-            self._queue.remove(entry)
-            self._second.discard(entry)
+            self._remove(entry)
 
     def kick(self) -> None:
         """Plan again at the end of this tick."""
@@ -131,15 +134,14 @@ class Dispatcher:
                     entries.append(entry)
                     yield entry.waiting
 
-        assignments = policy.plan(queue(), views, self._capacity, num_second=len(self._second))
+        assignments = policy.plan(queue(), views, self._capacity, num_second=len(self._second), kinds=self._kinds)
         looked_at = [entry.waiting for entry in entries]
         for index, count in policy.overtaken(looked_at, assignments, views, self._capacity):
             waiting = entries[index].waiting
             entries[index].waiting = replace(waiting, num_overtaken=waiting.num_overtaken + count)
         for assignment in assignments:
             entry = entries[assignment.index]
-            self._queue.serve(entry)
-            self._second.discard(entry)
+            self._remove(entry, is_served=True)
             prefill = workers[assignment.prefill] if assignment.prefill else None
             placement = Placement(entry.sample, prefill, workers[assignment.decode], entry.waiting)
             entry.placed.set_result(placement)
@@ -156,10 +158,21 @@ class Dispatcher:
         for entry in unchecked:
             error = self._capacity.refusal(entry.waiting)
             if error is not None:
-                self._queue.remove(entry)
+                self._remove(entry)
                 _fail(entry, error)
             elif entry in self._queue and self._capacity.route(entry.waiting) not in (None, self._capacity.first):
                 self._second.add(entry)
+
+    def _remove(self, entry: _Entry, *, is_served: bool = False) -> None:
+        """Take an entry out of the queue; idempotent."""
+        if entry not in self._queue:
+            return
+        (self._queue.serve if is_served else self._queue.remove)(entry)
+        self._second.discard(entry)
+        kind = entry.waiting.kind
+        self._kinds[kind] -= 1
+        if not self._kinds[kind]:
+            del self._kinds[kind]
 
     def _watch_missing(self) -> None:
         """Keep a timer running while somebody waits."""
@@ -178,7 +191,7 @@ class Dispatcher:
             limit_s = now_s - self._no_workers_timeout_s
             for entry in list(self._queue):
                 if max(entry.since_s, self._missing_since_s) <= limit_s:
-                    self._queue.remove(entry)
+                    self._remove(entry)
                     _fail(entry, UnavailableError("NO_WORKERS", missing))
         if self._queue:
             self._watch_missing()

@@ -19,15 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import xxhash
 
-from headrace_router.capacity import Capacity, Route, Waiting, WorkerView, could_decode, could_prefill
+from headrace_router.capacity import Capacity, Kind, Route, Waiting, WorkerView, could_decode, could_prefill
 
 EXPECTED_OUTPUT_TOKENS = 512
-"""Most output that pages are reserved for at first; a sequence that ran out of pages reserves all it may produce."""
+"""Most output that pages are reserved for at a time; a sequence that ran out of pages reserves all it may produce."""
 MAX_OVERTAKEN = 64
 """Sequences that may overtake a waiting one on workers that it could have used."""
+MAX_COUNTED = 256
+"""Sequences at the queue's head that are told by how many they were overtaken; the others, once they come so far."""
 _AFFINITY_TOKENS = 64
 """Prompt tokens that decide which prefill worker's cache a prompt belongs to."""
 _LOAD_STEPS = 4
@@ -48,18 +51,81 @@ class Assignment:
     decode: str
 
 
-@dataclass(slots=True)
 class _Open:
     """Workers still open in this round, by address; assignments are taken off."""
 
-    prefills: dict[str, WorkerView]
-    decodes: dict[str, WorkerView]
+    def __init__(self, workers: Iterable[WorkerView]) -> None:
+        self.prefills: dict[str, WorkerView] = {}
+        self.decodes: dict[str, WorkerView] = {}
+        for worker in workers:
+            (self.decodes if worker.can_decode else self.prefills)[worker.address] = worker
+        self._capacity: Capacity | None = None
+
+    def close_prefill(self, address: str) -> None:
+        """Leave it to those that come before."""
+        del self.prefills[address]
+        self._capacity = None
+
+    def close_decode(self, address: str) -> None:
+        """Leave it to those that come before."""
+        del self.decodes[address]
+        self._capacity = None
+
+    def could_take(self, kind: Kind, route: Route) -> bool:
+        """Return False if nothing that is open could hold such a sequence, however idle."""
+        if self._capacity is None:
+            self._capacity = Capacity((*self.prefills.values(), *self.decodes.values()))
+        return self._capacity.could_take(kind, route)
 
     def has_room_on(self, first: Route) -> bool:
         """Return True if a sequence of the fleet's first route may find a worker."""
         if first is Route.PAIR:
             return bool(self.prefills and self.decodes)
         return any(worker.can_prefill for worker in self.decodes.values())
+
+
+class _Prospects:
+    """Which kinds of sequences a round passes over: those that nothing open could hold. What was closed stays closed."""
+
+    def __init__(self, capacity: Capacity, ready: _Open, kinds: Mapping[Kind, int] | None) -> None:
+        self._capacity = capacity
+        self._ready = ready
+        self._hopeless: set[Kind] = set()
+        self._left = None if kinds is None else dict(kinds)
+        """How many of each kind come, of those that may have hope."""
+        self._num_skipped = 0
+        self._next_look = 1
+
+    def route(self, kind: Kind) -> Route | None:
+        """Return the way that the next in the queue goes; None if it is to be passed over."""
+        if kind in self._hopeless:
+            self._num_skipped += 1
+            return None
+        route = self._hope(kind)
+        if route is None:
+            self._num_skipped += 1
+        elif self._left is not None:
+            self._left[kind] = self._left.get(kind, 1) - 1
+            if not self._left[kind]:
+                del self._left[kind]
+        return route
+
+    def are_over(self) -> bool:
+        """Return True if none that is still to come has hope, as far as is known."""
+        if self._left and self._num_skipped >= self._next_look:
+            self._left = {kind: count for kind, count in self._left.items() if self._hope(kind) is not None}
+            # Looking takes as long as passing over so many.
+            self._next_look = self._num_skipped + len(self._left)
+        return self._left == {}
+
+    def _hope(self, kind: Kind) -> Route | None:
+        if kind in self._hopeless:
+            return None
+        route = self._capacity.route(kind)
+        if route is not None and self._ready.could_take(kind, route):
+            return route
+        self._hopeless.add(kind)
+        return None
 
 
 def prefix_key(token_ids: Sequence[int]) -> int:
@@ -73,6 +139,7 @@ def plan(
     capacity: Capacity | None = None,
     *,
     num_second: int | None = None,
+    kinds: Mapping[Kind, int] | None = None,
 ) -> list[Assignment]:
     """Choose what starts now.
 
@@ -82,21 +149,23 @@ def plan(
         capacity: of the fleet that is there; by default `workers` are all of it.
         num_second: sequences in the queue that take another route than the first one. When nothing is left for the
             others, the queue is looked through for these, and no further; without the number, to its end.
+        kinds: how many of each are in the queue. It is looked through no further than to the last that something
+            which is still open could hold; without them, to its end.
     """
     capacity = capacity or Capacity(workers)
     if not capacity.is_complete:
         return []
     left = _NO_END if num_second is None and capacity.has_second_routes else num_second or 0
-    ready = _Open(
-        {worker.address: worker for worker in workers if not worker.can_decode},
-        {worker.address: worker for worker in workers if worker.can_decode},
-    )
+    ready = _Open(workers)
+    prospects = _Prospects(capacity, ready, kinds)
     assignments: list[Assignment] = []
     for index, waiting in enumerate(queue):
         if not ready.decodes or not (left or ready.has_room_on(capacity.first)):
             break
-        route = capacity.route(waiting)
+        route = prospects.route(waiting.kind)
         if route is None:
+            if prospects.are_over():
+                break
             continue
         left -= route is not capacity.first
         assignment = _pair(index, waiting, ready) if route is Route.PAIR else _alone(index, waiting, ready, route)
@@ -123,11 +192,15 @@ def overtaken(
     if end < len(placed):
         return  # nobody was passed
     by_address = {worker.address: worker for worker in workers}
-    for index in range(end):
-        route = None if index in placed else capacity.route(queue[index])
+    routes: dict[Kind, Route | None] = {}
+    passed = islice((index for index in range(end) if index not in placed), MAX_COUNTED)
+    for index in passed:
+        waiting = queue[index]
+        kind = waiting.kind
+        route = routes[kind] if kind in routes else routes.setdefault(kind, capacity.route(kind))
         if route is not None:
             behind = (assignment for assignment in assignments if assignment.index > index)
-            count = sum(_competes(queue[index], route, assignment, by_address) for assignment in behind)
+            count = sum(_competes(waiting, route, assignment, by_address) for assignment in behind)
             if count:
                 yield index, count
 
@@ -159,9 +232,9 @@ def _pair(index: int, waiting: Waiting, ready: _Open) -> Assignment | None:
         return Assignment(index, prefill.address, decode.address)
     if _NEVER not in (at_prefill, at_decode):  # else all that could hold it are claimed, or take nothing now
         if at_decode == _WAITS:
-            del ready.decodes[decode.address]
+            ready.close_decode(decode.address)
         if at_prefill == _WAITS:
-            del ready.prefills[prefill.address]
+            ready.close_prefill(prefill.address)
     return None
 
 
@@ -173,15 +246,18 @@ def _alone(index: int, waiting: Waiting, ready: _Open, route: Route) -> Assignme
         ready.decodes[worker.address] = _after(waiting, worker, prefills=True, decodes=True)
         return Assignment(index, "", worker.address)
     if standing == _WAITS:
-        del ready.decodes[worker.address]
+        ready.close_decode(worker.address)
     return None
 
 
 def _claim_all(waiting: Waiting, ready: _Open, route: Route) -> None:
     """Close every worker that the sequence could use to those behind it."""
-    for workers, could_use in ((ready.prefills, _could_prefill_for), (ready.decodes, _could_decode_for)):
-        for address in [address for address, worker in workers.items() if could_use(waiting, worker, route)]:
-            del workers[address]
+    for worker in list(ready.prefills.values()):
+        if _could_prefill_for(waiting, worker, route):
+            ready.close_prefill(worker.address)
+    for worker in list(ready.decodes.values()):
+        if _could_decode_for(waiting, worker, route):
+            ready.close_decode(worker.address)
 
 
 def _competes(waiting: Waiting, route: Route, other: Assignment, workers: Mapping[str, WorkerView]) -> bool:

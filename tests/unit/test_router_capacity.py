@@ -5,10 +5,12 @@ router's code.
 """
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from headrace_core.errors import OverloadedError, UnavailableError
+from headrace_router import policy
 from headrace_router.capacity import Capacity, Route, Waiting, WorkerView
 from headrace_router.policy import MAX_OVERTAKEN, Assignment, overtaken, plan
 from hypothesis import example, given, settings
@@ -306,3 +308,52 @@ def test_nothing_is_claimed_beside_workers_that_take_nothing_now():
     queue = [waiting(500), waiting(50)]
     assert plan(queue, fleet[:2], Capacity(fleet)) == [Assignment(1, "p", "d1")]
     assert plan(queue, fleet) == [], "there, it waits for the prefill worker alone, and claims it"
+
+
+# A round's work is bounded, whatever waits.
+
+
+BUSY = [worker("prefill", "large", num_pages=1000, num_tokens_in_flight=500), worker("prefill", "small"),
+        worker("decode", "d1", num_pages=1000), worker("decode", "d2", num_pages=1000)]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["one size", "as many sizes"])
+def test_what_nothing_open_could_hold_is_not_weighed_again_and_again(monkeypatch, step):
+    """Only one worker, which is busy, could hold the large ones: the first claims it."""
+    weighed = []
+    order = policy._prefill_order
+    monkeypatch.setattr(policy, "_prefill_order", lambda *args: weighed.append(args) or order(*args))
+    queue = [waiting(2000 + step * i, 8000 - 2 * step * i) for i in range(1000)] + [waiting(50)] * 2
+    assert [assignment.index for assignment in plan(queue, BUSY)] == [1000, 1001]
+    assert len(weighed) <= 2 + 2
+
+
+def test_the_queue_is_looked_through_no_further_than_something_open_could_hold():
+    looked = []
+
+    def queue():
+        for item in [waiting(2000)] * 500 + [waiting(50)] + [waiting(2000)] * 500:
+            looked.append(item)
+            yield item
+
+    kinds = Counter({waiting(2000).kind: 1000, waiting(50).kind: 1})
+    assert [assignment.index for assignment in plan(queue(), BUSY, kinds=kinds)] == [500]
+    assert len(looked) == 502
+    assert plan(iter([waiting(2000)] * 3), BUSY, kinds=Counter({waiting(2000).kind: 3})) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_ITEM, max_size=10), _FLEET, st.integers(0, 1 << 32))
+def test_how_many_are_left_of_each_kind_decides_nothing_but_where_to_stop(queue, fleet, seed):
+    rng = random.Random(seed)
+    loaded, capacity = [_loaded(view, rng) for view in fleet], Capacity(fleet)
+    num_second = sum(capacity.route(item) not in (None, capacity.first) for item in queue)
+    kinds = Counter(item.kind for item in queue)
+    assert plan(queue, loaded, capacity, num_second=num_second, kinds=kinds) == plan(queue, loaded, capacity)
+
+
+def test_of_a_long_queue_the_first_are_told_who_overtook_them():
+    queue = [waiting(2000)] * 1000 + [waiting(50)] * 2
+    assignments = plan(queue, BUSY)
+    assert [assignment.index for assignment in assignments] == [1000, 1001]
+    assert list(overtaken(queue, assignments, BUSY, Capacity(BUSY))) == [(i, 2) for i in range(256)]

@@ -14,6 +14,7 @@ from headrace.v1 import types_pb2, worker_service_pb2
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import async_test, eventually
+from headrace_router import policy
 from headrace_router.dispatch import Dispatcher, Placement
 from headrace_router.fair_queue import Turn
 from headrace_router.policy import MAX_OVERTAKEN, Waiting
@@ -369,3 +370,34 @@ async def test_a_worker_that_comes_in_time_is_waited_for():
         queue.fleet.lack = ""
         queue.fleet.on_change()
         await queue.result(call)
+
+
+@async_test
+async def test_a_round_looks_no_further_than_something_free_could_hold(monkeypatch):
+    """One client's thousand prompts for the one worker that could hold them cost a round no more than one."""
+    looked = []
+
+    def watch(queue, *args, **settings):
+        return plan((looked.append(waiting) or waiting for waiting in queue), *args, **settings)
+
+    plan = policy.plan
+    monkeypatch.setattr(policy, "plan", watch)
+    async with a_queue() as queue:
+        large = queue.add_worker("large", "prefill", num_pages=1000, max_step_tokens=300)
+        queue.add_worker("small", "prefill", num_pages=10)
+        queue.add_worker("d", "decode", num_pages=10_000)
+        large.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=1000, num_waiting_tokens=600))
+        calls = [queue.place(StubSample(float(i), num_tokens=400 + i)) for i in range(1000)]
+        await queue.settle()
+        looked.clear()
+        queue.dispatcher.kick()
+        await queue.settle()
+        assert len(looked) == 2
+        await queue.placed_now(StubSample(2000.0, num_tokens=20))
+        large.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=1000))
+        queue.fleet.on_change()
+        assert (await queue.result(calls[0])).prefill is large
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        assert not queue.dispatcher._kinds
