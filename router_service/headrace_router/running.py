@@ -71,10 +71,13 @@ class RunningRequest:
         self._is_closed = False
         self._waiting: set[int] = set(range(spec.num_samples))
         """Samples that were never dispatched."""
+        loop = asyncio.get_running_loop()
+        self._may_queue = [loop.create_future() for _ in range(spec.num_samples)]
+        """Samples queue one behind the other: what waits costs the queue no more for having many of them."""
+        self._may_queue[0].set_result(None)
         key = policy.prefix_key(spec.prompt_ids)
         self.samples = [self._sample(index, key, tokenizer) for index in range(spec.num_samples)]
         metrics.prompt_tokens.inc(len(spec.prompt_ids))
-        loop = asyncio.get_running_loop()
         self._timer = loop.call_later(max(0.0, spec.deadline_s - time.monotonic()), self._on_deadline)
         self._tasks = [asyncio.create_task(self._run(sample)) for sample in self.samples]
 
@@ -130,6 +133,7 @@ class RunningRequest:
 
     async def _run(self, sample: Sample) -> None:
         try:
+            await self._may_queue[sample.sample_index]
             await self._flow.run(sample, on_placed=lambda: self._on_placed(sample))
         except HeadraceError as error:
             self.fail(error)
@@ -142,6 +146,9 @@ class RunningRequest:
 
     def _on_placed(self, sample: Sample) -> None:
         self._waiting.discard(sample.sample_index)
+        for turn in self._may_queue[sample.sample_index + 1 :][:1]:
+            if not turn.done():
+                turn.set_result(None)
         if not self._waiting:
             self._seat.leave()
 

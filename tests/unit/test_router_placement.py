@@ -254,6 +254,26 @@ def test_one_request_does_not_wait_for_another_clients_many(tmp_path, hostile):
     run_router(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
 
 
+def test_samples_of_a_request_queue_one_behind_the_other(tmp_path):
+    """A round looks at what waits: sixteen times as much of it would take sixteen times as long."""
+
+    async def test(router):
+        decode = router.workers[1]
+        decode.faults.start_gate.clear()
+        running = [asyncio.create_task(router.generate(request(4), token="a"))]
+        await wait_until(lambda: bool(decode.starts))
+        running += [asyncio.create_task(router.generate(text_request("hi", n=16, sampling={"max_tokens": 4})))]
+        queue = router.service._router._flow._dispatcher._queue
+        await wait_until(lambda: len(queue) > 0)
+        assert len(queue) == 1
+        decode.faults.start_gate.set()
+        _, samples = await asyncio.gather(*running)
+        assert [len(sample.token_ids) for sample in samples] == [4] * 16
+        assert [start.sample_index for start in decode.starts[1:]] == list(range(16))
+
+    run_router(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "is_same"),
     [
