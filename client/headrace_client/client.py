@@ -61,7 +61,8 @@ class Client:
             sampling: how tokens are chosen; None: the defaults.
             n: independent samples, 1 to 16.
             model: its name; empty: the one served.
-            request_id: for logs, 1 to 64 characters of [A-Za-z0-9_-]; empty: the router chooses.
+            request_id: for logs, 1 to 64 characters of [A-Za-z0-9_-], not necessarily unique; empty: the router
+                chooses.
             timeout_s: for all tries together; None: the router's own limit.
             include_timings: measure where the time went.
 

@@ -37,7 +37,8 @@ FLOAT_RANGES = {
 MAX_LOGIT_BIAS = 100.0
 
 _TOKEN_ID_BYTES = 4
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_REQUEST_ID_CHARS = 64
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 
 
 class FinishReason(Enum):

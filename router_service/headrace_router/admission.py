@@ -15,6 +15,7 @@ from headrace.v1 import generation_service_pb2, types_pb2
 from headrace_core.errors import InvalidRequestError, NotFoundError
 from headrace_core.request import (
     DEFAULT_MAX_TOKENS,
+    MAX_REQUEST_ID_CHARS,
     MAX_SAMPLES,
     SamplingParams,
     check_request_id,
@@ -34,6 +35,9 @@ class RequestSpec:
     """A request that can succeed, as far as the router can tell."""
 
     request_id: str
+    """The client's name for it, or ours if it gave none: for the client and for logs; others may use the same."""
+    sent_id: str
+    """Its name towards workers: of this request alone, whatever other clients and other routers call theirs."""
     prompt_ids: list[int]
     params: SamplingParams
     """With seed and `max_tokens` filled in."""
@@ -56,6 +60,7 @@ class Tokenized:
 
     message: generation_service_pb2.GenerateRequest
     request_id: str
+    sent_id: str
     params: SamplingParams
     prompt: Prompt
     arrival_s: float
@@ -95,9 +100,11 @@ class Admission:
         params = decode_sampling(message.sampling)
         max_tokens = model.max_context_tokens - 1 if model else sys.maxsize
         prompt = await self._prompts.read(message, PromptLimits(deadline_s, max_tokens))
+        sent_id = _sent_id(message.request_id)
         return Tokenized(
             message=message,
-            request_id=message.request_id or secrets.token_hex(_ID_BYTES),
+            request_id=message.request_id or sent_id,
+            sent_id=sent_id,
             params=params,
             prompt=prompt,
             arrival_s=arrival_s,
@@ -122,6 +129,7 @@ class Admission:
         eos_ids = () if params.ignore_eos else model.eos_token_ids
         return RequestSpec(
             request_id=tokenized.request_id,
+            sent_id=tokenized.sent_id,
             prompt_ids=tokenized.prompt.token_ids,
             params=params,
             sampling=encode_sampling(replace(params, stop_strings=())),
@@ -133,3 +141,14 @@ class Admission:
             tokenized_s=tokenized.tokenized_s,
             deadline_s=tokenized.deadline_s,
         )
+
+
+def _sent_id(request_id: str) -> str:
+    """Return a name that no other request has, here or at another router; it begins as the client's does, for logs.
+
+    Workers know a sequence by this name and let a later attempt end an earlier one.
+    """
+    unique = secrets.token_hex(_ID_BYTES)
+    if not request_id:
+        return unique
+    return f"{request_id[: MAX_REQUEST_ID_CHARS - len(unique) - 1]}-{unique}"

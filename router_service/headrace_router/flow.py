@@ -141,7 +141,7 @@ class Flow:
     async def _prefill(self, sample: Sample, placement: Placement, worker: Worker) -> types_pb2.Handoff:
         """Compute the prompt, take the first token, return the ticket; its pages are ours to release until Start."""
         request = prefill_service_pb2.PrefillRequest(
-            request_id=sample.spec.request_id,
+            request_id=sample.spec.sent_id,
             attempt=sample.attempt,
             token_ids=sample.token_ids,
             num_prompt_tokens=len(sample.spec.prompt_ids),
@@ -220,6 +220,7 @@ class Flow:
             reaction = _Reaction(level=logging.ERROR)
         data = {
             "request_id": sample.spec.request_id,
+            "sent_id": sample.spec.sent_id,
             "sample": sample.sample_index,
             "attempt": sample.attempt,
             "phase": sample.state.value,
@@ -279,7 +280,7 @@ def _start_request(
     return decode_service_pb2.StartRequest(
         session_id=session_id,
         sequence_number=number,
-        request_id=sample.spec.request_id,
+        request_id=sample.spec.sent_id,
         attempt=sample.attempt,
         token_ids=token_ids,
         num_prompt_tokens=len(sample.spec.prompt_ids),

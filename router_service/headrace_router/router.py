@@ -14,7 +14,7 @@ from headrace_core import __version__
 from headrace_core.config import RouterSettings
 from headrace_core.door import Call
 from headrace_core.endable import EndableWait
-from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.shares import Caller
 
 from headrace_router.admission import Admission, RequestSpec, Tokenized
@@ -129,7 +129,7 @@ class Router:
             async with wait:
                 spec = await self._admit(message, arrival_s=arrival_s, deadline_s=deadline_s)
             running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics, seat)
-            self._running[spec.request_id] = running
+            self._running[spec.sent_id] = running
             seat = None
             return running
         except HeadraceError as error:
@@ -154,8 +154,7 @@ class Router:
     def close(self, running: RunningRequest) -> None:
         """End a request's bookkeeping, and what still runs of it; idempotent."""
         running.close()
-        if self._running.get(running.spec.request_id) is running:
-            del self._running[running.spec.request_id]
+        self._running.pop(running.spec.sent_id, None)
         self._check_idle()
 
     def info(self) -> generation_service_pb2.GetServerInfoResponse:
@@ -174,13 +173,10 @@ class Router:
     async def _admit(
         self, message: generation_service_pb2.GenerateRequest, *, arrival_s: float, deadline_s: float
     ) -> RequestSpec:
-        self._check_unused(message.request_id)
         tokenized = await self._admission.tokenize(
             message, self.fleet.model, arrival_s=arrival_s, deadline_s=deadline_s
         )
-        spec = await self._wait_fleet(tokenized)
-        self._check_unused(spec.request_id)
-        return spec
+        return await self._wait_fleet(tokenized)
 
     async def _wait_fleet(self, tokenized: Tokenized) -> RequestSpec:
         """Wait until workers are there to say what the fleet can do, then check against it."""
@@ -198,10 +194,6 @@ class Router:
     def _check_open(self) -> None:
         if self._is_draining:
             raise UnavailableError("DRAINING", "the router is stopping; try another one")
-
-    def _check_unused(self, request_id: str) -> None:
-        if request_id in self._running:
-            raise InvalidRequestError("BAD_REQUEST", f"request_id {request_id!r} is under way; choose another")
 
     def _check_idle(self) -> None:
         if self.num_running == 0:

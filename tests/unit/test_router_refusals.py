@@ -64,20 +64,6 @@ def test_a_message_over_grpcs_limit_is_refused(tmp_path):
     run_router(tmp_path, [scripted_worker("both")], test)
 
 
-def test_a_request_id_can_not_run_twice_but_again(tmp_path):
-    async def test(router):
-        both = router.workers[0]
-        both.faults.start_gate.clear()
-        running = asyncio.create_task(router.generate(text_request("a", request_id="same")))
-        await wait_until(lambda: len(both.starts) == 1)
-        assert "under way" in str(await router.refused(text_request("a", request_id="same")))
-        both.faults.start_gate.set()
-        await running
-        await router.generate(text_request("a", request_id="same"))
-
-    run_router(tmp_path, [scripted_worker("both")], test)
-
-
 def test_a_full_queue_refuses(tmp_path):
     async def test(router):
         both = router.workers[0]

@@ -163,7 +163,7 @@ class StartRequest(_message.Message):
     sequence_number: _builtins.int
     """Names the sequence in `SequenceOutput`; chosen by the router, unique in the session."""
     request_id: _builtins.str
-    """The request's id; 1 to 64 characters of [A-Za-z0-9_-]."""
+    """The request's id, as in `PrefillRequest`."""
     attempt: _builtins.int
     """From 1; see `Handoff.attempt`."""
     num_prompt_tokens: _builtins.int

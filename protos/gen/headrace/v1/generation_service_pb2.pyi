@@ -34,7 +34,9 @@ class GenerateRequest(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     INCLUDE_TIMINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client for its logs; 1 to 64 characters of [A-Za-z0-9_-]. Empty: the router chooses."""
+    """Chosen by the client for its logs; 1 to 64 characters of [A-Za-z0-9_-]. Empty: the router chooses. Need not be
+    unique: it is no key to anything, and requests of the same id, at one time too, have nothing to do with each other.
+    """
     model: _builtins.str
     """Model name; empty: the one served."""
     n: _builtins.int
@@ -204,7 +206,7 @@ class GenerateResponse(_message.Message):
     finish_reason: _types_pb2.FinishReason.ValueType
     """Set in a sample's last message."""
     request_id: _builtins.str
-    """The request's id; set in a sample's first message."""
+    """`GenerateRequest.request_id`, or the router's choice; set in a sample's first message."""
     matched_stop_string: _builtins.str
     """What ended the sample, when `finish_reason` is STOP and a stop string matched."""
     @_builtins.property

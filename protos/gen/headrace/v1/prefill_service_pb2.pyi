@@ -32,7 +32,9 @@ class PrefillRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the router; 1 to 64 characters of [A-Za-z0-9_-]."""
+    """Chosen by the router, never by its client; 1 to 64 characters of [A-Za-z0-9_-]. No other request has it, neither of
+    this router nor of another one that uses the same worker: sequences are known by it.
+    """
     attempt: _builtins.int
     """From 1; a higher attempt for the same id replaces the lower one, whose pages are freed."""
     num_prompt_tokens: _builtins.int
