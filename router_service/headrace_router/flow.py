@@ -6,8 +6,8 @@
 
 and colocated: place ──► Start without a ticket ──► step outputs. Whatever ends an attempt, both legs are told: a ticket
 that no decode worker took is released at its holder, a sequence is cancelled at its decode worker unless that worker
-ended it, a call under way is cancelled by the cancellation of the task that awaits it, and a cancelled Prefill is
-withdrawn besides.
+ended it, a call under way is cancelled with the task that awaits it, or when its worker's link is lost, and a
+cancelled Prefill is withdrawn besides.
 
 Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
 far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause.
@@ -31,7 +31,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -56,12 +56,15 @@ from headrace_router.answers import check_prefilled, check_started
 from headrace_router.dispatch import Dispatcher, Placement
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
-from headrace_router.session import Ended, Side
+from headrace_router.session import Ended, Side, Watch
 from headrace_router.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 _CLEANUP_TIMEOUT_S = 5.0
+_LATE_ANSWER_S = 5.0
 _HOLDER_REASONS = frozenset({"HOLDER_LOST", "LEASE_EXPIRED", "WORKER_RESTARTED", "STALE_PAGE"})
 """Reasons by which a decode worker blames the prefill worker."""
 
@@ -148,15 +151,19 @@ class Flow:
             sampling=sample.spec.sampling,
             sample_index=sample.sample_index,
         )
+        watch = Watch()
+        number = worker.session.add(watch)
         try:
-            response = await worker.prefill.Prefill(request, timeout=_remaining_s(sample))
-        except asyncio.CancelledError:
+            response = await _answer(worker.prefill.Prefill(request, timeout=_remaining_s(sample)), watch.over)
+        except (asyncio.CancelledError, HeadraceError):
             self._spawn(_withdraw(worker, request))
             raise
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._spawn(_withdraw(worker, request))
             raise _cause(error) from error
+        finally:
+            worker.session.remove(number)
         try:
             response = answered(response)
             check_prefilled(response, request, worker.info)
@@ -186,7 +193,8 @@ class Flow:
         try:
             number = worker.session.add(sample)
             request = _start_request(sample, worker.session.session_id, number, handoff)
-            response = answered(await worker.decode.Start(request, timeout=_remaining_s(sample)))
+            call = worker.decode.Start(request, timeout=_remaining_s(sample))
+            response = answered(await _answer(call, sample.attempt_over))
             may_hold = False
             check_started(response, worker.info, worker.layout)
             placement.on_started()
@@ -196,11 +204,7 @@ class Flow:
             ended = await sample.attempt_over
             if ended.error is not None:
                 raise ended.error
-        except ProtocolError:
-            if not sample.has_ended:
-                raise
-            sample.on_started(decode_service_pb2.StartResponse(), time.monotonic())
-        except grpc.aio.AioRpcError as error:
+        except (HeadraceError, grpc.aio.AioRpcError) as error:
             if not sample.has_ended:
                 raise _cause(error) from error
             sample.on_started(decode_service_pb2.StartResponse(), time.monotonic())
@@ -294,8 +298,29 @@ def _remaining_s(sample: Sample) -> float:
     return max(0.001, sample.spec.deadline_s - time.monotonic())
 
 
-def _cause(error: grpc.aio.AioRpcError) -> HeadraceError:
+async def _answer(call: grpc.aio.UnaryUnaryCall[Any, _T], over: asyncio.Future[Ended]) -> _T:
+    """Return a call's answer, or raise why the run that it belongs to is over, whichever is first.
+
+    A channel may go on though nothing more comes of the worker: its link was refused, or its session ended. When the
+    run is over because it has all its tokens, the answer only brings figures, and is waited for a little.
+    """
+    answer = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait((answer, over), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done() and over.result().error is None:
+            await asyncio.wait((answer,), timeout=_LATE_ANSWER_S)
+        if answer.done():
+            return answer.result()
+        raise over.result().error or UnavailableError("WORKER_LOST", "the worker finished and did not answer")
+    finally:
+        answer.cancel()
+        call.cancel()
+
+
+def _cause(error: HeadraceError | grpc.aio.AioRpcError) -> HeadraceError:
     """Return what a call's end amounts to; one that no handler of ours raised means that the worker is gone."""
+    if isinstance(error, HeadraceError):
+        return error
     cause = raised_from(error)
     is_transport = cause.reason == error.code().name
     if is_transport and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -128,7 +128,7 @@ class Link:
 
     @property
     def is_busy(self) -> bool:
-        """True while a sequence uses the channel, be it for a call that outlived its worker's streams."""
+        """True while a sequence uses the channel, be it one that is just being told that its worker is lost."""
         return any(worker.is_busy for worker in self._made)
 
     @property

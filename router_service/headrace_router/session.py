@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc.aio
 from headrace.v1 import decode_service_pb2
-from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.errors import HeadraceError, ProtocolError, UnavailableError
 from headrace_core.rpc import answered, raised_from
 
 from headrace_router.answers import check_output
@@ -55,6 +55,22 @@ class StepSink(Protocol):
     def on_ended(self, ended: Ended) -> None:
         """The run is over; only the first end counts."""
         ...
+
+
+class Watch:
+    """A `StepSink` for a call that brings no step outputs: resolved when the worker is lost."""
+
+    def __init__(self) -> None:
+        self.over: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+
+    def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
+        """Refuse it: nothing was started under this number."""
+        raise ProtocolError("PROTOCOL", "it sent tokens of a sequence that it was not given")
+
+    def on_ended(self, ended: Ended) -> None:
+        """See `StepSink`."""
+        if not self.over.done():
+            self.over.set_result(ended)
 
 
 class StepSession:

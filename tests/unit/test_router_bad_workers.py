@@ -8,7 +8,7 @@ from grpc_health.v1 import health_pb2
 from headrace.v1 import decode_service_pb2, prefill_service_pb2, worker_service_pb2
 from headrace_core.errors import HandoffLostError, InvalidRequestError
 from headrace_core.testing.garbler import no_message, rewriting
-from headrace_router import link
+from headrace_router import flow, link
 from headrace_router.testing import (
     VOCAB_SIZE,
     remembered,
@@ -301,3 +301,49 @@ def test_a_workers_words_reach_the_client_cut_and_its_reasons_make_no_metrics(tm
         assert names == {None, "OTHER", "WORKER_LOST"}
 
     run_router(tmp_path, [remembering_worker("both")], test)
+
+
+@pytest.mark.parametrize("leg", ["prefill", "start"])
+def test_a_call_that_hangs_at_a_worker_whose_link_is_refused_is_made_elsewhere(tmp_path, leg):
+    """Its channel is as good as ever: the call itself would wait for its deadline."""
+
+    async def test(router):
+        prefill, decode = router.workers
+        bad = prefill if leg == "prefill" else decode
+        gate = bad.faults.prefill_gate if leg == "prefill" else bad.faults.start_gate
+        gate.clear()
+        running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 20}), timeout_s=10.0))
+        await wait_until(lambda: bool(bad.prefills if leg == "prefill" else bad.starts))
+        await router.add(remembering_worker("prefill" if leg == "prefill" else "decode"))
+        await router.wait_states(["ready"] * 3)
+        bad.garbler.rewrites["WatchLoad"] = no_message
+        bad.on_change()
+        (sample,) = await running
+        assert sample.token_ids == remembered("a", 20)
+        assert router.metric("headrace_retries_total", reason="PROTOCOL") == 1
+        if leg == "start":
+            assert len(decode.cancels) == 1
+            assert not prefill.leases
+        gate.set()
+
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
+
+
+def test_a_start_that_is_never_answered_keeps_no_answer_that_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "_LATE_ANSWER_S", 0.05)
+
+    async def test(router):
+        decode = router.workers[1]
+        real, gate = decode.run_sequence, asyncio.Event()
+
+        async def silent(request):
+            response = await real(request)
+            await gate.wait()
+            return response
+
+        decode.run_sequence = silent
+        (sample,) = await router.generate(text_request("a", sampling={"max_tokens": 20}), timeout_s=10.0)
+        assert sample.token_ids == remembered("a", 20)
+        gate.set()
+
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)

@@ -161,25 +161,23 @@ def test_an_address_where_nobody_is_is_asked_less_and_less_and_again_soon_once_s
     assert [backoff.pause_s(now_s) for _ in range(3)] == pytest.approx([0.1, 0.2, 0.4])
 
 
-def test_a_call_that_outlives_its_workers_streams_keeps_the_connection_until_it_is_answered(tmp_path):
+def test_a_call_under_way_keeps_no_worker_whose_streams_broke_and_which_is_listed_no_more(tmp_path):
     async def test(router):
         prefill, _ = router.workers
         fleet = router.service._router.fleet
         prefill.faults.prefill_gate.clear()
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
         await wait_until(lambda: len(prefill.prefills) == 1)
+        (link,) = (each for each in fleet.links if each.address == prefill.address)
         prefill.garbler.rewrites["WatchLoad"] = no_message
         prefill.on_change()
         await router.wait_states(["ready", "refused"])
         router.workers.remove(prefill)
-        router.write_workers()
-        (link,) = (each for each in fleet.links if each.address == prefill.address)
-        await wait_until(lambda: not link.is_listed)
-        fleet._leave_idle()
-        assert link in fleet.links
-        prefill.faults.prefill_gate.set()
+        await router.add(worker("prefill"))
         assert (await running)[0].text == "abc"
-        await router.wait_states(["ready"])
+        await router.wait_states(["ready", "ready"])
+        assert link not in fleet.links
+        prefill.faults.prefill_gate.set()
 
     run_router(tmp_path, [worker("prefill"), worker("decode")], test)
 
