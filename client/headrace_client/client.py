@@ -71,7 +71,7 @@ class Client:
                 BAD_TOKEN.
             NotFoundError: UNKNOWN_MODEL.
             OverloadedError: QUEUE_FULL, also after retries.
-            UnavailableError: UNREACHABLE, NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, also after retries.
+            UnavailableError: UNREACHABLE, NO_WORKERS, DRAINING, also after retries; RETRIES_EXHAUSTED.
             DeadlineError: `timeout_s` passed.
             HeadraceError: anything else; its `reason` says what.
         """

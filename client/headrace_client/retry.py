@@ -14,6 +14,8 @@ from headrace_core.errors import HeadraceError, OverloadedError, UnavailableErro
 class RetryPolicy:
     """How often and how soon. Only `UnavailableError` and `OverloadedError` are retried, never after the first token.
 
+    RETRIES_EXHAUSTED is not: the router has tried already, and a request that ends its workers must not go on doing so.
+
     The pause before try k + 1 is drawn evenly from 0 to `first_pause_s` * 2^(k - 1), at most `longest_pause_s`, so that
     many clients turned away together do not come back together; when the router says how long to stay away, that comes
     on top. `max_attempts` 1 turns retries off.
@@ -52,7 +54,8 @@ class Attempts:
             HeadraceError: `error` itself, when there is no next try.
         """
         policy = self._policy
-        if not isinstance(error, UnavailableError | OverloadedError) or self._num_made >= policy.max_attempts:
+        may_help = isinstance(error, UnavailableError | OverloadedError) and error.reason != "RETRIES_EXHAUSTED"
+        if not may_help or self._num_made >= policy.max_attempts:
             raise error
         longest_s = min(policy.longest_pause_s, policy.first_pause_s * 2 ** (self._num_made - 1))
         pause_s = longest_s * self._draw()

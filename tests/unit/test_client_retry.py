@@ -52,6 +52,11 @@ def test_other_errors_are_final(kind):
         Attempts(POLICY, None).pause_after(kind("X", "x"))
 
 
+def test_what_the_router_has_tried_enough_is_not_tried_again():
+    with pytest.raises(UnavailableError):
+        Attempts(POLICY, None).pause_after(UnavailableError("RETRIES_EXHAUSTED", "2 attempts failed"))
+
+
 def test_one_attempt_means_no_retry():
     with pytest.raises(OverloadedError):
         Attempts(RetryPolicy(max_attempts=1), None).pause_after(FULL)
