@@ -10,17 +10,20 @@ ended it, a call under way is cancelled with the task that awaits it, or when it
 cancelled Prefill is withdrawn besides.
 
 Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
-far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause.
+far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause. A worker knows
+no more of a request than the router, which has checked it: what one worker makes of it is not final.
 
-    InvalidRequestError   to the client; but BAD_HANDOFF, which is between workers: AGAIN
+    InvalidRequestError   AGAIN, logged as an error; the second one of a sample: to the client.
+                          But BAD_HANDOFF, which is between workers: AGAIN, as often as anything
     NotFoundError         AGAIN (UNKNOWN_SESSION: the session went away under the call)
     LayoutMismatchError   AGAIN, logged as an error
     OverloadedError       AGAIN; the worker gets nothing before its next load report
-    UnavailableError      AGAIN; the same
+    UnavailableError      AGAIN; the same. But WORKER_LOST, the second one of a sample: RETRIES_EXHAUSTED, for it may
+                          be the request that ends its workers, and they have others'
     HandoffLostError      AGAIN
     TransferCorruptError  AGAIN, logged as an error
     ProtocolError         AGAIN, logged as an error; the worker gets nothing before its next load report
-    DeadlineError         to the client
+    DeadlineError         AGAIN while the client's own time is not up; then to the client
     anything else         to the client, logged as an error
 """
 
@@ -29,6 +32,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,6 +69,11 @@ _T = TypeVar("_T")
 
 _CLEANUP_TIMEOUT_S = 5.0
 _LATE_ANSWER_S = 5.0
+_DEADLINE_SLACK_S = 0.05
+"""A call's time is up so much before the client's, by two clocks and what lies between."""
+_MOST_REFUSALS = 2
+_MOST_LOST_WORKERS = 2
+_REFUSED = "refused by a worker"
 _HOLDER_REASONS = frozenset({"HOLDER_LOST", "LEASE_EXPIRED", "WORKER_RESTARTED", "STALE_PAGE"})
 """Reasons by which a decode worker blames the prefill worker."""
 
@@ -78,6 +87,7 @@ class _Reaction:
 
 
 _AGAIN: dict[type[HeadraceError], _Reaction] = {
+    InvalidRequestError: _Reaction(level=logging.ERROR),
     NotFoundError: _Reaction(holds_worker=True),
     LayoutMismatchError: _Reaction(level=logging.ERROR),
     OverloadedError: _Reaction(holds_worker=True),
@@ -85,6 +95,7 @@ _AGAIN: dict[type[HeadraceError], _Reaction] = {
     HandoffLostError: _Reaction(),
     TransferCorruptError: _Reaction(level=logging.ERROR),
     ProtocolError: _Reaction(holds_worker=True, level=logging.ERROR),
+    DeadlineError: _Reaction(),
 }
 
 
@@ -108,6 +119,7 @@ class Flow:
             HeadraceError: the client's error; everything is freed.
         """
         fingerprint = ""
+        reasons: Counter[str] = Counter()
         while True:
             placement = await self._dispatcher.place(sample)
             on_placed()
@@ -119,7 +131,7 @@ class Flow:
                 self._dispatcher.kick()
             if failure is None:
                 return
-            self._react(sample, placement, failure)
+            self._react(sample, placement, failure, reasons)
 
     async def close(self) -> None:
         """Wait for releases and cancellations under way."""
@@ -215,13 +227,17 @@ class Flow:
             if number and (ended is None or ended.by is not Side.WORKER):
                 self._spawn(_cancel(worker, number))
 
-    def _react(self, sample: Sample, placement: Placement, error: HeadraceError) -> None:
-        """Prepare another attempt, or raise what the client is told."""
+    def _react(self, sample: Sample, placement: Placement, error: HeadraceError, reasons: Counter[str]) -> None:
+        """Prepare another attempt, or raise what the client is told; count in `reasons` how this one ended."""
         blamed = _blamed(sample, placement, error)
         sample.mark_failure(time.monotonic())
+        is_refusal = isinstance(error, InvalidRequestError) and error.reason != "BAD_HANDOFF"
+        kind = _REFUSED if is_refusal else error.reason
+        reasons[kind] += 1
         reaction = _AGAIN.get(type(error))
-        if error.reason == "BAD_HANDOFF":
-            reaction = _Reaction(level=logging.ERROR)
+        is_final = is_refusal and reasons[kind] >= _MOST_REFUSALS
+        if is_final or (isinstance(error, DeadlineError) and _remaining_s(sample) <= _DEADLINE_SLACK_S):
+            reaction = None
         data = {
             "request_id": sample.spec.request_id,
             "sent_id": sample.spec.sent_id,
@@ -242,7 +258,7 @@ class Flow:
         if reaction.holds_worker:
             for worker in blamed:
                 worker.hold()
-        if sample.attempt >= self._max_attempts:
+        if sample.attempt >= self._max_attempts or reasons["WORKER_LOST"] >= _MOST_LOST_WORKERS:
             raise UnavailableError(
                 "RETRIES_EXHAUSTED",
                 f"{sample.attempt} attempts failed; the last at {data['worker']} while {sample.state.value}: "

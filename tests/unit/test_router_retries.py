@@ -4,6 +4,7 @@ import asyncio
 
 import grpc
 import pytest
+from headrace.v1 import types_pb2
 from headrace_core.errors import (
     DeadlineError,
     HandoffLostError,
@@ -37,6 +38,12 @@ from headrace_router.testing import (
         ("start", OverloadedError("NO_FREE_PAGES", "full")),
         ("start", InvalidRequestError("BAD_HANDOFF", "unreadable")),
         ("sequence", OverloadedError("NO_FREE_PAGES", "out of pages")),
+        ("prefill", DeadlineError("DEADLINE_EXCEEDED", "the client has a minute, this worker's clock is wrong")),
+        ("start", DeadlineError("DEADLINE_EXCEEDED", "late")),
+        ("sequence", DeadlineError("DEADLINE_EXCEEDED", "late")),
+        ("prefill", InvalidRequestError("BAD_REQUEST", "nonsense")),
+        ("start", InvalidRequestError("PROMPT_TOO_LONG", "too long")),
+        ("sequence", InvalidRequestError("BAD_SAMPLING", "no token left")),
     ],
     ids=lambda value: value if isinstance(value, str) else value.reason,
 )
@@ -110,14 +117,61 @@ def test_a_failed_sample_of_a_colocated_worker_goes_on_with_its_tokens(tmp_path)
     run_router(tmp_path, [remembering_worker("both")], test)
 
 
-def test_an_error_of_the_request_is_not_retried(tmp_path):
+def test_what_one_worker_calls_invalid_is_asked_of_another_and_is_final_when_that_says_so_too(tmp_path):
     async def test(router):
-        router.workers[0].faults.prefill.append(InvalidRequestError("PROMPT_TOO_LONG", "too long"))
+        prefills = router.workers[:2]
+        for number in (1, 2):
+            for worker in prefills:
+                worker.faults.prefill.append(InvalidRequestError("PROMPT_TOO_LONG", f"too long {number}"))
         error = await router.refused(text_request("hi"))
         assert (type(error), error.reason) == (InvalidRequestError, "PROMPT_TOO_LONG")
-        assert len(router.workers[0].prefills) == 1
+        assert [len(worker.prefills) for worker in prefills] == [1, 1]
 
-    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("prefill"), scripted_worker("decode")], test)
+
+
+def test_a_deadline_that_passed_for_the_client_too_is_final(tmp_path):
+    async def test(router):
+        router.workers[0].faults.prefill_gate.clear()
+        with pytest.raises(DeadlineError):
+            await router.generate(text_request("hi"), timeout_s=None)
+        assert len(router.workers[0].prefills) == 1
+        router.workers[0].faults.prefill_gate.set()
+
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test, request_timeout_s=0.5)
+
+
+@pytest.mark.parametrize("role", ["both", "decode"])
+def test_a_request_that_ends_its_workers_is_given_two(tmp_path, role):
+    """The others live, and serve everybody else."""
+
+    async def test(router):
+        decodes = [worker for worker in router.workers if worker.info.role != types_pb2.WORKER_ROLE_PREFILL]
+        endings = []
+
+        def deadly(worker):
+            real = worker.run_sequence
+
+            async def run_sequence(request):
+                if request.num_prompt_tokens < 5:
+                    return await real(request)
+                endings.append(asyncio.create_task(worker.stop()))
+                await asyncio.Event().wait()
+
+            worker.run_sequence = run_sequence
+
+        for worker in decodes:
+            deadly(worker)
+        error = await router.refused(text_request("deadly"))
+        assert (type(error), error.reason) == (UnavailableError, "RETRIES_EXHAUSTED")
+        assert "WORKER_LOST" in str(error)
+        assert len(endings) == 2
+        await asyncio.gather(*endings)
+        (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 20}))
+        assert sample.token_ids == remembered("hi", 20)
+
+    workers = [remembering_worker(role) for _ in range(4)]
+    run_router(tmp_path, workers if role == "both" else [remembering_worker("prefill"), *workers], test)
 
 
 def test_attempts_are_bounded_and_the_last_cause_is_told(tmp_path):
