@@ -71,7 +71,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "MESSAGE_TIMEOUT": "the request's message took too long to arrive",
         "NO_FREE_PAGES": "the pages are taken, or the sequence is larger than a pool",
         "QUEUE_FULL": "too much is waiting; try again later",
-        "SLOW_READER": "a session's reader fell too far behind",
+        "SLOW_READER": "the reader of a session, or of log-probabilities, fell too far behind",
     },
     UnavailableError: {
         "CANCELLED": "the work was cancelled meanwhile",

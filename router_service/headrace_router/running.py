@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator
 
 from headrace.v1 import generation_service_pb2
-from headrace_core.errors import DeadlineError, HeadraceError
+from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
 
 from headrace_router import policy
 from headrace_router.admission import RequestSpec
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 _DEADLINE_SLACK_S = 0.02
 """A client that leaves this shortly before its deadline left because of it."""
+
+_MOST_UNREAD_LOGPROBS = 65_536
+"""Tokens of a request whose log-probabilities may wait for its client: with 20 each, about 100 MB."""
 
 _OUTCOMES = {
     "INVALID_ARGUMENT": "invalid",
@@ -99,6 +102,8 @@ class RunningRequest:
                     continue
                 response = sample.take()
                 self._num_open -= sample.is_closed
+                if sample.has_unsent:
+                    self._on_news(sample)
                 yield response
             if self._error is not None:
                 raise self._error
@@ -161,6 +166,8 @@ class RunningRequest:
         return True
 
     def _on_news(self, sample: Sample) -> None:
+        if sample.num_unsent_logprobs > _MOST_UNREAD_LOGPROBS // self.spec.num_samples:
+            self.fail(OverloadedError("SLOW_READER", "the stream's log-probabilities are not read; read it faster"))
         if sample not in self._news:
             self._news.append(sample)
             self._wake_stream()

@@ -34,6 +34,9 @@ from headrace_router.session import Ended, Side
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
 
+_MOST_TOKENS, _MOST_CHARS = 4096, 1 << 20
+"""What one message to the client holds at most: with 20 log-probabilities a token, about a megabyte of 8 MiB."""
+
 
 class SampleState(Enum):
     """See the module's docstring."""
@@ -208,21 +211,33 @@ class Sample:
             self._text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()
         self._on_news(self)
 
+    @property
+    def has_unsent(self) -> bool:
+        """True if the client has not been sent everything."""
+        return self._num_sent < len(self.output_ids) or bool(self._text)
+
+    @property
+    def num_unsent_logprobs(self) -> int:
+        """Tokens whose log-probabilities wait to be sent."""
+        return len(self._logprobs)
+
     def take(self) -> generation_service_pb2.GenerateResponse:
-        """Return what the client has not been sent yet; it counts as sent."""
-        token_ids = self.output_ids[self._num_sent :]
+        """Return what the client has not been sent yet, as much as a message may hold; it counts as sent."""
+        end = self._num_sent + _MOST_TOKENS
         message = generation_service_pb2.GenerateResponse(
-            sample_index=self.sample_index, text=self._text, token_ids=token_ids
+            sample_index=self.sample_index,
+            text=self._text[:_MOST_CHARS],
+            token_ids=self.output_ids[self._num_sent : end],
         )
-        self._text = ""
-        self._num_sent = len(self.output_ids)
+        self._text = self._text[_MOST_CHARS:]
+        self._num_sent = min(end, len(self.output_ids))
         if self._logprobs:
-            message.logprobs.extend(self._logprobs)
-            self._logprobs.clear()
+            message.logprobs.extend(self._logprobs[:_MOST_TOKENS])
+            del self._logprobs[:_MOST_TOKENS]
         if not self._is_introduced:
             message.request_id = self.spec.request_id
             self._is_introduced = True
-        if self.finish_reason is not None:
+        if self.finish_reason is not None and not self.has_unsent:
             self._close(message)
         return message
 
@@ -253,7 +268,7 @@ class Sample:
                 finish = FinishReason.STOP
                 break
         if logprobs:
-            self._logprobs.extend(list(logprobs)[:num_new])
+            self._logprobs.extend(_own(each) for each in logprobs[:num_new])
         if num_new:
             self._count(num_new, now_s)
         if finish is None:
@@ -313,3 +328,10 @@ class Sample:
             prefill_worker=self.prefill_address,
             decode_worker=self.decode_address,
         )
+
+
+def _own(logprobs: types_pb2.TokenLogprobs) -> types_pb2.TokenLogprobs:
+    """Return a copy: what is a part of a step's message keeps all of it in memory."""
+    copy = types_pb2.TokenLogprobs()
+    copy.CopyFrom(logprobs)
+    return copy

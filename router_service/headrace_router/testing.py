@@ -17,7 +17,7 @@ from headrace_core.config import RouterSettings
 from headrace_core.errors import HeadraceError
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.fake_script import mixed, scripted
-from headrace_core.testing.fake_worker import FakeWorker
+from headrace_core.testing.fake_worker import FakeRole, FakeWorker
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from headrace_router.server import RouterService
@@ -211,14 +211,16 @@ def check_timings(message: generation_service_pb2.GenerateResponse) -> list[str]
     return [phase.name for phase in timings.phases]
 
 
-def scripted_worker(role: str, text: str = HELLO, **options: Any) -> FakeWorker:
+def scripted_worker(role: FakeRole, text: str = HELLO, **options: Any) -> FakeWorker:
     """Return a worker that answers every prompt with `text`, again and again."""
-    return FakeWorker(role, **{"next_token": scripted(byte_ids(text)), "vocab_size": VOCAB_SIZE, **options})
+    options = {"next_token": scripted(byte_ids(text)), "vocab_size": VOCAB_SIZE, **options}
+    return FakeWorker(role, **options)
 
 
-def remembering_worker(role: str, **options: Any) -> FakeWorker:
+def remembering_worker(role: FakeRole, **options: Any) -> FakeWorker:
     """Return a worker whose tokens depend on every token before; `remembered` says which they are."""
-    return FakeWorker(role, **{"next_token": mixed(BOS), "vocab_size": VOCAB_SIZE, **options})
+    options = {"next_token": mixed(BOS), "vocab_size": VOCAB_SIZE, **options}
+    return FakeWorker(role, **options)
 
 
 def remembered(prompt: str, num_tokens: int) -> list[int]:

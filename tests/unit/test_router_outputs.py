@@ -4,7 +4,7 @@ import asyncio
 
 import grpc
 import pytest
-from headrace.v1 import decode_service_pb2
+from headrace.v1 import decode_service_pb2, types_pb2
 from headrace_core.errors import (
     HandoffLostError,
 )
@@ -20,6 +20,8 @@ from headrace_router.testing import (
     text_request,
     wait_until,
 )
+
+LENGTH = types_pb2.FINISH_REASON_LENGTH
 
 
 def _unknown_finish(decode, start):
@@ -152,3 +154,51 @@ def test_late_outputs_of_an_old_attempt_are_dropped(tmp_path):
         assert sample.token_ids == remembered("hi", 40)
 
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=0.005)], test)
+
+
+def test_what_a_reader_left_lying_comes_in_messages_of_bounded_size(tmp_path):
+    """In one, 20 log-probabilities of 40,000 tokens would be more than grpc sends."""
+
+    async def test(router):
+        _, decode = router.workers
+        sampling = {"max_tokens": 20_001, "ignore_eos": True, "top_logprobs": 20}
+        call = router.stub.Generate(text_request("hi", sampling=sampling), timeout=WAIT_S)
+        await wait_until(lambda: bool(decode.sequences))
+        start, tops = decode.starts[0], [types_pb2.TopLogprob(token_id=i, logprob=-i) for i in range(20)]
+        for number in range(40):
+            output = decode_service_pb2.SequenceOutput(
+                sequence_number=start.sequence_number, token_ids=[65] * 500,
+                logprobs=[types_pb2.TokenLogprobs(logprob=-1.0, top=tops)] * 500,
+                finish_reason=LENGTH if number == 39 else 0,
+            )  # fmt: skip
+            decode.emit(start.session_id, [output])
+        messages = [message async for message in call]
+        assert [id for message in messages for id in message.token_ids][1:] == [65] * 20_000
+        assert sum(len(message.logprobs) for message in messages) == 20_001
+        assert max(message.ByteSize() for message in messages) < 2**20
+        assert [message.finish_reason for message in messages if message.finish_reason] == [LENGTH]
+        decode.sequences.clear()
+
+    workers = [
+        scripted_worker("prefill", max_context_tokens=30_000, num_pages=2000),
+        scripted_worker("decode", step_s=None, max_context_tokens=30_000, num_pages=2000),
+    ]
+    run_router(tmp_path, workers, test)
+
+
+def test_a_client_that_never_reads_its_log_probabilities_is_told_to_read_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr("headrace_router.running._MOST_UNREAD_LOGPROBS", 100)
+
+    async def test(router):
+        _, decode = router.workers
+        request = text_request("hi", sampling={"max_tokens": 1000, "ignore_eos": True, "top_logprobs": 1})
+        running = asyncio.create_task(_received(router, request))
+        await wait_until(lambda: bool(decode.sequences))
+        output = decode_service_pb2.SequenceOutput(
+            sequence_number=decode.starts[0].sequence_number, token_ids=[65] * 200,
+            logprobs=[types_pb2.TokenLogprobs(logprob=-1.0)] * 200,
+        )  # fmt: skip
+        decode.emit(decode.starts[0].session_id, [output])
+        assert (await running)[1].reason == "SLOW_READER"
+
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test)
