@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from headrace.v1 import types_pb2
 from headrace_core.batch.finish import FinishRule
@@ -70,7 +70,7 @@ class _Sequence:
     has_arrived: bool = False
     num_output_tokens: int = 0
     num_preemptions: int = 0
-    is_over: bool = field(default=False)
+    is_over: bool = False
 
 
 class DecodeService:
