@@ -242,13 +242,15 @@ class DecodeScheduler:
         """Give pages to the queue's head while there are some."""
         while self._waiting and len(self._running) + self._num_transferring < self._max_running:
             sequence = self._waiting[0]
+            if self.pages.is_refused(sequence.token_ids):
+                return
             num_tokens = len(sequence.spec.token_ids) if sequence.has_handoff else len(sequence.token_ids)
             if sequence.has_handoff:
                 pages = SequencePages(sequence.key)
             else:
                 pages = self.pages.match(sequence.key, sequence.token_ids)
             if not self._reserve(pages, num_tokens):
-                self.pages.free(pages)
+                self.pages.refuse(pages, sequence.token_ids)
                 return
             self._waiting.pop(0)
             sequence.pages = pages

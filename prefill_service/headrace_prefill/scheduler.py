@@ -168,11 +168,13 @@ class PrefillScheduler:
         assert states.count(State.PUBLISHED) == num_published, "a sequence is in two queues"
 
     def _admit(self, sequence: _Sequence, now: float) -> bool:
+        if self.pages.is_refused(sequence.spec.token_ids):
+            return False
         pages = self.pages.match(sequence.key, sequence.spec.token_ids)
         try:
             self.pages.reserve(pages, sequence.num_tokens)
         except OverloadedError:
-            self.pages.free(pages)
+            self.pages.refuse(pages, sequence.spec.token_ids)
             return False
         sequence.pages = pages
         sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size

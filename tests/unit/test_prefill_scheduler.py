@@ -196,3 +196,26 @@ def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, num
     s.check_integrity()
     assert s.load().num_free_pages == num_pages
     assert s.load().num_sequences == 0
+
+
+def test_the_queues_head_is_not_looked_for_in_the_cache_before_anything_changed(monkeypatch):
+    s = scheduler(num_pages=8, max_step_tokens=8)
+    s.add(1, spec(list(range(1, 25))), 0.0)
+    run(s)
+    s.add(2, spec(list(range(31, 47))), 0.0)
+    lengths: list[int] = []
+    match = s.pages.match
+
+    def counted(owner, token_ids):
+        lengths.append(len(token_ids))
+        return match(owner, token_ids)
+
+    monkeypatch.setattr(s.pages, "match", counted)
+    for _ in range(5):
+        run(s)
+    assert lengths == [16]
+    s.free(1)
+    plan = run(s)
+    assert lengths == [16, 16]
+    assert plan
+    assert [chunk.key for chunk in plan.chunks] == [2]

@@ -44,6 +44,8 @@ class PagePool:
         self._num_cached = 0
         self._num_quarantined = 0
         self._num_unreferenced = 0
+        self.num_returned = 0
+        """How often a page or a reference was given back: what is available has not grown while it stays."""
 
     @property
     def num_free(self) -> int:
@@ -100,6 +102,7 @@ class PagePool:
             assert self._states[page_id] in (PageState.OWNED, PageState.QUARANTINED), f"page {page_id} is not owned"
             assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
             self._num_quarantined -= self._states[page_id] is PageState.QUARANTINED
+            self.num_returned += 1
             self._put_back(page_id)
 
     def quarantine(self, page_ids: Iterable[int], owner: int) -> None:
@@ -132,6 +135,7 @@ class PagePool:
         self._references[page_id] -= 1
         if not self._references[page_id]:
             self._num_unreferenced += 1
+        self.num_returned += 1
 
     def evict(self, page_id: int) -> None:
         """Free a cached page that nobody references."""

@@ -52,6 +52,12 @@ class PrefixCache:
             node = child
         return nodes
 
+    def would_match(self, nodes: Sequence[PrefixNode], token_ids: Sequence[int], max_pages: int) -> bool:
+        """Return whether `match` would find the same `nodes` again; in constant time. They may be unreferenced."""
+        last, index = nodes[-1] if nodes else self._root, len(nodes)
+        # A page is evicted before those that it hangs on.
+        return not last.is_evicted and (index >= max_pages or self._edge(token_ids, index) not in last.children)
+
     def insert(
         self, parent: PrefixNode | None, token_ids: Sequence[int], index: int, *, page_id: int, owner: int
     ) -> PrefixNode:

@@ -29,6 +29,15 @@ class SequencePages:
         return self.page_ids[len(self.nodes) :]
 
 
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A sequence there was no room for: its tokens, the cached pages it would have used, `num_returned` then."""
+
+    token_ids: Sequence[int]
+    nodes: list[PrefixNode]
+    num_returned: int
+
+
 class PageAllocator:
     """Pages for sequences: a pool, and the prefix cache that gives way when the pool is empty."""
 
@@ -36,6 +45,7 @@ class PageAllocator:
         self.pool = PagePool(num_pages)
         self.page_size = page_size
         self._cache = PrefixCache(self.pool, page_size)
+        self._refused: _Refused | None = None
 
     @property
     def num_pages(self) -> int:
@@ -53,8 +63,28 @@ class PageAllocator:
 
     def match(self, owner: int, token_ids: Sequence[int]) -> SequencePages:
         """Return the cached pages of the longest prefix of `token_ids` that leaves at least one token to compute."""
-        nodes = self._cache.match(token_ids, (len(token_ids) - 1) // self.page_size)
+        nodes = self._cache.match(token_ids, self._most_matched(token_ids))
         return SequencePages(owner, [node.page_id for node in nodes], nodes)
+
+    def refuse(self, pages: SequencePages, token_ids: Sequence[int]) -> None:
+        """Give back what `match` found for a sequence that can't have the rest, and remember that for `is_refused`."""
+        nodes = list(pages.nodes)
+        self.free(pages)
+        self._refused = _Refused(token_ids, nodes, self.pool.num_returned)
+
+    def is_refused(self, token_ids: Sequence[int]) -> bool:
+        """Return whether `refuse` was last called for this very list, and would have to be again; in constant time.
+
+        So it is while no page was given back and the cache finds what it found. To match a long prompt takes
+        milliseconds, which everybody in a step would wait for as long as it is first in the queue.
+        """
+        refused = self._refused
+        return (
+            refused is not None
+            and refused.token_ids is token_ids
+            and refused.num_returned == self.pool.num_returned
+            and self._cache.would_match(refused.nodes, token_ids, self._most_matched(token_ids))
+        )
 
     def reserve(self, pages: SequencePages, num_tokens: int) -> None:
         """Add own pages until `num_tokens` fit; cached pages nobody uses are evicted to make room.
@@ -103,6 +133,9 @@ class PageAllocator:
         nodes = list(pages.nodes)
         self.free(pages)
         self._cache.forget(nodes)
+
+    def _most_matched(self, token_ids: Sequence[int]) -> int:
+        return (len(token_ids) - 1) // self.page_size
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice."""
