@@ -309,6 +309,18 @@ def test_logits_that_overflow_by_penalties_are_an_error_of_their_row():
     assert isinstance(token, SampledToken)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_logits_that_all_overflow_downwards_are_not_taken_for_forbidden_ones(temperature):
+    """With stop tokens forbidden, others are left: the numbers are at fault, and not what the client asks for."""
+    logits = torch.full((2, VOCAB), -3e38)
+    params = {"repetition_penalty": 100.0, "min_tokens": 3, "stop_token_ids": (4,), "temperature": temperature}
+    error, token = sample(logits, [row(tuple(range(VOCAB)), **params), row()])
+    assert isinstance(error, HeadraceError)
+    assert error.reason == "BAD_LOGITS"
+    assert "after penalties" in str(error)
+    assert isinstance(token, SampledToken)
+
+
 def test_log_probabilities_are_finite_for_logits_as_far_apart_as_float32_goes():
     logits = torch.full((1, VOCAB), -3e38)
     logits[0, 1] = 3e38

@@ -25,6 +25,12 @@ def needs_changes(row: SamplingRow) -> bool:
     return bool(_has_penalties(params) or params.logit_bias or len(row.output_token_ids) < params.min_tokens)
 
 
+def banned_tokens(row: SamplingRow) -> set[int]:
+    """Return the tokens that `min_tokens` forbids to be next."""
+    is_early = len(row.output_token_ids) < row.params.min_tokens
+    return {*row.eos_token_ids, *row.params.stop_token_ids} if is_early else set()
+
+
 def change_logits(logits: Tensor, row: SamplingRow) -> None:
     """Apply the row's penalties, bias and bans, in this order, to its `logits` [V] float32, in place.
 
@@ -53,8 +59,8 @@ class _Changes:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
             self._bias = to_device(tokens, device), to_device(values, device)
         self._banned: Tensor | None = None
-        banned = {*row.eos_token_ids, *params.stop_token_ids}
-        if banned and len(row.output_token_ids) < params.min_tokens:
+        banned = banned_tokens(row)
+        if banned:
             self._banned = to_device(torch.tensor(list(banned)), device)
 
     def apply(self, logits: Tensor, row: SamplingRow) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from headrace_core.batch.step import SamplingRow
 from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.model.host_copies import to_device, to_host
-from headrace_core.model.logit_changes import change_logits, needs_changes
+from headrace_core.model.logit_changes import banned_tokens, change_logits, needs_changes
 from headrace_core.request import SampledToken, TokenLogprobs
 
 _NOT_FINITE = -2
@@ -51,7 +51,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | H
     if not rows:
         return []
     # A NaN wins both comparisons. Times 0 it stays one, an infinity becomes one, and neither equals anything.
-    is_bad = logits.amin(dim=-1) * 0 != logits.amax(dim=-1) * 0
+    lowest, highest = logits.aminmax(dim=-1)
+    is_bad = lowest * 0 != highest * 0
     changed = _changed(logits, rows)
     tokens = sample_tokens(changed, _draws(rows, logits.device)).masked_fill_(is_bad, _NOT_FINITE)
     asking = [i for i, row in enumerate(rows) if row.params.top_logprobs is not None]
@@ -60,7 +61,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | H
     return [
         SampledToken(token_id, logprobs.get(i))
         if 0 <= token_id < logits.shape[1]
-        else _error(token_id, changed[i], row)
+        else _error(token_id, row, logits.shape[1])
         for i, (token_id, row) in enumerate(zip(token_ids.tolist(), rows, strict=True))
     ]
 
@@ -76,9 +77,9 @@ def _changed(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return logits
 
 
-def _error(token_id: int, changed: Tensor, row: SamplingRow) -> HeadraceError:
-    """Return why the row has no token; `changed` [V] are its logits after penalties, bias and bans."""
-    if token_id != _NOT_FINITE and bool(changed.isneginf().all()):
+def _error(token_id: int, row: SamplingRow, vocab_size: int) -> HeadraceError:
+    """Return why the row has no token: `token_id` is _NOT_FINITE, or NO_TOKEN after its logits were changed."""
+    if token_id != _NOT_FINITE and len(banned_tokens(row)) >= vocab_size:
         return InvalidRequestError(
             "BAD_SAMPLING",
             f"no token can be chosen at position {row.position}: min_tokens forbids every one; name fewer "
