@@ -37,20 +37,21 @@ class Vocabulary:
             token_id for token_id, token in fast.get_added_tokens_decoder().items() if token.special
         )
         self.decode: Callable[[list[int]], str] = fast.decode
-        self.token_bytes: list[bytes] | None = None
-        self.token_texts: list[str | None] = []
+        # By id, and no lists: an id may be as large as the file says.
+        self.token_bytes: dict[int, bytes] | None = None
+        self.token_texts: dict[int, str | None] = {}
         """For `token_bytes`: a token's text, if it is made of whole characters."""
-        self.token_pieces: list[str | int] | None = None
+        self.token_pieces: dict[int, str | int] | None = None
         self.num_strip = 0
         decoder: dict[str, Any] = json.loads(fast.to_str()).get("decoder") or {}
-        texts = _token_texts(fast)
+        texts = {token_id: text for text, token_id in fast.get_vocab(with_added_tokens=True).items()}
         steps = _fallback_steps(decoder)
         if decoder.get("type") == "ByteLevel":
-            self.token_bytes = [byte_level_bytes(text) for text in texts]
-            self.token_texts = [_whole_text(token) for token in self.token_bytes]
+            self.token_bytes = {token_id: byte_level_bytes(text) for token_id, text in texts.items()}
+            self.token_texts = {token_id: _whole_text(token) for token_id, token in self.token_bytes.items()}
         elif steps is not None:
             replace, self.num_strip = steps
-            self.token_pieces = [_fallback_piece(text, replace) for text in texts]
+            self.token_pieces = {token_id: _fallback_piece(text, replace) for token_id, text in texts.items()}
 
 
 class Detokenizer:
@@ -77,7 +78,7 @@ class Detokenizer:
         if self._table is not None:
             return self._push_bytes(token_id, self._table)
         if self._pieces is not None:
-            return self._push_piece(self._pieces[token_id]) if token_id < len(self._pieces) else ""
+            return self._push_piece(self._pieces[token_id]) if token_id in self._pieces else ""
         return self._push_window(token_id)
 
     def finish(self) -> str:
@@ -89,8 +90,8 @@ class Detokenizer:
         text = self._vocabulary.decode(self._window)
         return text[len(self._read_text) :]
 
-    def _push_bytes(self, token_id: int, table: list[bytes]) -> str:
-        if token_id >= len(table):
+    def _push_bytes(self, token_id: int, table: dict[int, bytes]) -> str:
+        if token_id not in table:
             return ""
         text = self._vocabulary.token_texts[token_id]
         if text is not None and not self._is_inside:
@@ -134,15 +135,6 @@ class Detokenizer:
             text = self._vocabulary.decode(self._window)
         self._num_read, self._read_text = len(self._window), text
         return new
-
-
-def _token_texts(fast: FastTokenizer) -> list[str]:
-    """Return each id's token; an id without one is empty."""
-    vocabulary = fast.get_vocab(with_added_tokens=True)
-    texts = [""] * (max(vocabulary.values(), default=-1) + 1)
-    for text, token_id in vocabulary.items():
-        texts[token_id] = text
-    return texts
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,5 +1,7 @@
 """Incremental decoding equals decoding all at once, whatever the tokens, and never shows half a character."""
 
+import json
+
 import pytest
 from headrace_router.detokenizer import Detokenizer, Vocabulary
 from hypothesis import given, settings
@@ -112,3 +114,12 @@ def test_the_window_of_other_decoders_stays_short():
     for _ in range(1000):
         decoder.push(4)
     assert len(decoder._window) <= 16
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_an_id_as_large_as_a_file_may_say_costs_no_table_so_long(kind):
+    parts = json.loads(TOKENIZERS[kind].to_str())
+    parts["model"]["vocab"]["é"] = large = 2**32 - 1
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    pieces, rest = _stream(tokenizer, [large - 1, large])
+    assert "".join(pieces) + rest == tokenizer.decode([large])
