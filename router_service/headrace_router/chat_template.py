@@ -47,13 +47,13 @@ class ChatTemplate:
         Raises:
             Exception: any that the template raises.
         """
-        return self._template.render(
-            messages=[{"role": role, "content": content} for role, content in messages],
-            add_generation_prompt=True,
-            tools=None,
-            documents=None,
-            **self._variables,
-        )
+        own = {
+            "messages": [{"role": role, "content": content} for role, content in messages],
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+        }
+        return self._template.render(self._variables | own)
 
 
 class _Generation(Extension):

@@ -1,15 +1,24 @@
-"""What tokenizer_config.json, and chat_template.jinja beside it, say of a model's text."""
+"""What tokenizer_config.json, and special_tokens_map.json and chat_template.jinja beside it, say of a model's text.
+
+Read as transformers reads them (`_from_pretrained` in tokenization_utils_base.py, 5.23): the map's tokens replace the
+config's, unless the config has `added_tokens_decoder`; `extra_special_tokens` may name more of them for templates.
+"""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from headrace_core.errors import CheckpointError
+from headrace_core.json_file import is_there, read_object, read_text
 
+_CONFIG = "tokenizer_config.json"
+_MAP = "special_tokens_map.json"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_EXTRA = "extra_special_tokens"
+_MAX_SHOWN = 200
+"""Characters of a value that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +40,11 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     Raises:
         CheckpointError: BAD_TOKENIZER, naming file and field.
     """
-    values = _read_json(folder / "tokenizer_config.json")
-    special = {name: _token_text(values, name) for name in _SPECIAL_NAMES}
+    values = _read_json(folder / _CONFIG)
     is_added = {name: _flag(values, f"add_{name}") for name in ("bos_token", "eos_token")}
+    special = _special_tokens(values, _CONFIG)
+    if "added_tokens_decoder" not in values:
+        special |= _special_tokens(_read_json(folder / _MAP), _MAP)
     template, problem = None, ""
     try:
         template = _find_template(folder, values)
@@ -48,29 +59,51 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_there(path):
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError("BAD_TOKENIZER", f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError("BAD_TOKENIZER", f"{path} must hold one JSON object")
-    return cast("dict[str, Any]", content)
+        return read_object(path)
+    except ValueError as error:
+        raise CheckpointError("BAD_TOKENIZER", str(error)) from error
 
 
-def _token_text(config: dict[str, Any], name: str) -> str | None:
+def _special_tokens(values: dict[str, Any], file: str) -> dict[str, str | None]:
+    """Return the special tokens that `file`, of these values, names: those that all models have, and the model's own.
+
+    None: it says that there is no such token.
+    """
+    extra = values.get(_EXTRA)
+    own: dict[str, object] = {**cast("dict[str, object]", extra)} if isinstance(extra, dict) else {}
+    own |= {
+        name: value
+        for name, value in values.items()
+        if name.endswith("_token") and name not in _SPECIAL_NAMES and isinstance(value, str)
+    }
+    named: dict[str, object] = {name: values[name] for name in _SPECIAL_NAMES if name in values}
+    return {name: _token_text(value, name, file) for name, value in (own | named).items()}
+
+
+def _token_text(value: object, name: str, file: str) -> str | None:
     """Return the text of a special token, which is written as text, or as an object with its text under `content`."""
-    value: object = config.get(name)
+    text = value
     if isinstance(value, dict):
-        value = cast("dict[str, object]", value).get("content", value)
-    if value is None or isinstance(value, str):
-        return value
+        text = cast("dict[str, object]", value).get("content", value)
+    if text is None or (isinstance(text, str) and _is_unicode(text)):
+        return text
     raise CheckpointError(
         "BAD_TOKENIZER",
-        f"tokenizer_config.json: {name} is {config[name]!r}; it must be text, an object with its text under `content`, "
+        f"{file}: {name} is {repr(value)[:_MAX_SHOWN]}; it must be text, an object with its text under `content`, "
         "or null",
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """True if no half of a surrogate pair is alone in it, which JSON can write and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flag(config: dict[str, Any], name: str) -> bool | None:
@@ -78,7 +111,7 @@ def _flag(config: dict[str, Any], name: str) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     raise CheckpointError(
-        "BAD_TOKENIZER", f"tokenizer_config.json: {name} is {value!r}; it must be true, false or null"
+        "BAD_TOKENIZER", f"{_CONFIG}: {name} is {repr(value)[:_MAX_SHOWN]}; it must be true, false or null"
     )
 
 
@@ -89,15 +122,16 @@ def _find_template(folder: Path, config: dict[str, Any]) -> str | None:
         ValueError: there is one, and it can't be read.
     """
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(str(error)) from error
+    if is_there(path):
+        return read_text(path)
     source: object = config.get("chat_template")
     if isinstance(source, list):
         named = [cast("dict[str, object]", each) for each in cast("list[object]", source) if isinstance(each, dict)]
         source = next((each.get("template") for each in named if each.get("name") == "default"), None)
-    if source is None or isinstance(source, str):
-        return source
-    raise ValueError("chat_template of tokenizer_config.json is neither text nor a list of templates with names")
+    elif isinstance(source, dict):
+        source = cast("dict[str, object]", source).get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str) or not _is_unicode(source):
+        raise ValueError(f"chat_template of {_CONFIG} is neither text nor a list or object of templates with names")
+    return source

@@ -210,7 +210,7 @@ def test_a_bad_template_costs_its_conversations_only(tmp_path, monkeypatch, temp
             None,
             "no chat template",
         ),
-        ({"chat_template": "x"}, b"\xff", "can't be read: 'utf-8'"),
+        ({"chat_template": "x"}, b"\xff", "is not UTF-8: 'utf-8'"),
     ],
 )
 def test_a_template_that_can_not_be_read_costs_conversations_only(tmp_path, config, template_file, words):

@@ -8,6 +8,7 @@ from headrace_router.testing import BOS, EOS, byte_ids, write_tokenizer
 from headrace_router.tokenizer import Tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 HELLO = byte_ids("Hello world")
 SPECIAL = [("<bos>", BOS), ("<eos>", EOS)]
@@ -102,6 +103,8 @@ def test_a_tokenizer_in_another_format_alone_is_refused_by_name(tmp_path):
         ({"add_eos_token": 1}, "add_eos_token is 1; it must be true, false or null"),
         ({"bos_token": 3}, "bos_token is 3; it must be text"),
         ({"eos_token": {"id": 3}}, "eos_token is {'id': 3}; it must be text"),
+        ({"bos_token": "\ud800", "add_bos_token": True}, "bos_token is '.ud800'; it must be text"),
+        ({"extra_special_tokens": {"image_token": 5}}, "image_token is 5; it must be text"),
         ({"pad_token": ["<pad>"]}, r"pad_token is \['<pad>'\]; it must be text"),
     ],
 )
@@ -109,3 +112,66 @@ def test_a_config_that_can_not_be_followed_is_refused_by_name(tmp_path, config, 
     with pytest.raises(CheckpointError, match=words) as caught:
         Tokenizer(model(tmp_path, "none", **config))
     assert caught.value.reason == "BAD_TOKENIZER"
+
+
+def write_json(folder, name, values):
+    (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+MAPS = {
+    "alone": ({"bos_token": None}, {"bos_token": "<bos>"}),
+    "against the config": ({"bos_token": "<eos>"}, {"bos_token": "<bos>"}),
+    "as an object": ({}, {"bos_token": {"content": "<bos>", "lstrip": False, "normalized": False}}),
+    "with null": ({}, {"bos_token": None}),
+    "beside added_tokens_decoder": ({"bos_token": None, "added_tokens_decoder": {}}, {"bos_token": "<bos>"}),
+    "tokens of the model's own": ({"extra_special_tokens": {"image_token": "<eos>"}}, {"video_token": "<bos>"}),
+    "a field of the model's own": ({"image_token": "<eos>", "add_image_token": True}, {}),
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_special_tokens_are_those_that_transformers_gives_a_template(tmp_path, case):
+    config, special = MAPS[case]
+    write_json(model(tmp_path, "none", **{"eos_token": "<eos>", **config}), "special_tokens_map.json", special)
+    expected = PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
+    assert Tokenizer(tmp_path).config.special_tokens == expected
+
+
+def test_the_begin_token_of_special_tokens_map_is_added_to_a_text(tmp_path):
+    folder = model(tmp_path, "none", bos_token=None, add_bos_token=True)
+    write_json(folder, "special_tokens_map.json", {"bos_token": "<bos>"})
+    assert text_ids(Tokenizer(folder), "Hello world") == [BOS, *HELLO]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_file_that_can_not_be_read_is_not_taken_for_one_left_out(tmp_path, name):
+    folder = model(tmp_path, "none")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=name) as caught:
+        Tokenizer(folder)
+    assert caught.value.reason == "BAD_TOKENIZER"
+
+
+def test_a_link_to_a_template_that_is_gone_is_a_template_that_can_not_be_read(tmp_path):
+    folder = model(tmp_path, "none", chat_template="of the config")
+    (folder / "chat_template.jinja").symlink_to("nowhere")
+    config = Tokenizer(folder).config
+    assert config.template is None
+    assert "chat_template.jinja can't be read" in config.template_problem
+
+
+@pytest.mark.parametrize(
+    ("template", "expected", "problem"),
+    [
+        ({"default": "A", "tool_use": "B"}, "A", ""),
+        ([{"name": "default", "template": "A"}], "A", ""),
+        ("\ud800", None, "neither text nor a list"),
+        ({"default": 5}, None, "neither text nor a list"),
+    ],
+)
+def test_of_several_templates_the_one_named_default_is_taken(tmp_path, template, expected, problem):
+    config = Tokenizer(model(tmp_path, "none", chat_template=template)).config
+    assert config.template == expected
+    assert problem in config.template_problem
