@@ -263,6 +263,11 @@ def test_the_limits_of_a_config_are_those_of_the_router(read):
     assert (MAX_COUNT, MAX_EOS_TOKEN_IDS) == (2**31 - 1, 1024)
 
 
+def test_null_is_false_and_no_default(read):
+    assert read(TINY_CONFIGS["v3"], norm_topk_prob=None).moe.is_normalised is False
+    assert read(TINY_CONFIGS["v3"], rope_interleave=None).attention.is_rope_interleaved is False
+
+
 @pytest.mark.parametrize("bos", [-1, [0], "<s>", 10**9])
 def test_what_is_not_used_is_not_judged(read, bos):
     assert read(TINY_CONFIGS["v3"], bos_token_id=bos) == read(TINY_CONFIGS["v3"])

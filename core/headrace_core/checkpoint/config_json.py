@@ -117,6 +117,9 @@ class _Fields:
         return value if value > 0 else bad(self._prefix + name, value, "greater than 0")
 
     def flag(self, name: str, default: bool) -> bool:
+        """Return a field of true and false; null is false whatever the default, as where Python asks if it is true."""
+        if self.is_null(name):
+            return False
         value = self._value(name, default)
         return value if isinstance(value, bool) else bad(self._prefix + name, value, "true or false")
 
