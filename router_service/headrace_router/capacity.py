@@ -21,6 +21,8 @@ from typing import NamedTuple, Protocol
 
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 
+from headrace_router.fair_queue import Client
+
 NO_LIMIT = 1 << 62
 """A context that never ends."""
 
@@ -50,6 +52,7 @@ class Kind(NamedTuple):
     num_tokens: int
     num_most_tokens: int
     has_output: bool
+    client: Client
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +73,15 @@ class Waiting:
     """At the end, if nothing ends it before `max_tokens`: the context it needs. 0: not known, any context will do."""
     has_output: bool = False
     """True if its client has tokens of it already: it can't be asked to send something shorter."""
+    client: Client = ()
+    """Whose it is; empty: nobody's, and nothing is kept from it."""
 
     kind: Kind = field(init=False, repr=False, compare=False)
     """What it has in common with others. Kept, because a round may look at thousands."""
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest."""
-        object.__setattr__(self, "kind", Kind(self.num_tokens, self.num_most_tokens, self.has_output))
+        object.__setattr__(self, "kind", Kind(self.num_tokens, self.num_most_tokens, self.has_output, self.client))
 
 
 @dataclass(slots=True)
@@ -102,6 +107,10 @@ class WorkerView:
     can_decode: bool
     max_context_tokens: int = NO_LIMIT
     """Longest sequence, prompt and output."""
+    num_slots: int = 0
+    """Sequences it can run at a time."""
+    holders: frozenset[Client] = frozenset()
+    """Clients whose output it generates, and the addresses that they call from, as paths of one name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,20 @@ worker has pages for its prompt and expected output. The rules:
 4. Workers that failed the sequence before are the last choice, not excluded: there may be no other.
 5. A sequence takes the route that `Capacity` names: a pair, or one worker for all of it. A worker that could not hold
    it, were it idle, is no worker it waits for.
+6. A part of each decode side is kept for clients that run nothing there. Whoever does and would need it claims nothing:
+   it waits for its own to end, and those behind it of the same client wait as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import xxhash
 
-from headrace_router.capacity import Capacity, Kind, Route, Waiting, WorkerView, could_decode, could_prefill
+from headrace_router.capacity import Capacity, Kind, Needs, Route, Waiting, WorkerView, could_decode, could_prefill
+from headrace_router.fair_queue import Client
 
 EXPECTED_OUTPUT_TOKENS = 512
 """Most output that pages are reserved for at a time; a sequence that ran out of pages reserves all it may produce."""
@@ -36,8 +39,13 @@ _AFFINITY_TOKENS = 64
 _LOAD_STEPS = 4
 """Loads are equal when they are the same quarter of a prefill worker's budget."""
 _NO_END = 1 << 62
-_FITS, _WAITS, _NEVER = range(3)
-"""How a worker stands to a sequence: has room now, would have room when idle, never has."""
+_FITS, _WAITS, _YIELDS, _NEVER = range(4)
+"""How a worker stands to a sequence: has room now, would have room when idle, keeps its room for others, never has."""
+KEPT_SLOTS = 16
+"""One in so many of a decode side's slots, and one at least of two, is kept from clients that run something there."""
+KEPT_PAGES = 8
+"""One in so many of its pages as well. Of both half as much is kept from new names at an address that runs something:
+names can be made up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,26 @@ class _Open:
         self.decodes: dict[str, WorkerView] = {}
         for worker in workers:
             (self.decodes if worker.can_decode else self.prefills)[worker.address] = worker
+        self.yielding: Waiting | None = None
+        """The last that waits for others of its client alone."""
+        self._held_back: dict[Client, set[str]] = {}
+        """Decode sides on which no more of a client, or of all at an address, is to start."""
         self._capacity: Capacity | None = None
+
+    def decodes_for(self, client: Client) -> Collection[WorkerView]:
+        """Return the decode sides on which a sequence of the client may start."""
+        if not self._held_back:
+            return self.decodes.values()
+        held = self._held_back.get(client, set()) | self._held_back.get(client[:1], set())
+        return [worker for worker in self.decodes.values() if worker.address not in held]
+
+    def hold_back(self, waiting: Waiting, worker: WorkerView) -> None:
+        """Let nothing more of a client start where its sequence yields, nor where all slots left are kept from it."""
+        self.yielding, client = waiting, waiting.client
+        for other in self.decodes_for(client):
+            part = _kept_part(client, other)
+            if other is worker or (part and other.num_free_slots <= _kept_slots(part, other)):
+                self._held_back.setdefault(client if part == 1 else client[:1], set()).add(other.address)
 
     def close_prefill(self, address: str) -> None:
         """Leave it to those that come before."""
@@ -73,6 +100,10 @@ class _Open:
 
     def could_take(self, kind: Kind, route: Route) -> bool:
         """Return False if nothing that is open could hold such a sequence, however idle."""
+        if self._held_back and not any(
+            _could_decode_for(kind, worker, route) for worker in self.decodes_for(kind.client)
+        ):
+            return False
         if self._capacity is None:
             self._capacity = Capacity((*self.prefills.values(), *self.decodes.values()))
         return self._capacity.could_take(kind, route)
@@ -85,7 +116,7 @@ class _Open:
 
 
 class _Prospects:
-    """Which kinds of sequences a round passes over: those that nothing open could hold. What was closed stays closed."""
+    """Which kinds of sequences a round passes over: those that nothing open could hold. What is closed stays so."""
 
     def __init__(self, capacity: Capacity, ready: _Open, kinds: Mapping[Kind, int] | None) -> None:
         self._capacity = capacity
@@ -171,7 +202,7 @@ def plan(
         assignment = _pair(index, waiting, ready) if route is Route.PAIR else _alone(index, waiting, ready, route)
         if assignment is not None:
             assignments.append(assignment)
-        elif waiting.num_overtaken >= MAX_OVERTAKEN:
+        elif waiting.num_overtaken >= MAX_OVERTAKEN and waiting is not ready.yielding:
             _claim_all(waiting, ready, route)
     return assignments
 
@@ -221,42 +252,44 @@ def prefill_pages(waiting: Waiting, worker: WorkerView) -> int:
 
 def _pair(index: int, waiting: Waiting, ready: _Open) -> Assignment | None:
     """Assign a prefill worker and a decode side and take what is used, or claim those the sequence waits for."""
-    if not ready.prefills:
-        return None
     prefill = min(ready.prefills.values(), key=lambda worker: _prefill_order(waiting, worker))
-    decode = min(ready.decodes.values(), key=lambda worker: _decode_order(waiting, worker, Route.PAIR))
+    decode = min(ready.decodes_for(waiting.client), key=lambda worker: _decode_order(waiting, worker, Route.PAIR))
     at_prefill, at_decode = _prefill_standing(waiting, prefill), _decode_standing(waiting, decode, Route.PAIR)
     if at_prefill == at_decode == _FITS:
         ready.prefills[prefill.address] = _after(waiting, prefill, prefills=True, decodes=False)
         ready.decodes[decode.address] = _after(waiting, decode, prefills=False, decodes=True)
         return Assignment(index, prefill.address, decode.address)
-    if _NEVER not in (at_prefill, at_decode):  # else all that could hold it are claimed, or take nothing now
-        if at_decode == _WAITS:
-            ready.close_decode(decode.address)
-        if at_prefill == _WAITS:
-            ready.close_prefill(prefill.address)
+    if at_decode == _YIELDS:
+        ready.hold_back(waiting, decode)
+        return None
+    if at_decode == _WAITS:
+        ready.close_decode(decode.address)
+    if at_prefill == _WAITS:
+        ready.close_prefill(prefill.address)
     return None
 
 
 def _alone(index: int, waiting: Waiting, ready: _Open, route: Route) -> Assignment | None:
     """Assign one worker for prompt and output and take what is used, or claim the one the sequence waits for."""
-    worker = min(ready.decodes.values(), key=lambda worker: _decode_order(waiting, worker, route))
+    worker = min(ready.decodes_for(waiting.client), key=lambda worker: _decode_order(waiting, worker, route))
     standing = _decode_standing(waiting, worker, route)
     if standing == _FITS:
         ready.decodes[worker.address] = _after(waiting, worker, prefills=True, decodes=True)
         return Assignment(index, "", worker.address)
-    if standing == _WAITS:
+    if standing == _YIELDS:
+        ready.hold_back(waiting, worker)
+    else:
         ready.close_decode(worker.address)
     return None
 
 
 def _claim_all(waiting: Waiting, ready: _Open, route: Route) -> None:
-    """Close every worker that the sequence could use to those behind it."""
+    """Close every worker that the sequence could use to those behind it, but those where it yields to others."""
     for worker in list(ready.prefills.values()):
         if _could_prefill_for(waiting, worker, route):
             ready.close_prefill(worker.address)
     for worker in list(ready.decodes.values()):
-        if _could_decode_for(waiting, worker, route):
+        if _could_decode_for(waiting, worker, route) and not _yields(waiting, worker):
             ready.close_decode(worker.address)
 
 
@@ -271,9 +304,29 @@ def _could_prefill_for(waiting: Waiting, worker: WorkerView, route: Route) -> bo
     return route is Route.PAIR and could_prefill(waiting, worker)
 
 
-def _could_decode_for(waiting: Waiting, worker: WorkerView, route: Route) -> bool:
+def _could_decode_for(needs: Needs, worker: WorkerView, route: Route) -> bool:
     # On the DECODE route no worker of both roles could hold it.
-    return (worker.can_prefill or route is not Route.BOTH) and could_decode(waiting, worker)
+    return (worker.can_prefill or route is not Route.BOTH) and could_decode(needs, worker)
+
+
+def _kept_part(client: Client, worker: WorkerView) -> int:
+    """Return 1 if the client runs something there, 2 if another one at its address does; else 0."""
+    return 1 if client in worker.holders else 2 if client[:1] in worker.holders else 0
+
+
+def _kept_slots(part: int, worker: WorkerView) -> int:
+    slots = worker.num_slots // (KEPT_SLOTS * part)
+    return max(slots, 1) if part == 1 and worker.num_slots > 1 else slots
+
+
+def _yields(waiting: Waiting, worker: WorkerView) -> bool:
+    """Return True if what the sequence needs of the worker is kept for clients that run nothing there."""
+    part = _kept_part(waiting.client, worker)
+    if not part:
+        return False
+    kept_pages = worker.num_usable_pages // (KEPT_PAGES * part)
+    left = worker.num_free_pages - decode_pages(waiting, worker)
+    return worker.num_free_slots <= _kept_slots(part, worker) or left < kept_pages
 
 
 def _num_pages(num_tokens: int, worker: WorkerView) -> int:
@@ -294,6 +347,8 @@ def _prefill_standing(waiting: Waiting, worker: WorkerView) -> int:
 def _decode_standing(waiting: Waiting, worker: WorkerView, route: Route) -> int:
     if not _could_decode_for(waiting, worker, route):
         return _NEVER
+    if _yields(waiting, worker):
+        return _YIELDS
     if worker.num_free_slots <= 0 or worker.num_free_pages < decode_pages(waiting, worker):
         return _WAITS
     return _FITS if route is Route.PAIR or _has_budget(waiting, worker) else _WAITS
@@ -312,6 +367,9 @@ def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[i
 
 def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: bool) -> WorkerView:
     pages = decode_pages(waiting, worker) if decodes else prefill_pages(waiting, worker)
+    holders, client = worker.holders, waiting.client
+    if decodes and client and client not in holders:
+        holders |= {client, client[:1]}
     # Written out: `replace` takes seven times as long, and this is done twice per placement.
     return WorkerView(
         worker.address,
@@ -325,4 +383,6 @@ def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: boo
         worker.can_prefill,
         worker.can_decode,
         worker.max_context_tokens,
+        worker.num_slots,
+        holders,
     )

@@ -139,6 +139,7 @@ class Sample:
             avoid=self.avoid,
             num_most_tokens=self.num_tokens + left,
             has_output=bool(self.output_ids),
+            client=self.turn.client,
         )
 
     def begin_attempt(self, *, prefill_address: str, decode_address: str, now_s: float) -> None:

@@ -8,6 +8,7 @@ what other routers use is in the report, what this one uses it knows itself.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import KvLayout
 
 from headrace_router.capacity import Waiting, WorkerView
+from headrace_router.fair_queue import Client
 from headrace_router.policy import decode_pages, prefill_pages
 from headrace_router.session import StepSession
 
@@ -42,6 +44,8 @@ class Reservation:
     """What one sequence may use of one worker."""
 
     owner: TokenCount
+    client: Client
+    """Whose output it generates here; empty: nobody's."""
     num_pages: int
     num_unseen_pages: int
     """The part that the last load report does not show."""
@@ -70,6 +74,8 @@ class Worker:
         self.reported = asyncio.Event()
         self.load = worker_service_pb2.WatchLoadResponse()
         self._reservations: set[Reservation] = set()
+        self._held: Counter[Client] = Counter()
+        """Reservations by client, and by its address."""
         self._is_held = False
         self._num_usable_pages = 0
         # As the worker's scheduler: a step has a token at least for every sequence.
@@ -112,13 +118,17 @@ class Worker:
         view = self.view()
         num_pages = decode_pages(waiting, view) if decodes else prefill_pages(waiting, view)
         num_tokens = waiting.num_tokens if prefills else 0
-        reservation = Reservation(owner, num_pages, num_pages, num_tokens)
+        client = waiting.client if decodes else ()
+        reservation = Reservation(owner, client, num_pages, num_pages, num_tokens)
         self._reservations.add(reservation)
+        self._held.update(_paths(client))
         return reservation
 
     def release(self, reservation: Reservation) -> None:
         """Give a reservation back; idempotent."""
-        self._reservations.discard(reservation)
+        if reservation in self._reservations:
+            self._reservations.remove(reservation)
+            self._held -= Counter(_paths(reservation.client))
 
     def view(self) -> WorkerView:
         """Return what policies need to know."""
@@ -139,9 +149,16 @@ class Worker:
             can_prefill=self.can_prefill,
             can_decode=self.can_decode,
             max_context_tokens=info.max_context_tokens,
+            num_slots=self._num_slots,
+            holders=frozenset(self._held),
         )
 
     def on_lost(self, error: HeadraceError) -> None:
         """The connection is gone: fail what runs here."""
         self._is_held = True
         self.session.fail(error)
+
+
+def _paths(client: Client) -> list[Client]:
+    """Return a client and the address that it calls from."""
+    return list({client, client[:1]}) if client else []

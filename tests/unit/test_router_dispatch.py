@@ -44,7 +44,7 @@ class StubSample:
         self.turn = Turn((self.client,), (self.place, next(_ARRIVALS)), 2 * self.num_tokens)
 
     def waiting(self) -> Waiting:
-        return Waiting(self.num_tokens, 2 * self.num_tokens, self.prefix_key)
+        return Waiting(self.num_tokens, 2 * self.num_tokens, self.prefix_key, client=self.turn.client)
 
 
 @dataclass

@@ -202,7 +202,7 @@ def test_no_more_sequences_are_sent_than_a_step_has_tokens_for(tmp_path):
         assert most == 2
 
     most = 0
-    decode = worker("decode", max_step_tokens=2)
+    decode = worker("decode", max_step_tokens=3)  # one of them is kept for other clients
     step = decode.step
 
     def watch():
@@ -252,6 +252,26 @@ def test_one_request_does_not_wait_for_another_clients_many(tmp_path, hostile):
         assert order == sorted(order, key=lambda name: (int(name[0].removeprefix("many-")), name[1]))
 
     run_router(tmp_path, [worker("prefill"), worker("decode", max_step_sequences=1)], test)
+
+
+@pytest.mark.parametrize("what", ["slots", "pages"])
+def test_one_clients_long_answers_leave_room_for_anothers_short_one(tmp_path, what):
+    """They may hold a worker for minutes; one that ends there lets the next of theirs start."""
+
+    async def test(router):
+        decode = router.workers[1]
+        calls = [request(4, max_tokens=500) for _ in range(8)]
+        running = [asyncio.create_task(router.generate(call, token="a")) for call in calls]
+        num_most = 7 if what == "slots" else 3
+        await wait_until(lambda: len(decode.sequences) == num_most)
+        (sample,) = await router.generate(request(4), token="b")
+        assert len(sample.token_ids) == 8
+        assert len(decode.sequences) == num_most, "the first client's are under way"
+        for (sample,) in await asyncio.gather(*running):
+            assert len(sample.token_ids) == 500
+
+    options = {"max_step_sequences": 8} if what == "slots" else {"num_pages": 128}
+    run_router(tmp_path, [worker("prefill"), worker("decode", **options)], test)
 
 
 def test_samples_of_a_request_queue_one_behind_the_other(tmp_path):

@@ -130,6 +130,70 @@ def test_nobody_is_overtaken_for_ever():
     assert plan([long, waiting(50)], workers) == []
 
 
+# A part of each decode side is kept for clients that run nothing there.
+
+A, B, C = ("one", "a"), ("one", "b"), ("two", "c")
+
+
+def full(num_left, *clients, num_slots=8, **fields):
+    """A decode worker with so many slots left, which runs sequences of these clients."""
+    holders = frozenset(path for client in clients for path in (client, client[:1]))
+    return decode(num_slots=num_slots, num_free_slots=num_left, holders=holders, **fields)
+
+
+def starts(queue, *workers):
+    return [assignment.index for assignment in plan(queue, [prefill(token_budget=10_000), *workers])]
+
+
+def test_a_client_takes_all_slots_but_the_last_which_is_for_those_that_run_nothing_there():
+    assert starts([waiting(16, 16, client=A)] * 9, decode(num_slots=8)) == list(range(7))
+    assert starts([waiting(client=A)] * 3, full(2, A)) == [0]
+    assert starts([waiting(client=A), waiting(client=B), waiting(client=C)], full(1, A)) == [1]
+    assert starts([waiting(client=A), waiting(client=C)], full(1, A)) == [1]
+
+
+def test_a_large_worker_keeps_a_sixteenth_of_its_slots_and_half_of_that_from_new_names_at_an_address():
+    roomy = {"num_slots": 64, "num_pages": 9000, "num_free_pages": 9000, "num_usable_pages": 9000}
+    assert len(starts([waiting(1, 1, client=A)] * 64, full(64, **roomy))) == 60
+    names = [waiting(1, 1, client=("one", f"name {i}")) for i in range(64)]
+    assert len(starts(names, full(64, **roomy))) == 62
+    assert len(starts([*names, waiting(1, 1, client=C)], full(64, **roomy))) == 63
+
+
+def test_a_worker_of_one_slot_keeps_nothing():
+    assert starts([waiting(client=A)] * 2, decode(num_slots=1, num_free_slots=1)) == [0]
+
+
+def test_pages_are_kept_as_well_and_what_needs_them_claims_nothing():
+    large, small = waiting(16, 16 * 19, client=A), waiting(16, 16, client=A)
+    assert starts([large, waiting(16, 16 * 11, client=C)], full(6, A, num_free_pages=31)) == [1]
+    assert starts([large], full(6, A, num_free_pages=32)) == [0]
+    assert starts([large, waiting(client=C)], full(6, A, num_free_pages=15)) == [1], "nor when they are not free"
+    assert starts([large, small], full(6, A, num_free_pages=31)) == [], "its client's own wait behind it"
+    pair = [full(6, A, num_free_pages=31, address="d1"), full(6, A, num_free_pages=30, address="d2")]
+    assert starts([large, small], *pair) == [1], "but where it is no nearer to its turn"
+
+
+def test_a_client_that_runs_nothing_there_gets_all_that_is_left():
+    assert starts([waiting(16, 16 * 99, client=A)], decode(num_slots=8)) == [0]
+    assert starts([waiting(16, 16 * 99, client=C)], full(1, A)) == [0]
+
+
+def test_one_that_yields_to_others_does_not_claim_all_however_often_it_was_overtaken():
+    patient = waiting(client=A, num_overtaken=MAX_OVERTAKEN)
+    assert starts([patient, waiting(client=C)], full(1, A)) == [1]
+    busy = decode("busy", num_free_slots=0, num_slots=8)
+    assert starts([patient, waiting(client=C)], full(1, A), busy) == [], "this one claims what others keep busy"
+
+
+def test_what_is_kept_from_a_client_costs_a_round_nothing_however_much_of_it_waits():
+    looked = []
+    queue = [waiting(client=A)] * 1000
+    kinds = {queue[0].kind: len(queue)}
+    assert plan((looked.append(item) or item for item in queue), [prefill(), full(1, A)], kinds=kinds) == []
+    assert len(looked) == 2
+
+
 _WORKERS = st.builds(
     lambda kind, i, free, flight, slots: kind(
         f"{kind.__name__}{i}", num_free_pages=free, num_tokens_in_flight=flight, num_free_slots=slots
