@@ -21,6 +21,7 @@ from headrace_core.request import (
     check_request_id,
     check_token_ids,
 )
+from headrace_core.shares import Caller
 from headrace_core.wire import decode_sampling, encode_sampling
 
 from headrace_router.prompts import Prompt, PromptLimits, Prompts
@@ -79,11 +80,14 @@ class Admission:
         self,
         message: generation_service_pb2.GenerateRequest,
         model: FleetModel | None,
+        caller: Caller,
         *,
         arrival_s: float,
         deadline_s: float,
     ) -> Tokenized:
         """Check what the message alone says, and tokenize its prompt unless it is too long for `model` (None: unknown).
+
+        Callers take turns at what takes time.
 
         Raises:
             InvalidRequestError: BAD_REQUEST, BAD_SAMPLING, EMPTY_PROMPT or PROMPT_TOO_LONG.
@@ -99,7 +103,7 @@ class Admission:
             raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
         params = decode_sampling(message.sampling)
         max_tokens = model.max_context_tokens - 1 if model else sys.maxsize
-        prompt = await self._prompts.read(message, PromptLimits(deadline_s, max_tokens))
+        prompt = await self._prompts.read(message, PromptLimits(caller, deadline_s, max_tokens))
         sent_id = _sent_id(message.request_id)
         return Tokenized(
             message=message,

@@ -17,6 +17,7 @@ import subprocess
 import sys
 
 from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.shares import Caller
 
 from headrace_router.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup, TemplateSource
 from headrace_router.size_lanes import SizeLanes
@@ -32,6 +33,8 @@ _MEMORY_PER_TEXT_BYTE = 48
 _SILENCE_S = 30.0
 """A process that neither takes nor gives a byte for so long, though its CPU time is bounded, is not running at all."""
 _END_S = 5.0
+_OWN = Caller("", "")
+"""The router itself."""
 
 
 class ChatRenderer:
@@ -65,12 +68,15 @@ class ChatRenderer:
         elif self._processes:
             self._checking = asyncio.create_task(self._check(), name="chat template")
 
-    async def render(self, messages: list[tuple[str, str]], num_bytes: int, *, deadline_s: float) -> str:
+    async def render(
+        self, messages: list[tuple[str, str]], num_bytes: int, caller: Caller, *, deadline_s: float
+    ) -> str:
         """Return the text of a conversation of (role, content), ready for the assistant's answer.
 
         Args:
             messages: the conversation.
             num_bytes: its size.
+            caller: whose it is.
             deadline_s: by `time.monotonic`.
 
         Raises:
@@ -81,7 +87,7 @@ class ChatRenderer:
         """
         if not self._processes:
             raise _no_chat(self._problem or "this model has no chat template")
-        return await self._lanes.run(num_bytes, deadline_s, lambda lane: self._processes[lane].render(messages))
+        return await self._lanes.run(num_bytes, caller, deadline_s, lambda lane: self._processes[lane].render(messages))
 
     async def close(self) -> None:
         """End the processes, and what waits for them; idempotent."""
@@ -93,12 +99,12 @@ class ChatRenderer:
         for process in self._processes:
             process.kill()
         for lane, process in enumerate(self._processes):
-            await self._lanes.run_in(lane, process.end)
+            await self._lanes.run_in(lane, _OWN, process.end)
         self._lanes.close()
 
     async def _check(self) -> None:
         try:
-            await self._lanes.run_in(0, self._processes[0].prepare)
+            await self._lanes.run_in(0, _OWN, self._processes[0].prepare)
         except HeadraceError as error:
             _warn(str(error))
         except (OSError, _EndedError) as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from headrace.v1 import generation_service_pb2
 from headrace_core.errors import InvalidRequestError
+from headrace_core.shares import Caller
 
 from headrace_router.chat_protocol import TemplateSource
 from headrace_router.chat_renderer import ChatRenderer
@@ -38,6 +39,8 @@ _SLICE_IDS = 16384
 class PromptLimits:
     """What bounds one prompt: `max_tokens` is one less than the context of the fleet's model."""
 
+    caller: Caller
+    """Whose share of the threads it is tokenized in."""
     deadline_s: float
     """By `time.monotonic`."""
     max_tokens: int
@@ -103,7 +106,9 @@ class Prompts:
             ids = self._tokenizer.encode(text, with_special=with_special, max_tokens=limits.max_tokens)
             return Prompt(ids, max(ids, default=0))
 
-        return encode() if num_bytes <= _INLINE_BYTES else await self._lanes.run(num_bytes, limits.deadline_s, encode)
+        if num_bytes <= _INLINE_BYTES:
+            return encode()
+        return await self._lanes.run(num_bytes, limits.caller, limits.deadline_s, encode)
 
     async def _read_ids(self, prompt: generation_service_pb2.TokenPrompt, limits: PromptLimits) -> Prompt:
         num_ids = len(prompt.token_ids)
@@ -134,7 +139,7 @@ class Prompts:
         num_bytes = self._check_size(
             sum(len(content.encode()) for _, content in messages) + _MESSAGE_BYTES * num_messages
         )
-        return await self._chat.render(messages, num_bytes, deadline_s=limits.deadline_s)
+        return await self._chat.render(messages, num_bytes, limits.caller, deadline_s=limits.deadline_s)
 
     def _check_size(self, num_bytes: int) -> int:
         if num_bytes > self._max_bytes:

@@ -127,7 +127,7 @@ class Router:
             wait = EndableWait()
             seat = self._waiting.take(caller, evict=wait.end)
             async with wait:
-                spec = await self._admit(message, arrival_s=arrival_s, deadline_s=deadline_s)
+                spec = await self._admit(message, caller, arrival_s=arrival_s, deadline_s=deadline_s)
             running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics, seat)
             self._running[spec.sent_id] = running
             seat = None
@@ -171,10 +171,10 @@ class Router:
         )
 
     async def _admit(
-        self, message: generation_service_pb2.GenerateRequest, *, arrival_s: float, deadline_s: float
+        self, message: generation_service_pb2.GenerateRequest, caller: Caller, *, arrival_s: float, deadline_s: float
     ) -> RequestSpec:
         tokenized = await self._admission.tokenize(
-            message, self.fleet.model, arrival_s=arrival_s, deadline_s=deadline_s
+            message, self.fleet.model, caller, arrival_s=arrival_s, deadline_s=deadline_s
         )
         return await self._wait_fleet(tokenized)
 

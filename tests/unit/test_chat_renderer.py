@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 from headrace_core.errors import DeadlineError, InvalidRequestError, UnavailableError
+from headrace_core.shares import Caller
 from headrace_core.testing.async_test import WAIT_S
 from headrace_router import chat_renderer
 from headrace_router.chat_protocol import TemplateSource
@@ -56,6 +57,9 @@ def _patience(monkeypatch):
     monkeypatch.setattr(chat_renderer, "_SILENCE_S", WAIT_S)
 
 
+CALLER = Caller("a", "one")
+
+
 def later():
     return time.monotonic() + WAIT_S
 
@@ -84,9 +88,9 @@ def children():
     return found
 
 
-async def render(renderer, *contents, num_bytes=0, deadline_s=None):
+async def render(renderer, *contents, num_bytes=0, caller=CALLER, deadline_s=None):
     messages = [("user", content) for content in contents]
-    return await renderer.render(messages, num_bytes, deadline_s=deadline_s or later())
+    return await renderer.render(messages, num_bytes, caller, deadline_s=deadline_s or later())
 
 
 async def refused(renderer, *contents):

@@ -123,6 +123,40 @@ def test_a_small_prompt_does_not_wait_for_large_ones(tmp_path):
     run(tmp_path, test, worker(max_context_tokens=1 << 17, num_pages=1 << 15))
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_clients_prompt_does_not_wait_for_all_of_anothers(tmp_path, monkeypatch, kind):
+    """Both are large; they take turns."""
+    is_open, begun = threading.Event(), []
+    render = chat_renderer._Process.render
+
+    def held(process, messages):
+        begun.append(len(messages[0][1]))
+        assert is_open.wait(WAIT_S)
+        return render(process, messages)
+
+    monkeypatch.setattr(chat_renderer._Process, "render", held)
+
+    async def test(router):
+        gate = Gate(router, held_bytes=40_000)
+        gate.is_open = is_open
+        sizes = gate.sizes if kind == "text" else begun
+
+        def send(size, token):
+            text = "x" * size
+            request = text_request(text, sampling=SHORT) if kind == "text" else chat_request(text)
+            return asyncio.create_task(router.generate(request, token=token))
+
+        tasks = [send(50_000, "a") for _ in range(12)]
+        await wait_until(lambda: len(sizes) == 1 and router.service._router.num_running == 12)
+        tasks.append(send(41_000, "b"))
+        await wait_until(lambda: router.service._router.num_running == 13)
+        is_open.set()
+        await asyncio.gather(*tasks)
+        assert sizes.index(41_000) <= 2
+
+    run(tmp_path, test, worker(max_context_tokens=1 << 17, num_pages=1 << 15))
+
+
 def test_a_prompt_whose_deadline_passes_before_its_turn_is_not_tokenized(tmp_path):
     async def test(router):
         gate = Gate(router, held_bytes=40_000)
