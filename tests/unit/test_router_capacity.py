@@ -227,6 +227,42 @@ def test_every_sequence_that_has_a_route_starts_within_bounded_rounds(fleet, fir
     raise AssertionError(f"{num_first} sequences starve")
 
 
+_CLIENTS = [("one", "a"), ("one", "b"), ("two", "c"), ("three", "d")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(_FLEET, st.lists(_ITEM, min_size=1, max_size=4), st.integers(0, 1 << 32))
+def test_nobody_starves_by_what_is_kept_for_others(fleet, first, seed):
+    """Also of one client, or of one address, that goes on sending; and of others that come and go."""
+    rng, running = random.Random(seed), []
+    fleet = [replace(view, num_slots=view.num_free_slots) for view in fleet]
+    capacity = Capacity(fleet)
+    queue = [replace(item, client=rng.choice(_CLIENTS)) for item in first if capacity.route(item) is not None]
+    num_first = len(queue)
+    senders = rng.sample(_CLIENTS, rng.randint(1, 4))
+    for _ in range(400):
+        if not num_first:
+            return
+        arrivals = [waiting(rng.randint(1, 250), rng.randint(1, 100), client=rng.choice(senders)) for _ in range(3)]
+        queue += [item for item in arrivals if capacity.route(item) is not None and len(queue) < 12]
+        running = [entry for entry in running if rng.random() < 0.6]
+        views = {view.address: view for view in fleet}
+        for item, assignment in running:
+            views = _taken(views, item, assignment)
+            target = views[assignment.decode]
+            holders = target.holders | {item.client, item.client[:1]}
+            views[target.address] = replace(target, holders=holders)
+        workers = list(views.values())
+        assignments = plan(queue, workers, capacity)
+        for index, count in overtaken(queue, assignments, workers, capacity):
+            queue[index] = replace(queue[index], num_overtaken=queue[index].num_overtaken + count)
+        running += [(queue[assignment.index], assignment) for assignment in assignments]
+        placed = {assignment.index for assignment in assignments}
+        num_first -= sum(index < num_first for index in placed)
+        queue = [item for index, item in enumerate(queue) if index not in placed]
+    raise AssertionError(f"{num_first} sequences starve")
+
+
 def test_only_those_that_took_what_it_could_have_used_overtake_a_sequence():
     large, small = waiting(800), waiting(50)
     fleet = [worker("prefill", "small", num_pages=10), worker("prefill", "large", num_tokens_in_flight=1),
