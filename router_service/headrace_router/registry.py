@@ -1,9 +1,9 @@
 """Who is alive: every address discovered, the worker behind it, and what the fleet as a whole can do.
 
-A fleet serves one model: the first worker that joins decides its fingerprint and layout. A worker with another one is
-refused, and asked again, as long as a worker of the fleet is connected; when none is, the next that comes decides
-anew. So any prefill worker fits any decode worker. An address that is no longer listed gets no new sequences and is
-left when its last one ends.
+A fleet serves one model: the first worker that joins decides its fingerprint, layout, vocabulary and end-of-sequence
+ids. A worker with another one is refused, and asked again, as long as a worker of the fleet is connected; when none is,
+the next that comes decides anew. So any prefill worker fits any decode worker, and who joins changes nobody's answer.
+An address that is no longer listed gets no new sequences and is left when its last one ends.
 
 What the fleet can do is what the workers can that are ready now, and nothing is kept of those that left: a request that
 comes while no pair of workers is ready waits for one, and is checked against that.
@@ -25,6 +25,7 @@ from headrace_router.link import Link
 from headrace_router.worker import Worker
 
 _FILE_CHECK_S = 0.5
+_MOST_SHOWN_IDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,6 @@ class FleetModel:
     max_context_tokens: int
     """The most that some pair of them can hold: the smaller of its two, or a `both` worker's own."""
     eos_token_ids: tuple[int, ...]
-    """Of any of them."""
 
 
 class Registry:
@@ -131,6 +131,9 @@ class Registry:
                 return f"its cache layout is {layout}; this fleet's is {worker.layout}"
             if info.vocab_size != worker.info.vocab_size:
                 return f"its vocabulary has {info.vocab_size} tokens; this fleet's has {worker.info.vocab_size}"
+            ours_eos, theirs_eos = _eos_ids(info), _eos_ids(worker.info)
+            if ours_eos != theirs_eos:
+                return f"its end-of-sequence ids are {_shown(ours_eos)}; this fleet's are {_shown(theirs_eos)}"
         return ""
 
     def on_change(self) -> None:
@@ -180,8 +183,17 @@ def _model(ready: Sequence[Worker]) -> FleetModel | None:
         fingerprint=ready[0].info.model_fingerprint,
         vocab_size=ready[0].info.vocab_size,
         max_context_tokens=context,
-        eos_token_ids=tuple(sorted({token_id for worker in ready for token_id in worker.info.eos_token_ids})),
+        eos_token_ids=_eos_ids(ready[0].info),
     )
+
+
+def _eos_ids(info: worker_service_pb2.GetInfoResponse) -> tuple[int, ...]:
+    return tuple(sorted(set(info.eos_token_ids)))
+
+
+def _shown(token_ids: tuple[int, ...]) -> str:
+    """Return a list of ids that may be long, for a line of text."""
+    return str(list(token_ids)) if len(token_ids) <= _MOST_SHOWN_IDS else f"{len(token_ids)} others"
 
 
 def _most_context(ready: Sequence[Worker]) -> int:

@@ -11,7 +11,16 @@ from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_core.testing.garbler import no_message
 from headrace_router.link import Backoff
-from headrace_router.testing import EOS, VOCAB_SIZE, RouterUnderTest, byte_ids, run_router, text_request, wait_until
+from headrace_router.testing import (
+    EOS,
+    VOCAB_SIZE,
+    RouterUnderTest,
+    byte_ids,
+    run_router,
+    scripted_worker,
+    text_request,
+    wait_until,
+)
 
 LONG = text_request("x" * 299, sampling={"max_tokens": 3})
 """With the begin token, 300 tokens."""
@@ -110,17 +119,30 @@ def test_end_tokens_and_vocabulary_are_those_of_the_workers_that_are_there(tmp_p
         fleet = router.service._router.fleet
         (first,) = router.workers
         assert (fleet.model.vocab_size, fleet.model.eos_token_ids) == (VOCAB_SIZE, (3,))
-        second = await router.add(worker("both", eos_token_ids=[EOS, 3]))
-        await router.wait_states(["ready", "ready"])
-        assert fleet.model.eos_token_ids == (3, EOS)
-        await leave(router, second)
-        assert fleet.model.eos_token_ids == (3,)
         await leave(router, first)
         await router.add(worker("both", vocab_size=999, fingerprint="beef" * 16))
         await router.wait_states(["ready"])
         assert (fleet.model.vocab_size, fleet.model.eos_token_ids) == (999, ())
 
     run_router(tmp_path, [worker("both", eos_token_ids=[3])], test)
+
+
+def test_a_worker_that_ends_sequences_elsewhere_is_refused_and_nobodys_text_changes(tmp_path):
+    async def test(router):
+        async def text():
+            return (await router.generate(text_request("x", sampling={"max_tokens": 12})))[0].text
+
+        assert await text() == "Hello, wörl"
+        other = await router.add(scripted_worker("decode", eos_token_ids=[ord("l"), ord("o")]))
+        await router.wait_states(["ready", "ready", "refused"])
+        assert await text() == "Hello, wörl"
+        (status,) = [each for each in (await router.info()).workers if each.address == other.address]
+        assert "its end-of-sequence ids are [108, 111]; this fleet's are [257]" in status.detail
+        await router.add(scripted_worker("decode", eos_token_ids=[EOS, EOS]))
+        await router.wait_states(["ready", "ready", "ready", "refused"])
+
+    workers = [scripted_worker(role, eos_token_ids=[EOS]) for role in ("prefill", "decode")]
+    run_router(tmp_path, workers, test)
 
 
 def test_of_two_models_that_join_at_once_one_is_refused(tmp_path):
