@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from headrace_core.errors import StartupError
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 MAX_ADDRESSES = 1024
 """Workers that one router follows, the first ones of the list: its one loop can't carry more connections."""
-_MOST_FILE_BYTES = 32 << 20
+_MOST_FILE_BYTES = 1 << 20
+"""Far more than `MAX_ADDRESSES` lines with comments."""
 _MOST_LOOKUPS = 3
 """Names asked for at a time: resolvers share few threads, with the file's reader among others."""
 _MOST_WARNINGS = 5
@@ -57,15 +59,24 @@ class Discovery:
         self._problems: dict[Address, str] = {}
         self._lookups: dict[Address, asyncio.Task[None]] = {}
         self._lookup_slots = asyncio.Semaphore(_MOST_LOOKUPS)
+        self._addresses: list[str] | None = None
+        """None when they are to be put together anew: they are asked for far more often than they change."""
         self._is_cut = False
 
     @property
     def addresses(self) -> list[str]:
         """Every address known now, each once, in the order of the settings; at most `MAX_ADDRESSES`."""
+        if self._addresses is None:
+            self._addresses = self._put_together()
+        return self._addresses
+
+    def _put_together(self) -> list[str]:
         found: dict[str, None] = {}
-        for entry in (*self._static, *self._listed):
-            for address in self._resolved.get(entry, ()) if entry.is_name else (entry,):
-                found[str(address)] = None
+        entries = (*self._static, *self._listed)
+        for address in chain.from_iterable(self._resolved.get(e, ()) if e.is_name else (e,) for e in entries):
+            found[str(address)] = None
+            if len(found) > MAX_ADDRESSES:
+                break
         is_cut = len(found) > MAX_ADDRESSES
         if is_cut and not self._is_cut:
             log.warning("too many worker addresses; the first ones are followed", extra={"followed": MAX_ADDRESSES})
@@ -90,6 +101,7 @@ class Discovery:
             return False
         self._file_bytes = content
         self._listed = await asyncio.to_thread(_parse, content)
+        self._addresses = None
         self.has_news.set()
         return True
 
@@ -99,6 +111,7 @@ class Discovery:
         for known in (self._resolved, self._problems):
             for gone in known.keys() - names:
                 del known[gone]
+                self._addresses = None
         for name in names - self._lookups.keys():
             self._lookups[name] = asyncio.create_task(self._look_up(name), name=f"look-up-{name.host}")
 
@@ -126,6 +139,8 @@ class Discovery:
         answer: list[Address] = []
         problem = ""
         for host in sorted(hosts):
+            if len(answer) > MAX_ADDRESSES:
+                break
             try:
                 address = parse_address(str(Address(host, name.port)))
             except ValueError as error:
@@ -138,6 +153,7 @@ class Discovery:
         self._warn(name, problem)
         if answer and self._resolved.get(name) != answer:
             self._resolved[name] = answer
+            self._addresses = None
             self.has_news.set()
 
     def _warn(self, name: Address, problem: str) -> None:

@@ -132,9 +132,9 @@ async def test_a_file_that_can_not_be_read_keeps_what_it_said(tmp_path, caplog, 
 
 
 @async_test
-async def test_a_million_lines_are_followed_as_far_as_one_router_can(tmp_path, caplog):
+async def test_60_000_lines_are_followed_as_far_as_one_router_can(tmp_path, caplog):
     path = tmp_path / "workers"
-    lines = [f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}:1" for i in range(1 << 20)]
+    lines = [f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}:1" for i in range(60_000)]
     path.write_text("\n".join(lines))
     found = Discovery("", path)
     await found.read_file()
@@ -143,6 +143,18 @@ async def test_a_million_lines_are_followed_as_far_as_one_router_can(tmp_path, c
     assert [record.getMessage() for record in caplog.records] == [
         "too many worker addresses; the first ones are followed"
     ]
+
+
+@async_test
+async def test_a_file_of_more_than_a_mebibyte_is_no_list_of_workers(tmp_path, caplog):
+    path = tmp_path / "workers"
+    path.write_text("10.0.0.1:1\n" + "#" * (1 << 20))
+    found = Discovery("", path)
+    assert not await found.read_file()
+    assert "larger than 1 MiB" in caplog.records[0].problem
+    path.write_text("10.0.0.1:1\n" + "#" * 1_000_000)
+    assert await found.read_file()
+    assert found.addresses == ["10.0.0.1:1"]
 
 
 class Resolver:
@@ -241,3 +253,26 @@ def test_the_router_serves_on_whatever_becomes_of_the_file(tmp_path):
             assert not router.service.failed.done()
 
     asyncio.run(main())
+
+
+@async_test
+async def test_a_name_for_20_000_hosts_costs_what_is_followed_and_that_once(monkeypatch):
+    hosts = [f"10.0.{i >> 8}.{i & 255}" for i in range(20_000)]
+    Resolver(monkeypatch, {"many": hosts})
+    found = Discovery("many:5", None)
+    texts = []
+    monkeypatch.setattr(discovery.Address, "__str__", _counting(discovery.Address.__str__, texts))
+    for _ in range(3):
+        found.look_up()
+        await eventually(lambda: not found._lookups, "the look-up ends")
+        assert found.addresses == [f"{host}:5" for host in sorted(hosts)[: discovery.MAX_ADDRESSES]]
+    # Of each answer what is followed and one more is read; the addresses are put together when it is another one.
+    assert len(texts) == 4 * (discovery.MAX_ADDRESSES + 1)
+
+
+def _counting(function, calls):
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted
