@@ -180,11 +180,20 @@ def hash_tokens(token_ids: Sequence[int]) -> bytes:
     Raises:
         OverflowError: an id is not in [0, 2^32).
     """
+    return hashlib.sha256(token_words(token_ids)).digest()
+
+
+def token_words(token_ids: Sequence[int]) -> array[int]:
+    """Return what `hash_tokens` hashes: each id as 4 bytes, unsigned and little-endian.
+
+    Raises:
+        OverflowError: an id is not in [0, 2^32).
+    """
     words = array("I", token_ids)
     assert words.itemsize == _TOKEN_ID_BYTES, "a C unsigned int has 4 bytes"
     if sys.byteorder == "big":
         words.byteswap()
-    return hashlib.sha256(words).digest()
+    return words
 
 
 def _require(is_met: bool, name: str, value: object, range_text: str) -> None:

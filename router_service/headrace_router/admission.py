@@ -24,6 +24,7 @@ from headrace_core.request import (
 from headrace_core.shares import Caller
 from headrace_core.wire import decode_sampling, encode_sampling
 
+from headrace_router.encoded_prompt import EncodedPrompt
 from headrace_router.prompts import Prompt, PromptLimits, Prompts
 from headrace_router.registry import FleetModel
 from headrace_router.tokenizer import check_num_tokens
@@ -40,6 +41,8 @@ class RequestSpec:
     sent_id: str
     """Its name towards workers: of this request alone, whatever other clients and other routers call theirs."""
     prompt_ids: list[int]
+    encoded_prompt: EncodedPrompt
+    """The same, as workers get it."""
     params: SamplingParams
     """With seed and `max_tokens` filled in."""
     sampling: types_pb2.SamplingParams
@@ -135,6 +138,7 @@ class Admission:
             request_id=tokenized.request_id,
             sent_id=tokenized.sent_id,
             prompt_ids=tokenized.prompt.token_ids,
+            encoded_prompt=EncodedPrompt(tokenized.prompt.token_ids),
             params=params,
             sampling=encode_sampling(replace(params, stop_strings=())),
             num_samples=message.n if message.HasField("n") else 1,

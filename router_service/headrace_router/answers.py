@@ -16,7 +16,7 @@ from headrace.v1 import decode_service_pb2, prefill_service_pb2, types_pb2, work
 from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerRole
 from headrace_core.errors import InvalidRequestError, ProtocolError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
-from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS, MAX_TOP_LOGPROBS, hash_tokens
+from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS, MAX_TOP_LOGPROBS
 from headrace_core.wire import decode_finish, decode_layout
 
 ROLE_NAMES: dict[WorkerRole.ValueType, str] = {
@@ -89,9 +89,16 @@ def check_load(load: worker_service_pb2.WatchLoadResponse, info: worker_service_
 def check_prefilled(
     response: prefill_service_pb2.PrefillResponse,
     request: prefill_service_pb2.PrefillRequest,
+    tokens_sha256: bytes,
     info: worker_service_pb2.GetInfoResponse,
 ) -> None:
     """Check an answer to `request`, before the client gets its token and a decode worker its ticket.
+
+    Args:
+        response: the worker's.
+        request: what it was asked.
+        tokens_sha256: `hash_tokens` of the request's ids.
+        info: the worker's.
 
     Raises:
         ProtocolError: PROTOCOL.
@@ -110,7 +117,7 @@ def check_prefilled(
     other = [name for name, (answered, asked) in pairs.items() if answered != asked]
     if other:
         raise InvalidRequestError("BAD_HANDOFF", f"the prefill worker answered for another {', '.join(other)}")
-    if ticket.tokens_sha256 != hash_tokens(request.token_ids):
+    if ticket.tokens_sha256 != tokens_sha256:
         raise TransferCorruptError("TOKENS_MISMATCH", "the prefill worker computed other tokens than it was asked to")
     _require(ticket.model_fingerprint == info.model_fingerprint, "its ticket is of another model")
     _require(response.num_cached_tokens <= num_tokens, f"{response.num_cached_tokens} of {num_tokens} were cached")

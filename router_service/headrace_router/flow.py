@@ -158,11 +158,12 @@ class Flow:
         request = prefill_service_pb2.PrefillRequest(
             request_id=sample.spec.sent_id,
             attempt=sample.attempt,
-            token_ids=sample.token_ids,
             num_prompt_tokens=len(sample.spec.prompt_ids),
             sampling=sample.spec.sampling,
             sample_index=sample.sample_index,
         )
+        prompt, output_ids = sample.spec.encoded_prompt, list(sample.output_ids)
+        prompt.put(request, output_ids)
         watch = Watch()
         number = worker.session.add(watch)
         try:
@@ -178,7 +179,7 @@ class Flow:
             worker.session.remove(number)
         try:
             response = answered(response)
-            check_prefilled(response, request, worker.info)
+            check_prefilled(response, request, prompt.sha256(output_ids), worker.info)
         except HeadraceError:
             # The ticket may be somebody else's: what it names is not ours to release, what our attempt holds is.
             self._spawn(_withdraw(worker, request))
@@ -295,19 +296,20 @@ def _take_prefilled(sample: Sample, response: prefill_service_pb2.PrefillRespons
 def _start_request(
     sample: Sample, session_id: str, number: int, handoff: types_pb2.Handoff | None
 ) -> decode_service_pb2.StartRequest:
-    # The handoff's first token is in the sample already, but not in the pages: it is not sent.
-    token_ids = sample.token_ids if handoff is None else sample.token_ids[:-1]
-    return decode_service_pb2.StartRequest(
+    request = decode_service_pb2.StartRequest(
         session_id=session_id,
         sequence_number=number,
         request_id=sample.spec.sent_id,
         attempt=sample.attempt,
-        token_ids=token_ids,
         num_prompt_tokens=len(sample.spec.prompt_ids),
         sampling=sample.spec.sampling,
         sample_index=sample.sample_index,
         handoff=handoff,
     )
+    # The handoff's first token is in the sample already, but not in the pages: it is not sent.
+    output_ids = sample.output_ids if handoff is None else sample.output_ids[:-1]
+    sample.spec.encoded_prompt.put(request, output_ids)
+    return request
 
 
 def _remaining_s(sample: Sample) -> float:

@@ -109,11 +109,6 @@ class Sample:
         return len(self.spec.prompt_ids) + len(self.output_ids)
 
     @property
-    def token_ids(self) -> list[int]:
-        """Prompt and output so far: what an attempt prefills."""
-        return self.spec.prompt_ids + self.output_ids
-
-    @property
     def is_over(self) -> bool:
         """True in a terminal state."""
         return self.state in (SampleState.FINISHED, SampleState.FAILED)
