@@ -217,7 +217,11 @@ class Flow:
             ended = await sample.attempt_over
             if ended.error is not None:
                 raise ended.error
-        except (HeadraceError, grpc.aio.AioRpcError) as error:
+        except HeadraceError:
+            if not sample.has_ended:
+                raise
+            sample.on_started(decode_service_pb2.StartResponse(), time.monotonic())
+        except grpc.aio.AioRpcError as error:
             if not sample.has_ended:
                 raise _cause(error) from error
             sample.on_started(decode_service_pb2.StartResponse(), time.monotonic())
@@ -335,10 +339,8 @@ async def _answer(call: grpc.aio.UnaryUnaryCall[Any, _T], over: asyncio.Future[E
         call.cancel()
 
 
-def _cause(error: HeadraceError | grpc.aio.AioRpcError) -> HeadraceError:
+def _cause(error: grpc.aio.AioRpcError) -> HeadraceError:
     """Return what a call's end amounts to; one that no handler of ours raised means that the worker is gone."""
-    if isinstance(error, HeadraceError):
-        return error
     cause = raised_from(error)
     is_transport = cause.reason == error.code().name
     if is_transport and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
