@@ -29,6 +29,7 @@ from headrace_core.errors import HeadraceError, LayoutMismatchError, ProtocolErr
 from headrace_core.kv.layout import KvLayout
 
 from headrace_router.answers import check_health, check_info, check_load
+from headrace_router.pace import Pace
 from headrace_router.worker import Worker
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
 _REPORT_INTERVAL_MS = 50
+_MOST_REPORTS_PER_S = 40.0
+"""Of load and of health. Load is asked for 20 times a second at most, health comes when it changes."""
+_MOST_REPORTS_AT_ONCE = 200.0
+"""What an honest worker says in 10 s, for which the network or this process may have stood still."""
 _FIRST_PAUSE_S = 0.1
 _SHORT_PAUSE_S = 1.0
 _LONG_PAUSE_S = 30.0
@@ -190,8 +195,10 @@ class Link:
     async def _watch_health(self, channel: grpc.aio.Channel, group: asyncio.TaskGroup) -> None:
         health: Any = health_pb2_grpc.HealthStub(channel)
         call = health.Watch(health_pb2.HealthCheckRequest(service=""))
+        pace = Pace("health reports", per_s=_MOST_REPORTS_PER_S, burst=_MOST_REPORTS_AT_ONCE)
         try:
             async for response in call:
+                pace.take()
                 self._is_serving = check_health(rpc.answered(response))
                 if self._is_serving and self.worker is None:
                     async with asyncio.timeout(_CONNECT_TIMEOUT_S):
@@ -230,8 +237,10 @@ class Link:
 
     async def _watch_load(self, stub: WorkerServiceAsyncStub, worker: Worker) -> None:
         call = stub.WatchLoad(worker_service_pb2.WatchLoadRequest(min_interval_ms=_REPORT_INTERVAL_MS))
+        pace = Pace("load reports", per_s=_MOST_REPORTS_PER_S, burst=_MOST_REPORTS_AT_ONCE)
         try:
             async for response in call:
+                pace.take()
                 load = rpc.answered(response)
                 check_load(load, worker.info)
                 worker.on_report(load)

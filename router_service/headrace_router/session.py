@@ -2,7 +2,8 @@
 
     OPENING ── first, empty message ──► OPEN ── end of stream, whatever the reason ──► LOST
 Numbers are never reused in a session, so an output that comes late, for an attempt that is over, finds nobody and is
-dropped. A session that is lost fails the sequences it still has; the worker frees their pages by itself.
+dropped. From an honest worker few such come: too many end the session. A session that is lost fails the sequences it
+still has; the worker frees their pages by itself.
 """
 
 from __future__ import annotations
@@ -21,11 +22,20 @@ from headrace_core.errors import HeadraceError, ProtocolError, UnavailableError
 from headrace_core.rpc import answered, raised_from
 
 from headrace_router.answers import check_output
+from headrace_router.pace import Pace
 
 if TYPE_CHECKING:
     from headrace.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
 
 log = logging.getLogger(__name__)
+
+_MOST_IDLE_PER_S = 200.0
+"""Step messages that bring no listener anything. An honest worker sends one with each step between the end of a run
+here and its Cancel there; what brings a listener tokens is bounded by what it asked for."""
+_MOST_IDLE_AT_ONCE = 2000.0
+"""Two seconds of steps of 1 ms, in which a worker does not get to our Cancels."""
+_IDLE_OUTPUT_COST = 0.01
+"""Of each output without a listener: 200,000 may come at once, of 1,000 sequences that ended together 200 steps."""
 
 
 class Side(Enum):
@@ -84,6 +94,7 @@ class StepSession:
         self._vocab_size = vocab_size
         self._num_given = 0
         self._lost: HeadraceError | None = None
+        self._idle = Pace("step messages for nobody", per_s=_MOST_IDLE_PER_S, burst=_MOST_IDLE_AT_ONCE)
 
     def add(self, sink: StepSink) -> int:
         """Return the number under which `sink` gets outputs from now on.
@@ -105,7 +116,7 @@ class StepSession:
         """Read the stream until it ends.
 
         Raises:
-            HeadraceError: always; why it ended.
+            HeadraceError: always; why it ended. PROTOCOL: too much came for nobody.
         """
         call = stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id=self.session_id))
         try:
@@ -128,9 +139,11 @@ class StepSession:
     def _fan_out(self, message: decode_service_pb2.StreamStepsResponse) -> None:
         now_s = time.monotonic()
         sinks = self._sinks
+        num_idle = 0
         for output in message.outputs:
             sink = sinks.get(output.sequence_number)
             if sink is None:
+                num_idle += 1
                 continue
             try:
                 check_output(output, self._vocab_size)
@@ -140,6 +153,10 @@ class StepSession:
             except Exception as error:
                 log.error("unhandled error in a step output", exc_info=error)
                 self._drop(output.sequence_number, sink, HeadraceError("BUG", "internal error"))
+        if num_idle == len(message.outputs):
+            self._idle.take(1.0 + num_idle * _IDLE_OUTPUT_COST)
+        elif num_idle:
+            self._idle.take(num_idle * _IDLE_OUTPUT_COST)
 
     def _drop(self, number: int, sink: StepSink, error: HeadraceError) -> None:
         """End a run because of what we could not do with its output; what came after it would leave a gap."""
