@@ -81,7 +81,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "RETRIES_EXHAUSTED": "every attempt failed, or two lost their worker; says how the last one did",
         "SESSION_CLOSED": "the session's stream ended",
         "STARTING": "the process is loading its model",
-        "START_FAILED": "a process of a local cluster could not start; says its last lines",
+        "START_FAILED": "a process of a local cluster, or that for chat templates, could not start; says why",
         "START_TIMEOUT": "a process of a local cluster was not ready in time",
         "UNREACHABLE": "nothing answers at the router's address",
         "WORKER_LOST": "a worker's connection broke",

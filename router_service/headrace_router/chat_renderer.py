@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 
-from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.errors import InvalidRequestError, UnavailableError
 from headrace_core.shares import Caller
 
 from headrace_router.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup, TemplateSource
@@ -83,7 +83,7 @@ class ChatRenderer:
             InvalidRequestError: BAD_REQUEST: the model has no template, or none that compiles; or it refuses the
                 messages, fails, or takes too much time or memory. PROMPT_TOO_LONG: the text is.
             DeadlineError: DEADLINE_EXCEEDED.
-            UnavailableError: DRAINING.
+            UnavailableError: DRAINING; START_FAILED, the machine has no file, process or memory left for rendering.
         """
         if not self._processes:
             raise _no_chat(self._problem or "this model has no chat template")
@@ -105,9 +105,9 @@ class ChatRenderer:
     async def _check(self) -> None:
         try:
             await self._lanes.run_in(0, _OWN, self._processes[0].prepare)
-        except HeadraceError as error:
+        except InvalidRequestError as error:
             _warn(str(error))
-        except (OSError, _EndedError) as error:
+        except (UnavailableError, _EndedError) as error:
             # Nobody's fault but the machine's; the first conversation tries again.
             log.warning("the chat template is not compiled yet", extra={"problem": str(error)})
 
@@ -128,6 +128,7 @@ class _Process:
 
         Raises:
             InvalidRequestError: BAD_REQUEST, the template does not compile.
+            UnavailableError: as `_start` says.
             _EndedError: the process ended for a reason of its own.
         """
         if self._problem:
@@ -191,19 +192,25 @@ class _Process:
         raise AssertionError("the second try returns or raises")
 
     def _start(self) -> MessageSocket:
-        """Raise UnavailableError if no process is to start any more."""
+        """Raise UnavailableError: DRAINING, no process is to start any more; START_FAILED, none can."""
         if self._is_closed:
             raise UnavailableError("DRAINING", "the router is stopping; try another one")
-        ours, theirs = socket.socketpair()
-        ours.settimeout(_SILENCE_S)
-        with theirs:
-            # A session of its own: Ctrl-C at the terminal is for the router, which still needs this process to drain.
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "headrace_router.chat_process"],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        with contextlib.ExitStack() as opened:
+            try:
+                ours, theirs = (opened.enter_context(end) for end in socket.socketpair())
+                ours.settimeout(_SILENCE_S)
+                # A session of its own: Ctrl-C at the terminal is for the router, which needs this process to drain.
+                self._child = subprocess.Popen(
+                    [sys.executable, "-m", "headrace_router.chat_process"],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                problem = f"the router can't start the process that renders chat templates ({error}); try again later"
+                raise UnavailableError("START_FAILED", problem) from error
+            opened.pop_all()
+        theirs.close()
         self._socket = MessageSocket(ours)
         return self._socket
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import time
+import warnings
 
 import psutil
 import pytest
@@ -162,6 +164,38 @@ def test_a_process_that_was_killed_is_replaced_and_nobody_notices():
         assert children() != [child]
 
     run(TEMPLATE, test)
+
+
+@pytest.mark.parametrize("what", ["socketpair", "Popen"])
+def test_a_machine_that_has_no_room_for_a_process_is_told_and_nothing_stays_open(monkeypatch, what):
+    async def test(renderer):
+        assert await render(renderer, "a") == "<bos>[user]a"
+        await _kill_children()
+        module = chat_renderer.socket if what == "socketpair" else chat_renderer.subprocess
+        before = os.listdir("/proc/self/fd")
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("error", ResourceWarning)
+            patch.setattr(module, what, _no_room)
+            for _ in range(3):
+                with pytest.raises(UnavailableError, match="No file descriptors available") as caught:
+                    await render(renderer, "b")
+                assert caught.value.reason == "START_FAILED"
+                del caught
+            # Open ends are counted while whoever raised may still hold them: none may wait for the collector.
+            assert len(os.listdir("/proc/self/fd")) <= len(before)
+        assert await render(renderer, "c") == "<bos>[user]c"
+
+    run(TEMPLATE, test)
+
+
+async def _kill_children():
+    for child in children():
+        child.kill()
+        await asyncio.to_thread(child.wait)
+
+
+def _no_room(*_, **__):
+    raise OSError(errno.EMFILE, "No file descriptors available")
 
 
 def test_a_small_conversation_does_not_wait_for_large_ones():

@@ -55,7 +55,7 @@ class GenerationServiceServicer:
         """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
         INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
         UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-        DRAINING, RETRIES_EXHAUSTED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+        DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

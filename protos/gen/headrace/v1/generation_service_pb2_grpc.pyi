@@ -37,7 +37,7 @@ class GenerationServiceStub:
     """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
     INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
     UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-    DRAINING, RETRIES_EXHAUSTED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+    DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.GetServerInfoRequest, _generation_service_pb2.GetServerInfoResponse]
     """Says what this router serves and with which workers."""
@@ -51,7 +51,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
     INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
     UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-    DRAINING, RETRIES_EXHAUSTED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+    DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.GetServerInfoRequest, _generation_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Says what this router serves and with which workers."""
@@ -68,7 +68,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
         INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
         UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-        DRAINING, RETRIES_EXHAUSTED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+        DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
         """
 
     @_abc_1.abstractmethod
