@@ -15,7 +15,6 @@ from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, Lat
 from headrace_core.request import (
     MAX_ENTRIES,
     FinishReason,
-    SampledToken,
     SamplingParams,
     TokenLogprobs,
     check_num_entries,
@@ -150,16 +149,6 @@ def encode_logprobs(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
         logprob=logprobs.logprob,
         top=[types_pb2.TopLogprob(token_id=token, logprob=value) for token, value in logprobs.top],
     )
-
-
-def decode_tokens(message: decode_service_pb2.SequenceOutput) -> list[SampledToken]:
-    """Return an output's tokens with their log-probabilities, if any."""
-    if not message.logprobs:
-        return [SampledToken(token_id) for token_id in message.token_ids]
-    return [
-        SampledToken(token_id, decode_logprobs(logprobs))
-        for token_id, logprobs in zip(message.token_ids, message.logprobs, strict=True)
-    ]
 
 
 def decode_failure(message: decode_service_pb2.SequenceFailure) -> HeadraceError:

@@ -4,7 +4,7 @@ import pytest
 from headrace_core.errors import HandoffLostError, OverloadedError, UnavailableError
 from headrace_core.request import FinishReason, SampledToken, TokenLogprobs
 from headrace_core.testing.async_test import async_test
-from headrace_core.wire import decode_failure, decode_finish, decode_tokens
+from headrace_core.wire import decode_failure, decode_finish, decode_logprobs
 from headrace_decode.session import Session
 
 
@@ -17,8 +17,9 @@ async def test_what_one_step_made_is_one_message():
     message = await session.next()
     assert message.step_us == 250_000
     assert [output.sequence_number for output in message.outputs] == [1, 2]
-    assert decode_tokens(message.outputs[0]) == [SampledToken(7)]
-    assert decode_tokens(message.outputs[1])[0].logprobs == TokenLogprobs(-1.0, ((8, -1.0),))
+    assert [list(output.token_ids) for output in message.outputs] == [[7], [8]]
+    assert not message.outputs[0].logprobs
+    assert [decode_logprobs(entry) for entry in message.outputs[1].logprobs] == [TokenLogprobs(-1.0, ((8, -1.0),))]
     assert decode_finish(message.outputs[1].finish_reason) is FinishReason.STOP
 
 
