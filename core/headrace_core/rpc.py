@@ -56,7 +56,10 @@ _WINDOW_BYTES = 16 << 10
 """What a caller may send of a message before we read it."""
 _MAX_PENDING_CALLS = 8192
 """Of one method, not yet seen by Python; about 30 kB each. Past it core cancels calls, without our reason."""
-_MAX_CONNECTIONS = 4096
+MAX_CONNECTIONS = 4096
+"""Of one server; half as many as it may open files, if that is less."""
+_MAX_IDLE_MS = 30_000
+"""Of a connection without a call: then it is closed, and its place is free. A channel connects again by itself."""
 _HANDSHAKE_TIMEOUT_MS = 10_000
 
 # A stopped peer is noticed after about 10 s: a ping every 5 s, answered within 5 s.
@@ -87,6 +90,8 @@ _SERVER_OPTIONS = [
 _CHANNEL_OPTIONS = [
     *_LIMITS,
     *_KEEPALIVE,
+    # From this time to twice it, so always before the server: what a server closes is a line in grpc's log.
+    ("grpc.client_idle_timeout_ms", _MAX_IDLE_MS // 3),
     ("grpc.initial_reconnect_backoff_ms", 200),
     # This one also bounds a connection attempt: a loaded peer needs more than a moment to answer.
     ("grpc.min_reconnect_backoff_ms", 5_000),
@@ -285,7 +290,11 @@ class Server:
     def __init__(
         self, service_names: Sequence[str], *, door: Door | None = None, interceptors: Sequence[Any] = ()
     ) -> None:
-        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", _max_connections())]
+        options = [
+            *_SERVER_OPTIONS,
+            ("grpc.max_allowed_incoming_connections", _max_connections()),
+            ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
+        ]
         self.grpc = grpc.aio.server(interceptors=[*interceptors, Boundary(door or Door())], options=options)
         self._health = HealthServicer(service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -323,7 +332,7 @@ class Server:
 def _max_connections() -> int:
     """Return how many callers may be connected: never so many that no file can be opened any more."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, files // 2)
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)
 
 
 def channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:

@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import socket
 from dataclasses import replace
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.v1 import generation_service_pb2 as pb
+from headrace_client import AsyncClient, Client, ConnectionOptions, RetryPolicy, SamplingParams
 from headrace_core import rpc
 from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnauthenticatedError
 from headrace_core.shares import Caller
@@ -15,7 +17,7 @@ from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router import server
 from headrace_router.caller import caller_of
-from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, text_request, wait_until
+from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, scripted_worker, text_request, wait_until
 from headrace_router.waiting import WaitingRoom
 
 GENERATE = "/headrace.v1.GenerationService/Generate"
@@ -212,6 +214,37 @@ def test_a_request_of_too_many_parts_is_refused_before_it_is_decoded(tmp_path, m
         assert router.metric("headrace_refused_requests_total", reason="PROMPT_TOO_LONG") == 1
 
     run(tmp_path, test)
+
+
+def test_clients_and_links_that_were_idle_go_on_as_if_nothing_was(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(rpc, "_MAX_IDLE_MS", 100)
+    once = ConnectionOptions(retry=RetryPolicy(max_attempts=1))
+
+    def closed_when_idle(address):
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            while connection.recv(4096):
+                pass
+
+    async def test(router):
+        loop = asyncio.get_running_loop()
+        with Client(router.address, once) as blocking:
+            async with AsyncClient(router.address, once) as client:
+                for _ in range(3):
+                    for each in (router.address, *(worker.address for worker in router.workers)):
+                        await asyncio.to_thread(closed_when_idle, each)
+                    answers = [
+                        await client.generate("a", SamplingParams(max_tokens=4)),
+                        await loop.run_in_executor(None, blocking.generate, "a", SamplingParams(max_tokens=4)),
+                    ]
+                    assert [answer.text for answer in answers] == ["abcd"] * 2
+        assert [worker.state for worker in (await router.info()).workers] == ["ready"] * 2
+
+    workers = [scripted_worker(role, "abcdefgh ") for role in ("prefill", "decode")]
+    with caplog.at_level("INFO"):
+        run(tmp_path, test, workers=workers)
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
 
 
 def test_every_refusal_is_counted_by_reason_and_none_twice(tmp_path):

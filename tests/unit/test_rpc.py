@@ -1,6 +1,7 @@
 """The boundary: what a handler raises is what the caller sees."""
 
 import asyncio
+import socket
 
 import grpc
 import pytest
@@ -170,6 +171,53 @@ def test_health_follows_readiness():
                 assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == status
 
     asyncio.run(serve(test))
+
+
+def closed_when_idle(address):
+    """Connect without a call; return once the server has closed that."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+        while connection.recv(4096):
+            pass
+
+
+def test_an_idle_connection_is_closed_a_stream_is_not_idle_and_a_channel_connects_again(monkeypatch):
+    monkeypatch.setattr(rpc, "_MAX_IDLE_MS", 100)
+    gate = asyncio.Event()
+
+    class Idle(Worker):
+        async def WatchLoad(self, request, context):
+            yield pb.WatchLoadResponse(num_running=1)
+            await gate.wait()
+            yield pb.WatchLoadResponse(num_running=2)
+
+    async def main():
+        server = rpc.Server([NAME])
+        pb_grpc.add_WorkerServiceServicer_to_server(Idle(), server.grpc)
+        address = server.bind("127.0.0.1:0")
+        await server.start()
+        own = [("grpc.use_local_subchannel_pool", 1)]  # or the two channels would share a connection
+        async with rpc.channel(address) as channel, grpc.aio.insecure_channel(address, options=own) as streaming:
+            call = pb_grpc.WorkerServiceStub(streaming).WatchLoad(pb.WatchLoadRequest(), timeout=WAIT_S)
+            assert (await call.read()).num_running == 1
+            for _ in range(3):
+                health = health_pb2_grpc.HealthStub(channel)
+                await health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+                await asyncio.to_thread(closed_when_idle, address)
+                async with asyncio.timeout(WAIT_S):
+                    while channel.get_state() is not grpc.ChannelConnectivity.IDLE:  # noqa: ASYNC110 - no event
+                        await asyncio.sleep(0.01)
+            gate.set()
+            assert (await call.read()).num_running == 2
+        await server.stop(0)
+
+    asyncio.run(main())
+
+
+def test_a_channel_of_ours_disconnects_before_the_server_does():
+    """grpc's client would write a line to standard error; its own limit takes from the time set to twice that."""
+    assert 2 * dict(rpc._CHANNEL_OPTIONS)["grpc.client_idle_timeout_ms"] < rpc._MAX_IDLE_MS
 
 
 def test_reflection_lists_the_service():
