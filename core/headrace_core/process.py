@@ -3,7 +3,7 @@
     STARTING ──► SERVING ──SIGTERM/SIGINT──► DRAINING ──idle or drain_s──► STOPPED (exit 0)
         │           └──────service.failed────────────────────────────────► STOPPED (exit 1)
         └── an error while starting (exit 2, one readable line)
-A second signal while draining exits at once (130).
+A second signal while draining exits at once (130). What does not stop in time ends with the process, by the same code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -26,11 +27,13 @@ from prometheus_client import CollectorRegistry
 from headrace_core import __version__
 from headrace_core.config import ProcessSettings
 from headrace_core.errors import HeadraceError
+from headrace_core.rpc import MAX_CONNECTIONS
 from headrace_core.telemetry import serve_metrics, setup_logging
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
+_ENOUGH_FILES = 2 * MAX_CONNECTIONS
 
 
 class Service(Protocol):
@@ -67,11 +70,22 @@ def run(factory: Callable[[], Service], settings: ProcessSettings, *, role: str)
         role: `router`, `prefill`, `decode` or `both`; for logs and the ready file.
     """
     setup_logging(role, log_format=settings.log_format, level=settings.log_level)
+    raise_file_limit()
     code = uvloop.run(_run(factory, settings, role))
     # Not sys.exit: a library thread that does not end must not keep a drained process alive.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may; connections are files. Warns if those are few for a server."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # a hard limit may be more than the system grants
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft != resource.RLIM_INFINITY and soft < _ENOUGH_FILES:
+        log.warning("few files may be opened, so few may connect; raise `ulimit -n`", extra={"files": soft})
 
 
 def release_freed_memory() -> None:
@@ -89,11 +103,11 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
         metrics_address = serve_metrics(settings.metrics_listen, service.registry)
         address = await _start(service, stopping)
         if address is None:
-            await service.stop()
+            await _stop(service, settings)
             return 0
     except HeadraceError as error:
         log.error("can't start", extra={"reason": error.reason, "problem": str(error)})
-        await service.stop()
+        await _stop(service, settings)
         return 2
     if settings.ready_file:
         _write_ready(settings.ready_file, role, address, metrics_address)
@@ -101,14 +115,25 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
     await asyncio.wait([service.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
     if service.failed.done():
         log.error("failed", exc_info=service.failed.exception())
-        await service.stop()
+        await _stop(service, settings)
         return 1
     log.info("draining", extra={"drain_s": settings.drain_s})
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(service.drain(), settings.drain_s)
-    await asyncio.wait_for(service.stop(), settings.drain_s + _STOP_GRACE_S)
-    log.info("stopped")
+    await _stop(service, settings)
     return 0
+
+
+async def _stop(service: Service, settings: ProcessSettings) -> None:
+    limit_s = settings.drain_s + _STOP_GRACE_S
+    try:
+        await asyncio.wait_for(service.stop(), limit_s)
+    except TimeoutError:
+        log.warning("stopping took too long; what is left ends with the process", extra={"limit_s": limit_s})
+    except Exception as error:
+        log.error("unhandled error while stopping", exc_info=error)
+    else:
+        log.info("stopped")
 
 
 async def _start(service: Service, stopping: asyncio.Future[None]) -> str | None:

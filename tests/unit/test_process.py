@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from headrace_core.testing.async_test import WAIT_S
 
 SERVICE = textwrap.dedent("""
-    import asyncio, sys
+    import asyncio, resource, sys
     from prometheus_client import CollectorRegistry
     from headrace_core.config import RouterSettings, parse
     from headrace_core.errors import CheckpointError
@@ -25,12 +26,12 @@ SERVICE = textwrap.dedent("""
             self.registry = CollectorRegistry()
             self.failed = asyncio.get_running_loop().create_future()
         async def start(self):
-            if mode == "bad":
+            if mode.startswith("bad"):
                 raise CheckpointError("DAMAGED_FILE", "shard 2 is cut short; download it again")
             if mode == "slow":
                 print("loading", file=sys.stderr, flush=True)
                 await asyncio.Event().wait()
-            if mode == "fail":
+            if mode.startswith("fail"):
                 self.failed.set_exception(RuntimeError("engine died"))
             return "127.0.0.1:1"
         async def drain(self):
@@ -38,6 +39,12 @@ SERVICE = textwrap.dedent("""
                 await asyncio.Event().wait()
         async def stop(self):
             print("freed", flush=True)
+            if "hang" in mode:
+                await asyncio.Event().wait()
+            if "raise" in mode:
+                raise RuntimeError("a socket is gone")
+            if mode == "files":
+                print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True)
 
     run(Fake, parse(RouterSettings), role="router")
 """)
@@ -47,7 +54,7 @@ SERVICE = textwrap.dedent("""
 def start(tmp_path):
     children = []
 
-    def start(mode, *options):
+    def start(mode, *options, files=None):
         script = tmp_path / "service.py"
         script.write_text(SERVICE)
         child = subprocess.Popen(
@@ -56,6 +63,7 @@ def start(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            preexec_fn=files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, files)),
         )
         children.append(child)
         return child
@@ -102,6 +110,38 @@ def test_a_second_signal_exits_at_once(start):
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=WAIT_S)
     assert child.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "said"),
+    [
+        ("hang", 0, "stopping took too long"),
+        ("raise", 0, "a socket is gone"),
+        ("fail-hang", 1, "engine died"),
+        ("bad-raise", 2, "shard 2 is cut short"),
+    ],
+)
+def test_a_stop_that_hangs_or_fails_changes_no_exit_code(start, mode, code, said):
+    child = start(mode, "--drain-s", "0")
+    if code == 0:
+        wait_for_line(child, "serving")
+        child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=WAIT_S)
+    assert (child.returncode, out) == (code, "freed\n")
+    assert said in err
+    assert "TimeoutError" not in err
+
+
+@pytest.mark.parametrize(("hard", "is_few"), [(8192, False), (500, True)])
+def test_a_process_opens_as_many_files_as_it_may_and_says_if_those_are_few(start, hard, is_few):
+    child = start("files", files=(100, hard))
+    if is_few:
+        wait_for_line(child, "ulimit -n")
+    wait_for_line(child, "serving")
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=WAIT_S)
+    assert (child.returncode, out) == (0, f"freed\n{hard} {hard}\n"), err
+    assert "ulimit" not in err
 
 
 def test_a_failed_service_exits_1(start):
