@@ -12,7 +12,7 @@ from headrace_core.errors import HeadraceError
 class EndableWait:
     """An async context manager, entered once: what is awaited inside ends when `end` is called, or the time is up.
 
-    Leaving it raises the error given to `end`, or `TimeoutError`.
+    Leaving it raises the error given to `end`, also if what was awaited is done by then, or `TimeoutError`.
     """
 
     def __init__(self, limit_s: float | None = None) -> None:
@@ -38,9 +38,12 @@ class EndableWait:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_inside = False
+        is_ended = error is None  # then the timer may not have run yet, but who called `end` counts on it
         try:
             await self.timer.__aexit__(kind, error, trace)
         except TimeoutError:
-            if self._error is not None:
-                raise self._error from None
-            raise
+            if self._error is None:
+                raise
+            is_ended = True
+        if is_ended and self._error is not None:
+            raise self._error from None
