@@ -132,6 +132,7 @@ class Turns:
         now_s = asyncio.get_running_loop().time()
         for waiting in list(self._lines):
             line = self._lines[waiting]
+            was_served = False
             while line and self._pot.take(waiting):
                 is_in_time = now_s - line[0][1] < self._patience_s
                 turn, _ = line.popleft() if is_in_time else line.pop()
@@ -139,7 +140,10 @@ class Turns:
                     self._pot.give_back(waiting)
                 else:
                     turn.set_result(None)
+                    was_served = True
             self._drop_empty(waiting)
+            if was_served and waiting in self._lines:
+                self._lines[waiting] = self._lines.pop(waiting)  # the next turn is another line's, if it may have it
 
     def _drop_empty(self, caller: Caller) -> None:
         if not self._lines[caller]:

@@ -103,6 +103,22 @@ def test_a_callers_line_keeps_nobody_else_waiting():
     asyncio.run(test())
 
 
+def test_a_turn_that_is_free_goes_round_the_lines():
+    async def test():
+        turns, found = Turns(4, patience_s=1e6), []
+        held = await begun(turns, ANN, ANN, BOB)  # one turn is left, for who has none
+        made = await begun(turns, CID, *[CID] * 5, Caller("dan", "dan"), Caller("dan", "dan"))
+        for turn, name in zip(made, "ccccccdd", strict=True):
+            turn.may_end.set()
+            turn.task.add_done_callback(lambda _, name=name: found.append(name))
+        await asyncio.gather(*(turn.task for turn in made))
+        assert "".join(found) == "ccdcdccc"
+        for turn in held:
+            await turn.end()
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize(("patience_s", "order"), [(1e6, [0, 1, 2, 3]), (0.0, [0, 3, 2, 1])])
 def test_a_line_is_served_in_order_or_from_its_end_if_its_first_waited_too_long(patience_s, order):
     async def test():
