@@ -43,7 +43,11 @@ class Call:
 
     def refuse(self, error: HeadraceError) -> bool:
         """End its wait for a turn with `error`; return False if it is not, or no more, waiting for one."""
-        return self.wait is not None and not self.has_turn and self.wait.end(error)
+        return not self.has_turn and self.end(error)
+
+    def end(self, error: HeadraceError) -> bool:
+        """End its wait for a message with `error`; return False if it has not begun or is over."""
+        return self.wait is not None and self.wait.end(error)
 
 
 Guard = Callable[[Call], AbstractContextManager[None]]

@@ -61,7 +61,7 @@ class Router:
 
     @property
     def num_queued(self) -> int:
-        """Requests of which a sample waits for a worker, or whose message is on its way."""
+        """Requests of which no sample has a worker yet, or whose message is on its way."""
         return self._waiting.num_taken
 
     @property
@@ -79,10 +79,11 @@ class Router:
         await self._idle.wait()
 
     def fail_all(self, error: HeadraceError) -> None:
-        """Refuse new requests and end those under way with `error`."""
+        """Refuse new requests and end with `error` those under way, also if they are arriving or being checked."""
         self._is_draining = True
         for running in list(self._running.values()):
             running.fail(error)
+        self._waiting.end_all(error)
 
     async def finish_cleanups(self) -> None:
         """Wait, within bounds, until workers were told of what ended early; end threads and processes."""
@@ -98,7 +99,7 @@ class Router:
             OverloadedError: QUEUE_FULL.
         """
         self._check_open()
-        seat = self._waiting.take(call.caller, is_arriving=True, evict=call.refuse)
+        seat = self._waiting.take(call.caller, is_arriving=True, evict=call.refuse, end=call.end)
         try:
             yield
         finally:

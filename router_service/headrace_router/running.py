@@ -59,7 +59,7 @@ class RunningRequest:
     """All samples of one request. Event loop only."""
 
     def __init__(self, spec: RequestSpec, flow: Flow, tokenizer: Tokenizer, metrics: RouterMetrics, seat: Seat) -> None:
-        """Start every sample; `close` must follow. The seat in the queue is given up when no sample waits any more."""
+        """Start every sample; `close` must follow. The seat in the queue is given up when the first has a worker."""
         self.spec = spec
         self._seat = seat
         self._client = (seat.caller.address, seat.caller.name)
@@ -72,8 +72,6 @@ class RunningRequest:
         self._news: list[Sample] = []
         self._num_open = spec.num_samples
         self._is_closed = False
-        self._waiting: set[int] = set(range(spec.num_samples))
-        """Samples that were never dispatched."""
         loop = asyncio.get_running_loop()
         self._may_queue = [loop.create_future() for _ in range(spec.num_samples)]
         """Samples queue one behind the other: what waits costs the queue no more for having many of them."""
@@ -146,21 +144,16 @@ class RunningRequest:
             log.error("unhandled error", extra={"request_id": self.spec.request_id}, exc_info=error)
             self.fail(HeadraceError("BUG", "internal error"))
         finally:
-            self._on_placed(sample)
             self._observe(sample)
 
     def _on_placed(self, sample: Sample) -> None:
-        self._waiting.discard(sample.sample_index)
+        self._seat.leave()
         for turn in self._may_queue[sample.sample_index + 1 :][:1]:
             if not turn.done():
                 turn.set_result(None)
-        if not self._waiting:
-            self._seat.leave()
 
     def _evict(self, error: HeadraceError) -> bool:
-        """End the request if nothing of it has begun."""
-        if len(self._waiting) < self.spec.num_samples:
-            return False
+        """End the request: as long as it has a seat, nothing of it has begun."""
         self._metrics.refused.labels(error.reason).inc()
         self.fail(error)
         return True

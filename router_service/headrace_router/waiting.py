@@ -5,12 +5,13 @@
 
 So a queue is one caller's as long as nobody else wants it. "Most" is by address first, then by name: names can be made
 up. Of that caller's requests the oldest is put out whose message nobody reads yet, then the youngest that no worker
-has: it has its error before its first token. A caller's own newest call puts out its oldest that sends no message.
+has: it has its error before its first token. If none of them can be put out, it is the turn of the caller with the next
+most. A caller's own newest call puts out its oldest that sends no message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from headrace_core.door import RETRY_AFTER_S
@@ -24,10 +25,13 @@ Evict = Callable[[HeadraceError], bool]
 class Seat:
     """One request's place in the queue."""
 
-    def __init__(self, room: WaitingRoom, caller: Caller, *, is_arriving: bool, evict: Evict) -> None:
+    def __init__(self, room: WaitingRoom, caller: Caller, *, is_arriving: bool, evict: Evict, end: Evict) -> None:
         self.caller = caller
         self.is_arriving = is_arriving
         self.evict = evict
+        """For another caller."""
+        self.end = end
+        """As nobody is served any more."""
         self._room: WaitingRoom | None = room
 
     def leave(self) -> None:
@@ -60,8 +64,14 @@ class WaitingRoom:
         self._seats: dict[str, dict[str, _Seats]] = {}
         """By address and name; none is empty."""
 
-    def take(self, caller: Caller, *, evict: Evict, is_arriving: bool = False) -> Seat:
+    def take(self, caller: Caller, *, evict: Evict, end: Evict | None = None, is_arriving: bool = False) -> Seat:
         """Give a place; if there is none, that of a caller with more.
+
+        Args:
+            caller: whose place.
+            evict: ends what has the place for another caller's sake.
+            end: ends it as nobody is served any more; None: as `evict` does.
+            is_arriving: its message is on its way.
 
         Raises:
             OverloadedError: QUEUE_FULL.
@@ -70,7 +80,7 @@ class WaitingRoom:
             raise OverloadedError(
                 "QUEUE_FULL", f"{self.num_taken} requests are waiting; try again later", retry_after_s=RETRY_AFTER_S
             )
-        seat = Seat(self, caller, is_arriving=is_arriving, evict=evict)
+        seat = Seat(self, caller, is_arriving=is_arriving, evict=evict, end=end or evict)
         names = self._seats.setdefault(caller.address, {})
         names.setdefault(caller.name, _Seats()).of_kind(is_arriving)[seat] = None
         self.num_taken += 1
@@ -87,6 +97,13 @@ class WaitingRoom:
             del self._seats[seat.caller.address]
         self.num_taken -= 1
 
+    def end_all(self, error: HeadraceError) -> None:
+        """Put everybody out, with `error`."""
+        callers = [seats for names in self._seats.values() for seats in names.values()]
+        for seat in [seat for seats in callers for seat in chain(seats.arriving, seats.waiting)]:
+            if seat.end(error):
+                seat.leave()
+
     def _put_out(self, caller: Caller) -> bool:
         problem = "the queue is full, most of it is yours, and another request came; try again later"
         error = OverloadedError("QUEUE_FULL", problem, retry_after_s=RETRY_AFTER_S)
@@ -100,13 +117,17 @@ class WaitingRoom:
         """Yield the places that `caller` may take, the best first."""
         own = self._seats.get(caller.address, {})
         own_seats = own.get(caller.name, _Seats())
-        names, num_own = max(self._seats.values(), key=_num_seats), _num_seats(own)
-        if _num_seats(names) <= num_own + 1:
-            names, num_own = own, len(own_seats)
-        seats = max(names.values(), key=len, default=own_seats)
-        if names is not own or len(seats) > num_own + 1:
-            yield from chain(list(seats.arriving), list(reversed(seats.waiting)))
+        num_own = _num_seats(own)
+        for names in sorted(self._seats.values(), key=_num_seats, reverse=True):
+            if _num_seats(names) > num_own + 1:
+                yield from _best_first(names.values())
+        yield from _best_first(seats for seats in own.values() if len(seats) > len(own_seats) + 1)
         yield from list(own_seats.arriving)
+
+
+def _best_first(callers: Iterable[_Seats]) -> Iterator[Seat]:
+    for seats in sorted(callers, key=len, reverse=True):
+        yield from chain(list(seats.arriving), list(reversed(seats.waiting)))
 
 
 def _num_seats(names: dict[str, _Seats]) -> int:

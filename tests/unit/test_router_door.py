@@ -11,7 +11,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.v1 import generation_service_pb2 as pb
 from headrace_client import AsyncClient, Client, ConnectionOptions, RetryPolicy, SamplingParams
 from headrace_core import rpc
-from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnauthenticatedError
+from headrace_core.errors import (
+    HeadraceError,
+    InvalidRequestError,
+    OverloadedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from headrace_core.shares import Caller
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
@@ -298,6 +304,54 @@ def test_a_name_that_is_made_up_puts_nobody_at_another_address_out():
         with pytest.raises(OverloadedError):
             seat(f"made up {number}", "hostile")
     assert (put_out, room.num_taken) == (["a", "b"], 4)
+
+
+@pytest.mark.parametrize("address", ["one", "another"])
+def test_if_nothing_of_who_has_most_can_be_put_out_it_is_the_next_ones_turn(address):
+    room, put_out = WaitingRoom(12), []
+
+    def fill(name, count, *, address="one", is_stuck=False):
+        for _ in range(count):
+            room.take(Caller(name, address), evict=lambda error: not is_stuck and (put_out.append(name) or True))
+
+    fill("greedy", 6, is_stuck=True)
+    fill("middle", 5)
+    fill("small", 1)
+    fill("late", 1, address=address)
+    assert (put_out, room.num_taken) == (["middle"], 12)
+
+
+def test_a_request_leaves_the_queue_with_its_first_sample(tmp_path):
+    async def test(router):
+        held = router.workers[0].faults.start_gate
+        held.clear()
+        two = asyncio.create_task(router.generate(text_request("a", n=2, sampling={"max_tokens": 3})))
+        await wait_until(lambda: len(router.workers[0].starts) == 1)
+        await wait_until(lambda: (num_queued(router), router.service._router.num_running) == (0, 1))
+        assert not two.done()
+        held.set()
+        assert [sample.text for sample in await two] == ["abc"] * 2
+
+    workers = [scripted_worker("both", "abcdefgh ", num_pages=1, max_context_tokens=16)]
+    run(tmp_path, test, workers=workers)
+
+
+def test_a_router_that_stops_tells_everybody_why(tmp_path):
+    async def main():
+        async with RouterUnderTest(tmp_path) as router:
+            waiting = asking(router)
+            await wait_until(lambda: router.service._router._num_entering == 1)
+            arriving = [silent(router) for _ in range(40)]
+            await wait_until(lambda: num_queued(router) == 41)
+            reads = [asyncio.ensure_future(call.read()) for call in arriving]
+            stopping = asyncio.create_task(router.service.stop())
+            for call in (waiting, *reads):
+                error = await failure(call)
+                assert (type(error), error.reason) == (UnavailableError, "DRAINING")
+            await stopping
+            assert num_queued(router) == 0
+
+    asyncio.run(main())
 
 
 def test_seats_are_conserved_whoever_comes_and_goes():
