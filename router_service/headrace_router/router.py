@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 from headrace.v1 import generation_service_pb2
@@ -106,7 +106,12 @@ class Router:
             seat.leave()
 
     async def open(
-        self, message: generation_service_pb2.GenerateRequest, caller: Caller, remaining_s: float | None
+        self,
+        message: generation_service_pb2.GenerateRequest,
+        caller: Caller,
+        remaining_s: float | None,
+        *,
+        on_failed: Callable[[], None],
     ) -> RunningRequest:
         """Check a request and start it; `close` must follow.
 
@@ -114,6 +119,7 @@ class Router:
             message: the client's.
             caller: who sent it.
             remaining_s: until the client's deadline; None if it has none.
+            on_failed: called when the request has failed and is closed, though its client may not know yet.
 
         Raises:
             HeadraceError: it is refused.
@@ -129,7 +135,12 @@ class Router:
             seat = self._waiting.take(caller, evict=wait.end)
             async with wait:
                 spec = await self._admit(message, caller, arrival_s=arrival_s, deadline_s=deadline_s)
-            running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics, seat)
+
+            def close(failed: RunningRequest) -> None:
+                self.close(failed)
+                on_failed()
+
+            running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics, seat, on_failed=close)
             self._running[spec.sent_id] = running
             seat = None
             return running

@@ -1,7 +1,9 @@
 """One client request under way: its samples, their tasks, and the stream of messages to the client.
 
     RUNNING ──► OK | FAILED (one error, all samples end) | CANCELLED (the client left)
-Nothing waits for the client but its own stream: samples go on, and what piles up leaves in one message.
+Nothing waits for the client but its own stream: samples go on, and what piles up leaves in one message. A request that
+failed is over at once, though its client may read so little that the stream can't tell it: then an error is all of the
+request that is left.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from headrace.v1 import generation_service_pb2
 from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
@@ -58,18 +62,37 @@ def outcome_of_leaving(deadline_s: float) -> str:
 class RunningRequest:
     """All samples of one request. Event loop only."""
 
-    def __init__(self, spec: RequestSpec, flow: Flow, tokenizer: Tokenizer, metrics: RouterMetrics, seat: Seat) -> None:
-        """Start every sample; `close` must follow. The seat in the queue is given up when the first has a worker."""
+    def __init__(
+        self,
+        spec: RequestSpec,
+        flow: Flow,
+        tokenizer: Tokenizer,
+        metrics: RouterMetrics,
+        seat: Seat,
+        *,
+        on_failed: Callable[[RunningRequest], None],
+    ) -> None:
+        """Start every sample; `close` must follow. The seat in the queue is given up when the first has a worker.
+
+        Args:
+            spec: what is asked for.
+            flow: runs samples.
+            tokenizer: for their text.
+            metrics: counts.
+            seat: in the queue.
+            on_failed: called with this request when it has failed, later than this returns; closes it.
+        """
         self.spec = spec
         self._seat = seat
         self._client = (seat.caller.address, seat.caller.name)
         seat.evict = self._evict
         self._flow = flow
+        self._on_failed = on_failed
         self._metrics = metrics
         self._error: HeadraceError | None = None
         self._wake: asyncio.Future[None] | None = None
         """What the client's stream waits for; a bare future, because an Event costs twice as much per token."""
-        self._news: list[Sample] = []
+        self._news: deque[Sample] = deque()
         self._num_open = spec.num_samples
         self._is_closed = False
         loop = asyncio.get_running_loop()
@@ -89,22 +112,27 @@ class RunningRequest:
             HeadraceError: the request failed; nothing follows.
         """
         while self._num_open:
-            if not self._news and self._error is None:
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
-            news, self._news = self._news, []
-            for sample in news:
-                if self._error is not None:
-                    raise self._error
-                if sample.is_closed:
-                    continue
-                response = sample.take()
-                self._num_open -= sample.is_closed
-                if sample.has_unsent:
-                    self._on_news(sample)
+            response = await self._next()
+            if response is not None:
                 yield response
-            if self._error is not None:
-                raise self._error
+        if self._error is not None:
+            raise self._error
+
+    async def _next(self) -> generation_service_pb2.GenerateResponse | None:
+        """Return a sample's news, if it has not closed meanwhile; a stream that is held up holds nothing but them."""
+        if not self._news and self._error is None:
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        if self._error is not None:
+            raise self._error
+        sample = self._news.popleft()
+        if sample.is_closed:
+            return None
+        response = sample.take()
+        self._num_open -= sample.is_closed
+        if sample.has_unsent:
+            self._on_news(sample)
+        return response
 
     def fail(self, error: HeadraceError) -> None:
         """End the request with `error`; only the first error counts."""
@@ -112,9 +140,10 @@ class RunningRequest:
             self._error = error
         self._stop()
         self._wake_stream()
+        self._on_failed(self)
 
     def close(self) -> None:
-        """End what still runs, count, and log; idempotent. The client's stream is over."""
+        """End what still runs, count, log, let go of what is large; idempotent. The stream can only end now."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -126,6 +155,9 @@ class RunningRequest:
             outcome = outcome_of_leaving(self.spec.deadline_s)
         self._metrics.requests.labels(outcome).inc()
         self._log(outcome)
+        self.samples, self._tasks = [], []
+        self._news.clear()
+        self.spec = replace(self.spec, prompt_ids=[])
 
     def _sample(self, index: int, key: int, tokenizer: Tokenizer) -> Sample:
         spec = self.spec

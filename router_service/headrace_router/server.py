@@ -44,14 +44,20 @@ def generate_limits(settings: RouterSettings) -> MethodLimits:
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     """Serves clients. Event loop only."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, door: Door) -> None:
         self._router = router
+        self._door = door
 
     async def Generate(
         self, request: generation_service_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
         """Serve one request; see generation_service.proto."""
-        running = await self._router.open(request, caller_of(context), context.time_remaining())
+        running = await self._router.open(
+            request,
+            caller_of(context),
+            context.time_remaining(),
+            on_failed=lambda: self._door.forget_message(context),
+        )
         del request  # it may be large, and nobody needs it any more
 
         def on_done(_: Any) -> None:
@@ -83,14 +89,14 @@ class RouterService:
         self._router: Router | None = None
         self._following: asyncio.Task[None] | None = None
         guards: list[Guard] = [token_guard(settings.token)] if settings.token else []
-        door = Door(
+        self._door = Door(
             _SMALL,
             methods={_GENERATE: generate_limits(settings)},
             guards=[*guards, self._arriving],
             caller_of=caller_of,
             on_refused=self._on_refused,
         )
-        self._server = rpc.Server(["headrace.v1.GenerationService"], door=door)
+        self._server = rpc.Server(["headrace.v1.GenerationService"], door=self._door)
 
     async def start(self) -> str:
         """Load the tokenizer and serve. Workers are connected in the background; until then requests wait."""
@@ -101,7 +107,7 @@ class RouterService:
         router = self._router = Router(settings, self.metrics)
         self.registry.register(Gauges(lambda: (router.num_queued, router.num_running), router.worker_states))
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(router), self._server.grpc
+            GenerationServicer(router, self._door), self._server.grpc
         )
         address = self._server.bind(settings.listen, credentials)
         router.start()

@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import socket
-import struct
 import weakref
 from contextlib import asynccontextmanager, contextmanager
 
@@ -17,6 +15,8 @@ from headrace_core import rpc
 from headrace_core.door import Door, MethodLimits, address_of
 from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError, UnavailableError
 from headrace_core.shares import Caller
+
+from tests.unit.raw_http2 import INITIAL_WINDOW_SIZE, call_without_window, settings_of
 
 NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
 INFO, LOAD, DRAIN = (f"/{NAME}/{method}" for method in ("GetInfo", "WatchLoad", "Drain"))
@@ -359,8 +359,8 @@ def test_an_unread_message_stays_with_its_sender():
 
     async def test():
         async with served() as serving:
-            settings = await asyncio.to_thread(_settings, serving.address)
-            assert settings[_INITIAL_WINDOW_SIZE] == 16 << 10
+            settings = await asyncio.to_thread(settings_of, serving.address)
+            assert settings[INITIAL_WINDOW_SIZE] == 16 << 10
 
     asyncio.run(test())
 
@@ -394,7 +394,7 @@ def test_a_watcher_that_reads_nothing_holds_up_no_change_of_health():
     async def test():
         async with served() as serving:
             await serving.server.set_ready(True)
-            watcher = await asyncio.to_thread(_watch_without_window, serving.address)
+            watcher = await asyncio.to_thread(call_without_window, serving.address, "/grpc.health.v1.Health/Watch", b"")
             await wait_until(lambda: places(serving, "/grpc.health.v1.Health/Watch") == 1)
             async with asyncio.timeout(WAIT_S):
                 for _ in range(3):
@@ -425,39 +425,3 @@ def test_an_address_is_a_host_without_port(peer, address):
             return peer
 
     assert address_of(Context()) == address
-
-
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _SETTINGS = 0, 1, 4
-_INITIAL_WINDOW_SIZE = 4
-
-
-def _frame(kind, flags, stream, payload):
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def _connect(address, settings=b""):
-    host, _, port = address.rpartition(":")
-    connection = socket.create_connection((host, int(port)), timeout=WAIT_S)
-    connection.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, settings))
-    return connection
-
-
-def _settings(address):
-    """Return the settings that a server begins with, by identifier."""
-    with _connect(address) as connection, connection.makefile("rb") as stream:
-        size, kind = struct.unpack(">IBxxxx", b"\0" + stream.read(9)[:4] + bytes(4))
-        assert kind == _SETTINGS
-        return dict(struct.iter_unpack(">HI", stream.read(size)))
-
-
-def _watch_without_window(address):
-    """Open health's Watch as a client that lets the server send nothing; return its connection."""
-    names = {":method": "POST", ":scheme": "http", ":path": "/grpc.health.v1.Health/Watch", ":authority": "x",
-             "te": "trailers", "content-type": "application/grpc"}  # fmt: skip
-    headers = b"".join(
-        b"\0%c%b%c%b" % (len(name), name.encode(), len(text), text.encode()) for name, text in names.items()
-    )
-    connection = _connect(address, struct.pack(">HI", _INITIAL_WINDOW_SIZE, 0))
-    connection.sendall(_frame(_HEADERS, 4, 1, headers) + _frame(_DATA, 1, 1, bytes(5)))
-    return connection

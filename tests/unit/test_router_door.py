@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import socket
 from dataclasses import replace
 
 import grpc
@@ -25,6 +24,8 @@ from headrace_router import server
 from headrace_router.caller import caller_of
 from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, scripted_worker, text_request, wait_until
 from headrace_router.waiting import WaitingRoom
+
+from tests.unit.raw_http2 import call_without_window, wait_idle_close
 
 GENERATE = "/headrace.v1.GenerationService/Generate"
 WAIT_S = 20.0
@@ -226,20 +227,13 @@ def test_clients_and_links_that_were_idle_go_on_as_if_nothing_was(tmp_path, monk
     monkeypatch.setattr(rpc, "_MAX_IDLE_MS", 100)
     once = ConnectionOptions(retry=RetryPolicy(max_attempts=1))
 
-    def closed_when_idle(address):
-        host, _, port = address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
-            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
-            while connection.recv(4096):
-                pass
-
     async def test(router):
         loop = asyncio.get_running_loop()
         with Client(router.address, once) as blocking:
             async with AsyncClient(router.address, once) as client:
                 for _ in range(3):
                     for each in (router.address, *(worker.address for worker in router.workers)):
-                        await asyncio.to_thread(closed_when_idle, each)
+                        await asyncio.to_thread(wait_idle_close, each)
                     answers = [
                         await client.generate("a", SamplingParams(max_tokens=4)),
                         await loop.run_in_executor(None, blocking.generate, "a", SamplingParams(max_tokens=4)),
@@ -251,6 +245,24 @@ def test_clients_and_links_that_were_idle_go_on_as_if_nothing_was(tmp_path, monk
     with caplog.at_level("INFO"):
         run(tmp_path, test, workers=workers)
     assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+
+
+def test_a_client_that_lets_nothing_be_sent_keeps_its_request_no_longer_than_its_time_limit(tmp_path):
+    async def test(router):
+        request = text_request("a", sampling={"max_tokens": 900}).SerializeToString()
+        connection = await asyncio.to_thread(call_without_window, router.address, GENERATE, request)
+        await wait_until(lambda: len(router.service._router._running) == 1)
+        (running,) = router.service._router._running.values()
+        messages = router.service._door._rooms[GENERATE].messages
+        assert messages.taken == len(request)
+        await wait_until(lambda: router.metric("headrace_requests_total", outcome="deadline") == 1)
+        async with asyncio.timeout(WAIT_S):
+            await router.service.drain()
+        assert (messages.taken, running.samples, running.spec.prompt_ids) == (0, [], [])
+        assert router.service._router.num_running == 0
+        connection.close()
+
+    run(tmp_path, test, request_timeout_s=0.5)
 
 
 def test_every_refusal_is_counted_by_reason_and_none_twice(tmp_path):

@@ -1,7 +1,6 @@
 """The boundary: what a handler raises is what the caller sees."""
 
 import asyncio
-import socket
 
 import grpc
 import pytest
@@ -21,6 +20,8 @@ from headrace_core.reasons import label
 from headrace_core.telemetry import setup_logging
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.garbler import NO_MESSAGE
+
+from tests.unit.raw_http2 import wait_idle_close
 
 NAME = pb.DESCRIPTOR.services_by_name["WorkerService"].full_name
 
@@ -173,15 +174,6 @@ def test_health_follows_readiness():
     asyncio.run(serve(test))
 
 
-def closed_when_idle(address):
-    """Connect without a call; return once the server has closed that."""
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
-        while connection.recv(4096):
-            pass
-
-
 def test_an_idle_connection_is_closed_a_stream_is_not_idle_and_a_channel_connects_again(monkeypatch):
     monkeypatch.setattr(rpc, "_MAX_IDLE_MS", 100)
     gate = asyncio.Event()
@@ -204,7 +196,7 @@ def test_an_idle_connection_is_closed_a_stream_is_not_idle_and_a_channel_connect
             for _ in range(3):
                 health = health_pb2_grpc.HealthStub(channel)
                 await health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
-                await asyncio.to_thread(closed_when_idle, address)
+                await asyncio.to_thread(wait_idle_close, address)
                 async with asyncio.timeout(WAIT_S):
                     while channel.get_state() is not grpc.ChannelConnectivity.IDLE:  # noqa: ASYNC110 - no event
                         await asyncio.sleep(0.01)
