@@ -184,7 +184,7 @@ class Door:
                 if message is None:
                     raise InvalidRequestError("BAD_REQUEST", "the call ended before a message came")
                 share = self._messages[context] = _Share(room.messages, call, "bytes of messages are held")
-                context.add_done_callback(lambda _: self._messages.pop(context))
+                context.add_done_callback(self._messages.pop)
                 share.take(len(message))
                 return decode(message)
         except asyncio.CancelledError:
@@ -254,7 +254,11 @@ class _Share:
         self._caller = call.caller
         self._what = what
         self._held = 0
-        call.context.add_done_callback(lambda _: self.give_back())
+
+        def on_done(_: Any) -> None:
+            self.give_back()
+
+        call.context.add_done_callback(on_done)
 
     def take(self, amount: int) -> None:
         """Hold `amount` more.
