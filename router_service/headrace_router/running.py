@@ -176,6 +176,7 @@ class RunningRequest:
             log.error("unhandled error", extra={"request_id": self.spec.request_id}, exc_info=error)
             self.fail(HeadraceError("BUG", "internal error"))
         finally:
+            self._on_placed(sample)
             self._observe(sample)
 
     def _on_placed(self, sample: Sample) -> None:
