@@ -246,7 +246,9 @@ async def _send_status(context: Any, method: str, error: Exception) -> None:
 
 def _forget_frames(error: BaseException | None) -> None:
     """Drop the tracebacks of an expected error: grpc keeps it with the call, and its frames keep the message."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # causes and contexts together may go round in a circle
+        seen.add(id(error))
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 

@@ -103,6 +103,13 @@ def test_an_error_of_a_call_that_grpc_has_ended_but_not_yet_cancelled_is_a_cance
         asyncio.run(rpc._abort(Ended(), "method", raised))
 
 
+@pytest.mark.timeout(20)
+def test_errors_that_are_each_others_cause_and_context_are_forgotten_once():
+    error, cause = HeadraceError("X", "x"), ValueError("y")
+    error.__cause__, cause.__context__ = cause, error
+    rpc._forget_frames(error)
+
+
 def test_an_answer_that_is_no_message_is_a_protocol_error_and_leaves_no_traceback(capsys):
     setup_logging("router", log_format="text", level="INFO")
 
