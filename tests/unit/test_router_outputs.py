@@ -157,7 +157,7 @@ def test_late_outputs_of_an_old_attempt_are_dropped(tmp_path):
 
 
 def test_what_a_reader_left_lying_comes_in_messages_of_bounded_size(tmp_path):
-    """In one, 20 log-probabilities of 40,000 tokens would be more than grpc sends."""
+    """In one, 20 log-probabilities of each of 40,000 tokens would be more than grpc sends."""
 
     async def test(router):
         _, decode = router.workers
@@ -177,7 +177,7 @@ def test_what_a_reader_left_lying_comes_in_messages_of_bounded_size(tmp_path):
         assert sum(len(message.logprobs) for message in messages) == 20_001
         assert max(message.ByteSize() for message in messages) < 2**20
         assert [message.finish_reason for message in messages if message.finish_reason] == [LENGTH]
-        decode.sequences.clear()
+        decode.end(start.session_id, start.sequence_number)
 
     workers = [
         scripted_worker("prefill", max_context_tokens=30_000, num_pages=2000),
