@@ -239,7 +239,7 @@ def test_the_router_serves_on_whatever_becomes_of_the_file(tmp_path):
                 b"a..b:5000",
                 b"h:" + b"9" * 5000,
                 b"h:\xd9\xa5",
-                b"x" * (1 << 20),
+                b"x" * (1 << 19),
                 b"\x00" * 99,
             ):
                 path.write_bytes(lines + b"\n127.0.0.2:1\n" + good)
