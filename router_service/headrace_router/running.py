@@ -194,7 +194,7 @@ class RunningRequest:
     def _on_news(self, sample: Sample) -> None:
         if sample.num_unsent_logprobs > _MOST_UNREAD_LOGPROBS // self.spec.num_samples:
             self.fail(OverloadedError("SLOW_READER", "the stream's log-probabilities are not read; read it faster"))
-        if sample not in self._news:
+        elif sample not in self._news:
             self._news.append(sample)
             self._wake_stream()
 
