@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import grpc.aio
 from headrace.v1 import decode_service_pb2, decode_service_pb2_grpc
 from headrace_core.batch.spec import SequenceSpec
+from headrace_core.transfer.taker import TransferStats
 from headrace_core.transfer.ticket import Ticket, decode_ticket
 from headrace_core.wire import decode_sampling
 
-from headrace_decode.handoff import TransferStats
 from headrace_decode.session import Session
 
 DECODE_SERVICE = "headrace.v1.DecodeService"

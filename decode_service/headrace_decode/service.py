@@ -32,13 +32,13 @@ from headrace_core.errors import (
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.reasons import label
 from headrace_core.request import check_request_id
+from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Receiver, TransferStats, check_ticket
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.transports import TRANSPORTS
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
-from headrace_decode.handoff import DRAIN_TIMEOUT_S, Receiver, TransferStats, check_ticket
 from headrace_decode.metrics import DecodeMetrics
 from headrace_decode.scheduler import (
     DecodeEvent,

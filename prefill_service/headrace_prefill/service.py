@@ -17,15 +17,15 @@ from headrace_core.engine.engine import News
 from headrace_core.errors import UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import hash_tokens
-from headrace_core.transfer.grpc_stream import SERVICE as TRANSFER_SERVICE
-from headrace_core.transfer.grpc_stream import GrpcHolder
+from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
+from headrace_core.transfer.grpc import GrpcHolder
+from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable, cancelled
 from headrace_core.transfer.ticket import Ticket
 from headrace_core.transfer.verify import run_to_its_end, seal_pages
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import LoadedModel, load_worker_model
 from prometheus_client import CollectorRegistry
 
-from headrace_prefill.handoff import Lease, LeaseState, LeaseTable, cancelled
 from headrace_prefill.metrics import PrefillMetrics
 from headrace_prefill.scheduler import Prefilled, PrefillEvent, PrefillScheduler
 from headrace_prefill.server import PREFILL_SERVICE, add_prefill_servicer

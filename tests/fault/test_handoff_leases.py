@@ -13,8 +13,8 @@ from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import all_free, inspect, running
 from headrace_core.transfer.fake import POOLS, FakeFaults, FakePool, fake_offer
+from headrace_core.transfer.lease import LeaseTable, cancelled
 from headrace_decode.service import DecodeService
-from headrace_prefill.handoff import LeaseTable, cancelled
 from headrace_prefill.service import PrefillService
 
 GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=8, ignore_eos=True)

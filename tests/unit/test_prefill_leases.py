@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from headrace_core.errors import HandoffLostError, HeadraceError
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
-from headrace_prefill.handoff import Lease, LeaseState, LeaseTable, cancelled
+from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable, cancelled
 
 INCARNATION = 42
 HASH = bytes(range(32))

@@ -24,10 +24,10 @@ from headrace_core.request import hash_tokens
 from headrace_core.rpc import Server
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, ticket_for
-from headrace_core.transfer.base import offer_name
 from headrace_core.transfer.fake import fake_offer
-from headrace_core.transfer.grpc_stream import SERVICE, GrpcHolder, GrpcTransport
+from headrace_core.transfer.grpc import SERVICE, GrpcHolder, GrpcTransport
 from headrace_core.transfer.ticket import Ticket
+from headrace_core.transfer.transport import offer_name
 from headrace_core.transfer.transports import choose_transport
 
 PAGES = (5, 0, 3)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from headrace.v1 import types_pb2
 
 from headrace_core.errors import HandoffLostError, TransferCorruptError
-from headrace_core.transfer.base import LeaseHolder, PageMemory
 from headrace_core.transfer.ticket import Ticket
+from headrace_core.transfer.transport import LeaseHolder, PageMemory
 
 
 @dataclass(slots=True)

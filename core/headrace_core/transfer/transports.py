@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from headrace_core.errors import LayoutMismatchError
-from headrace_core.transfer.base import PageMemory, Transport, offer_name
 from headrace_core.transfer.fake import FakeTransport
-from headrace_core.transfer.grpc_stream import GrpcTransport
+from headrace_core.transfer.grpc import GrpcTransport
 from headrace_core.transfer.ticket import Ticket
+from headrace_core.transfer.transport import PageMemory, Transport, offer_name
 
 TRANSPORTS: dict[str, Callable[[PageMemory], Transport]] = {"grpc": GrpcTransport, "fake": FakeTransport}
 

@@ -11,8 +11,8 @@ import xxhash
 
 from headrace_core.errors import LayoutMismatchError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
-from headrace_core.transfer.base import PageMemory
 from headrace_core.transfer.ticket import Ticket
+from headrace_core.transfer.transport import PageMemory
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -19,8 +19,8 @@ from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.request import hash_tokens
-from headrace_core.transfer.base import PageMemory, Transfer, Transport
 from headrace_core.transfer.ticket import Ticket
+from headrace_core.transfer.transport import PageMemory, Transfer, Transport
 from headrace_core.transfer.transports import choose_transport
 from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end
 

@@ -24,10 +24,10 @@ from headrace_core.errors import (
     TransferCorruptError,
 )
 from headrace_core.rpc import answered, raised_from
-from headrace_core.transfer.base import LeaseHolder, PageMemory
 from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.frames import PageWriter, cut, decode_frame, encode_frame
 from headrace_core.transfer.ticket import Ticket
+from headrace_core.transfer.transport import LeaseHolder, PageMemory
 
 SERVICE = "headrace.v1.TransferService"
 
