@@ -83,7 +83,6 @@ class PrefillSettings(WorkerSettings):
 
     model_config = _config("PREFILL")
 
-    lease_s: float = Field(30.0, gt=0, description="seconds that pages are held for a decode worker")
     frame_kib: int = Field(1024, ge=4, le=4096, description="payload of one transfer frame, KiB")
 
 
@@ -96,7 +95,7 @@ class DecodeSettings(WorkerSettings):
     transport: Literal["auto", "grpc"] = Field(
         "auto", description="how pages move; a name fails rather than falls back"
     )
-    transfer_timeout_s: float = Field(30.0, gt=0, description="longest time one sequence's pages may take to move")
+    transfer_timeout_s: float = Field(30.0, gt=0, description="longest time that one run of pages may take to move")
 
 
 class RouterSettings(ProcessSettings):
@@ -127,6 +126,11 @@ class RouterSettings(ProcessSettings):
         4 << 20,
         ge=1,
         description="largest prompt accepted, UTF-8 bytes; tokenizing takes up to 230 times as much memory",
+    )
+    local_below_tokens: int = Field(
+        0,
+        ge=0,
+        description="prompt tokens at most that a decode worker lacks and computes itself; 0: none",
     )
     max_attempts: int = Field(4, ge=1, description="attempts a request has before its failure is the client's")
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request that brings none")

@@ -2,8 +2,7 @@
 
     HeadraceError                INTERNAL             fail the request, log, count
     ├── InvalidRequestError      INVALID_ARGUMENT     return to the client
-    ├── NotFoundError            NOT_FOUND            another attempt: a session went away under the call
-    ├── ConflictError            ALREADY_EXISTS       return to the caller
+    ├── NotFoundError            NOT_FOUND            return to the client
     ├── LayoutMismatchError      FAILED_PRECONDITION  another pair of workers, bounded; logged as an error
     ├── UnauthenticatedError     UNAUTHENTICATED      never seen from a worker
     ├── OverloadedError          RESOURCE_EXHAUSTED   another worker, then shed
@@ -52,12 +51,6 @@ class NotFoundError(HeadraceError):
     status = "NOT_FOUND"
 
 
-class ConflictError(HeadraceError):
-    """The thing to be made exists already."""
-
-    status = "ALREADY_EXISTS"
-
-
 class LayoutMismatchError(HeadraceError):
     """Two workers can't hand off to each other: other model, layout or transports."""
 
@@ -90,7 +83,7 @@ class UnavailableError(HeadraceError):
 
 
 class HandoffLostError(HeadraceError):
-    """The pages are gone (lease expired, worker restarted, stale attempt); prefill again."""
+    """The pages are gone (lease ended, worker restarted, stale attempt); prefill again."""
 
     status = "ABORTED"
 

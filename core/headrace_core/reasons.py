@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from headrace_core.errors import (
     CheckpointError,
-    ConflictError,
     DeadlineError,
     HandoffLostError,
     HeadraceError,
@@ -33,7 +32,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_CREDENTIALS": "the client's token can't be sent as metadata",
         "BAD_FIDELITY": "`headrace simulate --fidelity` is none it knows",
         "BAD_FIT": "a file of fitted step times can't be used",
-        "BAD_HANDOFF": "a ticket does not fit the sequence it came with; between workers, tried again",
+        "BAD_HANDOFF": "what a hand-off brought does not fit the sequence it was for; between workers, tried again",
         "BAD_OPTION": "a command's option has no such value",
         "BAD_REQUEST": "a message is malformed or contradicts itself",
         "BAD_SAMPLING": "a sampling parameter, named in the message, is out of its range or leaves no token to choose",
@@ -53,10 +52,6 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     NotFoundError: {
         "UNKNOWN_MODEL": "the router serves another model",
         "UNKNOWN_SERVICE": "health was asked about a service that is not here",
-        "UNKNOWN_SESSION": "the decode worker has no such session (any more)",
-    },
-    ConflictError: {
-        "SESSION_EXISTS": "a session of this id is open",
     },
     LayoutMismatchError: {
         "LAYOUT_MISMATCH": "page size, dtype, layers or widths differ between two workers",
@@ -74,12 +69,11 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "SLOW_READER": "the reader of a session, or of log-probabilities, fell too far behind",
     },
     UnavailableError: {
-        "CANCELLED": "the work was cancelled meanwhile",
         "CONNECTION_LOST": "the connection to the router broke",
         "DRAINING": "the process is going away and takes no new work",
         "NO_WORKERS": "no worker is ready, or none with a context so long; says what is missing",
         "RETRIES_EXHAUSTED": "every attempt failed, or two lost their worker; says how the last one did",
-        "SESSION_CLOSED": "the session's stream ended",
+        "SESSION_CLOSED": "the session of a router with a decode worker ended",
         "STARTING": "the process is loading its model",
         "START_FAILED": "a process of a local cluster, or that for chat templates, could not start; says why",
         "START_TIMEOUT": "a process of a local cluster was not ready in time",
@@ -88,13 +82,14 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     HandoffLostError: {
         "HOLDER_LOST": "the worker that holds the pages is gone",
-        "LEASE_EXPIRED": "the pages are not held any more",
+        "LEASE_ENDED": "the pages are not held any more",
         "STALE_ATTEMPT": "a later attempt of the same sample exists",
-        "STALE_PAGE": "a page was reused since the ticket was written",
+        "STALE_PAGE": "a page was reused since it was sealed",
+        "TAKER_LOST": "the worker that was to take the pages is gone",
         "WORKER_RESTARTED": "the holder is another process now",
     },
     TransferCorruptError: {
-        "CHECKSUM": "bytes differ from the ticket's checksums",
+        "CHECKSUM": "bytes differ from the holder's checksums",
         "SHORT_READ": "fewer bytes arrived than promised",
         "TOKENS_MISMATCH": "the pages of a hand-off are those of other tokens",
     },

@@ -21,7 +21,6 @@ from grpc_reflection.v1alpha import reflection
 
 from headrace_core.door import Door
 from headrace_core.errors import (
-    ConflictError,
     DeadlineError,
     HandoffLostError,
     HeadraceError,
@@ -104,7 +103,6 @@ _BY_STATUS: dict[str, type[HeadraceError]] = {
     for error in (
         InvalidRequestError,
         NotFoundError,
-        ConflictError,
         LayoutMismatchError,
         UnauthenticatedError,
         OverloadedError,
@@ -297,7 +295,8 @@ class Server:
             ("grpc.max_allowed_incoming_connections", _max_connections()),
             ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
         ]
-        self.grpc = grpc.aio.server(interceptors=[*interceptors, Boundary(door or Door())], options=options)
+        self.door = door or Door()
+        self.grpc = grpc.aio.server(interceptors=[*interceptors, Boundary(self.door)], options=options)
         self._health = HealthServicer(service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = [*service_names, "grpc.health.v1.Health", reflection.SERVICE_NAME]
@@ -342,6 +341,12 @@ def channel(address: str, *, credentials: grpc.ChannelCredentials | None = None)
     if credentials:
         return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def own_channel(address: str) -> grpc.aio.Channel:
+    """Return a channel to `host:port` with a connection of its own: others to the same address share one."""
+    options = [*_CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.insecure_channel(address, options=options)
 
 
 def blocking_channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:

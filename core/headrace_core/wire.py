@@ -151,12 +151,14 @@ def encode_logprobs(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
     )
 
 
-def decode_failure(message: decode_service_pb2.SequenceFailure) -> HeadraceError:
+def decode_failure(message: decode_service_pb2.Failure) -> HeadraceError:
     """Return the error a sequence failed with."""
     code = _CODES.get(message.code, grpc.StatusCode.UNKNOWN)
     return from_status(code, message.reason, message.message)
 
 
-def encode_failure(error: HeadraceError) -> decode_service_pb2.SequenceFailure:
+def encode_failure(error: HeadraceError, side: decode_service_pb2.FailureSide.ValueType) -> decode_service_pb2.Failure:
     """Return the message."""
-    return decode_service_pb2.SequenceFailure(code=status_code(error).value[0], reason=error.reason, message=str(error))
+    return decode_service_pb2.Failure(
+        code=status_code(error).value[0], reason=error.reason, message=str(error), side=side
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headrace_core.telemetry import PHASE_BUCKETS
 from headrace_core.worker.metrics import WorkerMetrics
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class DecodeMetrics:
@@ -18,6 +18,9 @@ class DecodeMetrics:
         )  # fmt: skip
         self.preemptions = Counter(
             "headrace_preemptions_total", "Sequences evicted to be computed again", registry=registry
+        )
+        self.paused_sessions = Gauge(
+            "headrace_paused_sessions", "Sessions whose rows pause until their reader reads", registry=registry
         )
         self.slow_readers = Counter(
             "headrace_slow_readers_total", "Sessions aborted because their reader stalled", registry=registry

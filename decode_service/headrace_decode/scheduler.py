@@ -1,6 +1,6 @@
 """Which sequences a step advances. Pure: no torch, no grpc, no clock. Engine thread only.
 
-    WAITING ──pages, ticket──► TRANSFERRING ──arrived──► RUNNING ──finished, failed──► gone, pages free
+    WAITING ──pages, remote──► TRANSFERRING ──arrived──► RUNNING ──finished, failed──► gone, pages free
        │ ▲                          │ abort               │  │
        │ └──────────────────────────┼──pre-empted─────────┘  │
        │                            ▼                        │
@@ -12,6 +12,9 @@ computes it again after pre-emption. Decode rows come first, then prompt chunks 
 When a running sequence needs a page and none is left, the youngest running one gives its pages back and waits, with
 all its tokens, to be computed again: no token is lost or emitted twice. One that outgrows the whole pool ends with
 NO_FREE_PAGES. Pages under transfer are never taken away: bytes may still land in them.
+
+A sequence belongs to a group, its router's session. Groups take turns at admission. The rows of one that is paused,
+because its router does not read, are left out of steps and keep their pages.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, StepBook
+from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken
@@ -45,7 +49,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PagesReady:
-    """A handed-off sequence has destination pages; move its bytes into them."""
+    """A sequence that is computed elsewhere has destination pages; have its bytes brought into them."""
 
     key: int
     page_ids: tuple[int, ...]
@@ -85,8 +89,10 @@ class _Sequence:
     """`token_ids` are all known tokens; `output_ids` those after the prompt; both grow."""
 
     key: int
+    group: int
     spec: SequenceSpec
     has_handoff: bool
+    local_below: int
     token_ids: list[int]
     prompt_ids: list[int]
     output_ids: list[int]
@@ -123,38 +129,55 @@ class DecodeScheduler:
         # More rows than tokens could never all run.
         self._max_running = min(max_step_sequences, max_step_tokens)
         self._sequences: dict[int, _Sequence] = {}
-        self._waiting: list[_Sequence] = []
-        self._running: list[_Sequence] = []  # both oldest first
+        self._waiting: TurnQueue[_Sequence] = TurnQueue()
+        self._running: list[_Sequence] = []  # oldest first
+        self._paused: set[int] = set()
         self._num_transferring = 0
         self._has_made_room = False
         self._book = StepBook[DecodeEvent](pages, max_waiting_sequences=max_waiting_sequences)
 
-    def add(self, key: int, spec: SequenceSpec, first_token_id: int | None, now: float) -> None:
+    def add(
+        self,
+        key: int,
+        spec: SequenceSpec,
+        now: float,
+        *,
+        group: int = 0,
+        has_handoff: bool = False,
+        local_below: int = 0,
+    ) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
 
-        With `first_token_id`, the cache of `spec.token_ids` comes by transfer; without, it is computed here.
+        With `has_handoff`, the cache of `spec.token_ids` comes by transfer, unless at most `local_below` of them are
+        missing from the prefix cache when it is its turn; otherwise it is computed here.
         """
-        first = [] if first_token_id is None else [first_token_id]
         if self._book.admits(key, num_tokens=len(spec.token_ids) + 1, num_waiting=len(self._waiting)):
             sequence = self._sequences[key] = _Sequence(
                 key=key,
+                group=group,
                 spec=spec,
-                has_handoff=first_token_id is not None,
-                token_ids=[*spec.token_ids, *first],
+                has_handoff=has_handoff,
+                local_below=local_below,
+                token_ids=list(spec.token_ids),
                 prompt_ids=spec.token_ids[: spec.num_prompt_tokens],
-                output_ids=[*spec.token_ids[spec.num_prompt_tokens :], *first],
+                output_ids=spec.token_ids[spec.num_prompt_tokens :],
                 finish=FinishRule(spec.params, self._limits),
                 added_s=now,
             )
-            insort(self._waiting, sequence, key=_age)
+            self._waiting.add(sequence)
 
-    def arrived(self, key: int) -> None:
-        """Join a sequence whose pages arrived and were verified. Unknown keys are no error."""
+    def arrived(self, key: int, first_token_id: int) -> None:
+        """Join a sequence whose pages arrived and were verified, and of which one token more is known.
+
+        Unknown keys are no error.
+        """
         sequence = self._sequences.get(key)
         if sequence is None or sequence.state is not State.TRANSFERRING:
             return
         sequence.num_computed = len(sequence.spec.token_ids)
         sequence.has_handoff = False
+        sequence.token_ids.append(first_token_id)
+        sequence.output_ids.append(first_token_id)
         self._num_transferring -= 1
         self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed)
         self._run(sequence)
@@ -176,6 +199,14 @@ class DecodeScheduler:
         sequence = self._sequences.get(key)
         if sequence and sequence.state is State.QUARANTINED:
             self._free(sequence)
+
+    def pause(self, group: int) -> None:
+        """Leave the group's rows out of steps until `resume`; they keep their pages. Idempotent."""
+        self._paused.add(group)
+
+    def resume(self, group: int) -> None:
+        """Take the group's rows into steps again. Idempotent."""
+        self._paused.discard(group)
 
     def plan(self, now: float) -> StepPlan | None:
         """Choose rows and chunks of at most `max_step_tokens` together; None when nothing can be computed."""
@@ -229,8 +260,8 @@ class DecodeScheduler:
         for sequence in sorted(self._running, key=lambda candidate: candidate.num_left > 1):
             if not budget:
                 break
-            if sequence.state is not State.RUNNING:
-                continue  # pre-empted for one before it
+            if sequence.state is not State.RUNNING or sequence.group in self._paused:
+                continue  # pre-empted for one before it, or nobody reads
             end = sequence.num_computed + min(sequence.num_left, budget)
             if not self._make_room(sequence, end, chunks):
                 continue
@@ -241,22 +272,26 @@ class DecodeScheduler:
     def _admit(self, now: float) -> None:
         """Give pages to the queue's head while there are some."""
         while self._waiting and len(self._running) + self._num_transferring < self._max_running:
-            sequence = self._waiting[0]
+            sequence = self._waiting.head()
             if self.pages.is_refused(sequence.token_ids):
                 return
-            num_tokens = len(sequence.spec.token_ids) if sequence.has_handoff else len(sequence.token_ids)
-            if sequence.has_handoff:
-                pages = SequencePages(sequence.key)
-            else:
+            is_remote = sequence.has_handoff
+            pages = SequencePages(sequence.key)
+            if not is_remote or sequence.local_below:
                 pages = self.pages.match(sequence.key, sequence.token_ids)
-            if not self._reserve(pages, num_tokens):
+                num_left = len(sequence.token_ids) - len(pages.nodes) * self.pages.page_size
+                is_remote = is_remote and num_left > sequence.local_below
+            if is_remote and pages.nodes:
+                self.pages.free(pages)
+                pages = SequencePages(sequence.key)
+            if not self._reserve(pages, len(sequence.token_ids)):
                 self.pages.refuse(pages, sequence.token_ids)
                 return
-            self._waiting.pop(0)
-            sequence.pages = pages
+            self._waiting.take()
+            sequence.pages, sequence.has_handoff = pages, is_remote
             if not sequence.is_started:
                 sequence.queue_s = now - sequence.added_s
-            if sequence.has_handoff:
+            if is_remote:
                 sequence.state = State.TRANSFERRING
                 self._num_transferring += 1
                 self._book.tell(PagesReady(sequence.key, tuple(pages.page_ids), sequence.queue_s))
@@ -304,7 +339,7 @@ class DecodeScheduler:
         self._running.remove(sequence)
         self.pages.free(sequence.pages)
         sequence.state, sequence.num_computed = State.WAITING, 0
-        insort(self._waiting, sequence, key=_age)
+        self._waiting.add(sequence)
         self._book.tell(Preempted(sequence.key))
 
     def _chunk(self, sequence: _Sequence, end: int) -> Chunk:

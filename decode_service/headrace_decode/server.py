@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import grpc.aio
-from headrace.v1 import decode_service_pb2, decode_service_pb2_grpc
-from headrace_core.batch.spec import SequenceSpec
-from headrace_core.transfer.taker import TransferStats
-from headrace_core.transfer.ticket import Ticket, decode_ticket
-from headrace_core.wire import decode_sampling
+from headrace.v1 import decode_service_pb2 as pb
+from headrace.v1 import decode_service_pb2_grpc
+from headrace_core.beats import Silence
+from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
 
 from headrace_decode.session import Session
 
@@ -20,22 +20,20 @@ DECODE_SERVICE = "headrace.v1.DecodeService"
 class Decoder(Protocol):
     """Whom the servicer delegates to; errors are as `decode_service.proto` lists them."""
 
-    def open_session(self, session_id: str) -> Session:
-        """Begin a session."""
+    def open_session(self, router_id: int) -> Session:
+        """Begin a session; an earlier one of the same router ends."""
         ...
 
-    def close_session(self, session: Session) -> None:
+    def close_session(self, session: Session, error: HeadraceError) -> None:
         """End a session and its sequences. Idempotent."""
         ...
 
-    async def start_sequence(
-        self, session_id: str, number: int, spec: SequenceSpec, ticket: Ticket | None
-    ) -> tuple[float, TransferStats | None]:
-        """Start a sequence; return seconds queued, and what was moved, when it runs."""
+    def start_sequence(self, session: Session, message: pb.StartSequence) -> None:
+        """Start a sequence; what becomes of it, a refusal too, is told in the session."""
         ...
 
-    def cancel_sequence(self, session_id: str, number: int) -> None:
-        """Abort a sequence."""
+    def cancel_sequence(self, session: Session, number: int, *, attempt: int) -> None:
+        """End a sequence."""
         ...
 
 
@@ -45,52 +43,56 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    async def StreamSteps(
-        self, request: decode_service_pb2.StreamStepsRequest, context: Any
-    ) -> AsyncIterator[decode_service_pb2.StreamStepsResponse]:
+    async def Session(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.SessionResponse]:
         """See `decode_service.proto`."""
-        session = self._decoder.open_session(request.session_id)
+        session = self._decoder.open_session(await _router_id(request_iterator))
 
         # Also when the call ends while this generator is suspended in a `yield`.
-        def close(_: object) -> None:
-            self._decoder.close_session(session)
+        def close(_: object = None) -> None:
+            self._decoder.close_session(session, UnavailableError("SESSION_CLOSED", "the session's call ended"))
 
         context.add_done_callback(close)
+        listening = asyncio.ensure_future(self._listen(request_iterator, session))
         try:
-            yield decode_service_pb2.StreamStepsResponse()
+            yield pb.SessionResponse()
             while True:
                 yield await session.next()
         finally:
-            self._decoder.close_session(session)
+            listening.cancel()
+            close()
 
-    async def Start(self, request: decode_service_pb2.StartRequest, context: Any) -> decode_service_pb2.StartResponse:
-        """See `decode_service.proto`."""
-        spec = SequenceSpec(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            sample_index=request.sample_index,
-            token_ids=list(request.token_ids),
-            num_prompt_tokens=request.num_prompt_tokens,
-            params=decode_sampling(request.sampling),
-        )
-        ticket = decode_ticket(request.handoff) if request.HasField("handoff") else None
-        queue_s, moved = await self._decoder.start_sequence(request.session_id, request.sequence_number, spec, ticket)
-        return decode_service_pb2.StartResponse(
-            queue_us=round(queue_s * 1e6),
-            transfer_us=round(moved.duration_s * 1e6) if moved else 0,
-            transfer_bytes=moved.num_bytes if moved else 0,
-            num_transfer_pages=moved.num_pages if moved else 0,
-            transport=moved.transport if moved else "",
-        )
-
-    async def Cancel(
-        self, request: decode_service_pb2.CancelRequest, context: Any
-    ) -> decode_service_pb2.CancelResponse:
-        """See `decode_service.proto`."""
-        self._decoder.cancel_sequence(request.session_id, request.sequence_number)
-        return decode_service_pb2.CancelResponse()
+    async def _listen(self, requests: AsyncIterator[pb.SessionRequest], session: Session) -> None:
+        """Do what the router says until it has nothing more to say; then, or when it falls silent, the session ends."""
+        decoder = self._decoder
+        silent = UnavailableError("SESSION_CLOSED", "the router says nothing any more")
+        silence = Silence(lambda: decoder.close_session(session, silent))
+        try:
+            async for request in requests:
+                silence.heard()
+                match request.WhichOneof("command"):
+                    case "start":
+                        decoder.start_sequence(session, request.start)
+                    case "cancel":
+                        decoder.cancel_sequence(session, request.cancel.sequence_number, attempt=request.cancel.attempt)
+                    case "open":
+                        raise InvalidRequestError("BAD_REQUEST", "the session is open already")
+                    case _:
+                        pass  # a beat
+            decoder.close_session(session, UnavailableError("SESSION_CLOSED", "the router left"))
+        except HeadraceError as error:
+            decoder.close_session(session, error)
+        finally:
+            silence.close()
 
 
 def add_decode_servicer(decoder: Decoder, server: grpc.aio.Server) -> None:
     """Register the service."""
     decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(decoder), server)
+
+
+async def _router_id(requests: AsyncIterator[pb.SessionRequest]) -> int:
+    async for request in requests:
+        if not request.HasField("open") or not request.open.router_id:
+            break
+        return request.open.router_id
+    raise InvalidRequestError("BAD_REQUEST", "a session begins with whose it is")

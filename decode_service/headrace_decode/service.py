@@ -1,9 +1,9 @@
 """The decode worker: sessions and sequences. Event loop only; the scheduler runs on the engine thread.
 
-    a sequence:  STARTING ──joined the batch──► STARTED ──last token, failure, cancel, session end──► over
-                    └────────failure, cancel, session end, higher attempt──────────────────────────────┘
+    a sequence:  QUEUED ──pages──► taken from elsewhere, or computed here ──joined──► RUNNING ──last token──► over
+                    └──────── failure, cancel, deadline, session end, higher attempt ────┴────────────────────┘
 
-`_end` is the only way out, whatever the phase: it tells whoever waits, aborts in the scheduler, stops the transfer.
+`_end` is the only way out, whatever the phase: it tells the router, aborts in the scheduler, stops the transfer.
 """
 
 from __future__ import annotations
@@ -11,66 +11,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
 
+from headrace.v1 import decode_service_pb2 as pb
 from headrace.v1 import types_pb2
 from headrace_core.batch.finish import FinishRule
-from headrace_core.batch.spec import SequenceSpec
 from headrace_core.batch.step_book import Failed
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.engine import News
-from headrace_core.errors import (
-    ConflictError,
-    HandoffLostError,
-    HeadraceError,
-    InvalidRequestError,
-    NotFoundError,
-    OverloadedError,
-    UnavailableError,
-)
+from headrace_core.errors import DeadlineError, HeadraceError, InvalidRequestError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.reasons import label
-from headrace_core.request import check_request_id
-from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Receiver, TransferStats, check_ticket
-from headrace_core.transfer.ticket import Ticket
+from headrace_core.request import hash_tokens
+from headrace_core.transfer.hold import Side, TakeError
+from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
 from headrace_core.transfer.transports import TRANSPORTS
+from headrace_core.transfer.values import Admission, FirstToken, Order, replaced, stale_attempt
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
 from headrace_decode.metrics import DecodeMetrics
-from headrace_decode.scheduler import (
-    DecodeEvent,
-    DecodeScheduler,
-    Output,
-    PagesReady,
-    Preempted,
-    Started,
-)
+from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Preempted, Started
+from headrace_decode.sequence import Sequence, decode_spec, refuse
 from headrace_decode.server import DECODE_SERVICE, add_decode_servicer
-from headrace_decode.session import MAX_UNREAD_TOKENS, Session
+from headrace_decode.session import MOST_UNREAD_BYTES, PATIENCE_S, Session
 
 log = logging.getLogger(__name__)
 
 _AUTO_TRANSPORTS = ("grpc",)
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    key: int
-    number: int
-    session: Session
-    spec: SequenceSpec
-    started: asyncio.Future[Started]
-    pages: asyncio.Future[Sequence[int]]
-    began_s: float
-    taking: asyncio.Task[TransferStats] | None = None
-    moved: TransferStats | None = None
-    has_arrived: bool = False
-    num_output_tokens: int = 0
-    num_preemptions: int = 0
-    is_over: bool = False
 
 
 class DecodeService:
@@ -81,8 +50,9 @@ class DecodeService:
         settings: DecodeSettings,
         *,
         loader: Loader = load_worker_model,
-        transports: Sequence[str] = (),
-        max_unread_tokens: int = MAX_UNREAD_TOKENS,
+        transports: Seq[str] = (),
+        most_unread_bytes: int = MOST_UNREAD_BYTES,
+        patience_s: float = PATIENCE_S,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         self.registry = CollectorRegistry()
@@ -90,7 +60,8 @@ class DecodeService:
         self._settings = settings
         self._loader = loader
         self._transports = transports or (_AUTO_TRANSPORTS if settings.transport == "auto" else (settings.transport,))
-        self._max_unread_tokens = max_unread_tokens
+        self._most_unread_bytes = most_unread_bytes
+        self._patience_s = patience_s
         self._drain_timeout_s = drain_timeout_s
         is_both = settings.role == "both"
         self.host: WorkerHost[DecodeScheduler] = WorkerHost(
@@ -101,12 +72,12 @@ class DecodeService:
             metrics=self._metrics.worker,
         )
         self.failed = self.host.failed
-        self._receiver: Receiver | None = None
+        self._taker: Taker | None = None
         self._num_keys = 0
-        self._sessions: dict[str, Session] = {}
-        self._sequences: dict[int, _Sequence] = {}
-        self._by_request: dict[tuple[str, int], _Sequence] = {}
-        self._taking: set[asyncio.Task[TransferStats]] = set()
+        self._num_groups = 0
+        self._sessions: dict[int, Session] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._taking: set[asyncio.Task[TransferStats | None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -133,11 +104,12 @@ class DecodeService:
             max_step_sequences=settings.max_step_sequences,
             max_waiting_sequences=settings.max_waiting_sequences,
         )
-        self._receiver = Receiver(
+        self._taker = Taker(
             model.cache,
             fingerprint=model.fingerprint,
             layout=model.layout,
-            transports={name: TRANSPORTS[name](model.cache) for name in self._transports},
+            vocab_size=model.limits.vocab_size,
+            transports={name: TRANSPORTS[name].taker(model.cache) for name in self._transports},
             timeout_s=settings.transfer_timeout_s,
             drain_timeout_s=self._drain_timeout_s,
         )
@@ -153,172 +125,188 @@ class DecodeService:
         """See `process.Service`."""
         error = UnavailableError("DRAINING", "the worker is going away; try another")
         for session in list(self._sessions.values()):
-            self._close(session, error)
+            self.close_session(session, error)
         if self._taking:
             await asyncio.wait(self._taking)
-        if self._receiver:
-            await self._receiver.close()
+        if self._taker:
+            await self._taker.close()
         await self.host.stop()
 
-    def open_session(self, session_id: str) -> Session:
-        """Begin a session.
+    def open_session(self, router_id: int) -> Session:
+        """Begin a session; an earlier one of the same router, whose connection broke, ends.
 
         Raises:
-            ConflictError: SESSION_EXISTS.
             UnavailableError: STARTING, DRAINING.
         """
         self.host.require_ready()
-        check_request_id(session_id)
-        if session_id in self._sessions:
-            raise ConflictError("SESSION_EXISTS", f"session {session_id} is open; choose a new id at each connection")
-        self._sessions[session_id] = Session(session_id, max_unread_tokens=self._max_unread_tokens)
-        return self._sessions[session_id]
+        earlier = self._sessions.get(router_id)
+        if earlier is not None:
+            self.close_session(earlier, UnavailableError("SESSION_CLOSED", "the router opened another session"))
+        self._num_groups += 1
+        group = self._num_groups
 
-    def close_session(self, session: Session) -> None:
-        """End a session whose reader is gone. Idempotent."""
-        self._close(session, UnavailableError("SESSION_CLOSED", "the session's stream ended"))
+        def on_full(is_full: bool) -> None:
+            self._metrics.paused_sessions.inc(1 if is_full else -1)
+            self.host.engine.submit(lambda s: s.pause(group) if is_full else s.resume(group))
 
-    async def start_sequence(
-        self, session_id: str, number: int, spec: SequenceSpec, ticket: Ticket | None
-    ) -> tuple[float, TransferStats | None]:
-        """Start a sequence; return seconds queued, and what was moved, when it runs. Cancelling aborts it.
+        def on_slow(error: HeadraceError) -> None:
+            self._metrics.slow_readers.inc()
+            log.warning("slow reader", extra={"router": f"{router_id:016x}"})
+            self.close_session(session, error)
 
-        Raises:
-            HeadraceError: as `DecodeService.Start` lists.
-        """
-        self.host.require_ready()
-        spec.check(self.host.model.limits)
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise NotFoundError("UNKNOWN_SESSION", "open the session with StreamSteps first")
-        transport = self._check_source(spec, ticket)
-        sequence = self._register(session, number, spec)
-        key, now = sequence.key, sequence.began_s
-        first_token_id = ticket.first_token.token_id if ticket else None
-        self.host.engine.submit(lambda scheduler: scheduler.add(key, spec, first_token_id, now))
-        if ticket:
-            self._take(sequence, ticket, transport)
-        try:
-            started = await sequence.started
-            if sequence.taking:
-                await asyncio.wait([sequence.taking])  # until the lease is released
-        except asyncio.CancelledError:
-            self._end(sequence)
-            raise
-        return started.queue_s, sequence.moved
+        session = self._sessions[router_id] = Session(
+            router_id,
+            group,
+            on_full=on_full,
+            on_slow=on_slow,
+            most_bytes=self._most_unread_bytes,
+            patience_s=self._patience_s,
+        )
+        return session
 
-    def cancel_sequence(self, session_id: str, number: int) -> None:
-        """Abort a sequence; an unknown one is no error."""
-        session = self._sessions.get(session_id)
-        key = session.keys.get(number) if session else None
-        if key is not None:
+    def close_session(self, session: Session, error: HeadraceError) -> None:
+        """End a session and its sequences. Idempotent."""
+        if self._sessions.get(session.router_id) is not session:
+            return
+        del self._sessions[session.router_id]
+        session.close(error)
+        for key in list(session.keys.values()):
             self._end(self._sequences[key])
 
-    def _check_source(self, spec: SequenceSpec, ticket: Ticket | None) -> str:
-        """Return the transport by which the sequence's cache comes; empty if it is computed here."""
-        if ticket is None:
-            return ""
-        check_ticket(ticket, spec)
-        if not 0 <= ticket.first_token.token_id < self.host.model.limits.vocab_size:
-            raise InvalidRequestError("BAD_TOKEN", "the first token is outside the vocabulary")
-        ended = FinishRule(spec.params, self.host.model.limits).reason(
-            ticket.first_token.token_id,
-            num_output_tokens=spec.num_output_tokens + 1,
-            num_tokens=len(spec.token_ids) + 1,
-        )
-        if ended:
-            raise InvalidRequestError("BAD_HANDOFF", f"the first token already ends the sequence: {ended.value}")
-        assert self._receiver is not None, "ready"
-        return self._receiver.choose(ticket)
-
-    def _register(self, session: Session, number: int, spec: SequenceSpec) -> _Sequence:
-        if number in session.keys:
-            raise InvalidRequestError("BAD_REQUEST", f"sequence_number {number} is in use in this session")
-        current = self._by_request.get((spec.request_id, spec.sample_index))
-        if current and current.spec.attempt >= spec.attempt:
-            raise HandoffLostError(
-                "STALE_ATTEMPT", f"attempt {spec.attempt} comes after attempt {current.spec.attempt}"
-            )
+    def start_sequence(self, session: Session, message: pb.StartSequence) -> None:
+        """Start a sequence; what becomes of it, a refusal too, is told in the session."""
+        if self._sessions.get(session.router_id) is not session:
+            return
+        try:
+            self.host.require_ready()
+            spec = decode_spec(message)
+            spec.check(self.host.model.limits)
+            current = self._sequence(session, message.sequence_number)
+            if current and current.spec.attempt >= spec.attempt:
+                raise stale_attempt(spec.attempt, current.spec.attempt)
+        except HeadraceError as error:
+            refuse(session, message, error)
+            return
         if current:
-            self._end(current, HandoffLostError("STALE_ATTEMPT", f"attempt {spec.attempt} replaced this one"))
-        loop = asyncio.get_running_loop()
+            self._end(current, replaced(spec.attempt))
         self._num_keys += 1
-        sequence = _Sequence(
-            self._num_keys, number, session, spec, loop.create_future(), loop.create_future(), time.monotonic()
+        now, timeout_s = time.monotonic(), message.timeout_ms / 1000
+        sequence = Sequence(
+            self._num_keys,
+            message.sequence_number,
+            session,
+            spec,
+            message.prefill_address,
+            now,
+            now + timeout_s,
+            len(spec.token_ids),
         )
-        session.keys[number] = sequence.key
-        self._sequences[sequence.key] = self._by_request[spec.request_id, spec.sample_index] = sequence
+        sequence.deadline = asyncio.get_running_loop().call_later(timeout_s, self._end, sequence, _late(sequence))
+        session.keys[sequence.number] = sequence.key
+        self._sequences[sequence.key] = sequence
         self._idle.clear()
-        return sequence
+        has_handoff, local_below = bool(message.prefill_address), message.local_below
+        self.host.engine.submit(
+            lambda scheduler: scheduler.add(
+                sequence.key, spec, now, group=session.group, has_handoff=has_handoff, local_below=local_below
+            )
+        )
 
-    def _take(self, sequence: _Sequence, ticket: Ticket, transport: str) -> None:
-        """Begin to take the handed-off pages."""
-        assert self._receiver is not None, "ready"
+    def cancel_sequence(self, session: Session, number: int, *, attempt: int) -> None:
+        """End a sequence, unless it is of a higher attempt; an unknown one is no error."""
+        sequence = self._sequence(session, number)
+        if sequence and sequence.spec.attempt <= attempt:
+            self._end(sequence)
 
-        def on_taken() -> None:
-            sequence.has_arrived = True
-            self.host.engine.submit(lambda scheduler: scheduler.arrived(sequence.key))
+    def _sequence(self, session: Session, number: int) -> Sequence | None:
+        key = session.keys.get(number)
+        return None if key is None else self._sequences[key]
 
-        def on_done(taking: asyncio.Task[TransferStats]) -> None:
+    def _take(self, sequence: Sequence, page_ids: Seq[int]) -> None:
+        """Have the sequence computed elsewhere and its cache brought here."""
+        assert self._taker is not None, "ready"
+        spec, model = sequence.spec, self.host.model
+        order = Order(
+            owner=(sequence.session.router_id, sequence.number),
+            spec=spec,
+            timeout_s=max(sequence.ends_s - time.monotonic(), 0.001),
+            tokens_sha256=hash_tokens(spec.token_ids),
+            fingerprint=model.fingerprint,
+            layout=model.layout,
+        )
+
+        def on_first(admission: Admission, first: FirstToken) -> None:
+            self._on_first(sequence, admission, first)
+
+        def on_done(taking: asyncio.Task[TransferStats | None]) -> None:
             self._taking.discard(taking)
             self._on_taken(sequence, taking)
 
-        sequence.taking = asyncio.ensure_future(self._receiver.take(ticket, transport, sequence.pages, on_taken))
+        taking = self._taker.take(order, sequence.prefill_address, page_ids, age=sequence.key, on_first=on_first)
+        sequence.taking = asyncio.ensure_future(taking)
         self._taking.add(sequence.taking)
         sequence.taking.add_done_callback(on_done)
 
-    def _on_taken(self, sequence: _Sequence, taking: asyncio.Task[TransferStats]) -> None:
+    def _on_first(self, sequence: Sequence, admission: Admission, first: FirstToken) -> None:
+        """Tell the first token at once: its cache is still on the way."""
+        spec = sequence.spec
+        ours = FinishRule(spec.params, self.host.model.limits).reason(
+            first.token.token_id, num_output_tokens=spec.num_output_tokens + 1, num_tokens=len(spec.token_ids) + 1
+        )
+        if ours is not first.finish:
+            problem = f"the prefill worker says {first.finish} of a first token of which this one says {ours}"
+            raise TakeError(Side.HOLDER, InvalidRequestError("BAD_HANDOFF", problem))
+        if not sequence.is_over:
+            sequence.tell_first(admission, first)
+
+    def _on_taken(self, sequence: Sequence, taking: asyncio.Task[TransferStats | None]) -> None:
         worker = self._metrics.worker
-        if not taking.cancelled() and taking.exception() is None:
+        error = None if taking.cancelled() else taking.exception()
+        if error is None and not taking.cancelled() and taking.result() and not sequence.is_over:
             moved = sequence.moved = taking.result()
+            assert moved is not None, "asked just now"
             self._metrics.transfer_seconds.labels(moved.transport).observe(moved.duration_s)
             worker.transfer_bytes.labels(moved.transport, "received").inc(moved.num_bytes)
+            self.host.engine.submit(lambda scheduler: scheduler.arrived(sequence.key, sequence.first_token_id))
             return
-        error = None if taking.cancelled() else taking.exception()
-        if error is not None and not isinstance(error, HeadraceError):
+        if isinstance(error, TakeError):
+            worker.handoff_failures.labels(label(error.error.reason)).inc()
+            self._end(sequence, error.error, error.side)
+        elif error is not None:
             log.error("transfer failed", extra={"request_id": sequence.spec.request_id}, exc_info=error)
-            error = HeadraceError("BUG", "internal error")
-        if error:
-            worker.handoff_failures.labels(label(error.reason)).inc()
-        self._end(sequence, error)
+            self._end(sequence, HeadraceError("BUG", "internal error"))
+        else:
+            self._end(sequence)  # its first token was its last, or it is over already
         # After the abort: the transfer is drained, its pages may have a new owner.
         self.host.engine.submit(lambda scheduler: scheduler.drained(sequence.key))
 
     def _on_news(self, news: News[DecodeEvent]) -> None:
-        sessions: dict[str, Session] = {}
+        sessions: dict[int, Session] = {}
         for event in news.events:
             sequence = self._sequences.get(event.key)
-            if sequence is None:
-                continue
-            sessions[sequence.session.session_id] = sequence.session
-            self._on_event(sequence, event)
+            if sequence is not None:
+                sessions[sequence.session.group] = sequence.session
+                self._on_event(sequence, event)
         for session in sessions.values():
             session.flush(news.report.duration_s if news.report else 0.0)
 
-    def _on_event(self, sequence: _Sequence, event: DecodeEvent) -> None:
+    def _on_event(self, sequence: Sequence, event: DecodeEvent) -> None:
         worker = self._metrics.worker
         match event:
             case PagesReady(page_ids=page_ids, queue_s=queue_s):
                 worker.queue_seconds.observe(queue_s)
-                if not sequence.pages.done():
-                    sequence.pages.set_result(page_ids)
+                sequence.queue_s = queue_s
+                self._take(sequence, page_ids)
             case Started(queue_s=queue_s, num_cached_tokens=num_cached):
                 if not sequence.taking:
                     worker.queue_seconds.observe(queue_s)
                     worker.prompt_tokens.inc(len(sequence.spec.token_ids))
                     worker.cache_query_tokens.inc(len(sequence.spec.token_ids))
                     worker.cache_hit_tokens.inc(num_cached)
-                if not sequence.started.done():  # its call may have been cancelled in this very turn of the loop
-                    sequence.started.set_result(event)
-            case Output(token=token, finish=finish):
+                sequence.tell_joined(event)
+            case Output(finish=finish):
                 worker.output_tokens.inc()
-                sequence.num_output_tokens += 1
-                try:
-                    sequence.session.put_token(sequence.number, token, finish)
-                except OverloadedError as error:
-                    self._metrics.slow_readers.inc()
-                    log.warning("slow reader", extra={"session": sequence.session.session_id})
-                    return self._close(sequence.session, error)
+                sequence.tell_output(event)
                 if finish:
                     self._end(sequence)
             case Preempted():
@@ -326,50 +314,25 @@ class DecodeService:
                 sequence.num_preemptions += 1
             case Failed(error=error):
                 self._end(sequence, error)
-        return None
 
-    def _close(self, session: Session, error: HeadraceError) -> None:
-        if self._sessions.get(session.session_id) is not session:
-            return
-        del self._sessions[session.session_id]
-        for key in list(session.keys.values()):
-            self._end(self._sequences[key], error)
-        session.close(error)
-
-    def _end(self, sequence: _Sequence, error: HeadraceError | None = None) -> None:
-        """End a sequence, whatever its phase: the only place. Without `error` its session is told nothing."""
+    def _end(self, sequence: Sequence, error: HeadraceError | None = None, side: Side = Side.TAKER) -> None:
+        """End a sequence, whatever its phase: the only place. Without `error` its router is told nothing."""
         if sequence.is_over:
             return
         sequence.is_over = True
         del self._sequences[sequence.key]
-        del self._by_request[sequence.spec.request_id, sequence.spec.sample_index]
         del sequence.session.keys[sequence.number]
+        if sequence.deadline is not None:
+            sequence.deadline.cancel()
         self.host.engine.submit(lambda scheduler: scheduler.abort(sequence.key))
-        if sequence.taking and not sequence.taking.done() and not sequence.has_arrived:
+        if sequence.taking:
             sequence.taking.cancel()
-        if not sequence.started.done():
-            sequence.started.set_exception(error or UnavailableError("CANCELLED", "the sequence was cancelled"))
-        elif error:
-            sequence.session.put_failure(sequence.number, error)
-        self._report(sequence, error)
+        if error:
+            sequence.tell_failure(error, side)
+        log.info("sequence ended", extra=sequence.report(error))
         if not self._sequences:
             self._idle.set()
 
-    def _report(self, sequence: _Sequence, error: HeadraceError | None) -> None:
-        moved = sequence.moved
-        log.info(
-            "sequence ended",
-            extra={
-                "request_id": sequence.spec.request_id,
-                "sample": sequence.spec.sample_index,
-                "attempt": sequence.spec.attempt,
-                "context_tokens": len(sequence.spec.token_ids),
-                "output_tokens": sequence.num_output_tokens,
-                "seconds": time.monotonic() - sequence.began_s,
-                "transfer_s": moved.duration_s if moved else 0.0,
-                "pages": moved.num_pages if moved else 0,
-                "bytes": moved.num_bytes if moved else 0,
-                "preemptions": sequence.num_preemptions,
-                "reason": error.reason if error else "",
-            },
-        )
+
+def _late(sequence: Sequence) -> DeadlineError:
+    return DeadlineError("DEADLINE_EXCEEDED", f"request {sequence.spec.request_id}: the sequence's time is up")

@@ -18,7 +18,7 @@ from headrace_core.batch.step_book import Failed
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Started
-from headrace_prefill.scheduler import Prefilled, PrefillEvent, PrefillScheduler
+from headrace_prefill.scheduler import Admitted, Prefilled, PrefillEvent, PrefillScheduler
 
 from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import WorkerSpec
@@ -213,6 +213,8 @@ class PrefillWorker:
                 case Failed(key=key):
                     self._requests.pop(key, None)
                     self._flow.on_refused(key)
+                case Admitted():
+                    pass
 
 
 class ExactDecodeWorker:
@@ -245,12 +247,11 @@ class ExactDecodeWorker:
         if has_handoff:
             del token_ids[request.num_to_prefill :]
         spec = spec_of(request, token_ids)
-        first = -1 if has_handoff else None
-        self.engine.submit(lambda scheduler: scheduler.add(key, spec, first, now_s))
+        self.engine.submit(lambda scheduler: scheduler.add(key, spec, now_s, has_handoff=has_handoff))
 
     def arrived(self, key: int) -> None:
         """Join a sequence whose pages arrived."""
-        self.engine.submit(lambda scheduler: scheduler.arrived(key))
+        self.engine.submit(lambda scheduler: scheduler.arrived(key, -1))
 
     def abort(self, key: int) -> None:
         """Forget an attempt; nothing lands in its pages any more."""

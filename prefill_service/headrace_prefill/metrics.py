@@ -16,7 +16,7 @@ class PrefillMetrics:
             "headrace_prefill_seconds", "From a sequence's first step to its first token", buckets=PHASE_BUCKETS,
             registry=registry,
         )  # fmt: skip
-        self.leases = Gauge("headrace_leases", "Sequences held for a decode worker", registry=registry)
+        self.leases = Gauge("headrace_leases", "Sequences computed and held for a decode worker", registry=registry)
         self.lease_ends = Counter("headrace_lease_ends_total", "How leases ended", ["outcome"], registry=registry)
-        for outcome in ("taken", "expired", "aborted"):
+        for outcome in ("taken", "aborted"):
             self.lease_ends.labels(outcome)

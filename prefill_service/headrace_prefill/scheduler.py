@@ -3,8 +3,9 @@
     WAITING ──pages for the whole prompt──► RUNNING ──last chunk sampled──► PUBLISHED
        └──────────────┴───────── free, or a failed step ────────┴──────────► gone, pages free
 
-First come, first served: a step goes on with what runs, oldest first, then admits from the queue's head while token
-and sequence budgets last. A sequence gets all its pages at once, so two half-done prompts can't wait for each other.
+A step goes on with what runs, oldest first, then admits from the queue's head while token and sequence budgets last;
+the groups that sequences belong to, their routers, take turns, and within one the first that came is first. One gets
+all its pages at once, so two half-done prompts can't wait for each other.
 PUBLISHED pages stay until the lease table says `free`; nothing else frees them.
 """
 
@@ -19,6 +20,7 @@ from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, StepBook
+from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken
@@ -34,7 +36,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A sequence is published: the pages hold the cache of `token_ids`. Durations in seconds."""
+    """A sequence is published: the pages hold the cache of `token_ids`. Computing took `compute_s` seconds."""
 
     key: int
     token_ids: Sequence[int]
@@ -43,16 +45,25 @@ class Prefilled:
     page_ids: tuple[int, ...]
     generations: tuple[int, ...]
     num_cached_tokens: int
-    queue_s: float
     compute_s: float
 
 
-PrefillEvent = Prefilled | Failed
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A sequence has its pages and is computed from its next step on; it waited for `queue_s` seconds."""
+
+    key: int
+    num_cached_tokens: int
+    queue_s: float
+
+
+PrefillEvent = Admitted | Prefilled | Failed
 
 
 @dataclass(slots=True)
 class _Sequence:
     key: int
+    group: int
     spec: SequenceSpec
     added_s: float
     state: State = State.WAITING
@@ -71,7 +82,7 @@ class _Sequence:
 
 
 class PrefillScheduler:
-    """See the module. A sequence's key is its caller's: any number not in use."""
+    """See the module. A sequence's key is its caller's, and rises with arrival."""
 
     def __init__(
         self,
@@ -87,22 +98,24 @@ class PrefillScheduler:
         self._max_step_tokens = max_step_tokens
         self._max_step_sequences = max_step_sequences
         self._sequences: dict[int, _Sequence] = {}
-        # Both in order of arrival.
-        self._waiting: dict[int, _Sequence] = {}
+        self._waiting: TurnQueue[_Sequence] = TurnQueue()
         self._running: dict[int, _Sequence] = {}
+        """In order of admission."""
         self._book = StepBook[PrefillEvent](pages, max_waiting_sequences=max_waiting_sequences)
 
-    def add(self, key: int, spec: SequenceSpec, now: float) -> None:
+    def add(self, key: int, spec: SequenceSpec, now: float, *, group: int = 0) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES."""
         if self._book.admits(key, num_tokens=len(spec.token_ids), num_waiting=len(self._waiting)):
-            self._sequences[key] = self._waiting[key] = _Sequence(key, spec, now)
+            sequence = self._sequences[key] = _Sequence(key, group, spec, now)
+            self._waiting.add(sequence)
 
     def free(self, key: int) -> None:
         """Forget a sequence in whatever state and free its pages: the only way there is. Unknown keys are no error."""
         sequence = self._sequences.pop(key, None)
         if sequence is None:
             return
-        self._waiting.pop(key, None)
+        if sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
         self._running.pop(key, None)
         if sequence.pages:
             self.pages.free(sequence.pages)
@@ -118,7 +131,7 @@ class PrefillScheduler:
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
         while budget and self._waiting and len(chunks) < self._max_step_sequences:
-            sequence = next(iter(self._waiting.values()))
+            sequence = self._waiting.head()
             if not self._admit(sequence, now):
                 break
             if sequence.num_tokens % self.pages.page_size:
@@ -153,7 +166,7 @@ class PrefillScheduler:
         return self._book.load(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_waiting_tokens=sum(s.num_tokens for s in self._waiting.values())
+            num_waiting_tokens=sum(s.num_tokens for s in self._waiting)
             + sum(s.num_left for s in self._running.values()),
             num_sequences=len(self._sequences),
         )
@@ -179,7 +192,9 @@ class PrefillScheduler:
         sequence.pages = pages
         sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
         sequence.state, sequence.started_s = State.RUNNING, now
-        self._running[sequence.key] = self._waiting.pop(sequence.key)
+        self._waiting.take()
+        self._running[sequence.key] = sequence
+        self._book.tell(Admitted(sequence.key, sequence.num_cached, now - sequence.added_s))
         return True
 
     def _chunk(self, sequence: _Sequence, budget: int) -> Chunk:
@@ -221,7 +236,6 @@ class PrefillScheduler:
                 page_ids=tuple(pages.page_ids),
                 generations=tuple(self.pages.pool.generation(page_id) for page_id in pages.page_ids),
                 num_cached_tokens=sequence.num_cached,
-                queue_s=sequence.started_s - sequence.added_s,
                 compute_s=now - sequence.started_s,
             )
         )

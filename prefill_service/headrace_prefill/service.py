@@ -1,4 +1,7 @@
-"""The prefill worker: from a request to a ticket. Event loop only; the scheduler runs on the engine thread."""
+"""The prefill worker: a holder. Event loop only; the scheduler runs on the engine thread.
+
+One Hold call is one lease, and `transfer.lease` draws its life; this file moves it by what the scheduler says.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,70 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.v1 import hold_service_pb2 as pb
 from headrace.v1 import types_pb2
-from headrace_core.batch.spec import SequenceSpec
 from headrace_core.batch.step_book import Failed
+from headrace_core.beats import Outbox
 from headrace_core.config import PrefillSettings
 from headrace_core.engine.engine import News
-from headrace_core.errors import UnavailableError
+from headrace_core.errors import HandoffLostError, HeadraceError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
-from headrace_core.transfer.grpc import GrpcHolder
-from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable, cancelled
-from headrace_core.transfer.ticket import Ticket
-from headrace_core.transfer.verify import run_to_its_end, seal_pages
+from headrace_core.transfer.hold import HOLD_SERVICE, Held, add_hold_servicer
+from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable
+from headrace_core.transfer.transport import Holding
+from headrace_core.transfer.transports import TRANSPORTS
+from headrace_core.transfer.values import (
+    Admission,
+    FirstToken,
+    Order,
+    Run,
+    Shard,
+    encode_admission,
+    encode_first,
+    encode_run,
+)
+from headrace_core.transfer.verify import check_compatible, run_to_its_end, seal_pages
 from headrace_core.worker.host import Loader, WorkerHost
-from headrace_core.worker.loading import LoadedModel, load_worker_model
+from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
 from headrace_prefill.metrics import PrefillMetrics
-from headrace_prefill.scheduler import Prefilled, PrefillEvent, PrefillScheduler
-from headrace_prefill.server import PREFILL_SERVICE, add_prefill_servicer
+from headrace_prefill.scheduler import Admitted, Prefilled, PrefillEvent, PrefillScheduler
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillOutcome:
-    """What `PrefillResponse` tells; `ticket` has no lease if `prefilled.finish` is set."""
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One call. See `hold.Held`."""
 
-    ticket: Ticket
-    prefilled: Prefilled
+    service: PrefillService
+    lease: Lease
+    outbox: Outbox[pb.HoldResponse]
+    queue_s: float = 0.0
+
+    def confirm(self) -> None:
+        """See `hold.Held`."""
+        self.service.leases.confirm(self.lease)
+        self.outbox.put(pb.HoldResponse(confirmed=pb.Confirmed()))
+        self.outbox.close()
+
+    def end(self) -> None:
+        """See `hold.Held`."""
+        self.service.leases.abort(self.lease, HandoffLostError("TAKER_LOST", "the taker ended the call"))
 
 
 class PrefillService:
-    """See `process.Service`. Tests give `loader` and further `offers`."""
+    """See `process.Service`. Tests give `loader` and `transports`."""
 
     def __init__(
-        self,
-        settings: PrefillSettings,
-        *,
-        loader: Loader = load_worker_model,
-        offers: Sequence[types_pb2.TransportOffer] = (),
+        self, settings: PrefillSettings, *, loader: Loader = load_worker_model, transports: Sequence[str] = ("grpc",)
     ) -> None:
         self.registry = CollectorRegistry()
         self._metrics = PrefillMetrics(self.registry)
@@ -58,20 +81,17 @@ class PrefillService:
         self.host: WorkerHost[PrefillScheduler] = WorkerHost(
             settings,
             role=types_pb2.WORKER_ROLE_PREFILL,
-            services=[PREFILL_SERVICE, TRANSFER_SERVICE],
-            transports=["grpc"],
+            services=[HOLD_SERVICE, TRANSFER_SERVICE],
+            transports=transports,
             metrics=self._metrics.worker,
         )
         self.failed = self.host.failed
         self._leases: LeaseTable | None = None
-        self._waiting: dict[int, asyncio.Future[Prefilled]] = {}
-        self._grpc_holder = GrpcHolder(
-            lambda: self.leases,
-            lambda: self.host.model.cache,
-            frame_bytes=settings.frame_kib << 10,
-            on_sent=self._metrics.worker.transfer_bytes.labels("grpc", "sent").inc,
-        )
-        self._offers = (*offers, self._grpc_holder.offer())
+        self._held: dict[int, _Held] = {}
+        self._ends = [TRANSPORTS[name].holder(self._holding(name)) for name in transports]
+        self._sealing: set[asyncio.Task[None]] = set()
+        # One thread: copies of a page that has a new owner come after those of its old one.
+        self._sealer = ThreadPoolExecutor(1, "seal")
 
     @property
     def leases(self) -> LeaseTable:
@@ -86,8 +106,9 @@ class PrefillService:
 
     async def start(self) -> str:
         """See `process.Service`."""
-        add_prefill_servicer(self, self.host.server.grpc)
-        self._grpc_holder.add_to(self.host.server.grpc)
+        add_hold_servicer(self, self.host.server.grpc)
+        for end in self._ends:
+            end.serve(self.host.server.grpc)
         address = await self.host.bind()
         model = await self.host.load(self._loader)
         settings = self._settings
@@ -100,7 +121,6 @@ class PrefillService:
         )
         self._leases = LeaseTable(
             incarnation=self.host.incarnation,
-            lease_s=settings.lease_s,
             generation=scheduler.pages.pool.generation,
             on_end=self._on_lease_end,
             on_change=self._on_lease_change,
@@ -109,7 +129,7 @@ class PrefillService:
         return address
 
     async def drain(self) -> None:
-        """See `process.Service`: sequences under way finish, leases are released or expire."""
+        """See `process.Service`: sequences under way are computed and taken."""
         self.host.begin_drain()
         if self._leases:
             await self._leases.wait_idle()
@@ -119,107 +139,131 @@ class PrefillService:
         for lease in self._leases.leases if self._leases else ():
             self.leases.abort(lease, UnavailableError("DRAINING", "the worker is going away; try another"))
         await self.host.stop()
+        if self._sealing:
+            await asyncio.wait(self._sealing)
+        self._sealer.shutdown()
+        for end in self._ends:
+            end.close()
 
-    async def prefill(self, spec: SequenceSpec) -> PrefillOutcome:
-        """Prefill one sequence and hold its pages under a lease. Cancelling frees everything.
-
-        Raises:
-            HeadraceError: as `PrefillService.Prefill` lists.
-        """
+    def hold(self, order: Order, outbox: Outbox[pb.HoldResponse]) -> Held:
+        """See `hold.Holder`."""
         self.host.require_ready()
-        model = self.host.model
+        model, spec = self.host.model, order.spec
+        check_compatible(order.fingerprint, order.layout, ours=(model.fingerprint, model.layout), who="the taker")
         spec.check(model.limits)
-        lease = self.leases.create(spec.request_id, sample_index=spec.sample_index, attempt=spec.attempt)
-        waiting: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
-        self._waiting[lease.key] = waiting
-        now = time.monotonic()
-        self.host.engine.submit(lambda scheduler: scheduler.add(lease.key, spec, now))
-        try:
-            prefilled = await waiting
-            ticket = await self._write_ticket(lease, spec, prefilled, model)
-        except BaseException:
-            self.leases.abort(lease, cancelled())
-            raise
-        finally:
-            del self._waiting[lease.key]
-        self._report(spec, prefilled, ticket)
-        return PrefillOutcome(ticket, prefilled)
+        lease = self.leases.create(order)
+        held = self._held[lease.key] = _Held(self, lease, outbox)
+        now, group = time.monotonic(), order.owner[0]
+        self.host.engine.submit(lambda scheduler: scheduler.add(lease.key, spec, now, group=group))
+        return held
 
-    def cancel(self, request_id: str, *, sample_index: int, attempt: int) -> None:
-        """Abort this and earlier attempts of a sample, whatever their phase; one that is not here is no error."""
-        if self._leases:
-            self._leases.abort_attempts(request_id, sample_index=sample_index, attempt=attempt)
-
-    async def _write_ticket(self, lease: Lease, spec: SequenceSpec, prefilled: Prefilled, model: LoadedModel) -> Ticket:
-        """Put the pages under the lease and describe them; a finished sequence has nothing to hand off."""
-        page_ids, generations, sums = prefilled.page_ids, prefilled.generations, ()
-        # Of what was computed, not of what was asked for: so a mix-up in between shows.
-        tokens_sha256 = hash_tokens(prefilled.token_ids)
-        if prefilled.finish:
-            page_ids, generations = (), ()
-            self.leases.take(lease)
-        else:
-            # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
-            sums = await run_to_its_end(seal_pages, model.cache, model.layout.num_layers, page_ids)
-            if lease.error:
-                raise lease.error
-            self.leases.hold(lease, page_ids, generations, tokens_sha256)
-        assert spec.params.seed is not None, "checked at the door"
-        return Ticket(
-            request_id=spec.request_id,
-            attempt=spec.attempt,
-            holder_endpoint=self.host.endpoint,
-            holder_incarnation=self.host.incarnation,
-            model_fingerprint=model.fingerprint,
-            layout=model.layout,
-            page_ids=page_ids,
-            generations=generations,
-            checksums=sums,
-            num_tokens=len(prefilled.token_ids),
-            tokens_sha256=tokens_sha256,
-            first_token=prefilled.token,
-            seed=spec.params.seed,
-            sample_index=spec.sample_index,
-            lease_id="" if prefilled.finish else lease.lease_id,
-            lease_s=0.0 if prefilled.finish else self._settings.lease_s,
-            offers=self._offers,
+    def _holding(self, name: str) -> Holding:
+        return Holding(
+            holder=lambda: self.leases,
+            memory=lambda: self.host.model.cache,
+            incarnation=self.host.incarnation,
+            frame_bytes=self._settings.frame_kib << 10,
+            on_sent=self._metrics.worker.transfer_bytes.labels(name, "sent").inc,
         )
 
     def _on_news(self, news: News[PrefillEvent]) -> None:
         for event in news.events:
-            waiting = self._waiting.get(event.key)
-            if waiting is None or waiting.done():
+            held = self._held.get(event.key)
+            if held is None:
                 continue
             match event:
+                case Admitted():
+                    self._on_admitted(held, event)
                 case Prefilled():
-                    waiting.set_result(event)
-                case Failed():
-                    waiting.set_exception(event.error)
+                    self._on_prefilled(held, event)
+                case Failed(error=error):
+                    self.leases.abort(held.lease, error)
+
+    def _on_admitted(self, held: _Held, event: Admitted) -> None:
+        model = self.host.model
+        self.leases.admit(held.lease)
+        held.queue_s = event.queue_s
+        offers = tuple(end.offer() for end in self._ends)
+        admission = Admission(
+            fingerprint=model.fingerprint,
+            layout=model.layout,
+            lease_key=held.lease.lease_key,
+            num_cached_tokens=event.num_cached_tokens,
+            queue_s=event.queue_s,
+            shards=(Shard(self.host.endpoint, self.host.incarnation, 0, model.layout.num_layers, offers),),
+        )
+        held.outbox.put(pb.HoldResponse(admitted=encode_admission(admission)))
+
+    def _on_prefilled(self, held: _Held, event: Prefilled) -> None:
+        lease, spec = held.lease, held.lease.order.spec
+        self.leases.complete(lease)
+        self._report(held, event)
+        assert spec.params.seed is not None, "checked at the door"
+        first = FirstToken(
+            num_tokens=len(event.token_ids),
+            # Of what was computed, not of what was asked for: so a mix-up in between shows.
+            tokens_sha256=hash_tokens(event.token_ids),
+            token=event.token,
+            seed=spec.params.seed,
+            sample_index=spec.sample_index,
+            finish=event.finish,
+            compute_s=event.compute_s,
+        )
+        held.outbox.put(pb.HoldResponse(last=encode_first(first)))
+        if event.finish:
+            self.leases.take(lease)
+            held.outbox.close()
+        else:
+            self._seal(held, list(zip(event.page_ids, event.generations, strict=True)))
+
+    def _seal(self, held: _Held, pages: list[tuple[int, int]]) -> None:
+        """Let the taker have pages that nothing writes any more."""
+        sealing = asyncio.ensure_future(self._publish(held, pages))
+        self._sealing.add(sealing)
+        sealing.add_done_callback(self._sealing.discard)
+
+    async def _publish(self, held: _Held, pages: list[tuple[int, int]]) -> None:
+        model = self.host.model
+        try:
+            # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
+            run: Run = await run_to_its_end(
+                self._sealer,
+                seal_pages,
+                model.cache,
+                first_layer=0,
+                num_layers=model.layout.num_layers,
+                first_page=0,
+                pages=pages,
+            )
+        except Exception as error:
+            log.error("sealing failed", extra={"request_id": held.lease.order.spec.request_id}, exc_info=error)
+            self.leases.abort(held.lease, HeadraceError("BUG", "internal error"))
+            return
+        if not held.lease.is_over:
+            self.leases.seal(held.lease, run)
+            held.outbox.put(pb.HoldResponse(run=encode_run(run)))
 
     def _on_lease_end(self, lease: Lease) -> None:
         self.host.engine.submit(lambda scheduler: scheduler.free(lease.key))
+        held = self._held.pop(lease.key)
         assert lease.outcome is not None, "the lease ended"
         self._metrics.lease_ends.labels(lease.outcome.value).inc()
-        if lease.outcome is LeaseState.EXPIRED:
-            self._metrics.worker.handoff_failures.labels("LEASE_EXPIRED").inc()
-            log.warning("lease expired", extra={"request_id": lease.request_id, "pages": len(lease.page_ids)})
-        waiting = self._waiting.get(lease.key)
-        if waiting and not waiting.done():
-            assert lease.error is not None, "nothing but an abort ends a lease before its ticket is written"
-            waiting.set_exception(lease.error)
+        if lease.outcome is LeaseState.ABORTED:
+            held.outbox.close(lease.error)
 
     def _on_lease_change(self) -> None:
         num_held = self.leases.num_held
         self._metrics.leases.set(num_held)
         self.host.board.set_num_leases(num_held)
 
-    def _report(self, spec: SequenceSpec, prefilled: Prefilled, ticket: Ticket) -> None:
-        num_tokens, worker = len(spec.token_ids), self._metrics.worker
+    def _report(self, held: _Held, prefilled: Prefilled) -> None:
+        spec, worker = held.lease.order.spec, self._metrics.worker
+        num_tokens = len(spec.token_ids)
         worker.prompt_tokens.inc(num_tokens)
         worker.output_tokens.inc()
         worker.cache_query_tokens.inc(num_tokens)
         worker.cache_hit_tokens.inc(prefilled.num_cached_tokens)
-        worker.queue_seconds.observe(prefilled.queue_s)
+        worker.queue_seconds.observe(held.queue_s)
         self._metrics.prefill_seconds.observe(prefilled.compute_s)
         data: dict[str, Any] = {
             "request_id": spec.request_id,
@@ -227,9 +271,9 @@ class PrefillService:
             "attempt": spec.attempt,
             "tokens": num_tokens,
             "cached_tokens": prefilled.num_cached_tokens,
-            "queue_s": prefilled.queue_s,
+            "queue_s": held.queue_s,
             "prefill_s": prefilled.compute_s,
-            "pages": len(ticket.page_ids),
-            "bytes": ticket.num_bytes,
+            "pages": len(prefilled.page_ids),
+            "bytes": len(prefilled.page_ids) * self.host.model.layout.page_bytes,
         }
         log.info("prefilled", extra=data)

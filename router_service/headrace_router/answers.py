@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2
-from headrace.v1 import decode_service_pb2, prefill_service_pb2, types_pb2, worker_service_pb2
+from headrace.v1 import decode_service_pb2, types_pb2, worker_service_pb2
 from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL, WorkerRole
 from headrace_core.errors import InvalidRequestError, ProtocolError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS, MAX_TOP_LOGPROBS
-from headrace_core.wire import decode_finish, decode_layout
+from headrace_core.wire import decode_layout
 
 ROLE_NAMES: dict[WorkerRole.ValueType, str] = {
     WORKER_ROLE_PREFILL: "prefill",
@@ -26,10 +26,18 @@ ROLE_NAMES: dict[WorkerRole.ValueType, str] = {
 }
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
+_REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _MOST_PAGE_TOKENS = 1 << 16
 _MOST_TRANSPORTS = 16
 _LAST_CODE = max(code.value[0] for code in grpc.StatusCode)
+_SIDES = frozenset(
+    (
+        decode_service_pb2.FAILURE_SIDE_DECODE,
+        decode_service_pb2.FAILURE_SIDE_PREFILL,
+        decode_service_pb2.FAILURE_SIDE_CHANNEL,
+    )
+)
 _MOST_LOGPROB = 0.01
 """A logarithm of a probability is at most 0, but for rounding."""
 
@@ -86,88 +94,64 @@ def check_load(load: worker_service_pb2.WatchLoadResponse, info: worker_service_
     _require(load.num_free_pages <= info.num_pages, f"it reports {load.num_free_pages} free pages, of {info.num_pages}")
 
 
-def check_prefilled(
-    response: prefill_service_pb2.PrefillResponse,
-    request: prefill_service_pb2.PrefillRequest,
-    tokens_sha256: bytes,
-    info: worker_service_pb2.GetInfoResponse,
+def check_entry(
+    entry: decode_service_pb2.StepEntry, info: worker_service_pb2.GetInfoResponse, layout: KvLayout
 ) -> None:
-    """Check an answer to `request`, before the client gets its token and a decode worker its ticket.
-
-    Args:
-        response: the worker's.
-        request: what it was asked.
-        tokens_sha256: `hash_tokens` of the request's ids.
-        info: the worker's.
-
-    Raises:
-        ProtocolError: PROTOCOL.
-        InvalidRequestError: BAD_HANDOFF, it is the answer to another request.
-        TransferCorruptError: TOKENS_MISMATCH, it is about other tokens.
-    """
-    ticket, state, num_tokens = response.handoff, response.handoff.sampling_state, len(request.token_ids)
-    _require(response.HasField("handoff"), "its answer has no ticket")
-    pairs = {
-        "request_id": (ticket.request_id, request.request_id),
-        "attempt": (ticket.attempt, request.attempt),
-        "sample_index": (state.sample_index, request.sample_index),
-        "seed": (state.seed, request.sampling.seed),
-        "num_tokens": (ticket.num_tokens, num_tokens),
-    }
-    other = [name for name, (answered, asked) in pairs.items() if answered != asked]
-    if other:
-        raise InvalidRequestError("BAD_HANDOFF", f"the prefill worker answered for another {', '.join(other)}")
-    if ticket.tokens_sha256 != tokens_sha256:
-        raise TransferCorruptError("TOKENS_MISMATCH", "the prefill worker computed other tokens than it was asked to")
-    _require(ticket.model_fingerprint == info.model_fingerprint, "its ticket is of another model")
-    _require(response.num_cached_tokens <= num_tokens, f"{response.num_cached_tokens} of {num_tokens} were cached")
-    _check_ids((ticket.first_token_id,), info.vocab_size, "its token")
-    if request.sampling.HasField("top_logprobs"):
-        _require(ticket.HasField("first_token_logprobs"), "its token has no log-probability")
-        _check_logprobs((ticket.first_token_logprobs,), info.vocab_size)
-    if decode_finish(response.finish_reason) is None:
-        _require(bool(ticket.lease.lease_id), "its ticket has no lease")
-
-
-def check_started(
-    response: decode_service_pb2.StartResponse, info: worker_service_pb2.GetInfoResponse, layout: KvLayout
-) -> None:
-    """Check the answer to Start.
-
-    Raises:
-        ProtocolError: PROTOCOL.
-    """
-    num_pages, num_bytes = response.num_transfer_pages, response.transfer_bytes
-    _require(num_pages <= info.num_pages, f"it took {num_pages} pages into a pool of {info.num_pages}")
-    _require(num_bytes <= num_pages * layout.page_bytes, f"it moved {num_bytes} bytes for {num_pages} pages")
-    _require(response.transport in ("", *info.transports), f"it moved pages by {response.transport[:80]!r}")
-
-
-def check_output(output: decode_service_pb2.SequenceOutput, vocab_size: int) -> None:
-    """Check a sequence's tokens, as far as they can be judged without knowing the sequence.
+    """Check what a decode worker says of a sequence, as far as it can be judged without knowing the sequence.
 
     Raises:
         ProtocolError: PROTOCOL.
     """
     # For every token that anybody gets: each attribute of a message is read once.
-    token_ids = output.token_ids
-    if not token_ids:
-        _require(output.HasField("failure"), "it sent an output without a token")
-        return
-    if max(token_ids) >= vocab_size:
-        _check_ids(token_ids, vocab_size, "its token")
-    logprobs = output.logprobs
-    if logprobs:
-        _check_logprobs(logprobs, vocab_size)
+    match entry.WhichOneof("event"):
+        case "tokens":
+            tokens = entry.tokens
+            _check_tokens(tokens.token_ids, tokens.logprobs, info.vocab_size)
+        case "prefilled":
+            prefilled = entry.prefilled
+            logprobs = [prefilled.logprobs] if prefilled.HasField("logprobs") else ()
+            _check_tokens([prefilled.token_id], logprobs, info.vocab_size)
+            num_cached = prefilled.num_cached_tokens
+            _require(num_cached <= entry.position, f"{num_cached} of {entry.position} tokens were cached")
+        case "joined":
+            _check_joined(entry.joined, entry.position, info, layout)
+        case "failure":
+            failure = entry.failure
+            _require(1 <= failure.code <= _LAST_CODE, f"it sent a failure of code {failure.code}")
+            _require(bool(_REASON.fullmatch(failure.reason)), f"it sent a failure for {failure.reason[:80]!r}")
+            _require(failure.side in _SIDES, f"it sent a failure of side {failure.side}")
+        case _:
+            raise ProtocolError("PROTOCOL", "it sent an entry in which nothing happens")
 
 
-def check_failure(failure: decode_service_pb2.SequenceFailure) -> None:
-    """Check why a worker says that a sequence can't go on.
+def check_tokens_computed(prefilled: decode_service_pb2.Prefilled, tokens_sha256: bytes) -> None:
+    """Check that a first token follows the tokens whose `hash_tokens` this is, and no others.
 
     Raises:
-        ProtocolError: PROTOCOL, it gives no reason that there is.
+        TransferCorruptError: TOKENS_MISMATCH.
     """
-    _require(1 <= failure.code <= _LAST_CODE, f"it sent a failure of code {failure.code}")
+    if prefilled.tokens_sha256 != tokens_sha256:
+        raise TransferCorruptError("TOKENS_MISMATCH", "other tokens were computed than those that were asked for")
+
+
+def _check_joined(
+    joined: decode_service_pb2.Joined, position: int, info: worker_service_pb2.GetInfoResponse, layout: KvLayout
+) -> None:
+    num_pages, num_bytes = joined.num_transfer_pages, joined.transfer_bytes
+    _require(num_pages <= info.num_pages, f"it took {num_pages} pages into a pool of {info.num_pages}")
+    _require(num_bytes <= num_pages * layout.page_bytes, f"it moved {num_bytes} bytes for {num_pages} pages")
+    _require(joined.transport in ("", *info.transports), f"it moved pages by {joined.transport[:80]!r}")
+    num_cached = joined.num_cached_tokens
+    _require(num_cached <= position, f"{num_cached} of {position} tokens were cached")
+
+
+def _check_tokens(token_ids: Sequence[int], logprobs: Sequence[types_pb2.TokenLogprobs], vocab_size: int) -> None:
+    if not token_ids:
+        raise ProtocolError("PROTOCOL", "it sent an output without a token")
+    if max(token_ids) >= vocab_size:
+        _check_ids(token_ids, vocab_size, "its token")
+    if logprobs:
+        _check_logprobs(logprobs, vocab_size)
 
 
 def _check_logprobs(logprobs: Sequence[types_pb2.TokenLogprobs], vocab_size: int) -> None:

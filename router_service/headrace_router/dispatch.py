@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from headrace_core.errors import HeadraceError, UnavailableError
@@ -27,34 +27,45 @@ _MISSING_CHECK_S = 0.25
 
 
 class Placement:
-    """The workers of one attempt and what is reserved of them."""
+    """The workers of one attempt and what is reserved of them; `on_change` is called when it becomes less."""
 
-    def __init__(self, sample: Sample, prefill: Worker | None, decode: Worker, waiting: Waiting) -> None:
+    def __init__(
+        self,
+        sample: Sample,
+        prefill: Worker | None,
+        decode: Worker,
+        waiting: Waiting,
+        on_change: Callable[[], None],
+    ) -> None:
         self.prefill = prefill
         self.decode = decode
+        self._on_change = on_change
         self._on_prefill: Reservation | None = None
         if prefill is not None:
             self._on_prefill = prefill.reserve(sample, waiting, prefills=True, decodes=False)
         self._on_decode = decode.reserve(sample, waiting, prefills=prefill is None, decodes=True)
 
     def on_prefilled(self) -> None:
-        """The prompt is computed; its pages are still held."""
+        """The prompt is computed; its pages are still held there, and reserved where they go."""
         if self._on_prefill is not None:
             self._on_prefill.num_prefill_tokens = 0
-            self._on_prefill.is_started = True
+            self._on_prefill.is_started = self._on_decode.is_started = True
+            self._on_change()
 
-    def on_started(self) -> None:
+    def on_joined(self) -> None:
         """The decode worker runs it; the prefill worker is free of it."""
         self._on_decode.num_prefill_tokens = 0
         self._on_decode.is_started = True
         if self.prefill is not None and self._on_prefill is not None:
             self.prefill.release(self._on_prefill)
+            self._on_change()
 
     def release(self) -> None:
         """Give everything back; idempotent."""
         if self.prefill is not None and self._on_prefill is not None:
             self.prefill.release(self._on_prefill)
         self.decode.release(self._on_decode)
+        self._on_change()
 
 
 @dataclass(slots=True, eq=False)
@@ -108,7 +119,6 @@ class Dispatcher:
         except asyncio.CancelledError:
             if entry.placed.done() and not entry.placed.cancelled() and entry.placed.exception() is None:
                 entry.placed.result().release()
-                self.kick()
             raise
         finally:
             self._remove(entry)
@@ -143,7 +153,7 @@ class Dispatcher:
             entry = entries[assignment.index]
             self._remove(entry, is_served=True)
             prefill = workers[assignment.prefill] if assignment.prefill else None
-            placement = Placement(entry.sample, prefill, workers[assignment.decode], entry.waiting)
+            placement = Placement(entry.sample, prefill, workers[assignment.decode], entry.waiting, self.kick)
             entry.placed.set_result(placement)
 
     def _refuse_impossible(self) -> None:

@@ -91,6 +91,11 @@ class Backoff:
 class Fleet(Protocol):
     """What a link asks of the registry."""
 
+    @property
+    def router_id(self) -> int:
+        """The random identity of this router process."""
+        ...
+
     def judge(self, link: Link, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> str:
         """Return why the worker can't join; empty if it can."""
         ...
@@ -220,7 +225,7 @@ class Link:
         layout = check_info(info)
         self.info = info
         self._judge(info, layout)
-        worker = Worker(self.address, info, layout, channel)
+        worker = Worker(self.address, info, layout, channel, self._fleet.router_id)
         group.create_task(self._watch_load(stub, worker))
         await worker.reported.wait()
         if worker.can_decode:

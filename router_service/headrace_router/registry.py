@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Registry:
 
     def __init__(self, discovery: Discovery, *, dns_refresh_s: float) -> None:
         self.listeners: list[Callable[[], None]] = []
+        self.router_id = secrets.randbits(64) | 1
+        """Names this process at its workers; never 0."""
         self.model: FleetModel | None = None
         """None while no pair of workers is ready to serve a request."""
         self._discovery = discovery

@@ -49,7 +49,9 @@ class Router:
         self._model_name = settings.model_name or settings.model.resolve().name
         self._tokenizer = Tokenizer(settings.model)
         dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=settings.no_workers_timeout_s)
-        self._flow = Flow(dispatcher, metrics, max_attempts=settings.max_attempts)
+        self._flow = Flow(
+            dispatcher, metrics, max_attempts=settings.max_attempts, local_below=settings.local_below_tokens
+        )
         self._prompts = Prompts(self._tokenizer, max_bytes=settings.max_prompt_bytes)
         self._admission = Admission(self._prompts, model_name=self._model_name)
         self._waiting = WaitingRoom(settings.max_queued_requests)
@@ -70,7 +72,7 @@ class Router:
         return self._num_entering + len(self._running)
 
     def start(self) -> None:
-        """Begin what goes on in the background; `finish_cleanups` must follow."""
+        """Begin what goes on in the background; `shut_down` must follow."""
         self._prompts.start()
 
     async def drain(self) -> None:
@@ -85,9 +87,8 @@ class Router:
             running.fail(error)
         self._waiting.end_all(error)
 
-    async def finish_cleanups(self) -> None:
-        """Wait, within bounds, until workers were told of what ended early; end threads and processes."""
-        await self._flow.close()
+    async def shut_down(self) -> None:
+        """End threads and processes."""
         await self._prompts.close()
 
     @contextmanager

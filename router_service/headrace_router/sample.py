@@ -2,11 +2,14 @@
 
 States (moved by `flow.py` only):
 
-    QUEUED ── placed ──► PREFILLING ── first token, ticket ──► STARTING ── Start answered ──► DECODING ──► FINISHED
-       ▲                     │  └── first token ends it ──► FINISHED │                           │
-       └─────────────────────┴──── the attempt failed, another one ──┴───────────────────────────┘
-    QUEUED ── placed, colocated ──► STARTING
+    QUEUED ── placed ──► PREFILLING ── Prefilled: first token ──► JOINING ── Joined ──► DECODING ──► FINISHED
+       ▲                     │  └── first token ends it ──► FINISHED │                      │
+       └─────────────────────┴──── the attempt failed, another one ──┴──────────────────────┘
+    QUEUED ── placed, colocated ──► JOINING; PREFILLING ── Joined: the decode worker computes it itself ──► DECODING
     any but FINISHED ── cancel, deadline, an error for the client ──► FAILED
+
+An entry of the decode worker is taken if it is at the position where the sample is: what is behind is known already,
+what is ahead would leave a gap.
 
 Tokens are appended once, whoever computed them; a new attempt prefills the prompt and all of them. So the client sees
 every token once, and, as randomness depends on the position alone, the same ones as without the failure.
@@ -17,25 +20,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import Protocol
 
 from headrace.v1 import decode_service_pb2, generation_service_pb2, types_pb2
-from headrace_core.errors import ProtocolError
+from headrace_core.errors import HeadraceError, ProtocolError
 from headrace_core.request import FinishReason
 from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
 from headrace_router.admission import RequestSpec
-from headrace_router.answers import check_failure
+from headrace_router.answers import check_tokens_computed
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
 from headrace_router.metrics import TokenHistogram
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
-from headrace_router.session import Ended, Side
+from headrace_router.session import Ended, Side, Whose
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
 
 _MOST_TOKENS, _MOST_CHARS = 4096, 1 << 20
 """What one message to the client holds at most: with 20 log-probabilities a token, about a megabyte of 8 MiB."""
+
+_WHOSE = {
+    decode_service_pb2.FAILURE_SIDE_DECODE: Whose.DECODE,
+    decode_service_pb2.FAILURE_SIDE_PREFILL: Whose.PREFILL,
+    decode_service_pb2.FAILURE_SIDE_CHANNEL: Whose.CHANNEL,
+}
 
 
 class SampleState(Enum):
@@ -43,10 +53,22 @@ class SampleState(Enum):
 
     QUEUED = "queued"
     PREFILLING = "prefilling"
-    STARTING = "starting"
+    JOINING = "joining"
     DECODING = "decoding"
     FINISHED = "finished"
     FAILED = "failed"
+
+
+class Progress(Protocol):
+    """Who is told how far an attempt is: `dispatch.Placement`."""
+
+    def on_prefilled(self) -> None:
+        """The prompt is computed."""
+        ...
+
+    def on_joined(self) -> None:
+        """The decode worker runs it."""
+        ...
 
 
 class Sample:
@@ -65,6 +87,8 @@ class Sample:
     ) -> None:
         self.spec = spec
         self.sample_index = sample_index
+        self.number = 0
+        """Names it at the workers, in every attempt."""
         self.state = SampleState.QUEUED
         self.attempt = 0
         self.avoid: frozenset[str] = frozenset()
@@ -94,10 +118,9 @@ class Sample:
         self._on_news = on_news
         self._detokenizer = detokenizer
         self._stop = StopMatcher(spec.params.stop_strings) if spec.params.stop_strings else None
-        self._is_start_marked = False
-        self._first_step_s: float | None = None
+        self._progress: Progress | None = None
+        self._is_first_step = False
         self._has_logprobs = spec.params.top_logprobs is not None
-        self._ending: FinishReason | None = None
         self._text = ""
         self._num_sent = 0
         self._logprobs: list[types_pb2.TokenLogprobs] = []
@@ -112,11 +135,6 @@ class Sample:
     def is_over(self) -> bool:
         """True in a terminal state."""
         return self.state in (SampleState.FINISHED, SampleState.FAILED)
-
-    @property
-    def has_ended(self) -> bool:
-        """True when the last token is known, be it that `finish` is still to come."""
-        return self._ending is not None
 
     @property
     def matched_stop_string(self) -> str:
@@ -137,70 +155,61 @@ class Sample:
             client=self.turn.client,
         )
 
-    def begin_attempt(self, *, prefill_address: str, decode_address: str, now_s: float) -> None:
+    def begin_attempt(self, progress: Progress, *, prefill_address: str, decode_address: str, now_s: float) -> None:
         """Leave the queue."""
         self.attempt += 1
         self.prefill_address, self.decode_address = prefill_address, decode_address
-        self.state = SampleState.PREFILLING if prefill_address else SampleState.STARTING
-        self._is_start_marked = False
-        self._first_step_s = None
+        self.state = SampleState.PREFILLING if prefill_address else SampleState.JOINING
+        self.attempt_over = asyncio.get_running_loop().create_future()
+        self._progress = progress
+        self._is_first_step = False
         self.waterfall.mark("queue", now_s)
 
-    def on_prefilled(self, first: types_pb2.Handoff, finish: FinishReason | None, now_s: float) -> None:
-        """Take the prefill worker's token, whose phases are marked already."""
-        self.waterfall.mark_first_token()
-        logprobs = [first.first_token_logprobs] if first.HasField("first_token_logprobs") else ()
-        self._append([first.first_token_id], logprobs, finish, now_s)
-
-    def on_started(self, response: decode_service_pb2.StartResponse, now_s: float) -> None:
-        """Take the decode worker's answer to Start; outputs may have come before it."""
-        self.transfer_bytes += response.transfer_bytes
-        self.num_transfer_pages += response.num_transfer_pages
-        self.transport = response.transport or self.transport
-        parts = (("decode_queue", response.queue_us), ("transfer", response.transfer_us))
-        self.waterfall.split(parts, "start_rpc", self._first_step_s or now_s)
-        self._is_start_marked = True
-        if self._first_step_s is not None:
-            self._mark_first_step(self._first_step_s)
-        if self._ending is not None:
-            self.finish(self._ending)
-
-    def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
-        """Take a step's output. See `session.StepSink`."""
-        if self._ending is not None or self.state is SampleState.FAILED:
-            return
-        if output.HasField("failure"):
-            check_failure(output.failure)
-            self.on_ended(Ended(Side.WORKER, decode_failure(output.failure)))
-            return
-        token_ids = output.token_ids
-        if self._first_step_s is None and token_ids:
-            self._first_step_s = now_s
-            if self._is_start_marked:
-                self._mark_first_step(now_s)
-        finish = decode_finish(output.finish_reason) if output.finish_reason else None
-        self._append(token_ids, output.logprobs if self._has_logprobs else (), finish, now_s)
-        if self._ending is not None:
-            # Of a stop string the worker knows nothing.
-            self.on_ended(Ended(Side.ROUTER if finish is None else Side.WORKER))
+    def on_entry(self, entry: decode_service_pb2.StepEntry, now_s: float) -> bool:
+        """Take what happened at the decode worker. See `session.StepSink`."""
+        if self.is_over:
+            return False
+        event = entry.WhichOneof("event")
+        if event == "failure":
+            failure = entry.failure
+            self.on_ended(Ended(Side.WORKER, decode_failure(failure), _WHOSE[failure.side]))
+            return True
+        if entry.position != self.num_tokens:
+            if entry.position > self.num_tokens:
+                raise ProtocolError(
+                    "PROTOCOL", f"it sent {event} at {entry.position}, {self.num_tokens} tokens are known"
+                )
+            return False
+        if event == "tokens":
+            self._on_tokens(entry.tokens, now_s)
+        elif event == "prefilled":
+            self._on_prefilled(entry.prefilled, now_s)
+        else:
+            self._on_joined(entry.joined, now_s)
+        return True
 
     def on_ended(self, ended: Ended) -> None:
         """The attempt is over at the decode worker. See `session.StepSink`."""
         if self.attempt_over is not None and not self.attempt_over.done():
             self.attempt_over.set_result(ended)
 
+    def on_prefill_lost(self, error: HeadraceError) -> None:
+        """The worker that computes its prompt is lost to the router, if not to the decode worker."""
+        if self.state is SampleState.PREFILLING:
+            self.on_ended(Ended(Side.ROUTER, error, Whose.PREFILL))
+
     def mark_failure(self, now_s: float) -> None:
         """Account for the time of an attempt that failed."""
-        if self._is_start_marked and self._first_step_s is not None:
+        if self.state is SampleState.DECODING and not self._is_first_step:
             self.waterfall.mark("decode", self.last_token_s)
         self.waterfall.mark("retry", now_s)
 
     def finish(self, reason: FinishReason) -> None:
         """Enter FINISHED; the client's last message is due."""
-        self._ending = self.finish_reason = reason
-        self.state = SampleState.FINISHED
-        if self._is_start_marked and self._first_step_s is not None:
+        if self.state is SampleState.DECODING:
             self.waterfall.mark("decode", self.last_token_s)
+        self.finish_reason = reason
+        self.state = SampleState.FINISHED
         if self._stop is None:
             self._text += self._detokenizer.finish()
         elif not self._stop.matched:
@@ -237,6 +246,54 @@ class Sample:
             self._close(message)
         return message
 
+    def _on_prefilled(self, prefilled: decode_service_pb2.Prefilled, now_s: float) -> None:
+        """Take the prefill worker's token, and the time it took."""
+        self._require(SampleState.PREFILLING, "a first token")
+        check_tokens_computed(prefilled, self.spec.encoded_prompt.sha256(self.output_ids))
+        finish = decode_finish(prefilled.finish_reason)
+        logprobs = [prefilled.logprobs] if prefilled.HasField("logprobs") and self._has_logprobs else ()
+        self._check(1, len(logprobs), finish)
+        parts = (
+            ("decode_queue", prefilled.decode_queue_us),
+            ("prefill_queue", prefilled.prefill_queue_us),
+            ("prefill", prefilled.prefill_us),
+        )
+        self.waterfall.split(parts, "prefill_hop", now_s)
+        self.waterfall.mark_first_token()
+        self.num_cached_tokens = prefilled.num_cached_tokens
+        self.state = SampleState.JOINING
+        assert self._progress is not None, "an attempt runs"
+        self._progress.on_prefilled()
+        self._append([prefilled.token_id], logprobs, finish, now_s)
+
+    def _on_joined(self, joined: decode_service_pb2.Joined, now_s: float) -> None:
+        """Take note that it runs at the decode worker, and of what it took."""
+        if self.state is SampleState.PREFILLING:
+            self.prefill_address = ""  # it was not asked
+        else:
+            self._require(SampleState.JOINING, "that it joined")
+        self.transfer_bytes += joined.transfer_bytes
+        self.num_transfer_pages += joined.num_transfer_pages
+        self.transport = joined.transport or self.transport
+        parts = [("transfer", joined.transfer_us)] if joined.transport else [("decode_queue", joined.queue_us)]
+        self.waterfall.split(parts, "join", now_s)
+        self.num_cached_tokens = max(self.num_cached_tokens, joined.num_cached_tokens)
+        self.state = SampleState.DECODING
+        self._is_first_step = True
+        assert self._progress is not None, "an attempt runs"
+        self._progress.on_joined()
+
+    def _on_tokens(self, tokens: decode_service_pb2.Tokens, now_s: float) -> None:
+        self._require(SampleState.DECODING, "tokens")
+        finish = decode_finish(tokens.finish_reason) if tokens.finish_reason else None
+        token_ids, logprobs = tokens.token_ids, tokens.logprobs if self._has_logprobs else ()
+        self._check(len(token_ids), len(logprobs), finish)
+        if self._is_first_step:
+            self._is_first_step = False
+            self.waterfall.mark("first_step", now_s)
+            self.waterfall.mark_first_token()
+        self._append(token_ids, logprobs, finish, now_s)
+
     def _append(
         self,
         token_ids: Sequence[int],
@@ -244,12 +301,8 @@ class Sample:
         finish: FinishReason | None,
         now_s: float,
     ) -> None:
-        """Take new tokens; with `finish`, or when a stop string is complete, the sample ends.
-
-        Raises:
-            ProtocolError: PROTOCOL, they can't be this sample's; nothing was taken.
-        """
-        self._check(len(token_ids), len(logprobs), finish)
+        """Take new, checked tokens; with `finish`, or when a stop string is complete, the sample ends, and its run."""
+        by = Side.WORKER if finish else Side.ROUTER  # of a stop string the worker knows nothing
         stop = self._stop
         num_new = 0
         for token_id in token_ids:
@@ -269,14 +322,20 @@ class Sample:
             self._count(num_new, now_s)
         if finish is None:
             self._on_news(self)
-        elif self._is_start_marked or self.state is SampleState.PREFILLING:
-            self.finish(finish)
         else:
-            # The last output overtook the answer to Start, which brings the transfer's figures: `on_started` finishes.
-            self._ending = finish
-            self._on_news(self)
+            self.finish(finish)
+            self.on_ended(Ended(by))
+
+    def _require(self, state: SampleState, what: str) -> None:
+        if self.state is not state:
+            raise ProtocolError("PROTOCOL", f"it sent {what} while the sequence was {self.state.value}")
 
     def _check(self, num_new: int, num_logprobs: int, finish: FinishReason | None) -> None:
+        """Check that so many new tokens can be this sample's.
+
+        Raises:
+            ProtocolError: PROTOCOL.
+        """
         if self._has_logprobs and num_logprobs != num_new:
             raise ProtocolError("PROTOCOL", f"it sent {num_logprobs} log-probabilities for {num_new} tokens")
         most, num_output = self.spec.params.max_tokens or 0, len(self.output_ids) + num_new
@@ -290,10 +349,6 @@ class Sample:
         else:
             self._itl.observe((now_s - self.last_token_s) / num_new, num_new)
         self.last_token_s = now_s
-
-    def _mark_first_step(self, now_s: float) -> None:
-        self.waterfall.mark("first_step", now_s)
-        self.waterfall.mark_first_token()
 
     def _close(self, message: generation_service_pb2.GenerateResponse) -> None:
         self.is_closed = True

@@ -129,7 +129,7 @@ class RouterService:
             self._router.fail_all(UnavailableError("DRAINING", "the router stops"))
         await self._server.stop(_STOP_GRACE_S)
         if self._router is not None:
-            await self._router.finish_cleanups()
+            await self._router.shut_down()
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)

@@ -1,27 +1,29 @@
-"""Step outputs of one decode worker: one stream for all sequences, fanned out by number.
+"""What happens at one decode worker: one call for all sequences, commands out, entries back, fanned out by number.
 
-    OPENING ── first, empty message ──► OPEN ── end of stream, whatever the reason ──► LOST
-Numbers are never reused in a session, so an output that comes late, for an attempt that is over, finds nobody and is
-dropped. From an honest worker few such come: too many end the session. A session that is lost fails the sequences it
-still has; the worker frees their pages by itself.
+    OPENING ── first, empty message ──► OPEN ── end of the call, whatever the reason ──► LOST
+Both ways are in order, so no cancel overtakes its start, and what comes late, for an attempt that is over, finds nobody
+and is dropped. From an honest worker few such come: too many end the session. A session that is lost fails the
+sequences it still has; the worker frees their pages by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 import grpc.aio
-from headrace.v1 import decode_service_pb2
-from headrace_core.errors import HeadraceError, ProtocolError, UnavailableError
+from headrace.v1 import decode_service_pb2 as pb
+from headrace.v1 import worker_service_pb2
+from headrace_core.beats import Outbox, Silence
+from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.kv.layout import KvLayout
 from headrace_core.rpc import answered, raised_from
 
-from headrace_router.answers import check_output
+from headrace_router.answers import check_entry
 from headrace_router.pace import Pace
 
 if TYPE_CHECKING:
@@ -29,13 +31,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
 _MOST_IDLE_PER_S = 200.0
-"""Step messages that bring no listener anything. An honest worker sends one with each step between the end of a run
-here and its Cancel there; what brings a listener tokens is bounded by what it asked for."""
+"""Messages that bring no listener anything. An honest worker sends one with each step between the end of a run here and
+its cancel there, and beats; what brings a listener tokens is bounded by what it asked for."""
 _MOST_IDLE_AT_ONCE = 2000.0
-"""Two seconds of steps of 1 ms, in which a worker does not get to our Cancels."""
-_IDLE_OUTPUT_COST = 0.01
-"""Of each output without a listener: 200,000 may come at once, of 1,000 sequences that ended together 200 steps."""
+"""Two seconds of steps of 1 ms, in which a worker does not get to our cancels."""
+_IDLE_ENTRY_COST = 0.01
+"""Of each entry without a listener: 200,000 may come at once, of 1,000 sequences that ended together 200 steps."""
 
 
 class Side(Enum):
@@ -47,19 +50,32 @@ class Side(Enum):
     """The worker knows nothing of it and goes on: it must be told."""
 
 
+class Whose(Enum):
+    """Whose failure it was."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    CHANNEL = "channel"
+    """What is between the two, or that they do not fit together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """The end of a sequence's run at its decode worker; `error` is None if it has all its tokens."""
 
     by: Side
     error: HeadraceError | None = None
+    whose: Whose = Whose.DECODE
 
 
 class StepSink(Protocol):
-    """Takes one sequence's outputs. Called on the event loop; must not block."""
+    """Takes what happens to one sequence. Called on the event loop; must not block."""
 
-    def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
-        """Take what a step produced. What it raises ends the run: `on_ended` by the router follows, and no output."""
+    def on_entry(self, entry: pb.StepEntry, now_s: float) -> bool:
+        """Take what happened; return whether it was news.
+
+        What it raises ends the run: `on_ended` by the router follows, and no entry.
+        """
         ...
 
     def on_ended(self, ended: Ended) -> None:
@@ -67,98 +83,103 @@ class StepSink(Protocol):
         ...
 
 
-class Watch:
-    """A `StepSink` for a call that brings no step outputs: resolved when the worker is lost."""
-
-    def __init__(self) -> None:
-        self.over: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
-
-    def on_output(self, output: decode_service_pb2.SequenceOutput, now_s: float) -> None:
-        """Refuse it: nothing was started under this number."""
-        raise ProtocolError("PROTOCOL", "it sent tokens of a sequence that it was not given")
-
-    def on_ended(self, ended: Ended) -> None:
-        """See `StepSink`."""
-        if not self.over.done():
-            self.over.set_result(ended)
-
-
 class StepSession:
-    """One `StreamSteps` call and those who listen to it."""
+    """One `Session` call and those who listen to it."""
 
-    def __init__(self, vocab_size: int) -> None:
-        """Args: `vocab_size` is the worker's; a sequence of which it sends another token fails."""
-        self.session_id = secrets.token_hex(12)
+    def __init__(self, router_id: int, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> None:
+        """Args: `info` and `layout` are the worker's; a sequence of which it says what they do not allow fails."""
         self.opened = asyncio.Event()
-        self._sinks: dict[int, StepSink] = {}
-        self._vocab_size = vocab_size
-        self._num_given = 0
+        self._info = info
+        self._layout = layout
+        self._outbox = Outbox(pb.SessionRequest())
+        self._outbox.put(pb.SessionRequest(open=pb.OpenSession(router_id=router_id)))
+        self._sinks: dict[int, tuple[int, StepSink]] = {}
+        """By sequence: its attempt, and who listens."""
+        self._is_silent = False
         self._lost: HeadraceError | None = None
-        self._idle = Pace("step messages for nobody", per_s=_MOST_IDLE_PER_S, burst=_MOST_IDLE_AT_ONCE)
+        self._idle = Pace("messages for nobody", per_s=_MOST_IDLE_PER_S, burst=_MOST_IDLE_AT_ONCE)
 
-    def add(self, sink: StepSink) -> int:
-        """Return the number under which `sink` gets outputs from now on.
+    def start(self, sink: StepSink, message: pb.StartSequence) -> None:
+        """Start a sequence; `sink` hears what becomes of it until `end`.
 
         Raises:
             UnavailableError: the session is lost.
         """
         if self._lost is not None:
             raise self._lost
-        self._num_given += 1
-        self._sinks[self._num_given] = sink
-        return self._num_given
+        self._sinks[message.sequence_number] = message.attempt, sink
+        self._outbox.put(pb.SessionRequest(start=message))
 
-    def remove(self, number: int) -> None:
-        """Drop what still comes for `number`."""
-        self._sinks.pop(number, None)
+    def end(self, number: int, attempt: int, *, tell: bool) -> None:
+        """Drop what still comes for an attempt, and if the worker does not know that it is over, `tell` it."""
+        if self._sinks.get(number, (0, None))[0] == attempt:
+            del self._sinks[number]
+        if tell and self._lost is None:
+            cancel = pb.CancelSequence(sequence_number=number, attempt=attempt)
+            self._outbox.put(pb.SessionRequest(cancel=cancel))
 
     async def run(self, stub: DecodeServiceAsyncStub) -> None:
-        """Read the stream until it ends.
+        """Speak and listen until the call ends.
 
         Raises:
             HeadraceError: always; why it ended. PROTOCOL: too much came for nobody.
         """
-        call = stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id=self.session_id))
+        call = stub.Session(aiter(self._outbox))
+
+        def on_silent() -> None:
+            self._is_silent = True
+            call.cancel()
+
+        silence = Silence(on_silent)
         try:
             async for message in call:
+                silence.heard()
                 self._fan_out(answered(message))
                 self.opened.set()
         except grpc.aio.AioRpcError as error:
             raise raised_from(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_silent or (task is not None and task.cancelling()):
+                raise
+            problem = "the worker says nothing any more, though its connection stands"
+            raise UnavailableError("WORKER_LOST", problem) from None
         finally:
+            silence.close()
+            self._outbox.close()
             call.cancel()
-        raise UnavailableError("WORKER_LOST", "the worker ended the step stream")
+        raise UnavailableError("WORKER_LOST", "the worker ended the session")
 
     def fail(self, error: HeadraceError) -> None:
         """End the session: every sequence in it fails with `error`."""
         self._lost = error
         sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
+        for _, sink in sinks.values():
             sink.on_ended(Ended(Side.WORKER, error))
 
-    def _fan_out(self, message: decode_service_pb2.StreamStepsResponse) -> None:
+    def _fan_out(self, message: pb.SessionResponse) -> None:
         now_s = time.monotonic()
-        sinks = self._sinks
         num_idle = 0
-        for output in message.outputs:
-            sink = sinks.get(output.sequence_number)
-            if sink is None:
+        for entry in message.entries:
+            number = entry.sequence_number
+            attempt, sink = self._sinks.get(number, (0, None))
+            if sink is None or attempt != entry.attempt:
                 num_idle += 1
                 continue
             try:
-                check_output(output, self._vocab_size)
-                sink.on_output(output, now_s)
-            except HeadraceError as error:
-                self._drop(output.sequence_number, sink, error)
-            except Exception as error:
-                log.error("unhandled error in a step output", exc_info=error)
-                self._drop(output.sequence_number, sink, HeadraceError("BUG", "internal error"))
-        if num_idle == len(message.outputs):
-            self._idle.take(1.0 + num_idle * _IDLE_OUTPUT_COST)
+                check_entry(entry, self._info, self._layout)
+                num_idle += not sink.on_entry(entry, now_s)
+            except Exception as error:  # noqa: BLE001 - the boundary: what one sequence's entry does costs that sequence
+                self._drop(number, sink, error)
+        if num_idle == len(message.entries):
+            self._idle.take(1.0 + num_idle * _IDLE_ENTRY_COST)
         elif num_idle:
-            self._idle.take(num_idle * _IDLE_OUTPUT_COST)
+            self._idle.take(num_idle * _IDLE_ENTRY_COST)
 
-    def _drop(self, number: int, sink: StepSink, error: HeadraceError) -> None:
-        """End a run because of what we could not do with its output; what came after it would leave a gap."""
-        self.remove(number)
+    def _drop(self, number: int, sink: StepSink, error: Exception) -> None:
+        """End a run because of what we could not do with its entry; what came after it would leave a gap."""
+        self._sinks.pop(number, None)
+        if not isinstance(error, HeadraceError):
+            log.error("unhandled error in a step entry", exc_info=error)
+            error = HeadraceError("BUG", "internal error")
         sink.on_ended(Ended(Side.ROUTER, error))

@@ -6,13 +6,13 @@ the remainder has a name of its own. Phases, in the order of an attempt:
 
     tokenize        arrival to token ids
     queue           in the router's queue
+    decode_queue    waiting for pages at the decode worker (reported)
     prefill_queue   in the prefill worker's queue (reported)
     prefill         first step to first token (reported)
-    prefill_rpc     the rest of the Prefill call; then the first token is the client's
-    decode_queue    waiting for pages at the decode worker (reported)
-    transfer        moving and verifying the pages (reported)
-    start_rpc       the rest of the Start call
-    first_step      from there to the first token of the decode worker; colocated, it holds the prefill
+    prefill_hop     the rest of the way to the first token, which is the client's now
+    transfer        from there until the pages are moved and verified (reported)
+    join            the rest until the sequence joined the batch
+    first_step      from there to the first token of the decode worker; it holds the prefill where that computes it
     decode          to the last token
     retry           an attempt that failed: from its last mark, or its last token, to the failure
 

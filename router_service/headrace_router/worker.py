@@ -15,8 +15,6 @@ from typing import Protocol
 import grpc.aio
 from headrace.v1 import worker_service_pb2
 from headrace.v1.decode_service_pb2_grpc import DecodeServiceStub
-from headrace.v1.prefill_service_pb2_grpc import PrefillServiceStub
-from headrace.v1.transfer_service_pb2_grpc import TransferServiceStub
 from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import KvLayout
@@ -59,19 +57,24 @@ class Worker:
     """One incarnation of a worker, connected. Event loop only."""
 
     def __init__(
-        self, address: str, info: worker_service_pb2.GetInfoResponse, layout: KvLayout, channel: grpc.aio.Channel
+        self,
+        address: str,
+        info: worker_service_pb2.GetInfoResponse,
+        layout: KvLayout,
+        channel: grpc.aio.Channel,
+        router_id: int,
     ) -> None:
-        """Args: `info` is checked; `layout` is what it says of its pages, as a value."""
+        """Args: `info` is checked; `layout` is what it says of its pages, as a value; `router_id` is this router's."""
         self.address = address
         self.info = info
         self.layout = layout
-        self.prefill = PrefillServiceStub(channel)
         self.decode = DecodeServiceStub(channel)
-        self.transfer = TransferServiceStub(channel)
-        self.session = StepSession(info.vocab_size)
+        self.session = StepSession(router_id, info, layout)
         self.can_decode = info.role in (WORKER_ROLE_DECODE, WORKER_ROLE_BOTH)
         self.can_prefill = info.role in (WORKER_ROLE_PREFILL, WORKER_ROLE_BOTH)
         self.reported = asyncio.Event()
+        self.lost: asyncio.Future[HeadraceError] = asyncio.get_running_loop().create_future()
+        """Why its connection is gone; pending while it is not."""
         self.load = worker_service_pb2.WatchLoadResponse()
         self._reservations: set[Reservation] = set()
         self._held: Counter[Client] = Counter()
@@ -157,6 +160,8 @@ class Worker:
         """The connection is gone: fail what runs here."""
         self._is_held = True
         self.session.fail(error)
+        if not self.lost.done():
+            self.lost.set_result(error)
 
 
 def _paths(client: Client) -> list[Client]:

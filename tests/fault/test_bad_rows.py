@@ -3,23 +3,16 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-import grpc.aio
 import pytest
-from headrace.v1 import (
-    decode_service_pb2,
-    decode_service_pb2_grpc,
-    prefill_service_pb2,
-    prefill_service_pb2_grpc,
-    types_pb2,
-)
+from headrace.v1 import decode_service_pb2, types_pb2
 from headrace_core.batch.step import Chunk
 from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.request import SamplingParams
-from headrace_core.rpc import channel, raised_from
-from headrace_core.testing.async_test import WAIT_S, async_test, eventually
+from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
-from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.mini_router import Collected, MiniRouter
+from headrace_core.testing.mini_taker import MiniTaker
 from headrace_core.testing.worker_pair import running
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
@@ -120,7 +113,7 @@ async def test_a_sequence_that_fails_in_decode_takes_nobody_with_it(kind: str):
             prompts,
             model,
             lambda: len(sequences) == len(prompts),
-            lambda: all(sequence.has_arrived for sequence in sequences.values()),
+            lambda: all(sequence.moved for sequence in sequences.values()),
         )
         assert max(spoiler.num_beside) == len(PROMPTS), "it was in a step with all the others"
         check(found, await alone(prompts), kind)
@@ -140,7 +133,7 @@ async def test_a_prompt_that_fails_takes_nobody_with_it(kind: str):
         running(prefiller, decode_service(FakeModel(), role="decode")) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
-        found = await together(router, prompts, model, lambda: len(prefiller._waiting) == len(prompts))
+        found = await together(router, prompts, model, lambda: len(prefiller._held) == len(prompts))
         assert max(spoiler.num_beside) == len(PROMPTS) - 1, "it was in a step with all the others but the first"
         check(found, await alone(prompts), kind)
         spoiler.is_on = False
@@ -158,7 +151,7 @@ async def test_where_all_fail_each_is_told_its_own_and_the_worker_goes_on(kind: 
         running(prefiller, decode_service(FakeModel(), role="decode")) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
-        found = await together(router, PROMPTS, model, lambda: len(prefiller._waiting) == len(PROMPTS))
+        found = await together(router, PROMPTS, model, lambda: len(prefiller._held) == len(PROMPTS))
         for name, error in found.items():
             assert isinstance(error, HeadraceError)
             assert str(error).startswith(f"request {name}: ")
@@ -180,30 +173,20 @@ async def test_parameters_without_an_answer_or_a_bound_are_refused_by_every_work
     """A router that checks nothing can't make a worker compute them."""
     async with (
         running(prefill_service(FakeModel()), decode_service(FakeModel(), role="both")) as (prefill, decode),
-        MiniRouter(prefill=prefill, decode=decode) as router,
+        MiniRouter(decode=decode) as router,
+        MiniTaker(prefill) as taker,
     ):
-        prefill_request = prefill_service_pb2.PrefillRequest(
-            request_id="r", attempt=1, token_ids=BAD_PROMPT, num_prompt_tokens=len(BAD_PROMPT), sampling=HOSTILE[named]
-        )
-        start_request = decode_service_pb2.StartRequest(
-            session_id=router.session_id,
-            sequence_number=1,
-            request_id="r",
-            attempt=1,
-            token_ids=BAD_PROMPT,
-            num_prompt_tokens=len(BAD_PROMPT),
-            sampling=HOSTILE[named],
-        )
-        async with channel(prefill) as to_prefill, channel(decode) as to_decode:
-            prefill_stub = prefill_service_pb2_grpc.PrefillServiceStub(to_prefill)
-            decode_stub = decode_service_pb2_grpc.DecodeServiceStub(to_decode)
-            for call in (
-                prefill_stub.Prefill(prefill_request, timeout=WAIT_S),
-                decode_stub.Start(start_request, timeout=WAIT_S),
-            ):
-                with pytest.raises(grpc.aio.AioRpcError) as raised:
-                    await call
-                error = raised_from(raised.value)
-                assert isinstance(error, InvalidRequestError)
-                assert error.reason == "BAD_SAMPLING"
-                assert named in str(error)
+        number = {"sequence_number": 1, "attempt": 1, "request_id": "r", "timeout_ms": 60_000}
+        prompt = {"token_ids": BAD_PROMPT, "num_prompt_tokens": len(BAD_PROMPT), "sampling": HOSTILE[named]}
+        collected = router.outputs[1, 1] = Collected(1, 1, len(BAD_PROMPT))
+        start = decode_service_pb2.StartSequence(**number, **prompt)
+        router.send(decode_service_pb2.SessionRequest(start=start))
+
+        def change(message):
+            message.sampling.CopyFrom(HOSTILE[named])
+
+        ordered = taker.order("r", BAD_PROMPT, params=PARAMS, change=change)
+        for error in (await collected.wait_failure(), await ordered.refused()):
+            assert isinstance(error, InvalidRequestError)
+            assert error.reason == "BAD_SAMPLING"
+            assert named in str(error)

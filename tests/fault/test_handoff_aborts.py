@@ -1,83 +1,80 @@
 """Abort in every phase, from either side: every page comes back, and none before the last byte has landed."""
 
 import asyncio
-import contextlib
 import dataclasses
 
 import pytest
-from headrace_core.batch.spec import SequenceSpec
+from headrace.v1 import decode_service_pb2
 from headrace_core.config import DecodeSettings, PrefillSettings
-from headrace_core.errors import HeadraceError, NotFoundError, OverloadedError, UnavailableError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
-from headrace_core.testing.mini_router import Collected, MiniRouter
+from headrace_core.testing.hold_proxy import HoldProxy
+from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.mini_taker import MiniTaker
 from headrace_core.testing.worker_pair import all_free, inspect, running
-from headrace_core.transfer.fake import POOLS, FakeFaults, FakePool, fake_offer
+from headrace_core.transfer.fake import POOLS, FakeFaults, pool_name
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
 GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=8, ignore_eos=True)
 ENDLESS = dataclasses.replace(GREEDY, max_tokens=480)
 PROMPT = list(range(1, 23))
+DECODE = decode_service_pb2.FAILURE_SIDE_DECODE
 
 
-def prefill_service(model: FakeModel | None = None, **settings) -> PrefillService:
+def prefill_service(model: FakeModel | None = None, *, transports=("grpc",), **settings) -> PrefillService:
     loaded = loaded_fake_model(model=model)
-    return PrefillService(
-        PrefillSettings(model=".", **settings), loader=lambda _: loaded, offers=[fake_offer("aborts")]
-    )
+    return PrefillService(PrefillSettings(model=".", **settings), loader=lambda _: loaded, transports=transports)
 
 
 def decode_service(
-    *, transports=(), model: FakeModel | None = None, max_unread_tokens=10_000, drain_timeout_s=5.0, **settings
+    *, transports=(), model: FakeModel | None = None, drain_timeout_s=5.0, num_pages=256, session=None, **settings
 ):
-    loaded = loaded_fake_model(num_pages=256, model=model)
+    loaded = loaded_fake_model(num_pages=num_pages, model=model)
     return DecodeService(
         DecodeSettings(model=".", **settings),
         loader=lambda _: loaded,
         transports=transports,
-        max_unread_tokens=max_unread_tokens,
         drain_timeout_s=drain_timeout_s,
+        **(session or {}),
     )
 
 
-async def cancel(call: asyncio.Future) -> None:
-    call.cancel()
-    await asyncio.wait([call])
-    assert call.cancelled()
+def faults_of(prefiller: PrefillService) -> FakeFaults:
+    return POOLS[pool_name(prefiller.host.incarnation)].faults
 
 
 @async_test
-async def test_a_prefill_cancelled_in_its_step_frees_its_pages():
+async def test_a_prefill_whose_taker_leaves_in_its_step_frees_its_pages():
     model = FakeModel()
     model.hold()
     prefiller = prefill_service(model)
-    async with running(prefiller) as (prefill,), MiniRouter(prefill=prefill) as router:
-        call = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY))
+    async with running(prefiller) as (prefill,), MiniTaker(prefill) as taker:
+        ordered = taker.order("r", PROMPT, params=GREEDY)
         await asyncio.to_thread(model.wait_held)
-        await cancel(call)
+        await ordered.cancel()
         await eventually(lambda: not prefiller.leases.leases, "the lease is gone")
         model.release()
         await all_free(prefiller)
 
 
 @async_test
-async def test_a_prefill_cancelled_in_the_queue_is_never_computed():
+async def test_a_prefill_whose_taker_leaves_in_the_queue_is_never_computed():
     model = FakeModel()
     model.hold()
     prefiller = prefill_service(model, max_step_sequences=1)
-    async with running(prefiller) as (prefill,), MiniRouter(prefill=prefill) as router:
-        first = asyncio.ensure_future(router.prefill("a", PROMPT, params=GREEDY))
+    async with running(prefiller) as (prefill,), MiniTaker(prefill) as taker:
+        first = taker.order("a", PROMPT, params=GREEDY)
         await asyncio.to_thread(model.wait_held)
-        queued = asyncio.ensure_future(router.prefill("b", PROMPT, params=GREEDY))
+        queued = taker.order("b", PROMPT, params=GREEDY)
         await eventually(lambda: len(prefiller.leases.leases) == 2, "both are there")
-        await cancel(queued)
+        await queued.cancel()
         await eventually(lambda: len(prefiller.leases.leases) == 1, "one is gone")
         model.release()
-        handoff = (await first).handoff
-        prefiller.leases.release(handoff.lease.lease_id, incarnation=handoff.holder_incarnation)
+        await first.wait_runs()
+        await first.confirm()
         await all_free(prefiller)
         assert model.num_steps == 1
 
@@ -86,86 +83,155 @@ async def test_a_prefill_cancelled_in_the_queue_is_never_computed():
 async def test_a_higher_attempt_ends_a_lower_one_that_is_being_computed():
     model = FakeModel()
     model.hold()
-    async with running(prefill_service(model)) as (prefill,), MiniRouter(prefill=prefill) as router:
-        first = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY))
+    async with running(prefill_service(model)) as (prefill,), MiniTaker(prefill) as taker:
+        first = taker.order("r", PROMPT, params=GREEDY)
         await asyncio.to_thread(model.wait_held)
-        second = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=2))
-        with pytest.raises(HeadraceError) as raised:
-            await first
-        assert raised.value.reason == "STALE_ATTEMPT"
+        second = taker.order("r", PROMPT, params=GREEDY, attempt=2)
+        assert (await first.refused()).reason == "STALE_ATTEMPT"
         model.release()
-        assert (await second).handoff.attempt == 2
+        await second.wait_runs()
+
+
+PHASES = ("queued", "ordered", "prefilling", "sealing", "pulling", "confirming", "decoding")
+
+
+async def _reach(phase, model, proxy, faults):
+    """Return when the sequence that was just started is in `phase`."""
+    if phase in ("prefilling", "decoding"):
+        await asyncio.to_thread(model.wait_held)
+    elif phase == "ordered":
+        await eventually(lambda: bool(proxy.opened), "it is ordered")
+    elif phase == "sealing":
+        await eventually(lambda: "run" in proxy.seen, "it is sealed, and the taker is not told")
+    elif phase == "pulling":
+        await faults.entered.wait()
+    elif phase == "confirming":
+        await eventually(lambda: "confirmed" in proxy.seen, "it is confirmed, and the taker is not told")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("by", ["cancel", "session", "deadline", "attempt", "holder"])
+@async_test
+async def test_a_sequence_ends_in_every_phase_and_every_page_is_free(phase: str, by: str):
+    """`running` looks at every page of both workers at the end."""
+    at_prefill, at_decode = FakeModel(), FakeModel()
+    prefiller = prefill_service(at_prefill, transports=["fake"])
+    decoder = decode_service(model=at_decode, transports=["fake"], max_step_sequences=1, role="both")
+    async with (
+        running(prefiller, decoder) as (prefill, decode),
+        HoldProxy(prefill) as proxy,
+        MiniRouter(prefill=proxy.address, decode=decode) as router,
+    ):
+        faults = faults_of(prefiller)
+        if phase == "pulling":
+            faults.gate = asyncio.Event()
+        gates = {"ordered": "admitted", "sealing": "run", "confirming": "confirmed"}
+        if phase in gates:
+            proxy.gates[gates[phase]] = asyncio.Event()
+        if phase == "queued":
+            at_decode.hold()
+            router.start("before", PROMPT, params=ENDLESS, prefill="")
+            await asyncio.to_thread(at_decode.wait_held)
+        elif phase in ("prefilling", "decoding"):
+            (at_prefill if phase == "prefilling" else at_decode).hold()
+        timeout_s = 0.5 if by == "deadline" else 60.0
+        collected = router.start("r", PROMPT, params=ENDLESS, timeout_s=timeout_s)
+        await eventually(lambda: decoder.num_sequences == 1 + (phase == "queued"), "it has begun")
+        await _reach(phase, at_decode if phase == "decoding" else at_prefill, proxy, faults)
+        num_before = decoder.num_sequences
+        match by:
+            case "cancel":
+                router.cancel(collected)
+            case "session":
+                await router.close_session()
+            case "attempt":
+                router.start("r", PROMPT, params=GREEDY, attempt=2, prefill="")
+                assert (await collected.wait_failure()).reason == "STALE_ATTEMPT"
+            case "deadline":
+                assert (await collected.wait_failure()).reason == "DEADLINE_EXCEEDED"
+            case _:
+                for lease in prefiller.leases.leases:
+                    prefiller.leases.abort(lease, _gone())
+        if by == "cancel":
+            await eventually(lambda: decoder.num_sequences < num_before, "it is gone")
+        for model in (at_prefill, at_decode):
+            model.release()
+        for gate in (*proxy.gates.values(), *([faults.gate] if faults.gate else [])):
+            gate.set()
+        if by != "session":
+            await router.close_session()
+        await all_free(prefiller)
+        await all_free(decoder)
+        assert not prefiller.leases.leases
+
+
+def _gone():
+    from headrace_core.errors import UnavailableError
+
+    return UnavailableError("DRAINING", "made to go away")
 
 
 @pytest.mark.parametrize("is_cancel_ignored", [False, True], ids=["drains-at-once", "late-bytes"])
-@pytest.mark.parametrize("by", ["call", "session", "cancel"])
+@pytest.mark.parametrize("by", ["session", "cancel"])
 @async_test
 async def test_pages_of_a_cancelled_transfer_are_reused_only_when_drained(by: str, is_cancel_ignored: bool):
-    faults = FakeFaults(gate=asyncio.Event(), is_cancel_ignored=is_cancel_ignored)
-    assert faults.gate is not None
-    prefiller, decoder = prefill_service(), decode_service(transports=["fake"])
+    prefiller, decoder = prefill_service(transports=["fake"]), decode_service(transports=["fake"])
     async with (
         running(prefiller, decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
-        POOLS["aborts"] = FakePool(prefiller.leases, prefiller.host.model.cache, faults)
-        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
-        starting = asyncio.ensure_future(router.start("r", PROMPT, params=GREEDY, handoff=handoff))
+        faults = faults_of(prefiller)
+        faults.gate, faults.is_cancel_ignored = asyncio.Event(), is_cancel_ignored
+        collected = router.start("r", PROMPT, params=GREEDY)
         await faults.entered.wait()
-        if by == "call":
-            await cancel(starting)
-        elif by == "session":
-            await router.close_session()
-        else:
-            await router.cancel(1)
+        await (router.close_session() if by == "session" else _cancelled(router, collected))
         await eventually(lambda: not decoder.num_sequences, "the sequence is gone")
         if is_cancel_ignored:
-            assert (await inspect(decoder))[PageState.QUARANTINED] == len(handoff.pages)
+            assert (await inspect(decoder))[PageState.QUARANTINED] == 6
             faults.gate.set()
         await all_free(decoder)
-        if by != "call":
-            with pytest.raises(UnavailableError) as raised:
-                await starting
-            assert raised.value.reason == {"session": "SESSION_CLOSED", "cancel": "CANCELLED"}[by]
+
+
+async def _cancelled(router, collected):
+    router.cancel(collected)
 
 
 @async_test
 async def test_a_transfer_that_never_drains_loses_its_connection():
-    faults = FakeFaults(gate=asyncio.Event(), is_cancel_ignored=True)
-    prefiller = prefill_service()
+    prefiller = prefill_service(transports=["fake"])
     decoder = decode_service(transports=["fake"], drain_timeout_s=0.05)
     async with (
         running(prefiller, decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
-        POOLS["aborts"] = FakePool(prefiller.leases, prefiller.host.model.cache, faults)
-        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
-        starting = asyncio.ensure_future(router.start("r", PROMPT, params=GREEDY, handoff=handoff))
+        faults = faults_of(prefiller)
+        faults.gate, faults.is_cancel_ignored = asyncio.Event(), True
+        collected = router.start("r", PROMPT, params=GREEDY)
         await faults.entered.wait()
-        await cancel(starting)
+        router.cancel(collected)
         await all_free(decoder)
 
 
 @async_test
-async def test_a_start_cancelled_in_the_queue_frees_nothing_it_does_not_have():
+async def test_rule_1_what_waits_for_pages_here_holds_none_there():
     model = FakeModel()
-    prefiller, decoder = prefill_service(), decode_service(model=model, max_step_sequences=1)
+    prefiller, decoder = prefill_service(), decode_service(model=model, num_pages=12)
     async with (
         running(prefiller, decoder) as (prefill, decode),
-        MiniRouter(prefill=prefill, decode=decode) as router,
+        HoldProxy(prefill) as proxy,
+        MiniRouter(prefill=proxy.address, decode=decode) as router,
     ):
-        model.hold(after=1)
-        first = (await router.prefill("a", PROMPT, params=ENDLESS)).handoff
-        running_first, _ = await router.start("a", PROMPT, params=ENDLESS, handoff=first)
-        second = (await router.prefill("b", PROMPT, params=GREEDY)).handoff
-        queued = asyncio.ensure_future(router.start("b", PROMPT, params=GREEDY, handoff=second))
+        model.hold()
+        first = router.start("a", PROMPT, params=GREEDY)
+        await asyncio.to_thread(model.wait_held)
+        second = router.start("b", PROMPT, params=GREEDY)
         await eventually(lambda: decoder.num_sequences == 2, "both are there")
-        await cancel(queued)
-        await eventually(lambda: decoder.num_sequences == 1, "one is gone")
-        assert not running_first.is_over
-        await router.cancel(1)
+        model.hold(after=1)
+        await eventually(lambda: decoder.host.board.report.num_waiting == 1, "it waits for pages")
+        assert len(proxy.opened) == 1
+        assert not prefiller.leases.leases
         model.release()
-        await all_free(decoder)
+        assert len(await first.tokens()) == len(await second.tokens()) == 8
 
 
 @pytest.mark.parametrize("by", ["session", "cancel"])
@@ -178,11 +244,10 @@ async def test_a_running_sequence_is_aborted(by: str):
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
         model.hold(after=3)
-        handoff = (await router.prefill("r", PROMPT, params=ENDLESS)).handoff
-        collected, _ = await router.start("r", PROMPT, params=ENDLESS, handoff=handoff)
-        await collected.wait_tokens(3)
+        collected = router.start("r", PROMPT, params=ENDLESS)
+        await collected.wait_tokens(4)
         await asyncio.to_thread(model.wait_held)
-        await (router.close_session() if by == "session" else router.cancel(1))
+        await (router.close_session() if by == "session" else _cancelled(router, collected))
         await eventually(lambda: not decoder.num_sequences, "the sequence is gone")
         model.release()
         await all_free(decoder)
@@ -198,34 +263,31 @@ async def test_a_failed_step_ends_its_sequences_and_the_worker_goes_on():
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
         model.hold(after=3)
-        handoff = (await router.prefill("a", PROMPT, params=ENDLESS)).handoff
-        collected, _ = await router.start("a", PROMPT, params=ENDLESS, handoff=handoff)
-        await collected.wait_tokens(3)
+        collected = router.start("a", PROMPT, params=ENDLESS)
+        await collected.wait_tokens(4)
         model.failure = RuntimeError("broken")
         model.release()
-        await collected.wait_end()
-        assert collected.failure is not None
-        assert collected.failure.reason == "ENGINE_FAILED"
+        assert (await collected.wait_failure()).reason == "ENGINE_FAILED"
+        assert collected.side == DECODE
         model.failure = None
         assert len(await router.generate("b", PROMPT, params=GREEDY)) == 8
 
 
 @async_test
-async def test_a_reader_that_stalls_loses_its_session_and_nobody_else():
-    prefiller, decoder = prefill_service(), decode_service(max_unread_tokens=50)
+async def test_rule_13_a_reader_that_stalls_pauses_its_rows_then_loses_its_session_and_nobody_else():
+    decoder = decode_service(session={"most_unread_bytes": 40_000, "patience_s": 0.5}, num_pages=2048)
     async with (
-        running(prefiller, decoder) as (prefill, decode),
-        MiniRouter(prefill=prefill, decode=decode, session_id="good") as good,
-        MiniRouter(prefill=prefill, decode=decode, session_id="stalled", is_reading=False) as stalled,
+        running(prefill_service(), decoder) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as good,
+        MiniRouter(prefill=prefill, decode=decode, is_reading=False) as stalled,
     ):
-        # Messages large enough to fill the connection's window.
         params = dataclasses.replace(ENDLESS, top_logprobs=20)
-        for name in "abcd":
-            handoff = (await stalled.prefill(name, PROMPT, params=params)).handoff
-            with contextlib.suppress(OverloadedError, NotFoundError):  # the session may be gone by now
-                await stalled.start(name, PROMPT, params=params, handoff=handoff)
-        await eventually(lambda: not decoder.num_sequences, "the stalled session is aborted")
+        for i in range(40):  # more than the connection's windows take
+            stalled.start(f"s{i}", PROMPT, params=params)
+        await eventually(lambda: bool(decoder.registry.get_sample_value("headrace_paused_sessions")), "it is paused")
         assert len(await good.generate("q", PROMPT, params=GREEDY)) == 8
+        await eventually(lambda: decoder.num_sessions == 1, "the stalled session is ended")
+        assert not decoder.num_sequences
         stalled.read()
         await eventually(lambda: stalled.stream_error is not None, "the stream is refused")
         assert stalled.stream_error is not None
@@ -234,23 +296,16 @@ async def test_a_reader_that_stalls_loses_its_session_and_nobody_else():
 
 
 @async_test
-async def test_a_start_cancelled_as_it_joins_the_batch_disturbs_nobody():
-    model = FakeModel()
-    decoder = decode_service(model=model, role="both")
-    async with running(decoder) as (decode,), MiniRouter(decode=decode) as router:
-        model.hold()  # before there is anything to compute: "other" waits in its first step, and can't end too soon
-        other, _ = await router.start("other", PROMPT, params=GREEDY)
-        await asyncio.to_thread(model.wait_held)
-        router.outputs[99] = Collected()
-        spec = SequenceSpec("r", 1, 0, PROMPT, len(PROMPT), ENDLESS)
-        starting = asyncio.ensure_future(decoder.start_sequence("session", 99, spec, None))
-        await eventually(lambda: decoder.num_sequences == 2, "both are there")
-        # Hold the loop still until the news that the sequence runs lies in its queue; then cancel, in the same turn.
-        # The engine publishes that it joined before the step in which it does.
-        model.hold(after=1)
-        model.wait_held()
-        starting.cancel()
-        model.release()
-        await asyncio.wait([starting])
-        await other.wait_end()
-        assert len(other.token_ids) == 8
+async def test_rule_13_a_reader_that_reads_again_in_time_has_every_token():
+    decoder = decode_service(session={"most_unread_bytes": 40_000, "patience_s": 60.0}, num_pages=2048)
+    async with (
+        running(prefill_service(), decoder) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as quick,
+        MiniRouter(prefill=prefill, decode=decode, is_reading=False) as slow,
+    ):
+        params = dataclasses.replace(ENDLESS, top_logprobs=20)
+        late = [slow.start(f"s{i}", PROMPT, params=params) for i in range(40)]
+        await eventually(lambda: bool(decoder.registry.get_sample_value("headrace_paused_sessions")), "it is paused")
+        expected = await quick.generate("q", PROMPT, params=params)
+        slow.read()
+        assert [await collected.tokens() for collected in late] == [expected] * 40

@@ -48,14 +48,14 @@ def shares(plan: StepPlan | None) -> list[tuple[int, int, int]]:
 def running(s: DecodeScheduler, *lengths: int) -> None:
     """Add sequences 1, 2, ... with prompts of these lengths and compute their prompts."""
     for key, length in enumerate(lengths, start=1):
-        s.add(key, spec(prompt(key, length)), None, 0.0)
+        s.add(key, spec(prompt(key, length)), 0.0)
     while any(chunk.start == 0 for chunk in step(s).chunks):
         pass
     s.take_events()
 
 
-def handed_off(s: DecodeScheduler, key: int, tokens: list[int], first_token_id=9, now=0.0, **params) -> PagesReady:
+def handed_off(s: DecodeScheduler, key: int, tokens: list[int], now=0.0, **params) -> PagesReady:
     """Add a sequence whose pages are on their way."""
-    s.add(key, spec(tokens, **params), first_token_id, now)
+    s.add(key, spec(tokens, **params), now, has_handoff=True)
     s.plan(now)
     return next(event for event in s.take_events() if isinstance(event, PagesReady) and event.key == key)

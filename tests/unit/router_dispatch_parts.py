@@ -97,7 +97,7 @@ class Queue:
             max_step_tokens=max_step_tokens,
             max_step_sequences=max_step_sequences,
         )
-        worker = Worker(address, info, LAYOUT, self._channel)
+        worker = Worker(address, info, LAYOUT, self._channel, 1)
         worker.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=num_pages))
         self.fleet.fleet.append(worker)
         return worker

@@ -25,8 +25,8 @@ def test_it_gives_way_to_others_it_is_not_the_end_of_the_step_for():
     s = scheduler(num_pages=7, max_step_tokens=4)
     running(s, 2)
     handed_off(s, 3, [7, 7])
-    s.arrived(3)
-    s.add(2, spec(prompt(2, 6)), None, 0.0)
+    s.arrived(3, 9)
+    s.add(2, spec(prompt(2, 6)), 0.0)
     step(s)
     assert s.load().num_free_pages == 0, "two, two and three pages"
     plan = s.plan(0.0)
@@ -39,11 +39,11 @@ def test_a_row_that_gives_way_itself_leaves_the_rest_of_the_step_to_others():
     s = scheduler(num_pages=6, max_step_tokens=3)
     handed_off(s, 1, [7, 7, 7])
     handed_off(s, 3, [8, 8])
-    s.add(2, spec(prompt(2, 6)), None, 0.0)
+    s.add(2, spec(prompt(2, 6)), 0.0)
     step(s)
     assert s.load().num_free_pages == 0
-    s.arrived(1)
-    s.arrived(3)
+    s.arrived(1, 9)
+    s.arrived(3, 9)
     assert shares(s.plan(0.0)) == [(1, 3, 1), (2, 3, 2)]
     assert Preempted(3) in s.take_events()
 
@@ -64,9 +64,9 @@ def test_a_pre_empted_sequence_waits_for_pages_for_all_its_tokens():
 def test_a_sequence_may_grow_to_the_whole_pool_if_younger_ones_give_way():
     s = scheduler(num_pages=3)
     handed_off(s, 2, [8])
-    s.add(1, spec(prompt(1, 4)), None, 0.0)
+    s.add(1, spec(prompt(1, 4)), 0.0)
     step(s)
-    s.arrived(2)
+    s.arrived(2, 9)
     assert s.load().num_free_pages == 0
     assert shares(step(s)) == [(1, 4, 1)]
     assert [type(event) for event in s.take_events() if not isinstance(event, Output)] == [Started, Started, Preempted]
@@ -85,10 +85,10 @@ def test_a_pre_empted_sequence_is_not_started_twice():
 
 def test_a_sequence_that_was_handed_off_is_computed_here_after_it_gave_way():
     s = scheduler(num_pages=4, max_step_tokens=8)
-    s.add(1, spec(prompt(1, 2)), None, 0.0)
+    s.add(1, spec(prompt(1, 2)), 0.0)
     step(s)
     handed_off(s, 2, [7, 7])
-    s.arrived(2)
+    s.arrived(2, 9)
     while not any(isinstance(event, Preempted) for event in s.take_events()):
         step(s)
     s.abort(1)
@@ -99,7 +99,7 @@ def test_a_sequence_that_was_handed_off_is_computed_here_after_it_gave_way():
 
 def test_a_sequence_that_fills_the_pool_alone_ends_with_an_error_that_says_so():
     s = scheduler(num_pages=2)
-    s.add(1, spec([1, 2, 3]), None, 0.0)
+    s.add(1, spec([1, 2, 3]), 0.0)
     step(s)
     step(s)
     s.take_events()
@@ -115,8 +115,8 @@ def test_a_sequence_that_fills_the_pool_alone_ends_with_an_error_that_says_so():
 
 def test_pages_that_one_gave_up_are_used_in_the_same_step():
     s = scheduler(num_pages=3)
-    s.add(1, spec([1, 2, 3, 4]), None, 0.0)
-    s.add(2, spec([5, 6, 7, 8]), None, 0.0)
+    s.add(1, spec([1, 2, 3, 4]), 0.0)
+    s.add(2, spec([5, 6, 7, 8]), 0.0)
     for _ in range(3):
         step(s)
     assert s.load().num_waiting == 1

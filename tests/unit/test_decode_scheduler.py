@@ -67,18 +67,18 @@ def expected(tokens: list[int], count: int) -> list[int]:
 
 def test_a_local_prompt_is_chunked_and_then_decoded():
     s = scheduler(max_step_tokens=4)
-    s.add(1, spec([1, 2, 3, 4, 5, 6]), None, 0.0)
+    s.add(1, spec([1, 2, 3, 4, 5, 6]), 0.0)
     assert run_all(s) == {1: expected([1, 2, 3, 4, 5, 6], 6)}
 
 
 def test_a_handed_off_sequence_runs_once_its_pages_arrived_and_does_not_repeat_the_first_token():
     s = scheduler()
-    s.add(1, spec([1, 2, 3]), 9, 0.0)
+    s.add(1, spec([1, 2, 3]), 0.0, has_handoff=True)
     assert s.plan(0.0) is None
     (ready,) = s.take_events()
     assert isinstance(ready, PagesReady)
     assert len(ready.page_ids) == 2
-    s.arrived(1)
+    s.arrived(1, 9)
     plan = s.plan(0.0)
     assert plan is not None
     assert [(c.token_ids, c.start) for c in plan.chunks] == [([9], 3)]
@@ -89,22 +89,78 @@ def test_a_handed_off_sequence_runs_once_its_pages_arrived_and_does_not_repeat_t
 
 def test_an_aborted_transfer_keeps_its_pages_until_drained():
     s = scheduler()
-    s.add(1, spec([1, 2, 3]), 9, 0.0)
+    s.add(1, spec([1, 2, 3]), 0.0, has_handoff=True)
     s.plan(0.0)
     s.abort(1)
     assert s.load().page_counts[PageState.QUARANTINED] == 2
-    s.arrived(1)
+    s.arrived(1, 9)
     assert s.plan(0.0) is None
     s.drained(1)
     assert s.load().num_free_pages == 16
     s.check_integrity()
 
 
+def test_rule_11_what_lacks_few_enough_tokens_is_computed_here_and_the_cache_is_asked_when_it_is_its_turn():
+    s = scheduler()
+    s.add(1, spec([1, 2, 3, 4, 5], max_tokens=1), 0.0)
+    s.add(2, spec([1, 2, 3, 4, 6], max_tokens=2), 0.0, has_handoff=True, local_below=1)
+    s.add(3, spec([1, 2, 7, 7, 7], max_tokens=2), 0.0, has_handoff=True, local_below=2)
+    ready: list[int] = []
+    for _ in range(9):
+        plan = s.plan(0.0)
+        ready += [event.key for event in s.take_events() if isinstance(event, PagesReady)]
+        if plan is not None:
+            answer(s, plan)
+    assert ready == [2, 3], "all come to their turn at once, before anything is cached"
+    for key in ready:
+        s.abort(key)
+        s.drained(key)
+    s.add(4, spec([1, 2, 3, 4, 6], max_tokens=2), 0.0, has_handoff=True, local_below=1)
+    s.add(5, spec([1, 2, 7, 7, 7], max_tokens=2), 0.0, has_handoff=True, local_below=2)
+    s.plan(0.0)
+    events = s.take_events()
+    assert [event.key for event in events if isinstance(event, PagesReady)] == [5], "it lacks three"
+    assert [(event.key, event.num_cached_tokens) for event in events if isinstance(event, Started)] == [(4, 4)]
+
+
+def test_rule_12_groups_take_turns_at_admission_and_within_one_the_oldest_goes_first():
+    s = scheduler(max_step_sequences=1)
+    for key, group in ((1, 7), (2, 7), (3, 7), (4, 8), (5, 9), (6, 8)):
+        s.add(key, spec([key], max_tokens=1), 0.0, group=group)
+    order: list[int] = []
+    while plan := s.plan(0.0):
+        order += [chunk.key for chunk in plan.chunks]
+        answer(s, plan)
+    assert order == [1, 4, 5, 2, 6, 3]
+
+
+def test_rule_13_rows_of_a_paused_group_keep_their_pages_and_wait():
+    s = scheduler()
+    for key in (1, 2):
+        s.add(key, spec([key] * 3, max_tokens=9), 0.0, group=key)
+    plan = s.plan(0.0)
+    assert plan is not None
+    answer(s, plan)
+    s.pause(1)
+    for _ in range(3):
+        plan = s.plan(0.0)
+        assert plan is not None
+        assert [chunk.key for chunk in plan.chunks] == [2]
+        answer(s, plan)
+    assert s.load().num_running == 2
+    s.pause(2)
+    assert s.plan(0.0) is None
+    s.resume(1)
+    s.resume(2)
+    outputs = run_all(s)
+    assert (outputs[1][-8:], outputs[2][-5:]) == (expected([1] * 3, 9)[1:], expected([2] * 3, 9)[4:])
+
+
 def test_preempted_sequences_finish_with_the_same_tokens():
     prompts = {key: [key] * 3 for key in range(1, 5)}
     s = scheduler(num_pages=8)
     for key, prompt in prompts.items():
-        s.add(key, spec(prompt, max_tokens=9), None, 0.0)
+        s.add(key, spec(prompt, max_tokens=9), 0.0)
     preempted = 0
     outputs: dict[int, list[int]] = {}
     while plan := s.plan(0.0):
@@ -120,7 +176,7 @@ def test_preempted_sequences_finish_with_the_same_tokens():
 
 def test_a_sequence_that_outgrows_the_pool_ends_with_an_error():
     s = scheduler(num_pages=3)
-    s.add(1, spec([1, 2], max_tokens=30), None, 0.0)
+    s.add(1, spec([1, 2], max_tokens=30), 0.0)
     events = []
     while plan := s.plan(0.0):
         answer(s, plan)
@@ -136,7 +192,7 @@ def test_a_sequence_that_outgrows_the_pool_ends_with_an_error():
 def test_end_of_sequence_counts_only_after_min_tokens():
     for min_tokens, finishes in ((0, [FinishReason.STOP]), (2, [None, None, FinishReason.STOP])):
         s = scheduler()
-        s.add(1, spec([1], min_tokens=min_tokens), None, 0.0)
+        s.add(1, spec([1], min_tokens=min_tokens), 0.0)
         got = []
         while plan := s.plan(0.0):
             s.apply(StepResult({c.key: SampledToken(0) for c in plan.chunks if c.sampling}, 0.0), 0.0)
@@ -146,17 +202,17 @@ def test_end_of_sequence_counts_only_after_min_tokens():
 
 def test_the_context_limit_ends_a_sequence():
     s = scheduler(num_pages=64)
-    s.add(1, spec([1] * 38, max_tokens=100), None, 0.0)
+    s.add(1, spec([1] * 38, max_tokens=100), 0.0)
     assert len(run_all(s)[1]) == 2
 
 
 def test_decode_rows_are_not_held_up_by_a_long_prompt():
     s = scheduler(num_pages=64, max_step_tokens=5)
-    s.add(1, spec([1, 2], max_tokens=20), None, 0.0)
+    s.add(1, spec([1, 2], max_tokens=20), 0.0)
     plan = s.plan(0.0)
     assert plan is not None
     answer(s, plan)
-    s.add(2, spec([3] * 30), None, 0.0)
+    s.add(2, spec([3] * 30), 0.0)
     for _ in range(5):
         plan = s.plan(0.0)
         assert plan is not None
@@ -169,7 +225,7 @@ def test_a_sequence_that_fails_in_a_step_ends_alone():
     s = scheduler(num_pages=32, max_step_tokens=20)
     prompts = {key: [key, 5, 6, 7] for key in (1, 2, 3)}
     for key, prompt in prompts.items():
-        s.add(key, spec(prompt), None, 0.0)
+        s.add(key, spec(prompt), 0.0)
     plan = s.plan(0.0)
     assert plan is not None
     answer(s, plan, failing=[2])
@@ -183,17 +239,17 @@ def test_a_sequence_that_fails_in_a_step_ends_alone():
 def test_what_a_failed_sequence_computed_is_not_found_again_and_what_others_use_is():
     s = scheduler(num_pages=32, max_step_tokens=20)
     shared = [1, 2, 3, 4]
-    s.add(1, spec([*shared, 5]), None, 0.0)
+    s.add(1, spec([*shared, 5]), 0.0)
     answer(s, s.plan(0.0) or StepPlan([]))
-    s.add(2, spec([*shared, 6, 7, 8]), None, 0.0)
-    s.add(3, spec([9, 9, 9, 9, 9]), None, 0.0)
+    s.add(2, spec([*shared, 6, 7, 8]), 0.0)
+    s.add(3, spec([9, 9, 9, 9, 9]), 0.0)
     plan = s.plan(0.0)
     assert plan is not None
     assert [(c.key, c.start) for c in plan.chunks] == [(1, 5), (2, 4), (3, 0)]
     answer(s, plan)
     answer(s, s.plan(0.0) or StepPlan([]), failing=[2, 3])
-    s.add(4, spec([*shared, 6, 7, 8]), None, 0.0)
-    s.add(5, spec([9, 9, 9, 9, 9]), None, 0.0)
+    s.add(4, spec([*shared, 6, 7, 8]), 0.0)
+    s.add(5, spec([9, 9, 9, 9, 9]), 0.0)
     plan = s.plan(0.0)
     assert plan is not None
     assert [(c.key, c.start) for c in plan.chunks if c.key > 3] == [(4, 4), (5, 0)]
@@ -202,7 +258,7 @@ def test_what_a_failed_sequence_computed_is_not_found_again_and_what_others_use_
 
 def test_a_step_copies_no_list_of_a_sequence():
     s = scheduler(num_pages=32)
-    s.add(1, spec([1, 2, 3]), None, 0.0)
+    s.add(1, spec([1, 2, 3]), 0.0)
     for _ in range(3):
         plan = s.plan(0.0)
         assert plan is not None
@@ -272,14 +328,14 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
             key = len(prompts) + 1
             first = next_token(value) if name == "handoff" else None
             prompts[key], outputs[key] = value, [first] if first else []
-            s.add(key, spec(value, max_tokens=8), first, 0.0)
+            s.add(key, spec(value, max_tokens=8), 0.0, has_handoff=first is not None)
         elif name == "abort":
             s.abort(value)
             if value in prompts:
                 over.add(value)
         elif name == "arrived":
             if value in moving:
-                s.arrived(value)
+                s.arrived(value, next_token(prompts[value]))
         elif name == "drained":
             if value in over:
                 s.drained(value)
@@ -290,7 +346,7 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
     for _ in range(10_000):
         is_stepped = step(0)
         for key in sorted(moving):
-            s.drained(key) if key in over else s.arrived(key)
+            s.drained(key) if key in over else s.arrived(key, next_token(prompts[key]))
         has_moved = bool(moving)
         moving.clear()
         s.check_integrity()

@@ -6,22 +6,20 @@ import dataclasses
 import grpc.aio
 import pytest
 from headrace.v1 import decode_service_pb2, decode_service_pb2_grpc
+from headrace_core import beats
 from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import (
-    ConflictError,
     HeadraceError,
     InvalidRequestError,
-    NotFoundError,
     OverloadedError,
     UnavailableError,
 )
-from headrace_core.request import FinishReason, SamplingParams
+from headrace_core.request import FinishReason, SamplingParams, hash_tokens
 from headrace_core.rpc import channel, raised_from
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
-from headrace_core.wire import encode_sampling
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
@@ -118,7 +116,7 @@ async def test_a_stop_token_ends_the_sequence():
     async with running(service()) as (address,), MiniRouter(decode=address) as router:
         whole = await router.generate_colocated("a", PROMPT, params=GREEDY)
         stop = next(token for token in whole[3:] if token not in whole[:3])
-        collected, _ = await router.start("b", PROMPT, params=dataclasses.replace(GREEDY, stop_token_ids=(stop,)))
+        collected = router.start("b", PROMPT, params=dataclasses.replace(GREEDY, stop_token_ids=(stop,)))
         await collected.wait_end()
         assert collected.token_ids == whole[: whole.index(stop) + 1]
         assert collected.finish is FinishReason.STOP
@@ -127,24 +125,80 @@ async def test_a_stop_token_ends_the_sequence():
 @async_test
 async def test_the_context_window_ends_the_sequence():
     async with running(service(num_pages=160)) as (address,), MiniRouter(decode=address) as router:
-        collected, _ = await router.start("a", [1] * 500, params=GREEDY)
+        collected = router.start("a", [1] * 500, params=GREEDY)
         await collected.wait_end()
         assert len(collected.token_ids) == 12
         assert collected.finish is FinishReason.LENGTH
 
 
 @async_test
-async def test_start_tells_what_was_moved():
+async def test_joining_tells_what_was_moved():
     decoder = service(role="decode")
     async with running(prefill_service(), decoder) as (a, b), MiniRouter(prefill=a, decode=b) as router:
-        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
-        collected, started = await router.start("r", PROMPT, params=GREEDY, handoff=handoff)
-        assert (started.transport, started.num_transfer_pages, started.transfer_bytes) == ("grpc", 11, 11 * 128)
-        assert started.transfer_us > 0
+        collected = router.start("r", PROMPT, params=GREEDY)
+        joined = await collected.wait_joined()
+        assert (joined.transport, joined.num_transfer_pages, joined.transfer_bytes) == ("grpc", 11, 11 * 128)
         await collected.wait_end()
+        assert collected.prefilled.tokens_sha256 == hash_tokens(PROMPT)
         labels = {"transport": "grpc", "direction": "received"}
         assert decoder.registry.get_sample_value("headrace_transfer_bytes_total", labels) == 11 * 128
         assert decoder.registry.get_sample_value("headrace_output_tokens_total") == 23
+
+
+@async_test
+async def test_a_first_token_that_ends_the_sequence_moves_nothing():
+    decoder = service(role="decode")
+    async with running(prefill_service(), decoder) as (a, b), MiniRouter(prefill=a, decode=b) as router:
+        collected = router.start("r", PROMPT, params=dataclasses.replace(GREEDY, max_tokens=1))
+        assert len(await collected.tokens()) == 1
+        assert (collected.finish, collected.joined) == (FinishReason.LENGTH, None)
+
+
+@pytest.mark.parametrize(("local_below", "is_local"), [(2, False), (3, True), (99, True)])
+@async_test
+async def test_rule_11_a_worker_that_lacks_few_enough_tokens_computes_them_itself(local_below: int, is_local: bool):
+    """Of 43 tokens it has the 40 of its full pages, when it has computed them once."""
+    async with (
+        running(prefill_service(), service(role="decode")) as (a, b),
+        MiniRouter(prefill=a, decode=b) as router,
+    ):
+        first = await router.generate("first", PROMPT, params=GREEDY)
+        again = router.start("again", PROMPT, params=GREEDY, local_below=local_below)
+        assert await again.tokens() == first
+        assert (again.prefilled is None, again.joined.transport == "") == (is_local, is_local)
+        assert again.joined.num_cached_tokens == (40 if is_local else 0)
+
+
+@async_test
+async def test_rule_12_sessions_are_admitted_in_turn():
+    model = FakeModel()
+    worker = service(model=model, max_step_sequences=1)
+    async with (
+        running(worker) as (address,),
+        MiniRouter(decode=address) as greedy,
+        MiniRouter(decode=address) as modest,
+    ):
+        model.hold()
+        first = greedy.start("first", PROMPT, params=GREEDY)
+        await asyncio.to_thread(model.wait_held)
+        many = [greedy.start(f"g{i}", PROMPT[: 5 + i], params=GREEDY) for i in range(3)]
+        await eventually(lambda: worker.num_sequences == 4, "one runs, the others wait")
+        one = modest.start("m", PROMPT[:9], params=GREEDY)
+        await eventually(lambda: worker.num_sequences == 5, "the other router's came last")
+        model.release()
+        await one.wait_end()
+        assert [collected.is_over for collected in (first, *many)] == [True, True, False, False]
+
+
+@async_test
+async def test_the_deadline_ends_a_sequence_wherever_it_is():
+    model = FakeModel()
+    async with running(service(model=model)) as (address,), MiniRouter(decode=address) as router:
+        model.hold()
+        collected = router.start("r", PROMPT, params=GREEDY, timeout_s=0.05)
+        error = await collected.wait_failure()
+        assert (error.reason, collected.side) == ("DEADLINE_EXCEEDED", decode_service_pb2.FAILURE_SIDE_DECODE)
+        model.release()
 
 
 @pytest.mark.parametrize(
@@ -162,9 +216,10 @@ async def test_start_tells_what_was_moved():
 async def test_bad_input_is_refused_by_name(change, error: type[HeadraceError], reason: str):
     call = {"request_id": "r", "token_ids": PROMPT, "params": GREEDY, **change}
     async with running(service()) as (address,), MiniRouter(decode=address) as router:
-        with pytest.raises(error) as raised:
-            await router.start(**call)
-        assert raised.value.reason == reason
+        collected = router.start(**call)
+        failure = await collected.wait_failure()
+        assert (type(failure), failure.reason) == (error, reason)
+        assert collected.side == decode_service_pb2.FAILURE_SIDE_DECODE
 
 
 @async_test
@@ -176,68 +231,89 @@ async def test_a_worker_that_only_decodes_prefills_what_comes_without_a_handoff(
         MiniRouter(prefill=a, decode=b) as router,
     ):
         whole = await router.generate("whole", PROMPT, params=PENALISED)
-        beside, _ = await router.start("beside", PROMPT, params=GREEDY)
+        beside = router.start("beside", PROMPT, params=GREEDY, prefill="")
         known = [*PROMPT, *whole[:9]]
-        orphan, started = await router.start("rest", known, params=PENALISED, attempt=2, num_prompt_tokens=len(PROMPT))
+        orphan = router.start("rest", known, params=PENALISED, attempt=2, num_prompt_tokens=len(PROMPT), prefill="")
         await orphan.wait_end()
         await beside.wait_end()
         assert orphan.token_ids == whole[9:]
         assert beside.token_ids == await router.generate("again", PROMPT, params=GREEDY)
-        assert (started.transport, started.num_transfer_pages) == ("", 0)
+        assert (orphan.joined.transport, orphan.joined.num_transfer_pages) == ("", 0)
 
 
 @async_test
 async def test_a_sequence_larger_than_the_pool_ends_with_an_error():
     async with running(service(num_pages=12)) as (address,), MiniRouter(decode=address) as router:
-        collected, _ = await router.start("r", PROMPT, params=GREEDY)
-        await collected.wait_end()
-        assert isinstance(collected.failure, OverloadedError)
+        collected = router.start("r", PROMPT, params=GREEDY)
+        assert isinstance(await collected.wait_failure(), OverloadedError)
         assert len(collected.token_ids) == 6
-        with pytest.raises(OverloadedError) as raised:
-            await router.start("q", [1] * 60, params=GREEDY)
-        assert raised.value.reason == "NO_FREE_PAGES"
+        refused = router.start("q", [1] * 60, params=GREEDY)
+        assert (await refused.wait_failure()).reason == "NO_FREE_PAGES"
 
 
+MALFORMED = {
+    "no opening": [decode_service_pb2.SessionRequest()],
+    "no identity": [decode_service_pb2.SessionRequest(open=decode_service_pb2.OpenSession())],
+    "opened twice": 2 * [decode_service_pb2.SessionRequest(open=decode_service_pb2.OpenSession(router_id=5))],
+}
+
+
+@pytest.mark.parametrize("messages", MALFORMED.values(), ids=MALFORMED)
 @async_test
-async def test_sessions_are_needed_and_unique():
+async def test_a_session_that_makes_no_sense_ends_and_costs_nobody_else(messages):
     async with running(service()) as (address,), MiniRouter(decode=address) as router, channel(address) as other:
         stub = decode_service_pb2_grpc.DecodeServiceStub(other)
-        request = decode_service_pb2.StartRequest(
-            session_id="none", request_id="r", attempt=1, token_ids=PROMPT, num_prompt_tokens=43,
-            sampling=encode_sampling(GREEDY),
-        )  # fmt: skip
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await stub.Start(request, timeout=WAIT_S)
-        assert isinstance(raised_from(raised.value), NotFoundError)
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await stub.StreamSteps(decode_service_pb2.StreamStepsRequest(session_id="session"), timeout=WAIT_S).read()
-        assert isinstance(raised_from(raised.value), ConflictError)
+            async for _ in stub.Session(iter(messages), timeout=WAIT_S):
+                pass
+        assert raised_from(raised.value).reason in ("BAD_REQUEST", "SESSION_CLOSED")
         assert len(await router.generate_colocated("r", PROMPT, params=GREEDY)) == 24
 
 
 @async_test
-async def test_a_session_id_can_be_used_again_once_its_stream_ended():
+async def test_a_router_that_opens_another_session_has_left_the_one_before():
     worker = service()
-    async with running(worker) as (address,):
-        async with MiniRouter(decode=address) as router:
-            await router.generate_colocated("r", PROMPT, params=GREEDY)
-        await eventually(lambda: not worker.num_sessions, "the session is gone")
-        async with MiniRouter(decode=address) as router:
-            await router.generate_colocated("r", PROMPT, params=GREEDY)
+    async with running(worker) as (address,), MiniRouter(decode=address, router_id=5) as before:
+        kept = before.start("r", PROMPT, params=dataclasses.replace(GREEDY, max_tokens=400))
+        await kept.wait_tokens(1)
+        async with MiniRouter(decode=address, router_id=5) as router:
+            await eventually(lambda: before.stream_error is not None, "the earlier one is told")
+            assert before.stream_error.reason == "SESSION_CLOSED"
+            assert len(await router.generate_colocated("r", PROMPT, params=GREEDY)) == 24
+            assert worker.num_sessions == 1
+
+
+@async_test
+async def test_rule_2_a_session_beats_while_there_is_nothing_to_say():
+    async with running(service()) as (address,), MiniRouter(decode=address) as router:
+        await eventually(lambda: router.num_beats >= 2, "it beats")
+
+
+@async_test
+async def test_rule_2_a_router_that_falls_silent_loses_its_session(monkeypatch):
+    monkeypatch.setattr(beats, "BEAT_S", 0.02)
+    worker = service()
+    async with running(worker) as (address,), MiniRouter(decode=address) as router:
+        router.start("r", PROMPT, params=dataclasses.replace(GREEDY, max_tokens=400))
+        await eventually(lambda: worker.num_sequences == 1, "it runs")
+        router.fall_silent()
+        await eventually(lambda: router.stream_error is not None, "the session is over")
+        assert "says nothing any more" in str(router.stream_error)
+        assert not worker.num_sequences
 
 
 @async_test
 async def test_a_draining_worker_finishes_what_it_has():
     worker = service()
     async with running(worker) as (address,), MiniRouter(decode=address) as router:
-        collected, _ = await router.start("r", PROMPT, params=GREEDY)
+        collected = router.start("r", PROMPT, params=GREEDY)
+        await collected.wait_joined()
         draining = asyncio.ensure_future(worker.drain())
         await asyncio.wait([draining])
         await collected.wait_end()
         assert len(collected.token_ids) == 24
-        with pytest.raises(UnavailableError) as raised:
-            await router.start("q", PROMPT, params=GREEDY)
-        assert raised.value.reason == "DRAINING"
+        refused = router.start("q", PROMPT, params=GREEDY)
+        assert (await refused.wait_failure()).reason == "DRAINING"
 
 
 @async_test
@@ -245,7 +321,7 @@ async def test_a_worker_that_stops_tells_its_sessions():
     worker = service(num_pages=256)
     (address,) = [await worker.start()]
     async with MiniRouter(decode=address) as router:
-        collected, _ = await router.start("r", PROMPT, params=dataclasses.replace(GREEDY, max_tokens=400))
+        collected = router.start("r", PROMPT, params=dataclasses.replace(GREEDY, max_tokens=400))
         await collected.wait_tokens(1)
         await worker.stop()
         await eventually(lambda: router.stream_error is not None, "the stream ends")

@@ -4,87 +4,167 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from headrace_core.errors import HandoffLostError, HeadraceError
-from headrace_core.testing.async_test import WAIT_S, async_test, eventually
-from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable, cancelled
+from headrace_core.batch.spec import SequenceSpec
+from headrace_core.errors import HandoffLostError, HeadraceError, UnavailableError
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
+from headrace_core.request import SamplingParams, hash_tokens
+from headrace_core.testing.async_test import async_test
+from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable
+from headrace_core.transfer.transport import Reading
+from headrace_core.transfer.values import Order, Run
 
 INCARNATION = 42
-HASH = bytes(range(32))
+TOKENS = [1, 2, 3, 4, 5]
+GONE = UnavailableError("CANCELLED", "made to go away")
+
+
+def order(number: int = 1, attempt: int = 1, router_id: int = 9) -> Order:
+    spec = SequenceSpec("r", attempt, 0, TOKENS, len(TOKENS), SamplingParams(seed=1))
+    layout = KvLayout(2, 4, CacheDtype.FLOAT32, LatentAttention(3, 1))
+    return Order((router_id, number), spec, 60.0, hash_tokens(TOKENS), "fa4e", layout)
+
+
+def run(page_ids: Sequence[int], first_page: int = 0, first_layer: int = 0, num_layers: int = 2) -> Run:
+    sums = tuple((0,) * len(page_ids) for _ in range(num_layers))
+    return Run(first_layer, first_page, tuple(page_ids), (1,) * len(page_ids), sums)
 
 
 class Table:
-    def __init__(self, lease_s: float = 30.0) -> None:
+    def __init__(self) -> None:
         self.ended: list[tuple[int, LeaseState | None]] = []
-        self.generations = {7: 1, 8: 1}
+        self.num_changes = 0
+        self.generations = {7: 1, 8: 1, 9: 1}
         self.table = LeaseTable(
             incarnation=INCARNATION,
-            lease_s=lease_s,
             generation=lambda page_id: self.generations[page_id],
             on_end=self._on_end,
-            on_change=lambda: None,
+            on_change=self._on_change,
         )
 
     def _on_end(self, lease: Lease) -> None:
         self.ended.append((lease.key, lease.outcome))
 
-    def hold(self, request_id: str = "r", attempt: int = 1) -> Lease:
-        lease = self.table.create(request_id, sample_index=0, attempt=attempt)
-        self.table.hold(lease, (7, 8), (1, 1), HASH)
+    def _on_change(self) -> None:
+        self.num_changes += 1
+
+    def open(self, **what: int) -> Lease:
+        lease = self.table.create(order(**what))
+        self.table.admit(lease)
+        self.table.seal(lease, run([7, 8]))
         return lease
 
-    def held_pages(self, lease: Lease, **fence) -> Sequence[int]:
-        right = {"attempt": 1, "incarnation": INCARNATION, "tokens_sha256": HASH}
-        return self.table.held_pages(lease.lease_id, **(right | fence))
+    def hold(self, **what: int) -> Lease:
+        lease = self.open(**what)
+        self.table.complete(lease)
+        return lease
+
+    def pages(self, lease: Lease, *, first_layer=0, num_layers=2, first_page=0, num_pages=2, **fence) -> Sequence[int]:
+        right = {"lease_key": lease.lease_key, "incarnation": INCARNATION, "tokens_sha256": hash_tokens(TOKENS)}
+        return self.table.held_pages(
+            Reading(**(right | fence)),
+            first_layer=first_layer,
+            num_layers=num_layers,
+            first_page=first_page,
+            num_pages=num_pages,
+        )
 
     def reason(self, lease: Lease, **fence) -> str:
         with pytest.raises(HeadraceError) as raised:
-            self.held_pages(lease, **fence)
+            self.pages(lease, **fence)
         return raised.value.reason
 
 
+@pytest.mark.parametrize("is_computed", [False, True], ids=["while it is computed", "when it is"])
 @async_test
-async def test_a_held_lease_shows_its_pages_to_the_right_ticket_only():
+async def test_sealed_pages_are_shown_to_who_has_the_key_and_takes_them_for_what_they_are(is_computed: bool):
     t = Table()
-    lease = t.hold()
-    assert t.held_pages(lease) == (7, 8)
-    assert t.reason(lease, attempt=2) == "STALE_ATTEMPT"
-    for other in (b"", bytes(32), HASH[:16]):
+    lease = t.hold() if is_computed else t.open()
+    assert t.pages(lease) == (7, 8)
+    assert t.reason(lease, lease_key="lease-1") == "LEASE_ENDED"
+    for other in (b"", bytes(32), hash_tokens(TOKENS)[:16]):
         assert t.reason(lease, tokens_sha256=other) == "TOKENS_MISMATCH"
     assert t.reason(lease, incarnation=1) == "WORKER_RESTARTED"
     t.generations[8] = 2
     assert t.reason(lease) == "STALE_PAGE"
 
 
+PARTS = {
+    "a page": ({"first_page": 1, "num_pages": 1}, (8,)),
+    "a layer": ({"first_layer": 1, "num_layers": 1}, (7, 8)),
+    "none": ({"num_pages": 0}, None),
+    "no layer": ({"num_layers": 0}, None),
+    "a page too many": ({"num_pages": 3}, None),
+    "a page past the end": ({"first_page": 2, "num_pages": 1}, None),
+    "a layer too many": ({"num_layers": 3}, None),
+    "a layer past the end": ({"first_layer": 2, "num_layers": 1}, None),
+    "what would wrap round": ({"first_page": 1, "num_pages": (1 << 32) - 1}, None),
+}
+
+
+@pytest.mark.parametrize(("part", "expected"), PARTS.values(), ids=PARTS)
 @async_test
-async def test_a_lease_not_yet_held_has_no_pages():
+async def test_what_is_not_sealed_is_not_shown(part: dict[str, int], expected: tuple[int, ...] | None):
     t = Table()
-    lease = t.table.create("r", sample_index=0, attempt=1)
-    assert t.reason(lease) == "LEASE_EXPIRED"
-    t.table.abort(lease, cancelled())
+    lease = t.open()
+    if expected is None:
+        assert t.reason(lease, **part) == "BAD_HANDOFF"
+    else:
+        assert t.pages(lease, **part) == expected
 
 
-@pytest.mark.parametrize("first", ["take", "abort", "release", "expire"])
+@async_test
+async def test_each_run_is_shown_from_when_it_is_sealed():
+    t = Table()
+    lease = t.open()
+    assert t.reason(lease, first_page=2, num_pages=1) == "BAD_HANDOFF"
+    t.table.seal(lease, run([9], first_page=2))
+    assert t.pages(lease, first_page=2, num_pages=1) == (9,)
+    t.generations[7] = 2
+    assert t.pages(lease, first_page=2, num_pages=1) == (9,), "what is read was not reused"
+
+
+@async_test
+async def test_a_lease_that_is_queued_has_no_pages_and_nothing_to_confirm():
+    t = Table()
+    lease = t.table.create(order())
+    assert t.reason(lease) == "BAD_HANDOFF"
+    with pytest.raises(HeadraceError) as raised:
+        t.table.confirm(lease)
+    assert raised.value.reason == "BAD_REQUEST"
+    assert t.ended == []
+
+
+@pytest.mark.parametrize("page", [7, 8, 9])
+@async_test
+async def test_the_last_look_sees_a_page_of_any_run_that_was_reused(page: int):
+    """The fence of one-sided reads: nobody looked while they were read."""
+    t = Table()
+    lease = t.open()
+    t.table.seal(lease, run([9], first_page=2))
+    t.table.complete(lease)
+    t.generations[page] = 2
+    with pytest.raises(HandoffLostError) as raised:
+        t.table.confirm(lease)
+    assert raised.value.reason == "STALE_PAGE"
+    assert t.ended == [], "who asked is told, and ends it"
+
+
+@pytest.mark.parametrize("first", ["take", "abort", "confirm"])
 @async_test
 async def test_pages_are_freed_exactly_once_whatever_comes_after(first: str):
-    t = Table(lease_s=0.01 if first == "expire" else 30)
+    t = Table()
     lease = t.hold()
-    if first == "expire":
-        await eventually(lambda: bool(t.ended), "the lease has expired")
-    elif first == "release":
-        t.table.release(lease.lease_id, incarnation=INCARNATION)
-    elif first == "abort":
-        t.table.abort(lease, cancelled())
+    if first == "abort":
+        t.table.abort(lease, GONE)
     else:
-        t.table.take(lease)
+        getattr(t.table, first)(lease)
     t.table.take(lease)
-    t.table.abort(lease, cancelled())
-    t.table.release(lease.lease_id, incarnation=INCARNATION)
-    outcome = {"abort": LeaseState.ABORTED, "expire": LeaseState.EXPIRED}.get(first, LeaseState.TAKEN)
-    assert t.ended == [(lease.key, outcome)]
+    t.table.abort(lease, UnavailableError("DRAINING", "later"))
+    assert t.ended == [(lease.key, LeaseState.ABORTED if first == "abort" else LeaseState.TAKEN)]
+    assert lease.error is (GONE if first == "abort" else None)
     assert lease.state is LeaseState.FREED
-    assert t.reason(lease) == "LEASE_EXPIRED"
-    with pytest.raises(HandoffLostError):
-        t.table.renew(lease.lease_id, incarnation=INCARNATION)
+    assert lease.is_over
+    assert t.reason(lease) == "LEASE_ENDED"
     await t.table.wait_idle()
 
 
@@ -93,235 +173,62 @@ async def test_a_higher_attempt_aborts_a_lower_and_the_lower_can_not_come_back()
     t = Table()
     first, second = t.hold(attempt=1), t.hold(attempt=2)
     assert t.ended == [(first.key, LeaseState.ABORTED)]
+    assert first.error is not None
+    assert first.error.reason == "STALE_ATTEMPT"
     for attempt in (1, 2):
         with pytest.raises(HandoffLostError) as raised:
-            t.table.create("r", sample_index=0, attempt=attempt)
+            t.table.create(order(attempt=attempt))
         assert raised.value.reason == "STALE_ATTEMPT"
-    t.table.create("r", sample_index=1, attempt=1)
-    assert t.held_pages(second, attempt=2) == (7, 8)
+    assert t.pages(second) == (7, 8)
 
 
 @async_test
-async def test_releasing_an_unknown_lease_is_no_error_but_another_incarnation_is():
+async def test_rule_12_routers_do_not_share_numbers():
     t = Table()
-    t.table.release("lease-99", incarnation=INCARNATION)
-    with pytest.raises(HandoffLostError) as raised:
-        t.table.release("lease-99", incarnation=1)
-    assert raised.value.reason == "WORKER_RESTARTED"
+    leases = [t.hold(router_id=9), t.hold(router_id=10), t.hold(router_id=9, number=2)]
+    assert t.ended == []
+    assert [t.pages(lease) for lease in leases] == [(7, 8)] * 3
 
 
 @async_test
-async def test_every_lease_has_a_key_and_a_name_of_its_own():
+async def test_every_lease_has_a_key_of_its_own_that_nobody_guesses():
     t = Table()
-    leases = [t.table.create("r", sample_index=index, attempt=4) for index in range(3)]
+    leases = [t.table.create(order(number=number)) for number in range(3)]
     assert [lease.key for lease in leases] == [1, 2, 3]
-    assert len({lease.lease_id for lease in leases}) == 3
-    assert [(lease.request_id, lease.sample_index, lease.attempt) for lease in leases] == [
-        ("r", i, 4) for i in range(3)
-    ]
-    assert t.table.leases == leases
+    assert len({lease.lease_key for lease in leases}) == 3
+    assert all(len(lease.lease_key) == 32 for lease in leases)
 
 
 @async_test
-async def test_only_leases_with_pages_count_as_held():
+async def test_those_held_are_counted_and_waited_for():
     t = Table()
-    waiting = t.table.create("waiting", sample_index=0, attempt=1)
-    assert t.table.num_held == 0
-    held = t.hold()
-    assert t.table.num_held == 1
-    assert t.table.leases == [waiting, held]
-    t.table.take(held)
-    assert t.table.num_held == 0
-    assert t.table.leases == [waiting]
-
-
-@async_test
-async def test_a_lease_is_held_once():
-    t = Table()
-    lease = t.table.create("r", sample_index=0, attempt=1)
-    assert lease.state is LeaseState.CREATED
-    t.table.abort(lease, cancelled())
-    with pytest.raises(AssertionError, match="held once"):
-        t.table.hold(lease, (7,), (1,), HASH)
-    lease = t.hold("other")
-    with pytest.raises(AssertionError, match="held once"):
-        t.table.hold(lease, (7,), (1,), HASH)
-
-
-@async_test
-async def test_an_attempt_that_is_not_newer_is_told_which_one_is_here():
-    t = Table()
-    t.hold(attempt=5)
-    for attempt in (4, 5):
-        with pytest.raises(HandoffLostError, match=f"attempt {attempt} comes after attempt 5"):
-            t.table.create("r", sample_index=0, attempt=attempt)
-    assert t.ended == []
-
-
-@async_test
-async def test_who_waits_for_an_attempt_learns_that_it_was_replaced():
-    t = Table()
-    lower = t.hold(attempt=1)
-    higher = t.table.create("r", sample_index=0, attempt=3)
-    assert isinstance(lower.error, HandoffLostError)
-    assert (lower.error.reason, str(lower.error)) == ("STALE_ATTEMPT", "attempt 3 replaced this one")
-    assert higher.error is None
-    assert t.table.leases == [higher]
-
-
-@async_test
-async def test_the_first_end_of_a_lease_is_the_one_that_is_told():
-    t = Table()
-    taken, aborted = t.hold("taken"), t.hold("aborted")
-    t.table.take(taken)
-    t.table.abort(taken, cancelled())
-    assert taken.error is None
-    first, second = cancelled(), cancelled()
-    t.table.abort(aborted, first)
-    t.table.abort(aborted, second)
-    assert aborted.error is first
-
-
-@pytest.mark.parametrize(("attempt", "is_aborted"), [(1, False), (2, True), (3, True)])
-@async_test
-async def test_cancelling_ends_this_attempt_and_those_before_it(attempt: int, is_aborted: bool):
-    t = Table()
-    lease, other = t.hold(attempt=2), t.hold("other")
-    sample = t.table.create("r", sample_index=1, attempt=1)
-    t.table.abort_attempts("r", sample_index=0, attempt=attempt)
-    assert t.ended == [(lease.key, LeaseState.ABORTED)] * is_aborted
-    assert t.table.leases == ([] if is_aborted else [lease]) + [other, sample]
-    assert (lease.error.reason if lease.error else None) == ("CANCELLED" if is_aborted else None)
-
-
-@async_test
-async def test_cancelling_what_is_not_here_is_no_error():
-    t = Table()
-    t.table.abort_attempts("r", sample_index=0, attempt=1)
-    assert t.ended == []
-
-
-@async_test
-async def test_a_lease_not_yet_held_can_not_be_released_or_renewed_by_a_ticket():
-    t = Table()
-    lease = t.table.create("r", sample_index=0, attempt=1)
-    t.table.release(lease.lease_id, incarnation=INCARNATION)
-    assert t.table.leases == [lease]
-    with pytest.raises(HandoffLostError) as raised:
-        t.table.renew(lease.lease_id, incarnation=INCARNATION)
-    assert raised.value.reason == "LEASE_EXPIRED"
-
-
-@async_test
-async def test_a_page_reused_anywhere_in_the_lease_is_stale():
-    for page_id in (7, 8):
-        t = Table()
-        lease = t.hold()
-        t.generations[page_id] = 0
-        assert t.reason(lease) == "STALE_PAGE"
-
-
-@async_test
-async def test_a_refused_ticket_is_told_why():
-    t = Table()
-    lease = t.hold(attempt=2)
-    for words, fence in (
-        ("the ticket is of attempt 1, the lease of 2", {"attempt": 1}),
-        ("an earlier process at this address", {"attempt": 2, "incarnation": 1}),
-    ):
-        with pytest.raises(HandoffLostError, match=words):
-            t.held_pages(lease, **fence)
-    t.generations[8] = 2
-    with pytest.raises(HandoffLostError, match="page 8 was reused"):
-        t.held_pages(lease, attempt=2)
-    t.table.take(lease)
-    with pytest.raises(HandoffLostError, match=f"{lease.lease_id} is not held: expired, released or aborted"):
-        t.table.renew(lease.lease_id, incarnation=INCARNATION)
-
-
-@async_test
-async def test_renewing_starts_the_duration_anew():
-    t = Table(lease_s=30)
-    lease = t.hold()
-    first = lease.timer
-    assert first is not None
-    assert t.table.renew(lease.lease_id, incarnation=INCARNATION) == 30
-    assert first.cancelled()
-    assert lease.timer is not None
-    assert lease.timer is not first
-    assert lease.timer.when() >= first.when()
-    t.table.take(lease)
-    assert lease.timer.cancelled()
-
-
-@async_test
-async def test_a_lease_that_is_renewed_in_time_outlives_one_that_is_not():
-    t = Table(lease_s=0.05)
-    kept, left = t.hold("kept"), t.hold("left")
-    t.table._lease_s = 10 * WAIT_S
-    t.table.renew(kept.lease_id, incarnation=INCARNATION)
-    await eventually(lambda: bool(t.ended), "the other lease has expired")
-    assert t.ended == [(left.key, LeaseState.EXPIRED)]
-    assert t.table.leases == [kept]
-    t.table.take(kept)
-
-
-@async_test
-async def test_pages_are_given_back_after_the_lease_is_gone_and_before_anybody_hears_of_it():
-    seen: list[tuple[str, LeaseState, list[Lease]]] = []
-    table = LeaseTable(
-        incarnation=INCARNATION,
-        lease_s=30,
-        generation=lambda _: 1,
-        on_end=lambda lease: seen.append(("end", lease.state, list(table.leases))),
-        on_change=lambda: seen.append(("change", lease.state, list(table.leases))),
-    )
-    lease = table.create("r", sample_index=0, attempt=1)
-    table.hold(lease, (7,), (1,), HASH)
-    assert seen == [("change", LeaseState.HELD, [lease])]
-    seen.clear()
-    table.take(lease)
-    assert seen == [("end", LeaseState.TAKEN, []), ("change", LeaseState.FREED, [])]
-
-
-@async_test
-async def test_the_table_is_idle_when_the_last_lease_is_gone():
-    t = Table()
-    await t.table.wait_idle()
-    one, two = t.hold("one"), t.hold("two")
     waiting = asyncio.ensure_future(t.table.wait_idle())
-    t.table.take(one)
-    await asyncio.wait([waiting], timeout=0.01)
-    assert not waiting.done()
-    t.table.take(two)
     await waiting
+    opened, held = t.open(number=1), t.hold(number=2)
+    assert (t.table.num_held, len(t.table.leases), t.num_changes) == (1, 2, 1)
+    waiting = asyncio.ensure_future(t.table.wait_idle())
+    t.table.confirm(held)
+    await asyncio.sleep(0)
+    assert (t.table.num_held, waiting.done()) == (0, False)
+    t.table.abort(opened, GONE)
+    await waiting
+    assert t.table.leases == []
 
 
 @async_test
-async def test_a_ticket_releases_its_lease_at_once_and_no_other():
+async def test_a_lease_goes_through_its_states_in_order():
     t = Table()
-    lease, other = t.hold(), t.hold("other")
-    t.table.release(lease.lease_id, incarnation=INCARNATION)
-    assert t.ended == [(lease.key, LeaseState.TAKEN)]
-    assert t.table.leases == [other]
-
-
-@async_test
-async def test_a_page_without_a_generation_is_shown_to_nobody():
-    t = Table()
-    lease = t.table.create("r", sample_index=0, attempt=1)
-    t.table.hold(lease, (7, 8), (1,), HASH)
-    with pytest.raises(ValueError, match="zip"):
-        t.held_pages(lease)
-
-
-@async_test
-async def test_a_foreign_lease_is_named_by_its_first_letters():
-    t = Table()
-    with pytest.raises(HandoffLostError) as raised:
-        t.table.renew("x" * 200, incarnation=INCARNATION)
-    assert str(raised.value) == f"{'x' * 80} is not held: expired, released or aborted"
-
-
-def test_a_cancelled_prefill_says_so():
-    assert (cancelled().reason, str(cancelled())) == ("CANCELLED", "the prefill was cancelled")
+    lease = t.table.create(order())
+    with pytest.raises(AssertionError):
+        t.table.seal(lease, run([7]))
+    with pytest.raises(AssertionError):
+        t.table.complete(lease)
+    t.table.admit(lease)
+    with pytest.raises(AssertionError):
+        t.table.admit(lease)
+    t.table.complete(lease)
+    t.table.seal(lease, run([7, 8]))
+    assert t.pages(lease) == (7, 8), "the last run may be sealed after the first token"
+    t.table.confirm(lease)
+    with pytest.raises(AssertionError):
+        t.table.seal(lease, run([7]))

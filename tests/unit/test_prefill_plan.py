@@ -8,7 +8,7 @@ from headrace_core.errors import OverloadedError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_prefill.scheduler import Prefilled, PrefillScheduler
+from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler
 
 LIMITS = ModelLimits(vocab_size=50, max_context_tokens=64, eos_token_ids=(0, 3))
 PAGE = 4
@@ -167,10 +167,12 @@ def test_a_published_sequence_says_what_a_ticket_needs():
         s.add(key, spec([7] * 4 + [key] * 2), 1.0)
         step(s, planned_s=3.0, done_s=7.5)
         s.free(key) if key == 1 else None
-    first, second = published(s)
+    events = list(s.take_events())
+    first, second = [event for event in events if isinstance(event, Prefilled)]
+    assert [event for event in events if isinstance(event, Admitted)] == [Admitted(1, 0, 2.0), Admitted(2, 4, 2.0)]
     assert (first.key, first.token, first.finish) == (1, SampledToken(5), None)
     assert (first.token_ids, second.token_ids) == ([7, 7, 7, 7, 1, 1], [7, 7, 7, 7, 2, 2])
-    assert (first.queue_s, first.compute_s) == (2.0, 4.5)
+    assert first.compute_s == 4.5
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4)
     assert first.generations == (0, 0)
     assert second.page_ids == first.page_ids
@@ -182,8 +184,20 @@ def test_waiting_is_counted_to_the_first_step_and_computing_from_there():
     s.add(1, spec(prompt(1, 8)), 1.0)
     step(s, planned_s=2.0, done_s=3.0)
     step(s, planned_s=5.0, done_s=9.0)
-    (event,) = published(s)
-    assert (event.queue_s, event.compute_s) == (1.0, 7.0)
+    admitted, event = s.take_events()
+    assert isinstance(event, Prefilled)
+    assert (admitted, event.compute_s) == (Admitted(1, 0, 1.0), 7.0)
+
+
+def test_rule_12_groups_take_turns_at_admission_and_within_one_the_oldest_goes_first():
+    s = scheduler(max_step_sequences=1)
+    for key, group in ((1, 7), (2, 7), (3, 7), (4, 8), (5, 8)):
+        s.add(key, spec(prompt(key, 3)), 0.0, group=group)
+    order = []
+    while (plan := s.plan(0.0)) is not None:
+        order += [chunk.key for chunk in plan.chunks]
+        s.apply(StepResult({chunk.key: SampledToken(5) for chunk in plan.chunks}, 0.0), 0.0)
+    assert order == [1, 4, 2, 5, 3]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +283,7 @@ def test_a_sequence_may_go_at_any_time_and_another_takes_its_place():
 def test_books_that_do_not_fit_are_noticed():
     """Sequences: 1 is published, 2 runs, 3 and 4 wait."""
     damages = {
-        "the waiting queue differs": lambda s: s._waiting.pop(3),
+        "the waiting queue differs": lambda s: s._waiting.take(),
         "the running queue differs": lambda s: s._running.update({3: s._sequences[3]}),
         "a sequence is in two queues": lambda s: setattr(s._sequences[1], "state", None),
         "pages without a sequence": lambda s: s.pages.pool.allocate(1, 9),

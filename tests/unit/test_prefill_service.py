@@ -6,6 +6,8 @@ import dataclasses
 import grpc.aio
 import pytest
 from headrace.v1 import (
+    hold_service_pb2,
+    hold_service_pb2_grpc,
     transfer_service_pb2,
     transfer_service_pb2_grpc,
     types_pb2,
@@ -13,12 +15,12 @@ from headrace.v1 import (
     worker_service_pb2_grpc,
 )
 from headrace_core.config import PrefillSettings
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, OverloadedError, UnavailableError
-from headrace_core.request import SamplingParams
-from headrace_core.rpc import channel
+from headrace_core.errors import InvalidRequestError
+from headrace_core.request import FinishReason, SamplingParams, hash_tokens
+from headrace_core.rpc import channel, raised_from
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
-from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.mini_taker import MiniTaker
 from headrace_core.testing.worker_pair import running
 from headrace_prefill.service import PrefillService
 
@@ -31,115 +33,74 @@ def service(*, loaded=None, **settings) -> PrefillService:
     return PrefillService(PrefillSettings(model=".", **settings), loader=lambda _: loaded)
 
 
-async def release(address: str, handoff: types_pb2.Handoff) -> None:
-    async with channel(address) as open_channel:
-        stub = transfer_service_pb2_grpc.TransferServiceStub(open_channel)
-        await stub.ReleaseLease(
-            transfer_service_pb2.ReleaseLeaseRequest(
-                lease_id=handoff.lease.lease_id, holder_incarnation=handoff.holder_incarnation
-            ),
-            timeout=WAIT_S,
-        )
-
-
 @async_test
-async def test_any_protobuf_client_can_pull_renew_and_release():
+async def test_any_protobuf_client_can_pull_what_is_sealed():
     loaded = loaded_fake_model()
     async with (
         running(service(loaded=loaded, frame_kib=4)) as (address,),
-        MiniRouter(prefill=address) as router,
+        MiniTaker(address) as taker,
         channel(address) as open_channel,
     ):
-        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
+        ordered = taker.order("r", PROMPT, params=GREEDY)
+        admission, runs = await ordered.wait_admitted(), await ordered.wait_all()
+        (shard,) = admission.shards
+        assert (shard.endpoint, shard.first_layer, shard.num_layers) == (address, 0, 2)
         stub = transfer_service_pb2_grpc.TransferServiceStub(open_channel)
-        fence = {"lease_id": handoff.lease.lease_id, "holder_incarnation": handoff.holder_incarnation}
-        request = transfer_service_pb2.PullRequest(
-            **fence, attempt=1, first_layer=1, num_layers=1, tokens_sha256=handoff.tokens_sha256
-        )
-        got = b"".join([message.payload async for message in stub.Pull(request, timeout=WAIT_S)])
-        assert got == b"".join(bytes(loaded.cache.page_bytes(1, page.page_id)) for page in handoff.pages)
-        renewed = await stub.RenewLease(transfer_service_pb2.RenewLeaseRequest(**fence), timeout=WAIT_S)
-        assert renewed.duration_ms == handoff.lease.duration_ms == 30_000
-        for _ in range(2):  # idempotent
-            await stub.ReleaseLease(transfer_service_pb2.ReleaseLeaseRequest(**fence), timeout=WAIT_S)
+        for run in runs:
+            request = transfer_service_pb2.PullRequest(
+                lease_key=admission.lease_key,
+                incarnation=shard.incarnation,
+                first_layer=1,
+                num_layers=1,
+                first_page=run.first_page,
+                num_pages=run.num_pages,
+                tokens_sha256=hash_tokens(PROMPT),
+            )
+            got = b"".join([message.payload async for message in stub.Pull(request, timeout=WAIT_S)])
+            assert got == b"".join(bytes(loaded.cache.page_bytes(1, page_id)) for page_id in run.page_ids)
 
 
 @async_test
-async def test_an_attempt_is_cancelled_by_its_name_and_a_later_one_is_not():
-    prefiller = service()
-    async with running(prefiller) as (address,), MiniRouter(prefill=address) as router:
-        await router.prefill("r", PROMPT, params=GREEDY, attempt=2)
-        await router.cancel_prefill("r", attempt=1)
-        assert prefiller.leases.num_held == 1
-        for _ in range(2):  # idempotent
-            await router.cancel_prefill("r", attempt=2)
-            assert prefiller.leases.num_held == 0
-        await router.cancel_prefill("unknown", attempt=1)
-
-
-@pytest.mark.parametrize(
-    ("replaces", "reason"), [(False, "CANCELLED"), (True, "STALE_ATTEMPT")], ids=["cancelled", "replaced"]
-)
-@async_test
-async def test_a_prefill_that_is_ended_under_way_is_told_what_ended_it(replaces: bool, reason: str):
-    model = FakeModel()
-    model.hold()
-    async with (
-        running(service(loaded=loaded_fake_model(model=model))) as (address,),
-        MiniRouter(prefill=address) as router,
-    ):
-        first = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=1))
-        await asyncio.to_thread(model.wait_held)
-        second = asyncio.ensure_future(router.prefill("r", PROMPT, params=GREEDY, attempt=2)) if replaces else None
-        if second is None:
-            await router.cancel_prefill("r", attempt=1)
-        with pytest.raises(HeadraceError) as raised:
-            await first
-        assert raised.value.reason == reason
-        model.release()
-        if second is not None:
-            await release(address, (await second).handoff)
+async def test_the_first_token_says_whose_it_is():
+    async with running(service()) as (address,), MiniTaker(address) as taker:
+        ordered = taker.order("r", PROMPT, params=GREEDY, sample_index=3)
+        first = await ordered.wait_first()
+        assert (first.num_tokens, first.tokens_sha256) == (len(PROMPT), hash_tokens(PROMPT))
+        assert (first.seed, first.sample_index, first.finish) == (1, 3, None)
 
 
 @async_test
 async def test_slots_past_the_prompt_are_zero_on_the_wire():
     loaded = loaded_fake_model()
-    async with running(service(loaded=loaded)) as (address,), MiniRouter(prefill=address) as router:
-        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
-        last = bytes(loaded.cache.page_bytes(0, handoff.pages[-1].page_id))
+    async with running(service(loaded=loaded)) as (address,), MiniTaker(address) as taker:
+        runs = await taker.order("r", PROMPT, params=GREEDY).wait_all()
+        last = bytes(loaded.cache.page_bytes(0, runs[-1].page_ids[-1]))
         assert any(last[:32])
         assert not any(last[32:])
-        await release(address, handoff)
 
 
 @async_test
 async def test_a_sequence_that_ends_at_once_holds_nothing():
     params = dataclasses.replace(GREEDY, max_tokens=1)
-    async with running(service()) as (address,), MiniRouter(prefill=address) as router:
-        response = await router.prefill("r", PROMPT, params=params)
-        assert response.finish_reason == types_pb2.FINISH_REASON_LENGTH
-        assert not response.handoff.lease.lease_id
-        assert not response.handoff.pages
-
-
-@async_test
-async def test_a_higher_attempt_replaces_a_lower_one_and_a_lower_one_is_refused():
-    async with running(service()) as (address,), MiniRouter(prefill=address) as router:
-        await router.prefill("r", PROMPT, params=GREEDY, attempt=1)
-        second = (await router.prefill("r", PROMPT, params=GREEDY, attempt=2)).handoff
-        with pytest.raises(HandoffLostError) as raised:
-            await router.prefill("r", PROMPT, params=GREEDY, attempt=1)
-        assert raised.value.reason == "STALE_ATTEMPT"
-        await release(address, second)
+    worker = service()
+    async with running(worker) as (address,), MiniTaker(address) as taker:
+        ordered = taker.order("r", PROMPT, params=params)
+        assert (await ordered.wait_first()).finish is FinishReason.LENGTH
+        await asyncio.wait([ordered.reading])
+        assert ordered.error is None
+        assert ordered.kinds[-1] == "last"
+        assert not worker.leases.leases
 
 
 @async_test
 async def test_samples_of_one_request_do_not_replace_each_other():
-    async with running(service()) as (address,), MiniRouter(prefill=address) as router:
-        responses = [await router.prefill("r", PROMPT, params=GREEDY, sample_index=i) for i in range(2)]
-        assert [response.num_cached_tokens for response in responses] == [0, 8]
-        for response in responses:
-            await release(address, response.handoff)
+    async with running(service()) as (address,), MiniTaker(address) as taker:
+        cached = []
+        for index in range(2):
+            ordered = taker.order("r", PROMPT, params=GREEDY, sample_index=index)
+            await ordered.wait_all()
+            cached.append((await ordered.wait_admitted()).num_cached_tokens)
+        assert cached == [0, 8]
 
 
 @pytest.mark.parametrize(
@@ -159,69 +120,75 @@ async def test_samples_of_one_request_do_not_replace_each_other():
 @async_test
 async def test_bad_input_is_refused_by_name(change, reason):
     call = {"request_id": "r", "token_ids": PROMPT, "params": GREEDY, **change}
-    async with running(service()) as (address,), MiniRouter(prefill=address) as router:
-        with pytest.raises(InvalidRequestError) as raised:
-            await router.prefill(**call)
-        assert raised.value.reason == reason
+    async with running(service()) as (address,), MiniTaker(address) as taker:
+        error = await taker.order(**call).refused()
+        assert (type(error), error.reason) == (InvalidRequestError, reason)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], [hold_service_pb2.HoldRequest()], [hold_service_pb2.HoldRequest(confirm=hold_service_pb2.Confirm())]],
+    ids=["nothing", "a beat", "a confirmation"],
+)
+@async_test
+async def test_a_call_that_does_not_say_what_it_wants_is_refused(messages):
+    async with running(service()) as (address,), channel(address) as open_channel:
+        stub = hold_service_pb2_grpc.HoldServiceStub(open_channel)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in stub.Hold(iter(messages), timeout=WAIT_S):
+                pass
+        assert raised_from(raised.value).reason == "BAD_REQUEST"
 
 
 @async_test
 async def test_a_prompt_larger_than_the_pool_is_refused():
-    async with (
-        running(service(loaded=loaded_fake_model(num_pages=2))) as (address,),
-        MiniRouter(prefill=address) as router,
-    ):
-        with pytest.raises(OverloadedError) as raised:
-            await router.prefill("r", PROMPT, params=GREEDY)
-        assert raised.value.reason == "NO_FREE_PAGES"
+    worker = service(loaded=loaded_fake_model(num_pages=2))
+    async with running(worker) as (address,), MiniTaker(address) as taker:
+        assert (await taker.order("r", PROMPT, params=GREEDY).refused()).reason == "NO_FREE_PAGES"
 
 
 @async_test
-async def test_a_step_that_raises_fails_its_sequences_and_the_worker_goes_on(caplog):
+async def test_a_step_that_raises_fails_its_sequences_and_the_worker_goes_on():
     model = FakeModel()
     async with (
         running(service(loaded=loaded_fake_model(model=model))) as (address,),
-        MiniRouter(prefill=address) as router,
+        MiniTaker(address) as taker,
     ):
         model.failure = RuntimeError("broken")
-        with pytest.raises(HeadraceError) as raised:
-            await router.prefill("r", PROMPT, params=GREEDY)
-        assert raised.value.reason == "ENGINE_FAILED"
+        assert (await taker.order("r", PROMPT, params=GREEDY).refused()).reason == "ENGINE_FAILED"
         model.failure = None
-        await release(address, (await router.prefill("r", PROMPT, params=GREEDY)).handoff)
+        await taker.order("s", PROMPT, params=GREEDY).wait_all()
 
 
 @async_test
 async def test_a_draining_worker_refuses_work_and_waits_for_its_leases():
     worker = service()
-    async with running(worker) as (address,), MiniRouter(prefill=address) as router, channel(address) as open_channel:
-        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
+    async with running(worker) as (address,), MiniTaker(address) as taker, channel(address) as open_channel:
+        ordered = taker.order("r", PROMPT, params=GREEDY)
+        await ordered.wait_all()
         stub = worker_service_pb2_grpc.WorkerServiceStub(open_channel)
         await stub.Drain(worker_service_pb2.DrainRequest(), timeout=WAIT_S)
-        with pytest.raises(UnavailableError) as raised:
-            await router.prefill("q", PROMPT, params=GREEDY)
-        assert raised.value.reason == "DRAINING"
+        assert (await taker.order("q", PROMPT, params=GREEDY).refused()).reason == "DRAINING"
         draining = asyncio.ensure_future(worker.drain())
-        await release(address, handoff)
+        await ordered.confirm()
         await draining
 
 
 @async_test
 async def test_load_and_identity_are_told():
     worker = service()
-    async with running(worker) as (address,), MiniRouter(prefill=address) as router, channel(address) as open_channel:
+    async with running(worker) as (address,), MiniTaker(address) as taker, channel(address) as open_channel:
         stub = worker_service_pb2_grpc.WorkerServiceStub(open_channel)
         info = await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=WAIT_S)
         assert (info.role, info.num_pages, info.vocab_size) == (types_pb2.WORKER_ROLE_PREFILL, 64, 97)
         assert info.incarnation == worker.host.incarnation
         watch = stub.WatchLoad(worker_service_pb2.WatchLoadRequest(min_interval_ms=1))
         assert (await watch.read()).num_free_pages == 64
-        handoff = (await router.prefill("r", PROMPT, params=GREEDY)).handoff
+        await taker.order("r", PROMPT, params=GREEDY).wait_all()
         async with asyncio.timeout(WAIT_S):
             while (report := await watch.read()).num_leases != 1:
                 pass
         assert report.num_free_pages == 61
-        await release(address, handoff)
         watch.cancel()
 
 

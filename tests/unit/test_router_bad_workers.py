@@ -5,10 +5,11 @@ import asyncio
 import pytest
 from google.protobuf.internal.encoder import _VarintBytes
 from grpc_health.v1 import health_pb2
-from headrace.v1 import decode_service_pb2, prefill_service_pb2, worker_service_pb2
+from headrace.v1 import decode_service_pb2 as pb
+from headrace.v1 import worker_service_pb2
 from headrace_core.errors import HandoffLostError, InvalidRequestError
 from headrace_core.testing.garbler import no_message, rewriting
-from headrace_router import flow, link
+from headrace_router import link
 from headrace_router.testing import (
     VOCAB_SIZE,
     remembered,
@@ -90,7 +91,7 @@ LINK_FAULTS = {
         rewriting(LOAD, lambda load: setattr(load, "num_free_pages", 257)),
         "257 free pages, of 256",
     ),
-    "steps: no message": ("StreamSteps", no_message, "no message"),
+    "steps: no message": ("Session", no_message, "no message"),
 }
 
 
@@ -121,7 +122,7 @@ def test_workers_that_say_what_can_not_be_are_refused_by_name_and_come_back(tmp_
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=0.001)], test)
 
 
-@pytest.mark.parametrize("method", ["Watch", "WatchLoad", "StreamSteps"])
+@pytest.mark.parametrize("method", ["Watch", "WatchLoad", "Session"])
 def test_a_worker_that_turns_bad_loses_its_sequences_to_another(tmp_path, monkeypatch, method):
     monkeypatch.setattr(link, "_REFUSED_PAUSE_S", 0.02)
 
@@ -135,7 +136,7 @@ def test_a_worker_that_turns_bad_loses_its_sequences_to_another(tmp_path, monkey
         first.garbler.rewrites[method] = no_message
         await first.set_ready(False)
         first.on_change()
-        if method == "StreamSteps":
+        if method == "Session":
             first.faults.step_gate.set()
         await router.wait_states(["ready", "ready", "refused"])
         first.faults.step_gate.set()
@@ -149,43 +150,53 @@ def test_a_worker_that_turns_bad_loses_its_sequences_to_another(tmp_path, monkey
     )
 
 
-OUTPUT = decode_service_pb2.StreamStepsResponse
+OUTPUT = pb.SessionResponse
 
 
 def once(change):
-    """Return a rewrite of step messages that changes the first output of the fifth message that has one."""
+    """Return a rewrite of step messages that changes the first entry of the fifth message that has tokens."""
     counts = {"messages": 0}
 
     def rewrite(message):
-        counts["messages"] += bool(message.outputs)
-        if counts["messages"] == 5:
+        has_tokens = bool(message.entries) and message.entries[0].HasField("tokens")
+        counts["messages"] += has_tokens
+        if has_tokens and counts["messages"] == 5:
             counts["messages"] += 1
-            change(message.outputs[0])
+            change(message.entries[0])
 
     return rewriting(OUTPUT, rewrite)
 
 
-def _forever(output):
-    output.token_ids.extend([1] * 100)
-    if output.logprobs:
-        output.logprobs.extend([output.logprobs[0]] * 100)
+def _forever(entry):
+    entry.tokens.token_ids.extend([1] * 100)
+    if entry.tokens.logprobs:
+        entry.tokens.logprobs.extend([entry.tokens.logprobs[0]] * 100)
+
+
+def tokens(change):
+    return lambda entry: change(entry.tokens)
 
 
 OUTPUT_FAULTS = {
-    "token outside the vocabulary": lambda output: output.token_ids.append(VOCAB_SIZE),
-    "token of 32 bits": lambda output: output.token_ids.append((1 << 32) - 1),
-    "no token": lambda output: output.ClearField("token_ids"),
-    "an end without a token": lambda output: (output.ClearField("token_ids"), setattr(output, "finish_reason", 1)),
-    "unknown end": lambda output: setattr(output, "finish_reason", 77),
-    "no log-probabilities": lambda output: output.ClearField("logprobs"),
-    "log-probabilities of another token": lambda output: output.logprobs.append(output.logprobs[0]),
-    "log-probability of NaN": lambda output: setattr(output.logprobs[0], "logprob", float("nan")),
-    "log-probability above 0": lambda output: setattr(output.logprobs[0], "logprob", 3.0),
-    "probable token outside": lambda output: setattr(output.logprobs[0].top[0], "token_id", VOCAB_SIZE),
-    "many probable tokens": lambda output: output.logprobs[0].top.extend([output.logprobs[0].top[0]] * 30),
+    "token outside the vocabulary": tokens(lambda it: it.token_ids.append(VOCAB_SIZE)),
+    "token of 32 bits": tokens(lambda it: it.token_ids.append((1 << 32) - 1)),
+    "no token": tokens(lambda it: it.ClearField("token_ids")),
+    "an end without a token": tokens(lambda it: (it.ClearField("token_ids"), setattr(it, "finish_reason", 1))),
+    "unknown end": tokens(lambda it: setattr(it, "finish_reason", 77)),
+    "no log-probabilities": tokens(lambda it: it.ClearField("logprobs")),
+    "log-probabilities of another token": tokens(lambda it: it.logprobs.append(it.logprobs[0])),
+    "log-probability of NaN": tokens(lambda it: setattr(it.logprobs[0], "logprob", float("nan"))),
+    "log-probability above 0": tokens(lambda it: setattr(it.logprobs[0], "logprob", 3.0)),
+    "probable token outside": tokens(lambda it: setattr(it.logprobs[0].top[0], "token_id", VOCAB_SIZE)),
+    "many probable tokens": tokens(lambda it: it.logprobs[0].top.extend([it.logprobs[0].top[0]] * 30)),
     "more tokens than asked for": _forever,
-    "failure of no code": lambda output: setattr(output.failure, "reason", "\n" * 9),
-    "failure of an unknown code": lambda output: setattr(output.failure, "code", 99),
+    "nothing": lambda entry: entry.ClearField("tokens"),
+    "a position ahead": lambda entry: setattr(entry, "position", entry.position + 1),
+    "it joins again": lambda entry: entry.joined.SetInParent(),
+    "failure of no code": lambda entry: setattr(entry.failure, "reason", "\n" * 9),
+    "failure of an unknown code": lambda entry: entry.failure.MergeFrom(pb.Failure(code=99, reason="BUG", side=1)),
+    "failure for no reason": lambda entry: entry.failure.MergeFrom(pb.Failure(code=10, reason="no reason", side=1)),
+    "failure of nobody": lambda entry: entry.failure.MergeFrom(pb.Failure(code=10, reason="STALE_PAGE")),
 }
 
 
@@ -197,7 +208,7 @@ def test_a_sequence_whose_output_can_not_be_goes_on_elsewhere_and_its_neighbour_
             bad.faults.step_gate.clear()
             tasks = [asyncio.create_task(router.generate(text_request(text, sampling=wanted))) for text in ("a", "b")]
             await wait_until(lambda: len(bad.sequences) == 2)
-            bad.garbler.rewrites["StreamSteps"] = once(change)
+            bad.garbler.rewrites["Session"] = once(change)
             bad.faults.step_gate.set()
             results = [(await task)[0] for task in tasks]
             assert [result.token_ids for result in results] == [remembered(text, 60) for text in ("a", "b")], name
@@ -218,8 +229,8 @@ def test_a_sequence_whose_output_can_not_be_goes_on_elsewhere_and_its_neighbour_
 def test_a_sequence_that_does_not_end_where_it_must_goes_on_elsewhere(tmp_path):
     async def test(router):
         bad = router.workers[1]
-        endless = rewriting(OUTPUT, lambda message: [output.ClearField("finish_reason") for output in message.outputs])
-        bad.garbler.rewrites["StreamSteps"] = endless
+        endless = first("tokens", lambda tokens: tokens.ClearField("finish_reason"))
+        bad.garbler.rewrites["Session"] = endless
         (sample,) = await router.generate(text_request("a", sampling={"max_tokens": 10}))
         assert sample.token_ids == remembered("a", 10)
         assert router.metric("headrace_retries_total", reason="PROTOCOL") == 1
@@ -231,27 +242,26 @@ def test_a_sequence_that_does_not_end_where_it_must_goes_on_elsewhere(tmp_path):
     )
 
 
-def prefill(change):
-    return "Prefill", rewriting(prefill_service_pb2.PrefillResponse, change)
+def first(kind, change):
+    """Return a rewrite of every entry of a kind."""
 
+    def rewrite(message):
+        for entry in message.entries:
+            if entry.HasField(kind):
+                change(getattr(entry, kind))
 
-def start(change):
-    return "Start", rewriting(decode_service_pb2.StartResponse, change)
+    return rewriting(OUTPUT, rewrite)
 
 
 ANSWER_FAULTS = {
-    "prefill: no message": ("Prefill", no_message),
-    "prefill: no ticket": prefill(lambda answer: answer.ClearField("handoff")),
-    "prefill: other model": prefill(lambda answer: setattr(answer.handoff, "model_fingerprint", "x")),
-    "prefill: token outside": prefill(lambda answer: setattr(answer.handoff, "first_token_id", VOCAB_SIZE)),
-    "prefill: no lease": prefill(lambda answer: answer.handoff.ClearField("lease")),
-    "prefill: no log-probability": prefill(lambda answer: answer.handoff.ClearField("first_token_logprobs")),
-    "prefill: unknown end": prefill(lambda answer: setattr(answer, "finish_reason", 77)),
-    "prefill: more cached than there was": prefill(lambda answer: setattr(answer, "num_cached_tokens", 1 << 31)),
-    "start: no message": ("Start", no_message),
-    "start: more pages than there are": start(lambda answer: setattr(answer, "num_transfer_pages", (1 << 32) - 1)),
-    "start: more bytes than pages": start(lambda answer: setattr(answer, "transfer_bytes", (1 << 64) - 1)),
-    "start: unheard-of transport": start(lambda answer: setattr(answer, "transport", "x" * 1_000_000)),
+    "prefilled: token outside": first("prefilled", lambda it: setattr(it, "token_id", VOCAB_SIZE)),
+    "prefilled: no log-probability": first("prefilled", lambda it: it.ClearField("logprobs")),
+    "prefilled: unknown end": first("prefilled", lambda it: setattr(it, "finish_reason", 77)),
+    "prefilled: more cached than there was": first("prefilled", lambda it: setattr(it, "num_cached_tokens", 1 << 31)),
+    "joined: more pages than there are": first("joined", lambda it: setattr(it, "num_transfer_pages", (1 << 32) - 1)),
+    "joined: more bytes than pages": first("joined", lambda it: setattr(it, "transfer_bytes", (1 << 64) - 1)),
+    "joined: unheard-of transport": first("joined", lambda it: setattr(it, "transport", "x" * 1_000_000)),
+    "joined: more cached than there was": first("joined", lambda it: setattr(it, "num_cached_tokens", 1 << 31)),
 }
 
 
@@ -264,20 +274,18 @@ def all_take_work(router):
 
 def test_an_attempt_whose_answer_can_not_be_is_made_again_elsewhere(tmp_path):
     async def test(router):
-        bad_prefill, _, bad_decode, _ = router.workers
+        _, bad, _ = router.workers
         wanted = {"max_tokens": 20, "top_logprobs": 1}
-        for name, (method, rewrite) in ANSWER_FAULTS.items():
+        for name, rewrite in ANSWER_FAULTS.items():
             before = router.metric("headrace_retries_total", reason="PROTOCOL")
-            for bad in (bad_prefill, bad_decode):
-                bad.garbler.rewrites = {method: rewrite}
+            bad.garbler.rewrites = {"Session": rewrite}
             await wait_until(lambda: all_take_work(router))
-            for text in "abcdefgh":  # the prompt's beginning decides which prefill worker gets it
+            for text in "abcd":
                 request = text_request(text, include_timings=True, sampling=wanted)
                 assert (await router.generate(request))[0].token_ids == remembered(text, 20), name
             assert router.metric("headrace_retries_total", reason="PROTOCOL") > before, name
 
     workers = [
-        remembering_worker("prefill"),
         remembering_worker("prefill"),
         remembering_worker("decode", num_pages=4096),
         remembering_worker("decode"),
@@ -288,29 +296,29 @@ def test_an_attempt_whose_answer_can_not_be_is_made_again_elsewhere(tmp_path):
 def test_a_workers_words_reach_the_client_cut_and_its_reasons_make_no_metrics(tmp_path):
     async def test(router):
         for number in range(6):
-            router.workers[0].faults.start.append(HandoffLostError(f"INVENTED_{number}", "é" * 50_000))
+            router.workers[0].faults.join.append(HandoffLostError(f"INVENTED_{number}", "é" * 50_000))
         error = await router.refused(text_request("a"))
         assert error.reason == "RETRIES_EXHAUSTED"
         assert "INVENTED_" in str(error)
-        router.workers[0].faults.start.clear()
-        router.workers[0].faults.start.append(InvalidRequestError("not a reason", "no"))
+        router.workers[0].faults.join.clear()
+        router.workers[0].faults.join.append(InvalidRequestError("not a reason", "no"))
         await router.generate(text_request("a"))
         names = {
             sample.labels.get("reason") for metric in router.service.registry.collect() for sample in metric.samples
         }
-        assert names == {None, "OTHER", "WORKER_LOST"}
+        assert names == {None, "OTHER", "PROTOCOL"}
 
     run_router(tmp_path, [remembering_worker("both")], test)
 
 
-@pytest.mark.parametrize("leg", ["prefill", "start"])
-def test_a_call_that_hangs_at_a_worker_whose_link_is_refused_is_made_elsewhere(tmp_path, leg):
-    """Its channel is as good as ever: the call itself would wait for its deadline."""
+@pytest.mark.parametrize("leg", ["prefill", "join"])
+def test_a_sequence_that_hangs_at_a_worker_whose_link_is_refused_is_made_elsewhere(tmp_path, leg):
+    """Its channel is as good as ever: the sequence itself would wait for its deadline."""
 
     async def test(router):
         prefill, decode = router.workers
         bad = prefill if leg == "prefill" else decode
-        gate = bad.faults.prefill_gate if leg == "prefill" else bad.faults.start_gate
+        gate = bad.faults.prefill_gate if leg == "prefill" else bad.faults.join_gate
         gate.clear()
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 20}), timeout_s=10.0))
         await wait_until(lambda: bool(bad.prefills if leg == "prefill" else bad.starts))
@@ -321,29 +329,9 @@ def test_a_call_that_hangs_at_a_worker_whose_link_is_refused_is_made_elsewhere(t
         (sample,) = await running
         assert sample.token_ids == remembered("a", 20)
         assert router.metric("headrace_retries_total", reason="PROTOCOL") == 1
-        if leg == "start":
+        if leg == "prefill":
             assert len(decode.cancels) == 1
-            assert not prefill.leases
-        gate.set()
-
-    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
-
-
-def test_a_start_that_is_never_answered_keeps_no_answer_that_is_complete(tmp_path, monkeypatch):
-    monkeypatch.setattr(flow, "_LATE_ANSWER_S", 0.05)
-
-    async def test(router):
-        decode = router.workers[1]
-        real, gate = decode.run_sequence, asyncio.Event()
-
-        async def silent(request):
-            response = await real(request)
-            await gate.wait()
-            return response
-
-        decode.run_sequence = silent
-        (sample,) = await router.generate(text_request("a", sampling={"max_tokens": 20}), timeout_s=10.0)
-        assert sample.token_ids == remembered("a", 20)
+        await wait_until(lambda: not prefill.held)
         gate.set()
 
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)

@@ -120,7 +120,7 @@ def test_a_full_queue_refuses_before_a_message_is_read(tmp_path):
 
 def test_a_draining_router_refuses_before_a_message_is_read(tmp_path):
     async def test(router):
-        held = router.workers[0].faults.start_gate
+        held = router.workers[0].faults.join_gate
         held.clear()
         running = asking(router)
         await wait_until(lambda: len(router.workers[0].starts) == 1)
@@ -151,13 +151,13 @@ def test_who_has_most_in_a_full_queue_makes_room_for_another_caller(tmp_path):
 
 def test_a_request_that_a_worker_has_is_not_put_out(tmp_path):
     async def test(router):
-        router.workers[0].faults.start_gate.clear()
+        router.workers[0].faults.join_gate.clear()
         placed = asking(router, "greedy")
         await wait_until(lambda: len(router.workers[0].starts) == 1)
         waiting = await with_full_queue(router, token="greedy", size=2)
         other = asking(router, "modest")
         assert (await failure(waiting[1])).reason == "QUEUE_FULL"
-        router.workers[0].faults.start_gate.set()
+        router.workers[0].faults.join_gate.set()
         await placed
         await end(*waiting, other)
 
@@ -184,7 +184,7 @@ def test_calls_that_send_no_message_do_not_keep_a_full_queue_full(tmp_path, monk
 
 def test_open_requests_are_bounded_and_one_caller_has_half_of_them(tmp_path):
     async def test(router):
-        gate = router.workers[0].faults.start_gate
+        gate = router.workers[0].faults.join_gate
         gate.clear()
         held = [asking(router, "greedy") for _ in range(4)]
         await wait_until(lambda: len(router.workers[0].starts) == 4)
@@ -335,7 +335,7 @@ def test_if_nothing_of_who_has_most_can_be_put_out_it_is_the_next_ones_turn(addr
 
 def test_a_request_leaves_the_queue_with_its_first_sample(tmp_path):
     async def test(router):
-        held = router.workers[0].faults.start_gate
+        held = router.workers[0].faults.join_gate
         held.clear()
         two = asyncio.create_task(router.generate(text_request("a", n=2, sampling={"max_tokens": 3})))
         await wait_until(lambda: len(router.workers[0].starts) == 1)

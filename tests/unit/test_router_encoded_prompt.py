@@ -1,7 +1,7 @@
 """A prompt encoded once is, in every message and hash, what its ids would be one by one."""
 
 import pytest
-from headrace.v1 import decode_service_pb2, prefill_service_pb2
+from headrace.v1 import decode_service_pb2
 from headrace_core.request import hash_tokens
 from headrace_router import admission, encoded_prompt
 from headrace_router.encoded_prompt import EncodedPrompt
@@ -18,13 +18,13 @@ PROMPTS = {
 @pytest.mark.parametrize("output", [[], [5], [2**32 - 1, 0, 300]], ids=len)
 def test_messages_and_hash_are_those_of_the_ids(prompt, output):
     encoded = EncodedPrompt(prompt)
-    for kind in (prefill_service_pb2.PrefillRequest, decode_service_pb2.StartRequest):
-        for _ in range(2):  # nothing of the first message stays for the second
-            message = kind(request_id="x", num_prompt_tokens=len(prompt), sample_index=3)
-            encoded.put(message, output)
-            expected = kind(request_id="x", num_prompt_tokens=len(prompt), sample_index=3, token_ids=[*prompt, *output])
-            assert message == expected
-            assert kind.FromString(message.SerializeToString()) == expected
+    kind = decode_service_pb2.StartSequence
+    for _ in range(2):  # nothing of the first message stays for the second
+        message = kind(request_id="x", num_prompt_tokens=len(prompt), sample_index=3)
+        encoded.put(message, output)
+        expected = kind(request_id="x", num_prompt_tokens=len(prompt), sample_index=3, token_ids=[*prompt, *output])
+        assert message == expected
+        assert kind.FromString(message.SerializeToString()) == expected
     assert encoded.sha256(output) == hash_tokens([*prompt, *output])
     assert encoded.sha256([]) == hash_tokens(prompt)
 

@@ -38,8 +38,8 @@ def test_a_request_is_prefilled_handed_off_and_streamed(tmp_path):
         assert (sample.last.usage.num_prompt_tokens, sample.last.usage.num_output_tokens) == (3, 40)
         names = check_timings(sample.last)
         assert names == [
-            "tokenize", "queue", "prefill_queue", "prefill", "prefill_rpc",
-            "decode_queue", "transfer", "start_rpc", "first_step", "decode",
+            "tokenize", "queue", "decode_queue", "prefill_queue", "prefill", "prefill_hop",
+            "transfer", "join", "first_step", "decode",
         ]  # fmt: skip
         timings = sample.last.timings
         assert (timings.num_attempts, timings.num_transfer_pages, timings.transport) == (1, 1, "fake")
@@ -61,7 +61,7 @@ def test_a_worker_of_both_roles_serves_alone(tmp_path):
         (sample,) = await router.generate(text_request("hi", include_timings=True, sampling={"max_tokens": 8}))
         assert sample.text == "Hello, w"
         assert check_timings(sample.last) == [
-            "tokenize", "queue", "decode_queue", "transfer", "start_rpc", "first_step", "decode",
+            "tokenize", "queue", "decode_queue", "join", "first_step", "decode",
         ]  # fmt: skip
         assert sample.last.timings.prefill_worker == ""
 
@@ -72,8 +72,8 @@ def test_the_first_token_may_end_the_sample(tmp_path):
     async def test(router):
         (sample,) = await router.generate(text_request("hi", include_timings=True, sampling={"max_tokens": 1}))
         assert (sample.text, sample.token_ids) == ("H", byte_ids("H"))
-        assert check_timings(sample.last)[-1] == "prefill_rpc"
-        assert router.workers[1].starts == []
+        assert check_timings(sample.last)[-1] == "prefill_hop"
+        assert router.workers[0].prefills[0].attempt == 1
 
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
@@ -83,7 +83,7 @@ def test_samples_are_streamed_side_by_side(tmp_path):
         samples = await router.generate(text_request("hi", n=4, sampling={"max_tokens": 20}))
         assert [sample.text for sample in samples] == [sample.text for sample in samples[:1]] * 4
         assert sorted(call.sample_index for call in router.workers[0].prefills) == [0, 1, 2, 3]
-        assert len({call.sampling.seed for call in router.workers[0].prefills}) == 1
+        assert len({call.params.seed for call in router.workers[0].prefills}) == 1
 
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
@@ -118,11 +118,11 @@ def test_a_stop_string_is_found_across_tokens_and_ends_the_sequence(tmp_path):
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
-def test_a_stop_string_in_the_first_token_needs_no_decode_worker(tmp_path):
+def test_a_stop_string_in_the_first_token_ends_the_sequence(tmp_path):
     async def test(router):
         (sample,) = await router.generate(text_request("hi", sampling={"stop_strings": ["H"]}))
         assert (sample.text, sample.last.matched_stop_string) == ("", "H")
-        assert router.workers[1].starts == []
+        await wait_until(lambda: len(router.workers[1].cancels) == 1)
 
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
@@ -143,7 +143,7 @@ def test_log_probabilities_come_with_their_tokens(tmp_path):
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", tokens_per_step=2)], test)
 
 
-PHASES = ("queued", "prefilling", "prefilled", "starting", "decoding")
+PHASES = ("queued", "prefilling", "prefilled", "joining", "decoding")
 
 
 async def _reach(router, phase):
@@ -158,11 +158,15 @@ async def _reach(router, phase):
         return lambda: bool(prefill.prefills)
     if phase == "prefilled":
         prefill.faults.answer_gate.clear()
-        return lambda: bool(prefill.leases)
-    if phase == "starting":
-        decode.faults.start_gate.clear()
-        return lambda: bool(decode.starts)
+        return lambda: bool(prefill.num_leases)
+    if phase == "joining":
+        decode.faults.join_gate.clear()
+        return lambda: any(sample.output_ids for sample in _samples(router))
     return lambda: bool(decode.sequences)
+
+
+def _samples(router):
+    return [sample for running in router.service._router._running.values() for sample in running.samples]
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -212,28 +216,6 @@ def test_a_deadline_of_the_client_frees_everything(tmp_path, phase):
         assert sum(outcomes) >= 1
 
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test)
-
-
-def test_a_last_output_that_overtakes_the_answer_to_start_is_not_lost(tmp_path):
-    async def test(router):
-        _, decode = router.workers
-        real = decode.run_sequence
-
-        async def slow(request):
-            response = await real(request)
-            while decode.sequences:
-                decode.step()
-            (running,) = router.service._router._running.values()
-            await wait_until(lambda: running.samples[0].has_ended)
-            return response
-
-        decode.run_sequence = slow
-        (sample,) = await router.generate(text_request("hi", include_timings=True, sampling={"max_tokens": 6}))
-        assert sample.token_ids == remembered("hi", 6)
-        check_timings(sample.last)
-        assert sample.last.timings.num_transfer_pages == 1
-
-    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=None)], test)
 
 
 def test_many_requests_share_few_pages_and_all_finish(tmp_path):

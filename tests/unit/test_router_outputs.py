@@ -4,7 +4,8 @@ import asyncio
 
 import grpc
 import pytest
-from headrace.v1 import decode_service_pb2, types_pb2
+from headrace.v1 import decode_service_pb2 as pb
+from headrace.v1 import types_pb2
 from headrace_core.errors import (
     HandoffLostError,
 )
@@ -22,55 +23,92 @@ from headrace_router.testing import (
 )
 
 LENGTH = types_pb2.FINISH_REASON_LENGTH
+LOGPROB = types_pb2.TokenLogprobs(logprob=-0.5)
+
+
+def entry(start, position, **event):
+    """Return an entry of the sequence that was started so; `position` counts from its first token."""
+    return pb.StepEntry(
+        sequence_number=start.sequence_number,
+        attempt=start.attempt,
+        position=len(start.token_ids) + position,
+        **event,
+    )
+
+
+def emit(decode, *entries):
+    (router_id,) = decode._sessions
+    decode.emit(router_id, entries)
 
 
 def _unknown_finish(decode, start):
-    output = decode_service_pb2.SequenceOutput(sequence_number=start.sequence_number, token_ids=[65], finish_reason=99)
-    decode.emit(start.session_id, [output])
+    emit(decode, entry(start, 1, tokens=pb.Tokens(token_ids=[65], finish_reason=99)))
 
 
 def _logprobs_of_nothing(decode, start):
-    output = decode_service_pb2.SequenceOutput(sequence_number=start.sequence_number, token_ids=[65])
-    decode.emit(start.session_id, [output])
+    emit(decode, entry(start, 1, tokens=pb.Tokens(token_ids=[65])))
 
 
-@pytest.mark.parametrize("has_started", [True, False], ids=["decoding", "starting"])
+def _ahead(decode, start):
+    emit(decode, entry(start, 2, tokens=pb.Tokens(token_ids=[65], logprobs=[LOGPROB])))
+
+
+def _joins_again(decode, start):
+    emit(decode, entry(start, 1, joined=pb.Joined()))
+
+
+def _nothing(decode, start):
+    emit(decode, entry(start, 1))
+
+
 @pytest.mark.parametrize(
-    ("spoil", "reason"), [(_unknown_finish, "PROTOCOL"), (_logprobs_of_nothing, "PROTOCOL"), (None, "BUG")]
+    ("spoil", "reason"),
+    [
+        (_unknown_finish, "PROTOCOL"),
+        (_logprobs_of_nothing, "PROTOCOL"),
+        (_ahead, "PROTOCOL"),
+        (_joins_again, "PROTOCOL"),
+        (_nothing, "PROTOCOL"),
+        (None, "BUG"),
+    ],
 )
-def test_a_sequence_whose_output_the_router_can_not_use_is_cancelled(tmp_path, monkeypatch, spoil, reason, has_started):
+def test_a_sequence_whose_output_the_router_can_not_use_is_cancelled(tmp_path, monkeypatch, spoil, reason):
     """The worker knows nothing of it, and would generate to the end of `max_tokens`."""
 
     async def test(router):
         _, decode = router.workers
-        if not has_started:
-            real = decode.run_sequence
-
-            async def slow(request):
-                response = await real(request)
-                spoilt(decode, request)
-                (running,) = router.service._router._running.values()
-                await wait_until(running.samples[0].attempt_over.done)
-                return response
-
-            decode.run_sequence = slow
         request = text_request("hi", sampling={"max_tokens": 1000, "top_logprobs": 0})
         running = asyncio.create_task(router.refused(request))
         await wait_until(lambda: len(decode.sequences) == 1)
-        if has_started:
-            spoilt(decode, decode.starts[0])
+        if spoil is not None:
+            spoil(decode, decode.starts[0])
+        else:
+            monkeypatch.setattr(Detokenizer, "push", _raise)
+            decode.step()
         assert reason in told(await running)
         await router.wait_empty()
         (cancel,) = decode.cancels
         assert cancel.sequence_number == decode.starts[0].sequence_number
 
-    def spoilt(decode, start):
-        if spoil is not None:
-            return spoil(decode, start)
-        monkeypatch.setattr(Detokenizer, "push", _raise)
-        return decode.step()
-
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test, max_attempts=1)
+
+
+@pytest.mark.parametrize("event", ["tokens", "prefilled"])
+def test_rule_6_an_entry_that_is_behind_is_dropped_and_what_follows_is_taken(tmp_path, event):
+    async def test(router):
+        _, decode = router.workers
+        running = asyncio.create_task(router.generate(text_request("hi", sampling={"max_tokens": 8})))
+        await wait_until(lambda: len(decode.sequences) == 1)
+        start = decode.starts[0]
+        decode.step()
+        behind = {"tokens": pb.Tokens(token_ids=[1, 2]), "prefilled": pb.Prefilled(token_id=1)}[event]
+        emit(decode, entry(start, 1 if event == "tokens" else 0, **{event: behind}))
+        while decode.sequences:
+            decode.step()
+        assert (await running)[0].token_ids == remembered("hi", 8)
+        assert router.metric("headrace_retries_total", reason="PROTOCOL") == 0
+
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=None)], test)
 
 
 def told(error):
@@ -91,11 +129,8 @@ def test_nothing_follows_an_output_that_the_router_can_not_use(tmp_path):
         await wait_until(lambda: len(decode.sequences) == 1)
         decode.step()
         start = decode.starts[0]
-        for finish, token_id in ((99, 66), (0, 67), (0, 68)):
-            output = decode_service_pb2.SequenceOutput(
-                sequence_number=start.sequence_number, token_ids=[token_id], finish_reason=finish
-            )
-            decode.emit(start.session_id, [output])
+        for position, (finish, token_id) in enumerate(((99, 66), (0, 67), (0, 68)), 2):
+            emit(decode, entry(start, position, tokens=pb.Tokens(token_ids=[token_id], finish_reason=finish)))
         token_ids, error = await running
         assert "PROTOCOL" in told(error)
         assert token_ids == byte_ids("He")[: len(token_ids)]
@@ -114,27 +149,22 @@ async def _received(router, request):
     raise AssertionError("the request was expected to fail")
 
 
-@pytest.mark.parametrize("spoil", ["finish", "handoff", "detokenizer"])
+@pytest.mark.parametrize("spoil", ["finish", "tokens", "detokenizer"])
 def test_pages_of_a_first_token_that_the_router_can_not_use_are_released(tmp_path, monkeypatch, spoil):
     async def test(router):
-        prefill, decode = router.workers
-        real = prefill.prefill
-
-        async def spoilt(request):
-            response = await real(request)
-            if spoil == "finish":
-                response.finish_reason = 99
-            elif spoil == "handoff":
-                prefill.release(response.handoff.lease.lease_id)
-                response.ClearField("handoff")
-            return response
-
-        prefill.prefill = spoilt
+        _, decode = router.workers
+        changes = {
+            "finish": lambda prefilled: setattr(prefilled, "finish_reason", 99),
+            "tokens": lambda prefilled: prefilled.ClearField("tokens_sha256"),
+        }
+        decode.faults.join_gate.clear()
         if spoil == "detokenizer":
             monkeypatch.setattr(Detokenizer, "push", _raise)
+        else:
+            decode.faults.prefilled.append(changes[spoil])
         error = await router.refused(text_request("hi"))
-        assert ("BUG" if spoil == "detokenizer" else "PROTOCOL") in told(error)
-        assert decode.starts == []
+        assert {"detokenizer": "BUG", "finish": "PROTOCOL", "tokens": "TOKENS_MISMATCH"}[spoil] in told(error)
+        await router.wait_empty()
 
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test, max_attempts=1)
 
@@ -146,10 +176,11 @@ def test_late_outputs_of_an_old_attempt_are_dropped(tmp_path):
         decode.faults.sequence.append((5, HandoffLostError("STALE_PAGE", "made to fail")))
         running = asyncio.create_task(router.generate(text_request("hi", sampling={"max_tokens": 40})))
         await wait_until(lambda: len(decode.starts) == 2)
-        old = decode.starts[0]
-        for number in (old.sequence_number, 999):
-            output = decode_service_pb2.SequenceOutput(sequence_number=number, token_ids=[1, 2, 3])
-            decode.emit(old.session_id, [output])
+        old, new = decode.starts
+        assert (old.sequence_number, old.attempt, new.attempt) == (new.sequence_number, 1, 2)
+        late = {"failure": pb.Failure(code=10, reason="STALE_PAGE", side=pb.FAILURE_SIDE_DECODE)}
+        emit(decode, entry(old, 1, **late), entry(old, 900, tokens=pb.Tokens(token_ids=[1])))
+        emit(decode, pb.StepEntry(sequence_number=999, attempt=1, **late))
         (sample,) = await running
         assert sample.token_ids == remembered("hi", 40)
 
@@ -166,18 +197,19 @@ def test_what_a_reader_left_lying_comes_in_messages_of_bounded_size(tmp_path):
         await wait_until(lambda: bool(decode.sequences))
         start, tops = decode.starts[0], [types_pb2.TopLogprob(token_id=i, logprob=-i) for i in range(20)]
         for number in range(40):
-            output = decode_service_pb2.SequenceOutput(
-                sequence_number=start.sequence_number, token_ids=[65] * 500,
+            tokens = pb.Tokens(
+                token_ids=[65] * 500,
                 logprobs=[types_pb2.TokenLogprobs(logprob=-1.0, top=tops)] * 500,
                 finish_reason=LENGTH if number == 39 else 0,
-            )  # fmt: skip
-            decode.emit(start.session_id, [output])
+            )
+            emit(decode, entry(start, 1 + 500 * number, tokens=tokens))
         messages = [message async for message in call]
         assert [id for message in messages for id in message.token_ids][1:] == [65] * 20_000
         assert sum(len(message.logprobs) for message in messages) == 20_001
         assert max(message.ByteSize() for message in messages) < 2**20
         assert [message.finish_reason for message in messages if message.finish_reason] == [LENGTH]
-        decode.end(start.session_id, start.sequence_number)
+        (router_id,) = decode._sessions
+        decode._end((router_id, start.sequence_number))
 
     workers = [
         scripted_worker("prefill", max_context_tokens=30_000, num_pages=2000),
@@ -194,11 +226,8 @@ def test_a_client_that_never_reads_its_log_probabilities_is_told_to_read_faster(
         request = text_request("hi", sampling={"max_tokens": 1000, "ignore_eos": True, "top_logprobs": 1})
         running = asyncio.create_task(_received(router, request))
         await wait_until(lambda: bool(decode.sequences))
-        output = decode_service_pb2.SequenceOutput(
-            sequence_number=decode.starts[0].sequence_number, token_ids=[65] * 200,
-            logprobs=[types_pb2.TokenLogprobs(logprob=-1.0)] * 200,
-        )  # fmt: skip
-        decode.emit(decode.starts[0].session_id, [output])
+        tokens = pb.Tokens(token_ids=[65] * 200, logprobs=[types_pb2.TokenLogprobs(logprob=-1.0)] * 200)
+        emit(decode, entry(decode.starts[0], 1, tokens=tokens))
         assert (await running)[1].reason == "SLOW_READER"
 
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=None)], test)

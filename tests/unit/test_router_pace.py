@@ -3,8 +3,10 @@
 import asyncio
 
 import pytest
-from headrace.v1 import decode_service_pb2
+from headrace.v1 import decode_service_pb2 as pb
+from headrace.v1 import worker_service_pb2
 from headrace_core.errors import ProtocolError
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_router.pace import Pace
 from headrace_router.session import StepSession
 from headrace_router.testing import remembered, remembering_worker, run_router, text_request
@@ -26,38 +28,45 @@ def test_a_burst_passes_and_a_pace_and_nothing_above_both():
 
 
 class Sink:
-    def on_output(self, output, now_s):
-        pass
+    def on_entry(self, entry, now_s):
+        return entry.position > 0
 
     def on_ended(self, ended):
         raise AssertionError("nothing ends it")
 
 
-def steps(*numbers):
-    outputs = [decode_service_pb2.SequenceOutput(sequence_number=number, token_ids=[1]) for number in numbers]
-    return decode_service_pb2.StreamStepsResponse(outputs=outputs)
+def steps(*numbers, position=5):
+    tokens = pb.Tokens(token_ids=[1])
+    entries = [pb.StepEntry(sequence_number=number, attempt=1, position=position, tokens=tokens) for number in numbers]
+    return pb.SessionResponse(entries=entries)
+
+
+def a_session():
+    """Return one with a listener, of sequence 1."""
+    info = worker_service_pb2.GetInfoResponse(vocab_size=10)
+    session = StepSession(7, info, KvLayout(1, 16, CacheDtype.BFLOAT16, LatentAttention(16, 8)))
+    session.start(Sink(), pb.StartSequence(sequence_number=1, attempt=1))
+    return session
 
 
 def test_what_a_listener_gets_has_no_pace_and_what_nobody_gets_has():
-    session = StepSession(10)
-    number = session.add(Sink())
+    session = a_session()
     for _ in range(20_000):
-        session._fan_out(steps(number))
+        session._fan_out(steps(1))
     for _ in range(100):  # of 1,000 sequences that ended together, beside one that goes on
-        session._fan_out(steps(number, *range(1000, 2000)))
-    for message in (steps(), steps(999)):
-        session = StepSession(10)
+        session._fan_out(steps(1, *range(1000, 2000)))
+    for message in (steps(), steps(999), steps(1, position=0)):
+        session = a_session()
         with pytest.raises(ProtocolError, match="for nobody"):  # noqa: PT012
             for _ in range(3000):
                 session._fan_out(message)
-    session = StepSession(10)
-    number = session.add(Sink())
+    session = a_session()
     with pytest.raises(ProtocolError, match="for nobody"):  # noqa: PT012
         for _ in range(3000):
-            session._fan_out(steps(number, *range(1000, 1200)))
+            session._fan_out(steps(1, *range(1000, 1200)))
 
 
-@pytest.mark.parametrize("stream", ["WatchLoad", "StreamSteps"])
+@pytest.mark.parametrize("stream", ["WatchLoad", "Session"])
 def test_a_worker_that_sends_without_pause_is_refused(tmp_path, stream):
     async def test(router):
         bad = remembering_worker("decode", num_pages=8)  # too few for the request: it goes elsewhere

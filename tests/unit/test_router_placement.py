@@ -88,7 +88,7 @@ def test_a_stream_that_outgrew_every_prefill_worker_survives_its_decode_worker(t
         assert all(len(sample.token_ids) == 8 for (sample,) in results)
         samples = await stream
         assert [sample.token_ids for sample in samples] == [remembered("hi", 200)] * 2
-        assert any(not start.HasField("handoff") for start in other.starts)
+        assert any(not start.prefill_address for start in other.starts)
         assert all(len(call.token_ids) <= 4 * PAGE for call in router.workers[0].prefills)
 
     run_router(tmp_path, [worker("prefill", num_pages=4), worker("decode"), worker("decode")], test)
@@ -104,7 +104,7 @@ def test_a_prefill_worker_computes_an_orphan_as_long_as_it_can(tmp_path):
         (sample,) = await stream
         assert sample.token_ids == remembered("hi", 200)
         assert [call.attempt for call in prefill.prefills] == [1, 2]
-        assert all(start.HasField("handoff") for worker in decodes for start in worker.starts)
+        assert all(bool(start.prefill_address) for worker in decodes for start in worker.starts)
 
     run_router(tmp_path, [worker("prefill", num_pages=20), worker("decode"), worker("decode")], test)
 
@@ -135,7 +135,7 @@ def test_a_prompt_that_only_a_worker_of_both_roles_holds_is_computed_there(tmp_p
         assert len(sample.token_ids) == 8
         await router.generate(request(20))
         assert [len(call.token_ids) for call in prefill.prefills] == [20]
-        assert [start.HasField("handoff") for start in both.starts] == [False, True]
+        assert [bool(start.prefill_address) for start in both.starts] == [False, True]
 
     run_router(tmp_path, [worker("prefill", num_pages=4), worker("both")], test)
 
@@ -164,7 +164,7 @@ def test_a_worker_whose_context_is_too_short_is_not_given_what_needs_more(tmp_pa
 
     async def test(router):
         _, decode = router.workers
-        decode.faults.start_gate.clear()
+        decode.faults.join_gate.clear()
         first = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 100})))
         await wait_until(lambda: len(decode.starts) == 1)
         waits = asyncio.create_task(router.generate(text_request("b", sampling={"max_tokens": 100})))
@@ -173,7 +173,7 @@ def test_a_worker_whose_context_is_too_short_is_not_given_what_needs_more(tmp_pa
         await router.wait_states(["ready"] * 3)
         await router.generate(text_request("c", sampling={"max_tokens": 10}))
         assert [len(start.token_ids) for start in short.starts] == [2]
-        decode.faults.start_gate.set()
+        decode.faults.join_gate.set()
         for prompt, (sample,) in zip("ab", await asyncio.gather(first, waits), strict=True):
             assert sample.token_ids == remembered(prompt, 100)
 
@@ -234,7 +234,7 @@ def has_place(router, request_id):
 def test_one_request_does_not_wait_for_another_clients_many(tmp_path, hostile):
     async def test(router):
         decode = router.workers[1]
-        decode.faults.start_gate.clear()
+        decode.faults.join_gate.clear()
 
         def send(name, token, **fields):
             prompt = text_request("hi", request_id=name, sampling={"max_tokens": 4}, **fields)
@@ -248,7 +248,7 @@ def test_one_request_does_not_wait_for_another_clients_many(tmp_path, hostile):
         running.append(send("single", "b"))
         await wait_until(lambda: has_place(router, "single"))
         num_before = len(decode.starts)
-        decode.faults.start_gate.set()
+        decode.faults.join_gate.set()
         await asyncio.gather(*running)
         started = [(start.request_id.rpartition("-")[0], start.sample_index) for start in decode.starts]
         assert started.index(("single", 0)) - num_before <= 2
@@ -283,14 +283,14 @@ def test_samples_of_a_request_queue_one_behind_the_other(tmp_path):
 
     async def test(router):
         decode = router.workers[1]
-        decode.faults.start_gate.clear()
+        decode.faults.join_gate.clear()
         running = [asyncio.create_task(router.generate(request(4), token="a"))]
         await wait_until(lambda: bool(decode.starts))
         running += [asyncio.create_task(router.generate(text_request("hi", n=16, sampling={"max_tokens": 4})))]
         queue = router.service._router._flow._dispatcher._queue
         await wait_until(lambda: len(queue) > 0)
         assert len(queue) == 1
-        decode.faults.start_gate.set()
+        decode.faults.join_gate.set()
         _, samples = await asyncio.gather(*running)
         assert [len(sample.token_ids) for sample in samples] == [4] * 16
         assert [start.sample_index for start in decode.starts[1:]] == list(range(16))

@@ -2,9 +2,7 @@
 
 import asyncio
 
-import grpc
 import pytest
-from headrace.v1 import types_pb2
 from headrace_core.errors import (
     DeadlineError,
     HandoffLostError,
@@ -14,6 +12,7 @@ from headrace_core.errors import (
     TransferCorruptError,
     UnavailableError,
 )
+from headrace_core.transfer.hold import Side, TakeError
 from headrace_router.testing import (
     check_timings,
     remembered,
@@ -21,8 +20,11 @@ from headrace_router.testing import (
     run_router,
     scripted_worker,
     text_request,
-    wait_until,
 )
+
+
+def _cause(error):
+    return error.error if isinstance(error, TakeError) else error
 
 
 @pytest.mark.parametrize(
@@ -31,21 +33,21 @@ from headrace_router.testing import (
         ("prefill", UnavailableError("DRAINING", "draining")),
         ("prefill", OverloadedError("NO_FREE_PAGES", "full")),
         ("prefill", HandoffLostError("STALE_ATTEMPT", "stale")),
-        ("start", HandoffLostError("LEASE_EXPIRED", "gone")),
-        ("start", TransferCorruptError("CHECKSUM", "corrupt")),
-        ("start", TransferCorruptError("TOKENS_MISMATCH", "others")),
-        ("start", LayoutMismatchError("NO_COMMON_TRANSPORT", "none")),
-        ("start", OverloadedError("NO_FREE_PAGES", "full")),
-        ("start", InvalidRequestError("BAD_HANDOFF", "unreadable")),
+        ("join", TakeError(Side.HOLDER, HandoffLostError("LEASE_ENDED", "gone"))),
+        ("join", TakeError(Side.CHANNEL, TransferCorruptError("CHECKSUM", "corrupt"))),
+        ("join", TakeError(Side.CHANNEL, TransferCorruptError("TOKENS_MISMATCH", "others"))),
+        ("join", TakeError(Side.CHANNEL, LayoutMismatchError("NO_COMMON_TRANSPORT", "none"))),
+        ("join", OverloadedError("NO_FREE_PAGES", "full")),
+        ("join", TakeError(Side.HOLDER, InvalidRequestError("BAD_HANDOFF", "unreadable"))),
         ("sequence", OverloadedError("NO_FREE_PAGES", "out of pages")),
         ("prefill", DeadlineError("DEADLINE_EXCEEDED", "the client has a minute, this worker's clock is wrong")),
-        ("start", DeadlineError("DEADLINE_EXCEEDED", "late")),
+        ("join", DeadlineError("DEADLINE_EXCEEDED", "late")),
         ("sequence", DeadlineError("DEADLINE_EXCEEDED", "late")),
         ("prefill", InvalidRequestError("BAD_REQUEST", "nonsense")),
-        ("start", InvalidRequestError("PROMPT_TOO_LONG", "too long")),
+        ("join", InvalidRequestError("PROMPT_TOO_LONG", "too long")),
         ("sequence", InvalidRequestError("BAD_SAMPLING", "no token left")),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.reason,
+    ids=lambda value: value if isinstance(value, str) else _cause(value).reason,
 )
 def test_a_failed_attempt_is_made_again_and_the_client_sees_nothing_of_it(tmp_path, leg, error):
     async def test(router):
@@ -60,51 +62,81 @@ def test_a_failed_attempt_is_made_again_and_the_client_sees_nothing_of_it(tmp_pa
         assert "retry" in check_timings(sample.last)
         assert sample.last.timings.num_attempts == 2
         assert [call.attempt for call in prefill.prefills] == [1, 2]
-        assert router.metric("headrace_retries_total", reason=error.reason) == 1
+        assert router.metric("headrace_retries_total", reason=_cause(error).reason) == 1
 
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
 
 
-ANSWERS_FOR_ANOTHER = {
-    "request": (lambda h: setattr(h, "request_id", "another"), "BAD_HANDOFF"),
-    "attempt": (lambda h: setattr(h, "attempt", 7), "BAD_HANDOFF"),
-    "sample": (lambda h: setattr(h.sampling_state, "sample_index", 1), "BAD_HANDOFF"),
-    "seed": (lambda h: setattr(h.sampling_state, "seed", h.sampling_state.seed ^ 1), "BAD_HANDOFF"),
-    "count": (lambda h: setattr(h, "num_tokens", 2), "BAD_HANDOFF"),
-    "tokens": (lambda h: setattr(h, "tokens_sha256", bytes(32)), "TOKENS_MISMATCH"),
-    "tokens unsaid": (lambda h: h.ClearField("tokens_sha256"), "TOKENS_MISMATCH"),
+@pytest.mark.parametrize("side", Side)
+def test_rule_7_only_the_one_whose_failure_it_was_is_blamed(tmp_path, side):
+    async def test(router):
+        prefill, decode = router.workers
+        decode.faults.join.append(TakeError(side, UnavailableError("DRAINING", "made to fail")))
+        flow, seen = router.service._router._flow, []
+        react = flow._react
+
+        def spy(sample, placement, ended, error, endings):
+            react(sample, placement, ended, error, endings)
+            held = {worker.address for worker in (placement.prefill, placement.decode) if not worker.takes_work}
+            seen.append((set(sample.avoid), held))
+
+        flow._react = spy
+        (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 9}))
+        assert sample.token_ids == remembered("hi", 9)
+        blamed = {
+            Side.TAKER: {decode.address},
+            Side.HOLDER: {prefill.address},
+            Side.CHANNEL: {prefill.address, decode.address},
+        }[side]
+        assert seen == [(blamed, blamed)]
+
+    run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
+
+
+OTHER_TOKENS = {
+    "tokens": lambda prefilled: setattr(prefilled, "tokens_sha256", bytes(32)),
+    "tokens unsaid": lambda prefilled: prefilled.ClearField("tokens_sha256"),
 }
 
 
-@pytest.mark.parametrize(("tamper", "reason"), ANSWERS_FOR_ANOTHER.values(), ids=ANSWERS_FOR_ANOTHER)
+@pytest.mark.parametrize("tamper", OTHER_TOKENS.values(), ids=OTHER_TOKENS)
 @pytest.mark.parametrize("max_tokens", [1, 30], ids=["ends at once", "goes on"])
-def test_a_prefill_that_answers_for_something_else_gives_the_client_no_token(tmp_path, tamper, reason, max_tokens):
+def test_a_first_token_of_other_tokens_never_reaches_the_client(tmp_path, tamper, max_tokens):
     """The answer carries another token, which must not be seen."""
 
-    def answer(handoff):
-        handoff.first_token_id ^= 1
-        tamper(handoff)
+    def answer(prefilled):
+        prefilled.token_id ^= 1
+        tamper(prefilled)
 
     async def test(router):
-        router.workers[0].faults.tickets.append(answer)
+        router.workers[1].faults.prefilled.append(answer)
         (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": max_tokens}))
         assert sample.token_ids == remembered("hi", max_tokens)
-        assert router.metric("headrace_retries_total", reason=reason) == 1
+        assert router.metric("headrace_retries_total", reason="TOKENS_MISMATCH") == 1
         assert [call.attempt for call in router.workers[0].prefills] == [1, 2]
 
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
 
 
-def test_a_prefill_worker_that_always_answers_for_something_else_is_given_up_on(tmp_path):
+def test_workers_that_always_answer_for_something_else_are_given_up_on(tmp_path):
     async def test(router):
         for _ in range(3):
-            router.workers[0].faults.tickets.append(lambda h: setattr(h, "tokens_sha256", bytes(32)))
+            router.workers[1].faults.prefilled.append(OTHER_TOKENS["tokens"])
         error = await router.refused(text_request("hi"))
         assert error.reason == "RETRIES_EXHAUSTED"
         assert "TOKENS_MISMATCH" in str(error)
-        assert not router.workers[1].starts
 
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test, max_attempts=3)
+
+
+def test_rule_11_a_worker_is_told_how_little_it_had_better_compute_itself(tmp_path):
+    async def test(router):
+        await router.generate(text_request("hi", sampling={"max_tokens": 2}))
+        (start,) = router.workers[1].starts
+        assert (start.local_below, start.prefill_address) == (48, router.workers[0].address)
+
+    workers = [remembering_worker("prefill"), remembering_worker("decode")]
+    run_router(tmp_path, workers, test, local_below_tokens=48)
 
 
 def test_a_failed_sample_of_a_colocated_worker_goes_on_with_its_tokens(tmp_path):
@@ -141,126 +173,46 @@ def test_a_deadline_that_passed_for_the_client_too_is_final(tmp_path):
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test, request_timeout_s=0.5)
 
 
-@pytest.mark.parametrize("role", ["both", "decode"])
-def test_a_request_that_ends_its_workers_is_given_two(tmp_path, role):
-    """The others live, and serve everybody else."""
+@pytest.mark.parametrize(("role", "reason"), [("both", "WORKER_LOST"), ("decode", "WORKER_LOST"), ("prefill", "LOST")])
+def test_a_request_that_ends_its_workers_is_given_two(tmp_path, role, reason):
+    """The others live, and serve everybody else. Of a holder's end the decode worker may hear first, or the router."""
 
     async def test(router):
-        decodes = [worker for worker in router.workers if worker.info.role != types_pb2.WORKER_ROLE_PREFILL]
         endings = []
 
         def deadly(worker):
-            real = worker.run_sequence
+            start, hold = worker.start_sequence, worker.hold
 
-            async def run_sequence(request):
-                if request.num_prompt_tokens < 5:
-                    return await real(request)
-                endings.append(asyncio.create_task(worker.stop()))
-                await asyncio.Event().wait()
+            def start_sequence(router_id, message):
+                if message.num_prompt_tokens < 5:
+                    start(router_id, message)
+                else:
+                    endings.append(asyncio.create_task(worker.stop()))
 
-            worker.run_sequence = run_sequence
+            def hold_sequence(order, outbox):
+                if order.spec.num_prompt_tokens >= 5:
+                    worker.faults.prefill_gate.clear()
+                    endings.append(asyncio.create_task(worker.stop()))
+                return hold(order, outbox)
 
-        for worker in decodes:
+            if role == "prefill":
+                worker.hold = hold_sequence
+            else:
+                worker.start_sequence = start_sequence
+
+        for worker in workers:
             deadly(worker)
         error = await router.refused(text_request("deadly"))
         assert (type(error), error.reason) == (UnavailableError, "RETRIES_EXHAUSTED")
-        assert "WORKER_LOST" in str(error)
+        assert reason in str(error)
         assert len(endings) == 2
         await asyncio.gather(*endings)
         (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 20}))
         assert sample.token_ids == remembered("hi", 20)
 
     workers = [remembering_worker(role) for _ in range(4)]
-    run_router(tmp_path, workers if role == "both" else [remembering_worker("prefill"), *workers], test)
-
-
-def test_attempts_are_bounded_and_the_last_cause_is_told(tmp_path):
-    async def test(router):
-        for _ in range(3):
-            router.workers[1].faults.start.append(TransferCorruptError("CHECKSUM", "layer 1 differs"))
-        error = await router.refused(text_request("hi"))
-        assert error.reason == "RETRIES_EXHAUSTED"
-        assert "CHECKSUM: layer 1 differs" in str(error)
-        assert len(router.workers[0].prefills) == 3
-
-    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test, max_attempts=3)
-
-
-def test_one_failed_sample_fails_the_request_with_one_error(tmp_path):
-    async def test(router):
-        router.workers[1].faults.start.append(UnavailableError("DRAINING", "draining"))
-        error = await router.refused(text_request("hi", n=3))
-        assert error.reason == "RETRIES_EXHAUSTED"
-
-    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode", step_s=0.01)], test, max_attempts=1)
-
-
-def test_a_prefill_worker_that_dies_is_replaced(tmp_path):
-    async def test(router):
-        first, second, _ = router.workers
-        first.faults.prefill_gate.clear()
-        second.faults.prefill_gate.clear()
-        running = asyncio.create_task(router.generate(text_request("hi", sampling={"max_tokens": 20})))
-        await wait_until(lambda: bool(first.prefills or second.prefills))
-        victim, other = (first, second) if first.prefills else (second, first)
-        other.faults.prefill_gate.set()
-        await victim.stop()
-        (sample,) = await running
-        assert sample.token_ids == remembered("hi", 20)
-        router.workers.remove(victim)
-
-    run_router(
-        tmp_path, [remembering_worker("prefill"), remembering_worker("prefill"), remembering_worker("decode")], test
-    )
-
-
-def test_a_stream_survives_the_death_of_its_decode_worker(tmp_path):
-    async def test(router):
-        _, first, second = router.workers
-        request = text_request("hi", n=3, include_timings=True, sampling={"max_tokens": 60})
-        running = asyncio.create_task(router.generate(request))
-        await wait_until(lambda: any(len(s.tokens) > 20 for w in (first, second) for s in w.sequences.values()))
-        victim = first if first.sequences else second
-        await victim.stop()
-        samples = await running
-        assert [sample.token_ids for sample in samples] == [remembered("hi", 60)] * 3
-        assert max(sample.last.timings.num_attempts for sample in samples) == 2
-        for sample in samples:
-            check_timings(sample.last)
-        router.workers.remove(victim)
-
-    workers = [
-        remembering_worker("prefill"),
-        remembering_worker("decode", step_s=0.005),
-        remembering_worker("decode", step_s=0.005),
-    ]
-    run_router(tmp_path, workers, test)
-
-
-def test_a_restarted_worker_at_the_same_address_is_a_new_one(tmp_path):
-    async def test(router):
-        # Its own loopback address: nobody else is given the port while neither worker has it.
-        decode = await router.add(remembering_worker("decode", step_s=0.005), listen="127.0.0.2:0")
-        running = asyncio.create_task(router.generate(text_request("hi", sampling={"max_tokens": 60})))
-        await wait_until(lambda: any(len(s.tokens) > 20 for s in decode.sequences.values()))
-        await decode.stop()
-        router.workers.remove(decode)
-        await router.add(remembering_worker("decode"), listen=decode.address)
-        (sample,) = await running
-        assert sample.token_ids == remembered("hi", 60)
-
-    run_router(tmp_path, [remembering_worker("prefill")], test)
-
-
-def test_grpc_cancellation_status_of_a_worker_is_a_lost_worker():
-    from headrace_router.flow import _cause
-
-    def error(code):
-        return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="x")
-
-    assert isinstance(_cause(error(grpc.StatusCode.CANCELLED)), UnavailableError)
-    assert isinstance(_cause(error(grpc.StatusCode.INTERNAL)), UnavailableError)
-    assert isinstance(_cause(error(grpc.StatusCode.DEADLINE_EXCEEDED)), DeadlineError)
+    others = {"both": [], "decode": ["prefill"], "prefill": ["decode"]}[role]
+    run_router(tmp_path, [*(remembering_worker(other) for other in others), *workers], test)
 
 
 @pytest.mark.parametrize(

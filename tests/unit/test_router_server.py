@@ -88,7 +88,7 @@ def test_requests_wait_for_workers_that_come_later(tmp_path):
 def test_a_worker_taken_off_the_list_gets_nothing_new_and_ends_what_it_has(tmp_path):
     async def test(router):
         (first,) = router.workers
-        first.faults.start_gate.clear()
+        first.faults.join_gate.clear()
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
         await wait_until(lambda: len(first.starts) == 1)
         router.workers.clear()
@@ -96,7 +96,7 @@ def test_a_worker_taken_off_the_list_gets_nothing_new_and_ends_what_it_has(tmp_p
         await router.wait_states(["draining", "ready"])
         await router.generate(text_request("b", sampling={"max_tokens": 3}))
         assert (len(first.starts), len(second.starts)) == (1, 1)
-        first.faults.start_gate.set()
+        first.faults.join_gate.set()
         assert (await running)[0].text == "Hel"
         await router.wait_states(["ready"])
         await first.stop()
@@ -107,10 +107,10 @@ def test_a_worker_taken_off_the_list_gets_nothing_new_and_ends_what_it_has(tmp_p
 def test_a_draining_worker_gets_nothing_new_and_ends_what_it_has(tmp_path):
     async def test(router):
         first = router.workers[0]
-        first.faults.start_gate.clear()
+        first.faults.join_gate.clear()
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
         await wait_until(lambda: len(first.starts) == 1)
-        first.faults.start_gate.set()
+        first.faults.join_gate.set()
         await first.set_ready(False)
         second = await router.add(scripted_worker("both"))
         await router.wait_states(["draining", "ready"])
@@ -247,14 +247,14 @@ def test_settings_that_can_not_work_end_the_start(tmp_path, settings, kind, reas
 def test_draining_refuses_new_requests_and_ends_those_under_way(tmp_path):
     async def test(router):
         both = router.workers[0]
-        both.faults.start_gate.clear()
+        both.faults.join_gate.clear()
         running = asyncio.create_task(router.generate(text_request("a", sampling={"max_tokens": 3})))
         await wait_until(lambda: len(both.starts) == 1)
         draining = asyncio.create_task(router.service.drain())
         await wait_until(lambda: router.service._router._is_draining)
         assert (await router.refused(text_request("a"))).reason == "DRAINING"
         assert not draining.done()
-        both.faults.start_gate.set()
+        both.faults.join_gate.set()
         assert (await running)[0].text == "Hel"
         await draining
 

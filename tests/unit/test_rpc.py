@@ -34,7 +34,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
 
     async def WatchLoad(self, request, context):
         yield pb.WatchLoadResponse(num_running=1)
-        raise HandoffLostError("LEASE_EXPIRED", "prefill again")
+        raise HandoffLostError("LEASE_ENDED", "prefill again")
 
     async def Drain(self, request, context):
         raise RuntimeError("a secret detail")
@@ -71,7 +71,7 @@ def test_a_stream_delivers_what_came_before_its_error():
         call = pb_grpc.WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(), timeout=WAIT_S)
         assert (await call.read()).num_running == 1
         error = await failure(call.read())
-        assert (type(error), error.reason) == (HandoffLostError, "LEASE_EXPIRED")
+        assert (type(error), error.reason) == (HandoffLostError, "LEASE_ENDED")
 
     asyncio.run(serve(test))
 

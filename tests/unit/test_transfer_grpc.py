@@ -12,10 +12,8 @@ import pytest
 from headrace.v1 import transfer_service_pb2 as pb
 from headrace.v1 import types_pb2
 from headrace_core.errors import (
-    DeadlineError,
     HandoffLostError,
     HeadraceError,
-    InvalidRequestError,
     LayoutMismatchError,
     TransferCorruptError,
     UnavailableError,
@@ -23,17 +21,17 @@ from headrace_core.errors import (
 from headrace_core.request import hash_tokens
 from headrace_core.rpc import Server
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
-from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, ticket_for
-from headrace_core.transfer.fake import fake_offer
-from headrace_core.transfer.grpc import SERVICE, GrpcHolder, GrpcTransport
-from headrace_core.transfer.ticket import Ticket
-from headrace_core.transfer.transport import offer_name
-from headrace_core.transfer.transports import choose_transport
+from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, holding, run_of
+from headrace_core.transfer.fake import FakeHolder
+from headrace_core.transfer.grpc import SERVICE, GrpcHolder, GrpcTaker
+from headrace_core.transfer.transport import Reading, Source, Transfer, offer_name
+from headrace_core.transfer.transports import choose_offer
 
 PAGES = (5, 0, 3)
 PLACES = (1, 2, 7)
 NUM_BYTES = 2 * 3 * 64
-LOOK = ("lease-1", 3, INCARNATION, hash_tokens(range(12)))
+READING = Reading("lease-1", INCARNATION, hash_tokens(range(12)))
+LOOK = (READING, (0, 2, 0, 3))
 
 
 class Ends:
@@ -44,24 +42,25 @@ class Ends:
         self.source = PlainMemory(seed=1)
         self.memory = PlainMemory(seed=2)
         self.sent: list[float] = []
-        self.service = GrpcHolder(
-            lambda: self.holder, lambda: self.source, frame_bytes=frame_bytes, on_sent=self.sent.append
-        )
-        self.transport = GrpcTransport(self.memory)
+        served = holding(holder, self.source, frame_bytes=frame_bytes, on_sent=self.sent.append)
+        self.service = GrpcHolder(served)
+        self.transport = GrpcTaker(self.memory)
         self.address = address
 
-    def ticket(self, num_layers: int = 2, page_ids: tuple[int, ...] = PAGES) -> Ticket:
-        return ticket_for(self.source, page_ids, endpoint=self.address, num_layers=num_layers)
+    def begin(self, page_ids: tuple[int, ...] = PAGES, timeout_s: float = WAIT_S) -> Transfer:
+        source = Source(self.address, READING, self.service.offer())
+        run = run_of(self.source, page_ids)
+        return self.transport.pull(source, run, PLACES[: len(page_ids)], timeout_s=timeout_s)
 
-    async def pull(self, ticket: Ticket | None = None, timeout_s: float = WAIT_S) -> None:
-        await self.transport.pull(ticket or self.ticket(), PLACES, timeout_s=timeout_s).wait()
+    async def pull(self, timeout_s: float = WAIT_S) -> None:
+        await self.begin(timeout_s=timeout_s).wait()
 
 
 @contextlib.asynccontextmanager
 async def ends(holder: StubHolder | None = None, *, frame_bytes: int = 100) -> AsyncGenerator[Ends]:
     it = Ends(holder or StubHolder(PAGES), frame_bytes=frame_bytes)
     server = Server([SERVICE])
-    it.service.add_to(server.grpc)
+    it.service.serve(server.grpc)
     it.address = server.bind("127.0.0.1:0")
     await server.start()
     try:
@@ -101,37 +100,25 @@ async def test_the_lease_is_looked_at_before_every_frame_and_after_the_last():
 @pytest.mark.parametrize("num_good_looks", [0, 1, 3, 5])
 @async_test
 async def test_a_lease_that_ends_at_any_time_ends_the_pull_in_the_holders_words(num_good_looks: int):
-    lost = HandoffLostError("LEASE_EXPIRED", "lease-1 is not held")
+    lost = HandoffLostError("LEASE_ENDED", "lease-1 is not held")
     async with ends(StubHolder(PAGES, error=lost, num_good_looks=num_good_looks)) as it:
         error = await failure(it.pull())
         assert isinstance(error, HandoffLostError)
-        assert (error.reason, str(error)) == ("LEASE_EXPIRED", "lease-1 is not held")
+        assert (error.reason, str(error)) == ("LEASE_ENDED", "lease-1 is not held")
         assert len(it.sent) == max(num_good_looks - 1, 0)
-
-
-@async_test
-async def test_a_layer_that_is_not_there_is_the_tickets_fault():
-    async with ends() as it:
-        error = await failure(it.pull(it.ticket(num_layers=3)))
-        assert isinstance(error, InvalidRequestError)
-        assert error.reason == "BAD_HANDOFF"
-        assert "no such layer" in str(error)
-        assert it.sent == []
 
 
 @async_test
 async def test_layers_are_sent_from_the_first_one_asked_for():
     async with ends() as it, grpc.aio.insecure_channel(it.address) as channel:
-        request = pb.PullRequest(
-            lease_id="lease-1", attempt=3, holder_incarnation=INCARNATION, first_layer=1, num_layers=1
-        )
+        request = pb.PullRequest(lease_key="lease-1", incarnation=INCARNATION, first_layer=1, num_layers=1, num_pages=3)
         call = channel.unary_stream(f"/{SERVICE}/Pull")(request.SerializeToString(), timeout=WAIT_S)
         got = b"".join([pb.PullResponse.FromString(frame).payload async for frame in call])
         assert got == b"".join(it.source.content(PAGES)[1])
 
 
 @async_test
-async def test_fewer_bytes_than_the_ticket_promises_are_a_short_read():
+async def test_fewer_bytes_than_the_run_has_are_a_short_read():
     async with ends(StubHolder(PAGES[:2])) as it:
         error = await failure(it.pull())
         assert isinstance(error, TransferCorruptError)
@@ -139,7 +126,7 @@ async def test_fewer_bytes_than_the_ticket_promises_are_a_short_read():
 
 
 @async_test
-async def test_more_bytes_than_the_ticket_promises_are_a_short_read():
+async def test_more_bytes_than_the_run_has_are_a_short_read():
     async with ends(StubHolder((*PAGES, 6))) as it:
         error = await failure(it.pull())
         assert isinstance(error, TransferCorruptError)
@@ -180,14 +167,8 @@ class Stalled(StubHolder):
             await self.gate.wait()
             yield pb.PullResponse(payload=bytes(64)).SerializeToString()
 
-        async def answer(request: bytes, context: object) -> bytes:
-            await self.gate.wait()
-            return b""
-
         handlers = {
             "Pull": grpc.unary_stream_rpc_method_handler(pull),
-            "RenewLease": grpc.unary_unary_rpc_method_handler(answer),
-            "ReleaseLease": grpc.unary_unary_rpc_method_handler(answer),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
@@ -220,19 +201,11 @@ async def test_a_pull_that_takes_too_long_is_lost():
         assert "DEADLINE_EXCEEDED" in str(error)
 
 
-@pytest.mark.parametrize("call", ["renew", "release"])
-@async_test
-async def test_a_holder_that_does_not_answer_is_asked_only_so_long(call: str):
-    async with stalled() as (it, _):
-        error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=0.2))
-        assert isinstance(error, DeadlineError)
-
-
 @pytest.mark.parametrize("how", ["cancel", "disconnect", "close"])
 @async_test
 async def test_after_a_transfer_is_drained_no_byte_lands(how: str):
     async with stalled() as (it, holder):
-        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=WAIT_S)
+        transfer = it.begin()
         await eventually(lambda: arrived(it), "the first page is there")
         if how == "cancel":
             transfer.cancel()
@@ -252,7 +225,7 @@ async def test_after_a_transfer_is_drained_no_byte_lands(how: str):
 @async_test
 async def test_giving_up_the_wait_does_not_stop_the_transfer():
     async with stalled() as (it, holder):
-        transfer = it.transport.pull(it.ticket(page_ids=(0,)), (1,), timeout_s=WAIT_S)
+        transfer = it.begin((0,))
         waiting = asyncio.ensure_future(transfer.wait())
         await holder.has_sent.wait()
         waiting.cancel()
@@ -266,59 +239,24 @@ async def test_giving_up_the_wait_does_not_stop_the_transfer():
 @async_test
 async def test_a_failed_transfer_is_drained_without_a_word_and_tells_who_waits():
     async with ends(StubHolder(PAGES, error=HandoffLostError("STALE_PAGE", "reused"))) as it:
-        transfer = it.transport.pull(it.ticket(), PLACES, timeout_s=WAIT_S)
+        transfer = it.begin()
         await transfer.drained()
         transfer.cancel()
         assert (await failure(transfer.wait())).reason == "STALE_PAGE"
-
-
-@pytest.mark.parametrize(("lease_s", "answer_s"), [(30.0, 30.0), (0.0123, 0.012), (0.0001, 0.001)])
-@async_test
-async def test_renewing_tells_for_how_long(lease_s: float, answer_s: float):
-    async with ends(StubHolder(PAGES, lease_s=lease_s)) as it:
-        assert await it.transport.renew(it.ticket(), timeout_s=WAIT_S) == answer_s
-        assert it.holder.renewed == [("lease-1", INCARNATION)]
-
-
-@async_test
-async def test_releasing_ends_the_lease_of_the_ticket():
-    async with ends() as it:
-        await it.transport.release(it.ticket(), timeout_s=WAIT_S)
-        assert it.holder.released == [("lease-1", INCARNATION)]
-        assert it.holder.renewed == []
-
-
-@pytest.mark.parametrize("call", ["renew", "release"])
-@async_test
-async def test_what_the_holder_says_to_renewing_and_releasing_is_passed_on(call: str):
-    async with ends(StubHolder(PAGES, error=HandoffLostError("WORKER_RESTARTED", "another process"))) as it:
-        error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=WAIT_S))
-        assert isinstance(error, HandoffLostError)
-        assert (error.reason, str(error)) == ("WORKER_RESTARTED", "another process")
-
-
-@pytest.mark.parametrize("call", ["renew", "release"])
-@async_test
-async def test_a_holder_that_can_not_be_asked_is_unavailable(call: str):
-    it = Ends(StubHolder(PAGES), address="127.0.0.1:9")
-    error = await failure(getattr(it.transport, call)(it.ticket(), timeout_s=WAIT_S))
-    assert isinstance(error, UnavailableError)
-    await it.transport.close()
 
 
 @async_test
 async def test_one_connection_serves_every_call_and_is_made_again_after_a_disconnect():
     async with ends() as it:
         connections = it.transport.connections
-        await it.transport.renew(it.ticket(), timeout_s=WAIT_S)
+        await it.pull()
         with connections.use(it.address) as first:
             await it.pull()
         await it.transport.disconnect("127.0.0.1:9")
         assert connections.endpoints == [it.address]
         await it.transport.disconnect(it.address)
         assert connections.endpoints == []
-        await it.transport.renew(it.ticket(), timeout_s=WAIT_S)
-        assert len(it.holder.renewed) == 2
+        await it.pull()
         with connections.use(it.address) as second:
             assert second is not first
         await it.transport.close()
@@ -326,36 +264,35 @@ async def test_one_connection_serves_every_call_and_is_made_again_after_a_discon
 
 
 def test_the_offer_says_how_long_frames_are():
-    service = GrpcHolder(lambda: StubHolder(()), PlainMemory, frame_bytes=4096, on_sent=lambda _: None)
+    service = GrpcHolder(holding(StubHolder(()), PlainMemory(), frame_bytes=4096, on_sent=lambda _: None))
     assert service.offer() == types_pb2.TransportOffer(grpc=types_pb2.GrpcTransport(frame_bytes=4096))
     assert offer_name(service.offer()) == "grpc"
     assert offer_name(types_pb2.TransportOffer()) == ""
 
 
 GRPC = types_pb2.TransportOffer(grpc=types_pb2.GrpcTransport(frame_bytes=1))
+FAKE = FakeHolder(holding(StubHolder(()), PlainMemory(), frame_bytes=1, on_sent=lambda _: None)).offer()
 
 
 @pytest.mark.parametrize(
     ("offers", "usable", "chosen"),
     [
-        ([GRPC, fake_offer("x")], {"grpc", "fake"}, "grpc"),
-        ([fake_offer("x"), GRPC], {"grpc", "fake"}, "fake"),
-        ([fake_offer("x"), GRPC], {"grpc"}, "grpc"),
+        ([GRPC, FAKE], {"grpc", "fake"}, "grpc"),
+        ([FAKE, GRPC], {"grpc", "fake"}, "fake"),
+        ([FAKE, GRPC], {"grpc"}, "grpc"),
         ([types_pb2.TransportOffer(), GRPC], {"grpc"}, "grpc"),
     ],
 )
 def test_the_first_offer_that_this_worker_can_use_is_taken(offers, usable, chosen):
-    ticket = ticket_for(PlainMemory(), PAGES, offers=offers)
-    assert choose_transport(ticket, frozenset(usable)) == chosen
+    assert offer_name(choose_offer(offers, frozenset(usable), endpoint="x")) == chosen
 
 
 @pytest.mark.parametrize(
     ("offers", "offered"),
-    [([], "nothing"), ([types_pb2.TransportOffer()], "nothing"), ([GRPC, fake_offer("x")], "grpc, fake")],
+    [([], "nothing"), ([types_pb2.TransportOffer()], "nothing"), ([GRPC, FAKE], "grpc, fake")],
 )
 def test_without_a_common_transport_both_sides_are_told(offers, offered):
-    ticket = ticket_for(PlainMemory(), PAGES, endpoint="10.0.0.7:5000", offers=offers)
     with pytest.raises(LayoutMismatchError) as raised:
-        choose_transport(ticket, frozenset({"rdma", "memory"}))
+        choose_offer(offers, frozenset({"rdma", "memory"}), endpoint="10.0.0.7:5000")
     assert raised.value.reason == "NO_COMMON_TRANSPORT"
     assert str(raised.value) == f"10.0.0.7:5000 offers {offered}; this worker takes memory, rdma"

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import xxhash
 from headrace_core.errors import LayoutMismatchError, TransferCorruptError
-from headrace_core.kv.layout import CacheDtype
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
-from headrace_core.testing.handoff_parts import PlainMemory, ticket_for
+from headrace_core.testing.handoff_parts import PlainMemory, run_of
 from headrace_core.transfer.verify import accept_pages, check_bytes, check_compatible, run_to_its_end, seal_pages
+
+THREADS = ThreadPoolExecutor(2)
 
 
 @async_test
 async def test_a_result_and_an_error_are_passed_on():
-    assert await run_to_its_end(divmod, 7, 2) == (3, 1)
-    assert await run_to_its_end(int, "11", base=2) == 3
+    assert await run_to_its_end(THREADS, divmod, 7, 2) == (3, 1)
+    assert await run_to_its_end(THREADS, int, "11", base=2) == 3
     with pytest.raises(ZeroDivisionError):
-        await run_to_its_end(divmod, 7, 0)
+        await run_to_its_end(THREADS, divmod, 7, 0)
 
 
 @pytest.mark.parametrize("num_cancels", [1, 2, 3])
@@ -36,7 +39,7 @@ async def test_however_often_cancelled_it_ends_after_the_thread_has(error, num_c
         if error:
             raise error
 
-    task = asyncio.ensure_future(run_to_its_end(work))
+    task = asyncio.ensure_future(run_to_its_end(THREADS, work))
     await eventually(has_begun.is_set, "the thread has begun")
     for _ in range(num_cancels):
         task.cancel()
@@ -48,17 +51,23 @@ async def test_however_often_cancelled_it_ends_after_the_thread_has(error, num_c
     assert task.cancelled()
 
 
-def test_sealing_copies_the_pages_and_sums_each_of_every_layer():
+@pytest.mark.parametrize(("first_layer", "num_layers"), [(0, 2), (1, 1)])
+def test_sealing_copies_the_pages_and_sums_each_of_every_layer(first_layer, num_layers):
     memory = PlainMemory()
-    sums = seal_pages(memory, 2, [5, 1, 3])
+    run = seal_pages(
+        memory, first_layer=first_layer, num_layers=num_layers, first_page=4, pages=[(5, 7), (1, 8), (3, 9)]
+    )
     assert memory.copies == [("to_host", (5, 1, 3))]
-    assert sums == tuple(tuple(map(xxhash.xxh3_64_intdigest, pages)) for pages in memory.content([5, 1, 3]))
-    assert len({total for layer in sums for total in layer}) == 6
+    assert (run.first_layer, run.first_page, run.page_ids, run.generations) == (first_layer, 4, (5, 1, 3), (7, 8, 9))
+    assert run.checksums == tuple(
+        tuple(map(xxhash.xxh3_64_intdigest, pages)) for pages in memory.content([5, 1, 3])[first_layer:]
+    )
+    assert len({total for layer in run.checksums for total in layer}) == 3 * num_layers
 
 
 def test_pages_that_arrived_whole_become_what_is_computed_with():
     memory = PlainMemory()
-    accept_pages(replace(ticket_for(memory, [4, 2]), page_ids=(9, 9)), memory, [4, 2])
+    accept_pages(replace(run_of(memory, [4, 2]), page_ids=(9, 9)), memory, [4, 2], endpoint="x")
     assert memory.copies == [("from_host", (4, 2))]
 
 
@@ -66,53 +75,52 @@ def test_pages_that_arrived_whole_become_what_is_computed_with():
 def test_one_wrong_byte_anywhere_keeps_the_pages_from_being_used(layer, index):
     memory = PlainMemory()
     page_ids = [4, 2]
-    ticket = ticket_for(memory, page_ids, endpoint="10.0.0.7:5000")
+    run = replace(run_of(memory, page_ids), first_page=7)
     memory.page_bytes(layer, page_ids[index])[63] ^= 1
     with pytest.raises(TransferCorruptError) as raised:
-        accept_pages(ticket, memory, page_ids)
+        accept_pages(run, memory, page_ids, endpoint="10.0.0.7:5000")
     assert raised.value.reason == "CHECKSUM"
-    assert str(raised.value) == f"page {index} of layer {layer} from 10.0.0.7:5000 arrived with another checksum"
+    assert str(raised.value) == f"page {7 + index} of layer {layer} from 10.0.0.7:5000 arrived with another checksum"
     assert memory.copies == []
 
 
 def test_pages_in_another_order_are_other_pages():
     memory = PlainMemory()
-    ticket = ticket_for(memory, [4, 2])
     with pytest.raises(TransferCorruptError):
-        check_bytes(ticket, memory, [2, 4])
+        check_bytes(run_of(memory, [4, 2]), memory, [2, 4], endpoint="x")
 
 
 @pytest.mark.parametrize(
     "few",
-    [lambda sums: sums[:1], lambda sums: (), lambda sums: (sums[0], sums[1][:1]), lambda sums: (sums[0][:1], sums[1])],
-    ids=["a-layer", "all", "a-page-of-the-last", "a-page-of-the-first"],
+    [lambda sums: (sums[0], sums[1][:1]), lambda sums: (sums[0][:1], sums[1])],
+    ids=["a-page-of-the-last", "a-page-of-the-first"],
 )
-def test_pages_for_which_a_ticket_has_no_checksum_are_not_accepted(few):
+def test_pages_for_which_a_run_has_no_checksum_are_not_accepted(few):
     memory = PlainMemory()
-    ticket = ticket_for(memory, [4, 2])
+    run = run_of(memory, [4, 2])
     with pytest.raises(ValueError, match="zip"):
-        accept_pages(replace(ticket, checksums=few(ticket.checksums)), memory, [4, 2])
+        accept_pages(replace(run, checksums=few(run.checksums)), memory, [4, 2], endpoint="x")
     assert memory.copies == []
 
 
+LAYOUT = KvLayout(2, 4, CacheDtype.FLOAT32, LatentAttention(3, 1))
+
+
 def test_the_same_model_and_layout_are_compatible():
-    ticket = ticket_for(PlainMemory(), [4, 2])
-    check_compatible(ticket, fingerprint="fa4e", layout=replace(ticket.layout))
+    check_compatible("fa4e", LAYOUT, ours=("fa4e", replace(LAYOUT)), who="x")
 
 
 def test_another_model_is_refused_by_the_first_letters_of_both_fingerprints():
-    ticket = replace(ticket_for(PlainMemory(), [4], endpoint="10.0.0.7:5000"), model_fingerprint="a" * 64)
     with pytest.raises(LayoutMismatchError) as raised:
-        check_compatible(ticket, fingerprint="b" * 64, layout=ticket.layout)
+        check_compatible("a" * 64, LAYOUT, ours=("b" * 64, LAYOUT), who="10.0.0.7:5000")
     assert raised.value.reason == "MODEL_MISMATCH"
     assert f"10.0.0.7:5000 serves model {'a' * 12}, this worker {'b' * 12}:" in str(raised.value)
     assert "same config, weights and --dtype" in str(raised.value)
 
 
 def test_another_layout_is_refused_naming_both():
-    ticket = ticket_for(PlainMemory(), [4], endpoint="10.0.0.7:5000")
-    other = replace(ticket.layout, dtype=CacheDtype.BFLOAT16)
+    other = replace(LAYOUT, dtype=CacheDtype.BFLOAT16)
     with pytest.raises(LayoutMismatchError) as raised:
-        check_compatible(ticket, fingerprint="fa4e", layout=other)
+        check_compatible("fa4e", LAYOUT, ours=("fa4e", other), who="10.0.0.7:5000")
     assert raised.value.reason == "LAYOUT_MISMATCH"
-    assert str(raised.value) == f"10.0.0.7:5000 has pages of {ticket.layout}, this worker of {other}"
+    assert str(raised.value) == f"10.0.0.7:5000 has pages of {LAYOUT}, this worker of {other}"

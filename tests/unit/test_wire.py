@@ -5,7 +5,7 @@ import math
 import grpc
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from headrace.v1 import types_pb2
+from headrace.v1 import decode_service_pb2, types_pb2
 from headrace_core import rpc, wire
 from headrace_core.errors import CheckpointError, HeadraceError, InvalidRequestError, ProtocolError, StartupError
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
@@ -175,7 +175,7 @@ CROSSING = [e for e in (HeadraceError, *_subclasses(HeadraceError)) if e not in 
 
 @pytest.mark.parametrize("error", CROSSING)
 def test_errors_survive_the_wire(error):
-    failure = wire.encode_failure(error("SOME_REASON", "what to do"))
+    failure = wire.encode_failure(error("SOME_REASON", "what to do"), decode_service_pb2.FAILURE_SIDE_CHANNEL)
     back = wire.decode_failure(failure)
     assert type(back) is error
     assert (back.reason, str(back)) == ("SOME_REASON", "what to do")

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace.v1 import types_pb2, worker_service_pb2
+from headrace.v1 import decode_service_pb2, worker_service_pb2
 
 from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError
-from headrace_core.request import SamplingParams
+from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
+from headrace_core.transfer.hold import TakeError
 
 NextToken = Callable[[Sequence[int], int], int]
 """From the tokens so far and how many of them are the prompt's, the next token."""
@@ -51,43 +52,56 @@ def check_size(info: worker_service_pb2.GetInfoResponse, num_tokens: int, *, num
         raise OverloadedError("NO_FREE_PAGES", f"{num_tokens} tokens do not fit the whole pool")
 
 
+def finish_of(
+    info: worker_service_pb2.GetInfoResponse, tokens: Sequence[int], num_prompt_tokens: int, params: SamplingParams
+) -> FinishReason | None:
+    """Return why a sequence ends with its last token, as a real worker would say; None if it goes on."""
+    eos_ids = () if params.ignore_eos else tuple(info.eos_token_ids)
+    if tokens[-1] in (*eos_ids, *params.stop_token_ids):
+        return FinishReason.STOP
+    most = params.max_tokens or DEFAULT_MAX_TOKENS
+    if len(tokens) - num_prompt_tokens >= most or len(tokens) >= info.max_context_tokens:
+        return FinishReason.LENGTH
+    return None
+
+
 @dataclass(slots=True)
 class FakeFaults:
-    """What goes wrong, each once, in order; and gates that calls wait at."""
+    """What goes wrong, each once, in order; and gates that work waits at."""
 
     prefill: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
-    start: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
+    """What Hold calls end with, in place of a first token."""
+    join: deque[HeadraceError | TakeError] = field(default_factory=deque[HeadraceError | TakeError])
+    """What sequences end with, in place of joining; a `HeadraceError` is the decode worker's own."""
     sequence: deque[tuple[int, HeadraceError]] = field(default_factory=deque[tuple[int, HeadraceError]])
     """(output tokens after which, error) for the sequences started next."""
-    tickets: deque[Callable[[types_pb2.Handoff], None]] = field(
-        default_factory=deque[Callable[[types_pb2.Handoff], None]]
+    prefilled: deque[Callable[[decode_service_pb2.Prefilled], None]] = field(
+        default_factory=deque[Callable[[decode_service_pb2.Prefilled], None]]
     )
-    """What is changed in the tickets of the Prefills answered next."""
+    """What is changed in the first tokens told next."""
     prefill_gate: asyncio.Event = field(default_factory=asyncio.Event)
     answer_gate: asyncio.Event = field(default_factory=asyncio.Event)
-    """Closed: a Prefill that is done, its pages held, does not answer, and its cancellation frees nothing."""
-    start_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Closed: a prefill that is done, its pages held, does not say so."""
+    join_gate: asyncio.Event = field(default_factory=asyncio.Event)
     step_gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Closed: no sequence makes a token, unless the test steps by hand."""
     ignores_cancel: bool = False
-    """Outputs go on after Cancel, as late ones do."""
+    """Sequences go on after a cancel, as late entries do."""
 
     def __post_init__(self) -> None:
-        self.prefill_gate.set()
-        self.answer_gate.set()
-        self.start_gate.set()
-        self.step_gate.set()
+        for gate in (self.prefill_gate, self.answer_gate, self.join_gate, self.step_gate):
+            gate.set()
 
 
 @dataclass(slots=True, eq=False)
 class FakeSequence:
     """A running sequence."""
 
-    session_id: str
+    router_id: int
     number: int
+    attempt: int
     tokens: list[int]
     num_prompt_tokens: int
     params: SamplingParams
     fault: tuple[int, HeadraceError] | None
-    num_pages: int
     num_made: int = 0

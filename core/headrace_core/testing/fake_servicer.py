@@ -10,15 +10,12 @@ import grpc.aio
 from headrace.v1 import (
     decode_service_pb2,
     decode_service_pb2_grpc,
-    prefill_service_pb2,
-    prefill_service_pb2_grpc,
-    transfer_service_pb2,
-    transfer_service_pb2_grpc,
     worker_service_pb2,
     worker_service_pb2_grpc,
 )
 
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.transfer.hold import add_hold_servicer
 
 if TYPE_CHECKING:
     from headrace_core.testing.fake_worker import FakeWorker
@@ -26,11 +23,9 @@ if TYPE_CHECKING:
 
 class FakeServicer(
     worker_service_pb2_grpc.WorkerServiceServicer,
-    prefill_service_pb2_grpc.PrefillServiceServicer,
     decode_service_pb2_grpc.DecodeServiceServicer,
-    transfer_service_pb2_grpc.TransferServiceServicer,
 ):
-    """Every service of a worker, on one object."""
+    """Every service of a worker, on one object; but for `HoldService`, which is the real one."""
 
     def __init__(self, worker: FakeWorker) -> None:
         self._worker = worker
@@ -38,9 +33,8 @@ class FakeServicer(
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register every service."""
         worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(self, server)
-        prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
         decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
-        transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(self, server)
+        add_hold_servicer(self._worker, server)
 
     async def GetInfo(self, request: Any, context: Any) -> worker_service_pb2.GetInfoResponse:
         """See the proto."""
@@ -63,59 +57,30 @@ class FakeServicer(
         self._worker.drain()
         return worker_service_pb2.DrainResponse()
 
-    async def Prefill(
-        self, request: prefill_service_pb2.PrefillRequest, context: Any
-    ) -> prefill_service_pb2.PrefillResponse:
+    async def Session(self, request_iterator: Any, context: Any) -> AsyncIterator[decode_service_pb2.SessionResponse]:
         """See the proto."""
-        return await self._worker.prefill(request)
-
-    async def CancelPrefill(
-        self, request: prefill_service_pb2.CancelPrefillRequest, context: Any
-    ) -> prefill_service_pb2.CancelPrefillResponse:
-        """See the proto."""
-        self._worker.cancel_prefill(request)
-        return prefill_service_pb2.CancelPrefillResponse()
-
-    async def StreamSteps(
-        self, request: decode_service_pb2.StreamStepsRequest, context: Any
-    ) -> AsyncIterator[decode_service_pb2.StreamStepsResponse]:
-        """See the proto."""
-        queue = self._worker.open_session(request.session_id)
+        opening: decode_service_pb2.SessionRequest = await anext(request_iterator)
+        if not opening.open.router_id:
+            raise InvalidRequestError("BAD_REQUEST", "a session begins with whose it is")
+        router_id = opening.open.router_id
+        outbox = self._worker.open_session(router_id)
+        listening = asyncio.create_task(self._listen(router_id, request_iterator))
         try:
-            while True:
-                yield await queue.get()
+            async for message in outbox:
+                yield message
         finally:
-            self._worker.close_session(request.session_id)
+            listening.cancel()
+            self._worker.close_session(router_id, outbox)
 
-    async def Start(self, request: decode_service_pb2.StartRequest, context: Any) -> decode_service_pb2.StartResponse:
-        """See the proto."""
-        return await self._worker.run_sequence(request)
-
-    async def Cancel(
-        self, request: decode_service_pb2.CancelRequest, context: Any
-    ) -> decode_service_pb2.CancelResponse:
-        """See the proto."""
-        self._worker.cancels.append(request)
-        if not self._worker.faults.ignores_cancel:
-            self._worker.end(request.session_id, request.sequence_number)
-        return decode_service_pb2.CancelResponse()
-
-    async def ReleaseLease(
-        self, request: transfer_service_pb2.ReleaseLeaseRequest, context: Any
-    ) -> transfer_service_pb2.ReleaseLeaseResponse:
-        """See the proto."""
-        self._worker.release(request.lease_id)
-        return transfer_service_pb2.ReleaseLeaseResponse()
-
-    async def RenewLease(
-        self, request: transfer_service_pb2.RenewLeaseRequest, context: Any
-    ) -> transfer_service_pb2.RenewLeaseResponse:
-        """See the proto."""
-        return transfer_service_pb2.RenewLeaseResponse(duration_ms=30_000)
-
-    async def Pull(
-        self, request: transfer_service_pb2.PullRequest, context: Any
-    ) -> AsyncIterator[transfer_service_pb2.PullResponse]:
-        """See the proto."""
-        raise HeadraceError("UNSUPPORTED", "a fake worker has no bytes to move")
-        yield
+    async def _listen(self, router_id: int, requests: AsyncIterator[decode_service_pb2.SessionRequest]) -> None:
+        try:
+            async for request in requests:
+                match request.WhichOneof("command"):
+                    case "start":
+                        self._worker.start_sequence(router_id, request.start)
+                    case "cancel":
+                        self._worker.cancel_sequence(router_id, request.cancel)
+                    case _:
+                        pass
+        except HeadraceError:
+            return

@@ -15,37 +15,42 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import grpc.aio
-from headrace.v1 import (
-    decode_service_pb2,
-    prefill_service_pb2,
-    transfer_service_pb2,
-    transfer_service_pb2_grpc,
-    types_pb2,
-    worker_service_pb2,
-)
+from headrace.v1 import decode_service_pb2 as pb
+from headrace.v1 import hold_service_pb2, types_pb2, worker_service_pb2
 
 from headrace_core import rpc
-from headrace_core.errors import (
-    ConflictError,
-    NotFoundError,
-    OverloadedError,
-    TransferCorruptError,
-    UnavailableError,
+from headrace_core.batch.spec import SequenceSpec
+from headrace_core.beats import Outbox
+from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
+from headrace_core.request import TokenLogprobs, hash_tokens
+from headrace_core.testing.fake_holder import FakeHeld, FakeTake, hold
+from headrace_core.testing.fake_script import (
+    FakeFaults,
+    FakeSequence,
+    NextToken,
+    check_size,
+    finish_of,
+    mixed,
+    scripted,
 )
-from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams, hash_tokens
-from headrace_core.testing.fake_script import FakeFaults, FakeSequence, NextToken, check_size, mixed, scripted
 from headrace_core.testing.fake_servicer import FakeServicer
 from headrace_core.testing.garbler import Garbler
-from headrace_core.wire import decode_sampling, encode_failure, encode_finish
+from headrace_core.transfer.hold import Side, TakeError
+from headrace_core.transfer.values import Admission, FirstToken, Order, Owner
+from headrace_core.wire import decode_layout, decode_sampling, encode_failure, encode_finish, encode_logprobs
 
 FakeRole = Literal["prefill", "decode", "both"]
 _ROLES: dict[FakeRole, types_pb2.WorkerRole.ValueType] = {
     "prefill": types_pb2.WORKER_ROLE_PREFILL,
     "decode": types_pb2.WORKER_ROLE_DECODE,
     "both": types_pb2.WORKER_ROLE_BOTH,
+}
+_SIDES = {
+    Side.TAKER: pb.FAILURE_SIDE_DECODE,
+    Side.HOLDER: pb.FAILURE_SIDE_PREFILL,
+    Side.CHANNEL: pb.FAILURE_SIDE_CHANNEL,
 }
 _LAYOUT = types_pb2.KvLayout(
     num_layers=2,
@@ -79,11 +84,13 @@ class FakeWorker:
         self.faults = FakeFaults()
         self.garbler = Garbler()
         self.incarnation = secrets.randbits(64)
-        self.prefills: list[prefill_service_pb2.PrefillRequest] = []
-        self.starts: list[decode_service_pb2.StartRequest] = []
-        self.cancels: list[decode_service_pb2.CancelRequest] = []
-        self.leases: dict[str, int] = {}
-        self.sequences: dict[tuple[str, int], FakeSequence] = {}
+        self.prefills: list[SequenceSpec] = []
+        """What was ordered of it."""
+        self.starts: list[pb.StartSequence] = []
+        self.cancels: list[pb.CancelSequence] = []
+        self.held: dict[Owner, FakeHeld] = {}
+        self.sequences: dict[tuple[int, int], FakeSequence] = {}
+        """Those that joined, by router and number."""
         self.info = worker_service_pb2.GetInfoResponse(
             role=_ROLES[role],
             incarnation=self.incarnation,
@@ -98,13 +105,13 @@ class FakeWorker:
             eos_token_ids=eos_token_ids,
             transports=["fake"],
         )
-        self._next_token = next_token or mixed(vocab_size)
+        self.next_token = next_token or mixed(vocab_size)
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
-        self._leases_of: dict[tuple[str, int], str] = {}
-        self._pages_in_use = 0
-        self._num_prefilling = 0
-        self._sessions: dict[str, asyncio.Queue[decode_service_pb2.StreamStepsResponse]] = {}
+        self._starting: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._pages: dict[tuple[int, int], int] = {}
+        """Of every sequence that was started and is not over."""
+        self._sessions: dict[int, Outbox[pb.SessionResponse]] = {}
         self._changed = asyncio.Event()
         self._is_draining = False
         self._stepping: asyncio.Task[None] | None = None
@@ -113,8 +120,13 @@ class FakeWorker:
 
     @property
     def is_empty(self) -> bool:
-        """True if it holds no page, no lease, no sequence, and no prefill is under way."""
-        return not (self._pages_in_use or self.leases or self.sequences or self._num_prefilling)
+        """True if it holds no page, no lease and no sequence."""
+        return not (self._pages or self.held or self.sequences)
+
+    @property
+    def num_leases(self) -> int:
+        """Sequences computed and held."""
+        return sum(held.num_pages > 0 for held in self.held.values())
 
     async def start(self, listen: str = "127.0.0.1:0") -> str:
         """Serve; return the address."""
@@ -134,6 +146,8 @@ class FakeWorker:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._stepping
             self._stepping = None
+        for starting in list(self._starting.values()):
+            starting.cancel()
         if self._server is not None:
             await self._server.stop(0)
 
@@ -149,25 +163,27 @@ class FakeWorker:
 
     def step(self) -> None:
         """Run one step: every sequence makes its next tokens."""
-        outputs: dict[str, list[decode_service_pb2.SequenceOutput]] = {}
+        entries: dict[int, list[pb.StepEntry]] = {}
         for sequence in list(self.sequences.values()):
-            outputs.setdefault(sequence.session_id, []).append(self._advance(sequence))
-        for session_id, messages in outputs.items():
-            self.emit(session_id, messages)
+            entries.setdefault(sequence.router_id, []).append(self._advance(sequence))
+        for router_id, messages in entries.items():
+            self.emit(router_id, messages)
 
-    def emit(self, session_id: str, outputs: Sequence[decode_service_pb2.SequenceOutput]) -> None:
-        """Send outputs by hand."""
-        queue = self._sessions.get(session_id)
-        if queue is not None:
-            queue.put_nowait(decode_service_pb2.StreamStepsResponse(outputs=outputs, step_us=100))
+    def emit(self, router_id: int, entries: Sequence[pb.StepEntry]) -> None:
+        """Send entries by hand."""
+        outbox = self._sessions.get(router_id)
+        if outbox is not None:
+            outbox.put(pb.SessionResponse(entries=entries, step_us=100))
 
     def load(self) -> worker_service_pb2.WatchLoadResponse:
         """Return the load now."""
+        num_in_use = sum(self._pages.values()) + sum(held.num_pages for held in self.held.values())
+        num_leases = self.num_leases
         return worker_service_pb2.WatchLoadResponse(
-            num_free_pages=self.info.num_pages - self._pages_in_use,
+            num_free_pages=max(0, self.info.num_pages - num_in_use),
             num_running=len(self.sequences),
-            num_waiting=self._num_prefilling,
-            num_leases=len(self.leases),
+            num_waiting=len(self.held) - num_leases + len(self._starting),
+            num_leases=num_leases,
             is_draining=self._is_draining,
         )
 
@@ -183,91 +199,122 @@ class FakeWorker:
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
 
-    async def prefill(self, request: prefill_service_pb2.PrefillRequest) -> prefill_service_pb2.PrefillResponse:
-        """Serve `PrefillService.Prefill`."""
-        self.prefills.append(request)
+    def hold(self, order: Order, outbox: Outbox[hold_service_pb2.HoldResponse]) -> FakeHeld:
+        """See `hold.Holder`."""
+        self.prefills.append(order.spec)
         if self._is_draining:
             raise UnavailableError("DRAINING", "draining")
-        check_size(self.info, len(request.token_ids), num_more=0)
-        self._num_prefilling += 1
+        check_size(self.info, len(order.spec.token_ids), num_more=0)
+        return hold(self, order, outbox)
+
+    def start_sequence(self, router_id: int, message: pb.StartSequence) -> None:
+        """Serve `SessionRequest.start`."""
+        self.starts.append(message)
+        key = router_id, message.sequence_number
+        self._end(key)
+        self._starting[key] = asyncio.create_task(self._start(key, message))
+        self._pages[key] = self._num_pages(len(message.token_ids))
         self.on_change()
+
+    def cancel_sequence(self, router_id: int, message: pb.CancelSequence) -> None:
+        """Serve `SessionRequest.cancel`."""
+        self.cancels.append(message)
+        if not self.faults.ignores_cancel:
+            self._end((router_id, message.sequence_number))
+
+    def open_session(self, router_id: int) -> Outbox[pb.SessionResponse]:
+        """Serve the beginning of `DecodeService.Session`."""
+        outbox = self._sessions[router_id] = Outbox(pb.SessionResponse())
+        outbox.put(pb.SessionResponse())
+        return outbox
+
+    def close_session(self, router_id: int, outbox: Outbox[pb.SessionResponse]) -> None:
+        """Serve the end of `DecodeService.Session`."""
+        if self._sessions.get(router_id) is not outbox:
+            return
+        del self._sessions[router_id]
+        for key in list(self._pages):
+            if key[0] == router_id:
+                self._end(key)
+
+    async def _start(self, key: tuple[int, int], message: pb.StartSequence) -> None:
+        """Bring a sequence to where it runs."""
+        spec = _spec(message)
+        position = len(spec.token_ids)
         try:
-            await self.faults.prefill_gate.wait()
-            if self.faults.prefill:
-                raise self.faults.prefill.popleft()
-            response = self._prefilled(request)
-            if self.faults.tickets:
-                self.faults.tickets.popleft()(response.handoff)
-            if not response.finish_reason:
-                await self.faults.answer_gate.wait()
-            return response
-        finally:
-            self._num_prefilling -= 1
-            self.on_change()
-
-    def cancel_prefill(self, request: prefill_service_pb2.CancelPrefillRequest) -> None:
-        """Serve `PrefillService.CancelPrefill`."""
-        self.release(self._leases_of.pop((request.request_id, request.sample_index), ""))
-
-    def release(self, lease_id: str) -> None:
-        """Serve `TransferService.ReleaseLease`."""
-        self._pages_in_use -= self.leases.pop(lease_id, 0)
-        self.on_change()
-
-    async def run_sequence(self, request: decode_service_pb2.StartRequest) -> decode_service_pb2.StartResponse:
-        """Serve `DecodeService.Start`."""
-        self.starts.append(request)
-        if self._is_draining:
-            raise UnavailableError("DRAINING", "draining")
-        check_size(self.info, len(request.token_ids), num_more=1)
-        await self.faults.start_gate.wait()
-        if self.faults.start:
-            raise self.faults.start.popleft()
-        if request.session_id not in self._sessions:
-            raise NotFoundError("UNKNOWN_SESSION", "no such session")
-        response = decode_service_pb2.StartResponse(queue_us=10)
-        tokens = list(request.token_ids)
-        num_pages = self._num_pages(len(tokens))
-        if request.HasField("handoff"):
-            if request.handoff.tokens_sha256 != hash_tokens(tokens):
-                raise TransferCorruptError("TOKENS_MISMATCH", "the ticket is of other tokens")
-            await _release_at_holder(request.handoff)
-            response.transfer_us, response.transport = 200, "fake"
-            response.num_transfer_pages = num_pages
-            response.transfer_bytes = num_pages * 1536
-            tokens.append(request.handoff.first_token_id)
+            if self._is_draining:
+                raise UnavailableError("DRAINING", "draining")
+            check_size(self.info, len(spec.token_ids), num_more=1)
+            joined = pb.Joined(queue_us=10)
+            if message.prefill_address:
+                order = Order(
+                    owner=key,
+                    spec=spec,
+                    timeout_s=message.timeout_ms / 1000,
+                    tokens_sha256=hash_tokens(spec.token_ids),
+                    fingerprint=self.info.model_fingerprint,
+                    layout=decode_layout(self.info.layout),
+                )
+                async with FakeTake(order, message.prefill_address) as take:
+                    admission, first = await take.first()
+                    self._tell(key, message.attempt, position, prefilled=self._prefilled(admission, first))
+                    if first.finish:
+                        self._end(key)
+                        return
+                    spec.token_ids.append(first.token.token_id)
+                    position += 1
+                    await self._wait_to_join()
+                    await take.confirm()
+                num_pages = self._pages[key]
+                joined = pb.Joined(
+                    transfer_us=200, transport="fake", num_transfer_pages=num_pages, transfer_bytes=num_pages * 1536
+                )
+            else:
+                await self._wait_to_join()
+            self._tell(key, message.attempt, position, joined=joined)
+        except (HeadraceError, TakeError) as error:
+            cause, side = (error.error, error.side) if isinstance(error, TakeError) else (error, Side.TAKER)
+            self._tell(key, message.attempt, position, failure=encode_failure(cause, _SIDES[side]))
+            self._end(key)
+            return
         fault = self.faults.sequence.popleft() if self.faults.sequence else None
-        params = decode_sampling(request.sampling)
-        sequence = FakeSequence(
-            request.session_id, request.sequence_number, tokens, request.num_prompt_tokens, params, fault, num_pages
+        self.sequences[key] = FakeSequence(
+            *key, message.attempt, spec.token_ids, message.num_prompt_tokens, spec.params, fault
         )
-        self.sequences[request.session_id, request.sequence_number] = sequence
-        self._pages_in_use += num_pages
+        self._starting.pop(key, None)
         self.on_change()
-        return response
 
-    def end(self, session_id: str, number: int) -> None:
-        """Drop a sequence and free its pages; an unknown one is no error."""
-        sequence = self.sequences.pop((session_id, number), None)
-        if sequence is not None:
-            self._pages_in_use -= sequence.num_pages
+    async def _wait_to_join(self) -> None:
+        await self.faults.join_gate.wait()
+        if self.faults.join:
+            raise self.faults.join.popleft()
+
+    def _prefilled(self, admission: Admission, first: FirstToken) -> pb.Prefilled:
+        logprobs = first.token.logprobs
+        prefilled = pb.Prefilled(
+            token_id=first.token.token_id,
+            logprobs=encode_logprobs(logprobs) if logprobs else None,
+            tokens_sha256=first.tokens_sha256,
+            decode_queue_us=10,
+            prefill_queue_us=round(admission.queue_s * 1e6),
+            prefill_us=round(first.compute_s * 1e6),
+            finish_reason=encode_finish(first.finish),
+        )
+        if self.faults.prefilled:
+            self.faults.prefilled.popleft()(prefilled)
+        return prefilled
+
+    def _tell(self, key: tuple[int, int], attempt: int, position: int, **event: Any) -> None:
+        self.emit(key[0], [pb.StepEntry(sequence_number=key[1], attempt=attempt, position=position, **event)])
+
+    def _end(self, key: tuple[int, int]) -> None:
+        """Drop a sequence, whatever its phase, and free its pages; an unknown one is no error."""
+        starting = self._starting.pop(key, None)
+        if starting is not None and starting is not asyncio.current_task():
+            starting.cancel()
+        self.sequences.pop(key, None)
+        if self._pages.pop(key, None) is not None:
             self.on_change()
-
-    def open_session(self, session_id: str) -> asyncio.Queue[decode_service_pb2.StreamStepsResponse]:
-        """Serve the beginning of `DecodeService.StreamSteps`."""
-        if session_id in self._sessions:
-            raise ConflictError("SESSION_EXISTS", "the session exists")
-        queue: asyncio.Queue[decode_service_pb2.StreamStepsResponse] = asyncio.Queue()
-        queue.put_nowait(decode_service_pb2.StreamStepsResponse())
-        self._sessions[session_id] = queue
-        return queue
-
-    def close_session(self, session_id: str) -> None:
-        """Serve the end of `DecodeService.StreamSteps`."""
-        self._sessions.pop(session_id, None)
-        for owner, number in list(self.sequences):
-            if owner == session_id:
-                self.end(owner, number)
 
     async def _step_for_ever(self, step_s: float) -> None:
         due_s = time.monotonic()
@@ -279,91 +326,44 @@ class FakeWorker:
             if not self.sequences:
                 await self.wait_change(1.0)
 
-    def _prefilled(self, request: prefill_service_pb2.PrefillRequest) -> prefill_service_pb2.PrefillResponse:
-        params = decode_sampling(request.sampling)
-        owner = (request.request_id, request.sample_index)
-        self.release(self._leases_of.pop(owner, ""))
-        tokens = list(request.token_ids)
-        tokens.append(self._next_token(tokens, request.num_prompt_tokens))
-        finish = self._finish(tokens, request.num_prompt_tokens, params)
-        handoff = types_pb2.Handoff(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            holder_endpoint=self.address,
-            holder_incarnation=self.incarnation,
-            model_fingerprint=self.info.model_fingerprint,
-            layout=self.info.layout,
-            num_tokens=len(request.token_ids),
-            tokens_sha256=hash_tokens(request.token_ids),
-            first_token_id=tokens[-1],
-            sampling_state=types_pb2.SamplingState(
-                seed=request.sampling.seed, sample_index=request.sample_index, position=len(tokens)
-            ),
-        )
-        if params.top_logprobs is not None:
-            handoff.first_token_logprobs.CopyFrom(_logprobs(tokens[-1]))
-        if finish is None:
-            lease_id, num_pages = secrets.token_hex(8), self._num_pages(len(request.token_ids))
-            handoff.lease.lease_id, handoff.lease.duration_ms = lease_id, 30_000
-            self.leases[lease_id] = num_pages
-            self._leases_of[owner] = lease_id
-            self._pages_in_use += num_pages
-        return prefill_service_pb2.PrefillResponse(
-            handoff=handoff, finish_reason=encode_finish(finish), queue_us=20, compute_us=300
-        )
-
-    def _advance(self, sequence: FakeSequence) -> decode_service_pb2.SequenceOutput:
+    def _advance(self, sequence: FakeSequence) -> pb.StepEntry:
         """Make one sequence's tokens of a step; drop it when it ends."""
-        output = decode_service_pb2.SequenceOutput(sequence_number=sequence.number)
+        key = sequence.router_id, sequence.number
+        entry = pb.StepEntry(sequence_number=sequence.number, attempt=sequence.attempt, position=len(sequence.tokens))
         error = sequence.fault[1] if sequence.fault is not None and sequence.num_made >= sequence.fault[0] else None
         if self._num_pages(len(sequence.tokens)) > self.info.num_pages:
             error = OverloadedError("NO_FREE_PAGES", "the sequence outgrew the whole pool")
         if error is not None:
-            output.failure.CopyFrom(encode_failure(error))
-            self.end(sequence.session_id, sequence.number)
-            return output
+            entry.failure.CopyFrom(encode_failure(error, pb.FAILURE_SIDE_DECODE))
+            self._end(key)
+            return entry
         for _ in range(self._tokens_per_step):
-            token_id = self._next_token(sequence.tokens, sequence.num_prompt_tokens)
+            token_id = self.next_token(sequence.tokens, sequence.num_prompt_tokens)
             sequence.tokens.append(token_id)
             sequence.num_made += 1
-            output.token_ids.append(token_id)
+            entry.tokens.token_ids.append(token_id)
             if sequence.params.top_logprobs is not None:
-                output.logprobs.append(_logprobs(token_id))
-            finish = self._finish(sequence.tokens, sequence.num_prompt_tokens, sequence.params)
+                entry.tokens.logprobs.append(encode_logprobs(TokenLogprobs(-0.5, ((token_id, -0.5),))))
+            finish = finish_of(self.info, sequence.tokens, sequence.num_prompt_tokens, sequence.params)
             if finish is not None:
-                output.finish_reason = encode_finish(finish)
-                self.end(sequence.session_id, sequence.number)
+                entry.tokens.finish_reason = encode_finish(finish)
+                self._end(key)
                 break
-        return output
-
-    def _finish(self, tokens: Sequence[int], num_prompt_tokens: int, params: SamplingParams) -> FinishReason | None:
-        eos_ids = () if params.ignore_eos else tuple(self.info.eos_token_ids)
-        if tokens[-1] in (*eos_ids, *params.stop_token_ids):
-            return FinishReason.STOP
-        most = params.max_tokens or DEFAULT_MAX_TOKENS
-        if len(tokens) - num_prompt_tokens >= most or len(tokens) >= self.info.max_context_tokens:
-            return FinishReason.LENGTH
-        return None
+        return entry
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.info.layout.page_size)
 
 
-def _logprobs(token_id: int) -> types_pb2.TokenLogprobs:
-    return types_pb2.TokenLogprobs(logprob=-0.5, top=[types_pb2.TopLogprob(token_id=token_id, logprob=-0.5)])
-
-
-async def _release_at_holder(handoff: types_pb2.Handoff) -> None:
-    """Take over as a decode worker does once the pages are verified."""
-    async with rpc.channel(handoff.holder_endpoint) as channel:
-        stub = transfer_service_pb2_grpc.TransferServiceStub(channel)
-        request = transfer_service_pb2.ReleaseLeaseRequest(
-            lease_id=handoff.lease.lease_id, holder_incarnation=handoff.holder_incarnation
-        )
-        try:
-            await stub.ReleaseLease(request, timeout=60)
-        except grpc.aio.AioRpcError as error:
-            raise rpc.raised_from(error) from error
+def _spec(message: pb.StartSequence) -> SequenceSpec:
+    return SequenceSpec(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        sample_index=message.sample_index,
+        token_ids=list(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        params=decode_sampling(message.sampling),
+    )
 
 
 async def _main() -> None:

@@ -10,11 +10,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import grpc.aio
 from headrace.v1 import types_pb2
 
 from headrace_core.errors import HandoffLostError, TransferCorruptError
-from headrace_core.transfer.ticket import Ticket
-from headrace_core.transfer.transport import LeaseHolder, PageMemory
+from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.transport import Holding, Source
+from headrace_core.transfer.values import Run
 
 
 @dataclass(slots=True)
@@ -28,14 +30,18 @@ class FakeFaults:
     """Bytes move only once it is set."""
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a transfer has begun."""
+    pulled: list[tuple[str, Run]] = field(default_factory=list[tuple[str, Run]])
+    """Every transfer that began: lease key and run."""
+    num_moving: int = 0
+    most_moving: int = 0
+    """Transfers at a time, now and at most."""
 
 
 @dataclass(slots=True)
 class FakePool:
     """A holder's end."""
 
-    holder: LeaseHolder
-    memory: PageMemory
+    holding: Holding
     faults: FakeFaults = field(default_factory=FakeFaults)
 
 
@@ -43,9 +49,29 @@ POOLS: dict[str, FakePool] = {}
 """The process's table: pools by the name that `FakeTransport.pool` offers."""
 
 
-def fake_offer(name: str) -> types_pb2.TransportOffer:
-    """Return the offer that goes into tickets."""
-    return types_pb2.TransportOffer(fake=types_pb2.FakeTransport(pool=name))
+def pool_name(incarnation: int) -> str:
+    """Return the name of a worker's pool."""
+    return f"{incarnation:016x}"
+
+
+class FakeHolder:
+    """Puts a worker's pool into `POOLS`."""
+
+    def __init__(self, holding: Holding) -> None:
+        self._holding = holding
+        self._name = pool_name(holding.incarnation)
+
+    def offer(self) -> types_pb2.TransportOffer:
+        """See `HolderEnd`."""
+        return types_pb2.TransportOffer(fake=types_pb2.FakeTransport(pool=self._name))
+
+    def serve(self, server: grpc.aio.Server) -> None:
+        """See `HolderEnd`."""
+        POOLS[self._name] = FakePool(self._holding)
+
+    def close(self) -> None:
+        """See `HolderEnd`."""
+        POOLS.pop(self._name, None)
 
 
 class FakeTransfer:
@@ -74,64 +100,63 @@ class FakeTransfer:
             self._moving.exception()  # seen: it is `wait`'s to raise
 
 
-class FakeTransport:
+class FakeTaker:
     """Takes pages out of `POOLS`."""
 
     def __init__(self, memory: PageMemory) -> None:
         self._memory = memory
         self._moving: dict[str, list[asyncio.Task[None]]] = {}
 
-    def pull(self, ticket: Ticket, page_ids: Sequence[int], *, timeout_s: float) -> FakeTransfer:
-        """See `Transport`."""
-        pool = self._pool(ticket)
-        moving = asyncio.ensure_future(self._move(ticket, pool, page_ids, timeout_s))
-        self._moving.setdefault(ticket.holder_endpoint, []).append(moving)
-        moving.add_done_callback(self._moving[ticket.holder_endpoint].remove)
+    def pull(self, source: Source, run: Run, page_ids: Sequence[int], *, timeout_s: float) -> FakeTransfer:
+        """See `TakerEnd`."""
+        pool = POOLS.get(source.offer.fake.pool)
+        if pool is None:
+            raise HandoffLostError("HOLDER_LOST", "the holder's pool is not in this process")
+        pool.faults.pulled.append((source.reading.lease_key, run))
+        moving = asyncio.ensure_future(self._move(source, run, pool, page_ids, timeout_s))
+        self._moving.setdefault(source.endpoint, []).append(moving)
+        moving.add_done_callback(self._moving[source.endpoint].remove)
         return FakeTransfer(moving, pool.faults)
 
-    async def renew(self, ticket: Ticket, *, timeout_s: float) -> float:
-        """See `Transport`."""
-        return self._pool(ticket).holder.renew(ticket.lease_id, incarnation=ticket.holder_incarnation)
-
-    async def release(self, ticket: Ticket, *, timeout_s: float) -> None:
-        """See `Transport`."""
-        self._pool(ticket).holder.release(ticket.lease_id, incarnation=ticket.holder_incarnation)
-
     async def disconnect(self, endpoint: str) -> None:
-        """See `Transport`."""
+        """See `TakerEnd`."""
         for moving in list(self._moving.get(endpoint, ())):
             moving.cancel()
 
     async def close(self) -> None:
-        """See `Transport`."""
+        """See `TakerEnd`."""
         for endpoint in list(self._moving):
             await self.disconnect(endpoint)
 
-    async def _move(self, ticket: Ticket, pool: FakePool, page_ids: Sequence[int], timeout_s: float) -> None:
-        pool.faults.entered.set()
+    async def _move(self, source: Source, run: Run, pool: FakePool, page_ids: Sequence[int], timeout_s: float) -> None:
+        faults = pool.faults
+        faults.num_moving += 1
+        faults.most_moving = max(faults.most_moving, faults.num_moving)
+        faults.entered.set()
         try:
             async with asyncio.timeout(timeout_s):
-                if pool.faults.gate:
-                    await pool.faults.gate.wait()
+                if faults.gate:
+                    await faults.gate.wait()
+            await self._copy(source, run, pool, page_ids)
         except TimeoutError as error:
             raise HandoffLostError("HOLDER_LOST", "the transfer took too long") from error
-        for layer in range(ticket.layout.num_layers):
-            held = pool.holder.held_pages(
-                ticket.lease_id,
-                attempt=ticket.attempt,
-                incarnation=ticket.holder_incarnation,
-                tokens_sha256=ticket.tokens_sha256,
+        finally:
+            faults.num_moving -= 1
+
+    async def _copy(self, source: Source, run: Run, pool: FakePool, page_ids: Sequence[int]) -> None:
+        holder, memory = pool.holding.holder(), pool.holding.memory()
+        for layer in range(run.first_layer, run.first_layer + run.num_layers):
+            held = holder.held_pages(
+                source.reading,
+                first_layer=layer,
+                num_layers=1,
+                first_page=run.first_page,
+                num_pages=run.num_pages,
             )
-            for source, destination in zip(held, page_ids, strict=True):
-                self._memory.page_bytes(layer, destination)[:] = pool.memory.page_bytes(layer, source)
+            for source_id, destination_id in zip(held, page_ids, strict=True):
+                self._memory.page_bytes(layer, destination_id)[:] = memory.page_bytes(layer, source_id)
             if pool.faults.is_truncated:
                 raise TransferCorruptError("SHORT_READ", "the stream ended early")
             await asyncio.sleep(0)
         if pool.faults.has_flipped_byte:
-            self._memory.page_bytes(0, page_ids[0])[0] ^= 0xFF
-
-    def _pool(self, ticket: Ticket) -> FakePool:
-        for offer in ticket.offers:
-            if offer.HasField("fake") and offer.fake.pool in POOLS:
-                return POOLS[offer.fake.pool]
-        raise HandoffLostError("HOLDER_LOST", "the ticket's pool is not in this process")
+            self._memory.page_bytes(run.first_layer, page_ids[0])[0] ^= 0xFF

@@ -1,56 +1,56 @@
 """Leases: who may still read a sequence's pages, and the one place where holding them ends. Event loop only.
 
-    CREATED ──first token sampled, ticket written──► HELD ──released by the taker──► TAKEN ───┐
-       │                                               ├──not renewed in time──────► EXPIRED ─┼──► FREED
-       └──────cancelled, failed, higher attempt────────┴───────────────────────────► ABORTED ─┘
+    QUEUED ──pages──► OPEN ──first token──► SEALED ──confirmed──► TAKEN ───┐
+       │                └────── it ends the sequence ─────────────────────┼──► FREED
+       └──────────────────┴── the call ended, failed, higher attempt ──► ABORTED ──┘
 
-A lease spans a sequence's whole life here: CREATED while it waits and runs, so that abort and fencing work in every
-phase. `_end` is the only way out; it hands the sequence's pages back, once.
+A lease is one Hold call: it begins and ends with it, so there is nothing to renew, to release or to run out. It spans
+the sequence's whole life here, so that abort and fencing work in every phase. Pages are sealed run by run as they are
+computed; what is sealed may be read. `_end` is the only way out; it hands the sequence's pages back, once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from headrace_core.errors import HandoffLostError, HeadraceError, TransferCorruptError, UnavailableError
-
-
-def cancelled() -> HeadraceError:
-    """Return what is told to whoever waits for a prefill that was cancelled."""
-    return UnavailableError("CANCELLED", "the prefill was cancelled")
+from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
+from headrace_core.transfer.transport import Reading
+from headrace_core.transfer.values import Order, Owner, Run, replaced, stale_attempt
 
 
 class LeaseState(Enum):
     """See the module."""
 
-    CREATED = "created"
-    HELD = "held"
+    QUEUED = "queued"
+    OPEN = "open"
+    SEALED = "sealed"
     TAKEN = "taken"
-    EXPIRED = "expired"
     ABORTED = "aborted"
     FREED = "freed"
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """One sequence's. `key` names it in the scheduler."""
+    """One sequence's. `key` names it in the scheduler, `lease_key` where bytes are asked for."""
 
     key: int
-    lease_id: str
-    request_id: str
-    sample_index: int
-    attempt: int
-    state: LeaseState = LeaseState.CREATED
+    lease_key: str
+    order: Order
+    state: LeaseState = LeaseState.QUEUED
     outcome: LeaseState | None = None
     error: HeadraceError | None = None
     """Why it was aborted."""
-    page_ids: tuple[int, ...] = ()
-    generations: tuple[int, ...] = ()
-    tokens_sha256: bytes = b""
-    timer: asyncio.TimerHandle | None = None
+    runs: list[Run] = field(default_factory=list[Run])
+    """What is sealed."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it ended; its pages are free, or as good as."""
+        return self.outcome is not None
 
 
 class LeaseTable:
@@ -60,58 +60,82 @@ class LeaseTable:
         self,
         *,
         incarnation: int,
-        lease_s: float,
         generation: Callable[[int], int],
         on_end: Callable[[Lease], None],
         on_change: Callable[[], None],
     ) -> None:
         """Args: `generation` tells a page's now; `on_end` frees the pages, called once a lease with `outcome` set."""
         self._incarnation = incarnation
-        self._lease_s = lease_s
         self._generation = generation
         self._on_end = on_end
         self._on_change = on_change
-        self._loop = asyncio.get_running_loop()
-        self._by_id: dict[str, Lease] = {}
-        self._by_request: dict[tuple[str, int], Lease] = {}
+        self._by_key: dict[str, Lease] = {}
+        self._by_owner: dict[Owner, Lease] = {}
         self._num_created = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def num_held(self) -> int:
-        """Leases whose pages wait for a taker."""
-        return sum(lease.state is LeaseState.HELD for lease in self._by_id.values())
+        """Leases whose pages wait for a taker: all is computed."""
+        return sum(lease.state is LeaseState.SEALED for lease in self._by_key.values())
 
     @property
     def leases(self) -> Sequence[Lease]:
         """Those not yet freed."""
-        return list(self._by_id.values())
+        return list(self._by_key.values())
 
-    def create(self, request_id: str, *, sample_index: int, attempt: int) -> Lease:
-        """Return a new lease; one of a lower attempt of the same sample is aborted.
+    def create(self, order: Order) -> Lease:
+        """Return a new lease; one of a lower attempt at the same sequence is aborted.
 
         Raises:
             HandoffLostError: STALE_ATTEMPT, this or a higher attempt is here already.
         """
-        current = self._by_request.get((request_id, sample_index))
-        if current and current.attempt >= attempt:
-            raise HandoffLostError("STALE_ATTEMPT", f"attempt {attempt} comes after attempt {current.attempt}")
+        current = self._by_owner.get(order.owner)
+        if current and current.order.spec.attempt >= order.spec.attempt:
+            raise stale_attempt(order.spec.attempt, current.order.spec.attempt)
         if current:
-            self.abort(current, HandoffLostError("STALE_ATTEMPT", f"attempt {attempt} replaced this one"))
+            self.abort(current, replaced(order.spec.attempt))
         self._num_created += 1
-        lease = Lease(self._num_created, f"lease-{self._num_created}", request_id, sample_index, attempt)
-        self._by_id[lease.lease_id] = self._by_request[request_id, sample_index] = lease
+        lease = Lease(self._num_created, secrets.token_hex(16), order)
+        self._by_key[lease.lease_key] = self._by_owner[order.owner] = lease
         self._idle.clear()
         return lease
 
-    def hold(self, lease: Lease, page_ids: tuple[int, ...], generations: tuple[int, ...], tokens_sha256: bytes) -> None:
-        """Start the lease's duration; its ticket goes out now. `tokens_sha256` says which tokens the pages hold."""
-        assert lease.state is LeaseState.CREATED, f"a lease is held once, not when {lease.state}"
-        lease.state, lease.page_ids, lease.generations = LeaseState.HELD, page_ids, generations
-        lease.tokens_sha256 = tokens_sha256
-        self._start_timer(lease)
+    def admit(self, lease: Lease) -> None:
+        """Take note that the sequence has its pages."""
+        assert lease.state is LeaseState.QUEUED, f"a lease is admitted once, not when {lease.state}"
+        lease.state = LeaseState.OPEN
+
+    def seal(self, lease: Lease, run: Run) -> None:
+        """Let the taker read these pages: nothing writes them any more until the lease ends."""
+        assert lease.state in (LeaseState.OPEN, LeaseState.SEALED), f"nothing is sealed when {lease.state}"
+        lease.runs.append(run)
+
+    def complete(self, lease: Lease) -> None:
+        """Take note that everything is computed."""
+        assert lease.state is LeaseState.OPEN, f"a sequence is computed once, not when {lease.state}"
+        lease.state = LeaseState.SEALED
         self._on_change()
+
+    def confirm(self, lease: Lease) -> None:
+        """End a lease whose taker has everything, unless a page was not the sequence's any more while it was read.
+
+        Raises:
+            InvalidRequestError: BAD_REQUEST, there is nothing to confirm yet.
+            HandoffLostError: STALE_PAGE.
+        """
+        if lease.state is not LeaseState.SEALED:
+            raise InvalidRequestError(
+                "BAD_REQUEST", f"there is nothing to confirm while the lease is {lease.state.value}"
+            )
+        for run in lease.runs:
+            self._check_generations(run)
+        self.take(lease)
+
+    def take(self, lease: Lease) -> None:
+        """End a lease that fulfilled its purpose. Idempotent."""
+        self._end(lease, LeaseState.TAKEN)
 
     def abort(self, lease: Lease, error: HeadraceError) -> None:
         """End a lease whose sequence is not wanted any more; whoever waits for it gets `error`. Idempotent."""
@@ -119,71 +143,42 @@ class LeaseTable:
             lease.error = error
         self._end(lease, LeaseState.ABORTED)
 
-    def abort_attempts(self, request_id: str, *, sample_index: int, attempt: int) -> None:
-        """Abort a sample's lease, cancelled, unless it is of a higher attempt. One that is not here is no error."""
-        current = self._by_request.get((request_id, sample_index))
-        if current and current.attempt <= attempt:
-            self.abort(current, cancelled())
-
-    def take(self, lease: Lease) -> None:
-        """End a lease that fulfilled its purpose. Idempotent."""
-        self._end(lease, LeaseState.TAKEN)
-
-    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int, tokens_sha256: bytes) -> Sequence[int]:
+    def held_pages(
+        self, reading: Reading, *, first_layer: int, num_layers: int, first_page: int, num_pages: int
+    ) -> Sequence[int]:
         """See `LeaseHolder`."""
-        lease = self._held(lease_id, incarnation)
-        if attempt != lease.attempt:
-            raise HandoffLostError("STALE_ATTEMPT", f"the ticket is of attempt {attempt}, the lease of {lease.attempt}")
-        if tokens_sha256 != lease.tokens_sha256:
+        if reading.incarnation != self._incarnation:
+            raise HandoffLostError("WORKER_RESTARTED", "the lease is of an earlier process at this address")
+        lease = self._by_key.get(reading.lease_key)
+        if lease is None:
+            raise HandoffLostError("LEASE_ENDED", "the pages are not held: their Hold call ended")
+        if reading.tokens_sha256 != lease.order.tokens_sha256:
             raise TransferCorruptError("TOKENS_MISMATCH", "the pages hold other tokens than the taker's; prefill again")
-        for page_id, generation in zip(lease.page_ids, lease.generations, strict=True):
-            if self._generation(page_id) != generation:
-                raise HandoffLostError("STALE_PAGE", f"page {page_id} was reused since the ticket was written")
-        return lease.page_ids
-
-    def renew(self, lease_id: str, *, incarnation: int) -> float:
-        """See `LeaseHolder`."""
-        self._start_timer(self._held(lease_id, incarnation))
-        return self._lease_s
-
-    def release(self, lease_id: str, *, incarnation: int) -> None:
-        """See `LeaseHolder`."""
-        self._check_incarnation(incarnation)
-        lease = self._by_id.get(lease_id)
-        if lease and lease.state is LeaseState.HELD:
-            self.take(lease)
+        for run in lease.runs:
+            if run.covers(first_layer=first_layer, num_layers=num_layers, first_page=first_page, num_pages=num_pages):
+                self._check_generations(run)
+                start = first_page - run.first_page
+                return run.page_ids[start : start + num_pages]
+        raise InvalidRequestError("BAD_HANDOFF", "pages were asked for that are in no sealed run")
 
     async def wait_idle(self) -> None:
         """Return when no lease is left."""
         await self._idle.wait()
 
-    def _held(self, lease_id: str, incarnation: int) -> Lease:
-        self._check_incarnation(incarnation)
-        lease = self._by_id.get(lease_id)
-        if lease is None or lease.state is not LeaseState.HELD:
-            raise HandoffLostError("LEASE_EXPIRED", f"{lease_id[:80]} is not held: expired, released or aborted")
-        return lease
-
-    def _check_incarnation(self, incarnation: int) -> None:
-        if incarnation != self._incarnation:
-            raise HandoffLostError("WORKER_RESTARTED", "the ticket is of an earlier process at this address")
-
-    def _start_timer(self, lease: Lease) -> None:
-        if lease.timer:
-            lease.timer.cancel()
-        lease.timer = self._loop.call_later(self._lease_s, self._end, lease, LeaseState.EXPIRED)
+    def _check_generations(self, run: Run) -> None:
+        for page_id, generation in zip(run.page_ids, run.generations, strict=True):
+            if self._generation(page_id) != generation:
+                raise HandoffLostError("STALE_PAGE", f"page {page_id} was reused since it was sealed")
 
     def _end(self, lease: Lease, outcome: LeaseState) -> None:
         """Free a lease, whatever ended it: the only place."""
         if lease.state is LeaseState.FREED:
             return
         lease.state = lease.outcome = outcome
-        if lease.timer:
-            lease.timer.cancel()
-        del self._by_id[lease.lease_id]
-        del self._by_request[lease.request_id, lease.sample_index]
+        del self._by_key[lease.lease_key]
+        del self._by_owner[lease.order.owner]
         self._on_end(lease)
         lease.state = LeaseState.FREED
         self._on_change()
-        if not self._by_id:
+        if not self._by_key:
             self._idle.set()

@@ -1,39 +1,65 @@
-"""The taking side of a hand-off. Event loop only.
+"""The taking side of hand-offs. Event loop only.
 
-    CHECKED ──pages free──► PULLING ──every byte here──► VERIFYING ──checksums fit──► TAKEN ──► RELEASED
-       └──────────────────────┴────lost, corrupt, cancelled──┴──► DRAINED (no byte can land any more)
+    OPENED ──Admitted──► PULLING: each run ─turn─► moved ─checksums─► verified ─┬─all, and Last─► CONFIRMING ──► TAKEN
+       └───────────────────┴──── refused, lost, corrupt, cancelled ─────────────┴──► DRAINED (no byte can land any more)
 
-The lease is renewed all along, until TAKEN. A transfer's DONE proves nothing; only VERIFYING makes the pages ours.
-Whoever calls `take` may reuse the pages when it returns or raises: it never does either before DRAINED.
+The pages are reserved before the call is opened: what waits here holds nothing there. A transfer's DONE proves nothing;
+only the checksums make a page ours, and only the holder's last look, after all of them arrived, says that it was that
+sequence's page until then. Whoever calls `take` may reuse the pages when it returns or raises: never before DRAINED.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
-from headrace_core.batch.spec import SequenceSpec
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
+from headrace.v1 import hold_service_pb2 as pb
+
+from headrace_core.errors import (
+    HandoffLostError,
+    HeadraceError,
+    LayoutMismatchError,
+    ProtocolError,
+    TransferCorruptError,
+)
 from headrace_core.kv.layout import KvLayout
-from headrace_core.request import hash_tokens
-from headrace_core.transfer.ticket import Ticket
-from headrace_core.transfer.transport import PageMemory, Transfer, Transport
-from headrace_core.transfer.transports import choose_transport
+from headrace_core.rpc import own_channel
+from headrace_core.transfer.connections import Connections
+from headrace_core.transfer.hold import HoldCall, Side, TakeError
+from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.transport import Reading, Source, TakerEnd, Transfer, offer_name
+from headrace_core.transfer.transports import choose_offer
+from headrace_core.transfer.values import (
+    Admission,
+    FirstToken,
+    Order,
+    Run,
+    check_first,
+    decode_admission,
+    decode_first,
+    decode_run,
+    num_bytes,
+)
 from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end
 
 log = logging.getLogger(__name__)
 
-_RENEWALS_PER_LEASE = 3
-_RELEASE_TIMEOUT_S = 2.0
 DRAIN_TIMEOUT_S = 5.0
+MOST_PULLS = 4
+"""Runs that are pulled at a time: with the bound on a run's bytes, what is in flight."""
+_VERIFY_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """What a hand-off moved, and how long moving and verifying took."""
+    """What a hand-off moved, and how long it took from the first token until all was verified."""
 
     transport: str
     num_bytes: int
@@ -41,34 +67,48 @@ class TransferStats:
     duration_s: float
 
 
-def check_ticket(ticket: Ticket, spec: SequenceSpec) -> None:
-    """Check that a ticket is for this sequence and this attempt, and that its pages hold the sequence's tokens.
-
-    What passes is filed in the prefix cache under `spec.token_ids`, and later requests compute on it.
-
-    Raises:
-        HandoffLostError: STALE_ATTEMPT, it is of another attempt.
-        InvalidRequestError: BAD_HANDOFF, it is for something else.
-        TransferCorruptError: TOKENS_MISMATCH, its pages hold other tokens.
-    """
-    if ticket.request_id != spec.request_id or ticket.sample_index != spec.sample_index:
-        raise InvalidRequestError("BAD_HANDOFF", "the ticket is for another request or sample")
-    if ticket.attempt != spec.attempt:
-        raise HandoffLostError("STALE_ATTEMPT", f"the ticket is of attempt {ticket.attempt}, not {spec.attempt}")
-    if ticket.num_tokens != len(spec.token_ids):
-        raise InvalidRequestError(
-            "BAD_HANDOFF", f"the ticket covers {ticket.num_tokens} tokens, the sequence has {len(spec.token_ids)}"
-        )
-    if ticket.seed != spec.params.seed:
-        raise InvalidRequestError("BAD_HANDOFF", "the ticket's seed is not the sequence's")
-    if ticket.tokens_sha256 != hash_tokens(spec.token_ids):
-        raise TransferCorruptError(
-            "TOKENS_MISMATCH", f"{ticket.holder_endpoint} computed other tokens than the sequence's; prefill again"
-        )
+OnFirst = Callable[[Admission, FirstToken], None]
+"""Told of the first token at once, while its cache is still on the way. May raise `HeadraceError`: the taker's."""
 
 
-class Receiver:
-    """Takes pages into one worker's memory."""
+class Pulls:
+    """Lets at most so many pulls run at a time; who waits with the lowest age goes first. Event loop only."""
+
+    def __init__(self, most: int) -> None:
+        self._num_free = most
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._tie = itertools.count()
+
+    @asynccontextmanager
+    async def turn(self, age: int) -> AsyncGenerator[None]:
+        """Wait for a turn; it ends with the context."""
+        if not self._num_free:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (age, next(self._tie), turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._give_back()
+                raise
+        else:
+            self._num_free -= 1
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        while self._waiting:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._num_free += 1
+
+
+class Taker:
+    """Takes sequences into one worker's memory."""
 
     def __init__(
         self,
@@ -76,115 +116,231 @@ class Receiver:
         *,
         fingerprint: str,
         layout: KvLayout,
-        transports: Mapping[str, Transport],
+        vocab_size: int,
+        transports: Mapping[str, TakerEnd],
         timeout_s: float,
+        most_pulls: int = MOST_PULLS,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
-        self._memory = memory
-        self._fingerprint = fingerprint
-        self._layout = layout
-        self._transports = transports
-        self._timeout_s = timeout_s
-        self._drain_timeout_s = drain_timeout_s
-
-    def choose(self, ticket: Ticket) -> str:
-        """Return the transport to take `ticket` by; nothing has moved yet.
-
-        Raises:
-            LayoutMismatchError: MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT.
-        """
-        check_compatible(ticket, fingerprint=self._fingerprint, layout=self._layout)
-        return choose_transport(ticket, frozenset(self._transports))
+        """Args: `timeout_s` is the longest that one run may take to move."""
+        self.memory = memory
+        self.fingerprint = fingerprint
+        self.layout = layout
+        self.vocab_size = vocab_size
+        self.transports = transports
+        self.timeout_s = timeout_s
+        self.drain_timeout_s = drain_timeout_s
+        self.pulls = Pulls(most_pulls)
+        # One thread, so that runs become usable in the order in which they came; and steps go before it.
+        self.verifying = ThreadPoolExecutor(1, "verify", initializer=_yield_to_steps)
+        self._control = Connections(connect=own_channel)
 
     async def take(
-        self, ticket: Ticket, name: str, pages: asyncio.Future[Sequence[int]], on_taken: Callable[[], None]
-    ) -> TransferStats:
-        """Wait for `pages`, move the ticket's bytes into them, verify, call `on_taken`, release the lease.
+        self, order: Order, address: str, page_ids: Sequence[int], *, age: int, on_first: OnFirst
+    ) -> TransferStats | None:
+        """Have the sequence computed at `address` and its cache brought into `page_ids`.
 
-        Cancel it at most once. When it ends in whatever way, no byte can land any more.
+        Returns None if the first token ended the sequence: nothing was moved. Cancel it at most once. When it ends in
+        whatever way, no byte can land any more.
 
         Raises:
-            HandoffLostError: LEASE_EXPIRED, WORKER_RESTARTED, STALE_ATTEMPT, STALE_PAGE, HOLDER_LOST.
-            TransferCorruptError: TOKENS_MISMATCH, CHECKSUM, SHORT_READ.
+            TakeError: why it failed, and whose fault it is.
         """
-        transport = self._transports[name]
-        lease = asyncio.ensure_future(_keep_lease(ticket, transport))
-        moving = asyncio.ensure_future(self._move(ticket, transport, name, pages))
-        try:
-            await asyncio.wait([lease, moving], return_when=asyncio.FIRST_COMPLETED)
-            if not moving.done():
-                lease.result()  # raises: a lease is kept until it is lost
-            stats = moving.result()
-        finally:
-            lease.cancel()
-            moving.cancel()
-            await asyncio.wait([lease, moving])
-            for task in (lease, moving):
-                if not task.cancelled():
-                    task.exception()  # seen
-        on_taken()
-        await _release(ticket, transport)
-        return stats
+        with self._control.use(address) as channel:
+            return await _Take(self, HoldCall(channel, order, address), order, address, page_ids, age, on_first).run()
 
     async def close(self) -> None:
         """Tear down every connection."""
-        for transport in self._transports.values():
+        await self._control.close()
+        for transport in self.transports.values():
             await transport.close()
+        self.verifying.shutdown()
 
-    async def _move(
-        self, ticket: Ticket, transport: Transport, name: str, pages: asyncio.Future[Sequence[int]]
-    ) -> TransferStats:
-        loop = asyncio.get_running_loop()
-        page_ids = await pages
-        started = loop.time()
-        transfer = transport.pull(ticket, page_ids, timeout_s=self._timeout_s)
+
+class _Take:
+    """One attempt to take one sequence."""
+
+    def __init__(
+        self,
+        taker: Taker,
+        call: HoldCall,
+        order: Order,
+        address: str,
+        page_ids: Sequence[int],
+        age: int,
+        on_first: OnFirst,
+    ) -> None:
+        self._taker = taker
+        self._call = call
+        self._order = order
+        self._address = address
+        self._page_ids = page_ids
+        self._age = age
+        self._on_first = on_first
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[TransferStats | None] = self._loop.create_future()
+        self._admission: Admission | None = None
+        self._first: FirstToken | None = None
+        self._first_s = 0.0
+        self._verified_s = 0.0
+        self._cells: set[tuple[int, int]] = set()
+        """(layer, page) of every run so far."""
+        self._runs: list[Run] = []
+        self._pulling: set[asyncio.Task[None]] = set()
+        self._transport = ""
+        self._is_confirming = False
+
+    async def run(self) -> TransferStats | None:
+        reading = asyncio.ensure_future(self._read())
         try:
-            await transfer.wait()
+            return await self._over
         finally:
-            transfer.cancel()
-            await self._drain(ticket, transport, transfer)
-        # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
-        await run_to_its_end(accept_pages, ticket, self._memory, page_ids)
-        return TransferStats(name, ticket.num_bytes, len(page_ids), loop.time() - started)
+            self._call.cancel()
+            reading.cancel()
+            for pulling in self._pulling:
+                pulling.cancel()
+            await asyncio.wait([reading, *self._pulling])
 
-    async def _drain(self, ticket: Ticket, transport: Transport, transfer: Transfer) -> None:
+    async def _read(self) -> None:
+        """Hear the holder out."""
+        try:
+            async for response in self._call.events():
+                self._hear(response)
+            self._fail(TakeError(Side.HOLDER, ProtocolError("PROTOCOL", "the holder ended the call halfway")))
+        except (HeadraceError, TakeError) as error:
+            self._fail(error)
+        except Exception as error:
+            log.error("taking a sequence failed", extra={"request_id": self._order.spec.request_id}, exc_info=error)
+            self._fail(TakeError(Side.TAKER, HeadraceError("BUG", "internal error")))
+
+    def _hear(self, response: pb.HoldResponse) -> None:
+        match response.WhichOneof("event"):
+            case "admitted":
+                self._hear_admitted(decode_admission(response.admitted))
+            case "run":
+                self._hear_run(decode_run(response.run))
+            case "last":
+                self._hear_first(decode_first(response.last))
+            case _:
+                _require(self._is_confirming, "confirmed what it was not asked")
+                self._finish()
+
+    def _hear_admitted(self, admission: Admission) -> None:
+        _require(self._admission is None, "admitted a sequence twice")
+        self._admission = admission
+        ours = (self._taker.fingerprint, self._taker.layout)
+        check_compatible(admission.fingerprint, admission.layout, ours=ours, who=self._address)
+        for shard in admission.shards:
+            choose_offer(shard.offers, frozenset(self._taker.transports), endpoint=shard.endpoint)
+
+    def _hear_run(self, run: Run) -> None:
+        admission = self._require_admitted()
+        cells = {
+            (layer, page)
+            for layer in range(run.first_layer, run.first_layer + run.num_layers)
+            for page in range(run.first_page, run.first_page + run.num_pages)
+        }
+        _require(run.first_page + run.num_pages <= len(self._page_ids), "sealed a page that the sequence has not")
+        _require(run.first_layer + run.num_layers <= self._taker.layout.num_layers, "sealed a layer that there is not")
+        _require(self._cells.isdisjoint(cells), "sealed a page twice")
+        self._cells |= cells
+        self._runs.append(run)
+        for shard in admission.shards:
+            part = run.layers(shard.first_layer, shard.num_layers)
+            if part is not None:
+                offer = choose_offer(shard.offers, frozenset(self._taker.transports), endpoint=shard.endpoint)
+                reading = Reading(admission.lease_key, shard.incarnation, self._order.tokens_sha256)
+                source = Source(shard.endpoint, reading, offer)
+                pulling = asyncio.ensure_future(self._pull(source, part))
+                self._pulling.add(pulling)
+                pulling.add_done_callback(self._on_pulled)
+
+    def _hear_first(self, first: FirstToken) -> None:
+        admission = self._require_admitted()
+        _require(self._first is None, "sent the first token twice")
+        check_first(first, self._order, self._taker.vocab_size)
+        self._first, self._first_s = first, self._loop.time()
+        try:
+            self._on_first(admission, first)
+        except HeadraceError as error:
+            raise TakeError(Side.TAKER, error) from error
+        if first.finish and not self._over.done():
+            self._over.set_result(None)
+        self._confirm_if_complete()
+
+    def _require_admitted(self) -> Admission:
+        if self._admission is None:
+            raise ProtocolError("PROTOCOL", "the holder spoke of a sequence before it admitted it")
+        return self._admission
+
+    async def _pull(self, source: Source, run: Run) -> None:
+        name = offer_name(source.offer)
+        transport = self._taker.transports[name]
+        page_ids = self._page_ids[run.first_page : run.first_page + run.num_pages]
+        async with self._taker.pulls.turn(self._age):
+            transfer = transport.pull(source, run, page_ids, timeout_s=self._taker.timeout_s)
+            try:
+                await transfer.wait()
+            finally:
+                transfer.cancel()
+                await self._drain(source, transport, transfer)
+            # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
+            memory, verifying = self._taker.memory, self._taker.verifying
+            await run_to_its_end(verifying, accept_pages, run, memory, page_ids, endpoint=source.endpoint)
+        self._transport = name
+        self._verified_s = self._loop.time()
+
+    async def _drain(self, source: Source, transport: TakerEnd, transfer: Transfer) -> None:
         """Return when no byte of `transfer` can land; a transport that can't say so in time loses its connection."""
         try:
-            async with asyncio.timeout(self._drain_timeout_s):
+            async with asyncio.timeout(self._taker.drain_timeout_s):
                 await transfer.drained()
         except TimeoutError:
-            log.warning("transfer did not drain, disconnecting", extra={"holder": ticket.holder_endpoint})
-            await transport.disconnect(ticket.holder_endpoint)
+            log.warning("transfer did not drain, disconnecting", extra={"holder": source.endpoint})
+            await transport.disconnect(source.endpoint)
             await transfer.drained()
 
+    def _on_pulled(self, pulling: asyncio.Task[None]) -> None:
+        if pulling.cancelled():
+            return
+        error = pulling.exception()
+        if error is None:
+            self._pulling.discard(pulling)
+            self._confirm_if_complete()
+        elif isinstance(error, HeadraceError):
+            is_holders = isinstance(error, HandoffLostError) and error.reason != "HOLDER_LOST"
+            self._fail(TakeError(Side.HOLDER if is_holders else Side.CHANNEL, error))
+        else:
+            log.error("transfer failed", extra={"request_id": self._order.spec.request_id}, exc_info=error)
+            self._fail(TakeError(Side.TAKER, HeadraceError("BUG", "internal error")))
 
-async def _keep_lease(ticket: Ticket, transport: Transport) -> NoReturn:
-    """Renew until cancelled.
+    def _confirm_if_complete(self) -> None:
+        num_cells = self._taker.layout.num_layers * len(self._page_ids)
+        is_complete = self._first is not None and not self._pulling and len(self._cells) == num_cells
+        if is_complete and not self._is_confirming and not self._over.done():
+            self._is_confirming = True
+            self._call.confirm()
 
-    Raises:
-        HandoffLostError: the holder says so, or could not be asked for a whole lease's duration.
-    """
-    loop = asyncio.get_running_loop()
-    duration_s = ticket.lease_s
-    alive_until = loop.time() + duration_s
-    while True:
-        await asyncio.sleep(duration_s / _RENEWALS_PER_LEASE)
-        asked = loop.time()
-        try:
-            duration_s = await transport.renew(ticket, timeout_s=duration_s / _RENEWALS_PER_LEASE)
-            alive_until = asked + duration_s
-        except HandoffLostError:
-            raise
-        except HeadraceError as error:
-            if loop.time() >= alive_until:
-                raise HandoffLostError(
-                    "HOLDER_LOST", f"{ticket.holder_endpoint} could not be asked to keep the lease: {error}"
-                ) from error
+    def _finish(self) -> None:
+        if not self._over.done():
+            moved = num_bytes(self._runs, self._taker.layout)
+            duration_s = max(0.0, self._verified_s - self._first_s)
+            self._over.set_result(TransferStats(self._transport, moved, len(self._page_ids), duration_s))
+
+    def _fail(self, error: HeadraceError | TakeError) -> None:
+        if self._over.done():
+            return
+        if not isinstance(error, TakeError):
+            unfit = isinstance(error, LayoutMismatchError | TransferCorruptError)
+            error = TakeError(Side.CHANNEL if unfit else Side.HOLDER, error)
+        self._over.set_exception(error)
 
 
-async def _release(ticket: Ticket, transport: Transport) -> None:
-    """Tell the holder; if it can't be told, its lease expires by itself."""
-    try:
-        await transport.release(ticket, timeout_s=_RELEASE_TIMEOUT_S)
-    except HeadraceError as error:
-        log.warning("lease not released", extra={"request_id": ticket.request_id, "reason": error.reason})
+def _yield_to_steps() -> None:
+    """Let the engine's thread go first: on Linux a thread has a niceness of its own."""
+    os.setpriority(os.PRIO_PROCESS, 0, _VERIFY_NICENESS)
+
+
+def _require(is_met: bool, problem: str) -> None:
+    if not is_met:
+        raise ProtocolError("PROTOCOL", f"the holder {problem}")

@@ -1,67 +1,87 @@
-"""What moves pages: the seams between hand-off and transport.
+"""What moves bytes: the seam between hand-off and transport.
 
-The holder `offer`s its pages by every transport it serves; the taker chooses one, `pull`s, and keeps the lease alive
-with `renew` until it has verified the bytes; then it `release`s. A transport only moves bytes: whether they are the
-right ones is decided by `verify`, after they arrived.
+The holder's end says how it can be read (`offer`) and serves it; the taker's end `pull`s sealed runs into pages of its
+own. A transport only moves bytes: whose pages they are is the lease's business, whether they are the right ones is
+decided by `verify`, after they arrived, and who may have them when is said on another connection, by `hold`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import grpc.aio
 from headrace.v1 import types_pb2
 
-from headrace_core.transfer.ticket import Ticket
-
-
-class PageMemory(Protocol):
-    """Memory of a page pool, as `KvCache` has it."""
-
-    def page_bytes(self, layer: int, page_id: int) -> memoryview:
-        """Return one page of one layer: contiguous, writable, no copy."""
-        ...
-
-    def copy_to_host(self, page_ids: Sequence[int]) -> None:
-        """Let `page_bytes` show what was computed into these pages. Not on the event loop."""
-        ...
-
-    def copy_from_host(self, page_ids: Sequence[int]) -> None:
-        """Let what was written to `page_bytes` of these pages be computed with. Not on the event loop."""
-        ...
+from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.values import Run
 
 
 class LeaseHolder(Protocol):
-    """The side that has the pages. Event loop only; every method is fenced by incarnation."""
+    """The side that has the pages. Event loop only."""
 
-    def held_pages(self, lease_id: str, *, attempt: int, incarnation: int, tokens_sha256: bytes) -> Sequence[int]:
-        """Return the lease's pages, in order. Called before every frame that is sent, and after the last.
+    def held_pages(
+        self, reading: Reading, *, first_layer: int, num_layers: int, first_page: int, num_pages: int
+    ) -> Sequence[int]:
+        """Return the pool's ids of these pages of a sequence. Called before every frame sent, and after the last.
 
         Raises:
-            HandoffLostError: LEASE_EXPIRED, WORKER_RESTARTED, STALE_ATTEMPT, STALE_PAGE.
+            HandoffLostError: LEASE_ENDED, WORKER_RESTARTED, STALE_PAGE.
             TransferCorruptError: TOKENS_MISMATCH, they hold other tokens than the taker will file them under.
+            InvalidRequestError: BAD_HANDOFF, they are not sealed.
         """
         ...
 
-    def renew(self, lease_id: str, *, incarnation: int) -> float:
-        """Start the lease's duration anew; return it, seconds.
 
-        Raises:
-            HandoffLostError: LEASE_EXPIRED, WORKER_RESTARTED.
-        """
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a taker says when it reads: by which lease, of which process, what tokens it takes the pages for."""
+
+    lease_key: str
+    incarnation: int
+    tokens_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a holder's end serves. `holder` and `memory` may raise while the worker is starting."""
+
+    holder: Callable[[], LeaseHolder]
+    memory: Callable[[], PageMemory]
+    incarnation: int
+    frame_bytes: int
+    on_sent: Callable[[int], None]
+    """Counts bytes."""
+
+
+class HolderEnd(Protocol):
+    """The holder's end of a transport. Event loop only."""
+
+    def offer(self) -> types_pb2.TransportOffer:
+        """Return how a taker reaches it."""
         ...
 
-    def release(self, lease_id: str, *, incarnation: int) -> None:
-        """End the lease: its pages were taken. An unknown lease is no error.
-
-        Raises:
-            HandoffLostError: WORKER_RESTARTED.
-        """
+    def serve(self, server: grpc.aio.Server) -> None:
+        """Begin to serve; `server` is the worker's."""
         ...
+
+    def close(self) -> None:
+        """Serve no more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a run's bytes are, and by which lease."""
+
+    endpoint: str
+    reading: Reading
+    offer: types_pb2.TransportOffer
 
 
 class Transfer(Protocol):
-    """Bytes on their way into destination pages. Started by `Transport.pull`."""
+    """Bytes on their way into destination pages. Started by `TakerEnd.pull`."""
 
     async def wait(self) -> None:
         """Return when every byte arrived. Cancelling the wait does not cancel the transfer.
@@ -81,28 +101,11 @@ class Transfer(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """One way to take pages from their holder. Event loop only. Calls carry deadlines, seconds."""
+class TakerEnd(Protocol):
+    """The taker's end of a transport. Event loop only."""
 
-    def pull(self, ticket: Ticket, page_ids: Sequence[int], *, timeout_s: float) -> Transfer:
-        """Start to move the ticket's pages, all layers, into `page_ids` of the memory given at construction."""
-        ...
-
-    async def renew(self, ticket: Ticket, *, timeout_s: float) -> float:
-        """Renew the ticket's lease; return its duration, seconds.
-
-        Raises:
-            HandoffLostError: the lease or its holder is gone.
-            HeadraceError: the holder could not be asked.
-        """
-        ...
-
-    async def release(self, ticket: Ticket, *, timeout_s: float) -> None:
-        """End the ticket's lease.
-
-        Raises:
-            HeadraceError: the holder could not be asked; the lease will expire.
-        """
+    def pull(self, source: Source, run: Run, page_ids: Sequence[int], *, timeout_s: float) -> Transfer:
+        """Start to move a run into as many `page_ids`, same layers, of the memory given at construction."""
         ...
 
     async def disconnect(self, endpoint: str) -> None:
@@ -112,6 +115,14 @@ class Transport(Protocol):
     async def close(self) -> None:
         """Tear down every connection."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """Both ends of one way to move bytes."""
+
+    holder: Callable[[Holding], HolderEnd]
+    taker: Callable[[PageMemory], TakerEnd]
 
 
 def offer_name(offer: types_pb2.TransportOffer) -> str:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+
+from headrace.v1 import types_pb2
 
 from headrace_core.errors import LayoutMismatchError
-from headrace_core.transfer.fake import FakeTransport
-from headrace_core.transfer.grpc import GrpcTransport
-from headrace_core.transfer.ticket import Ticket
-from headrace_core.transfer.transport import PageMemory, Transport, offer_name
+from headrace_core.transfer.fake import FakeHolder, FakeTaker
+from headrace_core.transfer.grpc import GrpcHolder, GrpcTaker
+from headrace_core.transfer.transport import Transport, offer_name
 
-TRANSPORTS: dict[str, Callable[[PageMemory], Transport]] = {"grpc": GrpcTransport, "fake": FakeTransport}
+TRANSPORTS = {"grpc": Transport(GrpcHolder, GrpcTaker), "fake": Transport(FakeHolder, FakeTaker)}
 
 
-def choose_transport(ticket: Ticket, usable: frozenset[str]) -> str:
-    """Return the first transport on offer that this worker may use.
+def choose_offer(
+    offers: Sequence[types_pb2.TransportOffer], usable: frozenset[str], *, endpoint: str
+) -> types_pb2.TransportOffer:
+    """Return the first offer that this worker may use.
 
     Raises:
         LayoutMismatchError: NO_COMMON_TRANSPORT.
     """
-    offered = [offer_name(offer) for offer in ticket.offers]
-    for name in offered:
-        if name in usable:
-            return name
+    for offer in offers:
+        if offer_name(offer) in usable:
+            return offer
+    names = ", ".join(filter(None, map(offer_name, offers))) or "nothing"
     raise LayoutMismatchError(
-        "NO_COMMON_TRANSPORT",
-        f"{ticket.holder_endpoint} offers {', '.join(filter(None, offered)) or 'nothing'}; "
-        f"this worker takes {', '.join(sorted(usable))}",
+        "NO_COMMON_TRANSPORT", f"{endpoint} offers {names}; this worker takes {', '.join(sorted(usable))}"
     )

@@ -5,25 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import ParamSpec, TypeVar
 
 import xxhash
 
 from headrace_core.errors import LayoutMismatchError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
-from headrace_core.transfer.ticket import Ticket
-from headrace_core.transfer.transport import PageMemory
+from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.values import Run
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-async def run_to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+async def run_to_its_end(executor: Executor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Return what `function` returns, run off the event loop; however often cancelled, return only once it is done.
 
     A thread cannot be stopped. One that still copied pages would write to what is by then another sequence's.
     """
-    running = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    running = asyncio.wrap_future(executor.submit(function, *args, **kwargs))
     try:
         return await asyncio.shield(running)
     finally:
@@ -33,59 +34,66 @@ async def run_to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kw
         running.exception()  # seen
 
 
-def seal_pages(memory: PageMemory, num_layers: int, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Make computed pages ready to be sent; return their `checksums`. Not on the event loop."""
+def seal_pages(
+    memory: PageMemory, *, first_layer: int, num_layers: int, first_page: int, pages: Sequence[tuple[int, int]]
+) -> Run:
+    """Make computed pages, (id, generation), ready to be sent; return their run. Not on the event loop."""
+    page_ids = tuple(page_id for page_id, _ in pages)
     memory.copy_to_host(page_ids)
-    return checksums(memory, num_layers, page_ids)
+    layers = range(first_layer, first_layer + num_layers)
+    return Run(
+        first_layer=first_layer,
+        first_page=first_page,
+        page_ids=page_ids,
+        generations=tuple(generation for _, generation in pages),
+        checksums=checksums(memory, layers, page_ids),
+    )
 
 
-def accept_pages(ticket: Ticket, memory: PageMemory, page_ids: Sequence[int]) -> None:
-    """Check the bytes that arrived, then make them what is computed with. Not on the event loop.
+def accept_pages(run: Run, memory: PageMemory, page_ids: Sequence[int], *, endpoint: str) -> None:
+    """Check the bytes of a run that arrived, then make them what is computed with. Not on the event loop.
 
     Raises:
         TransferCorruptError: CHECKSUM, naming layer and page.
     """
-    check_bytes(ticket, memory, page_ids)
+    check_bytes(run, memory, page_ids, endpoint=endpoint)
     memory.copy_from_host(page_ids)
 
 
-def checksums(memory: PageMemory, num_layers: int, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return xxh3-64 of each page's bytes, [num_layers][pages]. Any thread."""
+def checksums(memory: PageMemory, layers: Sequence[int], page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return xxh3-64 of each page's bytes, [layers][pages]. Any thread."""
     return tuple(
-        tuple(xxhash.xxh3_64_intdigest(memory.page_bytes(layer, page_id)) for page_id in page_ids)
-        for layer in range(num_layers)
+        tuple(xxhash.xxh3_64_intdigest(memory.page_bytes(layer, page_id)) for page_id in page_ids) for layer in layers
     )
 
 
-def check_compatible(ticket: Ticket, *, fingerprint: str, layout: KvLayout) -> None:
-    """Check that the ticket's pages mean here what they mean to their holder.
+def check_compatible(fingerprint: str, layout: KvLayout, *, ours: tuple[str, KvLayout], who: str) -> None:
+    """Check that `who`'s pages mean here what they mean there; `ours` is this worker's fingerprint and layout.
 
     Raises:
         LayoutMismatchError: MODEL_MISMATCH, LAYOUT_MISMATCH.
     """
-    if ticket.model_fingerprint != fingerprint:
+    if fingerprint != ours[0]:
         raise LayoutMismatchError(
             "MODEL_MISMATCH",
-            f"{ticket.holder_endpoint} serves model {ticket.model_fingerprint[:12]}, this worker {fingerprint[:12]}: "
+            f"{who} serves model {fingerprint[:12]}, this worker {ours[0][:12]}: "
             "both need the same config, weights and --dtype",
         )
-    if ticket.layout != layout:
-        raise LayoutMismatchError(
-            "LAYOUT_MISMATCH", f"{ticket.holder_endpoint} has pages of {ticket.layout}, this worker of {layout}"
-        )
+    if layout != ours[1]:
+        raise LayoutMismatchError("LAYOUT_MISMATCH", f"{who} has pages of {layout}, this worker of {ours[1]}")
 
 
-def check_bytes(ticket: Ticket, memory: PageMemory, page_ids: Sequence[int]) -> None:
-    """Check the bytes that arrived against the ticket. Any thread.
+def check_bytes(run: Run, memory: PageMemory, page_ids: Sequence[int], *, endpoint: str) -> None:
+    """Check the bytes that arrived against the run. Any thread.
 
     Raises:
         TransferCorruptError: CHECKSUM, naming layer and page.
     """
-    arrived = checksums(memory, ticket.layout.num_layers, page_ids)
-    for layer, (expected, got) in enumerate(zip(ticket.checksums, arrived, strict=True)):
-        for index, (expected_sum, got_sum) in enumerate(zip(expected, got, strict=True)):
+    layers = range(run.first_layer, run.first_layer + run.num_layers)
+    arrived = checksums(memory, layers, page_ids)
+    for layer, expected, got in zip(layers, run.checksums, arrived, strict=True):
+        for index, (expected_sum, got_sum) in enumerate(zip(expected, got, strict=True), run.first_page):
             if expected_sum != got_sum:
                 raise TransferCorruptError(
-                    "CHECKSUM",
-                    f"page {index} of layer {layer} from {ticket.holder_endpoint} arrived with another checksum",
+                    "CHECKSUM", f"page {index} of layer {layer} from {endpoint} arrived with another checksum"
                 )

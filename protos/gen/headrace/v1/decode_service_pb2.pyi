@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from headrace.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -19,217 +20,355 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _FailureSide:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FailureSideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureSide.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FAILURE_SIDE_UNSPECIFIED: _FailureSide.ValueType  # 0
+    """Never sent; a receiver treats it as a protocol error."""
+    FAILURE_SIDE_DECODE: _FailureSide.ValueType  # 1
+    """The decode worker's own."""
+    FAILURE_SIDE_PREFILL: _FailureSide.ValueType  # 2
+    """The prefill worker's, which gave the reason."""
+    FAILURE_SIDE_CHANNEL: _FailureSide.ValueType  # 3
+    """Neither's: what is between the two, or that they do not fit together."""
+
+class FailureSide(_FailureSide, metaclass=_FailureSideEnumTypeWrapper):
+    """Whose failure ended a sequence."""
+
+FAILURE_SIDE_UNSPECIFIED: FailureSide.ValueType  # 0
+"""Never sent; a receiver treats it as a protocol error."""
+FAILURE_SIDE_DECODE: FailureSide.ValueType  # 1
+"""The decode worker's own."""
+FAILURE_SIDE_PREFILL: FailureSide.ValueType  # 2
+"""The prefill worker's, which gave the reason."""
+FAILURE_SIDE_CHANNEL: FailureSide.ValueType  # 3
+"""Neither's: what is between the two, or that they do not fit together."""
+Global___FailureSide: _TypeAlias = FailureSide  # noqa: Y015
+
 @_typing.final
-class StreamStepsRequest(_message.Message):
-    """Opens a session."""
+class SessionRequest(_message.Message):
+    """A command."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
-    """Chosen by the router, new at each connection; 1 to 64 characters of [A-Za-z0-9_-]."""
-    def __init__(
-        self,
-        *,
-        session_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StreamStepsRequest: _TypeAlias = StreamStepsRequest  # noqa: Y015
-
-@_typing.final
-class StreamStepsResponse(_message.Message):
-    """What one step produced for this session."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OUTPUTS_FIELD_NUMBER: _builtins.int
-    STEP_US_FIELD_NUMBER: _builtins.int
-    step_us: _builtins.int
-    """Duration of the step that produced them, microseconds."""
+    OPEN_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
-        """One entry for each sequence with news."""
+    def open(self) -> Global___OpenSession:
+        """Begins the session."""
+
+    @_builtins.property
+    def start(self) -> Global___StartSequence:
+        """Starts a sequence."""
+
+    @_builtins.property
+    def cancel(self) -> Global___CancelSequence:
+        """Ends a sequence, whatever its phase, and frees its pages. An unknown one is no error."""
 
     def __init__(
         self,
         *,
-        outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
-        step_us: _builtins.int = ...,
+        open: Global___OpenSession | None = ...,
+        start: Global___StartSequence | None = ...,
+        cancel: Global___CancelSequence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "start", "cancel"]  # noqa: Y015
+    _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
+
+Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class OpenSession(_message.Message):
+    """Begins a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.int
+    """The router process's random identity, new at each start, not 0. A session that it has here already ends."""
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["router_id", b"router_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___StreamStepsResponse: _TypeAlias = StreamStepsResponse  # noqa: Y015
+Global___OpenSession: _TypeAlias = OpenSession  # noqa: Y015
 
 @_typing.final
-class SequenceOutput(_message.Message):
-    """News of one sequence."""
+class StartSequence(_message.Message):
+    """Starts one sequence. One of the same number with a higher attempt takes the place of the lower, a lower one is refused
+    (ABORTED, STALE_ATTEMPT).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    LOGPROBS_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
-    FAILURE_FIELD_NUMBER: _builtins.int
-    sequence_number: _builtins.int
-    """The number the router gave in `StartRequest`."""
-    finish_reason: _types_pb2.FinishReason.ValueType
-    """Set in a sequence's last message, unless it failed."""
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """New tokens, in order; usually one."""
-
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]:
-        """One entry for each of `token_ids`, when asked for."""
-
-    @_builtins.property
-    def failure(self) -> Global___SequenceFailure:
-        """Set in a sequence's last message if it could not go on."""
-
-    def __init__(
-        self,
-        *,
-        sequence_number: _builtins.int = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
-        finish_reason: _types_pb2.FinishReason.ValueType = ...,
-        failure: Global___SequenceFailure | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "sequence_number", b"sequence_number", "token_ids", b"token_ids"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SequenceOutput: _TypeAlias = SequenceOutput  # noqa: Y015
-
-@_typing.final
-class SequenceFailure(_message.Message):
-    """Why a sequence could not go on; the same table as statuses."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CODE_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    MESSAGE_FIELD_NUMBER: _builtins.int
-    code: _builtins.int
-    """gRPC status code number."""
-    reason: _builtins.str
-    """Stable reason, UPPER_SNAKE_CASE."""
-    message: _builtins.str
-    """For people."""
-    def __init__(
-        self,
-        *,
-        code: _builtins.int = ...,
-        reason: _builtins.str = ...,
-        message: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason", b"reason"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SequenceFailure: _TypeAlias = SequenceFailure  # noqa: Y015
-
-@_typing.final
-class StartRequest(_message.Message):
-    """Starts one sequence."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
-    HANDOFF_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
-    """Session whose stream carries the outputs."""
+    PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
+    LOCAL_BELOW_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
-    """Names the sequence in `SequenceOutput`; chosen by the router, unique in the session."""
-    request_id: _builtins.str
-    """The request's id, as in `PrefillRequest`."""
+    """Chosen by the router, the same for all attempts at a sequence, unique among its sequences."""
     attempt: _builtins.int
-    """From 1; see `Handoff.attempt`."""
+    """From 1; higher at each try."""
+    request_id: _builtins.str
+    """The request's id, for logs; 1 to 64 characters of [A-Za-z0-9_-]."""
+    timeout_ms: _builtins.int
+    """Time the sequence has left, milliseconds, at least 1. It ends then, wherever it is."""
     num_prompt_tokens: _builtins.int
-    """How many of `token_ids` are the prompt's."""
+    """How many of `token_ids` are the prompt's; the rest count as output in penalties, `min_tokens` and `max_tokens`."""
     sample_index: _builtins.int
     """Which of the request's samples, from 0."""
+    prefill_address: _builtins.str
+    """`host:port` of the prefill worker that computes the cache of `token_ids`. Empty: this worker computes it, whatever
+    its role, in chunks that hold up nobody's tokens.
+    """
+    local_below: _builtins.int
+    """With `prefill_address`: where no more of `token_ids` than this are missing from this worker's prefix cache, it
+    computes them itself. 0: never.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Prompt, followed by tokens that an earlier attempt already produced; without the handoff's first token."""
+        """Prompt, followed by tokens that an earlier attempt already produced; at least one id."""
 
     @_builtins.property
     def sampling(self) -> _types_pb2.SamplingParams:
         """Sampling; `seed` must be set."""
 
-    @_builtins.property
-    def handoff(self) -> _types_pb2.Handoff:
-        """Where the cache of `token_ids` lies. Unset: this worker prefills it. A router asks that of role `both`, and of
-        `decode` only for a sequence that has outgrown every worker that prefills.
-        """
-
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
         sequence_number: _builtins.int = ...,
-        request_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        timeout_ms: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_prompt_tokens: _builtins.int = ...,
         sampling: _types_pb2.SamplingParams | None = ...,
         sample_index: _builtins.int = ...,
-        handoff: _types_pb2.Handoff | None = ...,
+        prefill_address: _builtins.str = ...,
+        local_below: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handoff", b"handoff", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___StartRequest: _TypeAlias = StartRequest  # noqa: Y015
+Global___StartSequence: _TypeAlias = StartSequence  # noqa: Y015
 
 @_typing.final
-class StartResponse(_message.Message):
-    """The sequence runs."""
+class CancelSequence(_message.Message):
+    """Ends one sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    sequence_number: _builtins.int
+    """As in `StartSequence`."""
+    attempt: _builtins.int
+    """This attempt and lower ones end."""
+    def __init__(
+        self,
+        *,
+        sequence_number: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "sequence_number", b"sequence_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelSequence: _TypeAlias = CancelSequence  # noqa: Y015
+
+@_typing.final
+class SessionResponse(_message.Message):
+    """What happened, as far as the router has not been told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    STEP_US_FIELD_NUMBER: _builtins.int
+    step_us: _builtins.int
+    """Duration of the step that produced the tokens, microseconds."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepEntry]:
+        """In order. None: a beat."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___StepEntry] | None = ...,
+        step_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "step_us", b"step_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class StepEntry(_message.Message):
+    """One thing that happened to one sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    PREFILLED_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    sequence_number: _builtins.int
+    """As in `StartSequence`."""
+    attempt: _builtins.int
+    """The attempt it happened to."""
+    position: _builtins.int
+    """Tokens that come before what the entry brings, the prompt's counted: the position of its first token. A router takes
+    an entry at the position where it is, drops one that is behind, and one that is ahead ends the attempt (PROTOCOL).
+    """
+    @_builtins.property
+    def prefilled(self) -> Global___Prefilled:
+        """The prompt is computed elsewhere: the first token. Its cache is still on the way."""
+
+    @_builtins.property
+    def joined(self) -> Global___Joined:
+        """The sequence joined the running batch: its cache is here and verified, or it is computed here."""
+
+    @_builtins.property
+    def tokens(self) -> Global___Tokens:
+        """New tokens."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """It could not go on: its last entry."""
+
+    def __init__(
+        self,
+        *,
+        sequence_number: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        position: _builtins.int = ...,
+        prefilled: Global___Prefilled | None = ...,
+        joined: Global___Joined | None = ...,
+        tokens: Global___Tokens | None = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failure", b"failure", "joined", b"joined", "prefilled", b"prefilled", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event", "failure", b"failure", "joined", b"joined", "position", b"position", "prefilled", b"prefilled", "sequence_number", b"sequence_number", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["prefilled", "joined", "tokens", "failure"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___StepEntry: _TypeAlias = StepEntry  # noqa: Y015
+
+@_typing.final
+class Prefilled(_message.Message):
+    """What the prefill worker answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOKENS_SHA256_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_QUEUE_US_FIELD_NUMBER: _builtins.int
+    PREFILL_QUEUE_US_FIELD_NUMBER: _builtins.int
+    PREFILL_US_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The first token."""
+    tokens_sha256: _builtins.bytes
+    """`Last.tokens_sha256` of the prefill worker: what it computed. The router compares it with what it asked for."""
+    num_cached_tokens: _builtins.int
+    """Prompt tokens found in the prefill worker's prefix cache."""
+    decode_queue_us: _builtins.int
+    """In this worker's queue until pages were free, microseconds."""
+    prefill_queue_us: _builtins.int
+    """In the prefill worker's queue, microseconds."""
+    prefill_us: _builtins.int
+    """From the sequence's first step to its first token, microseconds."""
+    finish_reason: _types_pb2.FinishReason.ValueType
+    """Set if it is the last token as well: the sequence's last entry."""
+    @_builtins.property
+    def logprobs(self) -> _types_pb2.TokenLogprobs:
+        """Its log-probabilities, when asked for."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprobs: _types_pb2.TokenLogprobs | None = ...,
+        tokens_sha256: _builtins.bytes = ...,
+        num_cached_tokens: _builtins.int = ...,
+        decode_queue_us: _builtins.int = ...,
+        prefill_queue_us: _builtins.int = ...,
+        prefill_us: _builtins.int = ...,
+        finish_reason: _types_pb2.FinishReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_queue_us", b"decode_queue_us", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prefill_queue_us", b"prefill_queue_us", "prefill_us", b"prefill_us", "token_id", b"token_id", "tokens_sha256", b"tokens_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prefilled: _TypeAlias = Prefilled  # noqa: Y015
+
+@_typing.final
+class Joined(_message.Message):
+    """What it took to join."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUE_US_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFER_US_FIELD_NUMBER: _builtins.int
     TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     NUM_TRANSFER_PAGES_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     queue_us: _builtins.int
     """In this worker's queue until pages were free, microseconds."""
+    num_cached_tokens: _builtins.int
+    """Prompt tokens found in this worker's prefix cache; 0 if the cache came from elsewhere."""
     transfer_us: _builtins.int
-    """Moving and verifying the pages, microseconds; 0 without a handoff."""
+    """From the first token's arrival here until every page was here and verified, microseconds; 0 if nothing moved."""
     transfer_bytes: _builtins.int
     """Bytes moved."""
     num_transfer_pages: _builtins.int
     """Pages moved."""
     transport: _builtins.str
-    """Which transport moved them: `grpc`, `fake`; empty without a handoff."""
+    """Which transport moved them: `grpc`, `fake`; empty if nothing moved."""
     def __init__(
         self,
         *,
         queue_us: _builtins.int = ...,
+        num_cached_tokens: _builtins.int = ...,
         transfer_us: _builtins.int = ...,
         transfer_bytes: _builtins.int = ...,
         num_transfer_pages: _builtins.int = ...,
@@ -237,51 +376,76 @@ class StartResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_transfer_pages", b"num_transfer_pages", "queue_us", b"queue_us", "transfer_bytes", b"transfer_bytes", "transfer_us", b"transfer_us", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "num_transfer_pages", b"num_transfer_pages", "queue_us", b"queue_us", "transfer_bytes", b"transfer_bytes", "transfer_us", b"transfer_us", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___StartResponse: _TypeAlias = StartResponse  # noqa: Y015
+Global___Joined: _TypeAlias = Joined  # noqa: Y015
 
 @_typing.final
-class CancelRequest(_message.Message):
-    """Aborts one sequence."""
+class Tokens(_message.Message):
+    """What a step produced."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
-    SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
-    """The session it was started under."""
-    sequence_number: _builtins.int
-    """Its number in that session."""
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    finish_reason: _types_pb2.FinishReason.ValueType
+    """Set if the last of them is the sequence's last: its last entry."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In order; usually one."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]:
+        """One entry for each of `token_ids`, when asked for."""
+
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
-        sequence_number: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
+        finish_reason: _types_pb2.FinishReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_number", b"sequence_number", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
+Global___Tokens: _TypeAlias = Tokens  # noqa: Y015
 
 @_typing.final
-class CancelResponse(_message.Message):
-    """The sequence is gone."""
+class Failure(_message.Message):
+    """Why a sequence could not go on; the same table as statuses."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    CODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    SIDE_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """gRPC status code number."""
+    reason: _builtins.str
+    """Stable reason, UPPER_SNAKE_CASE."""
+    message: _builtins.str
+    """For people."""
+    side: Global___FailureSide.ValueType
+    """Whose."""
     def __init__(
         self,
+        *,
+        code: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        side: Global___FailureSide.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason", b"reason", "side", b"side"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
+Global___Failure: _TypeAlias = Failure  # noqa: Y015

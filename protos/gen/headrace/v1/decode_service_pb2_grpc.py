@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class DecodeServiceStub:
-    """Takes sequences (handed off, or to be prefilled here) and generates tokens. Outputs of all sequences of one session
-    leave by one stream, one message per step.
+    """Runs sequences from their prompt to their last token. It asks a prefill worker for the prompt's cache, or computes it
+    itself, and tells all there is to tell of a sequence on one stream.
     """
 
     def __init__(self, channel):
@@ -36,55 +36,25 @@ class DecodeServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.StreamSteps = channel.unary_stream(
-                '/headrace.v1.DecodeService/StreamSteps',
-                request_serializer=headrace_dot_v1_dot_decode__service__pb2.StreamStepsRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_decode__service__pb2.StreamStepsResponse.FromString,
-                _registered_method=True)
-        self.Start = channel.unary_unary(
-                '/headrace.v1.DecodeService/Start',
-                request_serializer=headrace_dot_v1_dot_decode__service__pb2.StartRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_decode__service__pb2.StartResponse.FromString,
-                _registered_method=True)
-        self.Cancel = channel.unary_unary(
-                '/headrace.v1.DecodeService/Cancel',
-                request_serializer=headrace_dot_v1_dot_decode__service__pb2.CancelRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_decode__service__pb2.CancelResponse.FromString,
+        self.Session = channel.stream_stream(
+                '/headrace.v1.DecodeService/Session',
+                request_serializer=headrace_dot_v1_dot_decode__service__pb2.SessionRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_decode__service__pb2.SessionResponse.FromString,
                 _registered_method=True)
 
 
 class DecodeServiceServicer:
-    """Takes sequences (handed off, or to be prefilled here) and generates tokens. Outputs of all sequences of one session
-    leave by one stream, one message per step.
+    """Runs sequences from their prompt to their last token. It asks a prefill worker for the prompt's cache, or computes it
+    itself, and tells all there is to tell of a sequence on one stream.
     """
 
-    def StreamSteps(self, request, context):
-        """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
-        whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-        the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
-        (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Start(self, request, context):
-        """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
-        verified, and the lease is released; without one this worker computes the prompt as well, whatever its role, in
-        chunks that hold up nobody's tokens. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-        running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
-        EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
-        (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
-        (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (TOKENS_MISMATCH, CHECKSUM,
-        SHORT_READ), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED), INTERNAL
-        (BAD_LOGITS, ENGINE_FAILED).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Cancel(self, request, context):
-        """Aborts a sequence, whatever its phase, and frees its pages. Idempotent; an unknown sequence is no error.
+    def Session(self, request_iterator, context):
+        """One router's connection: commands one way, what became of them the other, each in order. The first command is
+        `open`, the first answer is empty and says that the session exists. The call's end, for whatever reason, ends the
+        session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
+        empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
+        Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
+        UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,20 +63,10 @@ class DecodeServiceServicer:
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'StreamSteps': grpc.unary_stream_rpc_method_handler(
-                    servicer.StreamSteps,
-                    request_deserializer=headrace_dot_v1_dot_decode__service__pb2.StreamStepsRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_decode__service__pb2.StreamStepsResponse.SerializeToString,
-            ),
-            'Start': grpc.unary_unary_rpc_method_handler(
-                    servicer.Start,
-                    request_deserializer=headrace_dot_v1_dot_decode__service__pb2.StartRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_decode__service__pb2.StartResponse.SerializeToString,
-            ),
-            'Cancel': grpc.unary_unary_rpc_method_handler(
-                    servicer.Cancel,
-                    request_deserializer=headrace_dot_v1_dot_decode__service__pb2.CancelRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_decode__service__pb2.CancelResponse.SerializeToString,
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=headrace_dot_v1_dot_decode__service__pb2.SessionRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_decode__service__pb2.SessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -117,12 +77,12 @@ def add_DecodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeService:
-    """Takes sequences (handed off, or to be prefilled here) and generates tokens. Outputs of all sequences of one session
-    leave by one stream, one message per step.
+    """Runs sequences from their prompt to their last token. It asks a prefill worker for the prompt's cache, or computes it
+    itself, and tells all there is to tell of a sequence on one stream.
     """
 
     @staticmethod
-    def StreamSteps(request,
+    def Session(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -132,66 +92,12 @@ class DecodeService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/headrace.v1.DecodeService/StreamSteps',
-            headrace_dot_v1_dot_decode__service__pb2.StreamStepsRequest.SerializeToString,
-            headrace_dot_v1_dot_decode__service__pb2.StreamStepsResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Start(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/headrace.v1.DecodeService/Start',
-            headrace_dot_v1_dot_decode__service__pb2.StartRequest.SerializeToString,
-            headrace_dot_v1_dot_decode__service__pb2.StartResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Cancel(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/headrace.v1.DecodeService/Cancel',
-            headrace_dot_v1_dot_decode__service__pb2.CancelRequest.SerializeToString,
-            headrace_dot_v1_dot_decode__service__pb2.CancelResponse.FromString,
+            '/headrace.v1.DecodeService/Session',
+            headrace_dot_v1_dot_decode__service__pb2.SessionRequest.SerializeToString,
+            headrace_dot_v1_dot_decode__service__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

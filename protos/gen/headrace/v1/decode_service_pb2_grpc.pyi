@@ -27,101 +27,56 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DecodeServiceStub:
-    """Takes sequences (handed off, or to be prefilled here) and generates tokens. Outputs of all sequences of one session
-    leave by one stream, one message per step.
+    """Runs sequences from their prompt to their last token. It asks a prefill worker for the prompt's cache, or computes it
+    itself, and tells all there is to tell of a sequence on one stream.
     """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeServiceAsyncStub: ...
-    StreamSteps: _grpc.UnaryStreamMultiCallable[_decode_service_pb2.StreamStepsRequest, _decode_service_pb2.StreamStepsResponse]
-    """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
-    whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-    the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
-    (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
+    Session: _grpc.StreamStreamMultiCallable[_decode_service_pb2.SessionRequest, _decode_service_pb2.SessionResponse]
+    """One router's connection: commands one way, what became of them the other, each in order. The first command is
+    `open`, the first answer is empty and says that the session exists. The call's end, for whatever reason, ends the
+    session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
+    empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
+    Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
+    UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
     """
-    Start: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.StartRequest, _decode_service_pb2.StartResponse]
-    """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
-    verified, and the lease is released; without one this worker computes the prompt as well, whatever its role, in
-    chunks that hold up nobody's tokens. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-    running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
-    EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
-    (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
-    (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (TOKENS_MISMATCH, CHECKSUM,
-    SHORT_READ), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED), INTERNAL
-    (BAD_LOGITS, ENGINE_FAILED).
-    """
-    Cancel: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.CancelRequest, _decode_service_pb2.CancelResponse]
-    """Aborts a sequence, whatever its phase, and frees its pages. Idempotent; an unknown sequence is no error."""
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
-    """Takes sequences (handed off, or to be prefilled here) and generates tokens. Outputs of all sequences of one session
-    leave by one stream, one message per step.
+    """Runs sequences from their prompt to their last token. It asks a prefill worker for the prompt's cache, or computes it
+    itself, and tells all there is to tell of a sequence on one stream.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    StreamSteps: _aio.UnaryStreamMultiCallable[_decode_service_pb2.StreamStepsRequest, _decode_service_pb2.StreamStepsResponse]  # type: ignore[assignment]
-    """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
-    whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-    the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
-    (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
+    Session: _aio.StreamStreamMultiCallable[_decode_service_pb2.SessionRequest, _decode_service_pb2.SessionResponse]  # type: ignore[assignment]
+    """One router's connection: commands one way, what became of them the other, each in order. The first command is
+    `open`, the first answer is empty and says that the session exists. The call's end, for whatever reason, ends the
+    session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
+    empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
+    Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
+    UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
     """
-    Start: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.StartRequest, _decode_service_pb2.StartResponse]  # type: ignore[assignment]
-    """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
-    verified, and the lease is released; without one this worker computes the prompt as well, whatever its role, in
-    chunks that hold up nobody's tokens. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-    running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
-    EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
-    (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
-    (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (TOKENS_MISMATCH, CHECKSUM,
-    SHORT_READ), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED), INTERNAL
-    (BAD_LOGITS, ENGINE_FAILED).
-    """
-    Cancel: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.CancelRequest, _decode_service_pb2.CancelResponse]  # type: ignore[assignment]
-    """Aborts a sequence, whatever its phase, and frees its pages. Idempotent; an unknown sequence is no error."""
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Takes sequences (handed off, or to be prefilled here) and generates tokens. Outputs of all sequences of one session
-    leave by one stream, one message per step.
+    """Runs sequences from their prompt to their last token. It asks a prefill worker for the prompt's cache, or computes it
+    itself, and tells all there is to tell of a sequence on one stream.
     """
 
     @_abc_1.abstractmethod
-    def StreamSteps(
+    def Session(
         self,
-        request: _decode_service_pb2.StreamStepsRequest,
+        request_iterator: _MaybeAsyncIterator[_decode_service_pb2.SessionRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_decode_service_pb2.StreamStepsResponse], _abc.AsyncIterator[_decode_service_pb2.StreamStepsResponse]]:
-        """Streams the step outputs of every sequence started under a session. Opening it creates the session; its end, for
-        whatever reason, aborts the session's sequences and frees their pages. The first message is empty and says that
-        the session exists. Errors: INVALID_ARGUMENT (BAD_REQUEST), ALREADY_EXISTS (SESSION_EXISTS), RESOURCE_EXHAUSTED
-        (SLOW_READER: too many outputs wait to be read), UNAVAILABLE (STARTING, DRAINING).
+    ) -> _typing.Union[_abc.Iterator[_decode_service_pb2.SessionResponse], _abc.AsyncIterator[_decode_service_pb2.SessionResponse]]:
+        """One router's connection: commands one way, what became of them the other, each in order. The first command is
+        `open`, the first answer is empty and says that the session exists. The call's end, for whatever reason, ends the
+        session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
+        empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
+        Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
+        UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
         """
-
-    @_abc_1.abstractmethod
-    def Start(
-        self,
-        request: _decode_service_pb2.StartRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_decode_service_pb2.StartResponse, _abc.Awaitable[_decode_service_pb2.StartResponse]]:
-        """Starts one sequence and answers when it has joined the running batch: with a handoff, when its pages are here,
-        verified, and the lease is released; without one this worker computes the prompt as well, whatever its role, in
-        chunks that hold up nobody's tokens. Cancelling the call aborts the sequence. Not idempotent: a second start of a
-        running (request, sample) with a higher attempt aborts the first. Errors: INVALID_ARGUMENT (BAD_REQUEST,
-        EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_TOKEN, BAD_HANDOFF), NOT_FOUND (UNKNOWN_SESSION), FAILED_PRECONDITION
-        (MODEL_MISMATCH, LAYOUT_MISMATCH, NO_COMMON_TRANSPORT), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_FREE_PAGES), ABORTED
-        (STALE_ATTEMPT, LEASE_EXPIRED, WORKER_RESTARTED, STALE_PAGE, HOLDER_LOST), DATA_LOSS (TOKENS_MISMATCH, CHECKSUM,
-        SHORT_READ), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED, CANCELLED), INTERNAL
-        (BAD_LOGITS, ENGINE_FAILED).
-        """
-
-    @_abc_1.abstractmethod
-    def Cancel(
-        self,
-        request: _decode_service_pb2.CancelRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_decode_service_pb2.CancelResponse, _abc.Awaitable[_decode_service_pb2.CancelResponse]]:
-        """Aborts a sequence, whatever its phase, and frees its pages. Idempotent; an unknown sequence is no error."""
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -342,8 +342,8 @@ class Phase(_message.Message):
     DURATION_US_FIELD_NUMBER: _builtins.int
     IS_BEFORE_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tokenize`, `queue`, `prefill_queue`, `prefill`, `prefill_rpc`, `retry`, `decode_queue`, `transfer`, `start_rpc`,
-    `first_step` or `decode`; docs/metrics.md says what each covers. New names may be added.
+    """`tokenize`, `queue`, `decode_queue`, `prefill_queue`, `prefill`, `prefill_hop`, `transfer`, `join`, `first_step`,
+    `decode` or `retry`; docs/metrics.md says what each covers. New names may be added.
     """
     duration_us: _builtins.int
     """How long, microseconds."""

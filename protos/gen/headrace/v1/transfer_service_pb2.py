@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"headrace/v1/transfer_service.proto\x12\x0bheadrace.v1\"\x8c\x01\n\x0bPullRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12holder_incarnation\x18\x03 \x01(\x06\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x15\n\rtokens_sha256\x18\x06 \x01(\x0c\"\x1f\n\x0cPullResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"A\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1a\n\x12holder_incarnation\x18\x02 \x01(\x06\")\n\x12RenewLeaseResponse\x12\x13\n\x0b\x64uration_ms\x18\x01 \x01(\r\"C\n\x13ReleaseLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1a\n\x12holder_incarnation\x18\x02 \x01(\x06\"\x16\n\x14ReleaseLeaseResponse2\xf4\x01\n\x0fTransferService\x12=\n\x04Pull\x12\x18.headrace.v1.PullRequest\x1a\x19.headrace.v1.PullResponse0\x01\x12M\n\nRenewLease\x12\x1e.headrace.v1.RenewLeaseRequest\x1a\x1f.headrace.v1.RenewLeaseResponse\x12S\n\x0cReleaseLease\x12 .headrace.v1.ReleaseLeaseRequest\x1a!.headrace.v1.ReleaseLeaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"headrace/v1/transfer_service.proto\x12\x0bheadrace.v1\"\x9c\x01\n\x0bPullRequest\x12\x11\n\tlease_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x12\n\nfirst_page\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x15\n\rtokens_sha256\x18\x07 \x01(\x0c\"\x1f\n\x0cPullResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32P\n\x0fTransferService\x12=\n\x04Pull\x12\x18.headrace.v1.PullRequest\x1a\x19.headrace.v1.PullResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,17 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.transfer_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PULLREQUEST']._serialized_start=52
-  _globals['_PULLREQUEST']._serialized_end=192
-  _globals['_PULLRESPONSE']._serialized_start=194
-  _globals['_PULLRESPONSE']._serialized_end=225
-  _globals['_RENEWLEASEREQUEST']._serialized_start=227
-  _globals['_RENEWLEASEREQUEST']._serialized_end=292
-  _globals['_RENEWLEASERESPONSE']._serialized_start=294
-  _globals['_RENEWLEASERESPONSE']._serialized_end=335
-  _globals['_RELEASELEASEREQUEST']._serialized_start=337
-  _globals['_RELEASELEASEREQUEST']._serialized_end=404
-  _globals['_RELEASELEASERESPONSE']._serialized_start=406
-  _globals['_RELEASELEASERESPONSE']._serialized_end=428
-  _globals['_TRANSFERSERVICE']._serialized_start=431
-  _globals['_TRANSFERSERVICE']._serialized_end=675
+  _globals['_PULLREQUEST']._serialized_end=208
+  _globals['_PULLRESPONSE']._serialized_start=210
+  _globals['_PULLRESPONSE']._serialized_end=241
+  _globals['_TRANSFERSERVICE']._serialized_start=243
+  _globals['_TRANSFERSERVICE']._serialized_end=323
 # @@protoc_insertion_point(module_scope)

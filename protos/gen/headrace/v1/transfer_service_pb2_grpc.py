@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TransferServiceStub:
-    """Served by a holder of pages, called by the worker that takes them.
+    """Served by a holder of pages, called by the worker that takes them. Control is `HoldService`, on another connection.
     """
 
     def __init__(self, channel):
@@ -40,41 +40,16 @@ class TransferServiceStub:
                 request_serializer=headrace_dot_v1_dot_transfer__service__pb2.PullRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_transfer__service__pb2.PullResponse.FromString,
                 _registered_method=True)
-        self.RenewLease = channel.unary_unary(
-                '/headrace.v1.TransferService/RenewLease',
-                request_serializer=headrace_dot_v1_dot_transfer__service__pb2.RenewLeaseRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_transfer__service__pb2.RenewLeaseResponse.FromString,
-                _registered_method=True)
-        self.ReleaseLease = channel.unary_unary(
-                '/headrace.v1.TransferService/ReleaseLease',
-                request_serializer=headrace_dot_v1_dot_transfer__service__pb2.ReleaseLeaseRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_transfer__service__pb2.ReleaseLeaseResponse.FromString,
-                _registered_method=True)
 
 
 class TransferServiceServicer:
-    """Served by a holder of pages, called by the worker that takes them.
+    """Served by a holder of pages, called by the worker that takes them. Control is `HoldService`, on another connection.
     """
 
     def Pull(self, request, context):
-        """Streams pages, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder checks
-        lease, attempt, incarnation and tokens before every frame. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED,
-        STALE_ATTEMPT, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def RenewLease(self, request, context):
-        """Starts the lease's duration anew. Errors: ABORTED (LEASE_EXPIRED, WORKER_RESTARTED).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ReleaseLease(self, request, context):
-        """Ends the lease; the holder frees the pages. Idempotent; an unknown lease is no error. Errors: ABORTED
-        (WORKER_RESTARTED).
+        """Streams pages of a run, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder
+        checks lease, incarnation, tokens and generations before every frame. Errors: ABORTED (LEASE_ENDED,
+        WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,16 +63,6 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     request_deserializer=headrace_dot_v1_dot_transfer__service__pb2.PullRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_transfer__service__pb2.PullResponse.SerializeToString,
             ),
-            'RenewLease': grpc.unary_unary_rpc_method_handler(
-                    servicer.RenewLease,
-                    request_deserializer=headrace_dot_v1_dot_transfer__service__pb2.RenewLeaseRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_transfer__service__pb2.RenewLeaseResponse.SerializeToString,
-            ),
-            'ReleaseLease': grpc.unary_unary_rpc_method_handler(
-                    servicer.ReleaseLease,
-                    request_deserializer=headrace_dot_v1_dot_transfer__service__pb2.ReleaseLeaseRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_transfer__service__pb2.ReleaseLeaseResponse.SerializeToString,
-            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'headrace.v1.TransferService', rpc_method_handlers)
@@ -107,7 +72,7 @@ def add_TransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TransferService:
-    """Served by a holder of pages, called by the worker that takes them.
+    """Served by a holder of pages, called by the worker that takes them. Control is `HoldService`, on another connection.
     """
 
     @staticmethod
@@ -127,60 +92,6 @@ class TransferService:
             '/headrace.v1.TransferService/Pull',
             headrace_dot_v1_dot_transfer__service__pb2.PullRequest.SerializeToString,
             headrace_dot_v1_dot_transfer__service__pb2.PullResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def RenewLease(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/headrace.v1.TransferService/RenewLease',
-            headrace_dot_v1_dot_transfer__service__pb2.RenewLeaseRequest.SerializeToString,
-            headrace_dot_v1_dot_transfer__service__pb2.RenewLeaseResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReleaseLease(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/headrace.v1.TransferService/ReleaseLease',
-            headrace_dot_v1_dot_transfer__service__pb2.ReleaseLeaseRequest.SerializeToString,
-            headrace_dot_v1_dot_transfer__service__pb2.ReleaseLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,7 @@ Messages shared by every service.
 
 Deliberate deviations from common API style, for the whole package: `num_x` over `x_count` (the field's word);
 `uint32` token ids and counts; integers with their unit in the name over `Duration` in per-step messages; and a
-sequence's failure travels inside a multiplexed step stream (`SequenceFailure`), because a status would end the
+sequence's failure travels inside a multiplexed step stream (`Failure`), because a status would end the
 other sequences' stream too. Everywhere else an error is a gRPC status whose reason is in trailing metadata
 under `headrace-reason`.
 """
@@ -470,7 +470,7 @@ class PageRef(_message.Message):
     page_id: _builtins.int
     """Index in the holder's pool."""
     generation: _builtins.int
-    """The page's generation when the ticket was written; the holder bumps it when it frees the page."""
+    """The page's generation when the run was sealed; the holder bumps it when it frees the page."""
     def __init__(
         self,
         *,
@@ -487,14 +487,14 @@ Global___PageRef: _TypeAlias = PageRef  # noqa: Y015
 
 @_typing.final
 class LayerChecksums(_message.Message):
-    """Checksums of one layer of the handed-off pages."""
+    """Checksums of one layer of a run's pages."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_XXH3_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def page_xxh3(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """xxh3-64 of each page's bytes in this layer, in the order of `Handoff.pages`."""
+        """xxh3-64 of each page's bytes in this layer, in the order of `Run.pages`."""
 
     def __init__(
         self,
@@ -508,128 +508,6 @@ class LayerChecksums(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerChecksums: _TypeAlias = LayerChecksums  # noqa: Y015
-
-@_typing.final
-class Lease(_message.Message):
-    """How long the holder keeps the pages, unless released or renewed."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LEASE_ID_FIELD_NUMBER: _builtins.int
-    DURATION_MS_FIELD_NUMBER: _builtins.int
-    lease_id: _builtins.str
-    """Unique in the holder's incarnation."""
-    duration_ms: _builtins.int
-    """From the moment the ticket was written or last renewed, milliseconds."""
-    def __init__(
-        self,
-        *,
-        lease_id: _builtins.str = ...,
-        duration_ms: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "lease_id", b"lease_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Lease: _TypeAlias = Lease  # noqa: Y015
-
-@_typing.final
-class Handoff(_message.Message):
-    """The ticket by which a prefill worker gives a sequence to a decode worker."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ATTEMPT_FIELD_NUMBER: _builtins.int
-    HOLDER_ENDPOINT_FIELD_NUMBER: _builtins.int
-    HOLDER_INCARNATION_FIELD_NUMBER: _builtins.int
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    LAYOUT_FIELD_NUMBER: _builtins.int
-    PAGES_FIELD_NUMBER: _builtins.int
-    CHECKSUMS_FIELD_NUMBER: _builtins.int
-    NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    FIRST_TOKEN_ID_FIELD_NUMBER: _builtins.int
-    FIRST_TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
-    SAMPLING_STATE_FIELD_NUMBER: _builtins.int
-    LEASE_FIELD_NUMBER: _builtins.int
-    TRANSPORTS_FIELD_NUMBER: _builtins.int
-    TOKENS_SHA256_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    """The request's id, as in `PrefillRequest`."""
-    attempt: _builtins.int
-    """The attempt that made this ticket, from 1; a ticket of an earlier attempt is refused."""
-    holder_endpoint: _builtins.str
-    """`host:port` of the holder."""
-    holder_incarnation: _builtins.int
-    """The holder process's random identity, new at each start."""
-    model_fingerprint: _builtins.str
-    """Hash over the model's config, weights and compute type, lower-case hexadecimal."""
-    num_tokens: _builtins.int
-    """Tokens whose cache the pages hold; slots past them are zero."""
-    first_token_id: _builtins.int
-    """The first token, already sampled from the last position."""
-    tokens_sha256: _builtins.bytes
-    """SHA-256 (32 bytes) over the ids of the tokens whose cache the pages hold: `num_tokens` ids in order of position,
-    each as 4 bytes, an unsigned little-endian integer, with nothing before, between or after them. The holder hashes
-    what it computed; whoever has the ids compares: the router when the prefill answers, the decode worker before a
-    byte moves. A hash that is missing or differs is refused.
-    """
-    @_builtins.property
-    def layout(self) -> Global___KvLayout:
-        """Meaning of the pages' bytes."""
-
-    @_builtins.property
-    def pages(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageRef]:
-        """The sequence's pages, in order."""
-
-    @_builtins.property
-    def checksums(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerChecksums]:
-        """One entry for each layer, in order."""
-
-    @_builtins.property
-    def first_token_logprobs(self) -> Global___TokenLogprobs:
-        """The first token's log-probabilities, when asked for."""
-
-    @_builtins.property
-    def sampling_state(self) -> Global___SamplingState:
-        """Where randomness stands after the first token."""
-
-    @_builtins.property
-    def lease(self) -> Global___Lease:
-        """How long the pages are kept."""
-
-    @_builtins.property
-    def transports(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportOffer]:
-        """Every way the holder offers to move the bytes, best first."""
-
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        attempt: _builtins.int = ...,
-        holder_endpoint: _builtins.str = ...,
-        holder_incarnation: _builtins.int = ...,
-        model_fingerprint: _builtins.str = ...,
-        layout: Global___KvLayout | None = ...,
-        pages: _abc.Iterable[Global___PageRef] | None = ...,
-        checksums: _abc.Iterable[Global___LayerChecksums] | None = ...,
-        num_tokens: _builtins.int = ...,
-        first_token_id: _builtins.int = ...,
-        first_token_logprobs: Global___TokenLogprobs | None = ...,
-        sampling_state: Global___SamplingState | None = ...,
-        lease: Global___Lease | None = ...,
-        transports: _abc.Iterable[Global___TransportOffer] | None = ...,
-        tokens_sha256: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token_logprobs", b"first_token_logprobs", "layout", b"layout", "lease", b"lease", "sampling_state", b"sampling_state"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checksums", b"checksums", "first_token_id", b"first_token_id", "first_token_logprobs", b"first_token_logprobs", "holder_endpoint", b"holder_endpoint", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "lease", b"lease", "model_fingerprint", b"model_fingerprint", "num_tokens", b"num_tokens", "pages", b"pages", "request_id", b"request_id", "sampling_state", b"sampling_state", "tokens_sha256", b"tokens_sha256", "transports", b"transports"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Handoff: _TypeAlias = Handoff  # noqa: Y015
 
 @_typing.final
 class TransportOffer(_message.Message):

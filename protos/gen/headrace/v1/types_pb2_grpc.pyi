@@ -5,7 +5,7 @@ Messages shared by every service.
 
 Deliberate deviations from common API style, for the whole package: `num_x` over `x_count` (the field's word);
 `uint32` token ids and counts; integers with their unit in the name over `Duration` in per-step messages; and a
-sequence's failure travels inside a multiplexed step stream (`SequenceFailure`), because a status would end the
+sequence's failure travels inside a multiplexed step stream (`Failure`), because a status would end the
 other sequences' stream too. Everywhere else an error is a gRPC status whose reason is in trailing metadata
 under `headrace-reason`.
 """

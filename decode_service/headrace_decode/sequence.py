@@ -1,0 +1,138 @@
+"""One sequence at a decode worker: what is known of it, and how its router is told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.v1 import decode_service_pb2 as pb
+from headrace_core.batch.spec import SequenceSpec
+from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.transfer.hold import Side
+from headrace_core.transfer.taker import TransferStats
+from headrace_core.transfer.values import Admission, FirstToken
+from headrace_core.wire import decode_sampling, encode_failure, encode_finish, encode_logprobs
+
+from headrace_decode.scheduler import Output, Started
+from headrace_decode.session import Session
+
+_SIDES = {
+    Side.TAKER: pb.FAILURE_SIDE_DECODE,
+    Side.HOLDER: pb.FAILURE_SIDE_PREFILL,
+    Side.CHANNEL: pb.FAILURE_SIDE_CHANNEL,
+}
+
+
+def decode_spec(message: pb.StartSequence) -> SequenceSpec:
+    """Return what is to be computed; it is checked by whoever knows the model.
+
+    Raises:
+        InvalidRequestError: BAD_REQUEST, BAD_SAMPLING.
+    """
+    if not message.timeout_ms:
+        raise InvalidRequestError("BAD_REQUEST", "timeout_ms is 0: the sequence has no time")
+    return SequenceSpec(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        sample_index=message.sample_index,
+        token_ids=list(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        params=decode_sampling(message.sampling),
+    )
+
+
+def refuse(session: Session, message: pb.StartSequence, error: HeadraceError) -> None:
+    """Tell the router that a sequence does not even begin."""
+    failure = encode_failure(error, pb.FAILURE_SIDE_DECODE)
+    session.put(message.sequence_number, message.attempt, len(message.token_ids), failure=failure)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One that began. `key` names it in the scheduler, `number` in its session."""
+
+    key: int
+    number: int
+    session: Session
+    spec: SequenceSpec
+    prefill_address: str
+    began_s: float
+    ends_s: float
+    position: int
+    """Tokens that the router knows of."""
+    deadline: asyncio.TimerHandle | None = None
+    queue_s: float = 0.0
+    taking: asyncio.Task[TransferStats | None] | None = None
+    first_token_id: int = 0
+    moved: TransferStats | None = None
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    is_over: bool = False
+
+    def tell_first(self, admission: Admission, first: FirstToken) -> None:
+        """Tell of the token that was computed elsewhere."""
+        logprobs = first.token.logprobs
+        self._tell(
+            prefilled=pb.Prefilled(
+                token_id=first.token.token_id,
+                logprobs=encode_logprobs(logprobs) if logprobs else None,
+                tokens_sha256=first.tokens_sha256,
+                num_cached_tokens=admission.num_cached_tokens,
+                decode_queue_us=_us(self.queue_s),
+                prefill_queue_us=_us(admission.queue_s),
+                prefill_us=_us(first.compute_s),
+                finish_reason=encode_finish(first.finish),
+            )
+        )
+        self.first_token_id = first.token.token_id
+        self.position += 1
+
+    def tell_joined(self, started: Started) -> None:
+        """Tell that it runs."""
+        moved = self.moved
+        self._tell(
+            joined=pb.Joined(
+                queue_us=0 if moved else _us(started.queue_s),
+                num_cached_tokens=started.num_cached_tokens,
+                transfer_us=_us(moved.duration_s) if moved else 0,
+                transfer_bytes=moved.num_bytes if moved else 0,
+                num_transfer_pages=moved.num_pages if moved else 0,
+                transport=moved.transport if moved else "",
+            )
+        )
+
+    def tell_output(self, output: Output) -> None:
+        """Tell of its next token."""
+        self.session.put_token(self.number, self.spec.attempt, self.position, output.token, output.finish)
+        self.num_output_tokens += 1
+        self.position += 1
+
+    def tell_failure(self, error: HeadraceError, side: Side) -> None:
+        """Tell why it can't go on."""
+        self._tell(failure=encode_failure(error, _SIDES[side]))
+
+    def report(self, error: HeadraceError | None) -> dict[str, Any]:
+        """Return what is logged of it at its end."""
+        moved = self.moved
+        return {
+            "request_id": self.spec.request_id,
+            "sample": self.spec.sample_index,
+            "attempt": self.spec.attempt,
+            "context_tokens": len(self.spec.token_ids),
+            "output_tokens": self.num_output_tokens,
+            "seconds": time.monotonic() - self.began_s,
+            "transfer_s": moved.duration_s if moved else 0.0,
+            "pages": moved.num_pages if moved else 0,
+            "bytes": moved.num_bytes if moved else 0,
+            "preemptions": self.num_preemptions,
+            "reason": error.reason if error else "",
+        }
+
+    def _tell(self, **event: Any) -> None:
+        self.session.put(self.number, self.spec.attempt, self.position, **event)
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)
