@@ -6,7 +6,9 @@
 A step goes on with what runs, oldest first, then admits from the queue's head while token and sequence budgets last;
 the groups that sequences belong to, their routers, take turns, and within one the first that came is first. One gets
 all its pages at once, so two half-done prompts can't wait for each other.
-PUBLISHED pages stay until the lease table says `free`; nothing else frees them.
+Full pages are sealed when the chunk that filled them is computed, those of the prefix cache at admission, the rest with
+the first token: from then on nothing writes them, and their ids stay, also where an equal page was cached first. They
+stay until the lease table says `free`; nothing else frees them. What was computed stays in the prefix cache.
 """
 
 from __future__ import annotations
@@ -36,14 +38,13 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A sequence is published: the pages hold the cache of `token_ids`. Computing took `compute_s` seconds."""
+    """A sequence is published: its pages hold the cache of `token_ids`. Computing took `compute_s` seconds."""
 
     key: int
     token_ids: Sequence[int]
     token: SampledToken
     finish: FinishReason | None
-    page_ids: tuple[int, ...]
-    generations: tuple[int, ...]
+    num_pages: int
     num_cached_tokens: int
     compute_s: float
 
@@ -57,7 +58,16 @@ class Admitted:
     queue_s: float
 
 
-PrefillEvent = Admitted | Prefilled | Failed
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Nothing writes these pages of a sequence, from index `first_page` on, any more: (id, generation) of each."""
+
+    key: int
+    first_page: int
+    pages: tuple[tuple[int, int], ...]
+
+
+PrefillEvent = Admitted | Sealed | Prefilled | Failed
 
 
 @dataclass(slots=True)
@@ -70,6 +80,8 @@ class _Sequence:
     pages: SequencePages | None = None
     num_computed: int = 0
     num_cached: int = 0
+    num_sealed: int = 0
+    """Pages."""
     started_s: float = 0.0
 
     @property
@@ -118,6 +130,8 @@ class PrefillScheduler:
             self._waiting.remove(sequence)
         self._running.pop(key, None)
         if sequence.pages:
+            if sequence.pages.page_ids:  # it did not fail: what it computed may be found again
+                self.pages.commit(sequence.pages, sequence.spec.token_ids, sequence.num_computed)
             self.pages.free(sequence.pages)
 
     def plan(self, now: float) -> StepPlan | None:
@@ -153,8 +167,10 @@ class PrefillScheduler:
                 self._book.tell(Failed(chunk.key, error))
                 continue
             sequence.num_computed += len(chunk.token_ids)
-            self.pages.commit(sequence.pages, sequence.spec.token_ids, sequence.num_computed)
-            if not sequence.num_left:
+            self.pages.commit(sequence.pages, sequence.spec.token_ids, sequence.num_computed, keeps_ids=True)
+            if sequence.num_left:
+                self._seal(sequence, sequence.pages, sequence.num_computed // self.pages.page_size)
+            else:
                 self._publish(sequence, sequence.pages, result.tokens[chunk.key], now)
 
     def take_events(self) -> Sequence[PrefillEvent]:
@@ -195,6 +211,7 @@ class PrefillScheduler:
         self._waiting.take()
         self._running[sequence.key] = sequence
         self._book.tell(Admitted(sequence.key, sequence.num_cached, now - sequence.added_s))
+        self._seal(sequence, pages, len(pages.nodes))
         return True
 
     def _chunk(self, sequence: _Sequence, budget: int) -> Chunk:
@@ -225,17 +242,27 @@ class PrefillScheduler:
         del self._running[sequence.key]
         sequence.state = State.PUBLISHED
         num_tokens = sequence.num_tokens + 1
+        finish = FinishRule(spec.params, self._limits).reason(
+            token.token_id, num_output_tokens=num_tokens - spec.num_prompt_tokens, num_tokens=num_tokens
+        )
         self._book.tell(
             Prefilled(
                 key=sequence.key,
                 token_ids=spec.token_ids,
                 token=token,
-                finish=FinishRule(spec.params, self._limits).reason(
-                    token.token_id, num_output_tokens=num_tokens - spec.num_prompt_tokens, num_tokens=num_tokens
-                ),
-                page_ids=tuple(pages.page_ids),
-                generations=tuple(self.pages.pool.generation(page_id) for page_id in pages.page_ids),
+                finish=finish,
+                num_pages=len(pages.page_ids),
                 num_cached_tokens=sequence.num_cached,
                 compute_s=now - sequence.started_s,
             )
         )
+        if not finish:
+            self._seal(sequence, pages, len(pages.page_ids))
+
+    def _seal(self, sequence: _Sequence, pages: SequencePages, end: int) -> None:
+        """Tell of the pages up to number `end` that are sealed now."""
+        start, sequence.num_sealed = sequence.num_sealed, end
+        if start < end:
+            ids = pages.page_ids[start:end]
+            sealed = tuple((page_id, self.pages.pool.generation(page_id)) for page_id in ids)
+            self._book.tell(Sealed(sequence.key, start, sealed))

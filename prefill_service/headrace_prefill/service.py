@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Held, add_hold_servicer
 from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable
+from headrace_core.transfer.sealer import Pages, Sealer
 from headrace_core.transfer.transport import Holding
 from headrace_core.transfer.transports import TRANSPORTS
 from headrace_core.transfer.values import (
@@ -37,13 +37,13 @@ from headrace_core.transfer.values import (
     encode_first,
     encode_run,
 )
-from headrace_core.transfer.verify import check_compatible, run_to_its_end, seal_pages
+from headrace_core.transfer.verify import check_compatible
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
 from headrace_prefill.metrics import PrefillMetrics
-from headrace_prefill.scheduler import Admitted, Prefilled, PrefillEvent, PrefillScheduler
+from headrace_prefill.scheduler import Admitted, Prefilled, PrefillEvent, PrefillScheduler, Sealed
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,7 @@ class PrefillService:
         self._held: dict[int, _Held] = {}
         self._ends = [TRANSPORTS[name].holder(self._holding(name)) for name in transports]
         self._sealing: set[asyncio.Task[None]] = set()
-        # One thread: copies of a page that has a new owner come after those of its old one.
-        self._sealer = ThreadPoolExecutor(1, "seal")
+        self._sealer: Sealer | None = None
 
     @property
     def leases(self) -> LeaseTable:
@@ -125,6 +124,7 @@ class PrefillService:
             on_end=self._on_lease_end,
             on_change=self._on_lease_change,
         )
+        self._sealer = Sealer(model.cache, model.layout)
         await self.host.go(model, scheduler, self._on_news)
         return address
 
@@ -141,7 +141,8 @@ class PrefillService:
         await self.host.stop()
         if self._sealing:
             await asyncio.wait(self._sealing)
-        self._sealer.shutdown()
+        if self._sealer:
+            self._sealer.close()
         for end in self._ends:
             end.close()
 
@@ -174,6 +175,8 @@ class PrefillService:
             match event:
                 case Admitted():
                     self._on_admitted(held, event)
+                case Sealed(first_page=first_page, pages=pages):
+                    self._seal(held, first_page, pages)
                 case Prefilled():
                     self._on_prefilled(held, event)
                 case Failed(error=error):
@@ -213,28 +216,18 @@ class PrefillService:
         if event.finish:
             self.leases.take(lease)
             held.outbox.close()
-        else:
-            self._seal(held, list(zip(event.page_ids, event.generations, strict=True)))
 
-    def _seal(self, held: _Held, pages: list[tuple[int, int]]) -> None:
+    def _seal(self, held: _Held, first_page: int, pages: Pages) -> None:
         """Let the taker have pages that nothing writes any more."""
-        sealing = asyncio.ensure_future(self._publish(held, pages))
-        self._sealing.add(sealing)
-        sealing.add_done_callback(self._sealing.discard)
+        assert self._sealer is not None, "ready"
+        for start, part in self._sealer.parts(first_page, pages):
+            sealing = asyncio.ensure_future(self._publish(held, self._sealer.seal(start, part)))
+            self._sealing.add(sealing)
+            sealing.add_done_callback(self._sealing.discard)
 
-    async def _publish(self, held: _Held, pages: list[tuple[int, int]]) -> None:
-        model = self.host.model
+    async def _publish(self, held: _Held, sealing: Awaitable[Run]) -> None:
         try:
-            # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
-            run: Run = await run_to_its_end(
-                self._sealer,
-                seal_pages,
-                model.cache,
-                first_layer=0,
-                num_layers=model.layout.num_layers,
-                first_page=0,
-                pages=pages,
-            )
+            run = await sealing
         except Exception as error:
             log.error("sealing failed", extra={"request_id": held.lease.order.spec.request_id}, exc_info=error)
             self.leases.abort(held.lease, HeadraceError("BUG", "internal error"))
@@ -273,7 +266,7 @@ class PrefillService:
             "cached_tokens": prefilled.num_cached_tokens,
             "queue_s": held.queue_s,
             "prefill_s": prefilled.compute_s,
-            "pages": len(prefilled.page_ids),
-            "bytes": len(prefilled.page_ids) * self.host.model.layout.page_bytes,
+            "pages": prefilled.num_pages,
+            "bytes": prefilled.num_pages * self.host.model.layout.page_bytes,
         }
         log.info("prefilled", extra=data)

@@ -75,6 +75,8 @@ class Waiting:
     """True if its client has tokens of it already: it can't be asked to send something shorter."""
     client: Client = ()
     """Whose it is; empty: nobody's, and nothing is kept from it."""
+    prefer: str = ""
+    """Address of the prefill worker that has computed some of it, in an attempt that failed elsewhere."""
 
     kind: Kind = field(init=False, repr=False, compare=False)
     """What it has in common with others. Kept, because a round may look at thousands."""

@@ -200,6 +200,8 @@ class Flow:
         log.log(reaction.level, "attempt failed", extra=data)
         sample.avoid |= {worker.address for worker in blamed}
         sample.reserves_all |= error.reason == "NO_FREE_PAGES" and placement.decode in blamed
+        prefill = placement.prefill
+        sample.prefer = prefill.address if prefill is not None and prefill not in blamed else ""
         if reaction.holds_worker:
             for worker in blamed:
                 worker.hold()

@@ -10,7 +10,8 @@ worker has pages for its prompt and expected output. The rules:
 2. A prefill worker takes a prompt if its prompt tokens in flight stay within the budget, or if it is idle. The least
    loaded one is chosen; among equals the one that prompts of the same beginning also get, for its prefix cache.
 3. The decode worker with the most free pages is chosen.
-4. Workers that failed the sequence before are the last choice, not excluded: there may be no other.
+4. Workers that failed the sequence before are the last choice, not excluded: there may be no other. A prefill worker
+   whose attempt failed elsewhere is the first: its prefix cache has what it computed.
 5. A sequence takes the route that `Capacity` names: a pair, or one worker for all of it. A worker that could not hold
    it, were it idle, is no worker it waits for.
 6. A part of each decode side is kept for clients that run nothing there. Whoever does and would need it claims nothing:
@@ -354,10 +355,11 @@ def _decode_standing(waiting: Waiting, worker: WorkerView, route: Route) -> int:
     return _FITS if route is Route.PAIR or _has_budget(waiting, worker) else _WAITS
 
 
-def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[int, bool, int, int]:
+def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[int, bool, bool, int, int]:
     load = worker.num_tokens_in_flight * _LOAD_STEPS // max(worker.token_budget, 1)
     affinity = xxhash.xxh3_64_intdigest(worker.address.encode(), seed=waiting.prefix_key)
-    return _prefill_standing(waiting, worker), worker.address in waiting.avoid, load, affinity
+    standing, is_avoided = _prefill_standing(waiting, worker), worker.address in waiting.avoid
+    return standing, is_avoided, worker.address != waiting.prefer, load, affinity
 
 
 def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, int, str]:

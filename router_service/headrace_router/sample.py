@@ -94,6 +94,8 @@ class Sample:
         self.avoid: frozenset[str] = frozenset()
         self.reserves_all = False
         """True once it ran out of pages: the next attempt reserves those of all that it may still produce."""
+        self.prefer = ""
+        """See `Waiting.prefer`."""
         self.output_ids: list[int] = []
         cost = len(spec.prompt_ids) + min(spec.params.max_tokens or 0, EXPECTED_OUTPUT_TOKENS)
         self.turn = Turn(client, (spec.arrival_s, sample_index), cost)
@@ -150,6 +152,7 @@ class Sample:
             num_expected_tokens=self.num_tokens + expected,
             prefix_key=self._prefix_key,
             avoid=self.avoid,
+            prefer=self.prefer,
             num_most_tokens=self.num_tokens + left,
             has_output=bool(self.output_ids),
             client=self.turn.client,

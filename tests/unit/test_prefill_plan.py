@@ -8,7 +8,7 @@ from headrace_core.errors import OverloadedError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler
+from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler, Sealed
 
 LIMITS = ModelLimits(vocab_size=50, max_context_tokens=64, eos_token_ids=(0, 3))
 PAGE = 4
@@ -174,9 +174,11 @@ def test_a_published_sequence_says_what_a_ticket_needs():
     assert (first.token_ids, second.token_ids) == ([7, 7, 7, 7, 1, 1], [7, 7, 7, 7, 2, 2])
     assert first.compute_s == 4.5
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4)
-    assert first.generations == (0, 0)
-    assert second.page_ids == first.page_ids
-    assert second.generations == (0, 1)
+    sealed = [event for event in events if isinstance(event, Sealed)]
+    one, two = sealed[0].pages
+    assert [(event.key, event.first_page) for event in sealed] == [(1, 0), (2, 0), (2, 1)]
+    assert [event.pages for event in sealed[1:]] == [(one,), ((two[0], two[1] + 1),)]
+    assert (first.num_pages, second.num_pages) == (2, 2)
 
 
 def test_waiting_is_counted_to_the_first_step_and_computing_from_there():
@@ -184,9 +186,9 @@ def test_waiting_is_counted_to_the_first_step_and_computing_from_there():
     s.add(1, spec(prompt(1, 8)), 1.0)
     step(s, planned_s=2.0, done_s=3.0)
     step(s, planned_s=5.0, done_s=9.0)
-    admitted, event = s.take_events()
-    assert isinstance(event, Prefilled)
-    assert (admitted, event.compute_s) == (Admitted(1, 0, 1.0), 7.0)
+    events = s.take_events()
+    (event,) = [event for event in events if isinstance(event, Prefilled)]
+    assert (events[0], event.compute_s) == (Admitted(1, 0, 1.0), 7.0)
 
 
 def test_rule_12_groups_take_turns_at_admission_and_within_one_the_oldest_goes_first():

@@ -8,7 +8,7 @@ from headrace_core.batch.step_book import Failed
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler
+from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler, Sealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,11 +50,100 @@ def test_a_long_prompt_is_computed_in_chunks_and_sampled_once():
     assert [(c.start, len(c.token_ids), c.sampling is not None) for p in plans if p for c in p.chunks] == [
         (0, 8, False), (8, 8, False), (16, 3, True)
     ]  # fmt: skip
-    _, event = s.take_events()
-    assert isinstance(event, Prefilled)
-    assert len(event.page_ids) == 5
+    events = s.take_events()
+    (event,) = [event for event in events if isinstance(event, Prefilled)]
+    assert event.num_pages == 5
+    assert [(e.first_page, len(e.pages)) for e in events if isinstance(e, Sealed)] == [(0, 2), (2, 2), (4, 1)]
     s.free(1)
     s.check_integrity()
+
+
+def sealed_pages(events, key: int) -> list[tuple[int, int]]:
+    """Return what was sealed of a sequence, in order; no page is sealed twice, and none is left out."""
+    pages: list[tuple[int, int]] = []
+    for event in events:
+        if isinstance(event, Sealed) and event.key == key:
+            assert event.first_page == len(pages)
+            pages += event.pages
+    return pages
+
+
+def test_rule_3_pages_are_sealed_once_and_are_those_that_were_planned_also_where_an_equal_one_was_cached_first():
+    s = scheduler(num_pages=16, max_step_tokens=16)
+    tokens = list(range(1, 15))
+    planned: dict[int, list[int]] = {}
+    for key in (1, 2):
+        s.add(key, spec(tokens), 0.0)
+    events = []
+    while (plan := s.plan(0.0)) is not None:
+        for chunk in plan.chunks:
+            assert planned.setdefault(chunk.key, list(chunk.page_ids)) == list(chunk.page_ids)
+        answer(s, plan)
+        events += s.take_events()
+    for key in (1, 2):
+        assert [page_id for page_id, _ in sealed_pages(events, key)] == planned[key]
+    assert not set(planned[1]) & set(planned[2])
+    s.check_integrity()
+    for key in (1, 2):
+        s.free(key)
+        s.check_integrity()
+    assert s.load().num_free_pages == 16
+
+
+def test_rule_4_cached_pages_are_sealed_at_admission_before_any_step():
+    s = scheduler(num_pages=16)
+    tokens = list(range(1, 10))
+    s.add(1, spec(tokens), 0.0)
+    while run(s):
+        pass
+    first = sealed_pages(s.take_events(), 1)
+    s.add(2, spec(tokens), 0.0)
+    plan = s.plan(0.0)
+    events = s.take_events()
+    assert [type(event) for event in events] == [Admitted, Sealed]
+    assert sealed_pages(events, 2) == first[:2]
+    assert plan is not None
+    answer(s, plan)
+    assert [(e.first_page, len(e.pages)) for e in s.take_events() if isinstance(e, Sealed)] == [(2, 1)]
+
+
+def test_rule_8_what_a_sequence_computed_is_found_again_when_its_taker_left_halfway():
+    s = scheduler(num_pages=16)
+    tokens = list(range(1, 20))
+    s.add(1, spec(tokens), 0.0)
+    run(s)
+    s.free(1)
+    s.take_events()
+    s.add(2, spec(tokens), 0.0)
+    s.plan(0.0)
+    assert [event.num_cached_tokens for event in s.take_events() if isinstance(event, Admitted)] == [8]
+
+
+def test_rule_8_pages_that_stayed_a_sequences_own_are_cached_when_it_ends():
+    """The second goes on where the first, whose equal pages were cached before, has ended."""
+    s = scheduler(num_pages=32, max_step_tokens=32)
+    short, long = list(range(1, 10)), list(range(1, 20))
+    s.add(1, spec(short), 0.0)
+    s.add(2, spec(long), 0.0)
+    while run(s):
+        pass
+    for key in (1, 2):
+        s.free(key)
+    s.take_events()
+    s.add(3, spec(long), 0.0)
+    s.plan(0.0)
+    assert [event.num_cached_tokens for event in s.take_events() if isinstance(event, Admitted)] == [16]
+    s.check_integrity()
+
+
+def test_a_sequence_that_ends_with_its_first_token_seals_no_more():
+    s = scheduler()
+    s.add(1, spec(list(range(1, 12)), max_tokens=1), 0.0)
+    while run(s):
+        pass
+    events = s.take_events()
+    assert [(e.first_page, len(e.pages)) for e in events if isinstance(e, Sealed)] == [(0, 2)]
+    assert isinstance(events[-1], Prefilled)
 
 
 def test_only_the_partial_last_page_is_zeroed():
@@ -129,7 +218,7 @@ def test_a_sequence_that_fails_in_a_step_ends_alone_and_what_it_computed_is_not_
     plan = run(s, failing=[1])
     assert plan is not None
     assert [c.key for c in plan.chunks] == [1, 2]
-    first, second = [event for event in s.take_events() if not isinstance(event, Admitted)]
+    first, second = [event for event in s.take_events() if not isinstance(event, Admitted | Sealed)]
     assert isinstance(first, Failed)
     assert (first.key, first.error.reason) == (1, "BAD_LOGITS")
     assert isinstance(second, Prefilled)

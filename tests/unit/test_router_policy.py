@@ -41,6 +41,15 @@ def test_a_sequence_starts_when_both_sides_have_room():
     assert plan([waiting()], [prefill(), decode()]) == [Assignment(0, "p", "d")]
 
 
+def test_rule_8_the_worker_that_has_computed_some_of_it_is_preferred_while_it_has_room_and_did_not_fail_it():
+    fleet = [prefill("p1", num_tokens_in_flight=300), prefill("p2"), decode()]
+    assert plan([waiting()], fleet) == [Assignment(0, "p2", "d")]
+    assert plan([waiting(prefer="p1")], fleet) == [Assignment(0, "p1", "d")]
+    assert plan([waiting(prefer="p1", avoid=frozenset({"p1"}))], fleet) == [Assignment(0, "p2", "d")]
+    fleet[0] = prefill("p1", num_tokens_in_flight=500)
+    assert plan([waiting(prefer="p1")], fleet) == [Assignment(0, "p2", "d")]
+
+
 def test_nothing_starts_without_a_decode_worker():
     assert plan([waiting()], [prefill()]) == []
     assert plan([waiting()], []) == []

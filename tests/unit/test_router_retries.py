@@ -79,6 +79,7 @@ def test_rule_7_only_the_one_whose_failure_it_was_is_blamed(tmp_path, side):
             react(sample, placement, ended, error, endings)
             held = {worker.address for worker in (placement.prefill, placement.decode) if not worker.takes_work}
             seen.append((set(sample.avoid), held))
+            assert sample.prefer == (prefill.address if side is Side.TAKER else "")
 
         flow._react = spy
         (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 9}))

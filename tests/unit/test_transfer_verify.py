@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-import xxhash
 from headrace_core.errors import LayoutMismatchError, TransferCorruptError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.handoff_parts import PlainMemory, run_of
-from headrace_core.transfer.verify import accept_pages, check_bytes, check_compatible, run_to_its_end, seal_pages
+from headrace_core.transfer.verify import accept_pages, check_bytes, check_compatible, run_to_its_end
 
 THREADS = ThreadPoolExecutor(2)
 
@@ -49,20 +48,6 @@ async def test_however_often_cancelled_it_ends_after_the_thread_has(error, num_c
     await asyncio.wait([task])
     assert has_ended.is_set()
     assert task.cancelled()
-
-
-@pytest.mark.parametrize(("first_layer", "num_layers"), [(0, 2), (1, 1)])
-def test_sealing_copies_the_pages_and_sums_each_of_every_layer(first_layer, num_layers):
-    memory = PlainMemory()
-    run = seal_pages(
-        memory, first_layer=first_layer, num_layers=num_layers, first_page=4, pages=[(5, 7), (1, 8), (3, 9)]
-    )
-    assert memory.copies == [("to_host", (5, 1, 3))]
-    assert (run.first_layer, run.first_page, run.page_ids, run.generations) == (first_layer, 4, (5, 1, 3), (7, 8, 9))
-    assert run.checksums == tuple(
-        tuple(map(xxhash.xxh3_64_intdigest, pages)) for pages in memory.content([5, 1, 3])[first_layer:]
-    )
-    assert len({total for layer in run.checksums for total in layer}) == 3 * num_layers
 
 
 def test_pages_that_arrived_whole_become_what_is_computed_with():

@@ -58,6 +58,10 @@ class PrefixCache:
         # A page is evicted before those that it hangs on.
         return not last.is_evicted and (index >= max_pages or self._edge(token_ids, index) not in last.children)
 
+    def has(self, parent: PrefixNode | None, token_ids: Sequence[int], index: int) -> bool:
+        """Return whether page number `index` of a sequence is cached already; `parent` as for `insert`."""
+        return self._edge(token_ids, index) in (parent or self._root).children
+
     def insert(
         self, parent: PrefixNode | None, token_ids: Sequence[int], index: int, *, page_id: int, owner: int
     ) -> PrefixNode:

@@ -102,13 +102,18 @@ class PageAllocator:
         self._cache.evict(count - self.pool.num_free)
         pages.page_ids += self.pool.allocate(count, pages.owner)
 
-    def commit(self, pages: SequencePages, token_ids: Sequence[int], num_computed: int) -> None:
+    def commit(
+        self, pages: SequencePages, token_ids: Sequence[int], num_computed: int, *, keeps_ids: bool = False
+    ) -> None:
         """Give the full pages among the first `num_computed` tokens to the prefix cache, keeping references.
 
-        May replace a page id by that of an equal page that was cached first.
+        May replace a page id by that of an equal page that was cached first; with `keeps_ids`, because somebody was
+        told of these pages, that page and those after it stay the sequence's own instead.
         """
         for index in range(len(pages.nodes), num_computed // self.page_size):
             parent = pages.nodes[-1] if pages.nodes else None
+            if keeps_ids and self._cache.has(parent, token_ids, index):
+                return
             node = self._cache.insert(parent, token_ids, index, page_id=pages.page_ids[index], owner=pages.owner)
             pages.nodes.append(node)
             pages.page_ids[index] = node.page_id

@@ -14,7 +14,6 @@ import asyncio
 import heapq
 import itertools
 import logging
-import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -47,14 +46,13 @@ from headrace_core.transfer.values import (
     decode_run,
     num_bytes,
 )
-from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end
+from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end, yield_to_steps
 
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 5.0
 MOST_PULLS = 4
 """Runs that are pulled at a time: with the bound on a run's bytes, what is in flight."""
-_VERIFY_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,7 @@ class Taker:
         self.drain_timeout_s = drain_timeout_s
         self.pulls = Pulls(most_pulls)
         # One thread, so that runs become usable in the order in which they came; and steps go before it.
-        self.verifying = ThreadPoolExecutor(1, "verify", initializer=_yield_to_steps)
+        self.verifying = ThreadPoolExecutor(1, "verify", initializer=yield_to_steps)
         self._control = Connections(connect=own_channel)
 
     async def take(
@@ -334,11 +332,6 @@ class _Take:
             unfit = isinstance(error, LayoutMismatchError | TransferCorruptError)
             error = TakeError(Side.CHANNEL if unfit else Side.HOLDER, error)
         self._over.set_exception(error)
-
-
-def _yield_to_steps() -> None:
-    """Let the engine's thread go first: on Linux a thread has a niceness of its own."""
-    os.setpriority(os.PRIO_PROCESS, 0, _VERIFY_NICENESS)
 
 
 def _require(is_met: bool, problem: str) -> None:

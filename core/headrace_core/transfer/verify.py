@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import ParamSpec, TypeVar
@@ -14,6 +16,8 @@ from headrace_core.errors import LayoutMismatchError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.values import Run
+
+_NICENESS = 10
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,20 +38,10 @@ async def run_to_its_end(executor: Executor, function: Callable[P, R], *args: P.
         running.exception()  # seen
 
 
-def seal_pages(
-    memory: PageMemory, *, first_layer: int, num_layers: int, first_page: int, pages: Sequence[tuple[int, int]]
-) -> Run:
-    """Make computed pages, (id, generation), ready to be sent; return their run. Not on the event loop."""
-    page_ids = tuple(page_id for page_id, _ in pages)
-    memory.copy_to_host(page_ids)
-    layers = range(first_layer, first_layer + num_layers)
-    return Run(
-        first_layer=first_layer,
-        first_page=first_page,
-        page_ids=page_ids,
-        generations=tuple(generation for _, generation in pages),
-        checksums=checksums(memory, layers, page_ids),
-    )
+def yield_to_steps() -> None:
+    """Let the engine's thread go before the calling one: on Linux a thread has a niceness of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
 
 
 def accept_pages(run: Run, memory: PageMemory, page_ids: Sequence[int], *, endpoint: str) -> None:
