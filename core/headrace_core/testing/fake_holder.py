@@ -6,12 +6,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import grpc.aio
 from headrace.v1 import hold_service_pb2 as pb
 
 from headrace_core.beats import Outbox
 from headrace_core.errors import HandoffLostError, HeadraceError, ProtocolError
 from headrace_core.request import SampledToken, TokenLogprobs, hash_tokens
-from headrace_core.rpc import own_channel
 from headrace_core.testing.fake_script import finish_of
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.values import (
@@ -108,19 +108,15 @@ def hold(worker: FakeWorker, order: Order, outbox: Outbox[pb.HoldResponse]) -> F
 class FakeTake:
     """Takes one sequence as a decode worker does, but for its bytes. Use as an async context."""
 
-    def __init__(self, order: Order, address: str) -> None:
-        self._order = order
-        self._address = address
+    def __init__(self, channel: grpc.aio.Channel, order: Order, address: str) -> None:
+        self._call = HoldCall(channel, order, address)
+        self._events = aiter(self._call.events())
 
     async def __aenter__(self) -> FakeTake:
-        self._channel = own_channel(self._address)
-        self._call = HoldCall(self._channel, self._order, self._address)
-        self._events = aiter(self._call.events())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._call.cancel()
-        await self._channel.close()
 
     async def first(self) -> tuple[Admission, FirstToken]:
         """Return the first token.

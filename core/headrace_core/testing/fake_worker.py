@@ -37,6 +37,7 @@ from headrace_core.testing.fake_script import (
 )
 from headrace_core.testing.fake_servicer import FakeServicer
 from headrace_core.testing.garbler import Garbler
+from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.hold import Side, TakeError
 from headrace_core.transfer.values import Admission, FirstToken, Order, Owner
 from headrace_core.wire import decode_layout, decode_sampling, encode_failure, encode_finish, encode_logprobs
@@ -108,6 +109,7 @@ class FakeWorker:
         self.next_token = next_token or mixed(vocab_size)
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
+        self._connections = Connections(connect=rpc.own_channel)
         self._starting: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._pages: dict[tuple[int, int], int] = {}
         """Of every sequence that was started and is not over."""
@@ -148,6 +150,7 @@ class FakeWorker:
             self._stepping = None
         for starting in list(self._starting.values()):
             starting.cancel()
+        await self._connections.close()
         if self._server is not None:
             await self._server.stop(0)
 
@@ -255,16 +258,18 @@ class FakeWorker:
                     fingerprint=self.info.model_fingerprint,
                     layout=decode_layout(self.info.layout),
                 )
-                async with FakeTake(order, message.prefill_address) as take:
-                    admission, first = await take.first()
-                    self._tell(key, message.attempt, position, prefilled=self._prefilled(admission, first))
-                    if first.finish:
-                        self._end(key)
-                        return
-                    spec.token_ids.append(first.token.token_id)
-                    position += 1
-                    await self._wait_to_join()
-                    await take.confirm()
+                address = message.prefill_address
+                with self._connections.use(address) as channel:
+                    async with FakeTake(channel, order, address) as take:
+                        admission, first = await take.first()
+                        self._tell(key, message.attempt, position, prefilled=self._prefilled(admission, first))
+                        if first.finish:
+                            self._end(key)
+                            return
+                        spec.token_ids.append(first.token.token_id)
+                        position += 1
+                        await self._wait_to_join()
+                        await take.confirm()
                 num_pages = self._pages[key]
                 joined = pb.Joined(
                     transfer_us=200, transport="fake", num_transfer_pages=num_pages, transfer_bytes=num_pages * 1536
