@@ -26,7 +26,7 @@ from headrace_core.request import hash_tokens
 from headrace_core.transfer.hold import Side, TakeError
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
 from headrace_core.transfer.transports import TRANSPORTS
-from headrace_core.transfer.values import Admission, FirstToken, Order, replaced, stale_attempt
+from headrace_core.transfer.values import Admission, FirstToken, Order, replaced, stale_attempt, timeout_s
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
@@ -190,7 +190,7 @@ class DecodeService:
         if current:
             self._end(current, replaced(spec.attempt))
         self._num_keys += 1
-        now, timeout_s = time.monotonic(), message.timeout_ms / 1000
+        now, left_s = time.monotonic(), timeout_s(message.timeout_ms)
         sequence = Sequence(
             self._num_keys,
             message.sequence_number,
@@ -198,10 +198,10 @@ class DecodeService:
             spec,
             message.prefill_address,
             now,
-            now + timeout_s,
+            now + left_s,
             len(spec.token_ids),
         )
-        sequence.deadline = asyncio.get_running_loop().call_later(timeout_s, self._end, sequence, _late(sequence))
+        sequence.deadline = asyncio.get_running_loop().call_later(left_s, self._end, sequence, _late(sequence))
         session.keys[sequence.number] = sequence.key
         self._sequences[sequence.key] = sequence
         self._idle.clear()

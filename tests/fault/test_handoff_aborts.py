@@ -187,6 +187,7 @@ async def test_pages_of_a_cancelled_transfer_are_reused_only_when_drained(by: st
         await (router.close_session() if by == "session" else _cancelled(router, collected))
         await eventually(lambda: not decoder.num_sequences, "the sequence is gone")
         if is_cancel_ignored:
+            await eventually(lambda: not prefiller.leases.leases, "the holder has heard of it")
             assert (await inspect(decoder))[PageState.QUARANTINED] == 6
             faults.gate.set()
         await all_free(decoder)

@@ -188,6 +188,44 @@ async def test_rule_8_the_next_attempt_finds_what_was_computed_when_its_taker_di
         assert again.kinds[0] == "admitted"
 
 
+def two_shards(event):
+    """Say that each of the holder's two layers is with a part of its own."""
+    if event.HasField("admitted"):
+        second = event.admitted.shards.add()
+        second.CopyFrom(event.admitted.shards[0])
+        second.rank, second.first_layer = 1, 1
+        for shard in event.admitted.shards:
+            shard.num_layers = 1
+    return [event]
+
+
+@pytest.mark.parametrize("is_one_lost", [False, True], ids=["both there", "one restarted"])
+@async_test
+async def test_rule_10_each_part_of_a_page_comes_from_whom_it_is_with_and_all_must_be_there(is_one_lost: bool):
+    def offered(event):
+        (event,) = two_shards(event)
+        if event.HasField("admitted") and is_one_lost:
+            event.admitted.shards[1].incarnation ^= 1
+        return [event]
+
+    prefiller, decoder = prefill_service(), decode_service()
+    async with (
+        running(prefiller, decoder) as (prefill, decode),
+        HoldProxy(prefill) as proxy,
+        MiniRouter(prefill=proxy.address, decode=decode) as router,
+    ):
+        expected = await router.generate("alone", PROMPT, params=GREEDY, prefill=prefill)
+        faults = faults_of(prefiller)
+        faults.pulled.clear()
+        proxy.rewrite = offered
+        collected = router.start("r", PROMPT, params=GREEDY)
+        if is_one_lost:
+            assert ((await collected.wait_failure()).reason, collected.joined) == ("WORKER_RESTARTED", None)
+        else:
+            assert await collected.tokens() == expected
+            assert {(run.first_layer, run.num_layers) for _, run in faults.pulled} == {(0, 1), (1, 1)}
+
+
 @async_test
 async def test_a_long_prompt_is_moved_in_runs_of_a_bounded_size(monkeypatch):
     from headrace_core.transfer import sealer

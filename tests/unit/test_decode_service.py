@@ -191,6 +191,25 @@ async def test_rule_12_sessions_are_admitted_in_turn():
 
 
 @async_test
+async def test_rule_12_routers_may_give_their_sequences_the_same_names():
+    async with (
+        running(prefill_service(), service(role="decode")) as (a, b),
+        MiniRouter(prefill=a, decode=b) as one,
+        MiniRouter(prefill=a, decode=b) as other,
+    ):
+        started = [router.start("same", PROMPT, params=GREEDY) for router in (one, other)]
+        assert started[0].number == started[1].number
+        tokens = [await collected.tokens() for collected in started]
+        assert tokens[0] == tokens[1]
+
+
+@async_test
+async def test_a_time_that_no_clock_can_hold_is_cut():
+    async with running(prefill_service(), service(role="decode")) as (a, b), MiniRouter(prefill=a, decode=b) as router:
+        assert len(await router.generate("r", PROMPT, params=GREEDY, timeout_s=1.8e16)) == 24
+
+
+@async_test
 async def test_the_deadline_ends_a_sequence_wherever_it_is():
     model = FakeModel()
     async with running(service(model=model)) as (address,), MiniRouter(decode=address) as router:

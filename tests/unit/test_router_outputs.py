@@ -183,6 +183,7 @@ def test_late_outputs_of_an_old_attempt_are_dropped(tmp_path):
         emit(decode, pb.StepEntry(sequence_number=999, attempt=1, **late))
         (sample,) = await running
         assert sample.token_ids == remembered("hi", 40)
+        assert len(decode.starts) == 2, "nothing of the old attempt ended the new one"
 
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode", step_s=0.005)], test)
 

@@ -26,6 +26,7 @@ from headrace_core.wire import (
     encode_sampling,
 )
 
+MOST_TIMEOUT_S = 7 * 86_400.0
 _MOST_SHARDS = 1024
 _MOST_LAYERS = 1 << 16
 
@@ -161,7 +162,7 @@ def decode_order(message: pb.Open) -> Order:
             num_prompt_tokens=message.num_prompt_tokens,
             params=decode_sampling(message.sampling),
         ),
-        timeout_s=message.timeout_ms / 1000,
+        timeout_s=timeout_s(message.timeout_ms),
         tokens_sha256=message.tokens_sha256,
         fingerprint=message.model_fingerprint,
         layout=decode_layout(message.layout),
@@ -324,6 +325,11 @@ def stale_attempt(attempt: int, current: int) -> HandoffLostError:
 def replaced(attempt: int) -> HandoffLostError:
     """Return what an attempt is told when another one takes its place."""
     return HandoffLostError("STALE_ATTEMPT", f"attempt {attempt} replaced this one")
+
+
+def timeout_s(timeout_ms: int) -> float:
+    """Return a sequence's time in seconds, of which clocks and timers can make something, whatever a peer sent."""
+    return min(timeout_ms / 1000, MOST_TIMEOUT_S)
 
 
 def num_bytes(runs: Sequence[Run], layout: KvLayout) -> int:
