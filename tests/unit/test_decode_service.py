@@ -185,9 +185,13 @@ async def test_rule_12_sessions_are_admitted_in_turn():
         await eventually(lambda: worker.num_sequences == 4, "one runs, the others wait")
         one = modest.start("m", PROMPT[:9], params=GREEDY)
         await eventually(lambda: worker.num_sequences == 5, "the other router's came last")
+        model.hold(after=3 * 24)
+        for collected in (first, many[0], one):
+            assert len(await collected.tokens()) == 24
+        assert [collected.token_ids for collected in many[1:]] == [[], []]
         model.release()
-        await one.wait_end()
-        assert [collected.is_over for collected in (first, *many)] == [True, True, False, False]
+        for collected in many:
+            await collected.wait_end()
 
 
 @async_test
