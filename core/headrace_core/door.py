@@ -87,6 +87,11 @@ class MethodLimits:
 STREAM_LIMITS = MethodLimits(open_calls=64, readers=2, message_bytes=1 << 20, max_message_bytes=64 << 10)
 """Of a method that takes a stream of messages, unless it is named: that is reflection, which needs no token."""
 
+_LONG_CALL = MethodLimits(open_calls=8192, readers=8192, message_timeout_s=60.0)
+LONG_CALLS = {"/headrace.v1.DecodeService/Session": _LONG_CALL, "/headrace.v1.HoldService/Hold": _LONG_CALL}
+"""Calls between our processes that last as long as what they are about, by method. With as many readers as calls nobody
+waits for a turn, which would end another's; of silence both ends hear sooner (`beats.py`)."""
+
 
 def address_of(context: Any) -> str:
     """Return the host that a call comes from; an IPv6 network of 64 bits, which one host may own, counts as one."""

@@ -375,11 +375,11 @@ def count_matches(s: DecodeScheduler, monkeypatch) -> list[int]:
 
 def test_the_queues_head_is_not_looked_for_in_the_cache_before_anything_changed(monkeypatch):
     s = scheduler(num_pages=16)
-    s.add(1, spec([1, 2, 3], max_tokens=4), None, 0.0)
-    s.add(2, spec([4, 5, 6], max_tokens=20), None, 0.0)
+    s.add(1, spec([1, 2, 3], max_tokens=4), 0.0)
+    s.add(2, spec([4, 5, 6], max_tokens=20), 0.0)
     answer(s, s.plan(0.0))
     head = list(range(100, 124))
-    s.add(3, spec(head), None, 0.0)
+    s.add(3, spec(head), 0.0)
     lengths = count_matches(s, monkeypatch)
     while not any(isinstance(event, Output) and event.finish for event in s.take_events()):
         answer(s, s.plan(0.0))
@@ -392,8 +392,8 @@ def test_the_queues_head_is_not_looked_for_in_the_cache_before_anything_changed(
 
 def test_the_queues_head_joins_when_the_others_pages_become_its_own():
     s = scheduler(num_pages=10, max_step_tokens=6)
-    s.add(1, spec(list(range(1, 13)), max_tokens=9), None, 0.0)
-    s.add(2, spec([*range(1, 13), 50], max_tokens=2), None, 0.0)
+    s.add(1, spec(list(range(1, 13)), max_tokens=9), 0.0)
+    s.add(2, spec([*range(1, 13), 50], max_tokens=2), 0.0)
     steps = []
     while plan := s.plan(0.0):
         steps.append([chunk.key for chunk in plan.chunks])
@@ -413,7 +413,7 @@ def test_what_is_planned_is_as_if_the_head_were_always_looked_for(script):
     for key, ((shared, own, max_tokens, has_handoff), num_steps, aborted) in enumerate(script, start=1):
         tokens = [*range(1, shared + 1), *range(100 * key, 100 * key + own)]
         for s in (quick, plain):
-            s.add(key, spec(tokens, max_tokens), 9 if has_handoff else None, 0.0)
+            s.add(key, spec(tokens, max_tokens), 0.0, has_handoff=has_handoff)
             s.abort(aborted)
             s.drained(aborted)
         for _ in range(num_steps):
@@ -426,5 +426,5 @@ def test_what_is_planned_is_as_if_the_head_were_always_looked_for(script):
                     answer(s, plan)
                 for event in events[0]:
                     if isinstance(event, PagesReady):
-                        s.arrived(event.key)
+                        s.arrived(event.key, 7)
                 s.check_integrity()

@@ -23,6 +23,7 @@ from headrace.v1 import hold_service_pb2, types_pb2, worker_service_pb2
 from headrace_core import rpc
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.beats import Outbox
+from headrace_core.door import LONG_CALLS, Door
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 from headrace_core.request import TokenLogprobs, hash_tokens
 from headrace_core.testing.fake_holder import FakeHeld, FakeTake, hold
@@ -132,7 +133,9 @@ class FakeWorker:
 
     async def start(self, listen: str = "127.0.0.1:0") -> str:
         """Serve; return the address."""
-        self._server = rpc.Server(["headrace.v1.WorkerService"], interceptors=[self.garbler])
+        self._server = rpc.Server(
+            ["headrace.v1.WorkerService"], door=Door(methods=LONG_CALLS), interceptors=[self.garbler]
+        )
         self._servicer.add_to(self._server.grpc)
         self.address = self._server.bind(listen)
         await self._server.start()

@@ -20,7 +20,7 @@ from headrace.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 from headrace_core import __version__
 from headrace_core.batch.scheduler import Scheduler
 from headrace_core.config import WorkerSettings
-from headrace_core.door import Door
+from headrace_core.door import LONG_CALLS, Door
 from headrace_core.engine.engine import Engine, News
 from headrace_core.engine.executor import Executor
 from headrace_core.errors import UnavailableError
@@ -67,7 +67,9 @@ class WorkerHost(Generic[S]):
         self._role: types_pb2.WorkerRole.ValueType = role
         self._transports = transports
         self._metrics = metrics
-        self.server = Server([*services, WORKER_SERVICE], door=Door(on_refused=metrics.count_refused))
+        self.server = Server(
+            [*services, WORKER_SERVICE], door=Door(methods=LONG_CALLS, on_refused=metrics.count_refused)
+        )
         self.board = LoadBoard()
         self.incarnation = secrets.randbits(64)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
