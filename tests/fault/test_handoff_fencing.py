@@ -229,10 +229,12 @@ async def test_a_second_start_with_a_higher_attempt_aborts_the_first():
         model.release()
         assert len(await second.tokens()) == 8
         router.outputs.pop((1, 1))
+        model.hold()
         again = router.start("r", PROMPT, params=GREEDY, attempt=3)
         await again.wait_joined()
         stale = router.start("r", PROMPT, params=GREEDY, attempt=2)
         assert (await stale.wait_failure()).reason == "STALE_ATTEMPT"
+        model.release()
         await again.wait_end()
 
 
@@ -278,10 +280,10 @@ async def test_rule_2_control_and_bytes_use_different_connections():
     door = prefiller.host.server.door
     enter, receive = door.enter, door.receive
 
-    def watching(method, context):
+    def watching(method, context, decode):
         if "/Hold" in method:
             peers["Hold"].add(context.peer())
-        enter(method, context)
+        return enter(method, context, decode)
 
     async def watching_receive(method, context, decode):
         if "/Pull" in method:
