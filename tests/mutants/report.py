@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tests.mutants.outcome import Mutant
-from tests.mutants.stage import ROOT
 from tests.mutants.survivors import Known, Score
 
 LEAST_SHARE = 0.85
@@ -20,8 +18,21 @@ def summary(score: Score) -> str:
     """Return a line on a group."""
     return (
         f"{score.group:11} {score.share:6.1%}  {score.num_killed + score.num_timeouts} of {score.num_counted} killed "
-        f"({score.num_timeouts} by time), {score.num_equivalent} equivalent, {score.num_wording} of wording"
+        f"({score.num_timeouts} by time), {score.num_equivalent} equivalent, {score.num_wording} of wording  "
+        f"{score.run.seconds} s"
     )
+
+
+def faults(score: Score) -> list[str]:
+    """Return what is to be done about a group, a line each."""
+    found: list[str] = []
+    if score.share < LEAST_SHARE:
+        found.append(f"{score.group}: fewer than {LEAST_SHARE:.0%} killed; test what the report lists")
+    if num_unexplained := sum(known is None for _, known in score.survivors):
+        found.append(f"{score.group}: {num_unexplained} survived without a reason; test it, or say why it may")
+    if score.unused:
+        found.append(f"{score.group}: survivors.toml names {len(score.unused)} that did not survive; delete them")
+    return found
 
 
 def write(folder: Path, scores: list[Score]) -> None:
@@ -31,13 +42,11 @@ def write(folder: Path, scores: list[Score]) -> None:
 
 
 def _values(scores: list[Score]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "least_share": LEAST_SHARE,
         "groups": {
             score.group: {
+                **asdict(score.run),
                 "share": round(score.share, 4),
                 "killed": score.num_killed,
                 "timeouts": score.num_timeouts,
@@ -71,7 +80,7 @@ def _lines(scores: list[Score]) -> list[str]:
         for mutant in score.timeouts:
             lines += ["", f"[{score.group}] killed by time: {mutant.function}", *_diff(mutant)]
         for entry in score.unused:
-            lines += ["", f"[{score.group}] survivors.toml names what no longer survives: {entry.function}"]
+            lines += ["", f"[{score.group}] survivors.toml names what did not survive: {entry.function}"]
             lines += [f"  - {entry.before}", f"  + {entry.after}"]
     return lines
 

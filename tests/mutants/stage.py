@@ -9,6 +9,7 @@ import json
 import shutil
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,10 @@ class Group:
     tests: tuple[str, ...]
     """Stems of files in tests/unit."""
 
+    def changes(self, function: str) -> bool:
+        """Return whether a function, named with its module, is in a file that the group changes."""
+        return _is_in(function, self.sources) and not _is_in(function, self.spared)
+
 
 def groups() -> dict[str, Group]:
     """Return what groups.toml lists, by name."""
@@ -47,6 +52,8 @@ def stage(group: Group, folder: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     for package in tomllib.loads(pyproject)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
         shutil.copytree(ROOT / package, folder / "src" / Path(package).name, ignore=ignore)
+    for pattern in group.sources:
+        assert any((folder / "src").glob(pattern)), f"groups.toml: {group.name} has no source {pattern}"
     tests = folder / "tests"
     (tests / "unit").mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "conftest.py", tests)
@@ -75,3 +82,7 @@ def stage(group: Group, folder: Path) -> None:
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     (folder / "pyproject.toml").write_text("\n".join([pyproject, "[tool.mutmut]", *lines, ""]))
+
+
+def _is_in(function: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(function, pattern.removesuffix(".py").replace("/", ".") + ".*") for pattern in patterns)

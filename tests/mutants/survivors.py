@@ -11,10 +11,13 @@ reason = "..."
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.mutants.outcome import Mutant, Verdict
+from tests.mutants.run import Run
+from tests.mutants.stage import Group
 
 _LIST = Path(__file__).with_name("survivors.toml")
 
@@ -34,16 +37,18 @@ class Known:
         return (self.function, self.before, self.after) == (mutant.function, mutant.before, mutant.after)
 
 
-def listed() -> list[Known]:
-    """Return the entries of survivors.toml."""
+def listed(groups: Collection[Group]) -> list[Known]:
+    """Return the entries of survivors.toml; each is about a function of one of the groups."""
     known: list[Known] = []
     for kind, entries in tomllib.loads(_LIST.read_text()).items():
         assert kind in ("equivalent", "tolerated"), f"survivors.toml: [[{kind}]] is neither equivalent nor tolerated"
         for entry in entries:
-            assert entry["reason"].strip(), f"survivors.toml: {entry['function']} lacks a reason"
+            function = entry["function"]
+            assert entry["reason"].strip(), f"survivors.toml: {function} lacks a reason"
+            assert any(group.changes(function) for group in groups), f"survivors.toml: no group changes {function}"
             for after in entry["after"]:
                 is_equivalent = kind == "equivalent"
-                known.append(Known(entry["function"], entry["before"], after, is_equivalent, entry["reason"]))
+                known.append(Known(function, entry["before"], after, is_equivalent, entry["reason"]))
     return known
 
 
@@ -52,6 +57,7 @@ class Score:
     """What became of a group's mutants."""
 
     group: str
+    run: Run
     num_killed: int
     num_timeouts: int
     num_wording: int
@@ -60,7 +66,7 @@ class Score:
     """Those that change behaviour, with what survivors.toml says of them."""
     timeouts: tuple[Mutant, ...]
     unused: tuple[Known, ...]
-    """Entries of survivors.toml about these functions that no survivor needs any more."""
+    """Entries of survivors.toml about the group that no survivor needs."""
 
     @property
     def num_counted(self) -> int:
@@ -73,7 +79,7 @@ class Score:
         return (self.num_killed + self.num_timeouts) / max(self.num_counted, 1)
 
 
-def judge(group: str, mutants: list[Mutant], known: list[Known]) -> Score:
+def judge(group: Group, run: Run, mutants: list[Mutant], known: list[Known]) -> Score:
     """Return the score of a group's mutants."""
     lived = [mutant for mutant in mutants if mutant.verdict in (Verdict.SURVIVED, Verdict.UNREACHED)]
     survivors: list[tuple[Mutant, Known | None]] = []
@@ -89,15 +95,15 @@ def judge(group: str, mutants: list[Mutant], known: list[Known]) -> Score:
             num_wording += 1
         else:
             survivors.append((mutant, entry))
-    functions = {mutant.function for mutant in mutants}
     timeouts = tuple(mutant for mutant in mutants if mutant.verdict is Verdict.TIMEOUT)
     return Score(
-        group=group,
+        group=group.name,
+        run=run,
         num_killed=sum(mutant.verdict is Verdict.KILLED for mutant in mutants),
         num_timeouts=len(timeouts),
         num_wording=num_wording,
         num_equivalent=num_equivalent,
         survivors=tuple(survivors),
         timeouts=timeouts,
-        unused=tuple(entry for entry in known if entry.function in functions and entry not in used),
+        unused=tuple(entry for entry in known if group.changes(entry.function) and entry not in used),
     )
