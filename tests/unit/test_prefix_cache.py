@@ -242,6 +242,19 @@ def test_eviction_keeps_its_order_when_the_books_are_cleaned_of_what_was_used_ag
         assert (evicted,) * 4 not in cache._root.children
 
 
+def test_what_was_used_again_is_still_evicted_when_the_books_were_cleaned_of_its_older_use():
+    """An eviction in between leaves the newer entry before the older one in the heap's list."""
+    pool = PagePool(4)
+    cache = PrefixCache(pool, PAGE)
+    for token in (1, 2, 3, 3):
+        cache.release(cached(pool, cache, [token] * 4))
+    assert cache.evict(1) == 1
+    for _ in range(2 * pool.num_pages):
+        cache.release(cache.match([2] * 4, 1))
+    assert len(cache._leaves) < 2 * pool.num_pages, "they were cleaned"
+    assert cache.evict(2) == 2
+
+
 def test_pages_still_in_use_are_not_forgotten():
     pool = PagePool(4)
     cache = PrefixCache(pool, PAGE)

@@ -146,6 +146,58 @@ def test_a_freed_sequence_holds_nothing_and_may_be_freed_again():
     assert allocator.num_available == allocator.num_pages == 4
 
 
+def refuse(allocator: PageAllocator, tokens: list[int]) -> None:
+    """Find what there is of a sequence in the cache, and give it back for want of pages."""
+    allocator.refuse(allocator.match(9, tokens), tokens)
+
+
+@pytest.mark.parametrize("length", [1, PAGE, PAGE + 1], ids=["an own page", "a shared page", "one of each"])
+def test_a_refused_sequence_is_looked_for_again_once_a_page_is_given_back(length):
+    allocator = PageAllocator(8, PAGE)
+    early, late = computed(allocator, 1, [1] * length), computed(allocator, 2, [2] * length)
+    allocator.free(early)
+    tokens = [3] * 9
+    refuse(allocator, tokens)
+    assert allocator.is_refused(tokens)
+    allocator.free(late)
+    assert not allocator.is_refused(tokens)
+
+
+def test_the_very_list_that_was_refused_last_is_known_to_be_and_no_other():
+    allocator = PageAllocator(8, PAGE)
+    tokens, others = [1] * 9, [2] * 9
+    assert not allocator.is_refused(tokens)
+    refuse(allocator, tokens)
+    assert allocator.is_refused(tokens)
+    assert not allocator.is_refused(list(tokens))
+    refuse(allocator, others)
+    assert not allocator.is_refused(tokens)
+    assert allocator.is_refused(others)
+
+
+def test_a_refused_sequence_is_looked_for_again_when_more_of_it_is_cached_and_of_use():
+    """The last of three pages is of no use: one token is always left to compute."""
+    allocator = PageAllocator(8, PAGE)
+    tokens = list(range(12))
+    pages = SequencePages(1)
+    allocator.reserve(pages, 12)
+    for num_computed, is_of_use in ((4, True), (8, True), (12, False)):
+        refuse(allocator, tokens)
+        assert allocator.is_refused(tokens)
+        allocator.commit(pages, tokens, num_computed)
+        assert allocator.is_refused(tokens) == (not is_of_use)
+
+
+def test_a_refused_sequence_is_looked_for_again_when_what_it_found_is_evicted():
+    allocator = PageAllocator(4, PAGE)
+    allocator.free(computed(allocator, 1, [1] * 4))
+    tokens = [1] * 20
+    refuse(allocator, tokens)
+    assert allocator.is_refused(tokens)
+    allocator.reserve(SequencePages(2), 4 * PAGE)
+    assert not allocator.is_refused(tokens)
+
+
 def test_a_lost_page_and_a_lost_reference_are_noticed():
     allocator = PageAllocator(4, PAGE)
     pages = computed(allocator, 1, [1] * 8)
