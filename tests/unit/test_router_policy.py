@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from headrace_router.capacity import Waiting, WorkerView, could_decode
 from headrace_router.policy import (
     MAX_OVERTAKEN,
@@ -169,8 +170,10 @@ def test_a_large_worker_keeps_a_sixteenth_of_its_slots_and_half_of_that_from_new
     assert len(starts([*names, waiting(1, 1, client=C)], full(64, **roomy))) == 63
 
 
-def test_a_worker_of_one_slot_keeps_nothing():
+def test_a_worker_of_one_slot_keeps_nothing_and_one_of_two_the_second():
     assert starts([waiting(client=A)] * 2, decode(num_slots=1, num_free_slots=1)) == [0]
+    assert starts([waiting(client=A)], full(1, A, num_slots=1)) == [0]
+    assert starts([waiting(client=A)], full(1, A, num_slots=2)) == []
 
 
 def test_pages_are_kept_as_well_and_what_needs_them_claims_nothing():
@@ -181,6 +184,17 @@ def test_pages_are_kept_as_well_and_what_needs_them_claims_nothing():
     assert starts([large, small], full(6, A, num_free_pages=31)) == [], "its client's own wait behind it"
     pair = [full(6, A, num_free_pages=31, address="d1"), full(6, A, num_free_pages=30, address="d2")]
     assert starts([large, small], *pair) == [1], "but where it is no nearer to its turn"
+
+
+def test_a_new_name_that_yields_holds_up_the_others_at_its_address():
+    large, small = waiting(16, 16 * 25, client=("one", "new")), waiting(16, 16, client=("one", "another"))
+    assert starts([small], full(6, A, num_free_pages=31)) == [0]
+    assert starts([large, small], full(6, A, num_free_pages=31)) == []
+    assert starts([large, small, waiting(16, 16, client=C)], full(6, A, num_free_pages=31)) == [2]
+
+
+def test_each_of_several_clients_yields_to_those_that_run_nothing_there():
+    assert starts([waiting(client=A), waiting(client=C), waiting(client=("three", "d"))], full(1, A, C)) == [2]
 
 
 def test_a_client_that_runs_nothing_there_gets_all_that_is_left():
@@ -195,11 +209,13 @@ def test_one_that_yields_to_others_does_not_claim_all_however_often_it_was_overt
     assert starts([patient, waiting(client=C)], full(1, A), busy) == [], "this one claims what others keep busy"
 
 
-def test_what_is_kept_from_a_client_costs_a_round_nothing_however_much_of_it_waits():
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_is_kept_from_a_client_costs_a_round_nothing_however_much_of_it_waits(num_workers):
     looked = []
     queue = [waiting(client=A)] * 1000
     kinds = {queue[0].kind: len(queue)}
-    assert plan((looked.append(item) or item for item in queue), [prefill(), full(1, A)], kinds=kinds) == []
+    workers = [prefill(), *(full(1, A, address=f"d{i}") for i in range(num_workers))]
+    assert plan((looked.append(item) or item for item in queue), workers, kinds=kinds) == []
     assert len(looked) == 2
 
 

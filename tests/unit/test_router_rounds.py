@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from headrace_router.capacity import Capacity
 from headrace_router.policy import (
     MAX_OVERTAKEN,
     Assignment,
     Waiting,
     WorkerView,
     decode_pages,
+    overtaken,
     plan,
     prefill_pages,
     prefix_key,
@@ -240,3 +242,29 @@ def test_a_sequence_lets_only_so_many_go_first(num_overtaken, starts):
 
 def test_a_sequence_that_starts_closes_nothing_however_often_it_was_overtaken():
     assert placed([waiting(num_overtaken=MAX_OVERTAKEN), waiting()], prefill(), decode()) == [0, 1]
+
+
+@pytest.mark.parametrize(("num_overtaken", "address"), [(MAX_OVERTAKEN - 1, "d2"), (MAX_OVERTAKEN, "d1")])
+def test_one_that_was_overtaken_often_claims_every_decode_side_that_could_hold_it(num_overtaken, address):
+    workers = [prefill("small", num_pages=10), prefill("large", num_tokens_in_flight=500)]
+    workers += [decode("d1", num_pages=20, num_free_pages=20), decode("d2")]
+    assert plan([waiting(800, num_overtaken=num_overtaken), waiting()], workers) == [Assignment(1, "small", address)]
+
+
+def overtook(queue: list[Waiting], *workers: WorkerView) -> list[tuple[int, int]]:
+    """Return who is overtaken in a round, and by how many."""
+    return list(overtaken(queue, plan(queue, workers), workers, Capacity(workers)))
+
+
+def test_one_computed_by_a_worker_of_both_roles_claims_no_decode_worker_and_is_not_overtaken_there():
+    workers = [prefill(num_pages=10), decode(), both(num_free_slots=0)]
+    queue = [waiting(800, num_overtaken=MAX_OVERTAKEN), waiting()]
+    assert plan(queue, workers) == [Assignment(1, "p", "d")]
+    assert overtook(queue, *workers) == []
+
+
+def test_one_whose_prefill_worker_was_used_was_overtaken_be_it_that_it_waits_for_another_decode_side():
+    workers = [prefill(), decode("d1", num_pages=20, num_free_pages=20), decode("d2", num_free_slots=0)]
+    queue = [waiting(400), waiting()]
+    assert plan(queue, workers) == [Assignment(1, "p", "d1")]
+    assert overtook(queue, *workers) == [(0, 1)]
