@@ -212,6 +212,21 @@ def test_what_was_overtaken_by_one_that_comes_again_stays_before_it():
     assert [item.number for item in queue] == [2, 3]
 
 
+def test_what_started_late_and_comes_again_is_before_what_passed_it_of_the_same_client():
+    """Its place is a later one: the other takes it along to its own."""
+    queue, first, second = FairQueue(), Item(1), Item(2)
+    others = [Item(3, ("b", "")), Item(4, ("b", ""))]
+    for item in (first, second, *others):
+        queue.add(item)
+    for item in (second, first, *others):
+        queue.serve(item)
+    for item in (first, *others, second):
+        queue.add(item)
+    assert first.turn.place == second.turn.place
+    assert list(queue) == [first, second, *others]
+    assert served(queue, 4) == [first, second, *others]
+
+
 def test_an_idle_queue_forgets_what_was_had():
     queue = queue_of(*(Item(number, ("a", ""), 100.0) for number in range(3)), Item(3, ("b", ""), 1.0))
     served(queue, 4)
