@@ -129,6 +129,9 @@ class Queue:
 
 @contextlib.asynccontextmanager
 async def a_queue(**settings) -> AsyncGenerator[Queue]:
+    """Fail if a round did: the loop would only log that."""
+    faults: list[dict] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
     async with grpc.aio.insecure_channel("127.0.0.1:9") as channel:
         queue = Queue(channel, **settings)
         try:
@@ -137,6 +140,7 @@ async def a_queue(**settings) -> AsyncGenerator[Queue]:
             for call in queue.calls:
                 call.cancel()
             await asyncio.gather(*queue.calls, return_exceptions=True)
+    assert not faults, faults
 
 
 async def failure(call: asyncio.Task[Placement]) -> HeadraceError:

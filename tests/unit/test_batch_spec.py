@@ -40,6 +40,7 @@ def with_output(num_output_tokens: int, **params) -> SequenceSpec:
         replace(GOOD, token_ids=[0, 99], num_prompt_tokens=2),
         with_output(4, max_tokens=5),
         with_output(0, stop_token_ids=(99,), logit_bias={99: 1.0}),
+        with_output(0, min_tokens=1, stop_token_ids=tuple(range(1, 99))),
     ],
     ids=lambda spec: f"{len(spec.token_ids)}-of-{spec.num_prompt_tokens}",
 )
@@ -68,6 +69,11 @@ def test_what_is_right_passes(spec):
         (replace(GOOD, token_ids=[-1, 2, 3, 4]), "BAD_TOKEN", "token_ids: -1 is outside"),
         (with_output(0, stop_token_ids=(100,)), "BAD_TOKEN", "stop_token_ids: 100"),
         (with_output(0, logit_bias={100: 1.0}), "BAD_TOKEN", "logit_bias: 100"),
+        (
+            with_output(0, min_tokens=1, stop_token_ids=tuple(range(1, 100))),
+            "BAD_SAMPLING",
+            "the whole vocabulary of 100",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -83,6 +83,8 @@ async def test_sealed_pages_are_shown_to_who_has_the_key_and_takes_them_for_what
     assert t.reason(lease, lease_key="lease-1") == "LEASE_ENDED"
     for other in (b"", bytes(32), hash_tokens(TOKENS)[:16]):
         assert t.reason(lease, tokens_sha256=other) == "TOKENS_MISMATCH"
+    with pytest.raises(HeadraceError, match="other tokens than the taker's"):
+        t.pages(lease, tokens_sha256=b"")
     assert t.reason(lease, incarnation=1) == "WORKER_RESTARTED"
     t.generations[8] = 2
     assert t.reason(lease) == "STALE_PAGE"

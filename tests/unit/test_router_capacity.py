@@ -326,7 +326,8 @@ def test_a_worker_that_takes_nothing_now_counts_as_there():
         (waiting(800), [("prefill", 100), ("decode", 10)], OverloadedError, ["801", "decode", "160", "shorter"]),
         (waiting(800), [("both", 10), ("both", 20)], OverloadedError, ["801", "role both", "320", "--kv-pool-mib"]),
         (waiting(800), [("both", 10), ("decode", 100)], OverloadedError, ["801", "role both", "160"]),
-        (waiting(800, has_output=True), [("prefill", 10), ("decode", 20)], OverloadedError, ["801", "decode", "320"]),
+        (waiting(800, has_output=True), [("prefill", 10), ("decode", 20)], OverloadedError, ["801 ", "320; run a"]),
+        (waiting(1600, 8400), [("prefill", 200), ("decode", 100)], OverloadedError, ["1601", "decode", "1600"]),
         (waiting(800, 9900), [("prefill", 100), ("decode", 100)], UnavailableError, ["10700", "10000", "again"]),
     ],
 )  # fmt: skip

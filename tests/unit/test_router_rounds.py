@@ -268,3 +268,16 @@ def test_one_whose_prefill_worker_was_used_was_overtaken_be_it_that_it_waits_for
     queue = [waiting(400), waiting()]
     assert plan(queue, workers) == [Assignment(1, "p", "d1")]
     assert overtook(queue, *workers) == [(0, 1)]
+
+
+def test_each_is_overtaken_on_its_own_route():
+    workers = [prefill("p1", num_pages=30, num_tokens_in_flight=200), decode(), both(num_free_slots=0)]
+    workers += [prefill("p2", num_pages=30, num_tokens_in_flight=300)]
+    queue = [waiting(800), waiting(400), waiting()]
+    assert plan(queue, workers) == [Assignment(2, "p2", "d")]
+    assert overtook(queue, *workers) == [(1, 1)], "the first waits for the worker of both roles"
+
+
+def test_nobody_is_overtaken_where_nobody_starts():
+    assert overtook([waiting()], prefill(), decode(num_free_slots=0)) == []
+    assert overtook([], prefill(), decode()) == []
