@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+from headrace_router import fair_queue
 from headrace_router.fair_queue import FairQueue, Turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,6 +234,18 @@ def test_an_idle_queue_forgets_what_was_had():
     for number, name in enumerate("abab", 4):
         queue.add(Item(number, (name, "")))
     assert [item.number for item in queue] == [4, 5, 6, 7]
+
+
+def test_of_many_clients_that_went_ahead_only_some_are_remembered():
+    """One client's sequence fits nowhere; the others start at once and go. Of many, who is not ahead goes."""
+    queue, most = queue_of(Item(0, ("stuck", ""))), 0
+    for number in range(1, 500):
+        item = Item(number, (f"new {number}", ""), 10.0)
+        queue.add(item)
+        queue.serve(item)
+        most = max(most, len(queue._tree._had))
+    assert most == 2 * 1 + fair_queue._MOST_AHEAD
+    assert f"new {number}" in queue._tree._had, "it is ahead"
 
 
 _OPERATIONS = st.lists(
