@@ -135,6 +135,12 @@ def test_a_handed_off_sequence_says_how_long_it_waited_and_starts_with_its_first
     )
 
 
+def test_a_chunk_names_its_request():
+    s = scheduler()
+    s.add(1, spec([1, 2, 3]), 0.0)
+    assert [chunk.request_id for chunk in step(s).chunks] == ["r"]
+
+
 def test_tokens_of_earlier_attempts_are_output_and_not_prompt():
     s = scheduler()
     s.add(1, spec([1, 2, 3, 4], num_output=2, sample_index=3), 0.0)

@@ -161,6 +161,12 @@ def test_the_last_chunk_asks_for_the_token_after_everything_known():
     )
 
 
+def test_a_chunk_names_its_request():
+    s = scheduler()
+    s.add(1, spec([1, 2, 3]), 0.0)
+    assert [chunk.request_id for chunk in step(s).chunks] == ["r"]
+
+
 def test_a_published_sequence_says_what_a_ticket_needs():
     s = scheduler()
     for key in (1, 2):  # the second finds the first's page, and its own is of the next generation
