@@ -141,6 +141,15 @@ def test_a_chunk_names_its_request():
     assert [chunk.request_id for chunk in step(s).chunks] == ["r"]
 
 
+def test_the_sampler_finds_what_it_kept_of_a_sequence_and_of_no_other():
+    s = scheduler()
+    running(s, 1, 1)
+    first, second = ({chunk.key: chunk.sampling.memo for chunk in step(s).chunks if chunk.sampling} for _ in range(2))
+    assert [first[key] is second[key] for key in (1, 2)] == [True, True]
+    assert first[1] is not first[2]
+    assert first[1] is not None
+
+
 def test_tokens_of_earlier_attempts_are_output_and_not_prompt():
     s = scheduler()
     s.add(1, spec([1, 2, 3, 4], num_output=2, sample_index=3), 0.0)
