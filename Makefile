@@ -71,7 +71,7 @@ fault: setup ## Kill, corrupt, expire, disconnect
 stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
 	$(BIN)/python -m tests.stress --minutes $(MINUTES)
 
-mutants: setup $(MUTMUT) ## Change the code and see if the unit tests notice, half an hour: GROUP=kv (build/mutants/report.txt)
+mutants: setup $(MUTMUT) ## Change the code and see if the unit tests notice, allow an hour: GROUP=kv (build/mutants/report.txt)
 	$(BIN)/python -m tests.mutants $(addprefix --group ,$(GROUP))
 
 $(MUTMUT): tests/mutants/requirements.txt | setup
