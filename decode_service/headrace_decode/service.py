@@ -327,6 +327,9 @@ class DecodeService:
         self.host.engine.submit(lambda scheduler: scheduler.abort(sequence.key))
         if sequence.taking:
             sequence.taking.cancel()
+        else:
+            # It may have pages of which the loop has yet to hear. Nothing will land in them: no transfer begins any more.
+            self.host.engine.submit(lambda scheduler: scheduler.drained(sequence.key))
         if error:
             sequence.tell_failure(error, side)
         log.info("sequence ended", extra=sequence.report(error))
