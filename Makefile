@@ -9,12 +9,14 @@ MINUTES ?= 10
 OLDEST_TRITON := 3.6.0
 OTHER_TRITON := build/triton-$(OLDEST_TRITON)
 AOT = $(BIN)/python -m headrace_kernels.aot --also-triton $(OTHER_TRITON) --json build/bench/kernels-aot.json
+# The wire of the last release, which protos-check compares with.
+WIRE := protos/headrace.v1.binpb
 MUTMUT := build/mutants/tool/.installed
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check unit parity integration fault stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -55,6 +57,10 @@ protos: setup ## Regenerate protos/gen from the .proto files
 protos-check: setup
 	tools/generate-protos.sh build/protos-gen
 	diff -r -x __pycache__ build/protos-gen protos/gen || { echo "protos/gen is out of date: run 'make protos'"; exit 1; }
+	$(BIN)/buf breaking protos --against $(WIRE) || { echo "the wire is no longer that of $(WIRE): docs/wire-spec.md, Versions"; exit 1; }
+
+protos-image: setup ## Keep the wire as it is now for protos-check to compare with: at a release, docs/wire-spec.md
+	$(BIN)/buf build protos --exclude-source-info -o $(WIRE)
 
 unit: setup ## Fast tests: no GPU, no other process
 	$(BIN)/pytest tests/unit
