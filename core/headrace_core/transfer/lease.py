@@ -6,7 +6,8 @@
 
 A lease is one Hold call: it begins and ends with it, so there is nothing to renew, to release or to run out. It spans
 the sequence's whole life here, so that abort and fencing work in every phase. Pages are sealed run by run as they are
-computed; what is sealed may be read. `_end` is the only way out; it hands the sequence's pages back, once.
+computed; what is sealed may be read. `_end` is the only way out; it hands the sequence's pages back, once. The picture is
+the table `states.LEASE_MOVES`.
 """
 
 from __future__ import annotations
@@ -15,22 +16,11 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
+from headrace_core.transfer.states import LEASE_MOVES, LeaseEvent, LeaseState
 from headrace_core.transfer.transport import Reading
 from headrace_core.transfer.values import Order, Owner, Run, replaced, stale_attempt
-
-
-class LeaseState(Enum):
-    """See the module."""
-
-    QUEUED = "queued"
-    OPEN = "open"
-    SEALED = "sealed"
-    TAKEN = "taken"
-    ABORTED = "aborted"
-    FREED = "freed"
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +41,12 @@ class Lease:
     def is_over(self) -> bool:
         """Whether it ended; its pages are free, or as good as."""
         return self.outcome is not None
+
+    def move(self, event: LeaseEvent) -> None:
+        """Let `event` happen, of which the table knows."""
+        state = LEASE_MOVES.get((self.state, event))
+        assert state is not None, f"a lease that is {self.state.value} knows no {event.value}"
+        self.state = state
 
 
 class LeaseTable:
@@ -104,18 +100,16 @@ class LeaseTable:
 
     def admit(self, lease: Lease) -> None:
         """Take note that the sequence has its pages."""
-        assert lease.state is LeaseState.QUEUED, f"a lease is admitted once, not when {lease.state}"
-        lease.state = LeaseState.OPEN
+        lease.move(LeaseEvent.ADMIT)
 
     def seal(self, lease: Lease, run: Run) -> None:
         """Let the taker read these pages: nothing writes them any more until the lease ends."""
-        assert lease.state in (LeaseState.OPEN, LeaseState.SEALED), f"nothing is sealed when {lease.state}"
+        lease.move(LeaseEvent.SEAL)
         lease.runs.append(run)
 
     def complete(self, lease: Lease) -> None:
         """Take note that everything is computed."""
-        assert lease.state is LeaseState.OPEN, f"a sequence is computed once, not when {lease.state}"
-        lease.state = LeaseState.SEALED
+        lease.move(LeaseEvent.COMPLETE)
         self._on_change()
 
     def confirm(self, lease: Lease) -> None:
@@ -135,13 +129,11 @@ class LeaseTable:
 
     def take(self, lease: Lease) -> None:
         """End a lease that fulfilled its purpose. Idempotent."""
-        self._end(lease, LeaseState.TAKEN)
+        self._end(lease, LeaseEvent.TAKE)
 
     def abort(self, lease: Lease, error: HeadraceError) -> None:
         """End a lease whose sequence is not wanted any more; whoever waits for it gets `error`. Idempotent."""
-        if lease.outcome is None:
-            lease.error = error
-        self._end(lease, LeaseState.ABORTED)
+        self._end(lease, LeaseEvent.ABORT, error)
 
     def held_pages(
         self, reading: Reading, *, first_layer: int, num_layers: int, first_page: int, num_pages: int
@@ -170,15 +162,16 @@ class LeaseTable:
             if self._generation(page_id) != generation:
                 raise HandoffLostError("STALE_PAGE", f"page {page_id} was reused since it was sealed")
 
-    def _end(self, lease: Lease, outcome: LeaseState) -> None:
+    def _end(self, lease: Lease, event: LeaseEvent, error: HeadraceError | None = None) -> None:
         """Free a lease, whatever ended it: the only place."""
-        if lease.state is LeaseState.FREED:
+        if lease.is_over:
             return
-        lease.state = lease.outcome = outcome
+        lease.move(event)
+        lease.outcome, lease.error = lease.state, error
         del self._by_key[lease.lease_key]
         del self._by_owner[lease.order.owner]
         self._on_end(lease)
-        lease.state = LeaseState.FREED
+        lease.move(LeaseEvent.FREE)
         self._on_change()
         if not self._by_key:
             self._idle.set()

@@ -1,8 +1,11 @@
 """The taking side of hand-offs. Event loop only.
 
-    OPENED ──Admitted──► PULLING: each run ─turn─► moved ─checksums─► verified ─┬─all, and Last─► CONFIRMING ──► TAKEN
-       └───────────────────┴──── refused, lost, corrupt, cancelled ─────────────┴──► DRAINED (no byte can land any more)
+    OPENED ──Admitted──► PULLING ──Last──► FINISHING ──all verified──► CONFIRMING ──Confirmed──► TAKEN ──┐
+       │                    ├──── the first token ends the sequence ───────│────────────────────► TAKEN ──┤
+       └────────────────────┴──────── refused, lost, corrupt, cancelled ───┴────────────────────► FAILED ─┴──► DRAINED
 
+Each run, from PULLING on: its turn, moved, checksums compared. DRAINED: no byte can land any more. The picture is the
+table `states.TAKE_MOVES`; a holder that says what has no place in it breaks the protocol.
 The pages are reserved before the call is opened: what waits here holds nothing there. A transfer's DONE proves nothing;
 only the checksums make a page ours, and only the holder's last look, after all of them arrived, says that it was that
 sequence's page until then. Whoever calls `take` may reuse the pages when it returns or raises: never before DRAINED.
@@ -33,6 +36,7 @@ from headrace_core.rpc import own_channel
 from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
 from headrace_core.transfer.transport import Reading, Source, TakerEnd, Transfer, offer_name
 from headrace_core.transfer.transports import choose_offer
 from headrace_core.transfer.values import (
@@ -177,8 +181,8 @@ class _Take:
         self._on_first = on_first
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[TransferStats | None] = self._loop.create_future()
+        self._state = TakeState.OPENED
         self._admission: Admission | None = None
-        self._first: FirstToken | None = None
         self._first_s = 0.0
         self._verified_s = 0.0
         self._cells: set[tuple[int, int]] = set()
@@ -186,18 +190,20 @@ class _Take:
         self._runs: list[Run] = []
         self._pulling: set[asyncio.Task[None]] = set()
         self._transport = ""
-        self._is_confirming = False
 
     async def run(self) -> TransferStats | None:
         reading = asyncio.ensure_future(self._read())
         try:
             return await self._over
         finally:
+            if self._state is not TakeState.TAKEN:
+                self._state = TakeState.FAILED  # cancelled, if it was not that already
             self._call.cancel()
             reading.cancel()
             for pulling in self._pulling:
                 pulling.cancel()
             await asyncio.wait([reading, *self._pulling])
+            self._move(TakeEvent.DRAINED)
 
     async def _read(self) -> None:
         """Hear the holder out."""
@@ -220,11 +226,17 @@ class _Take:
             case "last":
                 self._hear_first(decode_first(response.last))
             case _:
-                _require(self._is_confirming, "confirmed what it was not asked")
+                self._move(TakeEvent.CONFIRMED)
                 self._finish()
 
+    def _move(self, event: TakeEvent) -> None:
+        state = TAKE_MOVES.get((self._state, event))
+        if state is None:
+            raise ProtocolError("PROTOCOL", f"the holder sent {event.value} when the taking was {self._state.value}")
+        self._state = state
+
     def _hear_admitted(self, admission: Admission) -> None:
-        _require(self._admission is None, "admitted a sequence twice")
+        self._move(TakeEvent.ADMITTED)
         self._admission = admission
         ours = (self._taker.fingerprint, self._taker.layout)
         check_compatible(admission.fingerprint, admission.layout, ours=ours, who=self._address)
@@ -232,7 +244,7 @@ class _Take:
             choose_offer(shard.offers, frozenset(self._taker.transports), endpoint=shard.endpoint)
 
     def _hear_run(self, run: Run) -> None:
-        admission = self._require_admitted()
+        self._move(TakeEvent.RUN)
         cells = {
             (layer, page)
             for layer in range(run.first_layer, run.first_layer + run.num_layers)
@@ -243,6 +255,8 @@ class _Take:
         _require(self._cells.isdisjoint(cells), "sealed a page twice")
         self._cells |= cells
         self._runs.append(run)
+        admission = self._admission
+        assert admission is not None, "the table says so"
         for shard in admission.shards:
             part = run.layers(shard.first_layer, shard.num_layers)
             if part is not None:
@@ -254,22 +268,17 @@ class _Take:
                 pulling.add_done_callback(self._on_pulled)
 
     def _hear_first(self, first: FirstToken) -> None:
-        admission = self._require_admitted()
-        _require(self._first is None, "sent the first token twice")
+        self._move(TakeEvent.END if first.finish else TakeEvent.LAST)
         check_first(first, self._order, self._taker.vocab_size)
-        self._first, self._first_s = first, self._loop.time()
+        self._first_s = self._loop.time()
+        assert self._admission is not None, "the table says so"
         try:
-            self._on_first(admission, first)
+            self._on_first(self._admission, first)
         except HeadraceError as error:
             raise TakeError(Side.TAKER, error) from error
         if first.finish and not self._over.done():
             self._over.set_result(None)
         self._confirm_if_complete()
-
-    def _require_admitted(self) -> Admission:
-        if self._admission is None:
-            raise ProtocolError("PROTOCOL", "the holder spoke of a sequence before it admitted it")
-        return self._admission
 
     async def _pull(self, source: Source, run: Run) -> None:
         name = offer_name(source.offer)
@@ -314,9 +323,8 @@ class _Take:
 
     def _confirm_if_complete(self) -> None:
         num_cells = self._taker.layout.num_layers * len(self._page_ids)
-        is_complete = self._first is not None and not self._pulling and len(self._cells) == num_cells
-        if is_complete and not self._is_confirming and not self._over.done():
-            self._is_confirming = True
+        if self._state is TakeState.FINISHING and not self._pulling and len(self._cells) == num_cells:
+            self._move(TakeEvent.VERIFIED)
             self._call.confirm()
 
     def _finish(self) -> None:
@@ -328,6 +336,7 @@ class _Take:
     def _fail(self, error: HeadraceError | TakeError) -> None:
         if self._over.done():
             return
+        self._state = TakeState.FAILED
         if not isinstance(error, TakeError):
             unfit = isinstance(error, LayoutMismatchError | TransferCorruptError)
             error = TakeError(Side.CHANNEL if unfit else Side.HOLDER, error)
