@@ -328,7 +328,7 @@ class DecodeService:
         if sequence.taking:
             sequence.taking.cancel()
         else:
-            # It may have pages of which the loop has yet to hear. Nothing will land in them: no transfer begins any more.
+            # It may have pages of which the loop has yet to hear; no transfer into them begins any more.
             self.host.engine.submit(lambda scheduler: scheduler.drained(sequence.key))
         if error:
             sequence.tell_failure(error, side)

@@ -1,18 +1,22 @@
 """What the event loop and the engine's thread do at once: the one ends a sequence of which the other has news."""
 
+import asyncio
 import queue
 
 import pytest
 from headrace.v1 import decode_service_pb2
-from headrace_core.config import DecodeSettings
+from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import UnavailableError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
-from headrace_core.testing.async_test import WAIT_S, async_test
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import loaded_fake_model
-from headrace_core.testing.worker_pair import running
+from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.worker_pair import all_free, inspect, running
+from headrace_core.transfer.fake import POOLS, pool_name
 from headrace_core.wire import encode_sampling
 from headrace_decode.service import DecodeService
+from headrace_prefill.service import PrefillService
 
 PROMPT = list(range(1, 23))
 
@@ -48,3 +52,28 @@ async def test_pages_of_a_sequence_that_ends_while_they_are_announced_are_freed(
         if by == "cancel":
             decoder.cancel_sequence(session, 1, attempt=1)
         decoder.close_session(session, UnavailableError("SESSION_CLOSED", "over"))
+
+
+@async_test
+async def test_a_transfer_that_failed_is_drained_however_the_sequence_ends_meanwhile():
+    """Its wait has failed, its bytes are still under way: a cancel in that moment must not let its pages go."""
+    loaded, decoding = loaded_fake_model(), loaded_fake_model()
+    prefiller = PrefillService(PrefillSettings(model="."), loader=lambda _: loaded, transports=["fake"])
+    decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: decoding, transports=["fake"])
+    async with (
+        running(prefiller, decoder) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        faults = POOLS[pool_name(prefiller.host.incarnation)].faults
+        faults.gate, faults.is_cancel_ignored, faults.is_given_up = asyncio.Event(), True, True
+        collected = router.start("r", PROMPT, params=SamplingParams(seed=1))
+        await faults.entered.wait()
+        router.cancel(collected)
+        await eventually(lambda: not decoder.num_sequences, "the sequence is gone")
+        await eventually(lambda: not prefiller.leases.leases, "the holder has heard of it")
+        assert faults.num_moving
+        for _ in range(20):  # as many turns of the loop as an end takes that waits for nobody, and more
+            await inspect(decoder)
+        assert (await inspect(decoder))[PageState.QUARANTINED] == 6
+        faults.gate.set()
+        await all_free(decoder)

@@ -1,4 +1,4 @@
-"""The wire of the last release, protos/headrace.v1.binpb: a change that breaks it is found, and who speaks it is served."""
+"""The wire of the last release, protos/headrace.v1.binpb: what breaks it is found, and who speaks it is served."""
 
 import asyncio
 import shutil

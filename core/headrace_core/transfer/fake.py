@@ -26,6 +26,8 @@ class FakeFaults:
     has_flipped_byte: bool = False
     is_truncated: bool = False
     is_cancel_ignored: bool = False
+    is_given_up: bool = False
+    """`wait` raises at once, though bytes are under way, as when a transport's patience ends before its transfers do."""
     gate: asyncio.Event | None = None
     """Bytes move only once it is set."""
     entered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -83,6 +85,8 @@ class FakeTransfer:
 
     async def wait(self) -> None:
         """See `Transfer`."""
+        if self._faults.is_given_up:
+            raise HandoffLostError("HOLDER_LOST", "the transfer took too long")
         await asyncio.wait([self._moving])
         if self._moving.cancelled():
             raise HandoffLostError("HOLDER_LOST", "the connection to the holder was torn down")

@@ -50,7 +50,7 @@ from headrace_core.transfer.values import (
     decode_run,
     num_bytes,
 )
-from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end, yield_to_steps
+from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end, to_its_end, yield_to_steps
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +290,8 @@ class _Take:
                 await transfer.wait()
             finally:
                 transfer.cancel()
-                await self._drain(source, transport, transfer)
+                # However the sequence ends meanwhile: its pages may have another owner when this task is over.
+                await to_its_end(asyncio.ensure_future(self._drain(source, transport, transfer)))
             # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
             memory, verifying = self._taker.memory, self._taker.verifying
             await run_to_its_end(verifying, accept_pages, run, memory, page_ids, endpoint=source.endpoint)

@@ -28,7 +28,11 @@ async def run_to_its_end(executor: Executor, function: Callable[P, R], *args: P.
 
     A thread cannot be stopped. One that still copied pages would write to what is by then another sequence's.
     """
-    running = asyncio.wrap_future(executor.submit(function, *args, **kwargs))
+    return await to_its_end(asyncio.wrap_future(executor.submit(function, *args, **kwargs)))
+
+
+async def to_its_end(running: asyncio.Future[R]) -> R:
+    """Return what `running` returns; however often cancelled, return only once it is done."""
     try:
         return await asyncio.shield(running)
     finally:
