@@ -27,7 +27,7 @@ class FakeFaults:
     is_truncated: bool = False
     is_cancel_ignored: bool = False
     is_given_up: bool = False
-    """`wait` raises at once, though bytes are under way, as when a transport's patience ends before its transfers do."""
+    """`wait` raises at once, though bytes are under way, as when a transport's patience ends before they do."""
     gate: asyncio.Event | None = None
     """Bytes move only once it is set."""
     entered: asyncio.Event = field(default_factory=asyncio.Event)

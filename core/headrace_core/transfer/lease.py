@@ -6,8 +6,8 @@
 
 A lease is one Hold call: it begins and ends with it, so there is nothing to renew, to release or to run out. It spans
 the sequence's whole life here, so that abort and fencing work in every phase. Pages are sealed run by run as they are
-computed; what is sealed may be read. `_end` is the only way out; it hands the sequence's pages back, once. The picture is
-the table `states.LEASE_MOVES`.
+computed; what is sealed may be read. `_end` is the only way out; it hands the sequence's pages back, once. The picture
+is the table `states.LEASE_MOVES`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two state machines of a hand-off, as tables: (state, event) -> state; what is not in a table can not happen.
 
-The holder's lease (`lease.py`) and the taker's side (`taker.py`) move by them and by nothing else, and so does the model
-in tests/model, which visits every state that two attempts at a sequence can be in together.
+The holder's lease (`lease.py`) and the taker's side (`taker.py`) move by them and by nothing else, and so does the
+model in tests/model, which visits every state that two attempts at a sequence can be in together.
 """
 
 from __future__ import annotations

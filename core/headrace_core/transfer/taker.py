@@ -202,7 +202,8 @@ class _Take:
             reading.cancel()
             for pulling in self._pulling:
                 pulling.cancel()
-            await asyncio.wait([reading, *self._pulling])
+            # Who cancels a taking that has failed by itself waits as well: bytes may land until this is over.
+            await to_its_end(asyncio.ensure_future(asyncio.wait([reading, *self._pulling])))
             self._move(TakeEvent.DRAINED)
 
     async def _read(self) -> None:
