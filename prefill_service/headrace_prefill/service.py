@@ -56,6 +56,8 @@ class _Held:
     lease: Lease
     outbox: Outbox[pb.HoldResponse]
     queue_s: float = 0.0
+    is_finished: bool = False
+    """Whether the first token ended the sequence: nothing is to be taken."""
 
     def confirm(self) -> None:
         """See `hold.Held`."""
@@ -65,7 +67,10 @@ class _Held:
 
     def end(self) -> None:
         """See `hold.Held`."""
-        self.service.leases.abort(self.lease, HandoffLostError("TAKER_LOST", "the taker ended the call"))
+        if self.is_finished:
+            self.service.leases.take(self.lease)
+        else:
+            self.service.leases.abort(self.lease, HandoffLostError("TAKER_LOST", "the taker ended the call"))
 
 
 class PrefillService:
@@ -213,9 +218,8 @@ class PrefillService:
             compute_s=event.compute_s,
         )
         held.outbox.put(pb.HoldResponse(last=encode_first(first)))
-        if event.finish:
-            self.leases.take(lease)
-            held.outbox.close()
+        # The taker ends the call, when it has heard that: until then it may read what it was told of before.
+        held.is_finished = event.finish is not None
 
     def _seal(self, held: _Held, first_page: int, pages: Pages) -> None:
         """Let the taker have pages that nothing writes any more."""

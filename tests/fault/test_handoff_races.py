@@ -11,6 +11,7 @@ from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.hold_proxy import HoldProxy
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import all_free, inspect, running
 from headrace_core.transfer.fake import POOLS, pool_name
@@ -73,6 +74,59 @@ async def test_a_transfer_that_failed_is_drained_however_the_sequence_ends_meanw
         await eventually(lambda: not prefiller.leases.leases, "the holder has heard of it")
         assert faults.num_moving
         for _ in range(20):  # as many turns of the loop as an end takes that waits for nobody, and more
+            await inspect(decoder)
+        assert (await inspect(decoder))[PageState.QUARANTINED] == 6
+        faults.gate.set()
+        await all_free(decoder)
+
+
+@async_test
+async def test_a_first_token_that_is_the_last_does_not_end_the_reading_of_pages_before_it_is_heard():
+    """Bytes and words are on different connections: a pull may end before the token comes that makes it needless."""
+    loaded, decoding = loaded_fake_model(), loaded_fake_model()
+    prefiller = PrefillService(
+        PrefillSettings(model=".", max_step_tokens=8), loader=lambda _: loaded, transports=["fake"]
+    )
+    decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: decoding, transports=["fake"])
+    async with (
+        running(prefiller, decoder) as (prefill, decode),
+        HoldProxy(prefill) as proxy,
+        MiniRouter(prefill=proxy.address, decode=decode) as router,
+    ):
+        faults = POOLS[pool_name(prefiller.host.incarnation)].faults
+        faults.gate, proxy.gates["last"] = asyncio.Event(), asyncio.Event()
+        collected = router.start("r", PROMPT, params=SamplingParams(seed=1, max_tokens=1))
+        await faults.entered.wait()
+        await eventually(lambda: "last" in proxy.seen, "it has its first token, and the taker is not told")
+        faults.gate.set()
+        await eventually(lambda: not faults.num_moving, "the pages were read")
+        for _ in range(20):
+            await inspect(decoder)
+        proxy.gates["last"].set()
+        assert len(await collected.tokens()) == 1
+
+
+@async_test
+async def test_a_taking_that_failed_is_drained_however_its_sequence_ends_meanwhile():
+    loaded, decoding = loaded_fake_model(), loaded_fake_model()
+    prefiller = PrefillService(PrefillSettings(model="."), loader=lambda _: loaded, transports=["fake"])
+    decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: decoding, transports=["fake"])
+    async with (
+        running(prefiller, decoder) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        faults = POOLS[pool_name(prefiller.host.incarnation)].faults
+        faults.gate, faults.is_cancel_ignored = asyncio.Event(), True
+        collected = router.start("r", PROMPT, params=SamplingParams(seed=1))
+        await faults.entered.wait()
+        for lease in prefiller.leases.leases:
+            prefiller.leases.abort(lease, UnavailableError("DRAINING", "made to go away"))
+        for _ in range(20):  # the taker hears that, and waits for its transfer
+            await inspect(decoder)
+        assert decoder.num_sequences
+        router.cancel(collected)
+        await eventually(lambda: not decoder.num_sequences, "the sequence is gone")
+        for _ in range(20):
             await inspect(decoder)
         assert (await inspect(decoder))[PageState.QUARANTINED] == 6
         faults.gate.set()

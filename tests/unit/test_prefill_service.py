@@ -80,16 +80,17 @@ async def test_slots_past_the_prompt_are_zero_on_the_wire():
 
 
 @async_test
-async def test_a_sequence_that_ends_at_once_holds_nothing():
+async def test_a_sequence_that_ends_at_once_is_held_until_its_taker_heard_it():
     params = dataclasses.replace(GREEDY, max_tokens=1)
     worker = service()
     async with running(worker) as (address,), MiniTaker(address) as taker:
         ordered = taker.order("r", PROMPT, params=params)
         assert (await ordered.wait_first()).finish is FinishReason.LENGTH
-        await asyncio.wait([ordered.reading])
-        assert ordered.error is None
-        assert ordered.kinds[-1] == "last"
-        assert not worker.leases.leases
+        assert worker.leases.leases, "what it was told of may be read until it leaves"
+        await ordered.cancel()
+        await eventually(lambda: not worker.leases.leases, "it left")
+        ends = worker.registry.get_sample_value("headrace_lease_ends_total", {"outcome": "taken"})
+        assert ends == 1
 
 
 @async_test

@@ -344,7 +344,9 @@ class Last(_message.Message):
     token_id: _builtins.int
     """The first token, sampled from the last position."""
     finish_reason: _types_pb2.FinishReason.ValueType
-    """Set when the first token already ends the sequence: the call ends, and no pages are held."""
+    """Set when the first token already ends the sequence: nothing is to be taken, and the taker ends the call. Until then
+    the pages of its runs are held, since a read of them may be under way.
+    """
     compute_us: _builtins.int
     """From the sequence's first step to its first token, microseconds."""
     @_builtins.property
