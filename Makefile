@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault model model-check stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,7 +30,7 @@ setup: $(STAMP) ## Install everything into .venv (done by every other target)
 demo: setup ## Start router, prefill and decode; stream a story; show where its time went
 	@$(BIN)/headrace demo
 
-test: check unit parity kernels-check fault integration ## Everything CI runs: check, then all tests
+test: check unit parity kernels-check model-check fault integration ## Everything CI runs: check, then all tests
 
 check: setup format-check lint types contracts protos-check ## Format, lint, types, import contracts, protos
 
@@ -73,6 +73,12 @@ integration: setup ## Real processes on loopback
 
 fault: setup ## Kill, corrupt, expire, disconnect
 	$(BIN)/pytest tests/fault
+
+model-check: setup
+	$(BIN)/pytest tests/model
+
+model: setup ## Visit every state of the hand-off: how many there are, what goes wrong without each guard
+	$(BIN)/python -m tests.model
 
 stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
 	$(BIN)/python -m tests.stress --minutes $(MINUTES)
