@@ -76,6 +76,15 @@ class Ordered:
         self._call.confirm()
         await self.wait(lambda: self.is_confirmed)
 
+    def say(self, message: pb.HoldRequest) -> None:
+        """Send a message as it is."""
+        self._call.outbox.put(message)
+
+    @property
+    def num_beats(self) -> int:
+        """Beats that came from the holder."""
+        return self._call.num_beats
+
     def fall_silent(self) -> None:
         """Send no beats any more, as one whose event loop is dead."""
         self._call.outbox.period_s = WAIT_S
@@ -144,13 +153,19 @@ class MiniTaker:
 
     async def __aenter__(self) -> Self:
         stub = WorkerServiceStub(self._channel)
-        self._info = await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=WAIT_S)
+        self.info: worker_service_pb2.GetInfoResponse = await stub.GetInfo(
+            worker_service_pb2.GetInfoRequest(), timeout=WAIT_S
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.leave()
+        await self._channel.close()
+
+    async def leave(self) -> None:
+        """End every call. Idempotent."""
         for ordered in self._calls:
             await ordered.cancel()
-        await self._channel.close()
 
     def order(
         self,
@@ -172,8 +187,8 @@ class MiniTaker:
             spec=spec,
             timeout_s=timeout_s,
             tokens_sha256=hash_tokens(token_ids),
-            fingerprint=self._info.model_fingerprint,
-            layout=decode_layout(self._info.layout),
+            fingerprint=self.info.model_fingerprint,
+            layout=decode_layout(self.info.layout),
         )
         self._calls.append(Ordered(HoldCall(self._channel, order, self._address, change=change)))
         return self._calls[-1]

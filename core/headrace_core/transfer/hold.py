@@ -129,6 +129,8 @@ class HoldCall:
         stub: Any = hold_service_pb2_grpc.HoldServiceStub(channel)
         self._call = stub.Hold(aiter(self.outbox), timeout=order.timeout_s)
         self._is_silent = False
+        self.num_beats = 0
+        """That came from the holder."""
 
     async def events(self) -> AsyncIterator[pb.HoldResponse]:
         """Yield what the holder says, without its beats, until it ends the call.
@@ -142,6 +144,8 @@ class HoldCall:
                 silence.heard()
                 if answered(response).WhichOneof("event"):
                     yield response
+                else:
+                    self.num_beats += 1
         except ProtocolError as error:
             raise TakeError(Side.HOLDER, error) from error
         except grpc.aio.AioRpcError as error:

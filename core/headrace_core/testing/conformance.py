@@ -1,0 +1,81 @@
+"""Holds a process to the rules of the wire, from outside.
+
+    python -m headrace_core.testing.conformance --holder host:port
+
+A holder of pages (prefill worker) hears from one that plays its taker; a taker (decode worker), with `--taker`, from
+one that plays its router and its holder. Each rule is reported by its name, kept or broken and how; the exit status is
+1 if one is broken. docs/wire-spec.md says the rules in full, protos/conformance has vectors that need no process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.v1 import worker_service_pb2
+from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
+
+from headrace_core.rpc import channel
+from headrace_core.testing.holder_rules import HOLDER_RULES, HolderUnderTest
+from headrace_core.testing.mini_holder import MiniHolder
+from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.mini_taker import MiniTaker
+from headrace_core.testing.rules import Verdict
+from headrace_core.testing.taker_rules import TAKER_RULES, TakerUnderTest
+from headrace_core.wire import decode_layout
+
+LIMIT_S = 30.0
+"""The longest that one rule may take."""
+
+
+async def check_holder(address: str, *, limit_s: float = LIMIT_S, only: str = "") -> list[Verdict]:
+    """Hold the process at `address` to what a holder of pages must do."""
+    async with MiniTaker(address) as taker:
+        holder = HolderUnderTest(taker, address)
+        try:
+            return await HOLDER_RULES.check(holder, limit_s=limit_s, only=only)
+        finally:
+            await holder.channel.close()
+
+
+async def check_taker(address: str, *, limit_s: float = LIMIT_S, only: str = "") -> list[Verdict]:
+    """Hold the process at `address` to what a taker must do; it must be able to reach this one on loopback."""
+    async with channel(address) as asking:
+        stub: Any = WorkerServiceStub(asking)
+        info = await stub.GetInfo(worker_service_pb2.GetInfoRequest())
+    async with (
+        MiniHolder(decode_layout(info.layout), info.model_fingerprint) as holder,
+        MiniRouter(decode=address, prefill=holder.address) as router,
+    ):
+        taker = TakerUnderTest(router, holder, page_size=info.layout.page_size, vocab_size=info.vocab_size)
+        return await TAKER_RULES.check(taker, limit_s=limit_s, only=only)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="conformance", description=(__doc__ or "").partition("\n")[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--holder", metavar="HOST:PORT", help="a process that serves HoldService and TransferService")
+    which.add_argument("--taker", metavar="HOST:PORT", help="a process that serves DecodeService")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="most seconds for one rule (%(default)g)")
+    parser.add_argument("--only", default="", metavar="RULE", help="one rule, by its name")
+    given = parser.parse_args(arguments)
+    if given.holder:
+        checking = check_holder(given.holder, limit_s=given.limit, only=given.only)
+    else:
+        checking = check_taker(given.taker, limit_s=given.limit, only=given.only)
+    verdicts = asyncio.run(checking)
+    for verdict in verdicts:
+        sys.stdout.write(f"{'BROKEN' if verdict.problem else 'kept  '} {verdict.name}\n")
+        if verdict.problem:
+            sys.stdout.write(f"       {verdict.problem}\n")
+    num_broken = sum(bool(verdict.problem) for verdict in verdicts)
+    sys.stdout.write(f"{len(verdicts) - num_broken} of {len(verdicts)} rules kept\n")
+    return 1 if num_broken or not verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
