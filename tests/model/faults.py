@@ -119,7 +119,7 @@ def other_order(w: World, s: State, k: int) -> bool:
 @_fault("freed behind")
 def freed_behind(w: World, s: State, k: int) -> bool:
     a, h = s.attempts[k], s.holder
-    if a.held_seq != "published" or a.num_shared == len(a.held_ids):
+    if a.held_seq != "published" or a.num_shared == len(a.held_ids) or a.held_ids[-1] < 0:
         return False
     page_id = a.held_ids[-1]
     _, generation, what, _ = h.pages[page_id]
