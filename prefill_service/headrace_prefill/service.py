@@ -23,8 +23,9 @@ from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Held, add_hold_servicer
-from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable
+from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.sealer import Pages, Sealer
+from headrace_core.transfer.states import LeaseState
 from headrace_core.transfer.transport import Holding
 from headrace_core.transfer.transports import TRANSPORTS
 from headrace_core.transfer.values import (

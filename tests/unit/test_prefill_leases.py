@@ -9,7 +9,8 @@ from headrace_core.errors import HandoffLostError, HeadraceError, UnavailableErr
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.testing.async_test import async_test
-from headrace_core.transfer.lease import Lease, LeaseState, LeaseTable
+from headrace_core.transfer.lease import Lease, LeaseTable
+from headrace_core.transfer.states import LeaseState
 from headrace_core.transfer.transport import Reading
 from headrace_core.transfer.values import Order, Run
 

@@ -325,7 +325,10 @@ async def a_first_token_may_be_the_last(holder: HolderUnderTest) -> None:
 
 @rule
 async def nothing_is_held_past_its_time(holder: HolderUnderTest) -> None:
-    ordered = holder.order(change=lambda it: setattr(it, "timeout_ms", 500))
+    def soon(message: pb.Open) -> None:
+        message.timeout_ms = 500
+
+    ordered = holder.order(change=soon)
     require_refusal(await ordered.refused(), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
 
 

@@ -34,6 +34,10 @@ FIRST_TOKEN = 1
 Rewrite = Callable[[pb.HoldResponse], list[pb.HoldResponse]]
 
 
+def _as_it_is(event: pb.HoldResponse) -> list[pb.HoldResponse]:
+    return [event]
+
+
 class _Zeros:
     """`PageMemory` of a few pages."""
 
@@ -75,7 +79,7 @@ class MiniHolder:
         self._num_pages = num_pages
         self._incarnation = secrets.randbits(63) | 1
         self.memory = _Zeros(layout, num_pages)
-        self.rewrite: Rewrite = lambda event: [event]
+        self.rewrite: Rewrite = _as_it_is
         self.error: HeadraceError | None = None
         self.is_silent = False
         self.orders: list[Order] = []
@@ -107,7 +111,7 @@ class MiniHolder:
 
     def reset(self) -> None:
         """Do again what a holder should."""
-        self.rewrite, self.on_sealed, self.error, self.is_silent = (lambda event: [event]), (lambda: None), None, False
+        self.rewrite, self.on_sealed, self.error, self.is_silent = _as_it_is, (lambda: None), None, False
         self.memory = _Zeros(self._layout, self._num_pages)
 
     def hold(self, order: Order, outbox: Outbox[pb.HoldResponse]) -> Held:

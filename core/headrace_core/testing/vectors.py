@@ -154,7 +154,7 @@ def _messages() -> Sequence[Message]:
         compute_us=1200,
     )
     requests, responses = hold_service_pb2.HoldRequest, hold_service_pb2.HoldResponse
-    entry = {"sequence_number": 9, "attempt": 2}
+    entry: dict[str, Any] = {"sequence_number": 9, "attempt": 2}
     start = decode_service_pb2.StartSequence(
         sequence_number=9,
         attempt=2,
