@@ -75,3 +75,17 @@ def test_statuses_and_reasons():
         assert grpc.StatusCode[vector["status"]].value[0] == vector["code"]
         statuses = {error.status for error, reasons in REASONS.items() if vector["reason"] in reasons}
         assert vector["status"] in statuses
+
+
+def test_the_specification_names_each_refusal_with_its_own_status():
+    specification = FILE.parents[2] / "docs" / "wire-spec.md"
+    table = specification.read_text().partition("## Refusals")[2].partition("## Conformance")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    named: set[str] = set()
+    for _, code, reasons, _ in rows[2:]:
+        status, _, number = code.removesuffix(")").partition(" (")
+        assert grpc.StatusCode[status].value[0] == int(number)
+        for reason in reasons.split(", "):
+            named.add(reason)
+            assert status in {error.status for error, known in REASONS.items() if reason in known}, reason
+    assert named >= {vector["reason"] for vector in VECTORS["refusals"]}
