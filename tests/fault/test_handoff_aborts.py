@@ -298,7 +298,7 @@ async def test_rule_13_a_reader_that_stalls_pauses_its_rows_then_loses_its_sessi
 
 @async_test
 async def test_rule_13_a_reader_that_reads_again_in_time_has_every_token():
-    decoder = decode_service(session={"most_unread_bytes": 40_000, "patience_s": 60.0}, num_pages=2048)
+    decoder = decode_service(session={"most_unread_bytes": 40_000, "patience_s": 3600.0}, num_pages=2048)
     async with (
         running(prefill_service(), decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as quick,
