@@ -119,6 +119,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "KERNELS_DISAGREE": "on this GPU the kernels and plain torch disagree",
         "NO_GPU": "torch sees no GPU",
         "NO_KERNEL": "the GPU's kernels do not take this network or page size",
+        "NO_TRANSPORT": "pages can't be moved here by the transport that --transport names; says why",
         "POOL_TOO_SMALL": "the pool does not hold one page",
     },
     HeadraceError: {

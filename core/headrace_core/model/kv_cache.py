@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,9 @@ TORCH_DTYPES = {
     CacheDtype.BFLOAT16: torch.bfloat16,
     CacheDtype.FLOAT16: torch.float16,
 }
+
+Allocate = Callable[[int, int], Sequence[memoryview]]
+"""Gives, for (layers, bytes of each), a buffer for each layer: writable, and zero."""
 
 
 class KvCache:
@@ -34,18 +37,34 @@ class KvCache:
     """
 
     def __init__(
-        self, layout: KvLayout, num_pages: int, device: str = "cpu", *, has_host_copy: bool | None = None
+        self,
+        layout: KvLayout,
+        num_pages: int,
+        device: str = "cpu",
+        *,
+        has_host_copy: bool | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
-        """Allocate the pool; `has_host_copy` None: where the device is not the CPU."""
+        """Allocate the pool.
+
+        Args:
+            has_host_copy: None: where the device is not the CPU.
+            allocate: makes the memory that `page_bytes` shows; None: torch does.
+        """
         self.layout = layout
         self.num_pages = num_pages
         dtype = TORCH_DTYPES[layout.dtype]
-        self.layers: list[Tensor] = [
-            torch.zeros((num_pages, *layout.page_shape), dtype=dtype, device=device) for _ in range(layout.num_layers)
-        ]
-        self._host = self.layers
-        if has_host_copy if has_host_copy is not None else device != "cpu":
-            self._host = [torch.empty(layer.shape, dtype=dtype) for layer in self.layers]
+        shape = (num_pages, *layout.page_shape)
+        has_copy = has_host_copy if has_host_copy is not None else device != "cpu"
+        if allocate is not None:
+            buffers = allocate(layout.num_layers, num_pages * layout.page_layer_bytes)
+            self._host = [torch.frombuffer(buffer, dtype=dtype).view(shape) for buffer in buffers]
+        else:
+            new = torch.empty if has_copy else torch.zeros
+            self._host = [new(shape, dtype=dtype) for _ in range(layout.num_layers)]
+        self.layers: list[Tensor] = self._host
+        if has_copy:
+            self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]
         self._stream = torch.cuda.Stream() if self.layers[0].is_cuda else None
         self._rows = [page_rows(layer) for layer in self._host]
         self._ring = None if self._host is self.layers else PageRing(layout, dtype, self.layers[0].device)

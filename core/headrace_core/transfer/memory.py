@@ -1,9 +1,26 @@
-"""The memory of a page pool, as a transfer sees it."""
+"""The memory of a page pool: what it is made of, and how a transfer sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Protocol
+
+from headrace_core.transfer.memfd import Memfd
+
+
+class MemoryKind(Enum):
+    """What the host's side of a pool is made of. Memory that a device pins, or the device's own, would be kinds too."""
+
+    PLAIN = "plain"
+    """The process's own."""
+    MEMFD = "memfd"
+    """Readable by those to whom this process passes a descriptor. For a transfer it is as good as plain memory."""
+
+
+def new_memory(kind: MemoryKind) -> Memfd | None:
+    """Return what a pool's memory is allocated from; None: plain memory, which nobody needs to know of."""
+    return Memfd() if kind is MemoryKind.MEMFD else None
 
 
 class PageMemory(Protocol):
