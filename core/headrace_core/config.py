@@ -62,6 +62,9 @@ class WorkerSettings(ProcessSettings):
     max_step_tokens: int = Field(512, ge=1, description="tokens a step may compute")
     max_step_sequences: int = Field(64, ge=1, description="sequences a step may run")
     max_waiting_sequences: int = Field(512, ge=1, description="queue length at which new work is refused")
+    transport: Literal["auto", "grpc", "shm"] = Field(
+        "auto", description="how pages move; auto: the best that works between two workers; a name never falls back"
+    )
     roofline_every_steps: int = Field(
         64, ge=0, description="one step in so many is measured operation by operation; 0: none"
     )
@@ -92,9 +95,6 @@ class DecodeSettings(WorkerSettings):
     model_config = _config("DECODE")
 
     role: Literal["decode", "both"] = Field("decode", description="both: prefill and decode in this one worker")
-    transport: Literal["auto", "grpc"] = Field(
-        "auto", description="how pages move; a name fails rather than falls back"
-    )
     transfer_timeout_s: float = Field(30.0, gt=0, description="longest time that one run of pages may take to move")
 
 

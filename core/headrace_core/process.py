@@ -65,7 +65,7 @@ def run(factory: Callable[[], Service], settings: ProcessSettings, *, role: str)
     """Run the service that `factory` makes until a signal or its failure; does not return.
 
     Args:
-        factory: called on the event loop.
+        factory: called on the event loop; may raise HeadraceError, as `Service.start` may.
         settings: addresses, log format, ready file, drain time.
         role: `router`, `prefill`, `decode` or `both`; for logs and the ready file.
     """
@@ -98,7 +98,10 @@ def release_freed_memory() -> None:
 
 async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: str) -> int:
     stopping = _signals()
-    service = factory()
+    try:
+        service = factory()
+    except HeadraceError as error:
+        return _refuse(error)
     try:
         metrics_address = serve_metrics(settings.metrics_listen, service.registry)
         address = await _start(service, stopping)
@@ -106,9 +109,8 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
             await _stop(service, settings)
             return 0
     except HeadraceError as error:
-        log.error("can't start", extra={"reason": error.reason, "problem": str(error)})
         await _stop(service, settings)
-        return 2
+        return _refuse(error)
     if settings.ready_file:
         _write_ready(settings.ready_file, role, address, metrics_address)
     log.info("serving", extra={"role": role, "address": address, "metrics": metrics_address, "version": __version__})
@@ -134,6 +136,11 @@ async def _stop(service: Service, settings: ProcessSettings) -> None:
         log.error("unhandled error while stopping", exc_info=error)
     else:
         log.info("stopped")
+
+
+def _refuse(error: HeadraceError) -> int:
+    log.error("can't start", extra={"reason": error.reason, "problem": str(error)})
+    return 2
 
 
 async def _start(service: Service, stopping: asyncio.Future[None]) -> str | None:

@@ -25,7 +25,7 @@ from headrace_core.reasons import label
 from headrace_core.request import hash_tokens
 from headrace_core.transfer.hold import Side, TakeError
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
-from headrace_core.transfer.transports import TRANSPORTS
+from headrace_core.transfer.transports import TRANSPORTS, usable
 from headrace_core.transfer.values import Admission, FirstToken, Order, replaced, stale_attempt, timeout_s
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
@@ -38,8 +38,6 @@ from headrace_decode.server import DECODE_SERVICE, add_decode_servicer
 from headrace_decode.session import MOST_UNREAD_BYTES, PATIENCE_S, Session
 
 log = logging.getLogger(__name__)
-
-_AUTO_TRANSPORTS = ("grpc",)
 
 
 class DecodeService:
@@ -59,7 +57,7 @@ class DecodeService:
         self._metrics = DecodeMetrics(self.registry)
         self._settings = settings
         self._loader = loader
-        self._transports = transports or (_AUTO_TRANSPORTS if settings.transport == "auto" else (settings.transport,))
+        self._transports = transports or usable(settings.transport)
         self._most_unread_bytes = most_unread_bytes
         self._patience_s = patience_s
         self._drain_timeout_s = drain_timeout_s

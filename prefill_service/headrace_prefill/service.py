@@ -27,7 +27,7 @@ from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.sealer import Pages, Sealer
 from headrace_core.transfer.states import LeaseState
 from headrace_core.transfer.transport import Holding
-from headrace_core.transfer.transports import TRANSPORTS
+from headrace_core.transfer.transports import TRANSPORTS, usable
 from headrace_core.transfer.values import (
     Admission,
     FirstToken,
@@ -78,8 +78,9 @@ class PrefillService:
     """See `process.Service`. Tests give `loader` and `transports`."""
 
     def __init__(
-        self, settings: PrefillSettings, *, loader: Loader = load_worker_model, transports: Sequence[str] = ("grpc",)
+        self, settings: PrefillSettings, *, loader: Loader = load_worker_model, transports: Sequence[str] = ()
     ) -> None:
+        transports = transports or usable(settings.transport)
         self.registry = CollectorRegistry()
         self._metrics = PrefillMetrics(self.registry)
         self._settings = settings
@@ -171,6 +172,7 @@ class PrefillService:
             incarnation=self.host.incarnation,
             frame_bytes=self._settings.frame_kib << 10,
             on_sent=self._metrics.worker.transfer_bytes.labels(name, "sent").inc,
+            shared=lambda: self.host.model.memory,
         )
 
     def _on_news(self, news: News[PrefillEvent]) -> None:
@@ -192,7 +194,7 @@ class PrefillService:
         model = self.host.model
         self.leases.admit(held.lease)
         held.queue_s = event.queue_s
-        offers = tuple(end.offer() for end in self._ends)
+        offers = tuple(offer for end in self._ends if (offer := end.offer()) is not None)
         admission = Admission(
             fingerprint=model.fingerprint,
             layout=model.layout,

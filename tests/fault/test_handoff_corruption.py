@@ -18,6 +18,8 @@ from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
 from headrace_core.transfer.fake import POOLS, FakeFaults, pool_name
 from headrace_core.transfer.frames import encode_frame
+from headrace_core.transfer.memory import new_memory
+from headrace_core.transfer.transports import memory_kind
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
@@ -28,11 +30,12 @@ CHANNEL = decode_service_pb2.FAILURE_SIDE_CHANNEL
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("index", [0, 5])
+@pytest.mark.parametrize("transport", ["grpc", "shm", "fake"])
 @async_test
-async def test_one_flipped_bit_in_any_page_is_noticed(layer: int, index: int):
-    held = loaded_fake_model()
-    prefiller = PrefillService(PrefillSettings(model="."), loader=lambda _: held)
-    decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: loaded_fake_model())
+async def test_one_flipped_bit_in_any_page_is_noticed(transport: str, layer: int, index: int):
+    held = loaded_fake_model(memory=new_memory(memory_kind([transport])))
+    prefiller = PrefillService(PrefillSettings(model="."), loader=lambda _: held, transports=[transport])
+    decoder = DecodeService(DecodeSettings(model="."), loader=lambda _: loaded_fake_model(), transports=[transport])
 
     def flip(event):
         if event.HasField("run") and event.run.first_page <= index < event.run.first_page + len(event.run.pages):

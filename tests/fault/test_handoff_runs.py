@@ -13,7 +13,9 @@ from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.mini_taker import MiniTaker
 from headrace_core.testing.worker_pair import all_free, running
 from headrace_core.transfer.fake import POOLS, FakeFaults, pool_name
+from headrace_core.transfer.memory import new_memory
 from headrace_core.transfer.taker import MOST_PULLS
+from headrace_core.transfer.transports import memory_kind
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
@@ -23,7 +25,7 @@ PREFILL = decode_service_pb2.FAILURE_SIDE_PREFILL
 
 
 def prefill_service(model: FakeModel | None = None, *, transports=("fake",), **settings) -> PrefillService:
-    loaded = loaded_fake_model(model=model, num_pages=256)
+    loaded = loaded_fake_model(model=model, num_pages=256, memory=new_memory(memory_kind(transports)))
     settings = {"max_step_tokens": 8, **settings}
     return PrefillService(PrefillSettings(model=".", **settings), loader=lambda _: loaded, transports=transports)
 
@@ -62,7 +64,7 @@ async def test_rule_3_pages_are_taken_while_later_chunks_are_computed():
         assert collected.joined.num_transfer_pages == 6
 
 
-@pytest.mark.parametrize("transport", ["fake", "grpc"])
+@pytest.mark.parametrize("transport", ["fake", "grpc", "shm"])
 @async_test
 async def test_equal_prompts_in_one_step_are_handed_off_each_with_its_own_pages(transport: str):
     prefiller = prefill_service(transports=[transport], max_step_tokens=44)

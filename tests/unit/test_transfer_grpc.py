@@ -14,7 +14,6 @@ from headrace.v1 import types_pb2
 from headrace_core.errors import (
     HandoffLostError,
     HeadraceError,
-    LayoutMismatchError,
     TransferCorruptError,
     UnavailableError,
 )
@@ -22,10 +21,8 @@ from headrace_core.request import hash_tokens
 from headrace_core.rpc import Server
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, holding, run_of
-from headrace_core.transfer.fake import FakeHolder
 from headrace_core.transfer.grpc import SERVICE, GrpcHolder, GrpcTaker
 from headrace_core.transfer.transport import Reading, Source, Transfer, offer_name
-from headrace_core.transfer.transports import choose_offer
 
 PAGES = (5, 0, 3)
 PLACES = (1, 2, 7)
@@ -268,31 +265,3 @@ def test_the_offer_says_how_long_frames_are():
     assert service.offer() == types_pb2.TransportOffer(grpc=types_pb2.GrpcTransport(frame_bytes=4096))
     assert offer_name(service.offer()) == "grpc"
     assert offer_name(types_pb2.TransportOffer()) == ""
-
-
-GRPC = types_pb2.TransportOffer(grpc=types_pb2.GrpcTransport(frame_bytes=1))
-FAKE = FakeHolder(holding(StubHolder(()), PlainMemory(), frame_bytes=1, on_sent=lambda _: None)).offer()
-
-
-@pytest.mark.parametrize(
-    ("offers", "usable", "chosen"),
-    [
-        ([GRPC, FAKE], {"grpc", "fake"}, "grpc"),
-        ([FAKE, GRPC], {"grpc", "fake"}, "fake"),
-        ([FAKE, GRPC], {"grpc"}, "grpc"),
-        ([types_pb2.TransportOffer(), GRPC], {"grpc"}, "grpc"),
-    ],
-)
-def test_the_first_offer_that_this_worker_can_use_is_taken(offers, usable, chosen):
-    assert offer_name(choose_offer(offers, frozenset(usable), endpoint="x")) == chosen
-
-
-@pytest.mark.parametrize(
-    ("offers", "offered"),
-    [([], "nothing"), ([types_pb2.TransportOffer()], "nothing"), ([GRPC, FAKE], "grpc, fake")],
-)
-def test_without_a_common_transport_both_sides_are_told(offers, offered):
-    with pytest.raises(LayoutMismatchError) as raised:
-        choose_offer(offers, frozenset({"rdma", "memory"}), endpoint="10.0.0.7:5000")
-    assert raised.value.reason == "NO_COMMON_TRANSPORT"
-    assert str(raised.value) == f"10.0.0.7:5000 offers {offered}; this worker takes memory, rdma"

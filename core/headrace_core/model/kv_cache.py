@@ -45,11 +45,9 @@ class KvCache:
         has_host_copy: bool | None = None,
         allocate: Allocate | None = None,
     ) -> None:
-        """Allocate the pool.
+        """Allocate the pool; `has_host_copy` None: where the device is not the CPU.
 
-        Args:
-            has_host_copy: None: where the device is not the CPU.
-            allocate: makes the memory that `page_bytes` shows; None: torch does.
+        `allocate` makes the memory that `page_bytes` shows; None: torch does.
         """
         self.layout = layout
         self.num_pages = num_pages

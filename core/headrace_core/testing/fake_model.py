@@ -20,6 +20,7 @@ from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
 from headrace_core.testing.async_test import WAIT_S
+from headrace_core.transfer.memfd import Memfd
 from headrace_core.worker.loading import LoadedModel
 
 _MODULUS = 16_777_213
@@ -135,11 +136,15 @@ def loaded_fake_model(
     eos_token_ids: tuple[int, ...] = (0,),
     fingerprint: str = "fa4e",
     model: FakeModel | None = None,
+    memory: Memfd | None = None,
 ) -> LoadedModel:
-    """Return a fake model with its cache, as a worker loads a real one; the cache is poisoned with NaN."""
+    """Return a fake model with its cache, as a worker loads a real one; the cache is poisoned with NaN.
+
+    Over `shm` its pages can be taken if they are built on `memory`.
+    """
     model = model or FakeModel()
     layout = model.kv_layout(page_size)
-    cache = KvCache(layout, num_pages, "cpu")
+    cache = KvCache(layout, num_pages, "cpu", allocate=memory and memory.allocate)
     for tensor in cache.layers:
         tensor.fill_(torch.nan)
     return LoadedModel(
@@ -150,4 +155,5 @@ def loaded_fake_model(
         layout=layout,
         fingerprint=fingerprint,
         num_pages=num_pages,
+        memory=memory,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from headrace_core.errors import HeadraceError
+from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.transport import Holding, LeaseHolder, Reading
 from headrace_core.transfer.values import Run
@@ -17,16 +18,33 @@ INCARNATION = 42
 
 
 class PlainMemory:
-    """`PageMemory` of bytes, page by page different; `copies` are the calls of `copy_to_host` and `copy_from_host`."""
+    """`PageMemory` of bytes, page by page different; `copies` are the calls of `copy_to_host` and `copy_from_host`.
 
-    def __init__(self, *, num_layers: int = 2, num_pages: int = 8, page_bytes: int = 64, seed: int = 1) -> None:
-        first = [[seed * 89 + layer * 31 + page * 7 for page in range(num_pages)] for layer in range(num_layers)]
-        self._pages = [[_counting(value, page_bytes) for value in layer] for layer in first]
+    With `shared` they are of memory that others can be let read.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 2,
+        num_pages: int = 8,
+        page_bytes: int = 64,
+        seed: int = 1,
+        shared: Memfd | None = None,
+    ) -> None:
+        size = num_pages * page_bytes
+        plain = [memoryview(bytearray(size)) for _ in range(num_layers)]
+        buffers = shared.allocate(num_layers, size) if shared else plain
+        starts = range(0, size, page_bytes)
+        self._pages = [[buffer[start : start + page_bytes] for start in starts] for buffer in buffers]
+        for layer, pages in enumerate(self._pages):
+            for page, content in enumerate(pages):
+                content[:] = _counting(seed * 89 + layer * 31 + page * 7, page_bytes)
         self.copies: list[tuple[str, tuple[int, ...]]] = []
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
         """See `PageMemory`."""
-        return memoryview(self._pages[layer][page_id])
+        return self._pages[layer][page_id]
 
     def copy_to_host(self, page_ids: Sequence[int]) -> None:
         """See `PageMemory`."""
@@ -60,7 +78,14 @@ class StubHolder:
         return self._page_ids
 
 
-def holding(holder: LeaseHolder, memory: PageMemory, *, frame_bytes: int, on_sent: Callable[[int], None]) -> Holding:
+def holding(
+    holder: LeaseHolder,
+    memory: PageMemory,
+    *,
+    frame_bytes: int,
+    on_sent: Callable[[int], None],
+    shared: Memfd | None = None,
+) -> Holding:
     """Return what a holder's end of a transport serves."""
     return Holding(
         holder=lambda: holder,
@@ -68,6 +93,7 @@ def holding(holder: LeaseHolder, memory: PageMemory, *, frame_bytes: int, on_sen
         incarnation=INCARNATION,
         frame_bytes=frame_bytes,
         on_sent=on_sent,
+        shared=lambda: shared,
     )
 
 

@@ -15,7 +15,7 @@ from headrace.v1 import types_pb2
 
 from headrace_core.errors import HandoffLostError, TransferCorruptError
 from headrace_core.transfer.memory import PageMemory
-from headrace_core.transfer.transport import Holding, Source
+from headrace_core.transfer.transport import Holding, Source, UnprovenError
 from headrace_core.transfer.values import Run
 
 
@@ -110,6 +110,11 @@ class FakeTaker:
     def __init__(self, memory: PageMemory) -> None:
         self._memory = memory
         self._moving: dict[str, list[asyncio.Task[None]]] = {}
+
+    async def prove(self, source: Source) -> None:
+        """See `TakerEnd`."""
+        if source.offer.fake.pool not in POOLS:
+            raise UnprovenError("the holder's pool is not in this process")
 
     def pull(self, source: Source, run: Run, page_ids: Sequence[int], *, timeout_s: float) -> FakeTransfer:
         """See `TakerEnd`."""

@@ -102,6 +102,9 @@ class GrpcTaker:
         self._memory = memory
         self.connections = Connections(connect=rpc.own_channel)
 
+    async def prove(self, source: Source) -> None:
+        """See `TakerEnd`: control is gRPC, too."""
+
     def pull(self, source: Source, run: Run, page_ids: Sequence[int], *, timeout_s: float) -> GrpcTransfer:
         """See `TakerEnd`."""
         return GrpcTransfer(asyncio.ensure_future(self._receive(source, run, page_ids, timeout_s)))

@@ -21,6 +21,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from headrace.v1 import hold_service_pb2 as pb
 
@@ -36,21 +37,23 @@ from headrace_core.rpc import own_channel
 from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.moving import Mover
 from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
-from headrace_core.transfer.transport import Reading, Source, TakerEnd, Transfer, offer_name
-from headrace_core.transfer.transports import choose_offer
+from headrace_core.transfer.transport import Reading, Source, TakerEnd, offer_name
+from headrace_core.transfer.transports import choose
 from headrace_core.transfer.values import (
     Admission,
     FirstToken,
     Order,
     Run,
+    Shard,
     check_first,
     decode_admission,
     decode_first,
     decode_run,
     num_bytes,
 )
-from headrace_core.transfer.verify import accept_pages, check_compatible, run_to_its_end, to_its_end, yield_to_steps
+from headrace_core.transfer.verify import check_compatible, to_its_end, yield_to_steps
 
 log = logging.getLogger(__name__)
 
@@ -125,16 +128,14 @@ class Taker:
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         """Args: `timeout_s` is the longest that one run may take to move."""
-        self.memory = memory
         self.fingerprint = fingerprint
         self.layout = layout
         self.vocab_size = vocab_size
         self.transports = transports
-        self.timeout_s = timeout_s
-        self.drain_timeout_s = drain_timeout_s
         self.pulls = Pulls(most_pulls)
         # One thread, so that runs become usable in the order in which they came; and steps go before it.
         self.verifying = ThreadPoolExecutor(1, "verify", initializer=yield_to_steps)
+        self.mover = Mover(memory, self.verifying, timeout_s, drain_timeout_s)
         self._control = Connections(connect=own_channel)
 
     async def take(
@@ -188,6 +189,8 @@ class _Take:
         self._cells: set[tuple[int, int]] = set()
         """(layer, page) of every run so far."""
         self._runs: list[Run] = []
+        self._choosing: list[tuple[Shard, asyncio.Task[Source]]] = []
+        """Where the pages of each shard are read."""
         self._pulling: set[asyncio.Task[None]] = set()
         self._transport = ""
 
@@ -199,11 +202,11 @@ class _Take:
             if self._state is not TakeState.TAKEN:
                 self._state = TakeState.FAILED  # cancelled, if it was not that already
             self._call.cancel()
-            reading.cancel()
-            for pulling in self._pulling:
-                pulling.cancel()
+            tasks = [reading, *self._pulling, *(choosing for _, choosing in self._choosing)]
+            for task in tasks:
+                task.cancel()
             # Who cancels a taking that has failed by itself waits as well: bytes may land until this is over.
-            await to_its_end(asyncio.ensure_future(asyncio.wait([reading, *self._pulling])))
+            await to_its_end(asyncio.ensure_future(asyncio.wait(tasks)))
             self._move(TakeEvent.DRAINED)
 
     async def _read(self) -> None:
@@ -242,7 +245,11 @@ class _Take:
         ours = (self._taker.fingerprint, self._taker.layout)
         check_compatible(admission.fingerprint, admission.layout, ours=ours, who=self._address)
         for shard in admission.shards:
-            choose_offer(shard.offers, frozenset(self._taker.transports), endpoint=shard.endpoint)
+            reading = Reading(admission.lease_key, shard.incarnation, self._order.tokens_sha256)
+            choosing = choose(shard.offers, self._taker.transports, endpoint=shard.endpoint, reading=reading)
+            task = asyncio.ensure_future(choosing)
+            task.add_done_callback(self._on_chosen)
+            self._choosing.append((shard, task))
 
     def _hear_run(self, run: Run) -> None:
         self._move(TakeEvent.RUN)
@@ -256,15 +263,10 @@ class _Take:
         _require(self._cells.isdisjoint(cells), "sealed a page twice")
         self._cells |= cells
         self._runs.append(run)
-        admission = self._admission
-        assert admission is not None, "the table says so"
-        for shard in admission.shards:
+        for shard, choosing in self._choosing:
             part = run.layers(shard.first_layer, shard.num_layers)
             if part is not None:
-                offer = choose_offer(shard.offers, frozenset(self._taker.transports), endpoint=shard.endpoint)
-                reading = Reading(admission.lease_key, shard.incarnation, self._order.tokens_sha256)
-                source = Source(shard.endpoint, reading, offer)
-                pulling = asyncio.ensure_future(self._pull(source, part))
+                pulling = asyncio.ensure_future(self._pull(choosing, part))
                 self._pulling.add(pulling)
                 pulling.add_done_callback(self._on_pulled)
 
@@ -281,35 +283,21 @@ class _Take:
             self._over.set_result(None)
         self._confirm_if_complete()
 
-    async def _pull(self, source: Source, run: Run) -> None:
+    async def _pull(self, choosing: asyncio.Task[Source], run: Run) -> None:
+        source = await choosing
         name = offer_name(source.offer)
-        transport = self._taker.transports[name]
         page_ids = self._page_ids[run.first_page : run.first_page + run.num_pages]
         async with self._taker.pulls.turn(self._age):
-            transfer = transport.pull(source, run, page_ids, timeout_s=self._taker.timeout_s)
-            try:
-                await transfer.wait()
-            finally:
-                transfer.cancel()
-                # However the sequence ends meanwhile: its pages may have another owner when this task is over.
-                await to_its_end(asyncio.ensure_future(self._drain(source, transport, transfer)))
-            # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
-            memory, verifying = self._taker.memory, self._taker.verifying
-            await run_to_its_end(verifying, accept_pages, run, memory, page_ids, endpoint=source.endpoint)
+            await self._taker.mover.move(self._taker.transports[name], source, run, page_ids)
         self._transport = name
         self._verified_s = self._loop.time()
 
-    async def _drain(self, source: Source, transport: TakerEnd, transfer: Transfer) -> None:
-        """Return when no byte of `transfer` can land; a transport that can't say so in time loses its connection."""
-        try:
-            async with asyncio.timeout(self._taker.drain_timeout_s):
-                await transfer.drained()
-        except TimeoutError:
-            log.warning("transfer did not drain, disconnecting", extra={"holder": source.endpoint})
-            await transport.disconnect(source.endpoint)
-            await transfer.drained()
+    def _on_chosen(self, choosing: asyncio.Task[Source]) -> None:
+        """Fail at once, not only when there is something to pull."""
+        if not choosing.cancelled() and choosing.exception() is not None:
+            self._on_pulled(choosing)
 
-    def _on_pulled(self, pulling: asyncio.Task[None]) -> None:
+    def _on_pulled(self, pulling: asyncio.Task[Any]) -> None:
         if pulling.cancelled():
             return
         error = pulling.exception()

@@ -14,7 +14,8 @@ from typing import Protocol
 import grpc.aio
 from headrace.v1 import types_pb2
 
-from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.memfd import Memfd
+from headrace_core.transfer.memory import MemoryKind, PageMemory
 from headrace_core.transfer.values import Run
 
 
@@ -52,18 +53,24 @@ class Holding:
     incarnation: int
     frame_bytes: int
     on_sent: Callable[[int], None]
-    """Counts bytes."""
+    """Counts bytes; where takers read by themselves, nobody does."""
+    shared: Callable[[], Memfd | None] = lambda: None
+    """What the pool is built on, if others can be let read it."""
 
 
 class HolderEnd(Protocol):
     """The holder's end of a transport. Event loop only."""
 
-    def offer(self) -> types_pb2.TransportOffer:
-        """Return how a taker reaches it."""
+    def offer(self) -> types_pb2.TransportOffer | None:
+        """Return how a taker reaches it; None: this pool can't be reached so."""
         ...
 
     def serve(self, server: grpc.aio.Server) -> None:
-        """Begin to serve; `server` is the worker's."""
+        """Begin to serve; `server` is the worker's.
+
+        Raises:
+            StartupError: NO_TRANSPORT.
+        """
         ...
 
     def close(self) -> None:
@@ -80,11 +87,22 @@ class Source:
     offer: types_pb2.TransportOffer
 
 
+Read = Callable[[int, int], memoryview]
+"""Gives the bytes of (layer, index of the page in the run) where the holder has them. Any thread.
+
+Raises:
+    HandoffLostError: the holder is gone, or the transfer cancelled.
+    TransferCorruptError: SHORT_READ, there is no such page.
+"""
+
+
 class Transfer(Protocol):
     """Bytes on their way into destination pages. Started by `TakerEnd.pull`."""
 
-    async def wait(self) -> None:
-        """Return when every byte arrived. Cancelling the wait does not cancel the transfer.
+    async def wait(self) -> Read | None:
+        """Return when every byte arrived; or how to read them in place, when the caller copies them itself.
+
+        Cancelling the wait does not cancel the transfer.
 
         Raises:
             HandoffLostError: the holder refused or is gone, or time ran out.
@@ -101,8 +119,20 @@ class Transfer(Protocol):
         ...
 
 
+class UnprovenError(Exception):
+    """Bytes can't come this way from that holder; says why. Another offer may do."""
+
+
 class TakerEnd(Protocol):
     """The taker's end of a transport. Event loop only."""
+
+    async def prove(self, source: Source) -> None:
+        """Find out whether bytes can come this way, with no more than is needed; nothing if that is known.
+
+        Raises:
+            UnprovenError: they can't.
+        """
+        ...
 
     def pull(self, source: Source, run: Run, page_ids: Sequence[int], *, timeout_s: float) -> Transfer:
         """Start to move a run into as many `page_ids`, same layers, of the memory given at construction."""
@@ -119,10 +149,17 @@ class TakerEnd(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """Both ends of one way to move bytes."""
+    """One way to move bytes: both ends, the memory that the holder's pool must be of, what speaks against it here.
+
+    `probe` returns why no worker on this machine could use it; empty: nothing is known that speaks against it.
+    """
 
     holder: Callable[[Holding], HolderEnd]
     taker: Callable[[PageMemory], TakerEnd]
+    memory: MemoryKind = MemoryKind.PLAIN
+    probe: Callable[[], str] = lambda: ""
+    is_automatic: bool = True
+    """Whether `auto` uses it."""
 
 
 def offer_name(offer: types_pb2.TransportOffer) -> str:

@@ -1,31 +1,70 @@
-"""The table of transports, best first."""
+"""The table of transports, best first, and the choice between them.
+
+A worker may use those that its `--transport` and its machine allow (`usable`); a holder offers them; a taker tries the
+offers in turn until one is proven (`choose`). With a transport named a side has that one alone: nothing falls back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from headrace.v1 import types_pb2
 
-from headrace_core.errors import LayoutMismatchError
+from headrace_core.errors import LayoutMismatchError, StartupError
+from headrace_core.transfer import shm
 from headrace_core.transfer.fake import FakeHolder, FakeTaker
 from headrace_core.transfer.grpc import GrpcHolder, GrpcTaker
-from headrace_core.transfer.transport import Transport, offer_name
+from headrace_core.transfer.memory import MemoryKind
+from headrace_core.transfer.transport import Reading, Source, TakerEnd, Transport, UnprovenError, offer_name
 
-TRANSPORTS = {"grpc": Transport(GrpcHolder, GrpcTaker), "fake": Transport(FakeHolder, FakeTaker)}
+TRANSPORTS = {
+    "shm": Transport(shm.ShmHolder, shm.ShmTaker, MemoryKind.MEMFD, shm.probe),
+    "grpc": Transport(GrpcHolder, GrpcTaker),
+    "fake": Transport(FakeHolder, FakeTaker, is_automatic=False),
+}
 
 
-def choose_offer(
-    offers: Sequence[types_pb2.TransportOffer], usable: frozenset[str], *, endpoint: str
-) -> types_pb2.TransportOffer:
-    """Return the first offer that this worker may use.
+def usable(name: str) -> tuple[str, ...]:
+    """Return the transports that this process may use, best first: `auto`, all that can be had here; else that one.
 
     Raises:
-        LayoutMismatchError: NO_COMMON_TRANSPORT.
+        StartupError: NO_TRANSPORT, the one named can't be had here.
     """
+    if name == "auto":
+        return tuple(each for each, it in TRANSPORTS.items() if it.is_automatic and not it.probe())
+    problem = TRANSPORTS[name].probe()
+    if problem:
+        raise StartupError("NO_TRANSPORT", f"--transport {name}: {problem}")
+    return (name,)
+
+
+def memory_kind(names: Sequence[str]) -> MemoryKind:
+    """Return what a holder's pool is made of, so that all of these can read it."""
+    kinds = {TRANSPORTS[name].memory for name in names} - {MemoryKind.PLAIN}
+    assert len(kinds) <= 1, "one kind that serves all: so far there is one besides plain memory"
+    return kinds.pop() if kinds else MemoryKind.PLAIN
+
+
+async def choose(
+    offers: Sequence[types_pb2.TransportOffer], takers: Mapping[str, TakerEnd], *, endpoint: str, reading: Reading
+) -> Source:
+    """Return where to read: the first offer by which bytes can be had.
+
+    Raises:
+        LayoutMismatchError: NO_COMMON_TRANSPORT, there is none; says what speaks against each.
+    """
+    problems: list[str] = []
     for offer in offers:
-        if offer_name(offer) in usable:
-            return offer
-    names = ", ".join(filter(None, map(offer_name, offers))) or "nothing"
+        taker = takers.get(offer_name(offer))
+        if taker is not None:
+            source = Source(endpoint, reading, offer)
+            try:
+                await taker.prove(source)
+                return source
+            except UnprovenError as problem:
+                problems.append(f"; {offer_name(offer)}: {problem}")
+    offered = ", ".join(filter(None, map(offer_name, offers))) or "nothing"
+    taken = ", ".join(sorted(takers))
     raise LayoutMismatchError(
-        "NO_COMMON_TRANSPORT", f"{endpoint} offers {names}; this worker takes {', '.join(sorted(usable))}"
+        "NO_COMMON_TRANSPORT", f"{endpoint} offers {offered}; this worker takes {taken}{''.join(problems)}"
     )

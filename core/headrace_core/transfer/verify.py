@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import ParamSpec, TypeVar
 
+import numpy as np
 import xxhash
 
 from headrace_core.errors import LayoutMismatchError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.transfer.memory import PageMemory
+from headrace_core.transfer.transport import Read
 from headrace_core.transfer.values import Run
 
 _NICENESS = 10
@@ -48,13 +50,18 @@ def yield_to_steps() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
 
 
-def accept_pages(run: Run, memory: PageMemory, page_ids: Sequence[int], *, endpoint: str) -> None:
+def accept_pages(
+    run: Run, memory: PageMemory, page_ids: Sequence[int], *, endpoint: str, read: Read | None = None
+) -> None:
     """Check the bytes of a run that arrived, then make them what is computed with. Not on the event loop.
+
+    With `read` they are fetched here, page by page, each checked while it is in the processor's cache.
 
     Raises:
         TransferCorruptError: CHECKSUM, naming layer and page.
+        HeadraceError: from `read`.
     """
-    check_bytes(run, memory, page_ids, endpoint=endpoint)
+    check_bytes(run, memory, page_ids, endpoint=endpoint, read=read)
     memory.copy_from_host(page_ids)
 
 
@@ -81,17 +88,27 @@ def check_compatible(fingerprint: str, layout: KvLayout, *, ours: tuple[str, KvL
         raise LayoutMismatchError("LAYOUT_MISMATCH", f"{who} has pages of {layout}, this worker of {ours[1]}")
 
 
-def check_bytes(run: Run, memory: PageMemory, page_ids: Sequence[int], *, endpoint: str) -> None:
-    """Check the bytes that arrived against the run. Any thread.
+def check_bytes(
+    run: Run, memory: PageMemory, page_ids: Sequence[int], *, endpoint: str, read: Read | None = None
+) -> None:
+    """Check the bytes that arrived, or that `read` gives and are copied here first, against the run. Any thread.
 
     Raises:
         TransferCorruptError: CHECKSUM, naming layer and page.
+        HeadraceError: from `read`.
     """
     layers = range(run.first_layer, run.first_layer + run.num_layers)
-    arrived = checksums(memory, layers, page_ids)
-    for layer, expected, got in zip(layers, run.checksums, arrived, strict=True):
-        for index, (expected_sum, got_sum) in enumerate(zip(expected, got, strict=True), run.first_page):
-            if expected_sum != got_sum:
-                raise TransferCorruptError(
-                    "CHECKSUM", f"page {index} of layer {layer} from {endpoint} arrived with another checksum"
-                )
+    for layer, expected in zip(layers, run.checksums, strict=True):
+        for index, (page_id, expected_sum) in enumerate(zip(page_ids, expected, strict=True)):
+            page = memory.page_bytes(layer, page_id)
+            if read is not None:
+                _copy(page, read(layer, index))
+            # Of what is here now, also if somebody still writes there.
+            if xxhash.xxh3_64_intdigest(page) != expected_sum:
+                name = f"page {run.first_page + index} of layer {layer}"
+                raise TransferCorruptError("CHECKSUM", f"{name} from {endpoint} arrived with another checksum")
+
+
+def _copy(destination: memoryview, source: memoryview) -> None:
+    """Copy without the interpreter's lock: for steps, a copy between two bytecodes would be a pause."""
+    np.copyto(np.frombuffer(destination, np.uint8), np.frombuffer(source, np.uint8))

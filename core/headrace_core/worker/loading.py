@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headrace_core.batch.spec import ModelLimits
-from headrace_core.config import DecodeSettings, WorkerSettings
+from headrace_core.config import DecodeSettings, PrefillSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
 from headrace_core.errors import StartupError
 from headrace_core.kv.layout import CacheDtype, KvLayout
@@ -25,6 +25,9 @@ from headrace_core.model.self_check import check_kernels
 from headrace_core.model.working_memory import StepLimits
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape, ModelShapeError
+from headrace_core.transfer.memfd import Memfd
+from headrace_core.transfer.memory import new_memory
+from headrace_core.transfer.transports import memory_kind, usable
 from headrace_core.worker.cpu_speed import measure_worker_cpu
 from headrace_core.worker.op_metrics import Prediction
 from headrace_core.worker.warm_up import warm_up
@@ -52,6 +55,8 @@ class LoadedModel:
     fingerprint: str
     num_pages: int
     prediction: Prediction | None = None
+    memory: Memfd | None = None
+    """What the pool is built on, if other processes can be let read it."""
 
 
 def load_worker_model(settings: WorkerSettings) -> LoadedModel:
@@ -59,7 +64,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
 
     Raises:
         CheckpointError: the checkpoint can't be served.
-        StartupError: POOL_TOO_SMALL, the pool is too small for a page; NO_GPU, NO_KERNEL, KERNELS_DISAGREE.
+        StartupError: POOL_TOO_SMALL, the pool is too small for a page; NO_GPU, NO_KERNEL, KERNELS_DISAGREE;
+            NO_TRANSPORT.
     """
     started = time.perf_counter()
     pool_bytes = settings.kv_pool_mib << 20
@@ -80,7 +86,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         )
     config = model.config
     most = min(settings.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
-    cache = KvCache(layout, num_pages, settings.device)
+    memory = _pool_memory(settings)
+    cache = KvCache(layout, num_pages, settings.device, allocate=memory and memory.allocate)
     if settings.device == "cuda":
         _prepare_gpu(settings, model, cache, most)
     else:
@@ -105,7 +112,14 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         fingerprint=model.fingerprint,
         num_pages=num_pages,
         prediction=_prediction(settings, _ROOFLINE_DTYPES[layout.dtype], model.weight_bytes),
+        memory=memory,
     )
+
+
+def _pool_memory(settings: WorkerSettings) -> Memfd | None:
+    """Return what the pool of a worker that holds pages for others is built on."""
+    is_holder = isinstance(settings, PrefillSettings)
+    return new_memory(memory_kind(usable(settings.transport))) if is_holder else None
 
 
 def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int) -> None:

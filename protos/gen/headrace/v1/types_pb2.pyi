@@ -517,6 +517,7 @@ class TransportOffer(_message.Message):
 
     GRPC_FIELD_NUMBER: _builtins.int
     FAKE_FIELD_NUMBER: _builtins.int
+    SHM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def grpc(self) -> Global___GrpcTransport:
         """`TransferService.Pull` at the holder's endpoint."""
@@ -525,17 +526,22 @@ class TransportOffer(_message.Message):
     def fake(self) -> Global___FakeTransport:
         """In the same process, for tests."""
 
+    @_builtins.property
+    def shm(self) -> Global___ShmTransport:
+        """In place, on the same machine: the taker maps the holder's pool."""
+
     def __init__(
         self,
         *,
         grpc: Global___GrpcTransport | None = ...,
         fake: Global___FakeTransport | None = ...,
+        shm: Global___ShmTransport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "transport", b"transport"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "shm", b"shm", "transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "shm", b"shm", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_transport: _TypeAlias = _typing.Literal["grpc", "fake"]  # noqa: Y015
+    _WhichOneofReturnType_transport: _TypeAlias = _typing.Literal["grpc", "fake", "shm"]  # noqa: Y015
     _WhichOneofArgType_transport: _TypeAlias = _typing.Literal["transport", b"transport"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_transport) -> _WhichOneofReturnType_transport | None: ...
 
@@ -562,6 +568,50 @@ class GrpcTransport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GrpcTransport: _TypeAlias = GrpcTransport  # noqa: Y015
+
+@_typing.final
+class ShmTransport(_message.Message):
+    """Read in place: the taker maps the holder's pool and copies from there. The taker connects to a unix socket (of type
+    SEQPACKET) and says `key`, then `Shard.incarnation` as 8 bytes, little-endian. The answer is one byte, 1, with the
+    descriptor of the pool's memory; who says something else is not answered. Both look that the other is of their own user.
+    The connection stays, and its end is the holder's.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    LAYER_STRIDE_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """The machine, as its kernel names this boot: a taker elsewhere need not try."""
+    socket: _builtins.str
+    """Path of the socket."""
+    key: _builtins.bytes
+    """16 random bytes, new at each start."""
+    proof: _builtins.bytes
+    """16 other random bytes, that begin the last 4,096 of the memory. The taker must find them there: it proves that what it
+    mapped is this holder's pool.
+    """
+    layer_stride: _builtins.int
+    """Bytes from one layer's first to the next one's; pages follow each other in each layer, in the order of their ids."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        socket: _builtins.str = ...,
+        key: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
+        layer_stride: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "key", b"key", "layer_stride", b"layer_stride", "proof", b"proof", "socket", b"socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShmTransport: _TypeAlias = ShmTransport  # noqa: Y015
 
 @_typing.final
 class FakeTransport(_message.Message):

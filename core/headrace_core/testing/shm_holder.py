@@ -1,0 +1,31 @@
+"""A holder of pages over `shm` in a process of its own, to be killed: `python -m headrace_core.testing.shm_holder`.
+
+Ships with the product, for tests. Its pool is a `PlainMemory` of seed 1; it writes its offer to stdout, hexadecimal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import grpc.aio
+
+from headrace_core.testing.handoff_parts import PlainMemory, StubHolder, holding
+from headrace_core.transfer.memfd import Memfd
+from headrace_core.transfer.shm import ShmHolder
+
+
+async def _hold() -> None:
+    shared = Memfd()
+    pool = PlainMemory(seed=1, shared=shared)
+    holder = ShmHolder(holding(StubHolder(()), pool, frame_bytes=1, on_sent=lambda _: None, shared=shared))
+    holder.serve(grpc.aio.server())
+    offer = holder.offer()
+    assert offer is not None, "it serves"
+    sys.stdout.write(offer.SerializeToString().hex() + "\n")
+    sys.stdout.flush()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_hold())

@@ -1,0 +1,178 @@
+"""Hand-offs over each transport, and over shared memory what only a reader of memory can meet."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from headrace.v1 import decode_service_pb2
+from headrace_core.config import DecodeSettings, PrefillSettings
+from headrace_core.kv.page_pool import PageState
+from headrace_core.request import SamplingParams
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
+from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.hold_proxy import HoldProxy
+from headrace_core.testing.mini_router import MiniRouter
+from headrace_core.testing.worker_pair import inspect, running
+from headrace_core.transfer.memory import new_memory
+from headrace_core.transfer.transports import TRANSPORTS, memory_kind, usable
+from headrace_core.worker.loading import LoadedModel
+from headrace_decode.service import DecodeService
+from headrace_prefill.service import PrefillService
+
+GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=8, ignore_eos=True)
+PROMPT = list(range(1, 23))
+CHANNEL, PREFILL = decode_service_pb2.FAILURE_SIDE_CHANNEL, decode_service_pb2.FAILURE_SIDE_PREFILL
+
+
+def prefill_service(transport: str = "auto", **settings) -> PrefillService:
+    names = (transport,) if transport == "fake" else usable(transport)
+    loaded = loaded_fake_model(memory=new_memory(memory_kind(names)))
+    return PrefillService(PrefillSettings(model=".", **settings), loader=lambda _: loaded, transports=names)
+
+
+def decode_service(transport: str = "auto", loaded: LoadedModel | None = None, **settings) -> DecodeService:
+    names = (transport,) if transport == "fake" else usable(transport)
+    model = loaded or loaded_fake_model()
+    return DecodeService(DecodeSettings(model=".", **settings), loader=lambda _: model, transports=names)
+
+
+@pytest.mark.parametrize("transport", sorted(name for name, it in TRANSPORTS.items() if not it.probe()))
+@async_test
+async def test_a_sequence_has_the_tokens_that_it_has_alone_whatever_moved_its_pages(transport: str):
+    decoder = decode_service(transport)
+    async with (
+        running(prefill_service(transport, max_step_tokens=8), decoder, decode_service(role="both")) as (
+            prefill,
+            decode,
+            whole,
+        ),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+        MiniRouter(decode=whole) as reference,
+    ):
+        for attempt in range(2):
+            collected = router.start(f"r{attempt}", PROMPT, params=GREEDY)
+            assert await collected.tokens() == await reference.generate(f"r{attempt}", PROMPT, params=GREEDY)
+            assert (collected.joined.transport, collected.joined.num_transfer_pages) == (transport, 6)
+            assert collected.joined.transfer_bytes == 6 * decoder.host.model.layout.page_bytes
+
+
+def elsewhere(event):
+    """Say that the holder is on another machine."""
+    for shard in event.admitted.shards if event.HasField("admitted") else ():
+        for offer in shard.transports:
+            if offer.HasField("shm"):
+                offer.shm.host = "1" * 36
+    return [event]
+
+
+@pytest.mark.parametrize(("is_elsewhere", "expected"), [(False, "shm"), (True, "grpc")])
+@async_test
+async def test_auto_takes_the_best_that_both_prove(is_elsewhere: bool, expected: str):
+    async with (
+        running(prefill_service(), decode_service()) as (prefill, decode),
+        HoldProxy(prefill) as proxy,
+        MiniRouter(prefill=proxy.address, decode=decode) as router,
+    ):
+        if is_elsewhere:
+            proxy.rewrite = elsewhere
+        collected = router.start("r", PROMPT, params=GREEDY)
+        assert len(await collected.tokens()) == 8
+        assert collected.joined.transport == expected
+
+
+@pytest.mark.parametrize("holder", ["auto", "grpc"])
+@async_test
+async def test_a_transport_that_is_named_is_refused_by_name_where_it_does_not_work(holder: str):
+    async with (
+        running(prefill_service(holder), decode_service("shm")) as (prefill, decode),
+        HoldProxy(prefill) as proxy,
+        MiniRouter(prefill=proxy.address, decode=decode) as router,
+    ):
+        proxy.rewrite = elsewhere
+        collected = router.start("r", PROMPT, params=GREEDY)
+        failure = await collected.wait_failure()
+        assert (failure.reason, collected.side, collected.joined) == ("NO_COMMON_TRANSPORT", CHANNEL, None)
+        said = "shm: it is on another machine" if holder == "auto" else "offers grpc; this worker takes shm"
+        assert said in str(failure)
+
+
+class SlowTaker:
+    """A decode worker whose copying stops at its first page until it is let go on."""
+
+    def __init__(self) -> None:
+        loaded = loaded_fake_model()
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        page_bytes = loaded.cache.page_bytes
+
+        def stopping(layer: int, page_id: int) -> memoryview:
+            if threading.current_thread().name.startswith("verify"):
+                self.reached.set()
+                assert self.go_on.wait(WAIT_S)
+            return page_bytes(layer, page_id)
+
+        loaded.cache.page_bytes = stopping
+        self.service = decode_service("shm", loaded)
+
+    async def is_copying(self) -> None:
+        await asyncio.to_thread(self.reached.wait, WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("is_written", "reason", "side"), [(False, "STALE_PAGE", PREFILL), (True, "CHECKSUM", CHANNEL)]
+)
+@async_test
+async def test_a_page_that_is_reused_while_it_is_read_never_joins(is_written: bool, reason: str, side: int):
+    """Nobody asked the holder: the bytes tell, and where they are the same by chance, its last look."""
+    prefiller, taker = prefill_service("shm"), SlowTaker()
+    async with (
+        running(prefiller, taker.service) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        collected = router.start("r", PROMPT, params=GREEDY)
+        await taker.is_copying()
+        (lease,) = prefiller.leases.leases
+        run = lease.runs[0]
+        object.__setattr__(run, "generations", (run.generations[0] - 1, *run.generations[1:]))
+        if is_written:
+            prefiller.host.model.cache.page_bytes(0, run.page_ids[0])[0] ^= 1
+        taker.go_on.set()
+        assert ((await collected.wait_failure()).reason, collected.side) == (reason, side)
+        assert collected.joined is None
+
+
+@async_test
+async def test_pages_have_no_new_owner_before_the_copy_into_them_has_ended():
+    taker = SlowTaker()
+    async with (
+        running(prefill_service("shm"), taker.service) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        collected = router.start("r", PROMPT, params=GREEDY)
+        await taker.is_copying()
+        router.cancel(collected)
+        await eventually(lambda: taker.service.num_sequences == 0, "the sequence is over")
+        counts = await inspect(taker.service)
+        assert counts[PageState.QUARANTINED] == 6
+        taker.go_on.set()
+
+
+@async_test
+async def test_a_holder_that_goes_away_in_mid_copy_says_so_and_leaves_no_socket():
+    prefiller, taker = prefill_service("shm"), SlowTaker()
+    async with running(taker.service) as (decode,):
+        prefill = await prefiller.start()
+        async with MiniRouter(prefill=prefill, decode=decode) as router:
+            collected = router.start("r", PROMPT, params=GREEDY)
+            await taker.is_copying()
+            stopping = asyncio.ensure_future(prefiller.stop())
+            failure = asyncio.ensure_future(collected.wait_failure())
+            await asyncio.sleep(0)
+            taker.go_on.set()
+            assert (await failure).reason == "DRAINING"
+            await stopping
+            (end,) = prefiller._ends
+            assert end.server.num_connections == 0
+            shm = taker.service._taker.transports["shm"]
+            await eventually(lambda: shm.endpoints == [], "the taker knows of its end")
