@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headrace_core.telemetry import PHASE_BUCKETS
+from headrace_core.transfer.taker import TransferStats
 from headrace_core.worker.metrics import WorkerMetrics
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -16,6 +17,17 @@ class DecodeMetrics:
             "headrace_transfer_seconds", "Moving and verifying one sequence's pages", ["transport"],
             buckets=PHASE_BUCKETS, registry=registry,
         )  # fmt: skip
+        self.handoffs = Gauge(
+            "headrace_handoffs", "Sequences ordered from a holder and not yet here", registry=registry
+        )
+        self.transfer_wait_seconds = Histogram(
+            "headrace_transfer_wait_seconds", "What one sequence's runs waited for their turn", ["transport"],
+            buckets=PHASE_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.transfer_busy_seconds = Counter(
+            "headrace_transfer_busy_seconds_total", "Moving and verifying, summed over runs", ["transport"],
+            registry=registry,
+        )  # fmt: skip
         self.preemptions = Counter(
             "headrace_preemptions_total", "Sequences evicted to be computed again", registry=registry
         )
@@ -25,3 +37,9 @@ class DecodeMetrics:
         self.slow_readers = Counter(
             "headrace_slow_readers_total", "Sessions aborted because their reader stalled", registry=registry
         )
+
+    def observe_transfer(self, moved: TransferStats) -> None:
+        """Count a hand-off whose pages are here."""
+        self.transfer_seconds.labels(moved.transport).observe(moved.duration_s)
+        self.transfer_wait_seconds.labels(moved.transport).observe(moved.wait_s)
+        self.transfer_busy_seconds.labels(moved.transport).inc(moved.move_s)

@@ -238,11 +238,13 @@ class DecodeService:
 
         def on_done(taking: asyncio.Task[TransferStats | None]) -> None:
             self._taking.discard(taking)
+            self._metrics.handoffs.dec()
             self._on_taken(sequence, taking)
 
         taking = self._taker.take(order, sequence.prefill_address, page_ids, age=sequence.key, on_first=on_first)
         sequence.taking = asyncio.ensure_future(taking)
         self._taking.add(sequence.taking)
+        self._metrics.handoffs.inc()
         sequence.taking.add_done_callback(on_done)
 
     def _on_first(self, sequence: Sequence, admission: Admission, first: FirstToken) -> None:
@@ -263,7 +265,7 @@ class DecodeService:
         if error is None and not taking.cancelled() and taking.result() and not sequence.is_over:
             moved = sequence.moved = taking.result()
             assert moved is not None, "asked just now"
-            self._metrics.transfer_seconds.labels(moved.transport).observe(moved.duration_s)
+            self._metrics.observe_transfer(moved)
             worker.transfer_bytes.labels(moved.transport, "received").inc(moved.num_bytes)
             self.host.engine.submit(lambda scheduler: scheduler.arrived(sequence.key, sequence.first_token_id))
             return

@@ -56,6 +56,9 @@ async def test_a_sequence_has_the_tokens_that_it_has_alone_whatever_moved_its_pa
             assert await collected.tokens() == await reference.generate(f"r{attempt}", PROMPT, params=GREEDY)
             assert (collected.joined.transport, collected.joined.num_transfer_pages) == (transport, 6)
             assert collected.joined.transfer_bytes == 6 * decoder.host.model.layout.page_bytes
+        values, labels = decoder.registry.get_sample_value, {"transport": transport}
+        assert values("headrace_transfer_wait_seconds_count", labels) == 2
+        assert (values("headrace_transfer_busy_seconds_total", labels) or 0) > 0
 
 
 def elsewhere(event):
@@ -151,11 +154,13 @@ async def test_pages_have_no_new_owner_before_the_copy_into_them_has_ended():
     ):
         collected = router.start("r", PROMPT, params=GREEDY)
         await taker.is_copying()
+        assert taker.service.registry.get_sample_value("headrace_handoffs") == 1
         router.cancel(collected)
         await eventually(lambda: taker.service.num_sequences == 0, "the sequence is over")
         counts = await inspect(taker.service)
         assert counts[PageState.QUARANTINED] == 6
         taker.go_on.set()
+        await eventually(lambda: taker.service.registry.get_sample_value("headrace_handoffs") == 0, "it has ended")
 
 
 @async_test

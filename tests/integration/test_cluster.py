@@ -9,6 +9,7 @@ from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.request import FinishReason, SamplingParams
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.cluster_checks import all_pages_free
+from headrace_core.transfer.transports import usable
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=48)
@@ -147,7 +148,7 @@ def test_time_is_accounted_for(cluster):
         first = [phase.duration_us for phase in timings.phases if phase.is_before_first_token]
         assert sum(first) == timings.ttft_us > 0
         assert {"queue", "prefill", "transfer", "decode"} <= {phase.name for phase in timings.phases}
-        assert timings.transport == "grpc"
+        assert timings.transport == usable("auto")[0]
         assert timings.num_attempts == 1
         assert timings.transfer_bytes > 0
 

@@ -20,7 +20,7 @@ WORKER = [
     ("metrics", "names"),
     [
         (PrefillMetrics, ["headrace_prefill_seconds", "headrace_leases", "headrace_lease_ends_total"]),
-        (DecodeMetrics, ["headrace_transfer_seconds", "headrace_preemptions_total"]),
+        (DecodeMetrics, ["headrace_transfer_seconds", "headrace_preemptions_total", "headrace_handoffs"]),
     ],
 )
 def test_every_documented_metric_is_scraped(metrics, names):

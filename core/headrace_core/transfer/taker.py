@@ -64,12 +64,18 @@ MOST_PULLS = 4
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """What a hand-off moved, and how long it took from the first token until all was verified."""
+    """What a hand-off moved, and how long it took from the first token until all was verified.
+
+    `wait_s` and `move_s` are sums over its runs: until they had their turn, and from then until they were verified. Runs
+    of a hand-off move beside each other, so a sum may be longer than the hand-off was.
+    """
 
     transport: str
     num_bytes: int
     num_pages: int
     duration_s: float
+    wait_s: float
+    move_s: float
 
 
 OnFirst = Callable[[Admission, FirstToken], None]
@@ -193,6 +199,7 @@ class _Take:
         """Where the pages of each shard are read."""
         self._pulling: set[asyncio.Task[None]] = set()
         self._transport = ""
+        self._wait_s = self._move_s = 0.0
 
     async def run(self) -> TransferStats | None:
         reading = asyncio.ensure_future(self._read())
@@ -287,10 +294,14 @@ class _Take:
         source = await choosing
         name = offer_name(source.offer)
         page_ids = self._page_ids[run.first_page : run.first_page + run.num_pages]
+        asked_s = self._loop.time()
         async with self._taker.pulls.turn(self._age):
+            begun_s = self._loop.time()
             await self._taker.mover.move(self._taker.transports[name], source, run, page_ids)
         self._transport = name
         self._verified_s = self._loop.time()
+        self._wait_s += begun_s - asked_s
+        self._move_s += self._verified_s - begun_s
 
     def _on_chosen(self, choosing: asyncio.Task[Source]) -> None:
         """Fail at once, not only when there is something to pull."""
@@ -321,7 +332,8 @@ class _Take:
         if not self._over.done():
             moved = num_bytes(self._runs, self._taker.layout)
             duration_s = max(0.0, self._verified_s - self._first_s)
-            self._over.set_result(TransferStats(self._transport, moved, len(self._page_ids), duration_s))
+            times = duration_s, self._wait_s, self._move_s
+            self._over.set_result(TransferStats(self._transport, moved, len(self._page_ids), *times))
 
     def _fail(self, error: HeadraceError | TakeError) -> None:
         if self._over.done():
