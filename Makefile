@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault model model-check stress mutants bench kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault model model-check stress mutants bench bench-transfer kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -92,6 +92,9 @@ $(MUTMUT): tests/mutants/requirements.txt | setup
 
 bench: setup ## Speed and memory beside transformers; writes build/bench/first-light.json
 	$(BIN)/python -m tests.perf.first_light
+
+bench-transfer: setup ## What moving pages costs, beside raw gRPC, a socket and memcpy; writes build/bench/transfer.json
+	$(BIN)/python -m tests.perf.transfer
 
 kernels-check: setup $(OTHER_TRITON)/.installed ## Compile every kernel for sm_90 and gfx942 with two Tritons (build/bench/kernels-aot.json)
 	$(AOT)

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
 _ENOUGH_FILES = 2 * MAX_CONNECTIONS
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MOST_MMAP_THRESHOLD = 32 << 20
 
 
 class Service(Protocol):
@@ -94,6 +96,19 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def keep_freed_memory(num_bytes: int = 64 << 20) -> None:
+    """Keep up to so much freed memory for what is allocated next, where the C library can (glibc).
+
+    A worker allocates and frees frames of a megabyte all the time. By itself glibc gives them back at once, and the
+    kernel zeroes each of their pages again: a third of what moving pages by gRPC costs.
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if set_option is not None:
+            set_option(_M_MMAP_THRESHOLD, min(num_bytes, _MOST_MMAP_THRESHOLD))
+            set_option(_M_TRIM_THRESHOLD, num_bytes)
 
 
 async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace_core.config import DecodeSettings, parse
-from headrace_core.process import run
+from headrace_core.process import keep_freed_memory, run
 from headrace_core.worker.threads import limit_threads
 
 
@@ -11,6 +11,7 @@ def main() -> None:
     """Run until a signal; exit codes are in `headrace_core.process`."""
     settings = parse(DecodeSettings)
     limit_threads(settings.threads)
+    keep_freed_memory()
     # Only now: torch reads the thread limits when it is imported.
     from headrace_decode.service import DecodeService
 

@@ -163,7 +163,7 @@ def test_every_process_exports_what_it_did(cluster):
     wanted = {
         "router": ["headrace_ttft_seconds_count", "headrace_itl_seconds_count", "headrace_tpot_seconds_count",
                    "headrace_e2e_seconds_count", "headrace_queue_seconds_count", "headrace_output_tokens_total"],
-        "prefill": ["headrace_prompt_tokens_total", "headrace_kv_pages", "headrace_transfer_bytes_total",
+        "prefill": ["headrace_prompt_tokens_total", "headrace_kv_pages", "headrace_lease_ends_total",
                     "headrace_expert_tokens_total"],
         "decode": ["headrace_output_tokens_total", "headrace_kv_pages", "headrace_transfer_bytes_total",
                    "headrace_expert_tokens_total"],

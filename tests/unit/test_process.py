@@ -173,3 +173,27 @@ def test_a_bad_option_is_named_and_exits_2(start):
     assert child.returncode == 2
     assert "--drain-s" in err
     assert "try --help" in err
+
+
+_CHURN = """
+import resource, sys
+from headrace_core.process import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def churn():
+    frames = [b"x" * (1 << 20) for _ in range(16)]
+    del frames
+churn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    churn()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "glibc" not in str(os.confstr("CS_GNU_LIBC_VERSION")), reason="glibc")
+def test_frames_that_come_and_go_are_not_given_back_to_the_kernel_each_time():
+    def num_faults(how: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", _CHURN, how], capture_output=True, check=True).stdout)
+
+    assert num_faults("keep") < 16 * 256 < num_faults("leave"), "each frame has 256 of the kernel's pages"

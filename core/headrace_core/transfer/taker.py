@@ -66,8 +66,8 @@ MOST_PULLS = 4
 class TransferStats:
     """What a hand-off moved, and how long it took from the first token until all was verified.
 
-    `wait_s` and `move_s` are sums over its runs: until they had their turn, and from then until they were verified. Runs
-    of a hand-off move beside each other, so a sum may be longer than the hand-off was.
+    `wait_s` and `move_s` are sums over its runs, until they had their turn and from then until they were verified. Runs
+    move beside each other, so a sum may be longer than the hand-off was.
     """
 
     transport: str
