@@ -62,7 +62,7 @@ class WorkerSettings(ProcessSettings):
     max_step_tokens: int = Field(512, ge=1, description="tokens a step may compute")
     max_step_sequences: int = Field(64, ge=1, description="sequences a step may run")
     max_waiting_sequences: int = Field(512, ge=1, description="queue length at which new work is refused")
-    transport: Literal["auto", "grpc", "shm"] = Field(
+    transport: Literal["auto", "grpc", "nixl", "shm"] = Field(
         "auto", description="how pages move; auto: the best that works between two workers; a name never falls back"
     )
     roofline_every_steps: int = Field(

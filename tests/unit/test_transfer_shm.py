@@ -181,7 +181,7 @@ class Paused(PlainMemory):
 @async_test
 async def test_a_holder_that_is_killed_in_mid_copy_is_lost_and_what_it_leaves_does_no_harm():
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "headrace_core.testing.shm_holder", stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "headrace_core.testing.lone_holder", "shm", stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
     try:

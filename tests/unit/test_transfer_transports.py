@@ -82,7 +82,8 @@ async def test_without_a_transport_that_works_both_sides_are_told_why(offers, na
 
 
 def test_auto_is_every_transport_that_can_be_had_here_the_best_first():
-    assert usable("auto") == ("shm", "grpc")
+    assert [name for name in usable("auto") if name != "nixl"] == ["shm", "grpc"]
+    assert list(TRANSPORTS) == ["shm", "nixl", "grpc", "fake"]
 
 
 def lacking(monkeypatch, name: str, problem: str) -> None:
@@ -90,7 +91,8 @@ def lacking(monkeypatch, name: str, problem: str) -> None:
 
 
 def test_auto_does_without_what_can_not_be_had(monkeypatch):
-    lacking(monkeypatch, "shm", "no such memory")
+    for name in ("shm", "nixl"):
+        lacking(monkeypatch, name, "not here")
     assert usable("auto") == ("grpc",)
 
 

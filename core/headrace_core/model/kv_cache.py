@@ -78,6 +78,10 @@ class KvCache:
             raise IndexError(f"page {page_id} is outside a pool of {self.num_pages}")
         return self._rows[layer][page_id].data
 
+    def host_layers(self) -> Sequence[memoryview]:
+        """Return all that `page_bytes` shows, by layer: pages in the order of their ids."""
+        return self._bytes
+
     def copy_to_host(self, page_ids: Sequence[int]) -> None:
         """Let `page_bytes` show what the device's pages hold now; returns when it does. Not on the event loop."""
         if self._ring and page_ids:

@@ -36,6 +36,7 @@ class PlainMemory:
         plain = [memoryview(bytearray(size)) for _ in range(num_layers)]
         buffers = shared.allocate(num_layers, size) if shared else plain
         starts = range(0, size, page_bytes)
+        self._buffers = buffers
         self._pages = [[buffer[start : start + page_bytes] for start in starts] for buffer in buffers]
         for layer, pages in enumerate(self._pages):
             for page, content in enumerate(pages):
@@ -45,6 +46,10 @@ class PlainMemory:
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
         """See `PageMemory`."""
         return self._pages[layer][page_id]
+
+    def host_layers(self) -> Sequence[memoryview]:
+        """See `PageMemory`."""
+        return self._buffers
 
     def copy_to_host(self, page_ids: Sequence[int]) -> None:
         """See `PageMemory`."""

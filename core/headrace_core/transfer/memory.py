@@ -30,6 +30,10 @@ class PageMemory(Protocol):
         """Return one page of one layer: contiguous, writable, no copy."""
         ...
 
+    def host_layers(self) -> Sequence[memoryview]:
+        """Return all that `page_bytes` shows, by layer: what a transport registers."""
+        ...
+
     def copy_to_host(self, page_ids: Sequence[int]) -> None:
         """Let `page_bytes` show what was computed into these pages. Not on the event loop."""
         ...

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from headrace.v1 import types_pb2
 
 from headrace_core.errors import LayoutMismatchError, StartupError
-from headrace_core.transfer import shm
+from headrace_core.transfer import nixl, shm
 from headrace_core.transfer.fake import FakeHolder, FakeTaker
 from headrace_core.transfer.grpc import GrpcHolder, GrpcTaker
 from headrace_core.transfer.memory import MemoryKind
@@ -19,6 +19,7 @@ from headrace_core.transfer.transport import Reading, Source, TakerEnd, Transpor
 
 TRANSPORTS = {
     "shm": Transport(shm.ShmHolder, shm.ShmTaker, MemoryKind.MEMFD, shm.probe),
+    "nixl": Transport(nixl.NixlHolder, nixl.NixlTaker, probe=nixl.probe),
     "grpc": Transport(GrpcHolder, GrpcTaker),
     "fake": Transport(FakeHolder, FakeTaker, is_automatic=False),
 }

@@ -4,11 +4,13 @@
 
 Two processes: one holds 256 MiB of pages, this one takes them. Contenders take turns in every round, so that what the
 machine does besides meets all alike; figures are medians over rounds, CPU seconds are user and system time of both
-processes, ratios are medians of the ratios within rounds. Raw peers: gRPC's raw bytes in frames of 1 MiB, copied out of
-the holder's pages and into the taker's; the same frames made beforehand and dropped on arrival; a TCP socket into the
-pages; a copy of the same pages in the same pieces inside one process, with and without summing each while it is hot.
-Ours are verified, and moved as a hand-off moves them: runs of at most 8 MiB, four at a time. All have the workers'
-allocator.
+processes, ratios are medians of the ratios within rounds.
+
+Ours are verified, and moved as a hand-off moves them: runs of at most 8 MiB, four at a time. Their raw peers: gRPC's
+raw bytes in frames of 1 MiB, copied out of the holder's pages and into the taker's; the same frames made beforehand and
+dropped on arrival; a TCP socket into the pages; a copy of the same pages in the same pieces inside one process, with
+and without summing each while it is hot; NIXL's own calls, where it is installed, in a second pass without the others,
+as its holder is never quite idle. All have the workers' allocator.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from typing import Any
 
 import uvloop
 from headrace_core.process import keep_freed_memory
+from headrace_core.transfer.transports import usable
 
 from tests.perf import report_file
 from tests.perf.machine import machine
 from tests.perf.transfer.contenders import Contenders
 from tests.perf.transfer.pools import SIZES, Size
 
+RAW_PEERS = ("memcpy", "memcpy_checked", "raw_socket", "raw_grpc_dropped", "raw_grpc")
 REPORT = Path("build/bench/transfer.json")
 Sample = dict[str, float]
 Samples = dict[str, dict[str, list[Sample]]]
@@ -45,17 +49,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=REPORT)
     options = parser.parse_args()
     keep_freed_memory()
-    serving = subprocess.Popen(
-        [sys.executable, "-m", "tests.perf.transfer.serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert serving.stdin is not None
-    assert serving.stdout is not None
-    try:
-        served = json.loads(serving.stdout.readline())
-        samples = uvloop.run(_measure(served, serving.pid, options.rounds))
-    finally:
-        serving.stdin.close()
-        serving.wait(30)
+    ours = usable("auto")
+    served, samples = _pass([name for name in ours if name != "nixl"], options.rounds, RAW_PEERS)
+    if "nixl" in ours:
+        samples |= _pass(["nixl"], options.rounds, ("raw_nixl",))[1]
     report = {
         **machine(),
         "commands": {"taker": sys.orig_argv, "holder": served["argv"]},
@@ -68,11 +65,28 @@ def main() -> None:
     _print(report)
 
 
-async def _measure(served: dict[str, Any], holder_pid: int, num_rounds: int) -> Samples:
+def _pass(names: Sequence[str], num_rounds: int, peers: Sequence[str]) -> tuple[dict[str, Any], Samples]:
+    """Return what the holder's process says of itself, and the samples of these transports and their peers."""
+    serving = subprocess.Popen(
+        [sys.executable, "-m", "tests.perf.transfer.serve", *names],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert serving.stdin is not None
+    assert serving.stdout is not None
+    try:
+        served = json.loads(serving.stdout.readline())
+        return served, uvloop.run(_measure(served, serving.pid, num_rounds, [*peers, *names]))
+    finally:
+        serving.stdin.close()
+        serving.wait(30)
+
+
+async def _measure(served: dict[str, Any], holder_pid: int, num_rounds: int, names: Sequence[str]) -> Samples:
     contenders = Contenders(served, SIZES)
     await contenders.open()
     samples: Samples = defaultdict(lambda: defaultdict(list))
-    names = list(contenders.moves)
     for index in range(-1, num_rounds):
         for name in names if index % 2 else reversed(names):
             for size in SIZES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,7 @@ from headrace_core.transfer.transports import TRANSPORTS
 from headrace_core.transfer.values import Run
 from headrace_core.transfer.verify import yield_to_steps
 
-from tests.perf.transfer.pools import INCARNATION, Pool, Size
+from tests.perf.transfer.pools import INCARNATION, PAGE_BYTES, Pool, Size
 from tests.perf.transfer.serve import RAW_SERVICE
 
 Move = Callable[[Size], Awaitable[None]]
@@ -52,6 +52,8 @@ class Contenders:
             source = Source(self._served["address"], reading, types_pb2.TransportOffer.FromString(bytes.fromhex(offer)))
             await taker.prove(source)
             self.moves[name] = self._ours(taker, source)
+            if name == "nixl":
+                self.moves["raw_nixl"] = self._raw_nixl(taker, source)
         self._channel: grpc.aio.Channel = rpc.own_channel(self._served["address"])
         self.moves["raw_grpc"] = self._raw_grpc
         self.moves["raw_grpc_dropped"] = self._raw_grpc_dropped
@@ -91,6 +93,34 @@ class Contenders:
     def _call(self, method: str, size: Size) -> Any:
         pull: Any = self._channel.unary_stream(f"/{RAW_SERVICE}/{method}")
         return pull(size.num_bytes.to_bytes(8, "little"))
+
+    def _raw_nixl(self, taker: Any, source: Source) -> Move:
+        """NIXL's own calls on the same agent and descriptors, one run after the other, nothing verified."""
+        (link,) = taker._links.values()
+        bases = [np.frombuffer(layer, np.uint8).ctypes.data for layer in self._pool.host_layers()]
+        addresses = source.offer.nixl.layer_addresses
+
+        def regions(run: Run, layers: Sequence[int]) -> list[tuple[int, int, int]]:
+            return [
+                (layers[layer] + page * PAGE_BYTES, PAGE_BYTES, 0)
+                for layer in range(run.num_layers)
+                for page in run.page_ids
+            ]
+
+        lists = {
+            name: [(regions(run, bases), regions(run, addresses)) for run in runs] for name, runs in self._runs.items()
+        }
+
+        def read(size: Size) -> None:
+            for local, remote in lists[size.name]:
+                handle = link.post(local, remote)
+                while not link.is_done(handle):
+                    pass
+
+        async def move(size: Size) -> None:
+            await asyncio.wrap_future(taker._thread.submit(read, size))
+
+        return move
 
     async def _raw_socket(self, size: Size) -> None:
         await asyncio.wrap_future(self._verifying.submit(self._receive, size))

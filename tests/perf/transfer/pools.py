@@ -32,6 +32,10 @@ class Pool:
         """See `PageMemory`."""
         return self.buffers[layer][page_id * PAGE_BYTES : (page_id + 1) * PAGE_BYTES]
 
+    def host_layers(self) -> Sequence[memoryview]:
+        """See `PageMemory`."""
+        return self.buffers
+
     def copy_to_host(self, page_ids: Sequence[int]) -> None:
         """See `PageMemory`."""
 

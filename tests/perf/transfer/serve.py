@@ -1,6 +1,6 @@
 """The other process of the bench: one pool, served by our transports' holders and by their raw peers.
 
-    python -m tests.perf.transfer.serve
+    python -m tests.perf.transfer.serve TRANSPORT...
 
 Writes one line of JSON: offers, address and port. Ends when its stdin does.
 """
@@ -23,7 +23,7 @@ from headrace_core.rpc import Server
 from headrace_core.transfer.grpc import SERVICE
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.transport import Holding
-from headrace_core.transfer.transports import TRANSPORTS, usable
+from headrace_core.transfer.transports import TRANSPORTS
 
 from tests.perf.transfer.pools import INCARNATION, EveryPage, Pool
 
@@ -45,7 +45,7 @@ async def _serve() -> None:
     _add_raw(server.grpc, pool)
     offers: dict[str, str] = {}
     ends: list[Any] = []
-    for name in usable("auto"):
+    for name in sys.argv[1:]:
         end = TRANSPORTS[name].holder(_holding(pool, shared))
         end.serve(server.grpc)
         ends.append(end)

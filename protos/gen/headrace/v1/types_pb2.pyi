@@ -518,6 +518,7 @@ class TransportOffer(_message.Message):
     GRPC_FIELD_NUMBER: _builtins.int
     FAKE_FIELD_NUMBER: _builtins.int
     SHM_FIELD_NUMBER: _builtins.int
+    NIXL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def grpc(self) -> Global___GrpcTransport:
         """`TransferService.Pull` at the holder's endpoint."""
@@ -530,18 +531,23 @@ class TransportOffer(_message.Message):
     def shm(self) -> Global___ShmTransport:
         """In place, on the same machine: the taker maps the holder's pool."""
 
+    @_builtins.property
+    def nixl(self) -> Global___NixlTransport:
+        """One-sided reads by NVIDIA NIXL."""
+
     def __init__(
         self,
         *,
         grpc: Global___GrpcTransport | None = ...,
         fake: Global___FakeTransport | None = ...,
         shm: Global___ShmTransport | None = ...,
+        nixl: Global___NixlTransport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "shm", b"shm", "transport", b"transport"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "nixl", b"nixl", "shm", b"shm", "transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "shm", b"shm", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fake", b"fake", "grpc", b"grpc", "nixl", b"nixl", "shm", b"shm", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_transport: _TypeAlias = _typing.Literal["grpc", "fake", "shm"]  # noqa: Y015
+    _WhichOneofReturnType_transport: _TypeAlias = _typing.Literal["grpc", "fake", "shm", "nixl"]  # noqa: Y015
     _WhichOneofArgType_transport: _TypeAlias = _typing.Literal["transport", b"transport"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_transport) -> _WhichOneofReturnType_transport | None: ...
 
@@ -612,6 +618,44 @@ class ShmTransport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ShmTransport: _TypeAlias = ShmTransport  # noqa: Y015
+
+@_typing.final
+class NixlTransport(_message.Message):
+    """Read by NIXL (UCX), which reaches the holder's registered memory over RDMA, TCP, or on one machine by reading the other
+    process. The taker proves it by reading `proof`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METADATA_FIELD_NUMBER: _builtins.int
+    LAYER_ADDRESSES_FIELD_NUMBER: _builtins.int
+    PROOF_ADDRESS_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    metadata: _builtins.bytes
+    """What the holder's agent tells of itself and its memory, as NIXL writes it. The agent's name is new at each start."""
+    proof_address: _builtins.int
+    """Where `proof` is in the holder."""
+    proof: _builtins.bytes
+    """16 random bytes, new at each start."""
+    @_builtins.property
+    def layer_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where each layer's pages begin in the holder, by layer; pages follow each other in the order of their ids."""
+
+    def __init__(
+        self,
+        *,
+        metadata: _builtins.bytes = ...,
+        layer_addresses: _abc.Iterable[_builtins.int] | None = ...,
+        proof_address: _builtins.int = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_addresses", b"layer_addresses", "metadata", b"metadata", "proof", b"proof", "proof_address", b"proof_address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NixlTransport: _TypeAlias = NixlTransport  # noqa: Y015
 
 @_typing.final
 class FakeTransport(_message.Message):

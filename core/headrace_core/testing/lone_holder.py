@@ -1,4 +1,4 @@
-"""A holder of pages over `shm` in a process of its own, to be killed: `python -m headrace_core.testing.shm_holder`.
+"""A holder of pages in a process of its own, to be killed: `python -m headrace_core.testing.lone_holder TRANSPORT`.
 
 Ships with the product, for tests. Its pool is a `PlainMemory` of seed 1; it writes its offer to stdout, hexadecimal.
 """
@@ -12,13 +12,14 @@ import grpc.aio
 
 from headrace_core.testing.handoff_parts import PlainMemory, StubHolder, holding
 from headrace_core.transfer.memfd import Memfd
-from headrace_core.transfer.shm import ShmHolder
+from headrace_core.transfer.transports import TRANSPORTS
 
 
 async def _hold() -> None:
     shared = Memfd()
     pool = PlainMemory(seed=1, shared=shared)
-    holder = ShmHolder(holding(StubHolder(()), pool, frame_bytes=1, on_sent=lambda _: None, shared=shared))
+    end = TRANSPORTS[sys.argv[1]].holder
+    holder = end(holding(StubHolder(()), pool, frame_bytes=1, on_sent=lambda _: None, shared=shared))
     holder.serve(grpc.aio.server())
     offer = holder.offer()
     assert offer is not None, "it serves"
