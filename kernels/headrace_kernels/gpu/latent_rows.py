@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM
+from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM, num_groups
 from headrace_kernels.gpu.fp8 import quantise
 from headrace_kernels.gpu.launch import is_interpreted
 from headrace_kernels.gpu.rms_norm import normalise
@@ -30,10 +30,15 @@ def row_arguments(
         latents, pe = cache.split([latent_dim, rope_dim], dim=1)
         stored = (latents, latents.stride(0), None, 0, pe, pe.stride(0))
     else:
-        latents, scales, pe = cache.split([latent_dim, latent_dim // GROUP * 4, rope_dim * 2], dim=1)
-        latents, scales, pe = latents.view(FP8), scales.view(torch.float32), pe.view(torch.bfloat16)
+        latents, scales, pe = fp8_parts(cache, latent_dim, rope_dim)
         stored = (latents, latents.stride(0), scales, scales.stride(0), pe, pe.stride(0))
     return (*new, *stored, latent_dim, rope_dim // 2)
+
+
+def fp8_parts(cache: Tensor, latent_dim: int, rope_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents [S, D] fp8, scales [S, ceil(D / 128)] float32 and rope columns [S, R] bfloat16: views of rows."""
+    latents, scales, pe = cache.split([latent_dim, num_groups(latent_dim) * 4, rope_dim * 2], dim=1)
+    return latents.view(FP8), scales.view(torch.float32), pe.view(torch.bfloat16)
 
 
 def row_constants(c_kv: Tensor, k_pe: Tensor, *, is_interleaved: bool) -> dict[str, Any]:
@@ -86,11 +91,13 @@ def norm_rope_store(
         head = tl.arange(0, 1)
         halves = rotate(pe_ptr + token * pe_stride + head, 1, head == 0, cos, sin, half, BLOCK_R, IS_INTERLEAVED)
         out_ptrs = cached_pe_ptr + slot * cached_pe_stride + head[:, None] + pair[None, :]
-        # First to the computing dtype, as the specification does; an fp8 row then has them in bfloat16.
-        first, second = halves[0].to(dtype).to(tl.float32), halves[1].to(dtype).to(tl.float32)
+        # First to the computing dtype, as the specification does; an fp8 row then has them in bfloat16, which has no
+        # number for the largest of float32.
+        pe_dtype: tl.constexpr = cached_pe_ptr.dtype.element_ty
+        first, second = halves[0].to(dtype).to(pe_dtype).to(tl.float32), halves[1].to(dtype).to(pe_dtype).to(tl.float32)
         # Pairs past the key were read as 0.
         are_finite = (tl.abs(first) < float("inf")) & (tl.abs(second) < float("inf"))
         is_finite = tl.min(are_finite.to(tl.int32), axis=1)[:, None] > 0
         first, second = tl.where(is_finite, first, float("nan")), tl.where(is_finite, second, float("nan"))
-        tl.store(out_ptrs, first.to(cached_pe_ptr.dtype.element_ty), mask=is_pair[None, :])
-        tl.store(out_ptrs + half, second.to(cached_pe_ptr.dtype.element_ty), mask=is_pair[None, :])
+        tl.store(out_ptrs, first.to(pe_dtype), mask=is_pair[None, :])
+        tl.store(out_ptrs + half, second.to(pe_dtype), mask=is_pair[None, :])

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace_kernels.fp8_groups import GROUP
+from headrace_kernels.fp8_groups import FP8, GROUP, num_groups
 from headrace_kernels.gpu import split_plan
 from headrace_kernels.gpu.combine_splits import combine_splits, new_partials
 from headrace_kernels.gpu.configs import Config, config
@@ -97,7 +97,8 @@ def attend(
         PAGE_SIZE=cache.shape[1],
         OPERAND=operand_dtype(query),
         BLOCK_H=block_heads,
-        BLOCK_D=max(triton.next_power_of_2(kv_lora_rank), 16),
+        # Of fp8 rows a tile has whole groups.
+        BLOCK_D=max(triton.next_power_of_2(kv_lora_rank), layout["SCALE_GROUP"], 16),
         BLOCK_R=max(triton.next_power_of_2(rope_dim), 16),
         **layout,
         **splits.constants,
@@ -117,10 +118,10 @@ def _views(cache: Tensor, kv_lora_rank: int) -> tuple[Tensor, Tensor, Tensor, di
     layout = {"LATENT_ROW": width, "ROPE_ROW": width, "ROPE_START": kv_lora_rank}
     if cache.dtype != torch.uint8:
         return cache, cache, cache, layout | {"SCALE_ROW": 0, "SCALE_START": 0, "SCALE_GROUP": 0}
-    rope_byte = kv_lora_rank + kv_lora_rank // GROUP * 4
+    rope_byte = kv_lora_rank + num_groups(kv_lora_rank) * 4
     layout |= {"ROPE_ROW": width // 2, "ROPE_START": rope_byte // 2}
     layout |= {"SCALE_ROW": width // 4, "SCALE_START": kv_lora_rank // 4, "SCALE_GROUP": GROUP}
-    return cache.view(torch.float8_e4m3fn), cache.view(torch.float32), cache.view(torch.bfloat16), layout
+    return cache.view(FP8), cache.view(torch.float32), cache.view(torch.bfloat16), layout
 
 
 def _block_heads(num_heads: int) -> int:

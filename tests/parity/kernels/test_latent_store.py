@@ -107,7 +107,7 @@ def test_new_latents_equal_the_specification(widths, is_interleaved, dtype, devi
 
 
 @DTYPES
-@pytest.mark.parametrize("widths", [(512, 64), (384, 6)])
+@pytest.mark.parametrize("widths", [(512, 64), (384, 6), (64, 32), (200, 4)])
 def test_new_latents_in_fp8(widths, dtype, device):
     new, slots = _New(3, *widths, dtype, device, skipped=[1]), torch.tensor([4, -1, 0], device=device)
     found, expected = (torch.full((5, row_bytes(*widths)), 77, dtype=torch.uint8, device=device) for _ in range(2))
