@@ -33,6 +33,7 @@ SMALLER = {
     "gqa_decode": {"_HEADS": 4, "_GROUPS": 2, "_DIM": 32},
     "gqa_prefill": {"_HEADS": 4, "_GROUPS": 2, "_DIM": 32, "CHUNKS": ((20, 64),)},
     "grouped_gemm": {"LAYERS": {"tiny": (64, 32, 4, 2)}},
+    "latent_load": FEW_SLOTS,
     "latent_store": FEW_SLOTS,
     "mla_decode": {"PUBLISHED_US": {(16, 1, 64): None}},
     "mla_prefill": {"HEADS": {"tiny": 2}, "CHUNKS": ((20, 64),)},

@@ -22,6 +22,7 @@ from headrace_kernels.gqa_decode import gqa_decode
 from headrace_kernels.gqa_prefill import gqa_prefill
 from headrace_kernels.grouped_gemm import combine_assignments, experts_down, experts_gate_up
 from headrace_kernels.latent_fp8 import pack_latents, unpack_latents
+from headrace_kernels.latent_load import latent_load
 from headrace_kernels.latent_store import latent_norm_rope_store, latent_store
 from headrace_kernels.mla_decode import mla_decode, mla_decode_values
 from headrace_kernels.mla_prefill import mla_prefill
@@ -117,9 +118,15 @@ def stored_new(t):
 
 
 def stored_new_fp8(t):
-    packed = pack_latents(torch.zeros(4, 132, device=t["c_kv"].device), 128, 4)
+    widths = t["c_kv"].shape[1], 4
+    packed = pack_latents(torch.zeros(4, sum(widths), device=t["c_kv"].device), *widths)
     latent_norm_rope_store(*new_row(t, packed), eps=1e-6, is_interleaved=True)
-    return unpack_latents(packed, 128, 4)
+    return unpack_latents(packed, *widths)
+
+
+def loaded_fp8(t):
+    cache, slots = pack_latents(t["rows"], 64, 4), torch.tensor([0, 2], device=t["rows"].device)
+    return latent_load(cache, slots, kv_lora_rank=64, rope_dim=4, dtype=torch.bfloat16)
 
 
 def prologue(t):
@@ -212,6 +219,11 @@ CASES = {
     "latent_store": Case(stored, {"latents": (2, 9)}),
     "latent_norm_rope_store": Case(stored_new, NEW_ROW),
     "latent_norm_rope_store, fp8": Case(stored_new_fp8, FULL_NEW_ROW),
+    "latent_norm_rope_store, fp8, half a group": Case(
+        stored_new_fp8, {**FULL_NEW_ROW, "c_kv": (2, 64), "norm_weight": (64,)}
+    ),
+    "latent_load, fp8, latent": Case(loaded_fp8, {"rows": (3, 68)}, {"rows": (2, 63)}),
+    "latent_load, fp8, rope": Case(loaded_fp8, {"rows": (3, 68)}, {"rows": (2, 65)}),
     "mla_prologue": Case(prologue, {"query": (2, 2, 12), "w_uk": (2, 8, 8), **NEW_ROW}),
     "rms_norm": Case(lambda t: rms_norm(t["x"], t["w"], 1e-6), {"x": (2, 9), "w": (9,)}),
     "add_rms_norm": Case(
