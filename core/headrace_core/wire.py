@@ -30,6 +30,7 @@ _DTYPE_TO_WIRE = {
     CacheDtype.FLOAT32: types_pb2.CACHE_DTYPE_FLOAT32,
     CacheDtype.BFLOAT16: types_pb2.CACHE_DTYPE_BFLOAT16,
     CacheDtype.FLOAT16: types_pb2.CACHE_DTYPE_FLOAT16,
+    CacheDtype.FP8_E4M3: types_pb2.CACHE_DTYPE_FP8_E4M3,
 }
 _DTYPE_FROM_WIRE = {wire: dtype for dtype, wire in _DTYPE_TO_WIRE.items()}
 
@@ -88,18 +89,23 @@ def decode_layout(message: types_pb2.KvLayout) -> KvLayout:
     """Return the layout.
 
     Raises:
-        InvalidRequestError: BAD_HANDOFF, a part is missing or zero.
+        InvalidRequestError: BAD_HANDOFF, a part is missing, zero or unknown, or the parts do not fit each other.
     """
     dtype = _DTYPE_FROM_WIRE.get(message.dtype)
     kind = message.WhichOneof("attention")
     if dtype is None or kind is None or not message.num_layers or not message.page_size:
-        raise InvalidRequestError("BAD_HANDOFF", "the layout lacks dtype, attention, layers or page size")
+        raise InvalidRequestError(
+            "BAD_HANDOFF", "the layout lacks dtype (or one that this version knows), attention, layers or page size"
+        )
     attention = (
         LatentAttention(message.latent.kv_lora_rank, message.latent.rope_dim)
         if kind == "latent"
         else KeyValueAttention(message.key_value.num_kv_heads, message.key_value.head_dim)
     )
-    layout = KvLayout(message.num_layers, message.page_size, dtype, attention)
+    try:
+        layout = KvLayout(message.num_layers, message.page_size, dtype, attention)
+    except ValueError as error:
+        raise InvalidRequestError("BAD_HANDOFF", f"the layout can't be: {error}") from error
     if not layout.page_bytes:
         raise InvalidRequestError("BAD_HANDOFF", "the layout's attention has a width of 0")
     return layout

@@ -131,7 +131,7 @@ class Registry:
             if ours != theirs:
                 return f"its model is {ours[:12]}; this fleet serves {theirs[:12]}"
             if layout != worker.layout:
-                return f"its cache layout is {layout}; this fleet's is {worker.layout}"
+                return f"its cache layout differs from this fleet's: {layout.difference(worker.layout)}"
             if info.vocab_size != worker.info.vocab_size:
                 return f"its vocabulary has {info.vocab_size} tokens; this fleet's has {worker.info.vocab_size}"
             ours_eos, theirs_eos = _eos_ids(info), _eos_ids(worker.info)

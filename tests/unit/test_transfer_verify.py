@@ -103,9 +103,13 @@ def test_another_model_is_refused_by_the_first_letters_of_both_fingerprints():
     assert "same config, weights and --dtype" in str(raised.value)
 
 
-def test_another_layout_is_refused_naming_both():
-    other = replace(LAYOUT, dtype=CacheDtype.BFLOAT16)
+def test_another_layout_is_refused_naming_both_and_the_option():
+    layout = replace(LAYOUT, dtype=CacheDtype.FP8_E4M3, attention=LatentAttention(4, 2))
+    other = replace(layout, dtype=CacheDtype.BFLOAT16)
     with pytest.raises(LayoutMismatchError) as raised:
-        check_compatible("fa4e", LAYOUT, ours=("fa4e", other), who="10.0.0.7:5000")
+        check_compatible("fa4e", layout, ours=("fa4e", other), who="10.0.0.7:5000")
     assert raised.value.reason == "LAYOUT_MISMATCH"
-    assert str(raised.value) == f"10.0.0.7:5000 has pages of {LAYOUT}, this worker of {other}"
+    assert str(raised.value) == (
+        "pages of 10.0.0.7:5000 are not laid out as this worker's: dtype fp8_e4m3, not bfloat16 "
+        "(--kv-cache-dtype, --dtype); start both with the same options"
+    )

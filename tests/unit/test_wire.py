@@ -140,8 +140,11 @@ def test_bad_request_ids_are_refused(request_id):
         check_request_id(request_id)
 
 
-@pytest.mark.parametrize("attention", [LatentAttention(512, 64), KeyValueAttention(8, 128)])
-@pytest.mark.parametrize("dtype", list(CacheDtype))
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [(LatentAttention(512, 64), dtype) for dtype in CacheDtype]
+    + [(KeyValueAttention(8, 128), dtype) for dtype in CacheDtype if dtype is not CacheDtype.FP8_E4M3],
+)
 def test_layout_survives_the_wire(attention, dtype):
     layout = KvLayout(61, 64, dtype, attention)
     assert wire.decode_layout(wire.encode_layout(layout)) == layout
@@ -150,6 +153,20 @@ def test_layout_survives_the_wire(attention, dtype):
 def test_an_incomplete_layout_is_refused():
     with pytest.raises(InvalidRequestError) as caught:
         wire.decode_layout(types_pb2.KvLayout(num_layers=1, page_size=64))
+    assert caught.value.reason == "BAD_HANDOFF"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [
+        (types_pb2.CACHE_DTYPE_FP8_E4M3, {"key_value": types_pb2.KeyValueLayout(num_kv_heads=8, head_dim=128)}),
+        (types_pb2.CACHE_DTYPE_FP8_E4M3, {"latent": types_pb2.LatentLayout(kv_lora_rank=66, rope_dim=8)}),
+        (9, {"latent": types_pb2.LatentLayout(kv_lora_rank=64, rope_dim=8)}),
+    ],
+)
+def test_a_layout_that_can_not_be_or_that_is_not_known_is_refused(dtype, attention):
+    with pytest.raises(InvalidRequestError) as caught:
+        wire.decode_layout(types_pb2.KvLayout(num_layers=1, page_size=64, dtype=dtype, **attention))
     assert caught.value.reason == "BAD_HANDOFF"
 
 

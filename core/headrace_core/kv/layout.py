@@ -10,29 +10,54 @@ from dataclasses import dataclass
 from enum import Enum
 
 
+_FP8_GROUP = 128
+"""Columns of a latent that share a scale."""
+
+
 class CacheDtype(Enum):
-    """Scalar type of cached values; the value is torch's name for it."""
+    """How values are cached; the value is the name that torch has for it, or options."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    FP8_E4M3 = "fp8_e4m3"
+    """Rows of bytes: a latent in float8_e4m3fn, its scales, rope columns in bfloat16 (`LatentAttention`)."""
 
     @property
     def itemsize(self) -> int:
-        """Bytes a value takes."""
-        return 4 if self is CacheDtype.FLOAT32 else 2
+        """Bytes that an element of a page's shape takes."""
+        return {CacheDtype.FLOAT32: 4, CacheDtype.FP8_E4M3: 1}.get(self, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """MLA: a token caches `c_kv` [kv_lora_rank] and `k_pe` [rope_dim] per layer."""
+    """MLA: a token caches `c_kv` [kv_lora_rank] and `k_pe` [rope_dim] per layer.
+
+    In fp8 a token's row is kv_lora_rank bytes of float8_e4m3fn, a float32 scale for each 128 columns of them (the last
+    one's may be fewer), and rope_dim values of bfloat16: `headrace_kernels.latent_fp8`, FlashMLA's format.
+    """
 
     kv_lora_rank: int
     rope_dim: int
 
-    def page_shape(self, page_size: int) -> tuple[int, ...]:
-        """Return [page_size, kv_lora_rank + rope_dim]."""
-        return (page_size, self.kv_lora_rank + self.rope_dim)
+    def row_shape(self, dtype: CacheDtype) -> tuple[int, ...]:
+        """Return [kv_lora_rank + rope_dim], or in fp8 [bytes of a row].
+
+        Raises:
+            ValueError: an fp8 row of these widths would not be aligned.
+        """
+        if dtype is not CacheDtype.FP8_E4M3:
+            return (self.kv_lora_rank + self.rope_dim,)
+        if self.kv_lora_rank % 4 or self.rope_dim % 2:
+            raise ValueError(
+                "fp8_e4m3 needs a latent width that is a multiple of 4 and an even rope width, "
+                f"not {self.kv_lora_rank} and {self.rope_dim}"
+            )
+        return (self.kv_lora_rank + -(-self.kv_lora_rank // _FP8_GROUP) * 4 + self.rope_dim * 2,)
+
+    def page_shape(self, page_size: int, dtype: CacheDtype) -> tuple[int, ...]:
+        """Return [page_size, *row_shape]. Raises as `row_shape` does."""
+        return (page_size, *self.row_shape(dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +67,36 @@ class KeyValueAttention:
     num_kv_heads: int
     head_dim: int
 
-    def page_shape(self, page_size: int) -> tuple[int, ...]:
-        """Return [2, page_size, num_kv_heads, head_dim]; keys, then values."""
+    def page_shape(self, page_size: int, dtype: CacheDtype) -> tuple[int, ...]:
+        """Return [2, page_size, num_kv_heads, head_dim]; keys, then values.
+
+        Raises:
+            ValueError: `dtype` is fp8, for which keys and values have no format.
+        """
+        if dtype is CacheDtype.FP8_E4M3:
+            raise ValueError("fp8_e4m3 is there for latents (MLA) alone, not for keys and values (GQA)")
         return (2, page_size, self.num_kv_heads, self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Layout of a sequence's cache; equal layouts can exchange pages."""
+    """Layout of a sequence's cache; equal layouts can exchange pages.
+
+    Making one raises ValueError if `dtype` can't hold what `attention` caches.
+    """
 
     num_layers: int
     page_size: int
     dtype: CacheDtype
     attention: LatentAttention | KeyValueAttention
 
+    def __post_init__(self) -> None:
+        self.attention.page_shape(self.page_size, self.dtype)
+
     @property
     def page_shape(self) -> tuple[int, ...]:
-        """Shape of one page of one layer."""
-        return self.attention.page_shape(self.page_size)
+        """Shape of one page of one layer; in fp8 of bytes."""
+        return self.attention.page_shape(self.page_size, self.dtype)
 
     @property
     def page_layer_bytes(self) -> int:
@@ -75,6 +112,16 @@ class KvLayout:
     def token_bytes(self) -> int:
         """Bytes a token takes over all layers."""
         return self.page_bytes // self.page_size
+
+    def difference(self, other: KvLayout) -> str:
+        """Say how this layout differs from `other`, with the options that decide it; empty if they are equal."""
+        parts = (
+            ("num_layers", self.num_layers, other.num_layers, ""),
+            ("page_size", self.page_size, other.page_size, " (--page-size)"),
+            ("dtype", self.dtype.value, other.dtype.value, " (--kv-cache-dtype, --dtype)"),
+            ("attention", self.attention, other.attention, ""),
+        )
+        return ", ".join(f"{name} {mine}, not {theirs}{by}" for name, mine, theirs, by in parts if mine != theirs)
 
     def num_pages(self, num_tokens: int) -> int:
         """Return how many pages hold `num_tokens`, rounding up."""

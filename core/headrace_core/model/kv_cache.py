@@ -17,7 +17,9 @@ TORCH_DTYPES = {
     CacheDtype.FLOAT32: torch.float32,
     CacheDtype.BFLOAT16: torch.bfloat16,
     CacheDtype.FLOAT16: torch.float16,
+    CacheDtype.FP8_E4M3: torch.uint8,
 }
+"""Of a cache's tensors."""
 
 Allocate = Callable[[int, int], Sequence[memoryview]]
 """Gives, for (layers, bytes of each), a buffer for each layer: writable, and zero."""

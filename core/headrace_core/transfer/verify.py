@@ -85,7 +85,11 @@ def check_compatible(fingerprint: str, layout: KvLayout, *, ours: tuple[str, KvL
             "both need the same config, weights and --dtype",
         )
     if layout != ours[1]:
-        raise LayoutMismatchError("LAYOUT_MISMATCH", f"{who} has pages of {layout}, this worker of {ours[1]}")
+        raise LayoutMismatchError(
+            "LAYOUT_MISMATCH",
+            f"pages of {who} are not laid out as this worker's: {layout.difference(ours[1])}; "
+            "start both with the same options",
+        )
 
 
 def check_bytes(

@@ -92,9 +92,11 @@ class _CacheDtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheDtype
     """bfloat16, little-endian."""
     CACHE_DTYPE_FLOAT16: _CacheDtype.ValueType  # 3
     """IEEE 754 binary16, little-endian."""
+    CACHE_DTYPE_FP8_E4M3: _CacheDtype.ValueType  # 4
+    """Latents in 8 bits; `LatentLayout` says how. Not for keys and values."""
 
 class CacheDtype(_CacheDtype, metaclass=_CacheDtypeEnumTypeWrapper):
-    """Scalar type of cached values."""
+    """How values are cached."""
 
 CACHE_DTYPE_UNSPECIFIED: CacheDtype.ValueType  # 0
 """Never sent; a receiver treats it as a protocol error."""
@@ -104,6 +106,8 @@ CACHE_DTYPE_BFLOAT16: CacheDtype.ValueType  # 2
 """bfloat16, little-endian."""
 CACHE_DTYPE_FLOAT16: CacheDtype.ValueType  # 3
 """IEEE 754 binary16, little-endian."""
+CACHE_DTYPE_FP8_E4M3: CacheDtype.ValueType  # 4
+"""Latents in 8 bits; `LatentLayout` says how. Not for keys and values."""
 Global___CacheDtype: _TypeAlias = CacheDtype  # noqa: Y015
 
 @_typing.final
@@ -377,7 +381,7 @@ class KvLayout(_message.Message):
     page_size: _builtins.int
     """Tokens a page holds."""
     dtype: Global___CacheDtype.ValueType
-    """Scalar type of every value."""
+    """Scalar type of every value; or CACHE_DTYPE_FP8_E4M3, whose rows have several."""
     @_builtins.property
     def latent(self) -> Global___LatentLayout:
         """Multi-head latent attention."""
@@ -408,7 +412,10 @@ Global___KvLayout: _TypeAlias = KvLayout  # noqa: Y015
 @_typing.final
 class LatentLayout(_message.Message):
     """One page of one layer: [page_size, kv_lora_rank + rope_dim] row-major; a row is the normalised compressed latent
-    `c_kv` followed by the rotated `k_pe` (as cosine half then sine half: de-interleaved).
+    `c_kv` followed by the rotated `k_pe` (as cosine half then sine half: de-interleaved). With CACHE_DTYPE_FP8_E4M3 a row
+    is bytes, little-endian, with nothing between or after its parts: kv_lora_rank of float8_e4m3fn (no infinity; 0x7F and
+    0xFF are NaN), the values of `c_kv` divided by their scale; ceil(kv_lora_rank / 128) scales in float32, one for each
+    128 values, the last one's may be fewer; `k_pe` in bfloat16. Then kv_lora_rank is a multiple of 4, and rope_dim even.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
