@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from headrace_core.roofline.formula import pretty
 from headrace_core.roofline.hardware import Hardware
-from headrace_core.roofline.memory import cached_bytes_formula, weight_bytes_formula
+from headrace_core.roofline.memory import CACHED_BYTES, weight_bytes_formula
 from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
 from headrace_core.roofline.operations import (
     DECODE_LOAD,
@@ -116,7 +116,7 @@ def _model(shape: ModelShape, routings: Mapping[str, Routing], tables: list[list
             for phase in ("prefill", "decode")
         },
         "weightBytes": weight_bytes_formula(shape),
-        "cachedBytes": cached_bytes_formula(shape),
+        "cachedBytes": CACHED_BYTES,
         "routing": {name: _routing(shape, routing) for name, routing in routings.items()} if shape.moe else None,
     }
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -28,7 +29,7 @@ _DEMO = {
 
 def test_deepseek_v3_caches_70272_bytes_per_token():
     assert DEEPSEEK_V3.kv_bytes_per_token(Dtype.BF16) == 70_272
-    assert DEEPSEEK_V3.kv_bytes_per_token(Dtype.FP8) == 35_136
+    assert DEEPSEEK_V3.kv_bytes_per_token(Dtype.FP8) == 61 * (512 + 4 * 4 + 64 * 2) == 40_016
 
 
 def test_latent_is_57_times_smaller_than_keys_and_values_of_all_heads():
@@ -43,6 +44,8 @@ def test_mixtral_caches_131072_bytes_per_token():
 def test_bytes_per_token_are_those_of_the_engines_layout():
     latent = KvLayout(DEEPSEEK_V2_LITE.num_layers, 64, CacheDtype.BFLOAT16, LatentAttention(512, 64))
     assert DEEPSEEK_V2_LITE.kv_bytes_per_token() == latent.token_bytes
+    narrow = KvLayout(DEEPSEEK_V2_LITE.num_layers, 64, CacheDtype.FP8_E4M3, LatentAttention(512, 64))
+    assert DEEPSEEK_V2_LITE.kv_bytes_per_token(Dtype.FP8) == narrow.token_bytes
     grouped = KvLayout(MIXTRAL_8X7B.num_layers, 64, CacheDtype.FLOAT32, KeyValueAttention(8, 128))
     assert MIXTRAL_8X7B.kv_bytes_per_token(Dtype.FP32) == grouped.token_bytes
 
@@ -58,6 +61,20 @@ def test_bytes_per_token_are_those_of_the_engines_layout():
 )
 def test_cache_of_256_sequences_of_4096_tokens_on_8_gpus(shape, parallel, gib):
     assert round(kv_bytes_per_gpu(shape, parallel, 256 * 4096) / 2**30, 1) == gib
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_formula_counts_what_the_shape_does(name, dtype):
+    shape = MODELS[name]
+    assert kv_bytes_per_gpu(shape, Parallelism(), 1, dtype) == shape.kv_bytes_per_token(dtype)
+
+
+def test_a_short_latent_has_one_scale():
+    small = MlaShape(0, 64, 32, 32, 32)
+    assert small.cached_bytes_per_token(Dtype.FP8) == 64 + 4 + 64
+    shape = dataclasses.replace(DEEPSEEK_V2_LITE, num_layers=3, attention=small)
+    assert kv_bytes_per_gpu(shape, Parallelism(), 1, Dtype.FP8) == 3 * 132
 
 
 def test_tensor_parallelism_beyond_the_kv_heads_divides_the_cache_no_further():

@@ -82,7 +82,9 @@ def test_fp8_halves_weights_and_keeps_attention_in_bf16():
     assert narrow["attention_absorbed"] == dataclasses.replace(wide["attention_absorbed"])
     assert narrow["head"].bytes == wide["head"].bytes
     cached = _decode(DEEPSEEK_V3, 64, 4096, dtype=Dtype.FP8, kv_dtype=Dtype.FP8)["attention_absorbed"]
-    assert cached.bytes < 0.65 * _decode(DEEPSEEK_V3, 64, 4096)["attention_absorbed"].bytes
+    assert cached.bytes == 61 * (64 * 4096 * 656 + 64 * 128 * (576 + 512) * 2)
+    handoff = _prefill(DEEPSEEK_V3, 1, 4096, 4096, kv_dtype=Dtype.FP8)["kv_transfer"]
+    assert handoff.comm_bytes == 4096 * DEEPSEEK_V3.kv_bytes_per_token(Dtype.FP8)
 
 
 def test_tensor_parallelism_divides_heads_but_not_the_latent():

@@ -5,6 +5,8 @@ KV cache of `l` layers, `b` sequences of `s` tokens, in values per GPU:
     MHA, GQA   2 l (b/DP) s max(1, heads_kv/TP) head_dim      TP divides heads, down to one
     MLA        l (b/DP) s (kv_lora_rank + rope_dim)           TP divides nothing: every head reads the whole latent
 
+In FP8 a latent also has a scale of four bytes for each 128 values, and its rope columns stay in BF16.
+
 Weights: TP divides projections by heads, vocabulary and dense width; DP repeats them; experts are spread over all
 GPUs. What all heads share is on every GPU. Norms, biases and multi-token-prediction layers are left out. Symbols are
 those of `operations`.
@@ -18,9 +20,8 @@ from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
 from headrace_core.roofline.operations import StepLoad, operation_symbols
 
 
-def cached_bytes_formula(shape: ModelShape) -> str:
-    """Return the bytes that a token of one of a GPU's own sequences takes on it."""
-    return "layers*(D+R)*c" if isinstance(shape.attention, MlaShape) else "layers*2*G*h*c"
+CACHED_BYTES = "layers*kv"
+"""The bytes that a token of one of a GPU's own sequences takes on it."""
 
 
 def parameter_formulas(shape: ModelShape) -> dict[str, str]:
@@ -56,7 +57,7 @@ def kv_bytes_per_gpu(shape: ModelShape, parallel: Parallelism, num_tokens: float
 def kv_bytes_per_token_per_gpu(shape: ModelShape, parallel: Parallelism, dtype: Dtype = Dtype.BF16) -> float:
     """Return the bytes that a token of one of a GPU's own sequences takes on it."""
     symbols = operation_symbols(shape, StepLoad(), parallel, kv_dtype=dtype)
-    return evaluate((cached_bytes_formula(shape),), symbols)[0]
+    return evaluate((CACHED_BYTES,), symbols)[0]
 
 
 def parameters(shape: ModelShape, parallel: Parallelism = ONE_GPU) -> float:

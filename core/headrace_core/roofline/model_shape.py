@@ -23,7 +23,7 @@ class Dtype(Enum):
 
     @property
     def itemsize(self) -> int:
-        """Bytes a value takes; block scales of FP8 (below 4 %) are not counted."""
+        """Bytes a value takes; block scales of FP8 weights (below 4 %) are not counted."""
         return {Dtype.FP32: 4, Dtype.BF16: 2, Dtype.FP16: 2, Dtype.FP8: 1}[self]
 
     @property
@@ -46,10 +46,11 @@ class MlaShape:
     rope_dim: int
     value_dim: int
 
-    @property
-    def cached_values_per_token(self) -> int:
-        """Values a token caches per layer, shared by all heads."""
-        return self.kv_lora_rank + self.rope_dim
+    def cached_bytes_per_token(self, dtype: Dtype) -> int:
+        """Return the bytes a token caches per layer, shared by all heads; in FP8 with scales, and rope in BF16."""
+        if dtype is Dtype.FP8:
+            return self.kv_lora_rank + 4 * -(-self.kv_lora_rank // 128) + 2 * self.rope_dim
+        return (self.kv_lora_rank + self.rope_dim) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,9 @@ class GqaShape:
     num_kv_heads: int
     head_dim: int
 
-    @property
-    def cached_values_per_token(self) -> int:
-        """Values a token caches per layer, keys and values of all KV heads."""
-        return 2 * self.num_kv_heads * self.head_dim
+    def cached_bytes_per_token(self, dtype: Dtype) -> int:
+        """Return the bytes a token caches per layer, keys and values of all KV heads."""
+        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class ModelShape:
 
     def kv_bytes_per_token(self, dtype: Dtype = Dtype.BF16) -> int:
         """Return the bytes a token caches over all layers; DeepSeek-V3 in bf16: 70,272."""
-        return self.num_layers * self.attention.cached_values_per_token * dtype.itemsize
+        return self.num_layers * self.attention.cached_bytes_per_token(dtype)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], name: str = "") -> ModelShape:

@@ -3,7 +3,7 @@
 All values are per GPU, of the busiest one, and per layer; `Operation` has them for the whole step. What is counted:
 fused attention (scores never reach memory), the causal half only, both matrix products of attention; norms and
 activations as one pass; weights once per step; an expert's weights only if a token chose it. What is not: keys and
-values that later query tiles read again, biases, softmax's few FLOPs per score, FP8 scales.
+values that later query tiles read again, biases, softmax's few FLOPs per score, FP8 scales of weights.
 
 Symbols (`operation_symbols` has their values; sizes that TP or EP divide are a GPU's share):
 
@@ -11,7 +11,7 @@ Symbols (`operation_symbols` has their values; sizes that TP or EP divide are a 
     Tp, Td tokens · Cp, Cd tokens of cache read · Pp, Pd query-key pairs; p in prefill, d in decode
     N hidden · H heads · G KV heads · h head size · Q query rank · D latent · R rope · nope, v dims of a head
     E experts · K per token · X distinct experts read · rows tokens x experts of this GPU · F, Fs, Fd widths
-    V vocabulary · w bytes of a weight · a of an activation · c of a cached value
+    V vocabulary · w bytes of a weight · a of an activation · c of a cached value · kv of what a token caches in a layer
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ _LATENT = (
     _matmul("kv_down_proj", "projection", "layers", "T", "N", "(D+R)"),
     OperationFormula(
         "latent_norms_and_rope", "norm", "layers", "5*T*(Q+D) + 3*T*(H+1)*R",
-        "2*a*T*(Q+H*R) + a*T*(D+R) + c*T*(D+R)",
+        "2*a*T*(Q+H*R) + a*T*(D+R) + kv*T",
     ),
 )  # fmt: skip
 
@@ -176,7 +176,7 @@ def _absorbed(part: str) -> tuple[OperationFormula, ...]:
         ),
         OperationFormula(
             "attention_absorbed", "attention", "layers", f"2*H*{pairs}*(2*D+R)",
-            f"c*{context}*(D+R) + a*{tokens}*H*(2*D+R)",
+            f"kv*{context} + a*{tokens}*H*(2*D+R)",
         ),
         OperationFormula(
             "absorb_value", "projection", "layers", f"2*{tokens}*H*D*v", f"a*H*D*v + a*{tokens}*H*(D+v)"
@@ -201,13 +201,13 @@ def _naive(part: str) -> tuple[OperationFormula, ...]:
 def _grouped(part: str) -> OperationFormula:
     name = {"p": "attention_prefill", "d": "attention_decode"}[part]
     return OperationFormula(
-        name, "attention", "layers", f"4*H*h*P{part}", f"c*2*C{part}*G*h + a*2*T{part}*H*h"
+        name, "attention", "layers", f"4*H*h*P{part}", f"kv*C{part} + a*2*T{part}*H*h"
     )  # fmt: skip
 
 
 _GROUPED_PROJECTION = (
     _matmul("qkv_proj", "projection", "layers", "T", "N", "((H+2*G)*h)"),
-    OperationFormula("rope_and_cache", "norm", "layers", "3*T*(H+G)*h", "2*a*T*(H+G)*h + (a+c)*T*2*G*h"),
+    OperationFormula("rope_and_cache", "norm", "layers", "3*T*(H+G)*h", "2*a*T*(H+G)*h + a*T*2*G*h + kv*T"),
 )
 
 
@@ -246,11 +246,10 @@ _VOCABULARY = (
 )  # fmt: skip
 
 
-def _handoff(cached: str) -> OperationFormula:
-    # Every GPU of a TP group takes the whole latent, or its own heads' keys and values.
-    return OperationFormula(
-        "kv_transfer", "communication", "layers", "0", f"Tp*{cached}*c", f"Tp*{cached}*c", "0", is_overlapped=True
-    )
+# Every GPU of a TP group takes the whole latent, or its own heads' keys and values.
+_HANDOFF = OperationFormula(
+    "kv_transfer", "communication", "layers", "0", "kv*Tp", "kv*Tp", "0", is_overlapped=True
+)  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -278,7 +277,7 @@ def operation_formulas(
         table += [*_EXPERTS[:1], *([_SHARED] if shape.moe.shared_intermediate_size else []), *_EXPERTS[1:]]
     table += _VOCABULARY
     if has_prefill:
-        table.append(_handoff("(D+R)" if isinstance(shape.attention, MlaShape) else "2*G*h"))
+        table.append(_HANDOFF)
     return tuple(table)
 
 
@@ -300,6 +299,8 @@ DERIVED_SYMBOLS = {
     "Pd": "share*decode_pairs",
     "H": "heads/tp",
     "G": "max(1, kv_heads/tp)",
+    # One of G*h and D is 0. A latent of one byte a value has a scale for each 128, and rope columns of two bytes.
+    "kv": "c*(2*G*h+D) + max(0, 2-c)*4*ceil(D/128) + max(c, 2)*R",
     "V": "vocabulary/tp",
     "Fd": "dense_width/tp",
     "Fs": "shared_width/tp",
