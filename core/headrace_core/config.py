@@ -50,7 +50,11 @@ class WorkerSettings(ProcessSettings):
     model_name: str = Field("", description="name clients may ask for; default: the folder's name")
     advertise: str = Field("", description="host:port at which others reach this worker; default: --listen")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type of weights, compute and cache; auto: the checkpoint's"
+        "auto", description="type of weights and compute; auto: the checkpoint's"
+    )
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = Field(
+        "auto",
+        description="how cached latents are kept; auto: as values of --dtype; fp8_e4m3: in 8 bits, MLA only",
     )
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where to compute; cuda: the first GPU this process sees, NVIDIA or AMD"

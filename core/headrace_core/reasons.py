@@ -117,6 +117,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_TLS": "certificate and key can't be read, or one is missing",
         "BIND": "an address can't be listened on",
         "KERNELS_DISAGREE": "on this GPU the kernels and plain torch disagree",
+        "NO_FP8_CACHE": "the cache of this network can't be kept in 8 bits",
         "NO_GPU": "torch sees no GPU",
         "NO_KERNEL": "the GPU's kernels do not take this network or page size",
         "NO_TRANSPORT": "pages can't be moved here by the transport that --transport names; says why",

@@ -9,6 +9,7 @@ import torch
 from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.checkpoint.expected_tensors import expected_tensors
 from headrace_core.kv.layout import CacheDtype
+from headrace_core.model.kv_cache import TORCH_DTYPES
 from headrace_core.model.load import build_network
 from headrace_core.model.op_timer import OFF
 from headrace_core.model.step_inputs import PrefillGroup, StepInputs
@@ -111,7 +112,7 @@ class MostAtOnce(TorchDispatchMode):
         return found
 
 
-def counted_bytes(config, num_tokens, num_keys):
+def counted_bytes(config, num_tokens, num_keys, cache_dtype):
     """Return what a prompt's `num_tokens` behind others, `num_keys` in all, hold at once in a layer of each kind."""
 
     def integers(*shape, dtype=torch.int64):
@@ -120,11 +121,11 @@ def counted_bytes(config, num_tokens, num_keys):
     starts = [torch.tensor([0, count], dtype=torch.int32) for count in (num_tokens, num_keys)]
     group = PrefillGroup(0, num_tokens, integers(num_keys), *starts)
     step = StepInputs(integers(num_tokens), integers(num_tokens), integers(num_tokens), None, [group], [0])
-    layout = config.kv_layout(PAGE_SIZE, CacheDtype.BFLOAT16)
+    layout = config.kv_layout(PAGE_SIZE, cache_dtype)
     angles = [torch.empty(num_tokens, config.rope.dim // 2, device="meta") for _ in range(2)]
     with torch.inference_mode(), use_backend("triton"), recording("cuda") as launches:
         layers = build_network(config, MetaWeights(config)).layers
-        cache = torch.empty(4096, *layout.page_shape, dtype=torch.bfloat16, device="meta")
+        cache = torch.empty(4096, *layout.page_shape, dtype=TORCH_DTYPES[cache_dtype], device="meta")
         found = []
         for layer in layers:
             with MostAtOnce(launches) as counted:
@@ -146,19 +147,24 @@ def counted_bytes(config, num_tokens, num_keys):
         ("v2-lite", 512, 40_000),
         ("mixtral", 8192, 8192),
         ("mixtral", 64, 8192),
+        ("v2-lite, fp8", 512, 40_000),
     ],
 )
 def test_the_formula_is_what_a_layer_holds_at_once(name, num_tokens, num_keys, network):
+    name, _, cache_dtype = name.partition(", ")
     config = network(name)
     # One layer of each kind.
     moe = replace(config.moe, num_first_dense_layers=min(1, config.moe.num_first_dense_layers))
     config = replace(config, num_layers=1 + moe.num_first_dense_layers, moe=moe)
-    counted = counted_bytes(config, num_tokens, num_keys)
+    cache_dtype = CacheDtype.FP8_E4M3 if cache_dtype else CacheDtype.BFLOAT16
+    counted = counted_bytes(config, num_tokens, num_keys, cache_dtype)
     assert layer_bytes(config, 2, num_tokens, num_keys) == pytest.approx(counted, rel=0.005)
 
 
 def working_bytes(config, *, dtype=CacheDtype.BFLOAT16, kv_pool_bytes=16 * GIB, **limits):
-    return gpu_working_bytes(config, config.kv_layout(PAGE_SIZE, dtype), StepLimits(**limits), kv_pool_bytes)
+    itemsize = 4 if dtype is CacheDtype.FLOAT32 else 2
+    layout = config.kv_layout(PAGE_SIZE, dtype)
+    return gpu_working_bytes(config, layout, StepLimits(**limits), kv_pool_bytes, itemsize=itemsize)
 
 
 def test_v3_at_8192_tokens_takes_two_gigabytes_and_modules(network):
@@ -180,6 +186,16 @@ def test_a_smaller_network_a_smaller_step_and_a_shorter_context_take_less(networ
     assert by_context[2] == by_context[3] == pytest.approx(by_context[1] + one_layers_keys * 9 / 8, rel=0.01)
     assert working_bytes(small, kv_pool_bytes=GIB // 5, **few) == by_context[1], "no context is longer than the pool"
     assert working_bytes(small, dtype=CacheDtype.FLOAT32, **few) > by_context[3]
+
+
+def test_with_an_fp8_cache_a_step_takes_the_same_and_a_pool_holds_longer_contexts(network):
+    config = network("v2-lite")
+    plain, fp8 = (working_bytes(config, dtype=dtype) for dtype in (CacheDtype.BFLOAT16, CacheDtype.FP8_E4M3))
+    assert fp8 == plain
+    small = {"kv_pool_bytes": GIB, "max_step_sequences": 32}
+    plain, fp8 = (working_bytes(config, dtype=dtype, **small) for dtype in (CacheDtype.BFLOAT16, CacheDtype.FP8_E4M3))
+    more_keys = GIB // (27 * 656) - GIB // (27 * 1152)
+    assert fp8 - plain == pytest.approx(more_keys * (576 + 16 * (128 + 128)) * 2 * 9 / 8, rel=0.01)
 
 
 def test_many_rows_to_sample_from_take_their_logits(network):

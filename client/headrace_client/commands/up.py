@@ -58,6 +58,7 @@ def up(  # the signature is the command line
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda: the first GPU, NVIDIA or AMD.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto (as --dtype), or fp8_e4m3: latents in 8 bits.")] = "auto",
     kv_pool_mib: Annotated[int, typer.Option(min=1, help="Memory of each worker for pages, MiB.")] = 256,
     worker_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For all workers.")] = None,
     prefill_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For prefill workers.")] = None,
@@ -78,6 +79,7 @@ def up(  # the signature is the command line
         worker_options={
             "device": device,
             "dtype": dtype,
+            "kv-cache-dtype": kv_cache_dtype,
             "kv-pool-mib": kv_pool_mib,
             **parse_settings(worker_option),
         },

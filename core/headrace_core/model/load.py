@@ -19,8 +19,8 @@ from headrace_core.checkpoint.expected_tensors import check_tensors, expected_te
 from headrace_core.checkpoint.memory import WORKING_BYTES, available_bytes, check_fits
 from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
 from headrace_core.checkpoint.weight_reader import WeightReader
-from headrace_core.errors import CheckpointError
-from headrace_core.kv.layout import CacheDtype
+from headrace_core.errors import CheckpointError, StartupError
+from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeWeights
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
@@ -38,6 +38,7 @@ def load_model(
     directory: Path,
     *,
     dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
     device: str = "cpu",
     kv_pool_bytes: int = 0,
     step_limits: StepLimits | None = None,
@@ -47,7 +48,8 @@ def load_model(
 
     Args:
         directory: holds config.json and model.safetensors or its shards with their index.
-        dtype: type of weights, compute and cache: "float32", "bfloat16", "float16", or "auto", the checkpoint's.
+        dtype: type of weights and compute: "float32", "bfloat16", "float16", or "auto", the checkpoint's.
+        kv_cache_dtype: how latents are kept: "fp8_e4m3", or "auto", as values of `dtype`.
         device: torch's name of where to compute.
         kv_pool_bytes: memory that pages will take; counted when the model is checked against what is available.
         step_limits: of the steps that will run, None: the settings' defaults; counted likewise on a GPU.
@@ -56,26 +58,36 @@ def load_model(
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
+        StartupError: NO_FP8_CACHE, before anything is read but config.json.
     """
     config = parse_config(directory)
     check_angles(config)
+    dtype = config.checkpoint_dtype if dtype == "auto" else dtype
+    cache_dtype = CacheDtype(dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
+    layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
-    dtype = config.checkpoint_dtype if dtype == "auto" else dtype
     compute_dtype = _DTYPES[dtype]
     weight_bytes = num_weight_bytes(config, compute_dtype)
     working_bytes = WORKING_BYTES
     if device == "cuda":
-        layout = config.kv_layout(1, CacheDtype(dtype))
-        working_bytes = gpu_working_bytes(config, layout, step_limits or StepLimits(), kv_pool_bytes)
+        limits = step_limits or StepLimits()
+        working_bytes = gpu_working_bytes(config, layout, limits, kv_pool_bytes, itemsize=compute_dtype.itemsize)
     check_fits(weight_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
     weights = build_network(config, reader)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
-    identity = ModelIdentity(reader.fingerprint(), compute_dtype, weight_bytes)
+    identity = ModelIdentity(reader.fingerprint(), compute_dtype, weight_bytes, cache_dtype)
     return Model(config, identity, weights)
+
+
+def _layout_of_a_token(config: ModelConfig, cache_dtype: CacheDtype) -> KvLayout:
+    try:
+        return config.kv_layout(1, cache_dtype)
+    except ValueError as error:
+        raise StartupError("NO_FP8_CACHE", f"--kv-cache-dtype {cache_dtype.value}: {error}; use auto") from error
 
 
 class WeightSource(Protocol):

@@ -1,5 +1,8 @@
 """Multi-head latent attention over the paged latent cache: naive for prompt chunks, absorbed for decode rows.
 
+The cache has rows of the computing type, or fp8 rows (`headrace_kernels.latent_fp8`). What a step computes it writes
+first and reads back, so that a token's latent is the same for the step that makes it as for every later one.
+
 Letters: T tokens, H heads, Dn width of a head without rope, R rope width, D latent width, Dv value width. A token
 caches its normalised `c_kv` [D], then its rotated `k_pe` [R].
 
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from headrace_kernels.decode_linear import linear_add, norm_linear
+from headrace_kernels.latent_load import latent_load
 from headrace_kernels.latent_store import latent_norm_rope_store
 from headrace_kernels.linear import Linear
 from headrace_kernels.mla_decode import mla_decode, mla_decode_values, plan_mla_decode
@@ -67,9 +71,16 @@ class LatentAttentionLayer:
         if step.decode is not None:
             outputs.append(self._decode(query[: step.decode.num_rows], step.decode, cache, timer))
         for group in step.prefill:
+            rows = latent_load(
+                flat_cache,
+                group.slots,
+                kv_lora_rank=self._shape.kv_lora_rank,
+                rope_dim=self._shape.rope_dim,
+                dtype=query.dtype,
+            )
             out = mla_prefill(
                 query[group.first : group.end],
-                flat_cache.index_select(0, group.slots),
+                rows,
                 self._weights.w_uk,
                 self._weights.w_uv,
                 group.query_starts,
@@ -120,7 +131,7 @@ class LatentAttentionLayer:
     def _project(
         self, x: Tensor, angles: tuple[Tensor, Tensor], slot_mapping: Tensor, flat_cache: Tensor, timer: OpTimer
     ) -> Tensor:
-        """Return queries [T, H, Dn + R], rotated; write the tokens' rows to the cache [S, D + R]."""
+        """Return queries [T, H, Dn + R], rotated; write the tokens' rows to the cache [S, D + R or an fp8 row]."""
         shape, weights = self._shape, self._weights
         projected = weights.input_proj(x)
         timer.mark("q_proj+kv_down_proj" if weights.query_b is None else "q_down_proj+kv_down_proj")

@@ -17,13 +17,13 @@ from torch import Tensor
 from headrace_core.batch.step import Chunk
 from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.errors import HeadraceError
-from headrace_core.kv.layout import KvLayout
+from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
 from headrace_core.model.fused_decode import FusedAttention, FusedDecode, FusedFeedForward, FusedLayer
 from headrace_core.model.host_copies import to_device
-from headrace_core.model.kv_cache import TORCH_DTYPES, KvCache
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.stacked_moe import StackedMoeMlp, share_counts
@@ -56,11 +56,15 @@ class ModelWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What tells one loaded model from another: `fingerprint` is over config, weights and compute type."""
+    """What tells one loaded model from another: `fingerprint` is over config, weights and compute type.
+
+    `cache_dtype` is no part of that: it says how its latents are kept. None: as values of the compute type.
+    """
 
     fingerprint: str
     dtype: torch.dtype
     weight_bytes: int
+    cache_dtype: CacheDtype | None = None
 
 
 class Model:
@@ -71,6 +75,7 @@ class Model:
         self.fingerprint = identity.fingerprint
         self.dtype = identity.dtype
         self.weight_bytes = identity.weight_bytes
+        self.cache_dtype = identity.cache_dtype or CacheDtype(str(identity.dtype).removeprefix("torch."))
         # Chunks up to this long that have a cached prefix are computed as decode rows.
         self.max_decode_chunk = 1
         self._weights = weights
@@ -82,8 +87,7 @@ class Model:
 
     def kv_layout(self, page_size: int) -> KvLayout:
         """Return what a page of this model's cache holds."""
-        dtype = next(key for key, value in TORCH_DTYPES.items() if value == self.dtype)
-        return self.config.kv_layout(page_size, dtype)
+        return self.config.kv_layout(page_size, self.cache_dtype)
 
     def prepare_decode(
         self, cache: KvCache, *, max_rows: int, max_context_tokens: int, capture: Capture | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headrace_core.batch.step import Chunk, SamplingRow
 from headrace_core.errors import CheckpointError, StartupError
+from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
@@ -22,6 +23,8 @@ from headrace_core.request import SamplingParams
 # chosen here and not there: 27 layers of random bfloat16 weights differ from their own float32 by 0.125. Logits of a
 # kernel that is wrong have little to do with the right ones: unrelated ones differ by 1.4.
 _LIMITS = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 0.25}
+# Two latents that differ in their last bit may be two numbers of fp8, an eighth apart.
+_FP8_LIMIT = 0.25
 _TOKENS_PAST_A_PAGE = 4
 # More rows than go by their experts without sorting; then fewer.
 _NUM_SEQUENCES = (6, 2)
@@ -49,7 +52,7 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
         ) from error
     # torch's maximum, for which a NaN is the largest; Python's takes whichever number stands before it.
     worst = float(torch.stack([_difference(each, expected) for each in found]).max())
-    limit = _LIMITS[model.dtype]
+    limit = _FP8_LIMIT if model.cache_dtype is CacheDtype.FP8_E4M3 else _LIMITS[model.dtype]
     if not worst <= limit:
         raise StartupError(
             "KERNELS_DISAGREE",

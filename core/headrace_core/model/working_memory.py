@@ -32,16 +32,19 @@ class StepLimits:
     max_context_tokens: int = 0
 
 
-def gpu_working_bytes(config: ModelConfig, layout: KvLayout, limits: StepLimits, kv_pool_bytes: int) -> int:
+def gpu_working_bytes(
+    config: ModelConfig, layout: KvLayout, limits: StepLimits, kv_pool_bytes: int, *, itemsize: int
+) -> int:
     """Return the bytes to leave free on a GPU for steps within `limits`.
 
     Args:
         config: the network.
-        layout: its cache, of the type that it computes in.
+        layout: its cache.
         limits: of a step.
         kv_pool_bytes: no context is longer than what fits in so many bytes of pages.
+        itemsize: bytes of a value of the type that it computes in; cached rows are brought to it before they are used.
     """
-    itemsize, rows = layout.dtype.itemsize, limits.max_step_sequences
+    rows = limits.max_step_sequences
     longest = min(limits.max_context_tokens or config.max_context_tokens, kv_pool_bytes // layout.token_bytes)
     num_logits = rows * config.vocab_size
     step_bytes = max(

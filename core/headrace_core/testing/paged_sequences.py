@@ -25,7 +25,8 @@ class PagedSequences:
         self._lengths: dict[int, int] = {}
         if is_poisoned:
             for layer in self.cache.layers:
-                layer.fill_(float("nan"))
+                # Of fp8 rows, 0xFF is NaN in latents, scales and rope columns.
+                layer.fill_(float("nan") if layer.is_floating_point() else 0xFF)
 
     def free_all(self) -> None:
         """Forget every sequence and take its pages back; their contents stay. Shared prefixes are not allowed for."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,8 +18,8 @@ from headrace_core.batch.spec import ModelLimits
 from headrace_core.config import DecodeSettings, PrefillSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
 from headrace_core.errors import StartupError
-from headrace_core.kv.layout import CacheDtype, KvLayout
-from headrace_core.model.kv_cache import KvCache
+from headrace_core.kv.layout import KvLayout
+from headrace_core.model.kv_cache import TORCH_DTYPES, KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.self_check import check_kernels
@@ -37,7 +38,9 @@ log = logging.getLogger(__name__)
 _LOG_INTERVAL_S = 5.0
 _TRIED_TOKENS = 2
 """What a CPU worker computes before it serves: one token, then two, so that a network that can't is told at once."""
-_ROOFLINE_DTYPES = {CacheDtype.FLOAT32: Dtype.FP32, CacheDtype.BFLOAT16: Dtype.BF16, CacheDtype.FLOAT16: Dtype.FP16}
+_ROOFLINE_DTYPES = {
+    torch.float32: Dtype.FP32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.FP16, torch.uint8: Dtype.FP8
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
 
     Raises:
         CheckpointError: the checkpoint can't be served.
-        StartupError: POOL_TOO_SMALL, the pool is too small for a page; NO_GPU, NO_KERNEL, KERNELS_DISAGREE;
-            NO_TRANSPORT.
+        StartupError: POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE, NO_GPU, NO_KERNEL,
+            KERNELS_DISAGREE, NO_TRANSPORT.
     """
     started = time.perf_counter()
     pool_bytes = settings.kv_pool_mib << 20
@@ -73,6 +76,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         model = load_model(
             settings.model,
             dtype=settings.dtype,
+            kv_cache_dtype=settings.kv_cache_dtype,
             device=settings.device,
             kv_pool_bytes=pool_bytes,
             step_limits=StepLimits(settings.max_step_tokens, settings.max_step_sequences, settings.max_context_tokens),
@@ -100,6 +104,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             "seconds": time.perf_counter() - started,
             "pages": num_pages,
             "page_bytes": layout.page_bytes,
+            "cache_dtype": layout.dtype.value,
             "max_context_tokens": most,
         },
     )
@@ -111,7 +116,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         layout=layout,
         fingerprint=model.fingerprint,
         num_pages=num_pages,
-        prediction=_prediction(settings, _ROOFLINE_DTYPES[layout.dtype], model.weight_bytes),
+        prediction=_prediction(settings, model),
         memory=memory,
     )
 
@@ -136,7 +141,7 @@ def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_con
     log.info("kernels checked against plain torch", extra={"relative_difference": difference})
 
 
-def _prediction(settings: WorkerSettings, dtype: Dtype, weight_bytes: int) -> Prediction | None:
+def _prediction(settings: WorkerSettings, model: Model) -> Prediction | None:
     if settings.device == "cuda":
         # Times are measured between calls, which on a GPU return before their work is done (model/op_timer.py).
         log.info("operations are not timed on a GPU")
@@ -146,9 +151,10 @@ def _prediction(settings: WorkerSettings, dtype: Dtype, weight_bytes: int) -> Pr
     except ModelShapeError as error:
         log.warning("no roofline", extra={"problem": str(error)})
         return None
+    dtype, kv_dtype = _ROOFLINE_DTYPES[model.dtype], _ROOFLINE_DTYPES[TORCH_DTYPES[model.cache_dtype]]
     if settings.hardware == "cpu":
-        return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, weight_bytes))
-    return Prediction(shape, dtype, partial(find_hardware, settings.hardware))
+        return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, model.weight_bytes), kv_dtype)
+    return Prediction(shape, dtype, partial(find_hardware, settings.hardware), kv_dtype)
 
 
 @contextlib.contextmanager

@@ -52,17 +52,23 @@ _LOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What predicts a worker's steps. `hardware` is called once, on a thread of its own; it may take a while."""
+    """What predicts a worker's steps. `hardware` is called once, on a thread of its own; it may take a while.
+
+    `dtype` is that of weights and compute, `kv_dtype` that of cached values, None: the same.
+    """
 
     shape: ModelShape
     dtype: Dtype
     hardware: Callable[[], Hardware]
+    kv_dtype: Dtype | None = None
 
     def predict(self, hardware: Hardware, load: StepLoad, expert_counts: ExpertCounts) -> Roofline:
         """Return the roofline of one step, with the experts that its tokens did choose."""
         hits = [sum(count > 0 for count in counts) for counts in expert_counts.values()]
         experts_read = sum(hits) / len(hits) if hits else None
-        return predict_step(self.shape, hardware, load, dtype=self.dtype, experts_read=experts_read)
+        return predict_step(
+            self.shape, hardware, load, dtype=self.dtype, kv_dtype=self.kv_dtype, experts_read=experts_read
+        )
 
 
 def phase_of(load: StepLoad) -> str:

@@ -53,6 +53,24 @@ def test_kernels_give_the_networks_logits(name, tmp_path, device):
         assert counts == expected_counts
 
 
+def test_kernels_over_an_fp8_cache_give_the_networks_logits(tmp_path, device):
+    """A latent that differs in its last bit may be another number of fp8, so logits are less close than in float32."""
+    write_checkpoint(tmp_path, CONFIGS["v3"])
+    fp8 = {"device": device, "kv_cache_dtype": "fp8_e4m3"}
+    with use_backend("reference"):
+        plain, _ = run(load_model(tmp_path, device=device), is_captured=False)
+        expected, _ = run(load_model(tmp_path, **fp8), is_captured=False)
+    model = load_model(tmp_path, **fp8)
+    for is_captured in (False, True):
+        logits, _ = run(model, is_captured=is_captured)
+        assert (logits - expected).norm() < 0.3 * (plain - expected).norm()
+
+
+def test_a_worker_with_an_fp8_cache_may_start(tmp_path, device):
+    write_checkpoint(tmp_path, ONE_LAYER)
+    assert check_kernels(load_model(tmp_path, device=device, kv_cache_dtype="fp8_e4m3"), device) < 0.05
+
+
 def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeypatch, device):
     write_checkpoint(tmp_path, ONE_LAYER)
     model = load_model(tmp_path, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from headrace_core.batch.step import Chunk, StepPlan
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.executor import Executor
@@ -13,6 +14,7 @@ from headrace_core.testing.tiny_checkpoints import write_checkpoint
 from headrace_core.worker import loading
 from headrace_core.worker.loading import load_worker_model
 from headrace_kernels import use_backend
+from headrace_kernels.latent_fp8 import unpack_latents
 
 from tests.parity.kernels.test_model import ONE_LAYER, PAGE_SIZE
 
@@ -50,10 +52,12 @@ def generated(loaded):
             starts[key] += len(inputs[key])
             inputs[key] = [token.token_id]
     loaded.cache.copy_to_host(PAGES[0])
-    return tokens, counts, np.concatenate([np.frombuffer(loaded.cache.page_bytes(0, page), "f4") for page in PAGES[0]])
+    return tokens, counts, np.concatenate([np.frombuffer(loaded.cache.page_bytes(0, page), "u1") for page in PAGES[0]])
 
 
-def test_a_decode_worker_on_a_gpu_generates_what_one_on_a_cpu_does(settings, device, monkeypatch):
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3"])
+def test_a_decode_worker_on_a_gpu_generates_what_one_on_a_cpu_does(kv_cache_dtype, settings, device, monkeypatch):
+    settings = settings.model_copy(update={"kv_cache_dtype": kv_cache_dtype})
     with use_backend("reference"):
         tokens, counts, pages = generated(load_worker_model(settings))
     # It takes as long as the rest and has tests of its own.
@@ -67,4 +71,10 @@ def test_a_decode_worker_on_a_gpu_generates_what_one_on_a_cpu_does(settings, dev
     assert len(replayed) == NUM_STEPS - 1
     assert found_tokens == tokens
     assert found_counts == counts
-    np.testing.assert_allclose(found_pages, pages, rtol=1e-4, atol=1e-5)
+    if kv_cache_dtype == "auto":
+        np.testing.assert_allclose(found_pages.view("f4"), pages.view("f4"), rtol=1e-4, atol=1e-5)
+    else:
+        found, expected = (unpack_latents(torch.from_numpy(each).view(-1, 32 + 4 + 32), 32, 16)
+                           for each in (found_pages, pages))  # fmt: skip
+        # What lies beside the middle of two numbers of fp8 may become either.
+        torch.testing.assert_close(found, expected, rtol=1 / 8, atol=1e-5)
