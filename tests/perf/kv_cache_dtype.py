@@ -3,15 +3,17 @@
     PYTHONPATH=demo python -m tests.perf.kv_cache_dtype [--prompts 200] [--json build/bench/kv-cache-dtype.json]
 
 The prompts are those of the gate (`headrace_demo.evaluate`): heroes that never stood in training text. Each model goes
-on with them greedily, and its stories are judged. Then all read the stories of the first one, token by token, and what
-they say of the next token is compared. What bfloat16 alone changes stands beside it.
+on with them greedily, and its stories are judged. Then all read a hundred stories of the first one, token by token, and
+what they say of the next token is compared. What bfloat16 alone changes stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,9 @@ PAIRS = (
     ("bfloat16, fp8 cache", "bfloat16"),
 )
 _BATCH = 100
-_READ_TOGETHER = 10
+_READ, _READ_TOGETHER = 100, 10
+_READ_AGAIN, _PIECE = 20, 16
+_ROWS, _CONTEXT, _STEPS = 16, 512, 25
 _MAX_NEW_TOKENS = 320
 _PAGE_SIZE = 64
 
@@ -74,11 +78,17 @@ def stories(model: Model, prompts: list[list[int]]) -> list[list[int]]:
     return outputs
 
 
-def read(model: Model, texts: list[list[int]]) -> list[Tensor]:
-    """Return the logits [tokens, V] after each token of `texts`."""
+def read(model: Model, texts: list[list[int]], *, piece: int = 1 << 20) -> Tensor:
+    """Return the logits [tokens, V] after each token of `texts`, read in pieces of so many tokens."""
     pages = sum(model.kv_layout(_PAGE_SIZE).num_pages(len(text)) for text in texts)
     sequences = PagedSequences(model, page_size=_PAGE_SIZE, num_pages=pages, is_poisoned=False)
-    return model.all_logits([sequences.chunk(key, text) for key, text in enumerate(texts)], sequences.cache)
+    found: list[list[Tensor]] = [[] for _ in texts]
+    for first in range(0, max(map(len, texts)), piece):
+        keys = [key for key, text in enumerate(texts) if first < len(text)]
+        chunks = [sequences.chunk(key, texts[key][first : first + piece]) for key in keys]
+        for key, logits in zip(keys, model.all_logits(chunks, sequences.cache), strict=True):
+            found[key].append(logits)
+    return torch.cat([part for parts in found for part in parts])
 
 
 def add(sums: Counter[str], one: Tensor, two: Tensor) -> None:
@@ -97,15 +107,49 @@ def read_by_all(models: dict[str, Model], texts: list[list[int]]) -> dict[str, C
     sums: dict[str, Counter[str]] = {f"{other} against {one}": Counter() for other, one in PAIRS}
     for first in range(0, len(texts), _READ_TOGETHER):
         some = texts[first : first + _READ_TOGETHER]
-        logits = {name: torch.cat(read(model, some)) for name, model in models.items()}
+        logits = {name: read(model, some) for name, model in models.items()}
         for other, one in PAIRS:
             add(sums[f"{other} against {one}"], logits[one], logits[other])
     return sums
 
 
+def read_again(model: Model, texts: list[list[int]]) -> Counter[str]:
+    """Read `texts` whole and in pieces, as another worker might that computes them again; return what `add` counts."""
+    sums: Counter[str] = Counter()
+    for text in texts:
+        add(sums, read(model, [text]), read(model, [text], piece=_PIECE))
+    return sums
+
+
+def step_cost(models: dict[str, Model]) -> dict[str, float]:
+    """Return the CPU time of a decode step of 16 rows at a context of 512 tokens, ms; medians of turns taken."""
+    caches = {name: PagedSequences(model, page_size=_PAGE_SIZE, num_pages=160) for name, model in models.items()}
+    for name, model in models.items():
+        for key in range(_ROWS):
+            model.forward([caches[name].chunk(key, [5] * _CONTEXT)], caches[name].cache)
+    spent: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(_STEPS):
+        for name, model in models.items():
+            chunks = [caches[name].chunk(key, [7]) for key in range(_ROWS)]
+            began_s = time.process_time()
+            model.forward(chunks, caches[name].cache)
+            spent[name].append(1000 * (time.process_time() - began_s))
+    return {name: statistics.median(each) for name, each in spent.items()}
+
+
 def common(one: list[int], two: list[int]) -> int:
     """Return how many tokens both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+
+
+def differences(sums: Counter[str]) -> dict[str, float]:
+    """Return the figures of what `add` counted."""
+    return {
+        "logits_largest_difference": sums["largest"],
+        "logits_mean_difference": sums["difference"] / sums["tokens"],
+        "kl_nats_per_token": sums["kl"] / sums["tokens"],
+        "same_argmax": sums["same"] / sums["tokens"],
+    }
 
 
 def measure(prompts: list[Prompt], folder: Path) -> dict[str, Any]:
@@ -120,18 +164,18 @@ def measure(prompts: list[Prompt], folder: Path) -> dict[str, Any]:
         verdict = judge(prompts, [bare.decode(story, skip_special_tokens=False) for story in told[name]], known)
         figures[name] = {"token_bytes": model.kv_layout(_PAGE_SIZE).token_bytes}
         figures[name] |= {"kept": verdict.kept, "faithful": verdict.faithful, "ended": verdict.ended}
-    reference = told["float32"]
-    sums = read_by_all(models, [prompt + story for prompt, story in zip(ids, reference, strict=True)])
+        sys.stderr.write(f"{name}: {figures[name]}\n")
+    texts = [prompt + story for prompt, story in zip(ids, told["float32"], strict=True)][:_READ]
+    for name, model in models.items():
+        figures[name]["read in pieces"] = differences(read_again(model, texts[:_READ_AGAIN]))
+    sums = read_by_all(models, texts)
     for other, one in PAIRS:
         found, pairs = sums[f"{other} against {one}"], list(zip(told[one], told[other], strict=True))
-        figures[f"{other} against {one}"] = {
-            "logits_largest_difference": found["largest"],
-            "logits_mean_difference": found["difference"] / found["tokens"],
-            "kl_nats_per_token": found["kl"] / found["tokens"],
-            "same_argmax": found["same"] / found["tokens"],
+        figures[f"{other} against {one}"] = differences(found) | {
             "same_stories": sum(a == b for a, b in pairs) / len(pairs),
             "tokens_before_the_first_other": sum(common(a, b) for a, b in pairs) / sum(len(a) for a, _ in pairs),
         }
+    figures["decode_step_cpu_ms"] = step_cost(models)
     return figures
 
 
