@@ -80,7 +80,7 @@ def _as_json(reading: Reading) -> dict[str, Any]:
     machine = reading.machine
     return {
         "metrics": reading.address,
-        "machine": machine and {**asdict(machine), "dtype": machine.dtype.value},
+        "machine": machine and {**asdict(machine), "dtype": machine.dtype.value, "kv_dtype": machine.kv_dtype.value},
         "sampled": {phase: asdict(load) for phase, load in reading.loads.items()},
         "operations": [asdict(row) for row in live_rows(reading)],
     }
@@ -125,6 +125,6 @@ def _title(address: str, machine: Machine | None) -> Text:
         return Text(f"{address}: its machine is being measured", style="bold")
     return Text.assemble(
         (f"{address}  ", "bold"),
-        f"{machine.model} in {machine.dtype.value} on {machine.hardware}: {si(machine.flops_per_s)}FLOP/s, "
+        f"{machine.model} in {machine.dtype.value}, cache in {machine.kv_dtype.value}, on {machine.hardware}: {si(machine.flops_per_s)}FLOP/s, "
         f"{si(machine.bytes_per_s)}B/s, {machine.overhead_s * 1e6:.1f} µs an operation",
     )

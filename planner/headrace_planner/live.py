@@ -50,6 +50,7 @@ class Machine:
     hardware: str
     model: str
     dtype: Dtype
+    kv_dtype: Dtype
     flops_per_s: float
     bytes_per_s: float
     overhead_s: float
@@ -165,10 +166,17 @@ def parse_reading(address: str, text: str) -> Reading:
                 names = sample.labels
     return Reading(
         address,
-        Machine(names["hardware"], names["model"], Dtype(names["dtype"]), **machine) if names else None,
+        _machine(names, machine) if names else None,
         {key: OpSums(**sums) for key, sums in ops.items()},
         {phase: PhaseLoad(**sums) for phase, sums in loads.items()},
     )
+
+
+def _machine(names: Mapping[str, str], figures: Mapping[str, float]) -> Machine:
+    dtype = Dtype(names["dtype"])
+    # A worker of an earlier version has the one type for all.
+    kv_dtype = Dtype(names.get("kv_dtype", dtype.activation.value))
+    return Machine(names["hardware"], names["model"], dtype, kv_dtype, **figures)
 
 
 def live_rows(reading: Reading) -> Iterator[LiveRow]:
@@ -243,8 +251,9 @@ def _points(reading: Reading, phase: Phase, shape: ModelShape) -> Iterator[Measu
     assert load, "only readings with steps of this phase"
     (batch, context), machine = load, reading.machine
     rows = roofline(
-        shape, machine.as_hardware(), phase=phase, batch=batch, context=context, dtype=machine.dtype
-    ).operations
+        shape, machine.as_hardware(), phase=phase, batch=batch, context=context, dtype=machine.dtype,
+        kv_dtype=machine.kv_dtype,
+    ).operations  # fmt: skip
     for row in live_rows(reading):
         parts = [part for part in rows if part.name in row.op.split("+")]
         if row.phase != phase or row.ratio is None or not parts:

@@ -19,8 +19,8 @@ OPS = {"q_proj+kv_down_proj": 3e-3, "attention_absorbed": 2e-3, "embedding": 1e-
 class Worker:
     """Its metrics, without it."""
 
-    def __init__(self):
-        self.metrics = OpMetrics(Prediction(SHAPE, Dtype.BF16, lambda: H200))
+    def __init__(self, kv_dtype=None):
+        self.metrics = OpMetrics(Prediction(SHAPE, Dtype.BF16, lambda: H200, kv_dtype))
         self.registry = CollectorRegistry()
         self.registry.register(self.metrics)
 
@@ -70,6 +70,27 @@ def test_fused_operations_reach_the_same_part_of_the_roof(worker):
     assert points["q_proj"].flops == pytest.approx(predicted["q_proj"].operation.flops)
     assert points["embedding"].flops is None, "it computes nothing"
     assert "other" not in points
+
+
+def test_an_fp8_cache_is_predicted_with_its_bytes():
+    worker = Worker(Dtype.FP8)
+    reading = worker.read("w:1", DECODE)
+    assert (reading.machine.dtype, reading.machine.kv_dtype) == (Dtype.BF16, Dtype.FP8)
+    rows = {row.op: row for row in live_rows(reading)}
+    predicted = {row.name: row for row in predict_step(SHAPE, H200, DECODE, kv_dtype=Dtype.FP8).operations}
+    attention = predicted["attention_absorbed"].operation
+    assert rows["attention_absorbed"].num_bytes == pytest.approx(attention.bytes)
+    assert attention.bytes == 27 * (8 * 900 * 656 + 2 * 8 * 16 * (2 * 512 + 64))
+    points = {point.operation: point for point in measured_points([reading], SHAPE).points}
+    assert points["attention_absorbed"].bytes == pytest.approx(attention.bytes)
+    worker.metrics.close()
+
+
+def test_a_worker_of_an_earlier_version_names_no_type_of_its_cache(worker):
+    worker.read("w:1", DECODE)
+    text = generate_latest(worker.registry).decode().replace(',kv_dtype="bf16"', "")
+    assert "kv_dtype" not in text
+    assert parse_reading("w:1", text).machine.kv_dtype is Dtype.BF16
 
 
 def test_workers_of_one_phase_are_taken_together(worker):

@@ -142,7 +142,11 @@ class OpMetrics(Collector):
 
 
 def _hardware_metrics(prediction: Prediction, hardware: Hardware) -> Iterator[Metric]:
-    info = {"hardware": hardware.name, "model": prediction.shape.name, "dtype": prediction.dtype.value}
+    kv_dtype = prediction.kv_dtype or prediction.dtype.activation
+    info = {
+        "hardware": hardware.name, "model": prediction.shape.name, "dtype": prediction.dtype.value,
+        "kv_dtype": kv_dtype.value,
+    }  # fmt: skip
     yield InfoMetricFamily("headrace_roofline", "What the roofline predicts for", info)
     for name, text, value in (
         ("headrace_roofline_flops_per_second", "Peak in the model's type", hardware.flops_per_s(prediction.dtype)),
