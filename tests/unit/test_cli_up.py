@@ -42,6 +42,8 @@ if "--workers-file" in options:
     router.__enter__()
     address = router.address
 print("loading", flush=True)
+if "--kv-cache-dtype" in options:
+    print("cache in " + options["--kv-cache-dtype"], flush=True)
 with open(options["--ready-file"] + ".new", "w") as file:
     json.dump({"address": address, "metrics_address": "127.0.0.1:9"}, file)
 os.replace(options["--ready-file"] + ".new", options["--ready-file"])
@@ -126,6 +128,16 @@ def test_up_that_cannot_start_shows_why_and_exits_with_1(folder):
     assert up.returncode == 1
     assert "error: decode-0 could not start; it exited with code 2" in complaint
     assert "13 is unlucky" in complaint
+
+
+@pytest.mark.parametrize(("arguments", "cached"), [((), "auto"), (("--kv-cache-dtype", "fp8_e4m3"), "fp8_e4m3")])
+def test_up_gives_every_worker_the_same_cache(folder, arguments, cached):
+    with start_up(folder, *arguments) as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        rest, _ = up.communicate(timeout=WAIT_S)
+    told = sorted(line.split()[0] for line in [*lines, *rest.splitlines()] if line.endswith(f"| cache in {cached}"))
+    assert told == ["decode-0", "prefill-0"]
 
 
 def test_up_with_only_colocated_workers_starts_no_others(folder):
