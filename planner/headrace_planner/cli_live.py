@@ -125,6 +125,7 @@ def _title(address: str, machine: Machine | None) -> Text:
         return Text(f"{address}: its machine is being measured", style="bold")
     return Text.assemble(
         (f"{address}  ", "bold"),
-        f"{machine.model} in {machine.dtype.value}, cache in {machine.kv_dtype.value}, on {machine.hardware}: {si(machine.flops_per_s)}FLOP/s, "
+        f"{machine.model} in {machine.dtype.value}, cache in {machine.kv_dtype.value}, on {machine.hardware}: "
+        f"{si(machine.flops_per_s)}FLOP/s, "
         f"{si(machine.bytes_per_s)}B/s, {machine.overhead_s * 1e6:.1f} µs an operation",
     )

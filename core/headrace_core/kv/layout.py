@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-
 _FP8_GROUP = 128
 """Columns of a latent that share a scale."""
 

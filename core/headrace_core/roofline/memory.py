@@ -19,7 +19,6 @@ from headrace_core.roofline.formula import evaluate
 from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
 from headrace_core.roofline.operations import StepLoad, operation_symbols
 
-
 CACHED_BYTES = "layers*kv"
 """The bytes that a token of one of a GPU's own sequences takes on it."""
 

@@ -8,7 +8,6 @@ import torch
 from headrace_kernels.fp8_groups import SMALLEST_MAXIMUM
 from headrace_kernels.latent_fp8 import pack_latents, row_bytes, unpack_latents
 
-
 NAN, INF = float("nan"), float("inf")
 
 
