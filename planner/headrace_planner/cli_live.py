@@ -123,9 +123,10 @@ def _parts(reading: Reading) -> list[Text | Table]:
 def _title(address: str, machine: Machine | None) -> Text:
     if machine is None:
         return Text(f"{address}: its machine is being measured", style="bold")
+    is_other = machine.kv_dtype is not machine.dtype.activation
+    cache = f" with its cache in {machine.kv_dtype.value}" if is_other else ""
     return Text.assemble(
         (f"{address}  ", "bold"),
-        f"{machine.model} in {machine.dtype.value}, cache in {machine.kv_dtype.value}, on {machine.hardware}: "
-        f"{si(machine.flops_per_s)}FLOP/s, "
+        f"{machine.model} in {machine.dtype.value}{cache} on {machine.hardware}: {si(machine.flops_per_s)}FLOP/s, "
         f"{si(machine.bytes_per_s)}B/s, {machine.overhead_s * 1e6:.1f} µs an operation",
     )
