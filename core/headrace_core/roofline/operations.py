@@ -247,9 +247,7 @@ _VOCABULARY = (
 
 
 # Every GPU of a TP group takes the whole latent, or its own heads' keys and values.
-_HANDOFF = OperationFormula(
-    "kv_transfer", "communication", "layers", "0", "kv*Tp", "kv*Tp", "0", is_overlapped=True
-)  # fmt: skip
+_HANDOFF = OperationFormula("kv_transfer", "communication", "layers", "0", "kv*Tp", "kv*Tp", "0", is_overlapped=True)
 
 
 @lru_cache(maxsize=256)
