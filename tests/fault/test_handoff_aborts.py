@@ -150,6 +150,7 @@ async def test_a_sequence_ends_in_every_phase_and_every_page_is_free(phase: str,
             case "deadline":
                 assert (await collected.wait_failure()).reason == "DEADLINE_EXCEEDED"
             case _:
+                await eventually(lambda: bool(prefiller.leases.leases), "it is ordered")
                 for lease in prefiller.leases.leases:
                     prefiller.leases.abort(lease, _gone())
         if by == "cancel":
@@ -162,7 +163,7 @@ async def test_a_sequence_ends_in_every_phase_and_every_page_is_free(phase: str,
             await router.close_session()
         await all_free(prefiller)
         await all_free(decoder)
-        assert not prefiller.leases.leases
+        await eventually(lambda: not prefiller.leases.leases, "no lease is left")
 
 
 def _gone():
