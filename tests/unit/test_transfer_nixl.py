@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import pytest
 from headrace.v1 import types_pb2
@@ -98,6 +99,24 @@ async def test_a_transfer_that_never_ends_costs_its_connection_and_only_that():
 
 
 @async_test
+async def test_a_proof_that_is_given_up_leaves_no_agent(monkeypatch):
+    async with pair("nixl") as it:
+        made: list[nixl._Link] = []
+
+        def never(link: nixl._Link, handle: object) -> bool:
+            made.append(link)
+            return False
+
+        monkeypatch.setattr(nixl._Link, "is_done", never)
+        proving = asyncio.ensure_future(it.taker.prove(it.offered()))
+        await eventually(lambda: len(made) > 2, "it is asked again and again")
+        proving.cancel()
+        await asyncio.wait([proving])
+        assert proving.cancelled()
+        assert made[0]._agent.nixl is None
+
+
+@async_test
 async def test_agents_are_never_of_the_same_name():
     async with pair("nixl") as first, pair("nixl") as second:
         for it in (first, second):
@@ -105,6 +124,10 @@ async def test_agents_are_never_of_the_same_name():
         agents = [it.holder._agent for it in (first, second)]
         agents += [link._agent for it in (first, second) for link in it.taker._links.values()]
         assert len({agent.nixl.name for agent in agents}) == 4
+
+
+def state_of(process: asyncio.subprocess.Process) -> str:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @contextlib.asynccontextmanager
@@ -137,6 +160,8 @@ async def test_a_holder_that_is_killed_is_lost():
         with pytest.raises(HandoffLostError) as raised:
             await it.mover.move(it.taker, source, it.run(), PLACES)
         assert raised.value.reason == "HOLDER_LOST"
+        with pytest.raises(UnprovenError):
+            await it.taker.prove(source)
 
 
 @async_test
@@ -149,6 +174,7 @@ async def test_a_stopped_holder_over_tcp_costs_its_connection_and_no_byte_lands_
             for layer in it.memory.host_layers():
                 layer[:] = bytes(len(layer))
             process.send_signal(signal.SIGSTOP)
+            await eventually(lambda: state_of(process) == "T", "it has stopped")
             with pytest.raises(HandoffLostError, match="took too long"):
                 await it.mover.move(it.taker, source, it.run(), PLACES)
             left = it.memory.content(PLACES)

@@ -14,6 +14,7 @@ is left to a holder (connecting, and answering over TCP) every millisecond: NIXL
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -79,8 +80,10 @@ class _Agent:
 
     def destroy(self) -> None:
         """End every connection and transfer: no byte can land then. Memory must not be freed before."""
-        self.nixl.deregister_memory(self._registered)
-        self._registered = self.nixl = None
+        try:
+            self.nixl.deregister_memory(self._registered)
+        finally:
+            self._registered = self.nixl = None
 
 
 class NixlHolder:
@@ -135,12 +138,14 @@ class NixlHolder:
 
 
 class _Link:
-    """A holder's agent, and ours for it. All but `is_torn` on the taker's thread alone."""
+    """A holder's agent, and ours for it. Its methods on the taker's thread alone."""
 
     def __init__(self, endpoint: str, metadata: bytes, regions: Sequence[Region]) -> None:
         self.endpoint = endpoint
         self.is_torn = False
-        """Set from the event loop: end what is under way."""
+        """End what is under way. Event loop only, as `moving`."""
+        self.moving: set[asyncio.Task[None]] = set()
+        """Runs on their way."""
         self.proof = bytearray(_PROOF_BYTES)
         """Where the holder's is read to."""
         self._agent = _Agent([*regions, _region(memoryview(self.proof))])
@@ -178,7 +183,8 @@ class _Link:
         """End all of it. Idempotent."""
         if self._agent.nixl is not None:
             self._handles.clear()
-            self._agent.nixl.remove_remote_agent(self._remote)
+            with contextlib.suppress(Exception):  # that it is gone already is an error of NIXL's
+                self._agent.nixl.remove_remote_agent(self._remote)
             self._agent.destroy()
 
 
@@ -213,27 +219,25 @@ class NixlTaker:
         self._thread = ThreadPoolExecutor(1, "nixl")
         self._links: dict[bytes, _Link] = {}
         """By their holder's proof."""
-        self._moving: dict[_Link, set[asyncio.Task[None]]] = {}
         self._proving = asyncio.Lock()
 
     async def prove(self, source: Source) -> None:
         """See `TakerEnd`: what only the holder could tell is read from where it says."""
         offer = source.offer.nixl
+        if self._link(source) is not None:
+            return
         async with self._proving:
             if self._link(source) is not None:
-                return
+                return  # somebody else was faster
             regions = [_region(layer) for layer in self._memory.host_layers()]
-            link = None
             try:
                 link = await self._run(_Link, source.endpoint, offer.metadata, regions)
-                here, there = _region(memoryview(link.proof)), (offer.proof_address, _PROOF_BYTES, 0)
-                async with asyncio.timeout(PROOF_TIMEOUT_S):
-                    await self._move(link, [here], [there])
-                if link.proof != offer.proof:
-                    raise ConnectionError("what was read there is not that holder's")
+                try:
+                    await self._read_proof(link, offer)
+                except BaseException:
+                    await self._forget(link)
+                    raise
             except Exception as error:  # NIXL's errors have no base of their own
-                if link is not None:
-                    await self._run(link.destroy)
                 raise UnprovenError(str(error) or "no answer") from error
             self._links[offer.proof] = link
 
@@ -248,22 +252,20 @@ class NixlTaker:
         size = local[0][1]
         remote = [(addresses[layer] + page_id * size, size, 0) for layer in layers for page_id in run.page_ids]
         moving = asyncio.ensure_future(self._pull(link, local, remote))
-        self._moving.setdefault(link, set()).add(moving)
-        moving.add_done_callback(self._moving[link].discard)
+        link.moving.add(moving)
+        moving.add_done_callback(link.moving.discard)
         return NixlTransfer(moving, timeout_s)
 
     async def disconnect(self, endpoint: str) -> None:
         """See `TakerEnd`: what is under way ends with its agent."""
-        for proof, link in list(self._links.items()):
+        for link in list(self._links.values()):
             if link.endpoint == endpoint:
-                del self._links[proof]
                 await self._tear(link)
 
     async def close(self) -> None:
         """See `TakerEnd`."""
         for link in list(self._links.values()):
             await self._tear(link)
-        self._links.clear()
         self._thread.shutdown()
         self._thread = ThreadPoolExecutor(1, "nixl")  # which starts with its first call
 
@@ -272,16 +274,28 @@ class NixlTaker:
         return link if link is not None and link.endpoint == source.endpoint else None
 
     async def _tear(self, link: _Link) -> None:
+        """Return when nothing of it is under way."""
+        await self._forget(link)
+        if link.moving:
+            await asyncio.wait(link.moving)
+
+    async def _forget(self, link: _Link) -> None:
         link.is_torn = True
+        self._links = {proof: other for proof, other in self._links.items() if other is not link}
         await self._run(link.destroy)
-        moving = self._moving.pop(link, None)
-        if moving:
-            await asyncio.wait(moving)
+
+    async def _read_proof(self, link: _Link, offer: types_pb2.NixlTransport) -> None:
+        here, there = _region(memoryview(link.proof)), (offer.proof_address, _PROOF_BYTES, 0)
+        async with asyncio.timeout(PROOF_TIMEOUT_S):
+            await self._move(link, [here], [there])
+        if link.proof != offer.proof:
+            raise ConnectionError("what was read there is not that holder's")
 
     async def _pull(self, link: _Link, local: Sequence[Region], remote: Sequence[Region]) -> None:
         try:
             await self._move(link, local, remote)
         except Exception as error:  # NIXL's errors have no base of their own
+            await self._forget(link)  # an agent that met an error may never come out of it
             raise HandoffLostError("HOLDER_LOST", f"{link.endpoint} did not deliver: {error}") from error
 
     async def _move(self, link: _Link, local: Sequence[Region], remote: Sequence[Region]) -> None:
