@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
-from headrace_core.transfer import unix
+from headrace_core.transfer import shm, unix
 from headrace_core.transfer.unix import MOST_CONNECTIONS, DescriptorServer, private_folder, receive_descriptor
 
 PASSWORD = b"p" * 24
@@ -230,6 +230,15 @@ async def test_who_is_there_and_says_nothing_is_waited_for_so_long():
         server._loop.remove_reader(server._listener)
         with pytest.raises(TimeoutError):
             await receive_descriptor(server.path, PASSWORD, timeout_s=0.05)
+
+
+def test_a_folder_whose_path_leaves_no_room_for_a_socket_is_not_used(folder: Path, monkeypatch):
+    deep = folder / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr(unix.tempfile, "gettempdir", lambda: str(deep))
+    with pytest.raises(OSError, match="set TMPDIR to a shorter folder"):
+        private_folder()
+    assert "too long" in shm.probe(), "auto does without"
 
 
 def _symlink(place: Path) -> None:

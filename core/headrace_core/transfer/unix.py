@@ -23,6 +23,8 @@ PATIENCE_S = 1.0
 """How long who connects may take to say the password."""
 _PAUSE_S = 0.1
 _SUFFIX = ".sock"
+_MOST_FOLDER_BYTES = 64
+"""Of the 107 that a socket's path may have; the rest is for its name."""
 _DESCRIPTOR = struct.Struct("i")
 
 
@@ -30,13 +32,15 @@ def private_folder() -> Path:
     """Return the folder for this user's sockets, in the temporary one; made if need be.
 
     Raises:
-        OSError: it is another user's, or open to others.
+        OSError: it is another user's, open to others, or its path too long.
     """
     folder = Path(tempfile.gettempdir(), f"headrace-{os.geteuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise PermissionError(f"{folder} must be a folder of this user's that is closed to others (chmod 700)")
+    if len(os.fsencode(folder)) > _MOST_FOLDER_BYTES:
+        raise OSError(f"{folder} is too long for the path of a socket; set TMPDIR to a shorter folder")
     return folder
 
 
