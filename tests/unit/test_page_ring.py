@@ -71,3 +71,21 @@ def test_a_copy_that_failed_is_no_bar_to_the_next():
         cache.copy_to_host([1, 2])
     cache.copy_to_host([1])
     assert set(np.frombuffer(cache.page_bytes(1, 1), np.float32).tolist()) == {5}
+
+
+def test_only_the_layers_that_are_asked_for_are_copied_either_way():
+    layout = KvLayout(4, 4, CacheDtype.FLOAT32, LatentAttention(6, 2))
+    cache = KvCache(layout, 2, has_host_copy=True)
+    for number, layer in enumerate(cache.layers, start=1):
+        layer.fill_(number)
+
+    def on_host() -> list[float]:
+        return [np.frombuffer(cache.page_bytes(layer, 1), np.float32)[0].item() for layer in range(4)]
+
+    for layer in range(4):
+        cache.page_bytes(layer, 1)[:] = bytes(layout.page_layer_bytes)
+    cache.copy_to_host([1], range(1, 3))
+    assert on_host() == [0, 2, 3, 0]
+    cache.copy_from_host([1], range(3, 4))
+    assert [layer[1].max().item() for layer in cache.layers] == [1, 2, 3, 0]
+    assert [layer[0].max().item() for layer in cache.layers] == [1, 2, 3, 4]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import xxhash
+from headrace_core.batch.step import Mark
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import async_test
 from headrace_core.testing.handoff_parts import PlainMemory
@@ -24,7 +25,7 @@ async def test_a_run_has_the_sums_of_every_layer_of_its_pages():
     memory = PlainMemory()
     sealer = Sealer(memory, LAYOUT)
     run = await sealer.seal(4, [(5, 7), (1, 8), (3, 9)])
-    assert memory.copies == [("to_host", (5, 1, 3))]
+    assert memory.copies == [("to_host", (5, 1, 3), range(2))]
     assert (run.first_layer, run.first_page, run.page_ids, run.generations) == (0, 4, (5, 1, 3), (7, 8, 9))
     assert run.checksums == sums(memory, [5, 1, 3])
     assert len({total for layer in run.checksums for total in layer}) == 6
@@ -37,11 +38,11 @@ async def test_rule_4_a_page_that_was_sealed_is_not_summed_again_unless_it_was_r
     sealer = Sealer(memory, LAYOUT)
     first = await sealer.seal(0, [(5, 7), (1, 8)])
     again = await sealer.seal(0, [(5, 7), (1, 8), (3, 9)])
-    assert memory.copies == [("to_host", (5, 1)), ("to_host", (3,))]
+    assert memory.copies == [("to_host", (5, 1), range(2)), ("to_host", (3,), range(2))]
     assert [layer[:2] for layer in again.checksums] == list(first.checksums)
     memory.page_bytes(1, 5)[0] ^= 1
     other = await sealer.seal(0, [(5, 8), (1, 8)])
-    assert memory.copies[2:] == [("to_host", (5,))]
+    assert memory.copies[2:] == [("to_host", (5,), range(2))]
     assert other.checksums == sums(memory, [5, 1])
     sealer.close()
 
@@ -65,7 +66,7 @@ async def test_rule_1_sealing_gives_way_to_steps():
     niceness: list[int] = []
 
     class Watching(PlainMemory):
-        def copy_to_host(self, page_ids: Sequence[int]) -> None:
+        def copy_to_host(self, page_ids: Sequence[int], layers: range, behind: Mark | None = None) -> None:
             niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
 
     sealer = Sealer(Watching(), LAYOUT)

@@ -53,7 +53,7 @@ async def test_however_often_cancelled_it_ends_after_the_thread_has(error, num_c
 def test_pages_that_arrived_whole_become_what_is_computed_with():
     memory = PlainMemory()
     accept_pages(replace(run_of(memory, [4, 2]), page_ids=(9, 9)), memory, [4, 2], endpoint="x")
-    assert memory.copies == [("from_host", (4, 2))]
+    assert memory.copies == [("from_host", (4, 2), range(2))]
 
 
 @pytest.mark.parametrize(("layer", "index"), [(0, 0), (0, 1), (1, 0), (1, 1)])

@@ -9,6 +9,9 @@ from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_core.roofline.operations import StepLoad
 
+Mark = object
+"""A point in what a device was given to do, as the cache marks it; whoever copies pages waits for it."""
+
 
 @dataclass(slots=True, eq=False)
 class SamplingMemo:

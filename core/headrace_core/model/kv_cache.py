@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from headrace_core.batch.step import Mark
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.host_copies import to_device
 from headrace_core.model.page_ring import PageRing, page_rows
+
+T = TypeVar("T")
 
 TORCH_DTYPES = {
     CacheDtype.FLOAT32: torch.float32,
@@ -33,9 +37,9 @@ class KvCache:
     the host: `copy_to_host` brings pages there before they are sent, `copy_from_host` takes pages that arrived. The
     copy takes real memory only for pages that were moved.
 
-    Pages are copied on a CUDA stream of their own, behind what the steps' stream holds when a copy begins. On that
-    stream itself a copy would wait, layer by layer, for whatever step was launched meanwhile. Copies take turns: they
-    share two buffers of pinned memory (`page_ring`), and the link.
+    Pages are copied on a CUDA stream of their own, behind what the steps' stream holds when a copy begins, or held when
+    it was marked. On that stream itself a copy would wait, layer by layer, for whatever step was launched meanwhile.
+    Copies take turns: they share two buffers of pinned memory (`page_ring`), and the link.
     """
 
     def __init__(
@@ -82,23 +86,35 @@ class KvCache:
 
     def host_layers(self) -> Sequence[memoryview]:
         """Return all that `page_bytes` shows, by layer: pages in the order of their ids."""
-        return self._bytes
+        return [layer.view(-1).view(torch.uint8).numpy().data for layer in self._host]
 
-    def copy_to_host(self, page_ids: Sequence[int]) -> None:
-        """Let `page_bytes` show what the device's pages hold now; returns when it does. Not on the event loop."""
+    def mark(self) -> Mark | None:
+        """Return what a copy waits for that is to bring what was written so far, and no more. Engine thread only."""
+        if self._stream is None:
+            return None
+        launched = torch.cuda.Event()
+        launched.record()
+        return launched
+
+    def copy_to_host(self, page_ids: Sequence[int], layers: range | None = None, behind: Mark | None = None) -> None:
+        """Let `page_bytes` show what the device's pages hold in `layers`, None: in all. Not on the event loop.
+
+        Returns when it does. What they held at the mark `behind`, without waiting for what was launched since; None:
+        what they hold now.
+        """
         if self._ring and page_ids:
-            with self._copying():
-                self._ring.copy_to_host(self.layers, self._rows, page_ids)
+            with self._copying(behind):
+                self._ring.copy_to_host(_part(self.layers, layers), _part(self._rows, layers), page_ids)
 
-    def copy_from_host(self, page_ids: Sequence[int]) -> None:
+    def copy_from_host(self, page_ids: Sequence[int], layers: range | None = None) -> None:
         """Set the device's pages to what `page_bytes` shows; returns when they are. Not on the event loop."""
         if self._ring and page_ids:
             with self._copying():
-                self._ring.copy_to_device(self.layers, self._rows, page_ids)
+                self._ring.copy_to_device(_part(self.layers, layers), _part(self._rows, layers), page_ids)
 
     @contextmanager
-    def _copying(self) -> Generator[None]:
-        """Run what is launched inside after all steps launched so far; leave when it is done, also by an error.
+    def _copying(self, behind: Mark | None = None) -> Generator[None]:
+        """Run what is launched inside behind a mark, or all launched so far; leave when it is done, by an error too.
 
         One thread at a time: what a copy leaves in the buffers of the ring is done with before the next begins.
         """
@@ -106,7 +122,10 @@ class KvCache:
             if self._stream is None:
                 yield
                 return
-            self._stream.wait_stream(torch.cuda.current_stream())
+            if isinstance(behind, torch.cuda.Event):
+                self._stream.wait_event(behind)
+            else:
+                self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 try:
                     yield
@@ -120,3 +139,7 @@ class KvCache:
         index = to_device(torch.tensor(list(page_ids)), self.layers[0].device)
         for layer in self.layers:
             layer.index_fill_(0, index, 0)
+
+
+def _part(by_layer: list[T], layers: range | None) -> list[T]:
+    return by_layer if layers is None else by_layer[layers.start : layers.stop]

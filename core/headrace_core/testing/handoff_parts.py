@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from headrace_core.batch.step import Mark
 from headrace_core.errors import HeadraceError
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.memory import PageMemory
@@ -18,9 +19,10 @@ INCARNATION = 42
 
 
 class PlainMemory:
-    """`PageMemory` of bytes, page by page different; `copies` are the calls of `copy_to_host` and `copy_from_host`.
+    """`PageMemory` of bytes, page by page different.
 
-    With `shared` they are of memory that others can be let read.
+    `copies` are the calls of `copy_to_host` and `copy_from_host`: which, pages, layers. With `shared`
+    the bytes are of memory that others can be let read.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class PlainMemory:
         for layer, pages in enumerate(self._pages):
             for page, content in enumerate(pages):
                 content[:] = _counting(seed * 89 + layer * 31 + page * 7, page_bytes)
-        self.copies: list[tuple[str, tuple[int, ...]]] = []
+        self.copies: list[tuple[str, tuple[int, ...], range]] = []
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
         """See `PageMemory`."""
@@ -51,13 +53,13 @@ class PlainMemory:
         """See `PageMemory`."""
         return self._buffers
 
-    def copy_to_host(self, page_ids: Sequence[int]) -> None:
+    def copy_to_host(self, page_ids: Sequence[int], layers: range, behind: Mark | None = None) -> None:
         """See `PageMemory`."""
-        self.copies.append(("to_host", tuple(page_ids)))
+        self.copies.append(("to_host", tuple(page_ids), layers))
 
-    def copy_from_host(self, page_ids: Sequence[int]) -> None:
+    def copy_from_host(self, page_ids: Sequence[int], layers: range) -> None:
         """See `PageMemory`."""
-        self.copies.append(("from_host", tuple(page_ids)))
+        self.copies.append(("from_host", tuple(page_ids), layers))
 
     def content(self, page_ids: Sequence[int]) -> list[list[bytes]]:
         """Return the bytes of these pages, [layers][pages]."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
+from headrace_core.batch.step import Mark
 from headrace_core.transfer.memfd import Memfd
 
 
@@ -34,10 +35,10 @@ class PageMemory(Protocol):
         """Return all that `page_bytes` shows, by layer: what a transport registers."""
         ...
 
-    def copy_to_host(self, page_ids: Sequence[int]) -> None:
-        """Let `page_bytes` show what was computed into these pages. Not on the event loop."""
+    def copy_to_host(self, page_ids: Sequence[int], layers: range, behind: Mark | None = None) -> None:
+        """Let `page_bytes` show what was computed into these layers of pages, until the mark. Not on the event loop."""
         ...
 
-    def copy_from_host(self, page_ids: Sequence[int]) -> None:
-        """Let what was written to `page_bytes` of these pages be computed with. Not on the event loop."""
+    def copy_from_host(self, page_ids: Sequence[int], layers: range) -> None:
+        """Let what was written to `page_bytes` of these layers of pages be computed with. Not on the event loop."""
         ...

@@ -59,5 +59,5 @@ class Sealer:
         self._thread.shutdown()
 
     def _sum(self, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        self._memory.copy_to_host(page_ids)
+        self._memory.copy_to_host(page_ids, self._layers)
         return checksums(self._memory, self._layers, page_ids)

@@ -62,7 +62,7 @@ def accept_pages(
         HeadraceError: from `read`.
     """
     check_bytes(run, memory, page_ids, endpoint=endpoint, read=read)
-    memory.copy_from_host(page_ids)
+    memory.copy_from_host(page_ids, range(run.first_layer, run.first_layer + run.num_layers))
 
 
 def checksums(memory: PageMemory, layers: Sequence[int], page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -48,3 +48,24 @@ def test_a_hand_over_goes_behind_what_was_launched_and_is_over_when_it_returns()
             assert launched.query(), "the steps' stream was waited for"
             assert cache._stream.query(), "and its own"
             assert on_device.item() == 1
+
+
+def test_a_copy_behind_a_mark_waits_for_what_was_launched_before_it_and_for_nothing_since():
+    layout = KvLayout(2, 4, CacheDtype.FLOAT32, LatentAttention(6, 2))
+    with pretend_gpu():
+        cache = KvCache(layout, 2, "cuda")
+
+        def launch() -> torch.cuda.Event:
+            torch.ones(1).pin_memory().to("cuda", non_blocking=True)
+            launched = torch.cuda.Event()
+            launched.record()
+            return launched
+
+        before = launch()
+        mark = cache.mark()
+        since = launch()
+        cache.copy_to_host([1], range(1), mark)
+        assert before.query(), "the layer was written when it was copied"
+        assert not since.query(), "the rest of the step is still under way"
+        cache.copy_to_host([1], range(1, 2))
+        assert since.query(), "without a mark it goes behind all of it"
