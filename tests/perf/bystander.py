@@ -19,7 +19,7 @@ import torch
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk
 from headrace_core.engine.executor import Executor, StepModel
-from headrace_core.errors import InvalidRequestError
+from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.model.kv_cache import KvCache
@@ -48,6 +48,10 @@ class WideModel:
     def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> torch.Tensor:
         """See `StepModel`."""
         return self._logits[: sum(chunk.sampling is not None for chunk in chunks)]
+
+    def take_failures(self) -> dict[int, HeadraceError]:
+        """See `StepModel`."""
+        return {}
 
     def take_expert_counts(self) -> dict[int, list[int]]:
         """See `StepModel`."""

@@ -25,6 +25,9 @@ class LostDevice:
         self._use("forward")
         return torch.empty((0, 8))
 
+    def take_failures(self):
+        return {}
+
     def take_expert_counts(self):
         self._use("take_expert_counts")
         return {}
@@ -54,6 +57,9 @@ class StandInModel:
             raise self.failure
         rows = [chunk.token_ids[-1] for chunk in chunks if chunk.sampling is not None]
         return torch.stack([torch.full((8,), float("nan")) if t == 0 else torch.eye(8)[t] for t in rows])
+
+    def take_failures(self):
+        return {}
 
     def take_expert_counts(self):
         counts, self.counts = self.counts, 0

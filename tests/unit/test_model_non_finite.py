@@ -165,3 +165,22 @@ def test_no_weight_that_is_not_finite_gives_a_token(name, value, tmp_path):
             assert outcome(spoilt, sequences.chunk(0, prompt), sequences) == "BAD_LOGITS", (kind, length)
             assert isinstance(outcome(sound, sequences.chunk(1, prompt), sequences), int)
             assert outcome(spoilt, sequences.chunk(1, [9]), sequences) == "BAD_LOGITS", (kind, length)
+
+
+def test_a_part_of_a_prompt_that_is_not_finite_fails_alone_in_one_run_of_its_step(tmp_path):
+    """It samples nothing, so nobody would look at it; what is beside it is not computed again."""
+    write_config(tmp_path, CONFIGS["v3"])
+    config = parse_config(tmp_path)
+    tensors = random_tensors(config, Variation())
+    tensors["model.embed_tokens.weight"][7] = NAN
+    model = network(config, tensors)
+    sequences = PagedSequences(model, page_size=4, num_pages=20)
+    bad = sequences.chunk(0, [5, 7, 9], is_sampled=False)
+    good = sequences.chunk(1, [5, 6, 9])
+    unsampled = sequences.chunk(2, [5, 6, 9], is_sampled=False)
+    step = Executor(model, sequences.cache).step
+    result = step(StepPlan([bad, good, unsampled]))
+    assert {key: error.reason for key, error in result.failures.items()} == {0: "BAD_LOGITS"}
+    assert "positions 0 to 2" in str(result.failures[0])
+    assert list(result.tokens) == [1]
+    assert not step(StepPlan([sequences.chunk(1, [3])])).failures, "it is told once"

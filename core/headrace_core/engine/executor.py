@@ -25,6 +25,10 @@ class StepModel(Protocol):
         """Compute the chunks, writing their cache; return [chunks with sampling, V] float32 logits, in order."""
         ...
 
+    def take_failures(self) -> dict[int, HeadraceError]:
+        """Return, by key, why chunks without `sampling` of the last step can't be gone on with."""
+        ...
+
     def take_expert_counts(self) -> dict[int, list[int]]:
         """Return tokens per routed expert, by layer, since the last call; empty for a model without experts."""
         ...
@@ -43,7 +47,7 @@ class Executor:
         self._num_steps = 0
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one plan. A row whose token can't be chosen is among the result's failures; the others have theirs.
+        """Run one plan. A chunk that can't go on is among the result's failures; the others have their tokens.
 
         Raises:
             FatalStepError: the device is lost.
@@ -61,12 +65,15 @@ class Executor:
             except Exception:
                 self._model.take_expert_counts()
                 raise
+            failures = self._model.take_failures()
             expert_counts = self._model.take_expert_counts()
         chunks = [chunk for chunk in plan.chunks if chunk.sampling is not None]
         pairs = list(zip(chunks, outcomes, strict=True))
+        failed = [(chunk, failures[chunk.key]) for chunk in plan.chunks if chunk.key in failures]
+        failed += [(chunk, error) for chunk, error in pairs if isinstance(error, HeadraceError)]
         return StepResult(
             tokens={chunk.key: token for chunk, token in pairs if isinstance(token, SampledToken)},
-            failures={chunk.key: chunk.error(error) for chunk, error in pairs if isinstance(error, HeadraceError)},
+            failures={chunk.key: chunk.error(error) for chunk, error in failed},
             duration_s=time.perf_counter() - started,
             expert_counts=expert_counts,
             timing=StepTiming(step_load(plan.chunks), dict(running.seconds)) if running else None,

@@ -84,6 +84,7 @@ class Model:
         self._angles = RopeAngles(config.rope, self.device)
         self._expert_counts = share_counts([layer.feed_forward for layer in weights.layers])
         self._decode_graphs: DecodeGraphs | None = None
+        self._failures: dict[int, HeadraceError] = {}
 
     def kv_layout(self, page_size: int) -> KvLayout:
         """Return what a page of this model's cache holds."""
@@ -136,17 +137,16 @@ class Model:
             [L, V] float32, one row for each chunk with `sampling`, in the order of the chunks.
 
         Raises:
-            HeadraceError: BAD_LOGITS, a chunk without `sampling` came out not finite: nobody would look at it before
-                its pages are others' to find. The logits of the other chunks are for the caller to look at.
             ValueError: a chunk is empty or its pages do not cover it.
         """
+        self._failures = {}
         with torch.inference_mode():
             graphs = self._decode_graphs
             if graphs is not None and len(chunks) <= graphs.max_rows and is_decode_step(chunks):
                 return self._replay(graphs, chunks)
             step = self._prepare(chunks, cache)
             hidden = self._run_layers(step, cache, timer)
-            _check_unsampled(hidden, step.chunk_rows, chunks)
+            self._failures = _not_finite(hidden, step.chunk_rows, chunks)
             rows = [
                 row + len(chunk.token_ids) - 1
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)
@@ -164,6 +164,14 @@ class Model:
                 self._logits(hidden, list(range(row, row + len(chunk.token_ids))), OFF)
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)
             ]
+
+    def take_failures(self) -> dict[int, HeadraceError]:
+        """Return, by key, why chunks without `sampling` of the last step failed: BAD_LOGITS, they are not finite.
+
+        Nobody would look at them before their pages are others' to find. Logits are for the caller to look at.
+        """
+        failures, self._failures = self._failures, {}
+        return failures
 
     def take_expert_counts(self) -> dict[int, list[int]]:
         """Return, by layer, how many tokens each routed expert was chosen for since the last call."""
@@ -225,12 +233,14 @@ class Model:
         return logits
 
 
-def _check_unsampled(hidden: Tensor, chunk_rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
+def _not_finite(hidden: Tensor, chunk_rows: Sequence[int], chunks: Sequence[Chunk]) -> dict[int, HeadraceError]:
+    failures: dict[int, HeadraceError] = {}
     for row, chunk in zip(chunk_rows, chunks, strict=True):
         if chunk.sampling is None and not is_finite(hidden[row : row + len(chunk.token_ids)]):
             end = chunk.start + len(chunk.token_ids)
-            raise HeadraceError(
+            failures[chunk.key] = HeadraceError(
                 "BAD_LOGITS",
                 f"what the model makes of positions {chunk.start} to {end - 1} is not all finite; the checkpoint may "
                 "be damaged: compare its files with their source",
             )
+    return failures

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headrace_core.batch.spec import ModelLimits
 from headrace_core.batch.step import Chunk
+from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
@@ -66,6 +67,10 @@ class FakeModel:
         if failure is not None:
             raise failure
         return torch.stack([row for row in rows if row is not None]) if any(row is not None for row in rows) else _NONE
+
+    def take_failures(self) -> dict[int, HeadraceError]:
+        """See `StepModel`."""
+        return {}
 
     def take_expert_counts(self) -> dict[int, list[int]]:
         """See `StepModel`."""
