@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk
+from headrace_core.batch.step import Chunk, OnLayer
 from headrace_core.engine.executor import Executor, StepModel
 from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
@@ -45,7 +45,9 @@ class WideModel:
     def __init__(self) -> None:
         self._logits = 3 * torch.randn(64, self.vocab_size)
 
-    def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> torch.Tensor:
+    def forward(
+        self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF, on_layer: OnLayer | None = None
+    ) -> torch.Tensor:
         """See `StepModel`."""
         return self._logits[: sum(chunk.sampling is not None for chunk in chunks)]
 

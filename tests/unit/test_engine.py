@@ -2,16 +2,17 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from headrace_core.batch.scheduler import Load
-from headrace_core.batch.step import Chunk, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, OnStop, StepPlan, StepResult
 from headrace_core.engine.engine import Engine, FatalStepError, News
 from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 
 
 class CountingScheduler:
@@ -52,7 +53,7 @@ class Harness:
         self.news: list[News[Any]] = []
         self.fatal: list[BaseException] = []
         self.engine: Engine[CountingScheduler] = Engine(
-            self.scheduler, step, deliver=self.news.append, on_fatal=self.fatal.append
+            self.scheduler, lambda plan, on_stop: step(plan), deliver=self.news.append, on_fatal=self.fatal.append
         )
         self.engine.start()
 
@@ -203,3 +204,85 @@ async def test_a_lost_device_or_a_broken_scheduler_is_fatal():
     broken.engine.submit(lambda scheduler: scheduler.missing)  # pyright: ignore
     await eventually(lambda: bool(broken.fatal), "the engine died")
     await asyncio.gather(harness.engine.stop(), broken.engine.stop())
+
+
+class Watching(CountingScheduler):
+    """One that is told how far its step is, and tells."""
+
+    def plan(self, now: float) -> StepPlan | None:
+        plan = super().plan(now)
+        return StepPlan(plan.chunks, plan.zero_page_ids, (1, 2)) if plan else None
+
+    def layers_done(self, num_layers: int, mark: object) -> None:
+        self._events.append(f"{num_layers} layers, {mark}")
+
+    def step_raised(self) -> None:
+        self._events.append("raised")
+
+
+@async_test
+async def test_what_is_told_at_a_stop_goes_out_while_the_step_runs():
+    news: list[News[Any]] = []
+    may_end = threading.Event()
+
+    def step(plan: StepPlan, on_stop: OnStop | None) -> StepResult:
+        assert on_stop is not None
+        for stop in plan.stops:
+            on_stop(stop, "m")
+        assert may_end.wait(WAIT_S)
+        return fine(plan)
+
+    scheduler = Watching()
+    engine: Engine[Watching] = Engine(
+        scheduler, step, deliver=news.append, on_fatal=lambda error: None, watch=scheduler
+    )
+    engine.start()
+    engine.submit(lambda scheduler: scheduler.want(1))
+
+    def told() -> list[str]:
+        return [event for each in news for event in each.events]
+
+    await eventually(lambda: told() == ["want 1", "1 layers, m", "2 layers, m"], "both stops are told")
+    may_end.set()
+    await eventually(lambda: told()[-1] == "applied", "the step ended")
+    assert [each.report is not None for each in news if "layers" in str(each.events)] == [False, False]
+    await engine.stop()
+
+
+@async_test
+async def test_who_watches_is_told_before_a_step_that_raised_is_run_again_and_of_no_stop_then():
+    ran: list[tuple[int, tuple[int, ...], list[str]]] = []
+    scheduler = Watching()
+    scheduler.num_rows = 2
+
+    def step(plan: StepPlan, on_stop: OnStop | None) -> StepResult:
+        ran.append((len(plan.chunks), plan.stops, list(scheduler._events)))
+        if len(plan.chunks) == 2:
+            raise RuntimeError("broken")
+        return fine(plan)
+
+    engine: Engine[Watching] = Engine(
+        scheduler, step, deliver=lambda news: None, on_fatal=lambda error: None, watch=scheduler
+    )
+    engine.start()
+    engine.submit(lambda scheduler: scheduler.want(1))
+    await eventually(lambda: bool(scheduler.results), "the step ran")
+    await engine.stop()
+    assert ran == [(2, (1, 2), []), (1, (), ["raised"]), (1, (), ["raised"])]
+
+
+@async_test
+async def test_a_step_that_nobody_watches_has_nobody_to_tell():
+    asked: list[object] = []
+
+    def step(plan: StepPlan, on_stop: OnStop | None) -> StepResult:
+        asked.append(on_stop)
+        return fine(plan)
+
+    scheduler = CountingScheduler()
+    engine: Engine[CountingScheduler] = Engine(scheduler, step, deliver=lambda news: None, on_fatal=lambda error: None)
+    engine.start()
+    engine.submit(lambda scheduler: scheduler.want(1))
+    await eventually(lambda: bool(scheduler.results), "the step ran")
+    await engine.stop()
+    assert asked == [None]

@@ -21,7 +21,7 @@ class LostDevice:
     def zero_pages(self, page_ids):
         self._use("zero_pages")
 
-    def forward(self, chunks, cache, timer):
+    def forward(self, chunks, cache, timer, on_layer=None):
         self._use("forward")
         return torch.empty((0, 8))
 
@@ -51,7 +51,7 @@ class StandInModel:
         self.failure = None
         self.counts = 0
 
-    def forward(self, chunks, cache, timer):
+    def forward(self, chunks, cache, timer, on_layer=None):
         self.counts += len(chunks)
         if self.failure is not None:
             raise self.failure
@@ -89,3 +89,44 @@ def test_what_a_run_that_raised_has_counted_is_not_counted_again():
         step(StepPlan([chunk(1, 3), chunk(2, 4)]))
     model.failure = None
     assert step(StepPlan([chunk(1, 3)])).expert_counts == {1: [1]}
+
+
+class LayeredModel(StandInModel):
+    """Four layers; keeps whom it would tell of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def forward(self, chunks, cache, timer, on_layer=None):
+        self.told.append(on_layer)
+        for layer in range(4) if on_layer else ():
+            on_layer(layer + 1)
+        return super().forward(chunks, cache, timer)
+
+
+class MarkedCache:
+    """Counts its marks."""
+
+    def __init__(self):
+        self.num_marks = 0
+
+    def mark(self):
+        self.num_marks += 1
+        return f"mark {self.num_marks}"
+
+
+def test_the_cache_is_marked_at_the_plans_stops_and_nowhere_else():
+    model, stops = LayeredModel(), []
+    step = Executor(model, MarkedCache()).step
+    step(StepPlan([chunk(1, 3)], stops=(2, 3)), lambda num_layers, mark: stops.append((num_layers, mark)))
+    assert stops == [(2, "mark 1"), (3, "mark 2")]
+
+
+def test_a_model_is_not_even_asked_to_tell_of_layers_when_nobody_wants_to_know():
+    """Decode steps, and those of a worker that computes prompts for itself."""
+    model = LayeredModel()
+    step = Executor(model, None).step
+    step(StepPlan([chunk(1, 3)]), lambda num_layers, mark: None)
+    step(StepPlan([chunk(1, 3)], stops=(2,)))
+    assert model.told == [None, None]

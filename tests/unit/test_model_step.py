@@ -98,6 +98,33 @@ def test_a_host_copy_follows_the_device_page_by_page():
         copy([])
 
 
+@pytest.mark.parametrize("name", ["v3", "mixtral"])
+def test_a_layer_is_told_when_it_is_written_and_not_before_the_next_one(name, tmp_path):
+    """Pages of the layers told of hold what they hold when the step is over, those of the others what they held."""
+    write_checkpoint(tmp_path, TINY_CONFIGS[name])
+    model = load_model(tmp_path)
+    sequences = PagedSequences(model, page_size=4, num_pages=16)
+    sequences.chunk(1, range(10, 16))
+    seen: list[list[bytes]] = []
+
+    def contents() -> list[bytes]:
+        return [b"".join(sequences.cache.page_bytes(layer, page) for page in range(16)) for layer in range(num_layers)]
+
+    def on_layer(done: int) -> None:
+        assert done == len(seen) + 1
+        seen.append(contents())
+
+    num_layers = sequences.cache.layout.num_layers
+    before = contents()
+    chunks = [sequences.chunk(0, range(10, 19)), sequences.chunk(1, [5]), sequences.chunk(2, [6, 7], is_sampled=False)]
+    model.forward(chunks, sequences.cache, on_layer=on_layer)
+    after = contents()
+    assert len(seen) == num_layers
+    for done, content in enumerate(seen, start=1):
+        assert content[:done] == after[:done]
+        assert content[done:] == before[done:]
+
+
 def test_expert_counts_cover_every_token_and_are_taken_once(tmp_path):
     write_checkpoint(tmp_path, TINY_CONFIGS["v3"])
     model = load_model(tmp_path)

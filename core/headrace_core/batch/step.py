@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken, SamplingParams
@@ -11,6 +12,12 @@ from headrace_core.roofline.operations import StepLoad
 
 Mark = object
 """A point in what a device was given to do, as the cache marks it; whoever copies pages waits for it."""
+
+OnLayer = Callable[[int], None]
+"""Told how many layers of a step are done: the step writes nothing more to them."""
+
+OnStop = Callable[[int, Mark | None], None]
+"""Told of layers as well, and with what mark their writing is done on the device."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,11 +77,12 @@ class StepPlan:
     """One forward pass of one ragged batch; never empty.
 
     `zero_page_ids` are filled with zeros before it: pages that will be handed off with unused slots, which are zero on
-    the wire.
+    the wire. `stops` are numbers of layers, rising: the scheduler is told when so many are done (`LayerWatch`).
     """
 
     chunks: list[Chunk]
     zero_page_ids: list[int] = field(default_factory=list[int])
+    stops: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -82,13 +90,25 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     def halves(self) -> tuple[StepPlan, StepPlan]:
-        """Return two plans that together do the same, each with the pages to zero that are its chunks'."""
+        """Return two plans that together do the same, each with its own chunks' pages to zero, and without stops."""
         middle = len(self.chunks) // 2
         return self._part(self.chunks[:middle]), self._part(self.chunks[middle:])
 
     def _part(self, chunks: list[Chunk]) -> StepPlan:
         page_ids = set[int]().union(*(chunk.page_ids for chunk in chunks))
         return StepPlan(chunks, [page_id for page_id in self.zero_page_ids if page_id in page_ids])
+
+
+class LayerWatch(Protocol):
+    """Who is told how far the planned step is, to hand pages of its first layers on. Engine thread only."""
+
+    def layers_done(self, num_layers: int, mark: Mark | None) -> None:
+        """See `OnStop`. Called at the plan's stops, in order; not at all where a step does not run layer by layer."""
+        ...
+
+    def step_raised(self) -> None:
+        """Take note that the step raised: what it wrote is about to be written again, without stops."""
+        ...
 
 
 def step_load(chunks: Sequence[Chunk]) -> StepLoad:

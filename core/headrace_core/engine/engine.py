@@ -7,6 +7,9 @@ A step that raises is run again in halves, and they in theirs, until what raises
 fails, the others have their tokens. So n sequences are computed at most log2 n + 1 times each. Only a lost device ends
 more. Anything raised outside a step means that our own books can't be trusted: the thread ends, and the process with
 it.
+
+A scheduler that hands on pages of a step's first layers while the later ones are computed is the engine's `watch` as
+well: it is told where the step is, and what it tells of that goes out at once.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from headrace_core.batch.scheduler import Load, Scheduler
-from headrace_core.batch.step import Chunk, StepPlan, StepResult, StepTiming
+from headrace_core.batch.step import Chunk, LayerWatch, Mark, OnStop, StepPlan, StepResult, StepTiming
 from headrace_core.errors import HeadraceError
 
 log = logging.getLogger(__name__)
@@ -65,13 +68,15 @@ class Engine(Generic[S]):
     def __init__(
         self,
         scheduler: S,
-        step: Callable[[StepPlan], StepResult],
+        step: Callable[[StepPlan, OnStop | None], StepResult],
         *,
         deliver: Callable[[News[Any]], None],
         on_fatal: Callable[[BaseException], None],
+        watch: LayerWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
+        self._watch = watch
         self._step_model = step
         self._deliver = deliver
         self._on_fatal = on_fatal
@@ -131,7 +136,7 @@ class Engine(Generic[S]):
         """Run the plan, or what of it can be run."""
         started = self._clock()
         try:
-            return self._step_model(plan)
+            return self._step_model(plan, self._on_stop if self._watch else None)
         except FatalStepError:
             raise
         except Exception as cause:  # noqa: BLE001 - the boundary: what fails is a sequence, not the process
@@ -140,8 +145,15 @@ class Engine(Generic[S]):
             log.warning(
                 "a step raised; its halves are run", extra={"sequences": len(plan.chunks), "problem": repr(cause)}
             )
+        if self._watch:
+            self._watch.step_raised()
         first, second = (self._run_plan(half) for half in plan.halves())
         return _joined(first, second, self._clock() - started)
+
+    def _on_stop(self, num_layers: int, mark: Mark | None) -> None:
+        assert self._watch is not None, "somebody watches"
+        self._watch.layers_done(num_layers, mark)
+        self._publish()  # what the scheduler makes of it need not wait for the step
 
     def _publish(self, report: StepReport | None = None) -> None:
         events, load = self._scheduler.take_events(), self._scheduler.load()

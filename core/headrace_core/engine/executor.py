@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from headrace_core.batch.step import Chunk, StepPlan, StepResult, StepTiming, step_load
+from headrace_core.batch.step import Chunk, OnLayer, OnStop, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.engine.engine import FatalStepError
 from headrace_core.errors import HeadraceError
 from headrace_core.model.kv_cache import KvCache
@@ -21,8 +21,13 @@ from headrace_core.request import SampledToken
 class StepModel(Protocol):
     """What the executor needs of a model. Engine thread only."""
 
-    def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> torch.Tensor:
-        """Compute the chunks, writing their cache; return [chunks with sampling, V] float32 logits, in order."""
+    def forward(
+        self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF, on_layer: OnLayer | None = None
+    ) -> torch.Tensor:
+        """Compute the chunks, writing their cache; return [chunks with sampling, V] float32 logits, in order.
+
+        `on_layer` may be told after each layer how many are done: nothing more is written to those.
+        """
         ...
 
     def take_failures(self) -> dict[int, HeadraceError]:
@@ -46,7 +51,7 @@ class Executor:
         self._timing_period = timing_period
         self._num_steps = 0
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan, on_stop: OnStop | None = None) -> StepResult:
         """Run one plan. A chunk that can't go on is among the result's failures; the others have their tokens.
 
         Raises:
@@ -59,7 +64,7 @@ class Executor:
         timer = running or OFF
         with torch.inference_mode(), _lost_device_is_fatal():
             try:
-                outcomes = self._compute(plan, timer)
+                outcomes = self._compute(plan, timer, on_stop)
             except torch.AcceleratorError:
                 raise
             except Exception:
@@ -79,15 +84,23 @@ class Executor:
             timing=StepTiming(step_load(plan.chunks), dict(running.seconds)) if running else None,
         )
 
-    def _compute(self, plan: StepPlan, timer: OpTimer) -> list[SampledToken | HeadraceError]:
+    def _compute(self, plan: StepPlan, timer: OpTimer, on_stop: OnStop | None) -> list[SampledToken | HeadraceError]:
         rows = [chunk.sampling for chunk in plan.chunks if chunk.sampling is not None]
         if plan.zero_page_ids:
             self._cache.zero_pages(plan.zero_page_ids)
         timer.mark(OTHER)
-        logits = self._model.forward(plan.chunks, self._cache, timer)
+        on_layer = self._at_stops(plan.stops, on_stop) if on_stop and plan.stops else None
+        logits = self._model.forward(plan.chunks, self._cache, timer, on_layer)
         outcomes = sample(logits, rows) if rows else []
         timer.mark(SAMPLING)
         return outcomes
+
+    def _at_stops(self, stops: Sequence[int], on_stop: OnStop) -> OnLayer:
+        def on_layer(num_layers: int) -> None:
+            if num_layers in stops:
+                on_stop(num_layers, self._cache.mark())
+
+        return on_layer
 
     def _running_timer(self) -> RunningOpTimer | None:
         self._num_steps += 1

@@ -14,7 +14,7 @@ from headrace_kernels.linear import Linear
 from headrace_kernels.rms_norm import rms_norm
 from torch import Tensor
 
-from headrace_core.batch.step import Chunk
+from headrace_core.batch.step import Chunk, OnLayer
 from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout
@@ -128,10 +128,17 @@ class Model:
         """Undo `prepare_decode`."""
         self._decode_graphs = None
 
-    def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        cache: KvCache,
+        timer: OpTimer = OFF,
+        on_layer: OnLayer | None = None,
+    ) -> Tensor:
         """Compute a step: write the chunks' tokens to their pages, return the logits to sample from.
 
-        `timer` is told what ran, from the step's preparation to the head.
+        `timer` is told what ran, from the step's preparation to the head. `on_layer` is told after each layer how many
+        are done; on a GPU they may only be launched. A captured decode step tells nothing.
 
         Returns:
             [L, V] float32, one row for each chunk with `sampling`, in the order of the chunks.
@@ -145,7 +152,7 @@ class Model:
             if graphs is not None and len(chunks) <= graphs.max_rows and is_decode_step(chunks):
                 return self._replay(graphs, chunks)
             step = self._prepare(chunks, cache)
-            hidden = self._run_layers(step, cache, timer)
+            hidden = self._run_layers(step, cache, timer, on_layer)
             self._failures = _not_finite(hidden, step.chunk_rows, chunks)
             rows = [
                 row + len(chunk.token_ids) - 1
@@ -200,7 +207,7 @@ class Model:
             device=self.device,
         )
 
-    def _run_layers(self, step: StepInputs, cache: KvCache, timer: OpTimer) -> Tensor:
+    def _run_layers(self, step: StepInputs, cache: KvCache, timer: OpTimer, on_layer: OnLayer | None = None) -> Tensor:
         eps = self.config.rms_norm_eps
         angles = self._angles.at(step.positions)
         timer.mark(OTHER)
@@ -214,6 +221,8 @@ class Model:
             normalised = rms_norm(x, layer.feed_forward_norm, eps)
             timer.mark("ffn_norm")
             x = x + layer.feed_forward(normalised, timer)
+            if on_layer is not None:
+                on_layer(index)
             if is_trimmed and index % _LAYERS_PER_RELEASE == 0:
                 # Activations of odd sizes leave holes among what oneDNN keeps; 5 ms here save 100 MiB at peak.
                 release_freed_memory()

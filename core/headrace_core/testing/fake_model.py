@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headrace_core.batch.spec import ModelLimits
-from headrace_core.batch.step import Chunk
+from headrace_core.batch.step import Chunk, OnLayer
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
@@ -32,7 +32,8 @@ _WIDTH = 4
 class FakeModel:
     """See the module. `salt` makes another model. While `failure` is set, `forward` raises it.
 
-    `raises` may return, for the chunks of a step, what `forward` raises when it has computed all but the last of them.
+    `raises` may return, for the chunks of a step, what `forward` raises when it has computed all but the last of them
+    and all layers but the last. `between_layers` is called with the number of layers done, if they were told.
     A chunk that `is_damaged` fills its part of the cache with NaN; the logits of all that read there are NaN.
 
     `hold` stops steps at their beginning, `wait_held` returns when one is stopped, `release` lets them go on: so a test
@@ -46,6 +47,7 @@ class FakeModel:
         self.failure: Exception | None = None
         self.raises: Callable[[Sequence[Chunk]], Exception | None] = lambda chunks: None
         self.is_damaged: Callable[[Chunk], bool] = lambda chunk: False
+        self.between_layers: OnLayer = lambda num_layers: None
         self.num_steps = 0
         self._turn = threading.Condition()
         self._num_free: int | None = None
@@ -56,17 +58,28 @@ class FakeModel:
         """Return what its pages hold."""
         return KvLayout(self.num_layers, page_size, CacheDtype.FLOAT32, LatentAttention(_WIDTH - 1, 1))
 
-    def forward(self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF) -> Tensor:
+    def forward(
+        self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF, on_layer: OnLayer | None = None
+    ) -> Tensor:
         """See `StepModel`."""
         self.num_steps += 1
         self._enter()
         if self.failure is not None:
             raise self.failure
         failure = self.raises(chunks)
-        rows = [self._compute(chunk, cache) for chunk in chunks[: len(chunks) - (failure is not None)]]
-        if failure is not None:
-            raise failure
-        return torch.stack([row for row in rows if row is not None]) if any(row is not None for row in rows) else _NONE
+        computed = chunks if failure is None else chunks[:-1]
+        slots = [_slots(chunk, cache) for chunk in computed]
+        for layer in range(self.num_layers):
+            if failure is not None and layer == self.num_layers - 1:
+                raise failure
+            for chunk, its_slots in zip(computed, slots, strict=True):
+                self._write(chunk, its_slots, cache, layer)
+            if on_layer is not None:
+                on_layer(layer + 1)
+                self.between_layers(layer + 1)
+        pairs = zip(computed, slots, strict=True)
+        rows = [self._logits(its_slots, cache) for chunk, its_slots in pairs if chunk.sampling is not None]
+        return torch.stack(rows) if rows else _NONE
 
     def take_failures(self) -> dict[int, HeadraceError]:
         """See `StepModel`."""
@@ -104,30 +117,35 @@ class FakeModel:
             if self._num_free is not None:
                 self._num_free -= 1
 
-    def _compute(self, chunk: Chunk, cache: KvCache) -> Tensor | None:
-        page_size = cache.layout.page_size
-        end = chunk.start + len(chunk.token_ids)
-        positions = torch.arange(end)
-        slots = torch.tensor(chunk.page_ids)[positions // page_size] * page_size + positions % page_size
-        digest = self._salt
-        for layer, tensor in enumerate(cache.layers):
-            values = tensor.view(-1, _WIDTH)
-            for offset, token_id in enumerate(chunk.token_ids):
-                position = chunk.start + offset
-                before = int(values[slots[position - 1]].to(torch.int64).sum()) if position else self._salt
-                row = [(before * (7 + k) + token_id * 1_000_003 + position * 31 + layer) for k in range(_WIDTH)]
-                values[slots[position]] = torch.tensor([value % _MODULUS for value in row], dtype=torch.float32)
-            if self.is_damaged(chunk):
-                values[slots[chunk.start :]] = torch.nan
-            weights = (positions * 7919 + 1)[:, None] + torch.arange(_WIDTH)
-            digest = digest * 31 + int((values[slots].to(torch.int64) * weights % _MODULUS).sum())
-        if chunk.sampling is None:
-            return None
-        if any(bool(tensor.view(-1, _WIDTH)[slots].isnan().any()) for tensor in cache.layers):
+    def _write(self, chunk: Chunk, slots: Tensor, cache: KvCache, layer: int) -> None:
+        values = cache.layers[layer].view(-1, _WIDTH)
+        for offset, token_id in enumerate(chunk.token_ids):
+            position = chunk.start + offset
+            before = int(values[slots[position - 1]].to(torch.int64).sum()) if position else self._salt
+            row = [(before * (7 + k) + token_id * 1_000_003 + position * 31 + layer) for k in range(_WIDTH)]
+            values[slots[position]] = torch.tensor([value % _MODULUS for value in row], dtype=torch.float32)
+        if self.is_damaged(chunk):
+            values[slots[chunk.start :]] = torch.nan
+
+    def _logits(self, slots: Tensor, cache: KvCache) -> Tensor:
+        """Return the logits after the tokens in `slots`."""
+        layers = [tensor.view(-1, _WIDTH)[slots] for tensor in cache.layers]
+        if any(bool(values.isnan().any()) for values in layers):
             return torch.full((self.vocab_size,), torch.nan)
+        weights = (torch.arange(len(slots)) * 7919 + 1)[:, None] + torch.arange(_WIDTH)
+        digest = self._salt
+        for values in layers:
+            digest = digest * 31 + int((values.to(torch.int64) * weights % _MODULUS).sum())
         vocabulary = torch.arange(self.vocab_size, dtype=torch.int64)
         mixed = ((vocabulary + 1) * (digest % _MODULUS + 1) + vocabulary * vocabulary * 104_729) % _MODULUS
         return (mixed.to(torch.float64) / _MODULUS * 8).to(torch.float32)
+
+
+def _slots(chunk: Chunk, cache: KvCache) -> Tensor:
+    """Return where in the flat cache the sequence's tokens up to the chunk's end lie."""
+    page_size = cache.layout.page_size
+    positions = torch.arange(chunk.start + len(chunk.token_ids))
+    return torch.tensor(chunk.page_ids)[positions // page_size] * page_size + positions % page_size
 
 
 _NONE = torch.empty((0, 0))

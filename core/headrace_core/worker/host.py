@@ -19,6 +19,7 @@ from headrace.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
 from headrace_core import __version__
 from headrace_core.batch.scheduler import Scheduler
+from headrace_core.batch.step import LayerWatch
 from headrace_core.config import WorkerSettings
 from headrace_core.door import LONG_CALLS, Door
 from headrace_core.engine.engine import Engine, News
@@ -125,8 +126,15 @@ class WorkerHost(Generic[S]):
         """
         return await asyncio.to_thread(loader, self._settings)
 
-    async def go(self, model: LoadedModel, scheduler: S, on_news: Callable[[News[Any]], None]) -> None:
-        """Start the engine and take work; `on_news` is called on the event loop, once per step."""
+    async def go(
+        self,
+        model: LoadedModel,
+        scheduler: S,
+        on_news: Callable[[News[Any]], None],
+        *,
+        watch: LayerWatch | None = None,
+    ) -> None:
+        """Start the engine and take work; `on_news` is called on the event loop, `watch` on the engine thread."""
 
         def deliver(news: News[Any]) -> None:
             self.board.set_load(news.load)
@@ -140,7 +148,7 @@ class WorkerHost(Generic[S]):
             self._metrics.show_operations(model.prediction)
         executor = Executor(model.model, model.cache, timing_period=timing_period)
         self._model = model
-        self._engine = Engine(scheduler, executor.step, deliver=deliver, on_fatal=self._on_fatal)
+        self._engine = Engine(scheduler, executor.step, deliver=deliver, on_fatal=self._on_fatal, watch=watch)
         self._engine.start()
         self._engine.submit(lambda _: None)  # makes the first load report
         self.state = HostState.READY
