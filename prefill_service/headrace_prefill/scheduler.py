@@ -6,9 +6,11 @@
 A step goes on with what runs, oldest first, then admits from the queue's head while token and sequence budgets last;
 the groups that sequences belong to, their routers, take turns, and within one the first that came is first. One gets
 all its pages at once, so two half-done prompts can't wait for each other.
-Full pages are sealed when the chunk that filled them is computed, those of the prefix cache at admission, the rest with
-the first token: from then on nothing writes them, and their ids stay, also where an equal page was cached first. They
-stay until the lease table says `free`; nothing else frees them. What was computed stays in the prefix cache.
+Full pages are sealed when the chunk that filled them is computed, their first layers at its stops before that, those of
+the prefix cache at admission, the rest with the first token: from then on nothing writes them, and their ids stay, also
+where an equal page was cached first. They stay until the lease table says `free`; nothing else frees them. A step that
+raised is run again: what was sealed at its stops is then another page, and the sequence is lost to its taker. What was
+computed stays in the prefix cache.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from enum import Enum
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, Mark, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
-from headrace_core.errors import OverloadedError
+from headrace_core.errors import HandoffLostError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken
+
+from headrace_prefill.layer_stops import LayerStops
 
 
 class State(Enum):
@@ -60,11 +64,17 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """Nothing writes these pages of a sequence, from index `first_page` on, any more: (id, generation) of each."""
+    """Nothing writes these layers of pages of a sequence, from `first_page` on, any more: (id, generation) of each.
+
+    `end_layer` None: up to the last. `mark`: what a copy of them waits for, None: for all that was launched.
+    """
 
     key: int
     first_page: int
     pages: tuple[tuple[int, int], ...]
+    first_layer: int = 0
+    end_layer: int | None = None
+    mark: Mark | None = None
 
 
 PrefillEvent = Admitted | Sealed | Prefilled | Failed
@@ -81,7 +91,11 @@ class _Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_sealed: int = 0
-    """Pages."""
+    """Pages, in all layers."""
+    num_sealed_layers: int = 0
+    """Layers of the planned chunk's pages that are sealed already."""
+    is_lost: bool = False
+    """True when sealed pages were written again."""
     started_s: float = 0.0
 
     @property
@@ -94,7 +108,7 @@ class _Sequence:
 
 
 class PrefillScheduler:
-    """See the module. A sequence's key is its caller's, and rises with arrival."""
+    """See the module. A sequence's key is its caller's, and rises with arrival. It is its engine's `LayerWatch`."""
 
     def __init__(
         self,
@@ -104,8 +118,11 @@ class PrefillScheduler:
         max_step_tokens: int,
         max_step_sequences: int,
         max_waiting_sequences: int,
+        layer_stops: LayerStops | None = None,
     ) -> None:
+        """Args: `layer_stops` None: pages are sealed when their step is over."""
         self.pages = pages
+        self._layer_stops = layer_stops
         self._limits = limits
         self._max_step_tokens = max_step_tokens
         self._max_step_sequences = max_step_sequences
@@ -153,7 +170,27 @@ class PrefillScheduler:
                 zero_page_ids.append(sequence.pages.page_ids[-1])
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
-        return self._book.plan(chunks, zero_page_ids)
+        return self._book.plan(chunks, zero_page_ids, self._stops(chunks))
+
+    def layers_done(self, num_layers: int, mark: Mark | None) -> None:
+        """See `LayerWatch`: seal what is worth a run in these layers."""
+        for chunk in self._book.planned.chunks:
+            sequence = self._sequences[chunk.key]
+            if self._is_worth_sealing(sequence, chunk, num_layers):
+                assert sequence.pages is not None, "a running sequence has pages"
+                end = self._num_written(sequence, chunk)
+                self._tell_sealed(sequence, sequence.pages, end, num_layers, mark)
+                sequence.num_sealed_layers = num_layers
+
+    def step_raised(self) -> None:
+        """See `LayerWatch`: whoever takes what was sealed at the stops is to be refused."""
+        for chunk in self._book.planned.chunks:
+            sequence = self._sequences[chunk.key]
+            if sequence.num_sealed_layers and not sequence.is_lost:
+                assert sequence.pages is not None, "a running sequence has pages"
+                sequence.is_lost = True
+                written = sequence.pages.page_ids[sequence.num_sealed : self._num_written(sequence, chunk)]
+                self.pages.pool.renew(written, sequence.pages.owner)
 
     def apply(self, result: StepResult, now: float) -> None:
         """Advance the planned sequences; publish those whose first token was sampled, end those that failed."""
@@ -168,7 +205,10 @@ class PrefillScheduler:
                 continue
             sequence.num_computed += len(chunk.token_ids)
             self.pages.commit(sequence.pages, sequence.spec.token_ids, sequence.num_computed, keeps_ids=True)
-            if sequence.num_left:
+            if sequence.is_lost:
+                self.free(chunk.key)
+                self._book.tell(Failed(chunk.key, _written_again()))
+            elif sequence.num_left:
                 self._seal(sequence, sequence.pages, sequence.num_computed // self.pages.page_size)
             else:
                 self._publish(sequence, sequence.pages, result.tokens[chunk.key], now)
@@ -227,6 +267,25 @@ class PrefillScheduler:
             request_id=spec.request_id,
         )
 
+    def _num_written(self, sequence: _Sequence, chunk: Chunk) -> int:
+        """Return how many pages nothing writes any more once the chunk is computed."""
+        end = chunk.start + len(chunk.token_ids)
+        return self.pages.pages_for(end) if end == sequence.num_tokens else end // self.pages.page_size
+
+    def _is_worth_sealing(self, sequence: _Sequence, chunk: Chunk, num_layers: int) -> bool:
+        num_pages = self._num_written(sequence, chunk) - sequence.num_sealed
+        stops = self._layer_stops
+        return stops is not None and stops.is_worth(num_layers - sequence.num_sealed_layers, num_pages)
+
+    def _stops(self, chunks: Sequence[Chunk]) -> tuple[int, ...]:
+        """Return the stops at which there is something to seal."""
+        if self._layer_stops is None:
+            return ()
+        pairs = [(self._sequences[chunk.key], chunk) for chunk in chunks]
+        return tuple(
+            stop for stop in self._layer_stops.stops if any(self._is_worth_sealing(*pair, stop) for pair in pairs)
+        )
+
     def _sampling(self, spec: SequenceSpec) -> SamplingRow:
         return SamplingRow(
             params=spec.params,
@@ -260,9 +319,23 @@ class PrefillScheduler:
             self._seal(sequence, pages, len(pages.page_ids))
 
     def _seal(self, sequence: _Sequence, pages: SequencePages, end: int) -> None:
-        """Tell of the pages up to number `end` that are sealed now."""
-        start, sequence.num_sealed = sequence.num_sealed, end
-        if start < end:
-            ids = pages.page_ids[start:end]
-            sealed = tuple((page_id, self.pages.pool.generation(page_id)) for page_id in ids)
-            self._book.tell(Sealed(sequence.key, start, sealed))
+        """Tell of the pages up to number `end` that are sealed now, in the layers that were not."""
+        if sequence.num_sealed < end:
+            self._tell_sealed(sequence, pages, end)
+        sequence.num_sealed, sequence.num_sealed_layers = end, 0
+
+    def _tell_sealed(
+        self,
+        sequence: _Sequence,
+        pages: SequencePages,
+        end: int,
+        end_layer: int | None = None,
+        mark: Mark | None = None,
+    ) -> None:
+        start, first_layer = sequence.num_sealed, sequence.num_sealed_layers
+        sealed = tuple((page_id, self.pages.pool.generation(page_id)) for page_id in pages.page_ids[start:end])
+        self._book.tell(Sealed(sequence.key, start, sealed, first_layer, end_layer, mark))
+
+
+def _written_again() -> HandoffLostError:
+    return HandoffLostError("STALE_PAGE", "a step raised after pages of its first layers were sealed; prefill again")

@@ -24,7 +24,7 @@ from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Held, add_hold_servicer
 from headrace_core.transfer.lease import Lease, LeaseTable
-from headrace_core.transfer.sealer import Pages, Sealer
+from headrace_core.transfer.sealer import Sealer
 from headrace_core.transfer.states import LeaseState
 from headrace_core.transfer.transport import Holding
 from headrace_core.transfer.transports import TRANSPORTS, usable
@@ -43,6 +43,7 @@ from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
+from headrace_prefill.layer_stops import LEAST_BYTES, LayerStops
 from headrace_prefill.metrics import PrefillMetrics
 from headrace_prefill.scheduler import Admitted, Prefilled, PrefillEvent, PrefillScheduler, Sealed
 
@@ -75,16 +76,22 @@ class _Held:
 
 
 class PrefillService:
-    """See `process.Service`. Tests give `loader` and `transports`."""
+    """See `process.Service`. Tests give what follows `settings`."""
 
     def __init__(
-        self, settings: PrefillSettings, *, loader: Loader = load_worker_model, transports: Sequence[str] = ()
+        self,
+        settings: PrefillSettings,
+        *,
+        loader: Loader = load_worker_model,
+        transports: Sequence[str] = (),
+        least_run_bytes: int = LEAST_BYTES,
     ) -> None:
         transports = transports or usable(settings.transport)
         self.registry = CollectorRegistry()
         self._metrics = PrefillMetrics(self.registry)
         self._settings = settings
         self._loader = loader
+        self._least_run_bytes = least_run_bytes
         self.host: WorkerHost[PrefillScheduler] = WorkerHost(
             settings,
             role=types_pb2.WORKER_ROLE_PREFILL,
@@ -124,6 +131,7 @@ class PrefillService:
             max_step_tokens=settings.max_step_tokens,
             max_step_sequences=settings.max_step_sequences,
             max_waiting_sequences=settings.max_waiting_sequences,
+            layer_stops=LayerStops.of(model.layout, least_bytes=self._least_run_bytes),
         )
         self._leases = LeaseTable(
             incarnation=self.host.incarnation,
@@ -132,7 +140,7 @@ class PrefillService:
             on_change=self._on_lease_change,
         )
         self._sealer = Sealer(model.cache, model.layout)
-        await self.host.go(model, scheduler, self._on_news)
+        await self.host.go(model, scheduler, self._on_news, watch=scheduler)
         return address
 
     async def drain(self) -> None:
@@ -183,8 +191,8 @@ class PrefillService:
             match event:
                 case Admitted():
                     self._on_admitted(held, event)
-                case Sealed(first_page=first_page, pages=pages):
-                    self._seal(held, first_page, pages)
+                case Sealed():
+                    self._seal(held, event)
                 case Prefilled():
                     self._on_prefilled(held, event)
                 case Failed(error=error):
@@ -224,11 +232,13 @@ class PrefillService:
         # The taker ends the call, when it has heard that: until then it may read what it was told of before.
         held.is_finished = event.finish is not None
 
-    def _seal(self, held: _Held, first_page: int, pages: Pages) -> None:
+    def _seal(self, held: _Held, sealed: Sealed) -> None:
         """Let the taker have pages that nothing writes any more."""
-        assert self._sealer is not None, "ready"
-        for start, part in self._sealer.parts(first_page, pages):
-            sealing = asyncio.ensure_future(self._publish(held, self._sealer.seal(start, part)))
+        sealer, end_layer = self._sealer, sealed.end_layer
+        assert sealer is not None, "ready"
+        layers = range(sealed.first_layer, self.host.model.layout.num_layers if end_layer is None else end_layer)
+        for start, part in sealer.parts(sealed.first_page, sealed.pages, num_layers=len(layers)):
+            sealing = asyncio.ensure_future(self._publish(held, sealer.seal(start, part, layers, sealed.mark)))
             self._sealing.add(sealing)
             sealing.add_done_callback(self._sealing.discard)
 

@@ -64,15 +64,22 @@ class StepBook(Generic[E]):
             return True
         return False
 
-    def plan(self, chunks: list[Chunk], zero_page_ids: Sequence[int] = ()) -> StepPlan | None:
+    @property
+    def planned(self) -> StepPlan:
+        """The step under way."""
+        assert self._planned is not None, "no step is planned"
+        return self._planned
+
+    def plan(
+        self, chunks: list[Chunk], zero_page_ids: Sequence[int] = (), stops: tuple[int, ...] = ()
+    ) -> StepPlan | None:
         """Return the step of these chunks and remember it until `take_planned`; None if there are none."""
-        self._planned = StepPlan(chunks, list(zero_page_ids)) if chunks else None
+        self._planned = StepPlan(chunks, list(zero_page_ids), stops) if chunks else None
         return self._planned
 
     def take_planned(self) -> StepPlan:
         """Return the step that was planned, once: it was computed, or failed."""
-        plan, self._planned = self._planned, None
-        assert plan is not None, "no step is planned"
+        plan, self._planned = self.planned, None
         return plan
 
     def load(self, *, num_running: int, num_waiting: int, num_waiting_tokens: int, num_sequences: int) -> Load:

@@ -6,8 +6,8 @@
 
 An OWNED page has one owner, its only writer. A CACHED page is read-only and belongs to the prefix cache; sequences
 hold references. A QUARANTINED page may still be written by a cancelled transfer: nobody gets it until its owner says
-that the transfer is drained. Every way to FREE bumps the page's generation, so reuse is visible to whoever remembers
-the page by (id, generation).
+that the transfer is drained. Every way to FREE bumps the page's generation, and so does `renew`: that a page is not the
+one that was told is visible to whoever remembers it by (id, generation).
 """
 
 from __future__ import annotations
@@ -112,6 +112,13 @@ class PagePool:
             assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
             self._states[page_id] = PageState.QUARANTINED
             self._num_quarantined += 1
+
+    def renew(self, page_ids: Iterable[int], owner: int) -> None:
+        """Make owned pages others than those that somebody was told of, in the same place: they are written again."""
+        for page_id in page_ids:
+            assert self._states[page_id] is PageState.OWNED, f"page {page_id} is not owned"
+            assert self._owners[page_id] == owner, f"page {page_id} is not {owner}'s"
+            self._generations[page_id] += 1
 
     def share(self, page_id: int, owner: int) -> None:
         """Make an owned page a cached one, of which its former owner holds the first reference."""

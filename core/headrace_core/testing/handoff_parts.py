@@ -21,8 +21,8 @@ INCARNATION = 42
 class PlainMemory:
     """`PageMemory` of bytes, page by page different.
 
-    `copies` are the calls of `copy_to_host` and `copy_from_host`: which, pages, layers. With `shared`
-    the bytes are of memory that others can be let read.
+    `copies` are the calls of `copy_to_host` and `copy_from_host`: which, pages, layers; `marks` those of the former.
+    With `shared` the bytes are of memory that others can be let read.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class PlainMemory:
             for page, content in enumerate(pages):
                 content[:] = _counting(seed * 89 + layer * 31 + page * 7, page_bytes)
         self.copies: list[tuple[str, tuple[int, ...], range]] = []
+        self.marks: list[Mark | None] = []
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
         """See `PageMemory`."""
@@ -56,6 +57,7 @@ class PlainMemory:
     def copy_to_host(self, page_ids: Sequence[int], layers: range, behind: Mark | None = None) -> None:
         """See `PageMemory`."""
         self.copies.append(("to_host", tuple(page_ids), layers))
+        self.marks.append(behind)
 
     def copy_from_host(self, page_ids: Sequence[int], layers: range) -> None:
         """See `PageMemory`."""

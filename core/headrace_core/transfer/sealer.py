@@ -1,7 +1,8 @@
 """Makes pages that nothing writes any more ready to be read: copied to the host where need be, with their checksums.
 
-Each page is copied and summed once for each of its generations: one of the prefix cache that many sequences share is
-the same in all of them. Event loop only; the work is done on a thread of its own, before which steps go.
+Each page is copied and summed once for each of its generations, its first layers maybe before its last are computed:
+one of the prefix cache that many sequences share is the same in all of them. Event loop only; the work is done on a
+thread of its own, before which steps go.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from headrace_core.batch.step import Mark
 from headrace_core.kv.layout import KvLayout
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.values import Run
@@ -27,37 +29,56 @@ class Sealer:
 
     def __init__(self, memory: PageMemory, layout: KvLayout, *, most_run_bytes: int = MOST_RUN_BYTES) -> None:
         self._memory = memory
-        self._layers = range(layout.num_layers)
-        self._most_pages = max(1, most_run_bytes // layout.page_bytes)
+        self._page_layer_bytes = layout.page_layer_bytes
+        self._most_run_bytes = most_run_bytes
         self._thread = ThreadPoolExecutor(1, "seal", initializer=yield_to_steps)
         self._known: dict[int, tuple[int, array[int]]] = {}
-        """Of each page id: the generation that was summed, and its checksums, by layer."""
+        """Of each page id: the generation that was summed, and the checksums of its first layers."""
 
-    def parts(self, first_page: int, pages: Pages) -> Iterator[tuple[int, Pages]]:
-        """Cut pages of a sequence, from `first_page` on, into what one run may have."""
-        for start in range(0, len(pages), self._most_pages):
-            yield first_page + start, pages[start : start + self._most_pages]
+    def parts(self, first_page: int, pages: Pages, *, num_layers: int) -> Iterator[tuple[int, Pages]]:
+        """Cut pages of a sequence, from `first_page` on, into what one run of so many layers may have."""
+        most_pages = max(1, self._most_run_bytes // (num_layers * self._page_layer_bytes))
+        for start in range(0, len(pages), most_pages):
+            yield first_page + start, pages[start : start + most_pages]
 
-    async def seal(self, first_page: int, pages: Pages) -> Run:
-        """Return the run of these pages, over all layers, ready to be read. Runs are done in the order of the calls."""
-        unknown = [page for page in pages if self._known.get(page[0], (None,))[0] != page[1]]
+    async def seal(self, first_page: int, pages: Pages, layers: range, mark: Mark | None = None) -> Run:
+        """Return the run of these layers of these pages, ready to be read. Runs are done in the order of the calls.
+
+        A page's layers are sealed from the first on. `mark`: what copying them waits for.
+        """
+        unknown = [page for page in pages if self._num_known(page) < layers.stop]
         if unknown:
-            sums = await run_to_its_end(self._thread, self._sum, [page_id for page_id, _ in unknown])
-            for index, (page_id, generation) in enumerate(unknown):
-                self._known[page_id] = generation, array("Q", [layer[index] for layer in sums])
+            first = min(map(self._num_known, unknown))
+            sums = await run_to_its_end(
+                self._thread, self._sum, [page_id for page_id, _ in unknown], range(first, layers.stop), mark
+            )
+            for index, page in enumerate(unknown):
+                self._keep(page, first, [layer[index] for layer in sums])
         sums_of = [self._known[page_id][1] for page_id, _ in pages]
         return Run(
-            first_layer=0,
+            first_layer=layers.start,
             first_page=first_page,
             page_ids=tuple(page_id for page_id, _ in pages),
             generations=tuple(generation for _, generation in pages),
-            checksums=tuple(tuple(of_page[layer] for of_page in sums_of) for layer in self._layers),
+            checksums=tuple(tuple(of_page[layer] for of_page in sums_of) for layer in layers),
         )
+
+    def _num_known(self, page: tuple[int, int]) -> int:
+        """Return of how many first layers of a page, in its generation, the sums are kept."""
+        generation, sums = self._known.get(page[0], (None, ()))
+        return len(sums) if generation == page[1] else 0
+
+    def _keep(self, page: tuple[int, int], first_layer: int, sums: Sequence[int]) -> None:
+        num_known = self._num_known(page)
+        assert num_known >= first_layer, "sums are kept in the order of the calls"
+        kept = self._known[page[0]][1] if num_known else array("Q")
+        kept.extend(sums[num_known - first_layer :])
+        self._known[page[0]] = page[1], kept
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()
 
-    def _sum(self, page_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        self._memory.copy_to_host(page_ids, self._layers)
-        return checksums(self._memory, self._layers, page_ids)
+    def _sum(self, page_ids: Sequence[int], layers: range, mark: Mark | None) -> tuple[tuple[int, ...], ...]:
+        self._memory.copy_to_host(page_ids, layers, mark)
+        return checksums(self._memory, layers, page_ids)
