@@ -182,6 +182,8 @@ def _decode_timings(timings: pb.Timings) -> Timings:
         num_attempts=timings.num_attempts,
         prefill_worker=timings.prefill_worker,
         decode_worker=timings.decode_worker,
+        hidden_transfer_us=timings.hidden_transfer_us,
+        hidden_transfer_bytes=timings.hidden_transfer_bytes,
     )
 
 

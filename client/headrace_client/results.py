@@ -44,7 +44,8 @@ class Timings:
     """Where one sample's time went, from its arrival at the router.
 
     The phases are in order, without gaps, and sum to `total_us`; those before the first token sum to `ttft_us`.
-    `prefill_worker` is empty when one worker did both. `transport` is empty when nothing was handed off.
+    `prefill_worker` is empty when one worker did both. `transport` is empty when nothing was handed off. For
+    `hidden_transfer_us` pages moved while their prompt was computed, `hidden_transfer_bytes` of them: in no sum.
     """
 
     phases: tuple[Phase, ...]
@@ -56,6 +57,8 @@ class Timings:
     num_attempts: int
     prefill_worker: str
     decode_worker: str
+    hidden_transfer_us: int = 0
+    hidden_transfer_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

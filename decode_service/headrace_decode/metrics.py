@@ -14,7 +14,7 @@ class DecodeMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.worker = WorkerMetrics(registry)
         self.transfer_seconds = Histogram(
-            "headrace_transfer_seconds", "Moving and verifying one sequence's pages", ["transport"],
+            "headrace_transfer_seconds", "What was left to move after a sequence's first token", ["transport"],
             buckets=PHASE_BUCKETS, registry=registry,
         )  # fmt: skip
         self.handoffs = Gauge(
@@ -28,6 +28,14 @@ class DecodeMetrics:
             "headrace_transfer_busy_seconds_total", "Moving and verifying, summed over runs", ["transport"],
             registry=registry,
         )  # fmt: skip
+        self.hidden_transfer_seconds = Histogram(
+            "headrace_hidden_transfer_seconds", "Moving pages while their prompt was computed", ["transport"],
+            buckets=PHASE_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.hidden_transfer_bytes = Counter(
+            "headrace_hidden_transfer_bytes_total", "Page bytes received while their prompts were computed",
+            ["transport"], registry=registry,
+        )  # fmt: skip
         self.preemptions = Counter(
             "headrace_preemptions_total", "Sequences evicted to be computed again", registry=registry
         )
@@ -39,7 +47,10 @@ class DecodeMetrics:
         )
 
     def observe_transfer(self, moved: TransferStats) -> None:
-        """Count a hand-off whose pages are here."""
-        self.transfer_seconds.labels(moved.transport).observe(moved.duration_s)
-        self.transfer_wait_seconds.labels(moved.transport).observe(moved.wait_s)
-        self.transfer_busy_seconds.labels(moved.transport).inc(moved.move_s)
+        """Count a hand-off whose pages are here: what it moved, and when."""
+        transport = moved.transport
+        self.transfer_seconds.labels(transport).observe(moved.duration_s)
+        self.transfer_wait_seconds.labels(transport).observe(moved.wait_s)
+        self.transfer_busy_seconds.labels(transport).inc(moved.move_s)
+        self.hidden_transfer_seconds.labels(transport).observe(moved.hidden_s)
+        self.hidden_transfer_bytes.labels(transport).inc(moved.num_hidden_bytes)

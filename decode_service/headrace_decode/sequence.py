@@ -100,6 +100,8 @@ class Sequence:
                 transfer_bytes=moved.num_bytes if moved else 0,
                 num_transfer_pages=moved.num_pages if moved else 0,
                 transport=moved.transport if moved else "",
+                hidden_transfer_us=_us(moved.hidden_s) if moved else 0,
+                hidden_transfer_bytes=moved.num_hidden_bytes if moved else 0,
             )
         )
 
@@ -124,6 +126,7 @@ class Sequence:
             "output_tokens": self.num_output_tokens,
             "seconds": time.monotonic() - self.began_s,
             "transfer_s": moved.duration_s if moved else 0.0,
+            "hidden_transfer_s": moved.hidden_s if moved else 0.0,
             "pages": moved.num_pages if moved else 0,
             "bytes": moved.num_bytes if moved else 0,
             "preemptions": self.num_preemptions,

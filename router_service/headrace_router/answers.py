@@ -140,6 +140,8 @@ def _check_joined(
     num_pages, num_bytes = joined.num_transfer_pages, joined.transfer_bytes
     _require(num_pages <= info.num_pages, f"it took {num_pages} pages into a pool of {info.num_pages}")
     _require(num_bytes <= num_pages * layout.page_bytes, f"it moved {num_bytes} bytes for {num_pages} pages")
+    hidden = joined.hidden_transfer_bytes
+    _require(hidden <= num_bytes, f"it moved {hidden} of {num_bytes} bytes before the first token")
     _require(joined.transport in ("", *info.transports), f"it moved pages by {joined.transport[:80]!r}")
     num_cached = joined.num_cached_tokens
     _require(num_cached <= position, f"{num_cached} of {position} tokens were cached")

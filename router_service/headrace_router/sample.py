@@ -108,6 +108,7 @@ class Sample:
         self.num_cached_tokens = 0
         self.transfer_bytes = 0
         self.num_transfer_pages = 0
+        self.hidden_transfer_bytes = 0
         self.transport = ""
         self.prefill_address = ""
         self.decode_address = ""
@@ -277,6 +278,8 @@ class Sample:
             self._require(SampleState.JOINING, "that it joined")
         self.transfer_bytes += joined.transfer_bytes
         self.num_transfer_pages += joined.num_transfer_pages
+        self.hidden_transfer_bytes += joined.hidden_transfer_bytes
+        self.waterfall.hide(joined.hidden_transfer_us)
         self.transport = joined.transport or self.transport
         parts = [("transfer", joined.transfer_us)] if joined.transport else [("decode_queue", joined.queue_us)]
         self.waterfall.split(parts, "join", now_s)
@@ -381,6 +384,8 @@ class Sample:
             num_attempts=self.attempt,
             prefill_worker=self.prefill_address,
             decode_worker=self.decode_address,
+            hidden_transfer_us=self.waterfall.hidden_us,
+            hidden_transfer_bytes=self.hidden_transfer_bytes,
         )
 
 

@@ -16,7 +16,8 @@ the remainder has a name of its own. Phases, in the order of an attempt:
     decode          to the last token
     retry           an attempt that failed: from its last mark, or its last token, to the failure
 
-A retried sample has further `queue`, `prefill`, ... phases after `retry`.
+What was moved while the prompt was computed is hidden in `prefill`: it is told beside the phases, and is in no sum. A
+retried sample has further `queue`, `prefill`, ... phases after `retry`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Waterfall:
         self._start_us = self._last_us = _us(arrival_s)
         self._phases: list[Phase] = []
         self.ttft_us: int | None = None
+        self.hidden_us = 0
+        """Pages were moved for so long while their prompts were computed; no phase of its own."""
 
     @property
     def phases(self) -> Sequence[Phase]:
@@ -66,6 +69,10 @@ class Waterfall:
             self._add(name, part_us)
         self._add(rest, left_us)
         self._last_us = now_us
+
+    def hide(self, reported_us: int) -> None:
+        """Take note of what was moved meanwhile: no more than there was time for, whatever is reported."""
+        self.hidden_us = min(self.hidden_us + reported_us, self.total_us)
 
     def mark_first_token(self) -> None:
         """Say that the first token came with the last mark; only the first call counts."""

@@ -12,6 +12,7 @@ from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import all_free, inspect, running
 from headrace_core.transfer.fake import POOLS, FakeFaults, pool_name
+from headrace_core.transfer.taker import MOST_PULLS
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
@@ -68,22 +69,31 @@ async def reference(prompt: list[int]) -> list[int]:
 async def test_a_prompt_of_one_chunk_is_taken_while_its_later_layers_are_computed():
     model = FakeModel(num_layers=LAYERS)
     gate = Gate(model, 7)
-    prefiller = prefill_service(model)
+    prefiller, decoder = prefill_service(model), decode_service()
     async with (
-        running(prefiller, decode_service()) as (prefill, decode),
+        running(prefiller, decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
         collected = router.start("r", PROMPT, params=GREEDY)
         faults = faults_of(prefiller)
-        await eventually(
-            lambda: layers(faults) == [(0, 4), (4, 2), (6, 1)] and not faults.num_moving, "seven layers are there"
-        )
+        await eventually(lambda: layers(faults) == [(0, 4), (4, 2), (6, 1)], "seven layers are asked for")
+        await eventually(lambda: decoder._taker.pulls._num_free == MOST_PULLS, "they are there and verified")
         assert (model.num_steps, collected.prefilled) == (1, None)
         gate.open()
         assert await collected.tokens() == await reference(PROMPT)
         assert layers(faults) == [(0, 4), (4, 2), (6, 1), (7, 1)]
         assert {(run.first_page, run.num_pages) for _, run in faults.pulled} == {(0, 6)}
         assert collected.joined.num_transfer_pages == 6
+        of_a_layer = 6 * decoder.host.model.layout.page_layer_bytes
+        assert (collected.joined.hidden_transfer_bytes, collected.joined.transfer_bytes) == (
+            7 * of_a_layer,
+            8 * of_a_layer,
+        )
+        assert collected.joined.hidden_transfer_us > 0
+        labels = {"transport": "fake"}
+        hidden = decoder.registry.get_sample_value("headrace_hidden_transfer_bytes_total", labels)
+        assert hidden == 7 * of_a_layer
+        assert decoder.registry.get_sample_value("headrace_hidden_transfer_seconds_count", labels) == 1
 
 
 @pytest.mark.parametrize("transport", ["fake", "grpc"])

@@ -78,6 +78,8 @@ def test_generate_shows_the_waterfall_on_standard_error():
     assert result.stdout == "A story.\n"
     for part in ("first token: 10.00 ms", "prefill", "8.00 ms", "80 %", "88.00 ms", "2 pages, 640.0 KiB, by grpc"):
         assert part in result.stderr
+    hidden = "480.0 KiB of it came while the prompt was computed: 6.00 ms of moving are in no bar."
+    assert hidden in " ".join(result.stderr.split())
 
 
 def test_generate_shows_several_samples_one_after_the_other():

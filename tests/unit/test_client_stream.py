@@ -73,6 +73,7 @@ def test_timings_keep_every_phase_and_sum_to_the_whole(generate):
     assert sum(phase.duration_us for phase in timings.phases) == timings.total_us == 100_000
     assert sum(p.duration_us for p in timings.phases if p.is_before_first_token) == timings.ttft_us
     assert (timings.transport, timings.num_transfer_pages, timings.transfer_bytes) == ("grpc", 2, 655_360)
+    assert (timings.hidden_transfer_us, timings.hidden_transfer_bytes) == (6_000, 491_520), "beside the sum"
 
 
 def test_samples_that_come_interleaved_are_put_together(generate):

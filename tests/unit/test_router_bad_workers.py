@@ -260,6 +260,7 @@ ANSWER_FAULTS = {
     "prefilled: more cached than there was": first("prefilled", lambda it: setattr(it, "num_cached_tokens", 1 << 31)),
     "joined: more pages than there are": first("joined", lambda it: setattr(it, "num_transfer_pages", (1 << 32) - 1)),
     "joined: more bytes than pages": first("joined", lambda it: setattr(it, "transfer_bytes", (1 << 64) - 1)),
+    "joined: more hidden bytes than bytes": first("joined", lambda it: setattr(it, "hidden_transfer_bytes", 1 << 63)),
     "joined: unheard-of transport": first("joined", lambda it: setattr(it, "transport", "x" * 1_000_000)),
     "joined: more cached than there was": first("joined", lambda it: setattr(it, "num_cached_tokens", 1 << 31)),
 }

@@ -43,6 +43,8 @@ def test_a_request_is_prefilled_handed_off_and_streamed(tmp_path):
         ]  # fmt: skip
         timings = sample.last.timings
         assert (timings.num_attempts, timings.num_transfer_pages, timings.transport) == (1, 1, "fake")
+        assert timings.hidden_transfer_bytes == 512
+        assert 0 < timings.hidden_transfer_us < timings.total_us, "no more than there was time for"
         assert timings.prefill_worker == router.workers[0].address
         assert timings.decode_worker == router.workers[1].address
         (start,) = router.workers[1].starts

@@ -31,3 +31,13 @@ def test_reports_are_nested_in_what_the_router_measured():
         ("prefill", 800),
         ("prefill_rpc", 0),
     ]
+
+
+def test_what_was_moved_meanwhile_is_in_no_sum_and_no_longer_than_there_was_time():
+    waterfall = Waterfall(1.0)
+    waterfall.split([("prefill", 700)], "prefill_hop", 1.001)
+    phases = list(waterfall.phases)
+    waterfall.hide(400)
+    assert (waterfall.hidden_us, waterfall.total_us, waterfall.phases) == (400, 1000, phases)
+    waterfall.hide(1 << 63)
+    assert waterfall.hidden_us == 1000

@@ -7,6 +7,7 @@ import pytest
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import async_test
 from headrace_core.testing.handoff_parts import PlainMemory
+from headrace_core.transfer.moving_time import MovingTime
 from headrace_core.transfer.taker import Pulls, Taker
 
 
@@ -95,3 +96,22 @@ async def test_rule_1_verifying_gives_way_to_steps():
     niceness = await asyncio.wrap_future(taker.verifying.submit(os.getpriority, os.PRIO_PROCESS, 0))
     assert niceness > os.getpriority(os.PRIO_PROCESS, 0)
     await taker.close()
+
+
+@async_test
+async def test_what_moves_at_the_same_time_is_counted_once_and_pauses_are_not():
+    now_s = 0.0
+    moving = MovingTime(lambda: now_s)
+    assert moving.seconds == 0
+    async with moving:
+        now_s = 1
+        async with moving:
+            now_s = 3
+            assert moving.seconds == 3
+        now_s = 4
+    now_s = 10
+    assert moving.seconds == 4
+    async with moving:
+        now_s = 11
+        assert moving.seconds == 5
+    assert moving.seconds == 5

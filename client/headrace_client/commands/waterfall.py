@@ -41,6 +41,11 @@ def describe_handoff(timings: Timings) -> str:
             f"Handed off: {pages}, {format_bytes(timings.transfer_bytes)}, by "
             f"{timings.transport}, from prefill {timings.prefill_worker} to decode {timings.decode_worker}."
         )
+        if timings.hidden_transfer_us:
+            text += (
+                f" {format_bytes(timings.hidden_transfer_bytes)} of it came while the prompt was computed: "
+                f"{_ms(timings.hidden_transfer_us)} of moving are in no bar."
+            )
     return text if timings.num_attempts <= 1 else f"{text} It took {timings.num_attempts} attempts."
 
 

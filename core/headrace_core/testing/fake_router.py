@@ -162,6 +162,8 @@ def default_timings() -> pb.Timings:
         num_attempts=1,
         prefill_worker="127.0.0.1:1001",
         decode_worker="127.0.0.1:1002",
+        hidden_transfer_us=6_000,
+        hidden_transfer_bytes=491_520,
     )
     for position, (name, duration_us) in enumerate(phases.items()):
         timings.phases.add(name=name, duration_us=duration_us, is_before_first_token=position < 4)

@@ -274,9 +274,9 @@ class FakeWorker:
                         await self._wait_to_join()
                         await take.confirm()
                 num_pages = self._pages[key]
-                joined = pb.Joined(
-                    transfer_us=200, transport="fake", num_transfer_pages=num_pages, transfer_bytes=num_pages * 1536
-                )
+                joined = pb.Joined(transfer_us=200, transport="fake", hidden_transfer_us=1 << 40)
+                joined.num_transfer_pages, joined.transfer_bytes = num_pages, num_pages * 1536
+                joined.hidden_transfer_bytes = 512
             else:
                 await self._wait_to_join()
             self._tell(key, message.attempt, position, joined=joined)

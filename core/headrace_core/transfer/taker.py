@@ -38,6 +38,7 @@ from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.moving import Mover
+from headrace_core.transfer.moving_time import MovingTime
 from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
 from headrace_core.transfer.transport import Reading, Source, TakerEnd, offer_name
 from headrace_core.transfer.transports import choose
@@ -67,7 +68,8 @@ class TransferStats:
     """What a hand-off moved, and how long it took from the first token until all was verified.
 
     `wait_s` and `move_s` are sums over its runs, until they had their turn and from then until they were verified. Runs
-    move beside each other, so a sum may be longer than the hand-off was.
+    move beside each other, so a sum may be longer than the hand-off was. `num_hidden_bytes` were verified before the
+    first token, while the prompt was computed; for `hidden_s` something was moved then.
     """
 
     transport: str
@@ -76,6 +78,8 @@ class TransferStats:
     duration_s: float
     wait_s: float
     move_s: float
+    num_hidden_bytes: int = 0
+    hidden_s: float = 0.0
 
 
 OnFirst = Callable[[Admission, FirstToken], None]
@@ -192,6 +196,10 @@ class _Take:
         self._admission: Admission | None = None
         self._first_s = 0.0
         self._verified_s = 0.0
+        self._moving = MovingTime(self._loop.time)
+        self._num_verified_bytes = 0
+        self._num_hidden_bytes = 0
+        self._hidden_s = 0.0
         self._cells: set[tuple[int, int]] = set()
         """(layer, page) of every run so far."""
         self._runs: list[Run] = []
@@ -281,6 +289,7 @@ class _Take:
         self._move(TakeEvent.END if first.finish else TakeEvent.LAST)
         check_first(first, self._order, self._taker.vocab_size)
         self._first_s = self._loop.time()
+        self._num_hidden_bytes, self._hidden_s = self._num_verified_bytes, self._moving.seconds
         assert self._admission is not None, "the table says so"
         try:
             self._on_first(self._admission, first)
@@ -295,13 +304,14 @@ class _Take:
         name = offer_name(source.offer)
         page_ids = self._page_ids[run.first_page : run.first_page + run.num_pages]
         asked_s = self._loop.time()
-        async with self._taker.pulls.turn(self._age):
+        async with self._taker.pulls.turn(self._age), self._moving:
             begun_s = self._loop.time()
             await self._taker.mover.move(self._taker.transports[name], source, run, page_ids)
         self._transport = name
         self._verified_s = self._loop.time()
         self._wait_s += begun_s - asked_s
         self._move_s += self._verified_s - begun_s
+        self._num_verified_bytes += num_bytes([run], self._taker.layout)
 
     def _on_chosen(self, choosing: asyncio.Task[Source]) -> None:
         """Fail at once, not only when there is something to pull."""
@@ -332,8 +342,17 @@ class _Take:
         if not self._over.done():
             moved = num_bytes(self._runs, self._taker.layout)
             duration_s = max(0.0, self._verified_s - self._first_s)
-            times = duration_s, self._wait_s, self._move_s
-            self._over.set_result(TransferStats(self._transport, moved, len(self._page_ids), *times))
+            stats = TransferStats(
+                self._transport,
+                moved,
+                len(self._page_ids),
+                duration_s,
+                self._wait_s,
+                self._move_s,
+                num_hidden_bytes=self._num_hidden_bytes,
+                hidden_s=self._hidden_s,
+            )
+            self._over.set_result(stats)
 
     def _fail(self, error: HeadraceError | TakeError) -> None:
         if self._over.done():

@@ -352,6 +352,8 @@ class Joined(_message.Message):
     TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     NUM_TRANSFER_PAGES_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    HIDDEN_TRANSFER_US_FIELD_NUMBER: _builtins.int
+    HIDDEN_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     queue_us: _builtins.int
     """In this worker's queue until pages were free, microseconds."""
     num_cached_tokens: _builtins.int
@@ -364,6 +366,12 @@ class Joined(_message.Message):
     """Pages moved."""
     transport: _builtins.str
     """Which transport moved them: `grpc`, `fake`; empty if nothing moved."""
+    hidden_transfer_us: _builtins.int
+    """Before the first token's arrival here: how long pages were being moved and verified, microseconds. The prompt was
+    computed meanwhile, so it is a part of no phase.
+    """
+    hidden_transfer_bytes: _builtins.int
+    """Of `transfer_bytes`, those that were here and verified by then."""
     def __init__(
         self,
         *,
@@ -373,10 +381,12 @@ class Joined(_message.Message):
         transfer_bytes: _builtins.int = ...,
         num_transfer_pages: _builtins.int = ...,
         transport: _builtins.str = ...,
+        hidden_transfer_us: _builtins.int = ...,
+        hidden_transfer_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "num_transfer_pages", b"num_transfer_pages", "queue_us", b"queue_us", "transfer_bytes", b"transfer_bytes", "transfer_us", b"transfer_us", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_transfer_bytes", b"hidden_transfer_bytes", "hidden_transfer_us", b"hidden_transfer_us", "num_cached_tokens", b"num_cached_tokens", "num_transfer_pages", b"num_transfer_pages", "queue_us", b"queue_us", "transfer_bytes", b"transfer_bytes", "transfer_us", b"transfer_us", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

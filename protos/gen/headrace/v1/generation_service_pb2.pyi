@@ -291,6 +291,8 @@ class Timings(_message.Message):
     NUM_ATTEMPTS_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    HIDDEN_TRANSFER_US_FIELD_NUMBER: _builtins.int
+    HIDDEN_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     total_us: _builtins.int
     """From the request's arrival at the router to the sample's last token, microseconds."""
     ttft_us: _builtins.int
@@ -307,6 +309,10 @@ class Timings(_message.Message):
     """Address of the prefill worker of the last attempt; empty when colocated."""
     decode_worker: _builtins.str
     """Address of the decode worker of the last attempt."""
+    hidden_transfer_us: _builtins.int
+    """How long pages were moved while their prompt was still being computed, microseconds; in no phase and in no sum."""
+    hidden_transfer_bytes: _builtins.int
+    """Of `transfer_bytes`, those that moved meanwhile."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]:
         """The phases in order, without gaps."""
@@ -323,10 +329,12 @@ class Timings(_message.Message):
         num_attempts: _builtins.int = ...,
         prefill_worker: _builtins.str = ...,
         decode_worker: _builtins.str = ...,
+        hidden_transfer_us: _builtins.int = ...,
+        hidden_transfer_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "num_attempts", b"num_attempts", "num_transfer_pages", b"num_transfer_pages", "phases", b"phases", "prefill_worker", b"prefill_worker", "total_us", b"total_us", "transfer_bytes", b"transfer_bytes", "transport", b"transport", "ttft_us", b"ttft_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "hidden_transfer_bytes", b"hidden_transfer_bytes", "hidden_transfer_us", b"hidden_transfer_us", "num_attempts", b"num_attempts", "num_transfer_pages", b"num_transfer_pages", "phases", b"phases", "prefill_worker", b"prefill_worker", "total_us", b"total_us", "transfer_bytes", b"transfer_bytes", "transport", b"transport", "ttft_us", b"ttft_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
