@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault model model-check stress mutants bench bench-transfer kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -95,6 +95,9 @@ bench: setup ## Speed and memory beside transformers; writes build/bench/first-l
 
 bench-transfer: setup ## What moving pages costs, beside raw gRPC, a socket and memcpy; writes build/bench/transfer.json
 	$(BIN)/python -m tests.perf.transfer
+
+bench-handoff: setup ## What a hand-off adds to a request, half an hour: ARGS="--model demo --pairs 5" (build/bench/handoff.json)
+	$(BIN)/python -m tests.perf.handoff $(ARGS)
 
 kernels-check: setup $(OTHER_TRITON)/.installed ## Compile every kernel for sm_90 and gfx942 with two Tritons (build/bench/kernels-aot.json)
 	$(AOT)

@@ -1,10 +1,14 @@
 """The router's CPU time per token: the real router process between a fake worker process and this one.
 
     python tests/perf/router_cpu.py --streams 32 --tokens 500
+    python tests/perf/router_cpu.py --requests 2000
 
 32 clients' streams at 50 steps a second (1600 tokens/s) are paced by the fake worker, so that what is measured is the
 cost of a token and not of saturation. CPU time is user and system time of the router process, all threads, from
 /proc/<pid>/stat, between the first and the last token.
+
+With `--requests` it is the time per request: of so many, each of a few tokens, through a fake prefill and a fake decode
+worker, 16 at a time.
 """
 
 from __future__ import annotations
@@ -37,6 +41,35 @@ def measure_router_cpu(*, num_streams: int = 32, num_tokens: int = 500, step_ms:
         worker = stack.enter_context(_worker(step_ms))
         router, address = stack.enter_context(_router(root, worker))
         return asyncio.run(_measure(router.pid, address, num_streams, num_tokens))
+
+
+def measure_request_cpu(*, num_requests: int = 2000, num_tokens: int = 4, num_at_once: int = 16) -> dict[str, Any]:
+    """Return `cpu_us_per_request`, of requests that are prefilled and decoded by two fake workers."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_worker(1.0, role)) for role in ("prefill", "decode")]
+        router, address = stack.enter_context(_router(Path(folder), ",".join(workers)))
+        return asyncio.run(_measure_requests(router.pid, address, num_requests, num_tokens, num_at_once))
+
+
+async def _measure_requests(
+    pid: int, address: str, num_requests: int, num_tokens: int, num_at_once: int
+) -> dict[str, Any]:
+    async with rpc.channel(address) as channel:
+        stub: Any = GenerationServiceStub(channel)
+
+        async def generate(count: int) -> None:
+            for _ in range(count):
+                await _generate(stub, num_tokens)
+
+        await asyncio.gather(*(generate(2) for _ in range(num_at_once)))
+        first_cpu_s, each = _cpu_s(pid), num_requests // num_at_once
+        await asyncio.gather(*(generate(each) for _ in range(num_at_once)))
+        cpu_s = _cpu_s(pid) - first_cpu_s
+    return {
+        "cpu_us_per_request": round(1e6 * cpu_s / (each * num_at_once), 1),
+        "requests": each * num_at_once,
+        "tokens_per_request": num_tokens,
+    }
 
 
 async def _measure(pid: int, address: str, num_streams: int, num_tokens: int) -> dict[str, Any]:
@@ -76,8 +109,8 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def _worker(step_ms: float) -> Generator[str]:
-    command = [sys.executable, "-m", "headrace_core.testing.fake_worker", "--role", "both", "--vocab-size", "258"]
+def _worker(step_ms: float, role: str = "both") -> Generator[str]:
+    command = [sys.executable, "-m", "headrace_core.testing.fake_worker", "--role", role, "--vocab-size", "258"]
     with _process([*command, "--step-ms", str(step_ms)]) as process:
         assert process.stdout is not None, "stdout is a pipe"
         yield process.stdout.readline().strip()
@@ -115,7 +148,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=500, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--requests", type=int, default=0, help="measure CPU time per request instead, of so many")
     options = parser.parse_args()
+    if options.requests:
+        sys.stdout.write(json.dumps(measure_request_cpu(num_requests=options.requests)) + "\n")
+        return
     figures = measure_router_cpu(num_streams=options.streams, num_tokens=options.tokens, step_ms=options.step_ms)
     sys.stdout.write(json.dumps(figures) + "\n")
 
