@@ -6,7 +6,8 @@
                     the waterfall: `prefill_hop` (in which the way there is as well), `transfer`, `join`
     pairs           from admission to the second token: a prefill and a decode worker beside one worker that does both,
                     the same prompts in turn, none in any cache. The ratio of the times, pair by pair
-    hop             what lies between client and prefill worker, beside 16 sequences that decode: `prefill_hop`, TTFT
+    hop             what lies between client and first token beside 16 sequences that decode: the way by the decode
+                    worker costs `decode_queue` and a part of `prefill_hop`
 
 Every worker computes with one thread. Machines are noisy: the ratios of one run are what to compare.
 """
@@ -161,9 +162,9 @@ def measure_hop(directory: Path, transport: str, num_requests: int) -> dict[str,
         over.set()
         for stream in streams:
             stream.result()
+    names = ("decode_queue", "prefill_queue", "prefill", "prefill_hop")
     return {
-        "prefill_hop_ms": spread([ms(each, "prefill_hop") for each in timings]),
-        "prefill_ms": spread([ms(each, "prefill") for each in timings]),
+        **{f"{name}_ms": spread([ms(each, name) for each in timings]) for name in names},
         "ttft_ms": spread([each.ttft_us / 1e3 for each in timings]),
         "requests": num_requests,
     }
