@@ -1,4 +1,4 @@
-"""Which sequences a step advances. Pure: no torch, no grpc, no clock. Engine thread only.
+"""Which sequences a step advances. Pure: no torch, no grpc, no clock. One thread at a time, see `engine.py`.
 
     WAITING ──pages, remote──► TRANSFERRING ──arrived──► RUNNING ──finished, failed──► gone, pages free
        │ ▲                          │ abort               │  │
@@ -166,6 +166,36 @@ class DecodeScheduler:
             )
             self._waiting.add(sequence)
 
+    def admit(self, now: float) -> None:
+        """Give pages to the queue's head while there are some; a step under way does not mind."""
+        while self._waiting and len(self._running) + self._num_transferring < self._max_running:
+            sequence = self._waiting.head()
+            if self.pages.is_refused(sequence.token_ids):
+                return
+            is_remote = sequence.has_handoff
+            pages = SequencePages(sequence.key)
+            if not is_remote or sequence.local_below:
+                pages = self.pages.match(sequence.key, sequence.token_ids)
+                num_left = len(sequence.token_ids) - len(pages.nodes) * self.pages.page_size
+                is_remote = is_remote and num_left > sequence.local_below
+            if is_remote and pages.nodes:
+                self.pages.free(pages)
+                pages = SequencePages(sequence.key)
+            if not self._reserve(pages, len(sequence.token_ids)):
+                self.pages.refuse(pages, sequence.token_ids)
+                return
+            self._waiting.take()
+            sequence.pages, sequence.has_handoff = pages, is_remote
+            if not sequence.is_started:
+                sequence.queue_s = now - sequence.added_s
+            if is_remote:
+                sequence.state = State.TRANSFERRING
+                self._num_transferring += 1
+                self._book.tell(PagesReady(sequence.key, tuple(pages.page_ids), sequence.queue_s))
+            else:
+                sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
+                self._run(sequence)
+
     def arrived(self, key: int, first_token_id: int) -> None:
         """Join a sequence whose pages arrived and were verified, and of which one token more is known.
 
@@ -253,7 +283,7 @@ class DecodeScheduler:
 
     def _choose(self, now: float) -> list[Chunk]:
         self._has_made_room = False
-        self._admit(now)
+        self.admit(now)
         chunks: list[Chunk] = []
         budget = self._max_step_tokens
         # Decode rows first; sorting is stable, so each kind stays oldest first.
@@ -268,36 +298,6 @@ class DecodeScheduler:
             chunks.append(self._chunk(sequence, end))
             budget -= len(chunks[-1].token_ids)
         return chunks
-
-    def _admit(self, now: float) -> None:
-        """Give pages to the queue's head while there are some."""
-        while self._waiting and len(self._running) + self._num_transferring < self._max_running:
-            sequence = self._waiting.head()
-            if self.pages.is_refused(sequence.token_ids):
-                return
-            is_remote = sequence.has_handoff
-            pages = SequencePages(sequence.key)
-            if not is_remote or sequence.local_below:
-                pages = self.pages.match(sequence.key, sequence.token_ids)
-                num_left = len(sequence.token_ids) - len(pages.nodes) * self.pages.page_size
-                is_remote = is_remote and num_left > sequence.local_below
-            if is_remote and pages.nodes:
-                self.pages.free(pages)
-                pages = SequencePages(sequence.key)
-            if not self._reserve(pages, len(sequence.token_ids)):
-                self.pages.refuse(pages, sequence.token_ids)
-                return
-            self._waiting.take()
-            sequence.pages, sequence.has_handoff = pages, is_remote
-            if not sequence.is_started:
-                sequence.queue_s = now - sequence.added_s
-            if is_remote:
-                sequence.state = State.TRANSFERRING
-                self._num_transferring += 1
-                self._book.tell(PagesReady(sequence.key, tuple(pages.page_ids), sequence.queue_s))
-            else:
-                sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
-                self._run(sequence)
 
     def _reserve(self, pages: SequencePages, num_tokens: int) -> bool:
         num_new = self.pages.pages_for(num_tokens) - len(pages.page_ids)

@@ -204,11 +204,15 @@ class DecodeService:
         self._sequences[sequence.key] = sequence
         self._idle.clear()
         has_handoff, local_below = bool(message.prefill_address), message.local_below
-        self.host.engine.submit(
-            lambda scheduler: scheduler.add(
+
+        def add(scheduler: DecodeScheduler) -> None:
+            scheduler.add(
                 sequence.key, spec, now, group=session.group, has_handoff=has_handoff, local_below=local_below
             )
-        )
+            scheduler.admit(now)
+
+        # A prompt that is computed elsewhere need not wait for a step that is computed here.
+        self.host.engine.submit_at_once(add)
 
     def cancel_sequence(self, session: Session, number: int, *, attempt: int) -> None:
         """End a sequence, unless it is of a higher attempt; an unknown one is no error."""

@@ -120,6 +120,27 @@ async def test_rule_4_cached_pages_are_taken_before_anything_is_computed():
 
 
 @async_test
+async def test_a_prompt_is_ordered_computed_and_taken_while_a_step_of_the_taker_is_under_way():
+    """Its first token does not wait for those who decode."""
+    model = FakeModel()
+    prefiller = prefill_service()
+    async with (
+        running(prefiller, decode_service(model=model)) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        model.hold()
+        beside = router.start("beside", [9] * 5, params=GREEDY)
+        await beside.wait_tokens(1)
+        await asyncio.to_thread(model.wait_held)
+        collected = router.start("r", PROMPT, params=GREEDY)
+        await collected.wait_tokens(1)
+        await eventually(lambda: not prefiller.leases.leases, "all of it was taken")
+        assert (len(collected.token_ids), collected.joined) == (1, None)
+        model.release()
+        assert len(await collected.tokens()) == len(await beside.tokens()) == 8
+
+
+@async_test
 async def test_rule_5_the_first_token_is_told_while_its_cache_is_still_on_the_way():
     prefiller = prefill_service()
     async with (

@@ -286,3 +286,66 @@ async def test_a_step_that_nobody_watches_has_nobody_to_tell():
     await eventually(lambda: bool(scheduler.results), "the step ran")
     await engine.stop()
     assert asked == [None]
+
+
+class HeldStep:
+    """A step that waits until it may end."""
+
+    def __init__(self) -> None:
+        self.is_under_way = threading.Event()
+        self.may_end = threading.Event()
+
+    def __call__(self, plan: StepPlan) -> StepResult:
+        self.is_under_way.set()
+        assert self.may_end.wait(WAIT_S)
+        return fine(plan)
+
+
+@async_test
+async def test_what_need_not_wait_for_a_step_is_done_and_told_while_it_runs():
+    step = HeldStep()
+    harness = Harness(step)
+    harness.engine.submit(lambda scheduler: scheduler.want(1))
+    await asyncio.to_thread(step.is_under_way.wait, WAIT_S)
+    harness.engine.submit(lambda scheduler: scheduler.want(5))
+    harness.engine.submit_at_once(lambda scheduler: scheduler.want(7))
+    assert harness.scheduler.num_wanted == 8, "here and now, before what waits for the step"
+    await eventually(lambda: harness.events == ["want 1", "want 7"], "it is told")
+    step.may_end.set()
+    await eventually(lambda: harness.events.count("applied") == 13, "all steps ran")
+    assert harness.events[:4] == ["want 1", "want 7", "applied", "want 5"]
+    await harness.engine.stop()
+
+
+@async_test
+async def test_what_is_done_at_once_while_nothing_runs_is_planned():
+    harness = Harness(fine)
+    harness.engine.submit_at_once(lambda scheduler: scheduler.want(2))
+    await eventually(lambda: harness.events == ["want 2", "applied", "applied"], "it was planned")
+    await harness.engine.stop()
+
+
+@async_test
+async def test_what_is_to_be_done_at_once_waits_in_the_queue_while_the_engine_uses_its_scheduler():
+    harness = Harness(fine)
+    is_inside, may_end = threading.Event(), threading.Event()
+
+    def long(scheduler: CountingScheduler) -> None:
+        is_inside.set()
+        assert may_end.wait(WAIT_S)
+
+    harness.engine.submit(long)
+    await asyncio.to_thread(is_inside.wait, WAIT_S)
+    harness.engine.submit_at_once(lambda scheduler: scheduler.want(1))
+    assert harness.scheduler.num_wanted == 0
+    may_end.set()
+    await eventually(lambda: harness.events == ["want 1", "applied"], "its turn came")
+    await harness.engine.stop()
+
+
+@async_test
+async def test_what_fails_at_once_is_fatal_as_it_is_between_steps():
+    harness = Harness(fine)
+    harness.engine.submit_at_once(lambda scheduler: scheduler.missing)  # pyright: ignore
+    assert isinstance(harness.fatal[0], AttributeError)
+    await harness.engine.stop()

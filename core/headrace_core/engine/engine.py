@@ -1,7 +1,10 @@
 """The engine thread: plan, step, apply.
 
-The event loop and this thread meet at two queues and nowhere else. Inwards: commands, functions that run on the
-scheduler between two steps. Outwards: the scheduler's events, handed to the loop once per step. An idle engine blocks.
+The event loop and this thread meet at two queues. Inwards: commands, functions that run on the scheduler between two
+steps. Outwards: the scheduler's events, handed to the loop once per step. An idle engine blocks.
+
+While a step is computed nobody uses the scheduler. What need not wait for the step, and changes nothing that the step
+uses, may be run meanwhile by whoever wants it: `_books` is the lock that one has who uses the scheduler.
 
 A step that raises is run again in halves, and they in theirs, until what raises is alone in its step: that sequence
 fails, the others have their tokens. So n sequences are computed at most log2 n + 1 times each. Only a lost device ends
@@ -83,6 +86,7 @@ class Engine(Generic[S]):
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[S], None] | None] = queue.SimpleQueue()
+        self._books = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._load = Load()
 
@@ -94,6 +98,23 @@ class Engine(Generic[S]):
         """Run `command` on the scheduler between two steps, after those submitted before. Any thread."""
         self._commands.put(command)
 
+    def submit_at_once(self, command: Callable[[S], None]) -> None:
+        """Run `command` here and now if the engine computes or is idle; else as `submit` does. Event loop only.
+
+        It must change nothing that a step under way uses. Commands that were submitted before may run after it.
+        """
+        if not self._books.acquire(blocking=False):
+            self._commands.put(command)
+            return
+        try:
+            command(self._scheduler)
+            self._publish()
+        except BaseException as error:  # noqa: BLE001 - the boundary, as in `_run`
+            self._on_fatal(error)
+        finally:
+            self._books.release()
+        self._commands.put(_look)
+
     async def stop(self) -> None:
         """End the thread after the step under way and the commands before this call."""
         self._commands.put(None)
@@ -104,10 +125,11 @@ class Engine(Generic[S]):
         is_idle = True
         try:
             while self._take_commands(wait=is_idle):
-                plan = self._scheduler.plan(self._clock())
-                self._publish()  # what commands and plan brought about need not wait for the step
+                with self._books:
+                    plan = self._scheduler.plan(self._clock())
+                    self._publish()  # what commands and plan brought about need not wait for the step
                 if plan:
-                    self._publish(self._step(plan))
+                    self._step(plan)
                 is_idle = plan is None
         except BaseException as error:  # noqa: BLE001 - the boundary: the process ends on it
             self._loop.call_soon_threadsafe(self._on_fatal, error)
@@ -118,19 +140,21 @@ class Engine(Generic[S]):
             command = self._commands.get()
             if command is None:
                 return False
-            command(self._scheduler)
+            with self._books:
+                command(self._scheduler)
             wait = False
         return True
 
-    def _step(self, plan: StepPlan) -> StepReport:
+    def _step(self, plan: StepPlan) -> None:
         result = self._run_plan(plan)
         for chunk in plan.chunks:
             error = result.failures.get(chunk.key)
             if error is not None:
                 data = {"request_id": chunk.request_id, "reason": error.reason, "problem": str(error)}
                 log.error("a sequence failed in a step", extra=data, exc_info=error.__cause__)
-        self._scheduler.apply(result, self._clock())
-        return StepReport(plan.num_tokens, result.duration_s, result.expert_counts, result.timing)
+        with self._books:
+            self._scheduler.apply(result, self._clock())
+            self._publish(StepReport(plan.num_tokens, result.duration_s, result.expert_counts, result.timing))
 
     def _run_plan(self, plan: StepPlan) -> StepResult:
         """Run the plan, or what of it can be run."""
@@ -146,20 +170,26 @@ class Engine(Generic[S]):
                 "a step raised; its halves are run", extra={"sequences": len(plan.chunks), "problem": repr(cause)}
             )
         if self._watch:
-            self._watch.step_raised()
+            with self._books:
+                self._watch.step_raised()
         first, second = (self._run_plan(half) for half in plan.halves())
         return _joined(first, second, self._clock() - started)
 
     def _on_stop(self, num_layers: int, mark: Mark | None) -> None:
         assert self._watch is not None, "somebody watches"
-        self._watch.layers_done(num_layers, mark)
-        self._publish()  # what the scheduler makes of it need not wait for the step
+        with self._books:
+            self._watch.layers_done(num_layers, mark)
+            self._publish()  # what the scheduler makes of it need not wait for the step
 
     def _publish(self, report: StepReport | None = None) -> None:
         events, load = self._scheduler.take_events(), self._scheduler.load()
         if report or events or load != self._load:
             self._load = load
             self._loop.call_soon_threadsafe(self._deliver, News(events, report, load))
+
+
+def _look(scheduler: object) -> None:
+    """Let an idle engine see whether there is something to plan."""
 
 
 def _failed(chunk: Chunk, cause: Exception, duration_s: float) -> StepResult:
