@@ -9,6 +9,7 @@ from typing import Self
 
 from headrace.v1 import hold_service_pb2 as pb
 
+from headrace_core.batch.step import Mark
 from headrace_core.beats import Outbox
 from headrace_core.errors import HandoffLostError, HeadraceError
 from headrace_core.kv.layout import KvLayout
@@ -42,15 +43,19 @@ class _Zeros:
     """`PageMemory` of a few pages."""
 
     def __init__(self, layout: KvLayout, num_pages: int) -> None:
-        self._pages = [[bytearray(layout.page_layer_bytes) for _ in range(num_pages)] for _ in range(layout.num_layers)]
+        self._size = layout.page_layer_bytes
+        self._layers = [memoryview(bytearray(num_pages * self._size)) for _ in range(layout.num_layers)]
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
-        return memoryview(self._pages[layer][page_id])
+        return self._layers[layer][page_id * self._size : (page_id + 1) * self._size]
 
-    def copy_to_host(self, page_ids: Sequence[int]) -> None:
+    def host_layers(self) -> Sequence[memoryview]:
+        return self._layers
+
+    def copy_to_host(self, page_ids: Sequence[int], layers: range, behind: Mark | None = None) -> None:
         """They are there."""
 
-    def copy_from_host(self, page_ids: Sequence[int]) -> None:
+    def copy_from_host(self, page_ids: Sequence[int], layers: range) -> None:
         """They are there."""
 
 

@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from headrace_core.batch.step import Mark
 from headrace_core.errors import HeadraceError
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.sealer import MOST_RUN_BYTES
@@ -36,10 +37,10 @@ class Pool:
         """See `PageMemory`."""
         return self.buffers
 
-    def copy_to_host(self, page_ids: Sequence[int]) -> None:
+    def copy_to_host(self, page_ids: Sequence[int], layers: range, behind: Mark | None = None) -> None:
         """See `PageMemory`."""
 
-    def copy_from_host(self, page_ids: Sequence[int]) -> None:
+    def copy_from_host(self, page_ids: Sequence[int], layers: range) -> None:
         """See `PageMemory`."""
 
     def fill(self) -> None:
