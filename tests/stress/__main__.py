@@ -31,10 +31,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tests.load.clients import HealthyResult, references, run_clients
+from tests.load.phases import PHASES
 from tests.perf.machine import machine
-from tests.stress.healthy import HealthyResult, references, run_clients
 from tests.stress.hostile import KINDS
-from tests.stress.killer import PHASES, kill_in_turn
+from tests.stress.killer import kill_in_turn
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "stress"

@@ -11,15 +11,7 @@ from collections.abc import Callable
 from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
 
-Gauges = dict[str, float]
-
-PHASES: dict[tuple[str, str], Callable[[Gauges], bool]] = {
-    ("prefill", "computing"): lambda gauges: gauges["headrace_running_sequences"] > 0,
-    ("prefill", "holding"): lambda gauges: gauges["headrace_leases"] > 0,
-    ("decode", "waiting"): lambda gauges: gauges["headrace_waiting_sequences"] > 0,
-    ("decode", "decoding"): lambda gauges: gauges["headrace_running_sequences"] > 0,
-}
-"""What is seen in a worker's metrics the moment before it is killed."""
+from tests.load.phases import PHASES, Gauges
 
 _WATCH_S = 20.0
 """Longest wait for a phase to be seen; then the next one's turn comes."""
