@@ -115,9 +115,11 @@ class DecodeService:
         return address
 
     async def drain(self) -> None:
-        """See `process.Service`: sequences under way finish."""
+        """See `process.Service`: sequences under way finish, and their routers have read how."""
         self.host.begin_drain()
         await self._idle.wait()
+        for session in list(self._sessions.values()):
+            await session.wait_read()
 
     async def stop(self) -> None:
         """See `process.Service`."""

@@ -71,6 +71,8 @@ class Session:
         self._read_s = self._loop.time()
         self._patience: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
+        self._all_read = asyncio.Event()
+        self._all_read.set()
         self._error: HeadraceError | None = None
 
     def put_token(
@@ -106,6 +108,10 @@ class Session:
         self._count(unread.num_bytes)
         self._news.set()
 
+    async def wait_read(self) -> None:
+        """Return when nothing that was put is unread, or the session is closed."""
+        await self._all_read.wait()
+
     def flush(self, step_s: float) -> None:
         """Let the reader have what was put, as one step's message."""
         if self._unread:
@@ -124,6 +130,7 @@ class Session:
         if self._patience is not None:
             self._patience.cancel()
         self._news.set()
+        self._all_read.set()
 
     async def next(self) -> pb.SessionResponse:
         """Wait for news and return them in one message; without any, a beat.
@@ -141,6 +148,7 @@ class Session:
         message = pb.SessionResponse(entries=self._take(), step_us=self._step_us)
         if not self._unread:
             self._news.clear()
+            self._all_read.set()
         return message
 
     def _take(self) -> list[pb.StepEntry]:
@@ -162,6 +170,7 @@ class Session:
 
     def _count(self, size: int) -> None:
         self._num_bytes += size
+        self._all_read.clear()
         if self._num_bytes > self._most_bytes:
             self._on_slow(_slow(self._num_bytes))
         elif self._num_bytes > self._most_bytes // 2 and not self._is_full:

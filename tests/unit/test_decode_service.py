@@ -20,6 +20,7 @@ from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import running
+from headrace_core.wire import encode_sampling
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
@@ -361,3 +362,24 @@ async def test_a_dead_engine_fails_the_process():
         await eventually(worker.failed.done, "the worker has failed")
         assert isinstance(worker.failed.exception(), ZeroDivisionError)
         await worker.stop()
+
+
+@async_test
+async def test_a_worker_that_drains_is_not_done_before_its_routers_have_read_the_last_token():
+    """What is unread when a session closes is dropped: the sequence would begin again elsewhere for one token."""
+    decoder = service()
+    async with running(decoder):
+        session = decoder.open_session(7)
+        start = decode_service_pb2.StartSequence(
+            sequence_number=1, attempt=1, request_id="r", timeout_ms=60_000, token_ids=PROMPT,
+            num_prompt_tokens=len(PROMPT), sampling=encode_sampling(GREEDY),
+        )  # fmt: skip
+        decoder.start_sequence(session, start)
+        draining = asyncio.ensure_future(decoder.drain())
+        await eventually(lambda: not decoder.num_sequences, "the last token is made")
+        done, _ = await asyncio.wait([draining], timeout=0)
+        assert not done, "the drain is over, and nothing is read"
+        tokens: list[int] = []
+        while len(tokens) < 24:
+            tokens += [token for entry in (await session.next()).entries for token in entry.tokens.token_ids]
+        await draining
