@@ -245,13 +245,12 @@ class PrefillService:
     async def _publish(self, held: _Held, sealing: Awaitable[Run]) -> None:
         try:
             run = await sealing
+            if not held.lease.is_over:
+                self.leases.seal(held.lease, run)
+                held.outbox.put(pb.HoldResponse(run=encode_run(run)))
         except Exception as error:
             log.error("sealing failed", extra={"request_id": held.lease.order.spec.request_id}, exc_info=error)
             self.leases.abort(held.lease, HeadraceError("BUG", "internal error"))
-            return
-        if not held.lease.is_over:
-            self.leases.seal(held.lease, run)
-            held.outbox.put(pb.HoldResponse(run=encode_run(run)))
 
     def _on_lease_end(self, lease: Lease) -> None:
         self.host.engine.submit(lambda scheduler: scheduler.free(lease.key))

@@ -214,3 +214,18 @@ async def test_work_is_refused_while_the_model_loads():
         await starting
         await stub.GetInfo(worker_service_pb2.GetInfoRequest(), timeout=WAIT_S)
     await worker.stop()
+
+
+@async_test
+async def test_pages_that_can_not_be_told_of_end_their_call_and_do_not_hang_it():
+    prefiller = service()
+    async with running(prefiller) as (address,), MiniTaker(address) as taker:
+        sealer = prefiller._sealer
+        assert sealer is not None
+        seal = sealer.seal
+
+        async def unspeakable(first_page, pages):
+            return dataclasses.replace(await seal(first_page, pages), generations=(-1,) * len(pages))
+
+        sealer.seal = unspeakable
+        assert (await taker.order("r", PROMPT, params=GREEDY).refused()).reason == "BUG"
