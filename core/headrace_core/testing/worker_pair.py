@@ -32,7 +32,8 @@ async def all_free(service: Any) -> None:
         await eventually(lambda: _is_idle(service), "every page is free")
     report = service.host.board.report
     assert _is_idle(service), (
-        f"{service.host.model.num_pages} pages, {report.num_free_pages} free, leases {report.num_leases}"
+        f"{service.host.model.num_pages} pages, {report.num_free_pages} free; {report.num_running} sequences run, "
+        f"{report.num_waiting} wait, {report.num_leases} leases; by state {await inspect(service)}"
     )
     counts = await inspect(service)
     assert not counts[PageState.OWNED], f"pages still owned: {counts}"
