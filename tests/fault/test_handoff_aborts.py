@@ -2,19 +2,21 @@
 
 import asyncio
 import dataclasses
+import queue
 
 import pytest
 from headrace.v1 import decode_service_pb2
 from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.hold_proxy import HoldProxy
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.mini_taker import MiniTaker
 from headrace_core.testing.worker_pair import all_free, inspect, running
 from headrace_core.transfer.fake import POOLS, FakeFaults, pool_name
+from headrace_core.wire import encode_sampling
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
@@ -192,6 +194,25 @@ async def test_pages_of_a_cancelled_transfer_are_reused_only_when_drained(by: st
             assert (await inspect(decoder))[PageState.QUARANTINED] == 6
             faults.gate.set()
         await all_free(decoder)
+
+
+@async_test
+async def test_pages_of_a_sequence_that_ends_before_its_transfer_could_begin_are_free():
+    """The engine has set pages aside for it, and the loop, which would take them, hears of its end first."""
+    decoder = decode_service(transports=["fake"])
+    async with running(decoder):
+        session = decoder.open_session(7)
+        start = decode_service_pb2.StartSequence(
+            sequence_number=1, attempt=1, request_id="r", timeout_ms=60_000, token_ids=PROMPT,
+            num_prompt_tokens=len(PROMPT), sampling=encode_sampling(GREEDY), prefill_address="127.0.0.1:1",
+        )  # fmt: skip
+        decoder.start_sequence(session, start)
+        looked: queue.SimpleQueue[int] = queue.SimpleQueue()
+        while True:  # without the loop: what the engine tells it meanwhile waits
+            decoder.host.engine.submit(lambda scheduler: looked.put(scheduler.pages.pool.num_free))
+            if looked.get(timeout=WAIT_S) < decoder.host.model.num_pages:
+                break
+        decoder.cancel_sequence(session, 1, attempt=1)
 
 
 async def _cancelled(router, collected):
