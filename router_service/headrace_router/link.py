@@ -167,6 +167,9 @@ class Link:
                     cause = self._cause(error)
                 else:
                     cause = UnavailableError("WORKER_LOST", "the worker closed its health stream")
+                if _is_cancelled():
+                    # A group that fails while it is cancelled raises the failure, and the cancellation is gone.
+                    raise asyncio.CancelledError
                 if self.worker is not None:
                     backoff.on_joined()
                 self._lose(cause)
@@ -291,6 +294,11 @@ class Link:
         self.state, self.detail = state, detail
         if is_new:
             self._fleet.on_state()
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _first(error: Exception) -> Exception:
