@@ -40,9 +40,13 @@ async def _bounded(test: Coroutine[Any, Any, None]) -> None:
     async with asyncio.timeout(_TEST_LIMIT_S):
         await test
         ours = before | {asyncio.current_task()}
-        await eventually(lambda: all(_is_grpc(task) for task in asyncio.all_tasks() - ours), "every task has ended")
+        await eventually(lambda: all(is_grpc_task(task) for task in asyncio.all_tasks() - ours), "every task has ended")
 
 
-def _is_grpc(task: asyncio.Task[Any] | None) -> bool:
+def is_grpc_task(task: asyncio.Task[Any] | None) -> bool:
     """Return whether the task is grpc's own housekeeping, which ends with the loop."""
-    return task is not None and "grpc" in repr(task.get_coro())
+    if task is None:
+        return False
+    coro: Any = task.get_coro()
+    # Some of its coroutines, compiled ones, name themselves in their code alone.
+    return "grpc" in repr(coro) or "grpc" in getattr(getattr(coro, "cr_code", None), "co_filename", "")
