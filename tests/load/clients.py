@@ -1,4 +1,4 @@
-"""Eight ordinary clients: every answer is compared, token for token, with the one that was computed alone.
+"""Ordinary clients: every answer is compared, token for token, with the one that was computed alone.
 
 Half of the requests are greedy, half sampled with seeds; some ask for two samples, stop strings, log-probabilities. A
 greedy request takes part if its answer has enough distinct tokens and no near-tie (`checks`: tiny models repeat).
@@ -20,7 +20,8 @@ from headrace_core.errors import HeadraceError
 from headrace_core.request import SamplingParams
 
 _MIN_DISTINCT_TOKENS = 16
-_MIN_MARGIN = 1e-3
+LEAST_MARGIN = 1e-3
+"""Between the two likeliest tokens, where another order of additions may change the logits."""
 _TIMEOUT_S = 120.0
 _HEROES = (
     "Zorvim",
@@ -52,12 +53,14 @@ Answer = tuple[tuple[tuple[int, ...], str, str], ...]
 """(token ids, finish reason, matched stop string) of each sample."""
 
 
-def requests() -> list[Request]:
-    """Return candidates: short prompts and long ones, greedy and sampled in turn."""
+def requests(*, most_repeats: int = 55) -> list[Request]:
+    """Return candidates: short prompts and long ones, a sentence up to `most_repeats` times, greedy and sampled."""
     made: list[Request] = []
     for i, hero in enumerate(_HEROES):
         animal = _ANIMALS[i % len(_ANIMALS)]
-        prompt = f"Once upon a time there was a little {animal} named {hero}. " + f"The {animal} was brave. " * (i * 5)
+        prompt = f"Once upon a time there was a little {animal} named {hero}. " + f"The {animal} was brave. " * (
+            i * most_repeats // (len(_HEROES) - 1)
+        )
         made.append(Request(prompt, SamplingParams(temperature=0.0, max_tokens=48 + 4 * i, top_logprobs=2)))
         sampled = SamplingParams(
             temperature=0.9, top_p=0.95, top_k=60, min_p=0.01, repetition_penalty=1.1, seed=100 + i, max_tokens=48,
@@ -74,30 +77,50 @@ def answer_of(generation: Generation) -> Answer:
     )
 
 
-def is_telling(request: Request, generation: Generation) -> bool:
+def is_telling(request: Request, generation: Generation, *, least_margin: float) -> bool:
     """Return whether the answer can show a wrong token: varied, and without near-ties where that can be seen."""
     sample = generation.samples[0]
     if request.params.temperature:
         return True
     margins = [entry.top[0][1] - entry.top[1][1] for entry in sample.logprobs]
-    return len(set(sample.token_ids)) >= _MIN_DISTINCT_TOKENS and min(margins) >= _MIN_MARGIN
+    return len(set(sample.token_ids)) >= _MIN_DISTINCT_TOKENS and min(margins) >= least_margin
 
 
-async def references(client: AsyncClient) -> list[tuple[Request, Answer]]:
+async def references(
+    client: AsyncClient, candidates: Sequence[Request], *, least_margin: float = LEAST_MARGIN
+) -> list[tuple[Request, Answer]]:
     """Return the requests that take part with their answers, each computed twice, alone.
 
     Raises:
         AssertionError: two answers of an idle cluster differ.
     """
     found: list[tuple[Request, Answer]] = []
-    for request in requests():
+    for request in candidates:
         first, second = [
             await client.generate(request.prompt, request.params, n=request.n, timeout_s=_TIMEOUT_S) for _ in range(2)
         ]
         assert answer_of(first) == answer_of(second), f"an idle cluster gave two answers to {request.prompt[:60]!r}"
-        if is_telling(request, first):
+        if is_telling(request, first, least_margin=least_margin):
             found.append((request, answer_of(first)))
     return found
+
+
+def fault_of(got: Answer, wanted: Answer) -> str:
+    """Return what became of a token of an answer that differs: it is "twice" there, "lost", or simply "wrong"."""
+    for (ours, *_), (theirs, *_) in zip(got, wanted, strict=False):
+        if ours == theirs:
+            continue
+        if len(ours) < len(theirs) and theirs[: len(ours)] == ours:
+            return "lost"
+        start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
+        for size in range(1, 1 + len(ours) - start):
+            rest = ours[start + size :]
+            if ours[start - size : start] == ours[start : start + size] and theirs[start : start + len(rest)] == rest:
+                return "twice"
+            after = theirs[start + size :]
+            if after and ours[start : start + len(after)] == after:
+                return "lost"
+    return "wrong"
 
 
 @dataclass(slots=True)
@@ -107,6 +130,7 @@ class HealthyResult:
     num_exact: int = 0
     num_sampled: int = 0
     wrong: list[str] = field(default_factory=list[str])
+    """Answers that differ, and how: see `fault_of`."""
     errors: Counter[str] = field(default_factory=Counter[str])
     slowest_gap_s: float = 0.0
     slowest_first_s: float = 0.0
@@ -147,7 +171,10 @@ async def _client(
                 result.num_exact += 1
                 result.num_sampled += bool(request.params.temperature)
             else:
-                result.wrong.append(f"{request.prompt[:50]!r} ({request.params.seed}): {got} instead of {wanted}")
+                fault = fault_of(got, wanted)
+                result.wrong.append(
+                    f"{fault}: {request.prompt[:50]!r} ({request.params.seed}): {got} instead of {wanted}"
+                )
 
 
 async def _ask(client: AsyncClient, request: Request, result: HealthyResult) -> Generation:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tests.load.clients import HealthyResult, references, run_clients
+from tests.load.clients import HealthyResult, references, requests, run_clients
 from tests.load.phases import PHASES
 from tests.perf.machine import machine
 from tests.stress.hostile import KINDS
@@ -73,7 +73,7 @@ async def _run(
     options = ConnectionOptions(token=TOKEN)
     async with AsyncClient(healthy_address, options) as client:
         console.print("computing the answers alone")
-        wanted = await references(client)
+        wanted = await references(client, requests())
         console.print(f"{len(wanted)} requests take part")
         kills: Counter[tuple[str, str]] = Counter()
         until = asyncio.Event()
