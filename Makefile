@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -82,6 +82,9 @@ model: setup ## Visit every state of the hand-off: how many there are, what goes
 
 matrix: setup ## Every event in every phase of a request: TRANSPORT="grpc" EVENT=kill_decode PHASE=decoding (build/matrix.json)
 	$(BIN)/python -m tests.matrix $(addprefix --transport ,$(TRANSPORT)) $(addprefix --event ,$(EVENT)) $(addprefix --phase ,$(PHASE))
+
+soak: setup ## All of the matrix at once, every output checked: MINUTES=10 TRANSPORT=grpc (build/soak.json)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(addprefix --transport ,$(TRANSPORT))
 
 stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
 	$(BIN)/python -m tests.stress --minutes $(MINUTES)
