@@ -49,10 +49,14 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PagesReady:
-    """A sequence that is computed elsewhere has destination pages; have its bytes brought into them."""
+    """A sequence that is computed elsewhere has destination pages; have its bytes brought into them.
+
+    The first of `page_ids` are the prefix cache's, which have `num_have_tokens` already and are not to be written to.
+    """
 
     key: int
     page_ids: tuple[int, ...]
+    num_have_tokens: int
     queue_s: float
 
 
@@ -148,8 +152,8 @@ class DecodeScheduler:
     ) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
 
-        With `has_handoff`, the cache of `spec.token_ids` comes by transfer, unless at most `local_below` of them are
-        missing from the prefix cache when it is its turn; otherwise it is computed here.
+        With `has_handoff`, what the prefix cache lacks of `spec.token_ids` when it is its turn comes by transfer, if
+        that is more than `local_below` of them; otherwise it is computed here.
         """
         if self._book.admits(key, num_tokens=len(spec.token_ids) + 1, num_waiting=len(self._waiting)):
             sequence = self._sequences[key] = _Sequence(
@@ -172,28 +176,26 @@ class DecodeScheduler:
             sequence = self._waiting.head()
             if self.pages.is_refused(sequence.token_ids):
                 return
-            is_remote = sequence.has_handoff
-            pages = SequencePages(sequence.key)
-            if not is_remote or sequence.local_below:
-                pages = self.pages.match(sequence.key, sequence.token_ids)
-                num_left = len(sequence.token_ids) - len(pages.nodes) * self.pages.page_size
-                is_remote = is_remote and num_left > sequence.local_below
-            if is_remote and pages.nodes:
-                self.pages.free(pages)
-                pages = SequencePages(sequence.key)
+            # Whoever computes here computes a token at least.
+            num_left = 0 if sequence.has_handoff and not sequence.local_below else 1
+            pages = self.pages.match(sequence.key, sequence.token_ids, num_left=num_left)
+            num_have = len(pages.nodes) * self.pages.page_size
             if not self._reserve(pages, len(sequence.token_ids)):
                 self.pages.refuse(pages, sequence.token_ids)
                 return
             self._waiting.take()
-            sequence.pages, sequence.has_handoff = pages, is_remote
+            sequence.pages, sequence.num_cached = pages, num_have
+            # Whoever has them all still lacks one that follows.
+            num_missing = max(1, len(sequence.token_ids) - num_have)
+            sequence.has_handoff = sequence.has_handoff and num_missing > sequence.local_below
             if not sequence.is_started:
                 sequence.queue_s = now - sequence.added_s
-            if is_remote:
+            if sequence.has_handoff:
                 sequence.state = State.TRANSFERRING
                 self._num_transferring += 1
-                self._book.tell(PagesReady(sequence.key, tuple(pages.page_ids), sequence.queue_s))
+                self._book.tell(PagesReady(sequence.key, tuple(pages.page_ids), num_have, sequence.queue_s))
             else:
-                sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
+                sequence.num_computed = num_have
                 self._run(sequence)
 
     def arrived(self, key: int, first_token_id: int) -> None:

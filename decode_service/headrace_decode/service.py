@@ -226,8 +226,8 @@ class DecodeService:
         key = session.keys.get(number)
         return None if key is None else self._sequences[key]
 
-    def _take(self, sequence: Sequence, page_ids: Seq[int]) -> None:
-        """Have the sequence computed elsewhere and its cache brought here."""
+    def _take(self, sequence: Sequence, page_ids: Seq[int], num_have_tokens: int) -> None:
+        """Have the sequence computed elsewhere and what is not here of its cache brought here."""
         assert self._taker is not None, "ready"
         spec, model = sequence.spec, self.host.model
         order = Order(
@@ -237,6 +237,7 @@ class DecodeService:
             tokens_sha256=hash_tokens(spec.token_ids),
             fingerprint=model.fingerprint,
             layout=model.layout,
+            num_have_tokens=num_have_tokens,
         )
 
         def on_first(admission: Admission, first: FirstToken) -> None:
@@ -271,8 +272,9 @@ class DecodeService:
         if error is None and not taking.cancelled() and taking.result() and not sequence.is_over:
             moved = sequence.moved = taking.result()
             assert moved is not None, "asked just now"
-            self._metrics.observe_transfer(moved)
-            worker.transfer_bytes.labels(moved.transport, "received").inc(moved.num_bytes)
+            if moved.num_pages:
+                self._metrics.observe_transfer(moved)
+                worker.transfer_bytes.labels(moved.transport, "received").inc(moved.num_bytes)
             self.host.engine.submit(lambda scheduler: scheduler.arrived(sequence.key, sequence.first_token_id))
             return
         if isinstance(error, TakeError):
@@ -299,16 +301,16 @@ class DecodeService:
     def _on_event(self, sequence: Sequence, event: DecodeEvent) -> None:
         worker = self._metrics.worker
         match event:
-            case PagesReady(page_ids=page_ids, queue_s=queue_s):
+            case PagesReady(page_ids=page_ids, num_have_tokens=num_have, queue_s=queue_s):
                 worker.queue_seconds.observe(queue_s)
                 sequence.queue_s = queue_s
-                self._take(sequence, page_ids)
+                self._take(sequence, page_ids, num_have)
             case Started(queue_s=queue_s, num_cached_tokens=num_cached):
                 if not sequence.taking:
                     worker.queue_seconds.observe(queue_s)
                     worker.prompt_tokens.inc(len(sequence.spec.token_ids))
-                    worker.cache_query_tokens.inc(len(sequence.spec.token_ids))
-                    worker.cache_hit_tokens.inc(num_cached)
+                worker.cache_query_tokens.inc(len(sequence.spec.token_ids))
+                worker.cache_hit_tokens.inc(num_cached)
                 sequence.tell_joined(event)
             case Output(finish=finish):
                 worker.output_tokens.inc()

@@ -91,7 +91,7 @@ class _Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_sealed: int = 0
-    """Pages, in all layers."""
+    """Pages, in all layers; those counted that the taker has."""
     num_sealed_layers: int = 0
     """Layers of the planned chunk's pages that are sealed already."""
     is_lost: bool = False
@@ -132,10 +132,13 @@ class PrefillScheduler:
         """In order of admission."""
         self._book = StepBook[PrefillEvent](pages, max_waiting_sequences=max_waiting_sequences)
 
-    def add(self, key: int, spec: SequenceSpec, now: float, *, group: int = 0) -> None:
-        """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES."""
+    def add(self, key: int, spec: SequenceSpec, now: float, *, group: int = 0, num_have_pages: int = 0) -> None:
+        """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
+
+        Its first `num_have_pages` are with its taker, and are not sealed.
+        """
         if self._book.admits(key, num_tokens=len(spec.token_ids), num_waiting=len(self._waiting)):
-            sequence = self._sequences[key] = _Sequence(key, group, spec, now)
+            sequence = self._sequences[key] = _Sequence(key, group, spec, now, num_sealed=num_have_pages)
             self._waiting.add(sequence)
 
     def free(self, key: int) -> None:
@@ -322,7 +325,7 @@ class PrefillScheduler:
         """Tell of the pages up to number `end` that are sealed now, in the layers that were not."""
         if sequence.num_sealed < end:
             self._tell_sealed(sequence, pages, end)
-        sequence.num_sealed, sequence.num_sealed_layers = end, 0
+            sequence.num_sealed, sequence.num_sealed_layers = end, 0
 
     def _tell_sealed(
         self,

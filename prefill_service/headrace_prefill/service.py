@@ -169,8 +169,10 @@ class PrefillService:
         spec.check(model.limits)
         lease = self.leases.create(order)
         held = self._held[lease.key] = _Held(self, lease, outbox)
-        now, group = time.monotonic(), order.owner[0]
-        self.host.engine.submit(lambda scheduler: scheduler.add(lease.key, spec, now, group=group))
+        now, group, num_have = time.monotonic(), order.owner[0], order.num_have_pages
+        self.host.engine.submit(
+            lambda scheduler: scheduler.add(lease.key, spec, now, group=group, num_have_pages=num_have)
+        )
         return held
 
     def _holding(self, name: str) -> Holding:

@@ -276,14 +276,16 @@ class Sample:
             self.prefill_address = ""  # it was not asked
         else:
             self._require(SampleState.JOINING, "that it joined")
+        is_handed_off = bool(self.prefill_address)
         self.transfer_bytes += joined.transfer_bytes
         self.num_transfer_pages += joined.num_transfer_pages
         self.hidden_transfer_bytes += joined.hidden_transfer_bytes
         self.waterfall.hide(joined.hidden_transfer_us)
         self.transport = joined.transport or self.transport
-        parts = [("transfer", joined.transfer_us)] if joined.transport else [("decode_queue", joined.queue_us)]
+        parts = [("transfer", joined.transfer_us)] if is_handed_off else [("decode_queue", joined.queue_us)]
         self.waterfall.split(parts, "join", now_s)
-        self.num_cached_tokens = max(self.num_cached_tokens, joined.num_cached_tokens)
+        if not is_handed_off:
+            self.num_cached_tokens = joined.num_cached_tokens
         self.state = SampleState.DECODING
         self._is_first_step = True
         assert self._progress is not None, "an attempt runs"

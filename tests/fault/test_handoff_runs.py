@@ -104,10 +104,11 @@ async def test_rule_4_cached_pages_are_taken_before_anything_is_computed():
     model = FakeModel()
     prefiller = prefill_service(model)
     async with (
-        running(prefiller, decode_service()) as (prefill, decode),
-        MiniRouter(prefill=prefill, decode=decode) as router,
+        running(prefiller, decode_service(), decode_service()) as (prefill, warm, cold),
+        MiniRouter(prefill=prefill, decode=warm) as earlier,
+        MiniRouter(prefill=prefill, decode=cold) as router,
     ):
-        first = await router.generate("a", PROMPT, params=GREEDY)
+        first = await earlier.generate("a", PROMPT, params=GREEDY)
         faults = faults_of(prefiller)
         faults.pulled.clear()
         model.hold()

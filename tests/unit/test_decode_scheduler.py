@@ -306,6 +306,13 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
             elif isinstance(event, Failed):
                 over.add(event.key)
 
+    def arrive(key: int) -> None:
+        first = next_token(prompts[key])
+        s.arrived(key, first)
+        if key not in over:
+            moving.discard(key)
+            outputs[key].append(first)
+
     def step(num_failing: int) -> bool:
         plan = s.plan(0.0)
         if plan is None:
@@ -326,16 +333,15 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
     for name, value in operations:
         if name in ("local", "handoff"):
             key = len(prompts) + 1
-            first = next_token(value) if name == "handoff" else None
-            prompts[key], outputs[key] = value, [first] if first else []
-            s.add(key, spec(value, max_tokens=8), 0.0, has_handoff=first is not None)
+            prompts[key], outputs[key] = value, []
+            s.add(key, spec(value, max_tokens=8), 0.0, has_handoff=name == "handoff", local_below=key % 3)
         elif name == "abort":
             s.abort(value)
             if value in prompts:
                 over.add(value)
         elif name == "arrived":
             if value in moving:
-                s.arrived(value, next_token(prompts[value]))
+                arrive(value)
         elif name == "drained":
             if value in over:
                 s.drained(value)
@@ -345,9 +351,9 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
         s.check_integrity()
     for _ in range(10_000):
         is_stepped = step(0)
-        for key in sorted(moving):
-            s.drained(key) if key in over else s.arrived(key, next_token(prompts[key]))
         has_moved = bool(moving)
+        for key in sorted(moving):
+            s.drained(key) if key in over else arrive(key)
         moving.clear()
         s.check_integrity()
         if not is_stepped and not has_moved:
@@ -365,9 +371,9 @@ def count_matches(s: DecodeScheduler, monkeypatch) -> list[int]:
     lengths: list[int] = []
     match = s.pages.match
 
-    def counted(owner, token_ids):
+    def counted(owner, token_ids, **options):
         lengths.append(len(token_ids))
-        return match(owner, token_ids)
+        return match(owner, token_ids, **options)
 
     monkeypatch.setattr(s.pages, "match", counted)
     return lengths

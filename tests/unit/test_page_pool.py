@@ -205,7 +205,7 @@ class Pages(RuleBasedStateMachine):
     @rule(entry=live)
     def quarantine(self, entry):
         pages, _ = entry
-        if pages.page_ids and not pages.nodes and not pages.is_quarantined:
+        if pages.page_ids and not pages.is_quarantined:
             self.allocator.quarantine(pages)
 
     @rule(entry=consumes(live))

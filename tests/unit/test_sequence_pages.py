@@ -129,11 +129,29 @@ def test_pages_under_transfer_are_set_aside_until_freed():
     allocator.check_integrity()
 
 
-def test_shared_pages_are_never_set_aside():
+def test_shared_pages_are_never_set_aside_and_are_kept_as_long_as_the_others_are():
     allocator = PageAllocator(4, PAGE)
-    pages = computed(allocator, 1, [1] * 8)
-    with pytest.raises(AssertionError, match="no shared page"):
-        allocator.quarantine(pages)
+    allocator.free(computed(allocator, 1, [1] * 8))
+    pages = allocator.match(2, [1] * 9)
+    allocator.reserve(pages, 12)
+    allocator.quarantine(pages)
+    counts = allocator.pool.counts()
+    assert (counts[PageState.QUARANTINED], counts[PageState.CACHED]) == (1, 2)
+    with pytest.raises(OverloadedError):
+        allocator.reserve(SequencePages(3), 2 * PAGE)
+    allocator.free(pages)
+    assert allocator.num_available == 4
+    allocator.check_integrity()
+
+
+def test_all_full_pages_are_found_where_nothing_is_left_to_compute():
+    allocator = PageAllocator(4, PAGE)
+    allocator.free(computed(allocator, 1, [1] * 8))
+    for tokens, num_found in (([1] * 7, 1), ([1] * 8, 2), ([1] * 9, 2)):
+        pages = allocator.match(2, tokens, num_left=0)
+        assert len(pages.page_ids) == num_found
+        allocator.free(pages)
+    assert len(allocator.match(2, [1] * 8).page_ids) == 1
 
 
 def test_a_freed_sequence_holds_nothing_and_may_be_freed_again():

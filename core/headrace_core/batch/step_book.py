@@ -94,8 +94,13 @@ class StepBook(Generic[E]):
         )
 
     def check_integrity(self, held: Iterable[SequencePages]) -> None:
-        """Assert that no page is lost or held twice, and that `held` are all that sequences have."""
+        """Assert that no page is lost or held twice, and that `held` are all that sequences have and refer to."""
         self.pages.check_integrity()
-        num_held = sum(len(pages.own_page_ids) for pages in held)
-        counts = self.pages.pool.counts()
-        assert num_held == counts[PageState.OWNED] + counts[PageState.QUARANTINED], "pages without a sequence"
+        pool, num_owned, num_shared = self.pages.pool, 0, 0
+        for pages in held:
+            num_owned += len(pages.own_page_ids)
+            num_shared += len(pages.nodes)
+        counts = pool.counts()
+        assert num_owned == counts[PageState.OWNED] + counts[PageState.QUARANTINED], "pages without a sequence"
+        num_references = sum(pool.references(page_id) for page_id in range(pool.num_pages))
+        assert num_shared == num_references, "references without a sequence"

@@ -61,9 +61,9 @@ class PageAllocator:
         """Return how many pages hold `num_tokens`."""
         return -(-num_tokens // self.page_size)
 
-    def match(self, owner: int, token_ids: Sequence[int]) -> SequencePages:
-        """Return the cached pages of the longest prefix of `token_ids` that leaves at least one token to compute."""
-        nodes = self._cache.match(token_ids, self._most_matched(token_ids))
+    def match(self, owner: int, token_ids: Sequence[int], *, num_left: int = 1) -> SequencePages:
+        """Return the cached pages of the longest prefix of `token_ids` that leaves `num_left` tokens, at least."""
+        nodes = self._cache.match(token_ids, (len(token_ids) - num_left) // self.page_size)
         return SequencePages(owner, [node.page_id for node in nodes], nodes)
 
     def refuse(self, pages: SequencePages, token_ids: Sequence[int]) -> None:
@@ -83,7 +83,7 @@ class PageAllocator:
             refused is not None
             and refused.token_ids is token_ids
             and refused.num_returned == self.pool.num_returned
-            and self._cache.would_match(refused.nodes, token_ids, self._most_matched(token_ids))
+            and self._cache.would_match(refused.nodes, token_ids, len(token_ids) // self.page_size)
         )
 
     def reserve(self, pages: SequencePages, num_tokens: int) -> None:
@@ -119,9 +119,8 @@ class PageAllocator:
             pages.page_ids[index] = node.page_id
 
     def quarantine(self, pages: SequencePages) -> None:
-        """Set the sequence's pages aside until `free`: a cancelled transfer may still write to them."""
-        assert not pages.nodes, "a transfer writes to no shared page"
-        self.pool.quarantine(pages.page_ids, pages.owner)
+        """Set the sequence's own pages aside until `free`: a cancelled transfer may still write to them."""
+        self.pool.quarantine(pages.own_page_ids, pages.owner)
         pages.is_quarantined = True
 
     def free(self, pages: SequencePages) -> None:
@@ -138,9 +137,6 @@ class PageAllocator:
         nodes = list(pages.nodes)
         self.free(pages)
         self._cache.forget(nodes)
-
-    def _most_matched(self, token_ids: Sequence[int]) -> int:
-        return (len(token_ids) - 1) // self.page_size
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice."""

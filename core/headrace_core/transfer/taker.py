@@ -69,7 +69,8 @@ class TransferStats:
 
     `wait_s` and `move_s` are sums over its runs, until they had their turn and from then until they were verified. Runs
     move beside each other, so a sum may be longer than the hand-off was. `num_hidden_bytes` were verified before the
-    first token, while the prompt was computed; for `hidden_s` something was moved then.
+    first token, while the prompt was computed; for `hidden_s` something was moved then. Where the taker had every
+    page, nothing was moved: no transport did it.
     """
 
     transport: str
@@ -153,8 +154,9 @@ class Taker:
     ) -> TransferStats | None:
         """Have the sequence computed at `address` and its cache brought into `page_ids`.
 
-        Returns None if the first token ended the sequence: nothing was moved. Cancel it at most once. When it ends in
-        whatever way, no byte can land any more.
+        Nothing is written to the first of these pages, which `order.num_have_tokens` says are here. Returns None if the
+        first token ended the sequence: nothing was moved. Cancel it at most once. When it ends in whatever way, no byte
+        can land any more.
 
         Raises:
             TakeError: why it failed, and whose fault it is.
@@ -188,6 +190,7 @@ class _Take:
         self._order = order
         self._address = address
         self._page_ids = page_ids
+        self._num_wanted = len(page_ids) - order.num_have_pages
         self._age = age
         self._on_first = on_first
         self._loop = asyncio.get_running_loop()
@@ -273,6 +276,7 @@ class _Take:
             for layer in range(run.first_layer, run.first_layer + run.num_layers)
             for page in range(run.first_page, run.first_page + run.num_pages)
         }
+        _require(run.first_page >= self._order.num_have_pages, "sealed a page that the taker has")
         _require(run.first_page + run.num_pages <= len(self._page_ids), "sealed a page that the sequence has not")
         _require(run.first_layer + run.num_layers <= self._taker.layout.num_layers, "sealed a layer that there is not")
         _require(self._cells.isdisjoint(cells), "sealed a page twice")
@@ -333,7 +337,7 @@ class _Take:
             self._fail(TakeError(Side.TAKER, HeadraceError("BUG", "internal error")))
 
     def _confirm_if_complete(self) -> None:
-        num_cells = self._taker.layout.num_layers * len(self._page_ids)
+        num_cells = self._taker.layout.num_layers * self._num_wanted
         if self._state is TakeState.FINISHING and not self._pulling and len(self._cells) == num_cells:
             self._move(TakeEvent.VERIFIED)
             self._call.confirm()
@@ -345,7 +349,7 @@ class _Take:
             stats = TransferStats(
                 self._transport,
                 moved,
-                len(self._page_ids),
+                self._num_wanted,
                 duration_s,
                 self._wait_s,
                 self._move_s,

@@ -44,6 +44,13 @@ class Order:
     tokens_sha256: bytes
     fingerprint: str
     layout: KvLayout
+    num_have_tokens: int = 0
+    """The first of the sequence's, in full pages that the taker has."""
+
+    @property
+    def num_have_pages(self) -> int:
+        """Pages that are not wanted."""
+        return self.num_have_tokens // self.layout.page_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,7 @@ def encode_order(order: Order) -> pb.Open:
         sample_index=spec.sample_index,
         model_fingerprint=order.fingerprint,
         layout=encode_layout(order.layout),
+        num_have_tokens=order.num_have_tokens,
     )
 
 
@@ -144,7 +152,7 @@ def decode_order(message: pb.Open) -> Order:
     """Return the value; the sequence itself is checked by whoever knows the model.
 
     Raises:
-        InvalidRequestError: BAD_REQUEST, BAD_SAMPLING, BAD_HANDOFF.
+        InvalidRequestError: BAD_REQUEST, BAD_SAMPLING, BAD_HANDOFF, the taker has pages that can't be.
         TransferCorruptError: TOKENS_MISMATCH, the hash is not that of the tokens beside it.
     """
     if not message.router_id or not message.timeout_ms:
@@ -152,6 +160,10 @@ def decode_order(message: pb.Open) -> Order:
     token_ids = list(message.token_ids)
     if message.tokens_sha256 != hash_tokens(token_ids):
         raise TransferCorruptError("TOKENS_MISMATCH", "the order's hash is not that of its tokens; is its taker older?")
+    layout, num_have = decode_layout(message.layout), message.num_have_tokens
+    if num_have > len(token_ids) or num_have % layout.page_size:
+        problem = f"the taker has {num_have} of {len(token_ids)} tokens, in pages of {layout.page_size}"
+        raise InvalidRequestError("BAD_HANDOFF", problem)
     return Order(
         owner=(message.router_id, message.sequence_number),
         spec=SequenceSpec(
@@ -165,7 +177,8 @@ def decode_order(message: pb.Open) -> Order:
         timeout_s=timeout_s(message.timeout_ms),
         tokens_sha256=message.tokens_sha256,
         fingerprint=message.model_fingerprint,
-        layout=decode_layout(message.layout),
+        layout=layout,
+        num_have_tokens=num_have,
     )
 
 

@@ -357,7 +357,7 @@ class Joined(_message.Message):
     queue_us: _builtins.int
     """In this worker's queue until pages were free, microseconds."""
     num_cached_tokens: _builtins.int
-    """Prompt tokens found in this worker's prefix cache; 0 if the cache came from elsewhere."""
+    """Prompt tokens found in this worker's prefix cache: neither computed here nor moved."""
     transfer_us: _builtins.int
     """From the first token's arrival here until every page was here and verified, microseconds; 0 if nothing moved."""
     transfer_bytes: _builtins.int

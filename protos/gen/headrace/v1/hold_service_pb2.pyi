@@ -69,6 +69,7 @@ class Open(_message.Message):
     SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    NUM_HAVE_TOKENS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.int
     """The router's identity, as in `OpenSession`; with `sequence_number` it names the sequence."""
     sequence_number: _builtins.int
@@ -91,6 +92,11 @@ class Open(_message.Message):
     """Which of the request's samples, from 0."""
     model_fingerprint: _builtins.str
     """The taker's; see `Admitted.model_fingerprint`."""
+    num_have_tokens: _builtins.int
+    """The first so many of `token_ids` are in the taker's prefix cache, in full pages, and it keeps them: their pages are
+    neither sealed nor sent. A multiple of `layout.page_size`. They are the tokens under `tokens_sha256`, so it is said of
+    no others.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, followed by tokens that an earlier attempt already produced; at least one id."""
@@ -118,10 +124,11 @@ class Open(_message.Message):
         sample_index: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
         layout: _types_pb2.KvLayout | None = ...,
+        num_have_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "tokens_sha256", b"tokens_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_have_tokens", b"num_have_tokens", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "tokens_sha256", b"tokens_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,7 +295,9 @@ Global___Shard: _TypeAlias = Shard  # noqa: Y015
 
 @_typing.final
 class Run(_message.Message):
-    """Pages of some layers that nothing writes any more. Runs do not overlap; together they are every page of every layer."""
+    """Pages of some layers that nothing writes any more. Runs do not overlap; together they are every page of every layer but
+    those of `Open.num_have_tokens`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
