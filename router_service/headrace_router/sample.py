@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Protocol
 
 from headrace.v1 import decode_service_pb2, generation_service_pb2, types_pb2
 from headrace_core.errors import HeadraceError, ProtocolError
@@ -34,7 +33,7 @@ from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
 from headrace_router.metrics import TokenHistogram
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
-from headrace_router.session import Ended, Side, Whose
+from headrace_router.session import Ended, Progress, Side, Whose
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
 
@@ -57,18 +56,6 @@ class SampleState(Enum):
     DECODING = "decoding"
     FINISHED = "finished"
     FAILED = "failed"
-
-
-class Progress(Protocol):
-    """Who is told how far an attempt is: `dispatch.Placement`."""
-
-    def on_prefilled(self) -> None:
-        """The prompt is computed."""
-        ...
-
-    def on_joined(self) -> None:
-        """The decode worker runs it."""
-        ...
 
 
 class Sample:

@@ -83,6 +83,18 @@ class StepSink(Protocol):
         ...
 
 
+class Progress(Protocol):
+    """Who is told how far an attempt is: `dispatch.Placement`."""
+
+    def on_prefilled(self) -> None:
+        """The prompt is computed."""
+        ...
+
+    def on_joined(self) -> None:
+        """The decode worker runs it."""
+        ...
+
+
 class StepSession:
     """One `Session` call and those who listen to it."""
 
