@@ -152,8 +152,8 @@ class DecodeScheduler:
     ) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
 
-        With `has_handoff`, what the prefix cache lacks of `spec.token_ids` when it is its turn comes by transfer, if
-        that is more than `local_below` of them; otherwise it is computed here.
+        With `has_handoff`, what the prefix cache lacks of `spec.token_ids` when it is its turn comes by transfer, if it
+        is more than `local_below` tokens; otherwise it is computed here.
         """
         if self._book.admits(key, num_tokens=len(spec.token_ids) + 1, num_waiting=len(self._waiting)):
             sequence = self._sequences[key] = _Sequence(

@@ -76,7 +76,11 @@ class Waiting:
     client: Client = ()
     """Whose it is; empty: nobody's, and nothing is kept from it."""
     prefer: str = ""
-    """Address of the prefill worker that has computed some of it, in an attempt that failed elsewhere."""
+    """Address of the prefill worker that has computed some of it, in an attempt or for a sample before."""
+    prefer_decode: str = ""
+    """Address of the decode worker that has the first of its tokens in its prefix cache."""
+    num_cached_tokens: int = 0
+    """How many these are. They take pages, but are not computed again."""
 
     kind: Kind = field(init=False, repr=False, compare=False)
     """What it has in common with others. Kept, because a round may look at thousands."""
@@ -84,6 +88,11 @@ class Waiting:
     def __post_init__(self) -> None:
         """Fill in what follows from the rest."""
         object.__setattr__(self, "kind", Kind(self.num_tokens, self.num_most_tokens, self.has_output, self.client))
+
+    @property
+    def num_new_tokens(self) -> int:
+        """To compute before the first new one comes."""
+        return self.num_tokens - self.num_cached_tokens
 
 
 @dataclass(slots=True)

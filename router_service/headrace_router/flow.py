@@ -94,7 +94,7 @@ class Flow:
     def __init__(
         self, dispatcher: Dispatcher, metrics: RouterMetrics, *, max_attempts: int, local_below: int = 0
     ) -> None:
-        """Args: `local_below` is `StartSequence.local_below`."""
+        """Args: `local_below` is `StartSequence.local_below`, at least."""
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._max_attempts = max_attempts
@@ -132,7 +132,7 @@ class Flow:
         sample.begin_attempt(
             placement,
             prefill_address=prefill.address if prefill else "",
-            decode_address=placement.decode.address,
+            decode=placement.decode,
             now_s=time.monotonic(),
         )
         knows_end = False
@@ -143,7 +143,7 @@ class Flow:
         try:
             if prefill is not None:
                 prefill.lost.add_done_callback(on_prefill_lost)
-            session.start(sample, self._start(sample))
+            session.start(sample, self._start(sample, placement.decode))
             assert sample.attempt_over is not None, "it has begun"
             ended = await sample.attempt_over
             knows_end = ended.by is Side.WORKER
@@ -155,7 +155,10 @@ class Flow:
             session.end(sample.number, sample.attempt, tell=not knows_end)
         return ended
 
-    def _start(self, sample: Sample) -> decode_service_pb2.StartSequence:
+    def _start(self, sample: Sample, decode: Worker) -> decode_service_pb2.StartSequence:
+        local_below, cached = self._local_below, sample.cached
+        if cached is not None and cached.worker is decode:  # what is left of a page is sooner computed than fetched
+            local_below = max(local_below, decode.layout.page_size)
         message = decode_service_pb2.StartSequence(
             sequence_number=sample.number,
             attempt=sample.attempt,
@@ -165,7 +168,7 @@ class Flow:
             sampling=sample.spec.sampling,
             sample_index=sample.sample_index,
             prefill_address=sample.prefill_address,
-            local_below=self._local_below,
+            local_below=local_below,
         )
         sample.spec.encoded_prompt.put(message, sample.output_ids)
         return message

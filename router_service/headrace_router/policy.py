@@ -9,9 +9,10 @@ worker has pages for its prompt and expected output. The rules:
    nobody starves, however long the prompt, and nobody waits for a sequence that waits for something else.
 2. A prefill worker takes a prompt if its prompt tokens in flight stay within the budget, or if it is idle. The least
    loaded one is chosen; among equals the one that prompts of the same beginning also get, for its prefix cache.
-3. The decode worker with the most free pages is chosen.
+3. The decode worker that has the sequence's beginning in its prefix cache is chosen if it has room, else the one with
+   the most free pages.
 4. Workers that failed the sequence before are the last choice, not excluded: there may be no other. A prefill worker
-   whose attempt failed elsewhere is the first: its prefix cache has what it computed.
+   that computed some of it, for an attempt that failed elsewhere or another sample, is the first: its cache has it.
 5. A sequence takes the route that `Capacity` names: a pair, or one worker for all of it. A worker that could not hold
    it, were it idle, is no worker it waits for.
 6. A part of each decode side is kept for clients that run nothing there. Whoever does and would need it claims nothing:
@@ -336,7 +337,7 @@ def _num_pages(num_tokens: int, worker: WorkerView) -> int:
 
 def _has_budget(waiting: Waiting, worker: WorkerView) -> bool:
     in_flight = worker.num_tokens_in_flight
-    return in_flight == 0 or in_flight + waiting.num_tokens <= worker.token_budget
+    return in_flight == 0 or in_flight + waiting.num_new_tokens <= worker.token_budget
 
 
 def _prefill_standing(waiting: Waiting, worker: WorkerView) -> int:
@@ -362,9 +363,9 @@ def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[int, bool, boo
     return standing, is_avoided, worker.address != waiting.prefer, load, affinity
 
 
-def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, int, str]:
-    standing = _decode_standing(waiting, worker, route)
-    return standing, worker.address in waiting.avoid, -worker.num_free_pages, worker.address
+def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, bool, int, str]:
+    standing, address = _decode_standing(waiting, worker, route), worker.address
+    return standing, address in waiting.avoid, address != waiting.prefer_decode, -worker.num_free_pages, address
 
 
 def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: bool) -> WorkerView:
@@ -380,7 +381,7 @@ def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: boo
         worker.num_usable_pages,
         worker.num_free_pages - pages,
         worker.token_budget,
-        worker.num_tokens_in_flight + (waiting.num_tokens if prefills else 0),
+        worker.num_tokens_in_flight + (waiting.num_new_tokens if prefills else 0),
         worker.num_free_slots - (1 if decodes else 0),
         worker.can_prefill,
         worker.can_decode,

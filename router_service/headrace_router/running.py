@@ -20,6 +20,7 @@ from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
 
 from headrace_router import policy
 from headrace_router.admission import RequestSpec
+from headrace_router.cached import Cached
 from headrace_router.flow import Flow
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
@@ -97,7 +98,8 @@ class RunningRequest:
         self._is_closed = False
         loop = asyncio.get_running_loop()
         self._may_queue = [loop.create_future() for _ in range(spec.num_samples)]
-        """Samples queue one behind the other: what waits costs the queue no more for having many of them."""
+        """When each may queue: the second once the first's decode worker has the prompt's full pages, where the others
+        are to find them; from there on one behind the other, so that many cost the queue no more than one."""
         self._may_queue[0].set_result(None)
         key = policy.prefix_key(spec.prompt_ids)
         self.samples = [self._sample(index, key, tokenizer) for index in range(spec.num_samples)]
@@ -163,7 +165,14 @@ class RunningRequest:
         spec = self.spec
         detokenizer = tokenizer.detokenizer(silent_ids=spec.silent_ids, is_continuation=spec.is_continuation)
         return Sample(
-            spec, index, detokenizer, client=self._client, prefix_key=key, itl=self._metrics.itl, on_news=self._on_news
+            spec,
+            index,
+            detokenizer,
+            client=self._client,
+            prefix_key=key,
+            itl=self._metrics.itl,
+            on_news=self._on_news,
+            on_cached=self._on_first_cached if index == 0 else _ignore,
         )
 
     async def _run(self, sample: Sample) -> None:
@@ -176,13 +185,27 @@ class RunningRequest:
             log.error("unhandled error", extra={"request_id": self.spec.request_id}, exc_info=error)
             self.fail(HeadraceError("BUG", "internal error"))
         finally:
-            self._on_placed(sample)
+            self._seat.leave()
+            self._let_next(sample)
             self._observe(sample)
 
     def _on_placed(self, sample: Sample) -> None:
         self._seat.leave()
-        for turn in self._may_queue[sample.sample_index + 1 :][:1]:
+        if sample.sample_index:
+            self._let_next(sample)
+
+    def _on_first_cached(self, cached: Cached) -> None:
+        for sample in self.samples[1:] if cached.num_tokens else ():
+            sample.cached = cached
+        for first in self.samples[:1]:
+            self._let_next(first)
+
+    def _let_next(self, sample: Sample) -> None:
+        """Let the sample behind this one queue."""
+        for following in self.samples[sample.sample_index + 1 :][:1]:
+            turn = self._may_queue[following.sample_index]
             if not turn.done():
+                following.prefer = sample.prefill_address or sample.prefer
                 turn.set_result(None)
 
     def _evict(self, error: HeadraceError) -> bool:
@@ -247,6 +270,10 @@ class RunningRequest:
         if self._error is not None:
             extra["reason"] = self._error.reason
         log.info("request ended", extra=extra)
+
+
+def _ignore(_: Cached) -> None:
+    pass
 
 
 def _tpot_s(sample: Sample) -> float | None:

@@ -28,6 +28,7 @@ from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
 from headrace_router.admission import RequestSpec
 from headrace_router.answers import check_tokens_computed
+from headrace_router.cached import Cached, cached_at
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
@@ -36,6 +37,7 @@ from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.session import Ended, Progress, Side, Whose
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
+from headrace_router.worker import Worker
 
 _MOST_TOKENS, _MOST_CHARS = 4096, 1 << 20
 """What one message to the client holds at most: with 20 log-probabilities a token, about a megabyte of 8 MiB."""
@@ -71,7 +73,9 @@ class Sample:
         prefix_key: int,
         itl: TokenHistogram,
         on_news: Callable[[Sample], None],
+        on_cached: Callable[[Cached], None],
     ) -> None:
+        """Args: `on_cached` hears where prompt pages can be found as soon as they can, once an attempt or twice."""
         self.spec = spec
         self.sample_index = sample_index
         self.number = 0
@@ -83,6 +87,8 @@ class Sample:
         """True once it ran out of pages: the next attempt reserves those of all that it may still produce."""
         self.prefer = ""
         """See `Waiting.prefer`."""
+        self.cached: Cached | None = None
+        """Where the first of its tokens can be found, if that is known."""
         self.output_ids: list[int] = []
         cost = len(spec.prompt_ids) + min(spec.params.max_tokens or 0, EXPECTED_OUTPUT_TOKENS)
         self.turn = Turn(client, (spec.arrival_s, sample_index), cost)
@@ -99,6 +105,7 @@ class Sample:
         self.transport = ""
         self.prefill_address = ""
         self.decode_address = ""
+        self._decode: Worker | None = None
         self.is_closed = False
         """True when the client's last message was taken."""
         self.attempt_over: asyncio.Future[Ended] | None = None
@@ -106,6 +113,7 @@ class Sample:
         self._prefix_key = prefix_key
         self._itl = itl
         self._on_news = on_news
+        self._on_cached = on_cached
         self._detokenizer = detokenizer
         self._stop = StopMatcher(spec.params.stop_strings) if spec.params.stop_strings else None
         self._progress: Progress | None = None
@@ -135,26 +143,31 @@ class Sample:
         """Return what policies need to know."""
         left = (self.spec.params.max_tokens or 0) - len(self.output_ids)
         expected = left if self.reserves_all else min(left, EXPECTED_OUTPUT_TOKENS)
+        cached = None if self.cached is None or self.cached.is_lost else self.cached
         return Waiting(
             num_tokens=self.num_tokens,
             num_expected_tokens=self.num_tokens + expected,
             prefix_key=self._prefix_key,
             avoid=self.avoid,
             prefer=self.prefer,
+            prefer_decode=cached.worker.address if cached else "",
+            num_cached_tokens=cached.num_tokens if cached else 0,
             num_most_tokens=self.num_tokens + left,
             has_output=bool(self.output_ids),
             client=self.turn.client,
         )
 
-    def begin_attempt(self, progress: Progress, *, prefill_address: str, decode_address: str, now_s: float) -> None:
+    def begin_attempt(self, progress: Progress, *, prefill_address: str, decode: Worker, now_s: float) -> None:
         """Leave the queue."""
         self.attempt += 1
-        self.prefill_address, self.decode_address = prefill_address, decode_address
+        self.prefill_address, self.decode_address, self._decode = prefill_address, decode.address, decode
         self.state = SampleState.PREFILLING if prefill_address else SampleState.JOINING
         self.attempt_over = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._is_first_step = False
         self.waterfall.mark("queue", now_s)
+        if not cached_at(decode, len(self.spec.prompt_ids)).num_tokens:
+            self._tell_cached()  # there will be none
 
     def on_entry(self, entry: decode_service_pb2.StepEntry, now_s: float) -> bool:
         """Take what happened at the decode worker. See `session.StepSink`."""
@@ -277,6 +290,8 @@ class Sample:
         self._is_first_step = True
         assert self._progress is not None, "an attempt runs"
         self._progress.on_joined()
+        if is_handed_off:
+            self._tell_cached()
 
     def _on_tokens(self, tokens: decode_service_pb2.Tokens, now_s: float) -> None:
         self._require(SampleState.DECODING, "tokens")
@@ -285,9 +300,14 @@ class Sample:
         self._check(len(token_ids), len(logprobs), finish)
         if self._is_first_step:
             self._is_first_step = False
+            self._tell_cached()
             self.waterfall.mark("first_step", now_s)
             self.waterfall.mark_first_token()
         self._append(token_ids, logprobs, finish, now_s)
+
+    def _tell_cached(self) -> None:
+        assert self._decode is not None, "an attempt runs"
+        self._on_cached(cached_at(self._decode, len(self.spec.prompt_ids)))
 
     def _append(
         self,

@@ -120,7 +120,7 @@ class Worker:
         """Set aside what a sequence needs here until `release`."""
         view = self.view()
         num_pages = decode_pages(waiting, view) if decodes else prefill_pages(waiting, view)
-        num_tokens = waiting.num_tokens if prefills else 0
+        num_tokens = waiting.num_new_tokens if prefills else 0
         client = waiting.client if decodes else ()
         reservation = Reservation(owner, client, num_pages, num_pages, num_tokens)
         self._reservations.add(reservation)

@@ -51,6 +51,24 @@ def test_rule_8_the_worker_that_has_computed_some_of_it_is_preferred_while_it_ha
     assert plan([waiting(prefer="p1")], fleet) == [Assignment(0, "p2", "d")]
 
 
+def test_the_decode_worker_that_has_the_beginning_is_preferred_while_it_has_room_and_did_not_fail_it():
+    fleet = [prefill(), decode("d1", num_free_pages=20), decode("d2"), both()]
+    assert plan([waiting()], fleet) == [Assignment(0, "p", "b")]
+    assert plan([waiting(prefer_decode="d1")], fleet) == [Assignment(0, "p", "d1")]
+    assert plan([waiting(prefer_decode="d1", avoid=frozenset({"d1"}))], fleet) == [Assignment(0, "p", "b")]
+    fleet[1] = decode("d1", num_free_pages=7)
+    assert plan([waiting(prefer_decode="d1")], fleet) == [Assignment(0, "p", "b")]
+
+
+def test_tokens_that_are_cached_take_pages_and_no_prompt_budget():
+    shared = waiting(num_tokens=500, prefer_decode="d", num_cached_tokens=496)
+    fleet = [prefill(num_tokens_in_flight=500), decode(num_free_pages=108, num_pages=200, num_usable_pages=200)]
+    fleet[0] = replace(fleet[0], num_pages=200, num_free_pages=200)
+    assert plan([waiting(num_tokens=500)], fleet) == []
+    assert plan([shared] * 4, fleet) == [Assignment(0, "p", "d"), Assignment(1, "p", "d"), Assignment(2, "p", "d")]
+    assert plan([replace(shared, num_cached_tokens=480)] * 2, fleet) == []
+
+
 def test_nothing_starts_without_a_decode_worker():
     assert plan([waiting()], [prefill()]) == []
     assert plan([waiting()], []) == []
