@@ -35,6 +35,7 @@ def test_a_cache_on_shared_memory_is_like_any_other(has_host_copy: bool):
         return
     cache.layers[2][4] = torch.arange(16.0).view(4, 4)
     assert bytes(cache.page_bytes(2, 4)) == torch.arange(16.0).numpy().tobytes()
+    assert [bytes(layer) for layer in cache.host_layers()] == [layer.numpy().tobytes() for layer in cache.layers]
     cache.zero_pages([4])
     assert not cache.layers[2].any()
 
