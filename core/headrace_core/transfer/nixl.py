@@ -288,7 +288,7 @@ class NixlTaker:
         here, there = _region(memoryview(link.proof)), (offer.proof_address, _PROOF_BYTES, 0)
         async with asyncio.timeout(PROOF_TIMEOUT_S):
             await self._move(link, [here], [there])
-        if link.proof != offer.proof:
+        if bytes(link.proof) != offer.proof:
             raise ConnectionError("what was read there is not that holder's")
 
     async def _pull(self, link: _Link, local: Sequence[Region], remote: Sequence[Region]) -> None:
