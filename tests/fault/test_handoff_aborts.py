@@ -152,7 +152,8 @@ async def test_a_sequence_ends_in_every_phase_and_every_page_is_free(phase: str,
             case "deadline":
                 assert (await collected.wait_failure()).reason == "DEADLINE_EXCEEDED"
             case _:
-                await eventually(lambda: bool(prefiller.leases.leases), "it is ordered")
+                if phase == "ordered":
+                    await eventually(lambda: bool(prefiller.leases.leases), "it has reached the holder")
                 for lease in prefiller.leases.leases:
                     prefiller.leases.abort(lease, _gone())
         if by == "cancel":
@@ -320,15 +321,15 @@ async def test_rule_13_a_reader_that_stalls_pauses_its_rows_then_loses_its_sessi
 
 @async_test
 async def test_rule_13_a_reader_that_reads_again_in_time_has_every_token():
-    decoder = decode_service(session={"most_unread_bytes": 40_000, "patience_s": 3600.0}, num_pages=2048)
+    decoder = decode_service(session={"most_unread_bytes": 20_000, "patience_s": 3600.0}, num_pages=2048)
     async with (
         running(prefill_service(), decoder) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as quick,
         MiniRouter(prefill=prefill, decode=decode, is_reading=False) as slow,
     ):
-        params = dataclasses.replace(ENDLESS, top_logprobs=20)
-        late = [slow.start(f"s{i}", PROMPT, params=params) for i in range(40)]
+        params = dataclasses.replace(GREEDY, max_tokens=120, top_logprobs=20)
+        late = [slow.start(f"s{i}", PROMPT, params=params) for i in range(12)]
         await eventually(lambda: bool(decoder.registry.get_sample_value("headrace_paused_sessions")), "it is paused")
         expected = await quick.generate("q", PROMPT, params=params)
         slow.read()
-        assert [await collected.tokens() for collected in late] == [expected] * 40
+        assert [await collected.tokens() for collected in late] == [expected] * 12

@@ -27,7 +27,7 @@ async def test_every_page_of_every_layer_arrives_in_its_place(name: str):
         assert it.memory.content(PLACES) == it.source.content(PAGES)
         assert it.memory.content([0, 3, 4, 5, 6]) == untouched
         assert it.source.content(range(8)) == held
-        assert it.memory.copies == [("from_host", PLACES)]
+        assert it.memory.copies == [("from_host", PLACES, range(len(it.memory.host_layers())))]
 
 
 @every_transport
