@@ -140,6 +140,8 @@ async def test_a_sequence_ends_in_every_phase_and_every_page_is_free(phase: str,
         collected = router.start("r", PROMPT, params=ENDLESS, timeout_s=timeout_s)
         await eventually(lambda: decoder.num_sequences == 1 + (phase == "queued"), "it has begun")
         await _reach(phase, at_decode if phase == "decoding" else at_prefill, proxy, faults)
+        if phase == "ordered":
+            await eventually(lambda: bool(prefiller.leases.leases), "it has reached the holder")
         num_before = decoder.num_sequences
         match by:
             case "cancel":
@@ -152,8 +154,6 @@ async def test_a_sequence_ends_in_every_phase_and_every_page_is_free(phase: str,
             case "deadline":
                 assert (await collected.wait_failure()).reason == "DEADLINE_EXCEEDED"
             case _:
-                if phase == "ordered":
-                    await eventually(lambda: bool(prefiller.leases.leases), "it has reached the holder")
                 for lease in prefiller.leases.leases:
                     prefiller.leases.abort(lease, _gone())
         if by == "cancel":
@@ -164,9 +164,9 @@ async def test_a_sequence_ends_in_every_phase_and_every_page_is_free(phase: str,
             gate.set()
         if by != "session":
             await router.close_session()
+        await eventually(lambda: not prefiller.leases.leases, "no lease is left")
         await all_free(prefiller)
         await all_free(decoder)
-        await eventually(lambda: not prefiller.leases.leases, "no lease is left")
 
 
 def _gone():
