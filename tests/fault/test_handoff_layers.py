@@ -23,20 +23,19 @@ LAYERS = 8
 
 
 class Gate:
-    """Stops a model's steps when so many layers are done, until it is opened."""
+    """Stops a step of a model, by its number, when so many layers are done, until it is opened."""
 
-    def __init__(self, model: FakeModel, num_layers: int) -> None:
-        self._num_layers = num_layers
+    def __init__(self, model: FakeModel, num_layers: int, *, step: int = 1) -> None:
+        self._model = model
+        self._place = step, num_layers
         self._open = threading.Event()
-        self.is_reached = False
         model.between_layers = self._pass
 
     def open(self) -> None:
         self._open.set()
 
     def _pass(self, num_layers: int) -> None:
-        if num_layers == self._num_layers:
-            self.is_reached = True
+        if (self._model.num_steps, num_layers) == self._place:
             assert self._open.wait(WAIT_S)
 
 
@@ -124,7 +123,7 @@ async def test_a_small_prompt_is_one_run():
 @async_test
 async def test_a_prompt_that_turns_out_not_finite_is_not_accepted_though_its_first_layers_were_taken():
     model = FakeModel(num_layers=LAYERS)
-    gate = Gate(model, 7)
+    gate = Gate(model, 7, step=2)
     model.is_damaged = lambda chunk: chunk.request_id == "bad"
     prefiller, decoder = prefill_service(model), decode_service()
     async with (
@@ -139,11 +138,10 @@ async def test_a_prompt_that_turns_out_not_finite_is_not_accepted_though_its_fir
         await eventually(lambda: len(prefiller._held) == 3, "all are there")
         faults = faults_of(prefiller)
         model.release()
-        await eventually(lambda: gate.is_reached, "the first step is at its last layer")
+        await eventually(lambda: layers(faults).count((6, 1)) == 3, "seven layers of each are asked for")
+        await eventually(lambda: decoder._taker.pulls._num_free == MOST_PULLS, "they are there and verified")
         gate.open()
         assert ((await bad.wait_failure()).reason, bad.side) == ("BAD_LOGITS", PREFILL)
-        bad_runs = [run for _, run in faults.pulled if run.num_pages == 6 and run.first_layer < 7]
-        assert len(bad_runs) >= 3, "its first layers were taken, or about to be"
         assert (bad.token_ids, bad.joined) == ([], None)
         assert await good.tokens() == await reference([9, *PROMPT])
         assert await beside.tokens() == await reference([8, *PROMPT]), "it failed alone"

@@ -86,7 +86,8 @@ async def test_rule_3_a_step_that_fails_after_it_sealed_loses_the_lease():
     ):
         model.hold(after=2)
         collected = router.start("r", PROMPT, params=GREEDY)
-        await eventually(lambda: len(faults_of(prefiller).pulled) == 2, "two chunks are sealed")
+        faults = faults_of(prefiller)
+        await eventually(lambda: len(faults.pulled) == 2 and not faults.num_moving, "two chunks are sealed and moved")
         model.failure = RuntimeError("broken")
         model.release()
         assert ((await collected.wait_failure()).reason, collected.side) == ("ENGINE_FAILED", PREFILL)
