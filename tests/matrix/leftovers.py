@@ -14,8 +14,8 @@ from headrace_core.testing.async_test import is_grpc_task
 
 _LOOPS_OWN = ("asyncio_", "uvloop")
 """Threads of the loop's executor live as long as the loop."""
-_PATIENCE_S = 5.0
-"""Sockets are closed by gRPC's own threads, a moment later."""
+_PATIENCE_S = 20.0
+"""Sockets are closed by gRPC's own threads, later; after a partition as soon as they find out."""
 
 
 def look(*, has_sockets: bool = True) -> Counter[str]:
