@@ -181,7 +181,7 @@ class DecodeScheduler:
             pages = self.pages.match(sequence.key, sequence.token_ids, num_left=num_left)
             num_have = len(pages.nodes) * self.pages.page_size
             if not self._reserve(pages, len(sequence.token_ids)):
-                self.pages.refuse(pages, sequence.token_ids)
+                self.pages.refuse(pages, sequence.token_ids, num_left=num_left)
                 return
             self._waiting.take()
             sequence.pages, sequence.num_cached = pages, num_have

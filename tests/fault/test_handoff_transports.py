@@ -54,8 +54,9 @@ async def test_a_sequence_has_the_tokens_that_it_has_alone_whatever_moved_its_pa
         for attempt in range(2):
             collected = router.start(f"r{attempt}", PROMPT, params=GREEDY)
             assert await collected.tokens() == await reference.generate(f"r{attempt}", PROMPT, params=GREEDY)
-            assert (collected.joined.transport, collected.joined.num_transfer_pages) == (transport, 6)
-            assert collected.joined.transfer_bytes == 6 * decoder.host.model.layout.page_bytes
+            num_moved = (6, 1)[attempt]  # the second one finds the full pages here
+            assert (collected.joined.transport, collected.joined.num_transfer_pages) == (transport, num_moved)
+            assert collected.joined.transfer_bytes == num_moved * decoder.host.model.layout.page_bytes
         values, labels = decoder.registry.get_sample_value, {"transport": transport}
         assert values("headrace_transfer_wait_seconds_count", labels) == 2
         assert (values("headrace_transfer_busy_seconds_total", labels) or 0) > 0

@@ -17,6 +17,7 @@ from headrace_core.transfer import hold, sealer, taker, values, verify
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.lease import LeaseTable
 from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
+from headrace_core.transfer.transport import Source, offer_name
 from headrace_decode import service as decode_module
 from headrace_decode.service import DecodeService
 from headrace_prefill import scheduler as prefill_scheduler
@@ -273,10 +274,11 @@ def _lax(state: TakeState, event: TakeEvent, after: TakeState):
 
 
 def _any_offer(patch):
-    def choose(offers, usable, *, endpoint):
-        return offers[0] if offers else types_pb2.TransportOffer(grpc=types_pb2.GrpcTransport(frame_bytes=1024))
+    async def choose(offers, takers, *, endpoint, reading):
+        grpc = types_pb2.TransportOffer(grpc=types_pb2.GrpcTransport(frame_bytes=1024))
+        return Source(endpoint, reading, next((offer for offer in offers if offer_name(offer) in takers), grpc))
 
-    patch.setattr(taker, "choose_offer", choose)
+    patch.setattr(taker, "choose", choose)
 
 
 def _deaf_to_pulls(patch):
@@ -307,7 +309,7 @@ WRONG_TAKERS = {
     "a lease that is not held is lost": _deaf_to_pulls,
     "another process is refused": _deaf_to_pulls,
     "a sequence is admitted once": _lax(TakeState.PULLING, TakeEvent.ADMITTED, TakeState.PULLING),
-    "nothing comes before admission": _lax(TakeState.OPENED, TakeEvent.RUN, TakeState.OPENED),
+    "nothing comes before admission": _lax(TakeState.OPENED, TakeEvent.RUN, TakeState.PULLING),
     "a page is sealed once": _patched(taker, "_require"),
     "a run stays inside its sequence": _patched(taker, "_require"),
     "a run has checksums for all its pages": _UNREQUIRED,

@@ -41,7 +41,7 @@ CHANGES = {
     "a name": ("string lease_key = 3;", "string lease = 3;", "changed name"),
     "a label": ("repeated uint32 token_ids = 6;", "uint32 token_ids = 6;", "changed cardinality"),
     "an rpc": ("returns (stream HoldResponse)", "returns (HoldResponse)", "streaming"),
-    "nothing: a new field": ("  KvLayout layout = 12;", "  KvLayout layout = 12;\n  uint32 more = 13;", ""),
+    "nothing: a new field": ("  KvLayout layout = 12;", "  KvLayout layout = 12;\n  uint32 more = 99;", ""),
 }
 
 

@@ -8,7 +8,7 @@ from headrace_core.batch.step import StepPlan, StepResult
 from headrace_core.errors import HandoffLostError, HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.kv.page_pool import PageState
-from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import SampledToken, SamplingParams, hash_tokens
 from headrace_core.testing.async_test import async_test
 from headrace_core.transfer.lease import Lease, LeaseTable
@@ -71,6 +71,8 @@ class Product:
         self.w = w
         self.at_holder = Engine(PrefillScheduler, PageAllocator(NUM_PAGES, PAGE_SIZE))
         self.at_takers = [Engine(DecodeScheduler, PageAllocator(NUM_PAGES, PAGE_SIZE)) for _ in range(2)]
+        for engine in self.at_takers:  # of what a taker has already (`num_have_tokens`) the model knows nothing
+            engine.scheduler.pages.match = lambda owner, token_ids, num_left=1: SequencePages(owner)
         self.told: list[str] = []
         self.freed: list[int] = []
         pool = self.at_holder.scheduler.pages.pool

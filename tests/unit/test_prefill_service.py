@@ -224,8 +224,8 @@ async def test_pages_that_can_not_be_told_of_end_their_call_and_do_not_hang_it()
         assert sealer is not None
         seal = sealer.seal
 
-        async def unspeakable(first_page, pages):
-            return dataclasses.replace(await seal(first_page, pages), generations=(-1,) * len(pages))
+        async def unspeakable(first_page, pages, *which):
+            return dataclasses.replace(await seal(first_page, pages, *which), generations=(-1,) * len(pages))
 
         sealer.seal = unspeakable
         assert (await taker.order("r", PROMPT, params=GREEDY).refused()).reason == "BUG"

@@ -31,10 +31,11 @@ class SequencePages:
 
 @dataclass(frozen=True, slots=True)
 class _Refused:
-    """A sequence there was no room for: its tokens, the cached pages it would have used, `num_returned` then."""
+    """A sequence there was no room for: its tokens, the cached pages it would have used, their bound, `num_returned`."""
 
     token_ids: Sequence[int]
     nodes: list[PrefixNode]
+    most_nodes: int
     num_returned: int
 
 
@@ -63,14 +64,15 @@ class PageAllocator:
 
     def match(self, owner: int, token_ids: Sequence[int], *, num_left: int = 1) -> SequencePages:
         """Return the cached pages of the longest prefix of `token_ids` that leaves `num_left` tokens, at least."""
-        nodes = self._cache.match(token_ids, (len(token_ids) - num_left) // self.page_size)
+        nodes = self._cache.match(token_ids, self._most_matched(token_ids, num_left))
         return SequencePages(owner, [node.page_id for node in nodes], nodes)
 
-    def refuse(self, pages: SequencePages, token_ids: Sequence[int]) -> None:
+    def refuse(self, pages: SequencePages, token_ids: Sequence[int], *, num_left: int = 1) -> None:
         """Give back what `match` found for a sequence that can't have the rest, and remember that for `is_refused`."""
         nodes = list(pages.nodes)
         self.free(pages)
-        self._refused = _Refused(token_ids, nodes, self.pool.num_returned)
+        most = self._most_matched(token_ids, num_left)
+        self._refused = _Refused(token_ids, nodes, most, self.pool.num_returned)
 
     def is_refused(self, token_ids: Sequence[int]) -> bool:
         """Return whether `refuse` was last called for this very list, and would have to be again; in constant time.
@@ -83,7 +85,7 @@ class PageAllocator:
             refused is not None
             and refused.token_ids is token_ids
             and refused.num_returned == self.pool.num_returned
-            and self._cache.would_match(refused.nodes, token_ids, len(token_ids) // self.page_size)
+            and self._cache.would_match(refused.nodes, token_ids, refused.most_nodes)
         )
 
     def reserve(self, pages: SequencePages, num_tokens: int) -> None:
@@ -137,6 +139,9 @@ class PageAllocator:
         nodes = list(pages.nodes)
         self.free(pages)
         self._cache.forget(nodes)
+
+    def _most_matched(self, token_ids: Sequence[int], num_left: int) -> int:
+        return (len(token_ids) - num_left) // self.page_size
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +31,20 @@ class TakerUnderTest:
     def __init__(self, router: MiniRouter, holder: MiniHolder, *, page_size: int, vocab_size: int) -> None:
         self.router = router
         self.holder = holder
-        self.prompt = [1 + index % (vocab_size - 1) for index in range(2 * page_size + max(1, page_size // 2))]
         self.vocab_size = vocab_size
+        self._num_prompt = 2 * page_size + max(1, page_size // 2)
+        self.prompt = self._new_prompt()
         self._num_orders = 0
 
     def start(self, **more: Any) -> Collected:
         """Start a sequence that nobody started before; `more` as for `MiniRouter.start`."""
         self._num_orders += 1
+        self.prompt = self._new_prompt()
         return self.router.start(f"order-{self._num_orders}", self.prompt, params=GREEDY, **more)
+
+    def _new_prompt(self) -> list[int]:
+        """Return one that no order had, so that the worker's prefix cache has no page of it."""
+        return [1 + secrets.randbelow(self.vocab_size - 1) for _ in range(self._num_prompt)]
 
     async def fails(self, reason: str, side: int) -> None:
         """Require that a sequence, with what was made wrong at its holder, fails with `reason`, the fault of `side`."""
