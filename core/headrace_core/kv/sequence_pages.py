@@ -31,7 +31,7 @@ class SequencePages:
 
 @dataclass(frozen=True, slots=True)
 class _Refused:
-    """A sequence there was no room for: its tokens, the cached pages it would have used, their bound, `num_returned`."""
+    """A sequence there was no room for: its tokens, the cached pages it would use, at most how many, `num_returned`."""
 
     token_ids: Sequence[int]
     nodes: list[PrefixNode]
