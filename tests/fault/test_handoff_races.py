@@ -10,7 +10,7 @@ from headrace_core.errors import UnavailableError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
-from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.hold_proxy import HoldProxy
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import all_free, inspect, running
@@ -83,7 +83,9 @@ async def test_a_transfer_that_failed_is_drained_however_the_sequence_ends_meanw
 @async_test
 async def test_a_first_token_that_is_the_last_does_not_end_the_reading_of_pages_before_it_is_heard():
     """Bytes and words are on different connections: a pull may end before the token comes that makes it needless."""
-    loaded, decoding = loaded_fake_model(), loaded_fake_model()
+    model, decoding = FakeModel(), loaded_fake_model()
+    loaded = loaded_fake_model(model=model)
+    model.hold(after=1)
     prefiller = PrefillService(
         PrefillSettings(model=".", max_step_tokens=8), loader=lambda _: loaded, transports=["fake"]
     )
@@ -97,6 +99,7 @@ async def test_a_first_token_that_is_the_last_does_not_end_the_reading_of_pages_
         faults.gate, proxy.gates["last"] = asyncio.Event(), asyncio.Event()
         collected = router.start("r", PROMPT, params=SamplingParams(seed=1, max_tokens=1))
         await faults.entered.wait()
+        model.release()  # not before: pages may be sealed so late that they are told of behind the first token
         await eventually(lambda: "last" in proxy.seen, "it has its first token, and the taker is not told")
         faults.gate.set()
         await eventually(lambda: not faults.num_moving, "the pages were read")
