@@ -196,8 +196,8 @@ class PrefillStage(_WorkerStage):
         assert sealer is not None, "it has started"
         seal = sealer.seal
 
-        async def gated(first_page: int, pages: Any) -> Run:
-            run = await seal(first_page, pages)
+        async def gated(first_page: int, pages: Any, *which: Any) -> Run:
+            run = await seal(first_page, pages, *which)
             await self.gates["publishing"].passed()
             is_stale, self._is_stale = self._is_stale, False
             return _stale(run) if is_stale else run
