@@ -144,6 +144,8 @@ async def older_attempt(play: Play) -> None:
 @_strike
 async def prefill_out_of_pages(play: Play) -> None:
     await play.scene.prefill.ask("take_pages")
+    if play.phase == "queued":  # else its place is given away before the router hears that there are no pages
+        await play.scene.router.ask("starved")
 
 
 @_strike

@@ -96,6 +96,14 @@ class RouterStage(Stage):
         """Return when so many requests wait for a worker."""
         await eventually(lambda: self._router.num_queued == count, f"{count} wait")
 
+    async def starved(self) -> None:
+        """Return when it knows that no worker that prefills has a page."""
+        registry = self._router._flow._dispatcher._registry
+        await eventually(
+            lambda: not any(each.load.num_free_pages for each in registry.ready() if each.can_prefill),
+            "no page is left",
+        )
+
     async def draining(self) -> None:
         """Return when it takes nothing new."""
         await eventually(lambda: self._router._is_draining, "it drains")
