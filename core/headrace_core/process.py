@@ -124,8 +124,9 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
             await _stop(service, settings)
             return 0
     except HeadraceError as error:
+        code = _refuse(error)  # first: to stop may take as long as it may
         await _stop(service, settings)
-        return _refuse(error)
+        return code
     if settings.ready_file:
         _write_ready(settings.ready_file, role, address, metrics_address)
     log.info("serving", extra={"role": role, "address": address, "metrics": metrics_address, "version": __version__})
