@@ -18,6 +18,8 @@ import torch
 from headrace_core import process
 from headrace_core.config import DecodeSettings, PrefillSettings, ProcessSettings, RouterSettings
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
+from headrace_core.transfer.memory import new_memory
+from headrace_core.transfer.transports import memory_kind
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 from headrace_router.server import RouterService
@@ -53,11 +55,12 @@ def _stage(role: str, settings: Any, options: Mapping[str, Any]) -> Stage:
     if role == "router":
         return RouterStage(RouterService(settings))
     model = FakeModel(vocab_size=VOCAB_SIZE, salt=options.get("salt", 1))
+    transports = (options["transport"],)
     loaded = loaded_fake_model(
+        memory=new_memory(memory_kind(transports)),
         model=model, num_pages=NUM_PAGES, page_size=PAGE_SIZE, max_context_tokens=1024,
         eos_token_ids=(257,), fingerprint=options.get("fingerprint", "fa4e" * 16),
     )  # fmt: skip
-    transports = (options["transport"],)
     if role == "prefill":
         return PrefillStage(PrefillService(settings, loader=lambda _: loaded, transports=transports), model)
     return DecodeStage(DecodeService(settings, loader=lambda _: loaded, transports=transports), model)
