@@ -43,13 +43,14 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_every_part_begins_and_is_cut_off_at_its_limit(tmp_path):
-    """Which is less than it takes to import torch."""
+def test_no_part_outlives_a_time_too_short_for_any(tmp_path):
+    """Which is less than it takes to import torch; on a busy machine it's over once the first parts have ended."""
     day = gpu_day(tmp_path, "first", "--dry-run", "--seconds", "3")
     told = day.communicate(timeout=WAIT_S)[0].decode()
     assert day.returncode == 1
     assert list(parts(tmp_path)) == FIRST
-    assert {"parity", "compile", "step"} <= {name for name, status in parts(tmp_path).items() if status == "cut off"}
+    assert parts(tmp_path)["parity"] == "cut off"
+    assert set(parts(tmp_path).values()) <= {"cut off", "not started", "skipped"}
     assert (tmp_path / "summary.txt").read_text() == told
     assert not left_behind(tmp_path)
 
