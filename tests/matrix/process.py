@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Mapping
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class ChildProcess:
 
     async def ended(self) -> int:
         """Return its exit code, negative for a signal, when it ended."""
-        await asyncio.to_thread(self._process.join, WAIT_S)
+        # Not joined: two threads that read the exit code at once make it 255.
+        await asyncio.to_thread(connection.wait, [self._process.sentinel], WAIT_S)
         assert self._process.exitcode is not None, f"{self.name} did not end:\n{self.log()}"
         return self._process.exitcode
 

@@ -117,11 +117,11 @@ EVENTS: tuple[Event, ...] = (
         ("transferring", "decoding", "finishing"), _why(_NO_BYTES, *PHASES[:4]), has_spare=False,
     ),
     Event(
-        "truncated", "bytes are missing", _only("transferring", "decoding"), ("SHORT_READ", "PROTOCOL"),
+        "truncated", "bytes are missing", _only("transferring", "decoding"), ("SHORT_READ", "CHECKSUM", "PROTOCOL"),
         ("transferring", "decoding"), _why(_NO_BYTES, *PHASES[:4]) | _why(_IN_ORDER, "finishing"), has_spare=False,
     ),
     Event(
-        "duplicated", "bytes come twice", _only("transferring", "decoding", "finishing"), ("SHORT_READ",),
+        "duplicated", "bytes come twice", _only("transferring", "decoding", "finishing"), ("SHORT_READ", "CHECKSUM"),
         ("transferring",), _why(_NO_BYTES, *PHASES[:4]), has_spare=False,
     ),
     Event(
