@@ -83,7 +83,8 @@ def _why(reason: str, *phases: str) -> dict[str, str]:
 
 _HELD = PHASES[1:5]
 """A prefill worker has the sequence."""
-_PREFILL_LOST = ("HOLDER_LOST", "WORKER_LOST", "DRAINING")
+_PREFILL_LOST = ("HOLDER_LOST", "WORKER_LOST", "DRAINING", "NO_COMMON_TRANSPORT")
+"""The last where a transport is proven by the holder's answer, as nixl is, and none comes."""
 _NOT_PLACED = "no worker has anything of it yet"
 _CONFIRMED = "its pages were confirmed: nobody reads at the prefill worker any more"
 _NO_BYTES = "no page moves yet; what a holder may say in its Hold call is all in tests/fault/test_handoff_fencing.py"
