@@ -70,7 +70,7 @@ class Table:
         )
 
     def reason(self, lease: Lease, **fence) -> str:
-        with pytest.raises(HeadraceError) as raised:
+        with pytest.raises(HeadraceError, match=r"\blease |\bpages? ") as raised:
             self.pages(lease, **fence)
         return raised.value.reason
 
@@ -131,7 +131,7 @@ async def test_a_lease_that_is_queued_has_no_pages_and_nothing_to_confirm():
     t = Table()
     lease = t.table.create(order())
     assert t.reason(lease) == "BAD_HANDOFF"
-    with pytest.raises(HeadraceError) as raised:
+    with pytest.raises(HeadraceError, match="nothing to confirm while the lease is queued") as raised:
         t.table.confirm(lease)
     assert raised.value.reason == "BAD_REQUEST"
     assert t.ended == []
@@ -178,8 +178,9 @@ async def test_a_higher_attempt_aborts_a_lower_and_the_lower_can_not_come_back()
     assert t.ended == [(first.key, LeaseState.ABORTED)]
     assert first.error is not None
     assert first.error.reason == "STALE_ATTEMPT"
+    assert "attempt 2 replaced" in str(first.error)
     for attempt in (1, 2):
-        with pytest.raises(HandoffLostError) as raised:
+        with pytest.raises(HandoffLostError, match=f"attempt {attempt} comes after attempt 2") as raised:
             t.table.create(order(attempt=attempt))
         assert raised.value.reason == "STALE_ATTEMPT"
     assert t.pages(second) == (7, 8)
