@@ -217,4 +217,6 @@ def _decode_worker(worker: Any) -> Worker:
         num_waiting=worker.num_waiting,
         num_leases=worker.num_leases,
         transports=tuple(worker.transports),
+        transport_in_use=worker.transport_in_use,
+        transfer_bytes_per_s=worker.transfer_bytes_per_s,
     )

@@ -139,6 +139,8 @@ class Worker:
 
     `role` is `prefill`, `decode`, `both`, or empty until the worker answered. `state` is `ready`, `draining`,
     `unreachable`, `starting` or `refused`; `detail` says why it is not ready. `transports` are best first.
+    `transport_in_use` moved the pages of the last sequence handed to it, at `transfer_bytes_per_s`; empty and 0 if none
+    was.
     """
 
     address: str
@@ -151,6 +153,8 @@ class Worker:
     num_waiting: int
     num_leases: int
     transports: tuple[str, ...]
+    transport_in_use: str
+    transfer_bytes_per_s: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,20 @@ class StepSink(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The last hand-off that moved pages to a worker: by which transport, and how fast."""
+
+    transport: str
+    bytes_per_s: int
+
+    @staticmethod
+    def of(joined: pb.Joined) -> Moved | None:
+        """Return what a decode worker says of one; None if no page moved."""
+        moving_us = joined.transfer_us + joined.hidden_transfer_us
+        return Moved(joined.transport, joined.transfer_bytes * 1_000_000 // moving_us) if moving_us else None
+
+
 class Progress(Protocol):
     """Who is told how far an attempt is: `dispatch.Placement`."""
 
@@ -90,8 +104,8 @@ class Progress(Protocol):
         """The prompt is computed."""
         ...
 
-    def on_joined(self) -> None:
-        """The decode worker runs it."""
+    def on_joined(self, moved: Moved | None) -> None:
+        """The decode worker runs it; `moved` is None if no page moved."""
         ...
 
 

@@ -149,6 +149,12 @@ def test_time_is_accounted_for(cluster):
         assert sum(first) == timings.ttft_us > 0
         assert {"queue", "prefill", "transfer", "decode"} <= {phase.name for phase in timings.phases}
         assert timings.transport == usable("auto")[0]
+        workers = (await client.server_info()).workers
+        assert {worker.role: worker.transport_in_use for worker in workers} == {
+            "prefill": "",
+            "decode": timings.transport,
+        }
+        assert all(worker.transfer_bytes_per_s > 0 for worker in workers if worker.transport_in_use)
         assert timings.num_attempts == 1
         assert timings.transfer_bytes > 0
 

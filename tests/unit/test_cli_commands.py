@@ -186,7 +186,16 @@ def test_status_shows_the_workers():
     with FakeRouter() as router:
         result = run("status", "-s", router.address)
     assert result.exit_code == 0
-    for part in ("fake-model", "0123456789ab", "4096 tokens", "127.0.0.1:1001", "prefill", "28 / 128", "grpc"):
+    for part in (
+        "fake-model",
+        "0123456789ab",
+        "4096 tokens",
+        "127.0.0.1:1001",
+        "prefill",
+        "28 / 128",
+        "grpc",
+        "shm 1.5 GiB/s",
+    ):
         assert part in result.stdout
     assert "127.0.0.1:1002: connection refused" in result.stdout
 
@@ -194,8 +203,9 @@ def test_status_shows_the_workers():
 def test_status_prints_json():
     with FakeRouter() as router:
         parsed = json.loads(run("status", "--json", "-s", router.address).stdout)
-    assert [worker["state"] for worker in parsed["workers"]] == ["ready", "unreachable"]
+    assert [worker["state"] for worker in parsed["workers"]] == ["ready", "ready", "unreachable"]
     assert parsed["workers"][0]["transports"] == ["grpc"]
+    assert [worker["transport_in_use"] for worker in parsed["workers"]] == ["", "shm", ""]
 
 
 @pytest.mark.parametrize("form", [["--json"], []], ids=["json", "table"])

@@ -307,7 +307,7 @@ def test_server_info_lists_the_workers():
     with FakeRouter() as router, Client(router.address) as client:
         info = client.server_info()
     assert (info.model_name, info.max_context_tokens, info.num_running) == ("fake-model", 4096, 1)
-    ready, lost = info.workers
+    ready, _, lost = info.workers
     assert (ready.role, ready.state, ready.num_free_pages, ready.transports) == ("prefill", "ready", 100, ("grpc",))
     assert (lost.role, lost.state, lost.detail) == ("", "unreachable", "connection refused")
 

@@ -22,7 +22,7 @@ async def test_a_placement_reserves_pages_tokens_and_a_slot_until_each_is_over()
         assert (reserved(prefill), reserved(decode)) == ((2, 20, 1), (3, 0, 1))
         placement.on_prefilled()
         assert (reserved(prefill), reserved(decode)) == ((2, 0, 1), (3, 0, 1))
-        placement.on_joined()
+        placement.on_joined(None)
         assert (reserved(prefill), reserved(decode)) == ((0, 0, 0), (3, 0, 1))
         for _ in range(2):
             placement.release()
@@ -49,7 +49,7 @@ async def test_a_colocated_placement_reserves_everything_of_one_worker():
         assert reserved(worker) == (3, 20, 1)
         placement.on_prefilled()
         assert reserved(worker) == (3, 20, 1)
-        placement.on_joined()
+        placement.on_joined(None)
         assert reserved(worker) == (3, 0, 1)
         placement.release()
         assert reserved(worker) == (0, 0, 0)
@@ -63,7 +63,7 @@ async def test_what_the_worker_reports_of_a_started_sequence_is_not_reserved_twi
         placement.on_prefilled()
         prefill.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=98))
         assert reserved(prefill)[0] == 2
-        placement.on_joined()
+        placement.on_joined(None)
         decode.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=98))
         assert reserved(decode)[0] == 3, "two pages are in use there, and one more is expected"
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.generate import to_plain
-from headrace_client.commands.terminal import stdout, write_text
+from headrace_client.commands.terminal import format_bytes, stdout, write_text
 from headrace_client.connection import DEFAULT_ADDRESS, cause_of
 from headrace_client.results import ServerInfo, Worker
 
@@ -26,7 +26,8 @@ Examples:
   headrace status --watch
   headrace status --json | jq '.workers[].state'
 
-Pages are the unit of the KV cache. A lease is a sequence whose pages a prefill worker keeps until a decode worker \
+Pages are the unit of the KV cache. The transport of a decode worker is the one that brought it its last sequence, and \
+how fast; of others, those it can use. A lease is a sequence whose pages a prefill worker keeps until a decode worker \
 has them. With --watch, --json prints one line per look.
 """
 
@@ -91,7 +92,13 @@ def _row(worker: Worker) -> tuple[RenderableType, ...]:
         worker.address,
         worker.role or "?",
         Text(worker.state, style=_STATE_STYLES.get(worker.state, "")),
-        ", ".join(worker.transports) or "-",
+        _transport(worker),
         # What a lost worker last said about itself holds no longer.
         *(("-",) * len(counts) if worker.state in _LOST_STATES else counts),
     )
+
+
+def _transport(worker: Worker) -> str:
+    if worker.transport_in_use and worker.state not in _LOST_STATES:
+        return f"{worker.transport_in_use} {format_bytes(worker.transfer_bytes_per_s)}/s"
+    return ", ".join(worker.transports) or "-"

@@ -171,7 +171,7 @@ def default_timings() -> pb.Timings:
 
 
 def default_info() -> pb.GetServerInfoResponse:
-    """Return a router with one prefill worker that is ready and one decode worker that is not reachable."""
+    """Return a router with a prefill and a decode worker that are ready, and a decode worker that is not reachable."""
     info = pb.GetServerInfoResponse(
         model_name="fake-model",
         model_fingerprint="0123456789abcdef",
@@ -189,6 +189,15 @@ def default_info() -> pb.GetServerInfoResponse:
         num_waiting=3,
         num_leases=4,
         transports=["grpc"],
+    )
+    info.workers.add(
+        address="127.0.0.1:1003",
+        role=types_pb2.WORKER_ROLE_DECODE,
+        state="ready",
+        num_pages=128,
+        transports=["shm", "grpc"],
+        transport_in_use="shm",
+        transfer_bytes_per_s=1_500 << 20,
     )
     info.workers.add(address="127.0.0.1:1002", state="unreachable", detail="connection refused", num_pages=0)
     return info

@@ -453,6 +453,8 @@ class WorkerStatus(_message.Message):
     NUM_WAITING_FIELD_NUMBER: _builtins.int
     NUM_LEASES_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_IN_USE_FIELD_NUMBER: _builtins.int
+    TRANSFER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """`host:port`."""
     role: _types_pb2.WorkerRole.ValueType
@@ -471,6 +473,10 @@ class WorkerStatus(_message.Message):
     """Sequences waiting in it."""
     num_leases: _builtins.int
     """Sequences it holds under a lease."""
+    transport_in_use: _builtins.str
+    """The transport of the last hand-off that moved pages to it; empty if none did."""
+    transfer_bytes_per_s: _builtins.int
+    """That hand-off's bytes per second of the time that its pages moved or waited to; 0 if none."""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transports it can use, best first."""
@@ -488,10 +494,12 @@ class WorkerStatus(_message.Message):
         num_waiting: _builtins.int = ...,
         num_leases: _builtins.int = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        transport_in_use: _builtins.str = ...,
+        transfer_bytes_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transport_in_use", b"transport_in_use", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
