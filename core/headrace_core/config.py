@@ -69,6 +69,8 @@ class WorkerSettings(ProcessSettings):
     transport: Literal["auto", "grpc", "nixl", "shm"] = Field(
         "auto", description="how pages move; auto: the best that works between two workers; a name never falls back"
     )
+    frame_kib: int = Field(1024, ge=4, le=4096, description="payload of one transfer frame, KiB")
+    transfer_timeout_s: float = Field(30.0, gt=0, description="longest time that one run of pages may take to move")
     roofline_every_steps: int = Field(
         64, ge=0, description="one step in so many is measured operation by operation; 0: none"
     )
@@ -90,8 +92,6 @@ class PrefillSettings(WorkerSettings):
 
     model_config = _config("PREFILL")
 
-    frame_kib: int = Field(1024, ge=4, le=4096, description="payload of one transfer frame, KiB")
-
 
 class DecodeSettings(WorkerSettings):
     """Decode worker: takes sequences from prefill workers and generates; with --role both it computes prompts too."""
@@ -99,7 +99,6 @@ class DecodeSettings(WorkerSettings):
     model_config = _config("DECODE")
 
     role: Literal["decode", "both"] = Field("decode", description="both: prefill and decode in this one worker")
-    transfer_timeout_s: float = Field(30.0, gt=0, description="longest time that one run of pages may take to move")
 
 
 class RouterSettings(ProcessSettings):

@@ -34,6 +34,8 @@ from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import FinishReason, SampledToken
 
+from headrace_decode.held_prefixes import HeldPrefixes, PrefixHeld
+
 _RESERVE_SHARE = 4
 """For every so many running sequences one page stays free at admission, since each will soon need one more."""
 
@@ -85,7 +87,8 @@ class Preempted:
     key: int
 
 
-DecodeEvent = PagesReady | Started | Output | Failed | Preempted
+SequenceEvent = PagesReady | Started | Output | Failed | Preempted
+DecodeEvent = SequenceEvent | PrefixHeld
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +142,7 @@ class DecodeScheduler:
         self._num_transferring = 0
         self._has_made_room = False
         self._book = StepBook[DecodeEvent](pages, max_waiting_sequences=max_waiting_sequences)
+        self.prefixes = HeldPrefixes(pages, self._book.tell)
 
     def add(
         self,
@@ -277,7 +281,7 @@ class DecodeScheduler:
 
     def check_integrity(self) -> None:
         """Assert that no page is lost or held twice, and that the queues agree."""
-        self._book.check_integrity(sequence.pages for sequence in self._sequences.values())
+        self._book.check_integrity([*(s.pages for s in self._sequences.values()), *self.prefixes.held])
         states = [sequence.state for sequence in self._sequences.values()]
         assert states.count(State.WAITING) == len(self._waiting), "the waiting queue differs"
         assert states.count(State.RUNNING) == len(self._running), "the running list differs"

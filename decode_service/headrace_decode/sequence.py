@@ -12,7 +12,7 @@ from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.transfer.hold import Side
 from headrace_core.transfer.taker import TransferStats
-from headrace_core.transfer.values import Admission, FirstToken
+from headrace_core.transfer.values import Admission, CachedPrefix, FirstToken
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish, encode_logprobs
 
 from headrace_decode.scheduler import Output, Started
@@ -62,6 +62,7 @@ class Sequence:
     ends_s: float
     position: int
     """Tokens that the router knows of."""
+    cached: CachedPrefix | None = None
     deadline: asyncio.TimerHandle | None = None
     queue_s: float = 0.0
     taking: asyncio.Task[TransferStats | None] | None = None

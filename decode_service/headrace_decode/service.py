@@ -23,16 +23,35 @@ from headrace_core.errors import DeadlineError, HeadraceError, InvalidRequestErr
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.reasons import label
 from headrace_core.request import hash_tokens
-from headrace_core.transfer.hold import Side, TakeError
+from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
+from headrace_core.transfer.hold import HOLD_SERVICE, Side, TakeError, add_hold_servicer
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
 from headrace_core.transfer.transports import TRANSPORTS, usable
-from headrace_core.transfer.values import Admission, FirstToken, Order, replaced, stale_attempt, timeout_s
+from headrace_core.transfer.values import (
+    Admission,
+    FirstToken,
+    Order,
+    decode_cached,
+    replaced,
+    stale_attempt,
+    timeout_s,
+)
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
+from headrace_decode.held_prefixes import PrefixHeld
 from headrace_decode.metrics import DecodeMetrics
-from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Preempted, Started
+from headrace_decode.prefix_holder import PrefixHolder
+from headrace_decode.scheduler import (
+    DecodeEvent,
+    DecodeScheduler,
+    Output,
+    PagesReady,
+    Preempted,
+    SequenceEvent,
+    Started,
+)
 from headrace_decode.sequence import Sequence, decode_spec, refuse
 from headrace_decode.server import DECODE_SERVICE, add_decode_servicer
 from headrace_decode.session import MOST_UNREAD_BYTES, PATIENCE_S, Session
@@ -65,11 +84,17 @@ class DecodeService:
         self.host: WorkerHost[DecodeScheduler] = WorkerHost(
             settings,
             role=types_pb2.WORKER_ROLE_BOTH if is_both else types_pb2.WORKER_ROLE_DECODE,
-            services=[DECODE_SERVICE],
+            services=[DECODE_SERVICE, HOLD_SERVICE, TRANSFER_SERVICE],
             transports=self._transports,
             metrics=self._metrics.worker,
         )
         self.failed = self.host.failed
+        self.prefixes = PrefixHolder(
+            self.host,
+            self._metrics,
+            transports=tuple(self._transports),
+            frame_bytes=settings.frame_kib << 10,
+        )
         self._taker: Taker | None = None
         self._num_keys = 0
         self._num_groups = 0
@@ -91,7 +116,11 @@ class DecodeService:
 
     async def start(self) -> str:
         """See `process.Service`."""
-        add_decode_servicer(self, self.host.server.grpc)
+        server = self.host.server.grpc
+        add_decode_servicer(self, server)
+        add_hold_servicer(self.prefixes, server)
+        for end in self.prefixes.ends:
+            end.serve(server)
         address = await self.host.bind()
         model = await self.host.load(self._loader)
         settings = self._settings
@@ -111,6 +140,7 @@ class DecodeService:
             timeout_s=settings.transfer_timeout_s,
             drain_timeout_s=self._drain_timeout_s,
         )
+        self.prefixes.start(model, scheduler.pages.pool.generation)
         await self.host.go(model, scheduler, self._on_news)
         return address
 
@@ -130,7 +160,9 @@ class DecodeService:
             await asyncio.wait(self._taking)
         if self._taker:
             await self._taker.close()
+        self.prefixes.stop()
         await self.host.stop()
+        await self.prefixes.close()
 
     def open_session(self, router_id: int) -> Session:
         """Begin a session; an earlier one of the same router, whose connection broke, ends.
@@ -200,6 +232,7 @@ class DecodeService:
             now,
             now + left_s,
             len(spec.token_ids),
+            cached=decode_cached(message),
         )
         sequence.deadline = asyncio.get_running_loop().call_later(left_s, self._end, sequence, _late(sequence))
         session.keys[sequence.number] = sequence.key
@@ -238,6 +271,7 @@ class DecodeService:
             fingerprint=model.fingerprint,
             layout=model.layout,
             num_have_tokens=num_have_tokens,
+            cached=sequence.cached,
         )
 
         def on_first(admission: Admission, first: FirstToken) -> None:
@@ -291,6 +325,9 @@ class DecodeService:
     def _on_news(self, news: News[DecodeEvent]) -> None:
         sessions: dict[int, Session] = {}
         for event in news.events:
+            if isinstance(event, PrefixHeld):
+                self.prefixes.on_held(event)
+                continue
             sequence = self._sequences.get(event.key)
             if sequence is not None:
                 sessions[sequence.session.group] = sequence.session
@@ -298,7 +335,7 @@ class DecodeService:
         for session in sessions.values():
             session.flush(news.report.duration_s if news.report else 0.0)
 
-    def _on_event(self, sequence: Sequence, event: DecodeEvent) -> None:
+    def _on_event(self, sequence: Sequence, event: SequenceEvent) -> None:
         worker = self._metrics.worker
         match event:
             case PagesReady(page_ids=page_ids, num_have_tokens=num_have, queue_s=queue_s):

@@ -68,6 +68,8 @@ class TakeEvent(Enum):
     """What happens to it."""
 
     ADMITTED = "admitted"
+    HELD = "the admission of a prefix"
+    """Nothing of it is to be computed."""
     RUN = "a run"
     LAST = "the first token"
     END = "a first token that is the last"
@@ -80,6 +82,7 @@ class TakeEvent(Enum):
 
 TAKE_MOVES: Mapping[tuple[TakeState, TakeEvent], TakeState] = {
     (TakeState.OPENED, TakeEvent.ADMITTED): TakeState.PULLING,
+    (TakeState.OPENED, TakeEvent.HELD): TakeState.FINISHING,
     (TakeState.OPENED, TakeEvent.FAIL): TakeState.FAILED,
     (TakeState.PULLING, TakeEvent.RUN): TakeState.PULLING,
     (TakeState.PULLING, TakeEvent.LAST): TakeState.FINISHING,

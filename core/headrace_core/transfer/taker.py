@@ -4,6 +4,7 @@
        │                    ├──── the first token ends the sequence ───────│────────────────────► TAKEN ──┤
        └────────────────────┴──────── refused, lost, corrupt, cancelled ───┴────────────────────► FAILED ─┴──► DRAINED
 
+What a prefix cache has is computed already: its Admitted leads from OPENED to FINISHING, and no Last comes.
 Each run, from PULLING on: its turn, moved, checksums compared. DRAINED: no byte can land any more. The picture is the
 table `states.TAKE_MOVES`; a holder that says what has no place in it breaks the protocol.
 The pages are reserved before the call is opened: what waits here holds nothing there. A transfer's DONE proves nothing;
@@ -164,6 +165,21 @@ class Taker:
         with self._control.use(address) as channel:
             return await _Take(self, HoldCall(channel, order, address), order, address, page_ids, age, on_first).run()
 
+    async def take_prefix(self, order: Order, address: str, page_ids: Sequence[int], *, age: int) -> TransferStats:
+        """Have what the prefix cache at `address` has of `order.spec.token_ids` brought into the first of `page_ids`.
+
+        These are full pages; the first of them are here, as for `take`, and the last ones may not come. As for it, when
+        it ends in whatever way, no byte can land any more.
+
+        Raises:
+            TakeError: as `take`.
+        """
+        with self._control.use(address) as channel:
+            call = HoldCall(channel, order, address)
+            moved = await _Take(self, call, order, address, page_ids, age, None).run()
+        assert moved is not None, "no first token ends it"
+        return moved
+
     async def close(self) -> None:
         """Tear down every connection."""
         await self._control.close()
@@ -173,7 +189,7 @@ class Taker:
 
 
 class _Take:
-    """One attempt to take one sequence."""
+    """One attempt to take one sequence, or, without `on_first`, what the holder has of it."""
 
     def __init__(
         self,
@@ -183,7 +199,7 @@ class _Take:
         address: str,
         page_ids: Sequence[int],
         age: int,
-        on_first: OnFirst,
+        on_first: OnFirst | None,
     ) -> None:
         self._taker = taker
         self._call = call
@@ -191,6 +207,7 @@ class _Take:
         self._address = address
         self._page_ids = page_ids
         self._num_wanted = len(page_ids) - order.num_have_pages
+        """Pages that are to come, or at most so many as long as nothing is admitted."""
         self._age = age
         self._on_first = on_first
         self._loop = asyncio.get_running_loop()
@@ -258,7 +275,7 @@ class _Take:
         self._state = state
 
     def _hear_admitted(self, admission: Admission) -> None:
-        self._move(TakeEvent.ADMITTED)
+        self._move(TakeEvent.ADMITTED if self._on_first else TakeEvent.HELD)
         self._admission = admission
         ours = (self._taker.fingerprint, self._taker.layout)
         check_compatible(admission.fingerprint, admission.layout, ours=ours, who=self._address)
@@ -268,6 +285,12 @@ class _Take:
             task = asyncio.ensure_future(choosing)
             task.add_done_callback(self._on_chosen)
             self._choosing.append((shard, task))
+        if self._on_first is None:
+            num_held = admission.num_cached_tokens // self._taker.layout.page_size
+            _require(num_held <= len(self._page_ids), "has more of a prefix than was asked for")
+            self._num_wanted = max(0, num_held - self._order.num_have_pages)
+            self._first_s = self._loop.time()
+            self._confirm_if_complete()
 
     def _hear_run(self, run: Run) -> None:
         self._move(TakeEvent.RUN)
@@ -277,7 +300,8 @@ class _Take:
             for page in range(run.first_page, run.first_page + run.num_pages)
         }
         _require(run.first_page >= self._order.num_have_pages, "sealed a page that the taker has")
-        _require(run.first_page + run.num_pages <= len(self._page_ids), "sealed a page that the sequence has not")
+        num_pages = self._order.num_have_pages + self._num_wanted
+        _require(run.first_page + run.num_pages <= num_pages, "sealed a page that the sequence has not")
         _require(run.first_layer + run.num_layers <= self._taker.layout.num_layers, "sealed a layer that there is not")
         _require(self._cells.isdisjoint(cells), "sealed a page twice")
         self._cells |= cells
@@ -295,6 +319,7 @@ class _Take:
         self._first_s = self._loop.time()
         self._num_hidden_bytes, self._hidden_s = self._num_verified_bytes, self._moving.seconds
         assert self._admission is not None, "the table says so"
+        assert self._on_first is not None, "what is held has no such event in the table"
         try:
             self._on_first(self._admission, first)
         except HeadraceError as error:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headrace.v1 import decode_service_pb2, types_pb2
 from headrace.v1 import hold_service_pb2 as pb
-from headrace.v1 import types_pb2
 
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HandoffLostError, InvalidRequestError, ProtocolError, TransferCorruptError
@@ -35,8 +35,20 @@ Owner = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """`CachedPrefix`: who may have the first `num_tokens` of a sequence in its prefix cache."""
+
+    address: str
+    incarnation: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
-    """`Open`: one sequence that is wanted, and until when."""
+    """`Open`: one sequence that is wanted, and until when; with `holder_incarnation` only what that process has.
+
+    `cached`: where the holder may find the first of its tokens.
+    """
 
     owner: Owner
     spec: SequenceSpec
@@ -46,6 +58,8 @@ class Order:
     layout: KvLayout
     num_have_tokens: int = 0
     """The first of the sequence's, in full pages that the taker has."""
+    cached: CachedPrefix | None = None
+    holder_incarnation: int | None = None
 
     @property
     def num_have_pages(self) -> int:
@@ -145,7 +159,22 @@ def encode_order(order: Order) -> pb.Open:
         model_fingerprint=order.fingerprint,
         layout=encode_layout(order.layout),
         num_have_tokens=order.num_have_tokens,
+        cached_prefix=encode_cached(order.cached) if order.cached else None,
+        holder_incarnation=order.holder_incarnation,
     )
+
+
+def encode_cached(cached: CachedPrefix) -> types_pb2.CachedPrefix:
+    """Return the message."""
+    return types_pb2.CachedPrefix(address=cached.address, incarnation=cached.incarnation, num_tokens=cached.num_tokens)
+
+
+def decode_cached(message: pb.Open | decode_service_pb2.StartSequence) -> CachedPrefix | None:
+    """Return the value in a message that may have one: a hint, so what makes no sense is none."""
+    cached = message.cached_prefix
+    if not cached.address or not cached.num_tokens:
+        return None
+    return CachedPrefix(cached.address, cached.incarnation, cached.num_tokens)
 
 
 def decode_order(message: pb.Open) -> Order:
@@ -179,6 +208,8 @@ def decode_order(message: pb.Open) -> Order:
         fingerprint=message.model_fingerprint,
         layout=layout,
         num_have_tokens=num_have,
+        cached=decode_cached(message),
+        holder_incarnation=message.holder_incarnation if message.HasField("holder_incarnation") else None,
     )
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headrace_core.batch.spec import ModelLimits
-from headrace_core.config import DecodeSettings, PrefillSettings, WorkerSettings
+from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
 from headrace_core.errors import StartupError
 from headrace_core.kv.layout import KvLayout
@@ -90,7 +90,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         )
     config = model.config
     most = min(settings.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
-    memory = _pool_memory(settings)
+    memory = new_memory(memory_kind(usable(settings.transport)))
     cache = KvCache(layout, num_pages, settings.device, allocate=memory and memory.allocate)
     if settings.device == "cuda":
         _prepare_gpu(settings, model, cache, most)
@@ -119,12 +119,6 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         prediction=_prediction(settings, model),
         memory=memory,
     )
-
-
-def _pool_memory(settings: WorkerSettings) -> Memfd | None:
-    """Return what the pool of a worker that holds pages for others is built on."""
-    is_holder = isinstance(settings, PrefillSettings)
-    return new_memory(memory_kind(usable(settings.transport))) if is_holder else None
 
 
 def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int) -> None:

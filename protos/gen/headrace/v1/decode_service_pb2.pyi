@@ -126,6 +126,7 @@ class StartSequence(_message.Message):
     SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     LOCAL_BELOW_FIELD_NUMBER: _builtins.int
+    CACHED_PREFIX_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """Chosen by the router, the same for all attempts at a sequence, unique among its sequences."""
     attempt: _builtins.int
@@ -154,6 +155,10 @@ class StartSequence(_message.Message):
     def sampling(self) -> _types_pb2.SamplingParams:
         """Sampling; `seed` must be set."""
 
+    @_builtins.property
+    def cached_prefix(self) -> _types_pb2.CachedPrefix:
+        """With `prefill_address`: `Open.cached_prefix`, for the prefill worker."""
+
     def __init__(
         self,
         *,
@@ -167,10 +172,11 @@ class StartSequence(_message.Message):
         sample_index: _builtins.int = ...,
         prefill_address: _builtins.str = ...,
         local_below: _builtins.int = ...,
+        cached_prefix: _types_pb2.CachedPrefix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_prefix", b"cached_prefix", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prefix", b"cached_prefix", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,7 +313,7 @@ class Prefilled(_message.Message):
     tokens_sha256: _builtins.bytes
     """`Last.tokens_sha256` of the prefill worker: what it computed. The router compares it with what it asked for."""
     num_cached_tokens: _builtins.int
-    """Prompt tokens found in the prefill worker's prefix cache."""
+    """Prompt tokens found in the prefill worker's prefix cache, or brought there from another's."""
     decode_queue_us: _builtins.int
     """In this worker's queue until pages were free, microseconds."""
     prefill_queue_us: _builtins.int

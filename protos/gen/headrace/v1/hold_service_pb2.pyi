@@ -70,6 +70,8 @@ class Open(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     NUM_HAVE_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PREFIX_FIELD_NUMBER: _builtins.int
+    HOLDER_INCARNATION_FIELD_NUMBER: _builtins.int
     router_id: _builtins.int
     """The router's identity, as in `OpenSession`; with `sequence_number` it names the sequence."""
     sequence_number: _builtins.int
@@ -97,6 +99,11 @@ class Open(_message.Message):
     neither sealed nor sent. A multiple of `layout.page_size`. They are the tokens under `tokens_sha256`, so it is said of
     no others.
     """
+    holder_incarnation: _builtins.int
+    """Set: nothing is to be computed. The holder gives what its prefix cache has of `token_ids`, full pages from the first
+    on, if it is the process of this identity (ABORTED, WORKER_RESTARTED); it names it in `Admitted.num_cached_tokens`,
+    all of its runs follow, and no `Last`. `sampling` is not looked at.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, followed by tokens that an earlier attempt already produced; at least one id."""
@@ -108,6 +115,12 @@ class Open(_message.Message):
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout:
         """The taker's; see `Admitted.layout`."""
+
+    @_builtins.property
+    def cached_prefix(self) -> _types_pb2.CachedPrefix:
+        """Where the holder may take the first of `token_ids` from, rather than compute them. Without a fault of the call it may
+        also not.
+        """
 
     def __init__(
         self,
@@ -125,12 +138,16 @@ class Open(_message.Message):
         model_fingerprint: _builtins.str = ...,
         layout: _types_pb2.KvLayout | None = ...,
         num_have_tokens: _builtins.int = ...,
+        cached_prefix: _types_pb2.CachedPrefix | None = ...,
+        holder_incarnation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holder_incarnation", b"_holder_incarnation", "cached_prefix", b"cached_prefix", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_have_tokens", b"num_have_tokens", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "tokens_sha256", b"tokens_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holder_incarnation", b"_holder_incarnation", "attempt", b"attempt", "cached_prefix", b"cached_prefix", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_have_tokens", b"num_have_tokens", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "tokens_sha256", b"tokens_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__holder_incarnation: _TypeAlias = _typing.Literal["holder_incarnation"]  # noqa: Y015
+    _WhichOneofArgType__holder_incarnation: _TypeAlias = _typing.Literal["_holder_incarnation", b"_holder_incarnation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__holder_incarnation) -> _WhichOneofReturnType__holder_incarnation | None: ...
 
 Global___Open: _TypeAlias = Open  # noqa: Y015
 
@@ -212,7 +229,7 @@ class Admitted(_message.Message):
     lease_key: _builtins.str
     """Names the lease where bytes are asked for; unguessable, so that nobody else reads them."""
     num_cached_tokens: _builtins.int
-    """Tokens found in the holder's prefix cache."""
+    """Tokens found in the holder's prefix cache, or brought there from another's."""
     queue_us: _builtins.int
     """In the holder's queue, microseconds."""
     @_builtins.property

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class HoldServiceStub:
-    """Served by a holder of pages, called by the worker that takes them.
+    """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
+    what their prefix cache has by decode workers.
     """
 
     def __init__(self, channel):
@@ -43,7 +44,8 @@ class HoldServiceStub:
 
 
 class HoldServiceServicer:
-    """Served by a holder of pages, called by the worker that takes them.
+    """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
+    what their prefix cache has by decode workers.
     """
 
     def Hold(self, request_iterator, context):
@@ -78,7 +80,8 @@ def add_HoldServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class HoldService:
-    """Served by a holder of pages, called by the worker that takes them.
+    """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
+    what their prefix cache has by decode workers.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class HoldServiceStub:
-    """Served by a holder of pages, called by the worker that takes them."""
+    """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
+    what their prefix cache has by decode workers.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -47,7 +49,9 @@ class HoldServiceStub:
 
 @_typing.type_check_only
 class HoldServiceAsyncStub(HoldServiceStub):
-    """Served by a holder of pages, called by the worker that takes them."""
+    """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
+    what their prefix cache has by decode workers.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Hold: _aio.StreamStreamMultiCallable[_hold_service_pb2.HoldRequest, _hold_service_pb2.HoldResponse]  # type: ignore[assignment]
@@ -63,7 +67,9 @@ class HoldServiceAsyncStub(HoldServiceStub):
     """
 
 class HoldServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Served by a holder of pages, called by the worker that takes them."""
+    """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
+    what their prefix cache has by decode workers.
+    """
 
     @_abc_1.abstractmethod
     def Hold(

@@ -517,6 +517,36 @@ class LayerChecksums(_message.Message):
 Global___LayerChecksums: _TypeAlias = LayerChecksums  # noqa: Y015
 
 @_typing.final
+class CachedPrefix(_message.Message):
+    """Who may have the first of a sequence's tokens in its prefix cache: a hint. Whoever does not find them there computes them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """`host:port` of a worker that serves `HoldService`."""
+    incarnation: _builtins.int
+    """The process's random identity there; another process is not asked."""
+    num_tokens: _builtins.int
+    """How many of the sequence's tokens, in full pages."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachedPrefix: _TypeAlias = CachedPrefix  # noqa: Y015
+
+@_typing.final
 class TransportOffer(_message.Message):
     """One way to move the bytes."""
 
