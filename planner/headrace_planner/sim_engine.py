@@ -18,7 +18,8 @@ from headrace_core.batch.step_book import Failed
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Started
-from headrace_prefill.scheduler import Admitted, Prefilled, PrefillEvent, PrefillScheduler, Sealed
+from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
+from headrace_prefill.scheduler import PrefillScheduler
 
 from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import WorkerSpec

@@ -27,8 +27,9 @@ from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HandoffLostError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
-from headrace_core.request import FinishReason, SampledToken
+from headrace_core.request import SampledToken
 
+from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LayerStops
 
 
@@ -38,46 +39,6 @@ class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     PUBLISHED = "published"
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """A sequence is published: its pages hold the cache of `token_ids`. Computing took `compute_s` seconds."""
-
-    key: int
-    token_ids: Sequence[int]
-    token: SampledToken
-    finish: FinishReason | None
-    num_pages: int
-    num_cached_tokens: int
-    compute_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A sequence has its pages and is computed from its next step on; it waited for `queue_s` seconds."""
-
-    key: int
-    num_cached_tokens: int
-    queue_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """Nothing writes these layers of pages of a sequence, from `first_page` on, any more: (id, generation) of each.
-
-    `end_layer` None: up to the last. `mark`: what a copy of them waits for, None: for all that was launched.
-    """
-
-    key: int
-    first_page: int
-    pages: tuple[tuple[int, int], ...]
-    first_layer: int = 0
-    end_layer: int | None = None
-    mark: Mark | None = None
-
-
-PrefillEvent = Admitted | Sealed | Prefilled | Failed
 
 
 @dataclass(slots=True)

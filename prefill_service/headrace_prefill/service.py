@@ -43,9 +43,10 @@ from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
+from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LEAST_BYTES, LayerStops
 from headrace_prefill.metrics import PrefillMetrics
-from headrace_prefill.scheduler import Admitted, Prefilled, PrefillEvent, PrefillScheduler, Sealed
+from headrace_prefill.scheduler import PrefillScheduler
 
 log = logging.getLogger(__name__)
 

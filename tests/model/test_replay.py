@@ -14,7 +14,8 @@ from headrace_core.testing.async_test import async_test
 from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.values import Order
 from headrace_decode.scheduler import DecodeScheduler
-from headrace_prefill.scheduler import Admitted, Failed, PrefillScheduler, Sealed
+from headrace_prefill.events import Admitted, Failed, Sealed
+from headrace_prefill.scheduler import PrefillScheduler
 
 from . import holder, taker
 from .explore import Wrong

@@ -10,8 +10,9 @@ from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
+from headrace_prefill.events import Admitted, Sealed
 from headrace_prefill.layer_stops import LayerStops
-from headrace_prefill.scheduler import Admitted, PrefillScheduler, Sealed
+from headrace_prefill.scheduler import PrefillScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

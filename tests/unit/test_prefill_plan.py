@@ -8,7 +8,8 @@ from headrace_core.errors import OverloadedError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler, Sealed
+from headrace_prefill.events import Admitted, Prefilled, Sealed
+from headrace_prefill.scheduler import PrefillScheduler
 
 LIMITS = ModelLimits(vocab_size=50, max_context_tokens=64, eos_token_ids=(0, 3))
 PAGE = 4

@@ -8,7 +8,8 @@ from headrace_core.batch.step_book import Failed
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
-from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler, Sealed
+from headrace_prefill.events import Admitted, Prefilled, Sealed
+from headrace_prefill.scheduler import PrefillScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
