@@ -18,7 +18,7 @@ from headrace_core.batch.step_book import Failed
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.scheduler import DecodeEvent, DecodeScheduler, Output, PagesReady, Started
-from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
+from headrace_prefill.events import Admitted, FetchReady, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.scheduler import PrefillScheduler
 
 from headrace_planner.sim_clock import Clock
@@ -214,7 +214,7 @@ class PrefillWorker:
                 case Failed(key=key):
                     self._requests.pop(key, None)
                     self._flow.on_refused(key)
-                case Admitted() | Sealed():
+                case Admitted() | Sealed() | FetchReady():
                     pass
 
 

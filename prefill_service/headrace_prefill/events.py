@@ -24,6 +24,18 @@ class Prefilled:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchReady:
+    """A sequence has its pages; have those of its beginning that another worker has cached brought into `page_ids`.
+
+    The first of them are the prefix cache's, which have `num_have_tokens` already and are not to be written to.
+    """
+
+    key: int
+    page_ids: tuple[int, ...]
+    num_have_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Admitted:
     """A sequence has its pages and is computed from its next step on; it waited for `queue_s` seconds."""
 
@@ -47,4 +59,4 @@ class Sealed:
     mark: Mark | None = None
 
 
-PrefillEvent = Admitted | Sealed | Prefilled | Failed
+PrefillEvent = FetchReady | Admitted | Sealed | Prefilled | Failed

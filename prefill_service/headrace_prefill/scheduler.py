@@ -1,6 +1,8 @@
 """Which prompts a step computes. Pure: no torch, no grpc, no clock. Engine thread only.
 
     WAITING ──pages for the whole prompt──► RUNNING ──last chunk sampled──► PUBLISHED
+       │ └──pages, some cached elsewhere──► FETCHING ──fetched, or not──► RUNNING  │
+       │                                       └──free──► QUARANTINED ──drained──► gone, pages free
        └──────────────┴───────── free, or a failed step ────────┴──────────► gone, pages free
 
 A step goes on with what runs, oldest first, then admits from the queue's head while token and sequence budgets last;
@@ -29,7 +31,7 @@ from headrace_core.errors import HandoffLostError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import SampledToken
 
-from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
+from headrace_prefill.events import Admitted, FetchReady, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LayerStops
 
 
@@ -37,8 +39,10 @@ class State(Enum):
     """Where a sequence is; see the module."""
 
     WAITING = "waiting"
+    FETCHING = "fetching"
     RUNNING = "running"
     PUBLISHED = "published"
+    QUARANTINED = "quarantined"
 
 
 @dataclass(slots=True)
@@ -47,6 +51,8 @@ class _Sequence:
     group: int
     spec: SequenceSpec
     added_s: float
+    num_cached_elsewhere: int = 0
+    """Pages."""
     state: State = State.WAITING
     pages: SequencePages | None = None
     num_computed: int = 0
@@ -89,24 +95,72 @@ class PrefillScheduler:
         self._max_step_sequences = max_step_sequences
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: TurnQueue[_Sequence] = TurnQueue()
+        self._fetching: dict[int, _Sequence] = {}
         self._running: dict[int, _Sequence] = {}
         """In order of admission."""
         self._book = StepBook[PrefillEvent](pages, max_waiting_sequences=max_waiting_sequences)
 
-    def add(self, key: int, spec: SequenceSpec, now: float, *, group: int = 0, num_have_pages: int = 0) -> None:
+    def add(
+        self,
+        key: int,
+        spec: SequenceSpec,
+        now: float,
+        *,
+        group: int = 0,
+        num_have_pages: int = 0,
+        num_cached_elsewhere: int = 0,
+    ) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
 
-        Its first `num_have_pages` are with its taker, and are not sealed.
+        Its first `num_have_pages` are with its taker, and are not sealed. Its first `num_cached_elsewhere` tokens are
+        fetched if that is a page more at least than is cached here when it is its turn.
         """
         if self._book.admits(key, num_tokens=len(spec.token_ids), num_waiting=len(self._waiting)):
-            sequence = self._sequences[key] = _Sequence(key, group, spec, now, num_sealed=num_have_pages)
+            most = len(spec.token_ids) - 1  # one is left to compute
+            num_pages = min(num_cached_elsewhere, most) // self.pages.page_size
+            sequence = _Sequence(key, group, spec, now, num_cached_elsewhere=num_pages, num_sealed=num_have_pages)
+            self._sequences[key] = sequence
             self._waiting.add(sequence)
 
-    def free(self, key: int) -> None:
-        """Forget a sequence in whatever state and free its pages: the only way there is. Unknown keys are no error."""
-        sequence = self._sequences.pop(key, None)
-        if sequence is None:
+    def fetched(self, key: int, num_tokens: int, now: float) -> None:
+        """Go on with a sequence whose first `num_tokens` were brought here and verified; 0: it was not to be.
+
+        Nothing may land in its pages any more. Unknown keys are no error.
+        """
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.state is not State.FETCHING:
             return
+        assert sequence.pages is not None, "admitted"
+        del self._fetching[key]
+        num_computed = max(num_tokens, len(sequence.pages.nodes) * self.pages.page_size)
+        self.pages.commit(sequence.pages, sequence.spec.token_ids, num_computed)
+        self._run(sequence, sequence.pages, num_computed, now)
+
+    def drained(self, key: int) -> None:
+        """Free the pages of a sequence that was freed while they were fetched into. Other keys are no error."""
+        sequence = self._sequences.get(key)
+        if sequence and sequence.state is State.QUARANTINED:
+            self._free(sequence)
+
+    def free(self, key: int) -> None:
+        """Forget a sequence in whatever state and free its pages: the only way there is. Unknown keys are no error.
+
+        Where bytes may still land in them, they are set aside until `drained`.
+        """
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.state is State.QUARANTINED:
+            return
+        if sequence.state is State.FETCHING:
+            assert sequence.pages is not None, "admitted"
+            sequence.state = State.QUARANTINED
+            del self._fetching[key]
+            self.pages.quarantine(sequence.pages)
+        else:
+            self._free(sequence)
+
+    def _free(self, sequence: _Sequence) -> None:
+        key = sequence.key
+        del self._sequences[key]
         if sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         self._running.pop(key, None)
@@ -123,15 +177,16 @@ class PrefillScheduler:
         for sequence in self._running.values():
             if not budget or len(chunks) == self._max_step_sequences:
                 break
+            zero_page_ids += self._to_zero(sequence)
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
         while budget and self._waiting and len(chunks) < self._max_step_sequences:
             sequence = self._waiting.head()
             if not self._admit(sequence, now):
                 break
-            if sequence.num_tokens % self.pages.page_size:
-                assert sequence.pages is not None, "admitted"
-                zero_page_ids.append(sequence.pages.page_ids[-1])
+            if sequence.state is State.FETCHING:
+                continue
+            zero_page_ids += self._to_zero(sequence)
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
         return self._book.plan(chunks, zero_page_ids, self._stops(chunks))
@@ -185,8 +240,8 @@ class PrefillScheduler:
         """Return what is held now."""
         return self._book.load(
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_waiting_tokens=sum(s.num_tokens for s in self._waiting)
+            num_waiting=len(self._waiting) + len(self._fetching),
+            num_waiting_tokens=sum(s.num_tokens for s in (*self._waiting, *self._fetching.values()))
             + sum(s.num_left for s in self._running.values()),
             num_sequences=len(self._sequences),
         )
@@ -197,8 +252,10 @@ class PrefillScheduler:
         states = [sequence.state for sequence in self._sequences.values()]
         assert states.count(State.WAITING) == len(self._waiting), "the waiting queue differs"
         assert states.count(State.RUNNING) == len(self._running), "the running queue differs"
-        num_published = len(states) - len(self._waiting) - len(self._running)
-        assert states.count(State.PUBLISHED) == num_published, "a sequence is in two queues"
+        assert states.count(State.FETCHING) == len(self._fetching), "those that are fetched differ"
+        num_others = len(states) - len(self._waiting) - len(self._fetching) - len(self._running)
+        num_held = states.count(State.PUBLISHED) + states.count(State.QUARANTINED)
+        assert num_held == num_others, "a sequence is in two queues"
 
     def _admit(self, sequence: _Sequence, now: float) -> bool:
         if self.pages.is_refused(sequence.spec.token_ids):
@@ -209,14 +266,29 @@ class PrefillScheduler:
         except OverloadedError:
             self.pages.refuse(pages, sequence.spec.token_ids)
             return False
-        sequence.pages = pages
-        sequence.num_computed = sequence.num_cached = len(pages.nodes) * self.pages.page_size
-        sequence.state, sequence.started_s = State.RUNNING, now
         self._waiting.take()
-        self._running[sequence.key] = sequence
-        self._book.tell(Admitted(sequence.key, sequence.num_cached, now - sequence.added_s))
-        self._seal(sequence, pages, len(pages.nodes))
+        sequence.pages, num_cached = pages, len(pages.nodes) * self.pages.page_size
+        if sequence.num_cached_elsewhere > len(pages.nodes):
+            sequence.state = State.FETCHING
+            self._fetching[sequence.key] = sequence
+            page_ids = tuple(pages.page_ids[: sequence.num_cached_elsewhere])
+            self._book.tell(FetchReady(sequence.key, page_ids, num_cached))
+        else:
+            self._run(sequence, pages, num_cached, now)
         return True
+
+    def _run(self, sequence: _Sequence, pages: SequencePages, num_cached: int, now: float) -> None:
+        sequence.num_computed = sequence.num_cached = num_cached
+        sequence.state, sequence.started_s = State.RUNNING, now
+        self._running[sequence.key] = sequence
+        self._book.tell(Admitted(sequence.key, num_cached, now - sequence.added_s))
+        self._seal(sequence, pages, len(pages.nodes))
+
+    def _to_zero(self, sequence: _Sequence) -> list[int]:
+        """Return the page of which slots will be left unused, with the sequence's first chunk."""
+        assert sequence.pages is not None, "a running sequence has pages"
+        is_first = sequence.num_computed == sequence.num_cached
+        return sequence.pages.page_ids[-1:] if is_first and sequence.num_tokens % self.pages.page_size else []
 
     def _chunk(self, sequence: _Sequence, budget: int) -> Chunk:
         assert sequence.pages is not None, "a running sequence has pages"

@@ -18,7 +18,7 @@ from headrace_core.batch.step_book import Failed
 from headrace_core.beats import Outbox
 from headrace_core.config import PrefillSettings
 from headrace_core.engine.engine import News
-from headrace_core.errors import HandoffLostError, HeadraceError, UnavailableError
+from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
@@ -43,9 +43,10 @@ from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
-from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
+from headrace_prefill.events import Admitted, FetchReady, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LEAST_BYTES, LayerStops
 from headrace_prefill.metrics import PrefillMetrics
+from headrace_prefill.prefix_fetcher import PrefixFetcher
 from headrace_prefill.scheduler import PrefillScheduler
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class PrefillService:
         self._leases: LeaseTable | None = None
         self._held: dict[int, _Held] = {}
         self._ends = [TRANSPORTS[name].holder(self._holding(name)) for name in transports]
+        self.fetcher = PrefixFetcher(self.host, self._metrics, transports=transports)
         self._sealing: set[asyncio.Task[None]] = set()
         self._sealer: Sealer | None = None
 
@@ -141,6 +143,7 @@ class PrefillService:
             on_change=self._on_lease_change,
         )
         self._sealer = Sealer(model.cache, model.layout)
+        self.fetcher.start(model, timeout_s=settings.transfer_timeout_s)
         await self.host.go(model, scheduler, self._on_news, watch=scheduler)
         return address
 
@@ -154,6 +157,7 @@ class PrefillService:
         """See `process.Service`."""
         for lease in self._leases.leases if self._leases else ():
             self.leases.abort(lease, UnavailableError("DRAINING", "the worker is going away; try another"))
+        await self.fetcher.close()
         await self.host.stop()
         if self._sealing:
             await asyncio.wait(self._sealing)
@@ -166,13 +170,18 @@ class PrefillService:
         """See `hold.Holder`."""
         self.host.require_ready()
         model, spec = self.host.model, order.spec
+        if order.holder_incarnation is not None:
+            raise InvalidRequestError("BAD_REQUEST", "a prefill worker gives what it computes, not what it has cached")
         check_compatible(order.fingerprint, order.layout, ours=(model.fingerprint, model.layout), who="the taker")
         spec.check(model.limits)
         lease = self.leases.create(order)
         held = self._held[lease.key] = _Held(self, lease, outbox)
         now, group, num_have = time.monotonic(), order.owner[0], order.num_have_pages
+        num_cached = order.cached.num_tokens if order.cached else 0
         self.host.engine.submit(
-            lambda scheduler: scheduler.add(lease.key, spec, now, group=group, num_have_pages=num_have)
+            lambda scheduler: scheduler.add(
+                lease.key, spec, now, group=group, num_have_pages=num_have, num_cached_elsewhere=num_cached
+            )
         )
         return held
 
@@ -192,6 +201,8 @@ class PrefillService:
             if held is None:
                 continue
             match event:
+                case FetchReady():
+                    self.fetcher.fetch(event, held.lease.order)
                 case Admitted():
                     self._on_admitted(held, event)
                 case Sealed():
@@ -257,6 +268,7 @@ class PrefillService:
 
     def _on_lease_end(self, lease: Lease) -> None:
         self.host.engine.submit(lambda scheduler: scheduler.free(lease.key))
+        self.fetcher.cancel(lease.key)
         held = self._held.pop(lease.key)
         assert lease.outcome is not None, "the lease ended"
         self._metrics.lease_ends.labels(lease.outcome.value).inc()

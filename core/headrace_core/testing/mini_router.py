@@ -17,6 +17,7 @@ from headrace_core.errors import HeadraceError
 from headrace_core.request import FinishReason, SamplingParams
 from headrace_core.rpc import channel, raised_from
 from headrace_core.testing.async_test import WAIT_S
+from headrace_core.transfer.values import CachedPrefix, encode_cached
 from headrace_core.wire import decode_failure, decode_finish, encode_sampling
 
 _SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
@@ -173,6 +174,7 @@ class MiniRouter:
         sample_index: int = 0,
         prefill: str | None = None,
         local_below: int = 0,
+        cached: CachedPrefix | None = None,
         timeout_s: float = WAIT_S,
     ) -> Collected:
         """Start a sequence; attempts at one have the same `request_id` and `sample_index`. `prefill`: another one's."""
@@ -189,6 +191,7 @@ class MiniRouter:
             sample_index=sample_index,
             prefill_address=self.prefill_address if prefill is None else prefill,
             local_below=local_below,
+            cached_prefix=encode_cached(cached) if cached else None,
         )
         self.send(pb.SessionRequest(start=message))
         return collected
