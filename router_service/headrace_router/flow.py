@@ -51,6 +51,7 @@ from headrace_core.errors import (
 )
 from headrace_core.reasons import label
 
+from headrace_router.cached import FIRST_TOKENS, Finished, cached_at
 from headrace_router.dispatch import Dispatcher, Placement
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
@@ -100,6 +101,7 @@ class Flow:
         self._max_attempts = max_attempts
         self._local_below = local_below
         self._numbers = itertools.count(1)
+        self._finished = Finished()
 
     async def run(self, sample: Sample, on_placed: Callable[[], None]) -> None:
         """Bring `sample` to FINISHED; cancelled, free everything it holds.
@@ -112,6 +114,8 @@ class Flow:
             HeadraceError: the client's error; everything is freed.
         """
         sample.number = next(self._numbers)
+        if sample.cached is None:
+            sample.cached = self._finished.find(sample.spec.prompt_ids)
         fingerprint = ""
         endings: Counter[str] = Counter()
         while True:
@@ -123,6 +127,7 @@ class Flow:
             finally:
                 placement.release()
             if ended.error is None:
+                self._remember(sample, placement.decode)
                 return
             self._react(sample, placement, ended, ended.error, endings)
 
@@ -170,8 +175,21 @@ class Flow:
             prefill_address=sample.prefill_address,
             local_below=local_below,
         )
+        if cached is not None and cached.num_tokens and not cached.is_lost and sample.prefill_address:
+            message.cached_prefix.address = cached.worker.address
+            message.cached_prefix.incarnation = cached.worker.info.incarnation
+            message.cached_prefix.num_tokens = cached.num_tokens
         sample.spec.encoded_prompt.put(message, sample.output_ids)
         return message
+
+    def _remember(self, sample: Sample, decode: Worker) -> None:
+        """Take note of where the sample's tokens can be found, for the next turn of its conversation."""
+        cached = cached_at(decode, sample.num_tokens)
+        num_output = cached.num_tokens - len(sample.spec.prompt_ids)
+        if num_output > 0:  # it has pages that no prefill worker ever had
+            tokens_sha256 = sample.spec.encoded_prompt.sha256(sample.output_ids[:num_output])
+            first_ids = [*sample.spec.prompt_ids[:FIRST_TOKENS], *sample.output_ids[:FIRST_TOKENS]]
+            self._finished.remember(first_ids, tokens_sha256, cached)
 
     def _react(
         self, sample: Sample, placement: Placement, ended: Ended, error: HeadraceError, endings: Counter[str]
@@ -202,6 +220,8 @@ class Flow:
             raise error
         log.log(reaction.level, "attempt failed", extra=data)
         sample.avoid |= {worker.address for worker in blamed}
+        if sample.cached is not None and sample.cached.worker in blamed:
+            sample.cached = None
         sample.reserves_all |= error.reason == "NO_FREE_PAGES" and placement.decode in blamed
         prefill = placement.prefill
         sample.prefer = prefill.address if prefill is not None and prefill not in blamed else ""
