@@ -133,7 +133,7 @@ async def test_a_prompt_that_fails_takes_nobody_with_it(kind: str):
         running(prefiller, decode_service(FakeModel(), role="decode")) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
-        found = await together(router, prompts, model, lambda: len(prefiller._held) == len(prompts))
+        found = await together(router, prompts, model, lambda: len(prefiller.leases.leases) == len(prompts))
         assert max(spoiler.num_beside) == len(PROMPTS) - 1, "it was in a step with all the others but the first"
         check(found, await alone(prompts), kind)
         spoiler.is_on = False
@@ -151,7 +151,7 @@ async def test_where_all_fail_each_is_told_its_own_and_the_worker_goes_on(kind: 
         running(prefiller, decode_service(FakeModel(), role="decode")) as (prefill, decode),
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
-        found = await together(router, PROMPTS, model, lambda: len(prefiller._held) == len(PROMPTS))
+        found = await together(router, PROMPTS, model, lambda: len(prefiller.leases.leases) == len(PROMPTS))
         for name, error in found.items():
             assert isinstance(error, HeadraceError)
             assert str(error).startswith(f"request {name}: ")

@@ -135,7 +135,7 @@ async def test_a_prompt_that_turns_out_not_finite_is_not_accepted_though_its_fir
         await asyncio.to_thread(model.wait_held)
         bad = router.start("bad", PROMPT, params=GREEDY)
         beside = router.start("beside", [8, *PROMPT], params=GREEDY)
-        await eventually(lambda: len(prefiller._held) == 3, "all are there")
+        await eventually(lambda: len(prefiller.leases.leases) == 3, "all are there")
         faults = faults_of(prefiller)
         model.release()
         await eventually(lambda: layers(faults).count((6, 1)) == 3, "seven layers of each are asked for")
@@ -170,7 +170,7 @@ async def test_rule_3_a_step_that_raised_after_it_sealed_is_not_read_when_it_is_
         first = router.start("first", [9] * 5, params=GREEDY)
         await asyncio.to_thread(model.wait_held)
         sequences = [router.start("bad", PROMPT, params=GREEDY), router.start("beside", [8, *PROMPT], params=GREEDY)]
-        await eventually(lambda: len(prefiller._held) == 3, "all are there")
+        await eventually(lambda: len(prefiller.leases.leases) == 3, "all are there")
         faults = faults_of(prefiller)
         faults.gate = asyncio.Event()
         model.raises = raises

@@ -177,7 +177,7 @@ def _long_frames(patch):
 
 
 def _keeps_pages(patch):
-    patch.setattr(PrefillService, "_on_lease_end", lambda service, lease: service._held.pop(lease.key))
+    patch.setattr(PrefillService, "_on_lease_end", _nothing)
 
 
 def _no_incarnation(patch):

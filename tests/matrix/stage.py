@@ -201,8 +201,7 @@ class PrefillStage(_WorkerStage):
 
     def begin(self) -> None:
         """See `Stage`."""
-        sealer = self.service._sealer
-        assert sealer is not None, "it has started"
+        sealer = self.service._ready._sealer
         seal = sealer.seal
 
         async def gated(first_page: int, pages: Any, *which: Any) -> Run:

@@ -220,8 +220,8 @@ async def test_work_is_refused_while_the_model_loads():
 async def test_pages_that_can_not_be_told_of_end_their_call_and_do_not_hang_it():
     prefiller = service()
     async with running(prefiller) as (address,), MiniTaker(address) as taker:
-        sealer = prefiller._sealer
-        assert sealer is not None
+        assert prefiller._holder is not None
+        sealer = prefiller._holder._sealer
         seal = sealer.seal
 
         async def unspeakable(first_page, pages, *which):

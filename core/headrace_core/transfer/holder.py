@@ -32,6 +32,10 @@ class HeldCall:
     leases: LeaseTable
     lease: Lease
     outbox: Outbox[pb.HoldResponse]
+    queue_s: float = 0.0
+    """Until it was admitted."""
+    is_finished: bool = False
+    """Whether the first token ended the sequence: nothing is to be taken."""
 
     def confirm(self) -> None:
         """See `hold.Held`."""
@@ -41,7 +45,10 @@ class HeldCall:
 
     def end(self) -> None:
         """See `hold.Held`."""
-        self.leases.abort(self.lease, HandoffLostError("TAKER_LOST", "the taker ended the call"))
+        if self.is_finished:
+            self.leases.take(self.lease)
+        else:
+            self.leases.abort(self.lease, HandoffLostError("TAKER_LOST", "the taker ended the call"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class PageHolder:
 
     def admit(self, call: HeldCall, *, num_cached_tokens: int, queue_s: float = 0.0) -> None:
         """Tell the taker that its sequence has pages."""
-        me = self._me
+        me, call.queue_s = self._me, queue_s
         self.leases.admit(call.lease)
         offers = tuple(offer for end in me.ends if (offer := end.offer()) is not None)
         admission = Admission(
