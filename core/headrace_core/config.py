@@ -133,7 +133,8 @@ class RouterSettings(ProcessSettings):
     local_below_tokens: int = Field(
         0,
         ge=0,
-        description="prompt tokens at most that a decode worker lacks and computes itself; 0: none",
+        description="prompt tokens at most that a decode worker lacks and computes itself; a page at least where it is "
+        "known to have the beginning",
     )
     max_attempts: int = Field(4, ge=1, description="attempts a request has before its failure is the client's")
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request that brings none")
