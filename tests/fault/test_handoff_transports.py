@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
 from headrace.v1 import decode_service_pb2
 from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams
-from headrace_core.testing.async_test import WAIT_S, async_test, eventually
+from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.handoff_parts import StoppedCopy
 from headrace_core.testing.hold_proxy import HoldProxy
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.worker_pair import inspect, running
@@ -102,25 +102,13 @@ async def test_a_transport_that_is_named_is_refused_by_name_where_it_does_not_wo
         assert said in str(failure)
 
 
-class SlowTaker:
+class SlowTaker(StoppedCopy):
     """A decode worker whose copying stops at its first page until it is let go on."""
 
     def __init__(self) -> None:
         loaded = loaded_fake_model()
-        self.reached, self.go_on = threading.Event(), threading.Event()
-        page_bytes = loaded.cache.page_bytes
-
-        def stopping(layer: int, page_id: int) -> memoryview:
-            if threading.current_thread().name.startswith("verify"):
-                self.reached.set()
-                assert self.go_on.wait(WAIT_S)
-            return page_bytes(layer, page_id)
-
-        loaded.cache.page_bytes = stopping
+        super().__init__(loaded.cache)
         self.service = decode_service("shm", loaded)
-
-    async def is_copying(self) -> None:
-        await asyncio.to_thread(self.reached.wait, WAIT_S)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +123,13 @@ async def test_a_page_that_is_reused_while_it_is_read_never_joins(is_written: bo
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
         collected = router.start("r", PROMPT, params=GREEDY)
-        await taker.is_copying()
+        await taker.reached()
         (lease,) = prefiller.leases.leases
         run = lease.runs[0]
         object.__setattr__(run, "generations", (run.generations[0] - 1, *run.generations[1:]))
         if is_written:
             prefiller.host.model.cache.page_bytes(0, run.page_ids[0])[0] ^= 1
-        taker.go_on.set()
+        taker.go_on()
         assert ((await collected.wait_failure()).reason, collected.side) == (reason, side)
         assert collected.joined is None
 
@@ -154,13 +142,13 @@ async def test_pages_have_no_new_owner_before_the_copy_into_them_has_ended():
         MiniRouter(prefill=prefill, decode=decode) as router,
     ):
         collected = router.start("r", PROMPT, params=GREEDY)
-        await taker.is_copying()
+        await taker.reached()
         assert taker.service.registry.get_sample_value("headrace_handoffs") == 1
         router.cancel(collected)
         await eventually(lambda: taker.service.num_sequences == 0, "the sequence is over")
         counts = await inspect(taker.service)
         assert counts[PageState.QUARANTINED] == 6
-        taker.go_on.set()
+        taker.go_on()
         await eventually(lambda: taker.service.registry.get_sample_value("headrace_handoffs") == 0, "it has ended")
 
 
@@ -171,11 +159,11 @@ async def test_a_holder_that_goes_away_in_mid_copy_is_an_error_and_leaves_no_soc
         prefill = await prefiller.start()
         async with MiniRouter(prefill=prefill, decode=decode) as router:
             collected = router.start("r", PROMPT, params=GREEDY)
-            await taker.is_copying()
+            await taker.reached()
             stopping = asyncio.ensure_future(prefiller.stop())
             failure = asyncio.ensure_future(collected.wait_failure())
             await asyncio.sleep(0)
-            taker.go_on.set()
+            taker.go_on()
             # What it says, unless its connections end before that is heard.
             assert (await failure).reason in ("DRAINING", "HOLDER_LOST")
             await stopping

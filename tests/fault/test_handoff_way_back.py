@@ -9,13 +9,17 @@ from headrace_core.errors import UnavailableError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.testing.async_test import async_test, eventually
-from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
+from headrace_core.testing.fake_model import loaded_fake_model
+from headrace_core.testing.handoff_parts import StoppedCopy
 from headrace_core.testing.hold_proxy import HoldProxy
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.mini_taker import MiniTaker
 from headrace_core.testing.worker_pair import all_free, inspect, running
 from headrace_core.transfer.fake import POOLS, FakeFaults, pool_name
+from headrace_core.transfer.memory import new_memory
+from headrace_core.transfer.transports import TRANSPORTS, memory_kind
 from headrace_core.transfer.values import CachedPrefix
+from headrace_core.worker.loading import LoadedModel
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
@@ -26,16 +30,18 @@ NEXT = [40, 41, 42, 43, 44, 45, 46]
 PAGE_BYTES = 128
 
 
-def prefill_service(
-    *, transports=("fake",), model: FakeModel | None = None, num_pages=256, **settings
-) -> PrefillService:
-    loaded = loaded_fake_model(num_pages=num_pages, model=model)
-    return PrefillService(PrefillSettings(model=".", **settings), loader=lambda _: loaded, transports=transports)
+def loaded(transports, *, num_pages=256) -> LoadedModel:
+    return loaded_fake_model(num_pages=num_pages, memory=new_memory(memory_kind(transports)))
+
+
+def prefill_service(*, transports=("fake",), model: LoadedModel | None = None) -> PrefillService:
+    it = model or loaded(transports)
+    return PrefillService(PrefillSettings(model="."), loader=lambda _: it, transports=transports)
 
 
 def decode_service(*, transports=("fake",), num_pages=256, **settings) -> DecodeService:
-    loaded = loaded_fake_model(num_pages=num_pages)
-    return DecodeService(DecodeSettings(model=".", **settings), loader=lambda _: loaded, transports=transports)
+    it = loaded(transports, num_pages=num_pages)
+    return DecodeService(DecodeSettings(model=".", **settings), loader=lambda _: it, transports=transports)
 
 
 def faults_of(holder) -> FakeFaults:
@@ -50,7 +56,7 @@ def at(service: DecodeService, address: str, num_tokens: int = 32) -> CachedPref
     return CachedPrefix(address, service.host.incarnation, num_tokens)
 
 
-@pytest.mark.parametrize("transport", ["fake", "grpc"])
+@pytest.mark.parametrize("transport", sorted(name for name, it in TRANSPORTS.items() if not it.probe()))
 @async_test
 async def test_a_second_turn_computes_and_moves_only_what_is_new(transport: str):
     prefiller, decoder = prefill_service(transports=[transport]), decode_service(transports=[transport])
@@ -299,3 +305,62 @@ async def test_a_fetch_that_is_cancelled_before_it_began_gives_its_pages_back():
         assert (await collected.wait_failure()).reason == "DRAINING"
         await all_free(prefiller)
         assert counted(prefiller, "headrace_prefix_fetches_total", outcome="failed") == 0
+
+
+@async_test
+async def test_what_is_read_out_of_shared_memory_is_not_evicted_before_it_was_read():
+    """Nobody asks the holder for a page: it is the call that keeps it."""
+    model = loaded(("shm",))
+    copying = StoppedCopy(model.cache)
+    prefiller = prefill_service(transports=["shm"], model=model)
+    decoder, taker = decode_service(transports=["shm"], num_pages=14), decode_service(transports=["shm"])
+    async with (
+        running(prefiller, decoder, taker, decode_service(role="both")) as (prefill, one, two, whole),
+        MiniRouter(prefill=prefill, decode=one) as earlier,
+        MiniRouter(prefill=prefill, decode=two) as router,
+        MiniRouter(decode=one) as local,
+        MiniRouter(decode=whole) as reference,
+    ):
+        answer = await earlier.generate("one", PROMPT, params=SAMPLED)
+        turn = [*PROMPT, *answer, *NEXT]
+        collected = router.start("two", turn, params=SAMPLED, cached=at(decoder, one))
+        await copying.reached()
+        assert decoder.host.board.report.num_free_pages == 6, "eight of the answer's are kept"
+        other = local.start("other", [90] * 40, params=SAMPLED)
+        await eventually(lambda: decoder.host.board.report.num_waiting == 1, "it wants more than are free")
+        copying.go_on()
+        assert await collected.tokens() == await reference.generate("r", turn, params=SAMPLED)
+        assert counted(prefiller, "headrace_prefix_fetches_total", outcome="taken") == 1
+        assert len(await other.tokens()) == 14
+
+
+@async_test
+async def test_a_holder_that_goes_away_in_mid_copy_lets_its_shared_memory_go_and_costs_the_computing():
+    model = loaded(("shm",))
+    copying = StoppedCopy(model.cache)
+    prefiller, decoder, taker = (
+        prefill_service(transports=["shm"], model=model),
+        decode_service(transports=["shm"]),
+        decode_service(transports=["shm"]),
+    )
+    async with (
+        running(prefiller, taker, decode_service(role="both")) as (prefill, two, whole),
+        MiniRouter(prefill=prefill, decode=two) as router,
+        MiniRouter(decode=whole) as reference,
+    ):
+        one = await decoder.start()
+        async with MiniRouter(prefill=prefill, decode=one) as earlier:
+            answer = await earlier.generate("one", PROMPT, params=SAMPLED)
+        turn = [*PROMPT, *answer, *NEXT]
+        collected = router.start("two", turn, params=SAMPLED, cached=at(decoder, one))
+        await copying.reached()
+        shm = prefiller.fetcher._taker.transports["shm"]
+        assert shm.endpoints == [one]
+        await decoder.stop()
+        (end,) = decoder.prefixes.ends
+        assert end.server.num_connections == 0
+        copying.go_on()
+        assert await collected.tokens() == await reference.generate("r", turn, params=SAMPLED)
+        assert collected.prefilled.num_cached_tokens == 20, "its own"
+        assert counted(prefiller, "headrace_prefix_fetches_total", outcome="failed") == 1
+        await eventually(lambda: shm.endpoints == [], "the mapping is gone")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from headrace_core.checkpoint import memory
 from headrace_core.checkpoint.safetensors_file import StoredTensor
-from headrace_core.config import DecodeSettings
+from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import CheckpointError
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.load import load_model
@@ -25,6 +25,7 @@ from headrace_core.testing.tiny_checkpoints import (
     write_config,
     write_tensors,
 )
+from headrace_core.transfer.memfd import map_sealed
 from headrace_core.worker.loading import load_worker_model
 
 CONFIG = {**TINY_CONFIGS["v3"], "num_hidden_layers": 2}
@@ -194,6 +195,18 @@ def test_what_a_worker_tries_its_network_with_leaves_nothing_behind(tmp_path, wr
     loaded = load_worker_model(DecodeSettings(model=tmp_path, kv_pool_mib=1))
     assert not any(layer.any() for layer in loaded.cache.layers)
     assert not any(map(any, loaded.model.take_expert_counts().values()))
+
+
+@pytest.mark.parametrize("settings", [PrefillSettings, DecodeSettings])
+def test_either_worker_has_a_pool_that_its_transports_can_read(tmp_path, written, settings):
+    """A decode worker holds pages, too: those of its prefix cache."""
+    shared, plain = (load_worker_model(settings(model=tmp_path, kv_pool_mib=1, transport=it)) for it in ("shm", "grpc"))
+    assert shared.memory is not None
+    assert plain.memory is None
+    pages, _ = map_sealed(shared.memory.descriptor)
+    shared.cache.page_bytes(1, 2)[:4] = b"seen"
+    start = shared.memory.layer_stride + 2 * shared.layout.page_layer_bytes
+    assert bytes(pages[start : start + 4]) == b"seen"
 
 
 DEEP = "[" * 200_000

@@ -1,14 +1,18 @@
-"""The parts of a hand-off for tests of one of them: plain memory, a holder that says what it is told, a run.
+"""Parts of a hand-off for tests of one of them: memory, a holder told what to say, a run, a copy that stops.
 
 Ships with the product, and says so. No torch, no engine, no pool.
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from headrace_core.batch.step import Mark
 from headrace_core.errors import HeadraceError
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.transport import Holding, LeaseHolder, Reading
@@ -113,3 +117,27 @@ def run_of(memory: PlainMemory, page_ids: Sequence[int], *, num_layers: int = 2)
 
 def _counting(first: int, num_bytes: int) -> bytearray:
     return bytearray((first + offset) % 251 for offset in range(num_bytes))
+
+
+class StoppedCopy:
+    """Stops who copies into the pages of a taker's `memory`, at the first one, until told to go on."""
+
+    def __init__(self, memory: Any) -> None:
+        self._reached, self._go_on = threading.Event(), threading.Event()
+        page_bytes = memory.page_bytes
+
+        def stopping(layer: int, page_id: int) -> memoryview:
+            if threading.current_thread().name.startswith("verify"):
+                self._reached.set()
+                assert self._go_on.wait(WAIT_S), f"a copy was stopped for {WAIT_S} s"
+            return page_bytes(layer, page_id)
+
+        memory.page_bytes = stopping
+
+    async def reached(self) -> None:
+        """Return when somebody copies."""
+        assert await asyncio.to_thread(self._reached.wait, WAIT_S), f"no copy came within {WAIT_S} s"
+
+    def go_on(self) -> None:
+        """Stop nobody any more."""
+        self._go_on.set()
