@@ -19,7 +19,8 @@ from headrace.v1 import worker_service_pb2
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from headrace_core.rpc import channel
-from headrace_core.testing.holder_rules import HOLDER_RULES, HolderUnderTest
+from headrace_core.testing.holder_rules import HOLDER_RULES
+from headrace_core.testing.holder_under_test import HolderUnderTest
 from headrace_core.testing.mini_holder import MiniHolder
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.mini_taker import MiniTaker
