@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -13,13 +12,16 @@ import pytest
 from headrace_core.testing.async_test import WAIT_S
 
 SERVICE = textwrap.dedent("""
-    import asyncio, resource, sys
+    import asyncio, os, resource, sys
     from prometheus_client import CollectorRegistry
     from headrace_core.config import RouterSettings, parse
     from headrace_core.errors import CheckpointError
     from headrace_core.process import run
 
     mode = sys.argv.pop(1)
+    if mode == "files":
+        # Not before it is executed: a process with threads that forks to run Python may die of it.
+        resource.setrlimit(resource.RLIMIT_NOFILE, [int(limit) for limit in os.environ["FILES"].split()])
 
     class Fake:
         def __init__(self):
@@ -54,7 +56,7 @@ SERVICE = textwrap.dedent("""
 def start(tmp_path):
     children = []
 
-    def start(mode, *options, files=None):
+    def start(mode, *options, **environment):
         script = tmp_path / "service.py"
         script.write_text(SERVICE)
         child = subprocess.Popen(
@@ -62,8 +64,7 @@ def start(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            preexec_fn=files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, files)),
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
         )
         children.append(child)
         return child
@@ -134,7 +135,7 @@ def test_a_stop_that_hangs_or_fails_changes_no_exit_code(start, mode, code, said
 
 @pytest.mark.parametrize(("hard", "is_few"), [(8192, False), (500, True)])
 def test_a_process_opens_as_many_files_as_it_may_and_says_if_those_are_few(start, hard, is_few):
-    child = start("files", files=(100, hard))
+    child = start("files", FILES=f"100 {hard}")
     if is_few:
         wait_for_line(child, "ulimit -n")
     wait_for_line(child, "serving")
