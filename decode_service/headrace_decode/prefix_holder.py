@@ -10,7 +10,6 @@ from collections.abc import Callable
 from headrace.v1 import hold_service_pb2 as pb
 from headrace_core.beats import Outbox
 from headrace_core.errors import HandoffLostError, InvalidRequestError, UnavailableError
-from headrace_core.request import check_request_id
 from headrace_core.transfer.holder import HeldCall, HolderSelf, PageHolder
 from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.sealer import Sealer
@@ -80,7 +79,7 @@ class PrefixHolder:
         """See `hold.Holder`."""
         host, spec = self._host, order.spec
         host.require_ready()
-        check_request_id(spec.request_id)
+        spec.check_attempt()
         if order.holder_incarnation is None:
             raise InvalidRequestError(
                 "BAD_REQUEST", "a decode worker computes nothing for others; it gives what it has"

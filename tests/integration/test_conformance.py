@@ -22,6 +22,7 @@ from headrace_decode import service as decode_module
 from headrace_decode.service import DecodeService
 from headrace_prefill import scheduler as prefill_scheduler
 from headrace_prefill import service as prefill_module
+from headrace_prefill.prefix_fetcher import PrefixFetcher
 from headrace_prefill.service import PrefillService
 
 SHORT_S = 2.0
@@ -214,20 +215,22 @@ def _inside(message):
     message.token_ids[0] = 1
 
 
-def _patched(target, name, value=_nothing):
+def patched(target, name, value=_nothing):
     return lambda patch: patch.setattr(target, name, value)
 
 
+NOTHING_AT_HAND = patched(values.Order, "num_have_pages", 0)
+
 WRONG_HOLDERS = {
     "it says who it is": _no_incarnation,
-    "a sequence is admitted sealed told and confirmed": _patched(prefill_module, "hash_tokens", lambda ids: bytes(32)),
+    "a sequence is admitted sealed told and confirmed": patched(prefill_module, "hash_tokens", lambda ids: bytes(32)),
     "the bytes of a run have its checksums": _bad_sums,
     "slots past the last token are zero": _unzeroed,
     "a part of a run can be pulled": _first_page_always,
     "no frame is longer than offered": _long_frames,
-    "another model is refused": _patched(prefill_module, "check_compatible"),
-    "another layout is refused": _patched(prefill_module, "check_compatible"),
-    "a hash that is not that of the tokens is refused": _patched(values, "hash_tokens", lambda ids: _Same(32)),
+    "another model is refused": patched(prefill_module, "check_compatible"),
+    "another layout is refused": patched(prefill_module, "check_compatible"),
+    "a hash that is not that of the tokens is refused": patched(values, "hash_tokens", lambda ids: _Same(32)),
     "an order names its router": _orders(_set("router_id", 1)),
     "an order says how long it has": _orders(_set("timeout_ms", 60_000)),
     "attempts count from 1": _orders(_set("attempt", 1)),
@@ -246,10 +249,14 @@ WRONG_HOLDERS = {
     "lease keys are not used twice": _short_keys,
     "a call begins with an order": _mute_reasons,
     "a call is for one sequence": _mute_reasons,
+    "what the taker has is not sealed": NOTHING_AT_HAND,
+    "what the taker has are pages of the sequence": _orders(lambda it: it.ClearField("num_have_tokens")),
+    "what a prefill worker has cached is not given away": _orders(lambda it: it.ClearField("holder_incarnation")),
+    "a cached prefix that is not to be had is computed": patched(PrefixFetcher, "fetch"),
     "a first token may be the last": _never_ends,
-    "nothing is held past its time": _patched(values, "timeout_s", lambda ms: 1000.0),
+    "nothing is held past its time": patched(values, "timeout_s", lambda ms: 1000.0),
     "it beats while it has nothing to say": _never_beats,
-    "a taker that falls silent ends its lease": _patched(hold, "Silence", _Deaf),
+    "a taker that falls silent ends its lease": patched(hold, "Silence", _Deaf),
     "every page is free at the end": _keeps_pages,
 }
 
@@ -290,19 +297,32 @@ def _deaf_to_reasons(patch):
     patch.setattr(HoldCall, "_lost", lambda call, error: lost)
 
 
+def _says_to_have_more(patch):
+    real = values.encode_order
+
+    def encode(order):
+        message = real(order)
+        message.num_have_tokens += message.num_have_tokens and order.layout.page_size
+        return message
+
+    patch.setattr(hold, "encode_order", encode)
+
+
 def _told_twice(patch):
     real = TAKE_MOVES[TakeState.PULLING, TakeEvent.LAST]
     for state in (TakeState.FINISHING, TakeState.CONFIRMING):
         patch.setitem(TAKE_MOVES, (state, TakeEvent.LAST), real)
 
 
-_UNCHECKED = _patched(taker, "check_first")
-_UNREQUIRED = _patched(values, "_require")
+_UNCHECKED = patched(taker, "check_first")
+_UNREQUIRED = patched(values, "_require")
 
 WRONG_TAKERS = {
-    "a hand off is taken and goes on": _patched(decode_module, "hash_tokens", lambda ids: bytes(32)),
-    "another model is refused": _patched(taker, "check_compatible"),
-    "another layout is refused": _patched(taker, "check_compatible"),
+    "a hand off is taken and goes on": patched(decode_module, "hash_tokens", lambda ids: bytes(32)),
+    "what it says it has it has": _says_to_have_more,
+    "a page that it has does not come again": patched(taker, "_require"),
+    "another model is refused": patched(taker, "check_compatible"),
+    "another layout is refused": patched(taker, "check_compatible"),
     "an admission names a lease": _UNREQUIRED,
     "an admission names a shard": _UNREQUIRED,
     "no transport in common is refused": _any_offer,
@@ -310,23 +330,23 @@ WRONG_TAKERS = {
     "another process is refused": _deaf_to_pulls,
     "a sequence is admitted once": _lax(TakeState.PULLING, TakeEvent.ADMITTED, TakeState.PULLING),
     "nothing comes before admission": _lax(TakeState.OPENED, TakeEvent.RUN, TakeState.PULLING),
-    "a page is sealed once": _patched(taker, "_require"),
-    "a run stays inside its sequence": _patched(taker, "_require"),
+    "a page is sealed once": patched(taker, "_require"),
+    "a run stays inside its sequence": patched(taker, "_require"),
     "a run has checksums for all its pages": _UNREQUIRED,
     "a first token comes once": _told_twice,
     "other tokens are refused": _UNCHECKED,
     "another number of tokens is refused": _UNCHECKED,
     "another seed is refused": _UNCHECKED,
     "nothing is confirmed unasked": _lax(TakeState.OPENED, TakeEvent.CONFIRMED, TakeState.OPENED),
-    "other checksums are refused": _patched(verify, "check_bytes"),
+    "other checksums are refused": patched(verify, "check_bytes"),
     "a token outside the vocabulary is refused": _UNCHECKED,
-    "bytes that changed on their way are refused": _patched(verify, "check_bytes"),
+    "bytes that changed on their way are refused": patched(verify, "check_bytes"),
     "a page that was reused is refused": _deaf_to_pulls,
     "the reason of a holder is passed on": _deaf_to_reasons,
-    "a holder that falls silent is lost": _patched(hold, "Silence", _Deaf),
-    "a cancelled sequence ends its call": _patched(DecodeService, "cancel_sequence"),
-    "a sequence ends when its time is up": _patched(decode_module, "timeout_s", lambda ms: 1000.0),
-    "a higher attempt takes the place of a lower one": _patched(DecodeService, "_sequence"),
+    "a holder that falls silent is lost": patched(hold, "Silence", _Deaf),
+    "a cancelled sequence ends its call": patched(DecodeService, "cancel_sequence"),
+    "a sequence ends when its time is up": patched(decode_module, "timeout_s", lambda ms: 1000.0),
+    "a higher attempt takes the place of a lower one": patched(DecodeService, "_sequence"),
 }
 
 

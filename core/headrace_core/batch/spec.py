@@ -36,15 +36,23 @@ class SequenceSpec:
         """Tokens that earlier attempts already produced."""
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def check_attempt(self) -> None:
+        """Check what names the attempt: all of it where nothing is computed.
+
+        Raises:
+            InvalidRequestError: BAD_REQUEST.
+        """
+        check_request_id(self.request_id)
+        if self.attempt < 1:
+            raise InvalidRequestError("BAD_REQUEST", "attempt is 0; attempts count from 1")
+
     def check(self, limits: ModelLimits) -> None:
         """Check every field.
 
         Raises:
             InvalidRequestError: EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST.
         """
-        check_request_id(self.request_id)
-        if self.attempt < 1:
-            raise InvalidRequestError("BAD_REQUEST", "attempt is 0; attempts count from 1")
+        self.check_attempt()
         if not self.token_ids:
             raise InvalidRequestError("EMPTY_PROMPT", "token_ids is empty; send at least one")
         if not 1 <= self.num_prompt_tokens <= len(self.token_ids):

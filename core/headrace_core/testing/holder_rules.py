@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import secrets
 from typing import Any
 
 import grpc.aio
@@ -21,6 +22,7 @@ from headrace_core.request import hash_tokens
 from headrace_core.rpc import raised_from
 from headrace_core.testing.holder_under_test import GREEDY, HolderUnderTest
 from headrace_core.testing.rules import Rules, require, require_refusal
+from headrace_core.transfer.values import CachedPrefix
 
 HOLDER_RULES: Rules[HolderUnderTest] = Rules()
 rule = HOLDER_RULES.rule
@@ -111,6 +113,23 @@ async def no_frame_is_longer_than_offered(holder: HolderUnderTest) -> None:
     require(bool(offers) and offers[0] > 0, "it offers no transport grpc")
     frames = await holder.pull(await holder.request(ordered, run))
     require(all(len(frame) <= offers[0] for frame in frames), f"a frame is longer than {offers[0]} bytes")
+
+
+@rule
+async def what_the_taker_has_is_not_sealed(holder: HolderUnderTest) -> None:
+    size = holder.layout.page_size
+    ordered = holder.order(num_have_tokens=size)
+    runs = await ordered.wait_all()
+    require(min(run.first_page for run in runs) == 1, "a page is sealed that the taker has")
+    await ordered.confirm()
+
+
+@rule
+async def what_the_taker_has_are_pages_of_the_sequence(holder: HolderUnderTest) -> None:
+    size = holder.layout.page_size
+    past = holder.layout.num_pages(len(holder.prompt) + 1) * size
+    for wrong in (past, *([1] if size > 1 else [])):
+        await holder.refused(lambda it, wrong=wrong: setattr(it, "num_have_tokens", wrong), "BAD_HANDOFF")
 
 
 @rule
@@ -221,12 +240,12 @@ async def a_taker_that_leaves_ends_its_lease(holder: HolderUnderTest) -> None:
 
 @rule
 async def a_higher_attempt_takes_the_place_of_a_lower_one(holder: HolderUnderTest) -> None:
-    first = holder.taker.order("attempts", holder.prompt, params=GREEDY)
+    first = holder.order("attempts")
     await first.wait_admitted()
-    second = holder.taker.order("attempts", holder.prompt, params=GREEDY, attempt=2)
+    second = holder.order("attempts", attempt=2)
     require_refusal(await first.refused(), "ABORTED", "STALE_ATTEMPT")
     await second.wait_admitted()
-    late = holder.taker.order("attempts", holder.prompt, params=GREEDY)
+    late = holder.order("attempts")
     require_refusal(await late.refused(), "ABORTED", "STALE_ATTEMPT")
     require(second.error is None, "a lower attempt ended a higher one")
 
@@ -256,6 +275,19 @@ async def a_first_token_may_be_the_last(holder: HolderUnderTest) -> None:
     ordered = holder.order(params=dataclasses.replace(GREEDY, max_tokens=1))
     first = await ordered.wait_first()
     require(first.finish is not None and first.finish.name == "LENGTH", f"it ends with {first.finish}")
+
+
+@rule
+async def what_a_prefill_worker_has_cached_is_not_given_away(holder: HolderUnderTest) -> None:
+    await holder.refused(lambda it: setattr(it, "holder_incarnation", holder.info.incarnation), "BAD_REQUEST")
+
+
+@rule
+async def a_cached_prefix_that_is_not_to_be_had_is_computed(holder: HolderUnderTest) -> None:
+    unheard = [1 + secrets.randbelow(holder.info.vocab_size - 1) for _ in holder.prompt]
+    nobody = CachedPrefix("127.0.0.1:9", 1, 2 * holder.layout.page_size)
+    first = await holder.order(token_ids=unheard, cached=nobody).wait_first()
+    require(first.tokens_sha256 == hash_tokens(unheard), "its hash is not that of what was ordered")
 
 
 @rule

@@ -32,11 +32,16 @@ class HolderUnderTest:
         size = self.layout.page_size
         self.prompt = [1 + index % (self.info.vocab_size - 1) for index in range(2 * size + max(1, size // 2))]
         self._num_orders = 0
+        self._more: dict[str, Any] = {}
+        """Said in every order."""
 
-    def order(self, *, params: SamplingParams = GREEDY, **more: Any) -> Ordered:
-        """Order a sequence that nobody ordered before; `more` as for `MiniTaker.order`."""
+    def order(
+        self, request_id: str = "", token_ids: list[int] | None = None, *, params: SamplingParams = GREEDY, **more: Any
+    ) -> Ordered:
+        """Order `prompt` or other tokens, as a sequence that nobody ordered before; `more` as for `MiniTaker.order`."""
         self._num_orders += 1
-        return self.taker.order(f"order-{self._num_orders}", self.prompt, params=params, **more)
+        request_id = request_id or f"order-{self._num_orders}"
+        return self.taker.order(request_id, token_ids or self.prompt, params=params, **(self._more | more))
 
     async def refused(self, change: Callable[[pb.Open], None], reason: str) -> None:
         """Require that an order which `change` made wrong is refused with `reason`."""

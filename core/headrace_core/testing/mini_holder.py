@@ -79,7 +79,7 @@ class MiniHolder:
     """Use as an async context. `rewrite` changes what is said, `error` ends a call after its first token, if set."""
 
     def __init__(self, layout: KvLayout, fingerprint: str, *, num_pages: int = 8) -> None:
-        self._layout = layout
+        self.layout = layout
         self._fingerprint = fingerprint
         self._num_pages = num_pages
         self._incarnation = secrets.randbits(63) | 1
@@ -117,7 +117,7 @@ class MiniHolder:
     def reset(self) -> None:
         """Do again what a holder should."""
         self.rewrite, self.on_sealed, self.error, self.is_silent = _as_it_is, (lambda: None), None, False
-        self.memory = _Zeros(self._layout, self._num_pages)
+        self.memory = _Zeros(self.layout, self._num_pages)
 
     def hold(self, order: Order, outbox: Outbox[pb.HoldResponse]) -> Held:
         """See `hold.Holder`."""
@@ -127,15 +127,16 @@ class MiniHolder:
             outbox.period_s = 1e6
         self.leases.admit(lease)
         offers = (self._end.offer(),)
-        shard = Shard(self.address, self._incarnation, 0, self._layout.num_layers, offers)
-        admission = Admission(self._fingerprint, self._layout, lease.lease_key, 0, 0.0, (shard,))
+        shard = Shard(self.address, self._incarnation, 0, self.layout.num_layers, offers)
+        admission = Admission(self._fingerprint, self.layout, lease.lease_key, 0, 0.0, (shard,))
         self.say(outbox, pb.HoldResponse(admitted=encode_admission(admission)))
-        page_ids = range(self._layout.num_pages(len(order.spec.token_ids)))
-        sums = checksums(self.memory, range(self._layout.num_layers), page_ids)
-        run = Run(0, 0, tuple(page_ids), (self.generation,) * len(page_ids), sums)
-        self.leases.seal(lease, run)
-        self.on_sealed()
-        self.say(outbox, pb.HoldResponse(run=encode_run(run)))
+        page_ids = range(order.num_have_pages, self.layout.num_pages(len(order.spec.token_ids)))
+        if page_ids:
+            sums = checksums(self.memory, range(self.layout.num_layers), page_ids)
+            run = Run(0, page_ids[0], tuple(page_ids), (self.generation,) * len(page_ids), sums)
+            self.leases.seal(lease, run)
+            self.on_sealed()
+            self.say(outbox, pb.HoldResponse(run=encode_run(run)))
         self.leases.complete(lease)
         spec = order.spec
         first = FirstToken(

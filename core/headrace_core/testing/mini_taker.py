@@ -19,6 +19,7 @@ from headrace_core.testing.async_test import WAIT_S
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.values import (
     Admission,
+    CachedPrefix,
     FirstToken,
     Order,
     Run,
@@ -32,8 +33,9 @@ from headrace_core.wire import decode_layout
 class Ordered:
     """One Hold call, and what was heard in it."""
 
-    def __init__(self, call: HoldCall) -> None:
+    def __init__(self, call: HoldCall, order: Order) -> None:
         self._call = call
+        self._order = order
         self._changed = asyncio.Event()
         self.kinds: list[str] = []
         """Events, in order."""
@@ -64,11 +66,13 @@ class Ordered:
         return self.runs
 
     async def wait_all(self) -> list[Run]:
-        """Return what is sealed when that is every page of the sequence."""
-        first = await self.wait_first()
-        assert self.admission is not None, "that came first"
-        num_pages = self.admission.layout.num_pages(first.num_tokens)
-        await self.wait(lambda: sum(run.num_pages for run in self.runs) == num_pages)
+        """Return what is sealed when that is every page of the sequence, or of the prefix, that was ordered."""
+        admission, order = await self.wait_admitted(), self._order
+        is_prefix = order.holder_incarnation is not None
+        num_tokens = admission.num_cached_tokens if is_prefix else (await self.wait_first()).num_tokens
+        num_pages = max(0, admission.layout.num_pages(num_tokens) - order.num_have_pages)
+        num_cells = num_pages * admission.layout.num_layers
+        await self.wait(lambda: sum(run.num_pages * run.num_layers for run in self.runs) == num_cells)
         return self.runs
 
     async def confirm(self) -> None:
@@ -177,9 +181,12 @@ class MiniTaker:
         num_prompt_tokens: int = 0,
         sample_index: int = 0,
         timeout_s: float = WAIT_S,
+        num_have_tokens: int = 0,
+        holder_incarnation: int | None = None,
+        cached: CachedPrefix | None = None,
         change: Callable[[pb.Open], None] = lambda message: None,
     ) -> Ordered:
-        """Order a sequence; `change` may change the message."""
+        """Order a sequence, or with `holder_incarnation` what is cached of it; `change` may change the message."""
         number = self._numbers.setdefault((request_id, sample_index), len(self._numbers) + 1)
         spec = SequenceSpec(request_id, attempt, sample_index, token_ids, num_prompt_tokens or len(token_ids), params)
         order = Order(
@@ -189,6 +196,9 @@ class MiniTaker:
             tokens_sha256=hash_tokens(token_ids),
             fingerprint=self.info.model_fingerprint,
             layout=decode_layout(self.info.layout),
+            num_have_tokens=num_have_tokens,
+            cached=cached,
+            holder_incarnation=holder_incarnation,
         )
-        self._calls.append(Ordered(HoldCall(self._channel, order, self._address, change=change)))
+        self._calls.append(Ordered(HoldCall(self._channel, order, self._address, change=change), order))
         return self._calls[-1]

@@ -36,20 +36,20 @@ class TakerUnderTest:
         self.prompt = self._new_prompt()
         self._num_orders = 0
 
-    def start(self, **more: Any) -> Collected:
-        """Start a sequence that nobody started before; `more` as for `MiniRouter.start`."""
+    def start(self, *, is_known: bool = False, **more: Any) -> Collected:
+        """Start a sequence that nobody started before; `is_known`: of the last one's tokens. See `MiniRouter.start`."""
         self._num_orders += 1
-        self.prompt = self._new_prompt()
+        self.prompt = self.prompt if is_known else self._new_prompt()
         return self.router.start(f"order-{self._num_orders}", self.prompt, params=GREEDY, **more)
 
     def _new_prompt(self) -> list[int]:
         """Return one that no order had, so that the worker's prefix cache has no page of it."""
         return [1 + secrets.randbelow(self.vocab_size - 1) for _ in range(self._num_prompt)]
 
-    async def fails(self, reason: str, side: int) -> None:
+    async def fails(self, reason: str, side: int, *, is_known: bool = False) -> None:
         """Require that a sequence, with what was made wrong at its holder, fails with `reason`, the fault of `side`."""
         try:
-            collected = self.start()
+            collected = self.start(is_known=is_known)
             require_refusal(await collected.wait_failure(), EXPECTED[reason], reason)
             require(collected.side == side, f"the fault is said to be {_side(collected.side)}'s, not {_side(side)}'s")
             require(collected.joined is None, "it joined before it failed")
@@ -103,6 +103,27 @@ async def a_hand_off_is_taken_and_goes_on(taker: TakerUnderTest) -> None:
     order = taker.holder.orders[-1]
     require(order.spec.token_ids == taker.prompt, "it ordered other tokens")
     require(order.tokens_sha256 == hash_tokens(taker.prompt), "its hash is not that of the tokens")
+
+
+@rule
+async def what_it_says_it_has_it_has(taker: TakerUnderTest) -> None:
+    """That it has anything is no rule: what it orders of tokens that it took before is what must come."""
+    expected = await taker.start().tokens()
+    collected = taker.start(is_known=True)
+    require(await collected.tokens() == expected, "the same tokens, some of them at hand, give other ones")
+    order, layout = taker.holder.orders[-1], taker.holder.layout
+    require(order.num_have_tokens < len(taker.prompt), "it says to have a page that is not full")
+    num_pages = layout.num_pages(len(taker.prompt)) - order.num_have_pages
+    require(collected.joined is not None and collected.joined.num_transfer_pages == num_pages, "other pages came")
+
+
+@rule
+async def a_page_that_it_has_does_not_come_again(taker: TakerUnderTest) -> None:
+    await taker.start().tokens()
+    await taker.start(is_known=True).tokens()
+    if taker.holder.orders[-1].num_have_tokens:
+        taker.holder.rewrite = _changing("run", lambda it: setattr(it, "first_page", it.first_page - 1))
+        await taker.fails("PROTOCOL", PREFILL, is_known=True)
 
 
 WRONG: dict[str, tuple[Rewrite, str, int]] = {

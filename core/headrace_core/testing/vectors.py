@@ -125,6 +125,16 @@ def _messages() -> Sequence[Message]:
         model_fingerprint="fa4e",
         layout=layout,
     )
+    cached = types_pb2.CachedPrefix(address="10.0.0.2:50071", incarnation=0x2122232425262728, num_tokens=8)
+    # The next turn, of which the taker has a page, and what its holder asks for in turn: it has that page, too.
+    continuing = _other(opening, token_ids=range(1, 10), num_prompt_tokens=9, num_have_tokens=4, cached_prefix=cached)
+    asking = _other(
+        opening,
+        token_ids=range(1, 9),
+        num_prompt_tokens=8,
+        num_have_tokens=4,
+        holder_incarnation=cached.incarnation,
+    )
     shard = hold_service_pb2.Shard(
         endpoint="10.0.0.1:50061",
         incarnation=0x1112131415161718,
@@ -166,6 +176,7 @@ def _messages() -> Sequence[Message]:
         sample_index=1,
         prefill_address="10.0.0.1:50061",
         local_below=64,
+        cached_prefix=cached,
     )
     entries = [
         decode_service_pb2.StepEntry(
@@ -189,6 +200,8 @@ def _messages() -> Sequence[Message]:
     ]
     return (
         requests(open=opening),
+        requests(open=continuing),
+        requests(open=asking),
         requests(confirm=hold_service_pb2.Confirm()),
         requests(),
         responses(admitted=admitted),
@@ -210,6 +223,15 @@ def _messages() -> Sequence[Message]:
         decode_service_pb2.SessionRequest(cancel=decode_service_pb2.CancelSequence(sequence_number=9, attempt=2)),
         decode_service_pb2.SessionResponse(entries=entries, step_us=900),
     )
+
+
+def _other(opening: hold_service_pb2.Open, *, token_ids: Sequence[int], **fields: Any) -> hold_service_pb2.Open:
+    """Return an order of other tokens, with their hash."""
+    other = hold_service_pb2.Open()
+    other.CopyFrom(opening)
+    other.ClearField("token_ids")
+    other.MergeFrom(hold_service_pb2.Open(token_ids=token_ids, tokens_sha256=_hash(token_ids), **fields))
+    return other
 
 
 def _message(message: Message) -> dict[str, Any]:
