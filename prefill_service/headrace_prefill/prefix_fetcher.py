@@ -62,9 +62,12 @@ class PrefixFetcher:
         fetching.add_done_callback(on_done)
 
     def cancel(self, key: int) -> None:
-        """End a fetch; its pages are the scheduler's when it has drained. Others are no error."""
+        """End the fetch of a sequence that was freed; its pages are the scheduler's when nothing can land any more."""
         fetching = self._fetching.get(key)
-        if fetching is not None and not fetching.cancelling():
+        if fetching is None:
+            # It may have pages of which the loop has yet to hear; no fetch into them begins any more.
+            self._host.engine.submit(lambda scheduler: scheduler.drained(key))
+        elif not fetching.cancelling():
             fetching.cancel()
 
     async def close(self) -> None:

@@ -21,6 +21,7 @@ from headrace_core.transfer.transports import TRANSPORTS, memory_kind
 from headrace_core.transfer.values import CachedPrefix
 from headrace_core.worker.loading import LoadedModel
 from headrace_decode.service import DecodeService
+from headrace_prefill.events import FetchReady
 from headrace_prefill.service import PrefillService
 
 SAMPLED = SamplingParams(temperature=1.1, seed=5, max_tokens=14, ignore_eos=True)
@@ -305,6 +306,27 @@ async def test_a_fetch_that_is_cancelled_before_it_began_gives_its_pages_back():
         assert (await collected.wait_failure()).reason == "DRAINING"
         await all_free(prefiller)
         assert counted(prefiller, "headrace_prefix_fetches_total", outcome="failed") == 0
+
+
+@async_test
+async def test_a_sequence_that_ends_before_anybody_heard_of_its_pages_gives_them_back():
+    prefiller, decoder = prefill_service(), decode_service()
+    on_news = prefiller._on_news
+
+    def hear_late(news):
+        if any(isinstance(event, FetchReady) for event in news.events):
+            prefiller._holder.abort_all(UnavailableError("DRAINING", "told by the test"))
+        on_news(news)
+
+    prefiller._on_news = hear_late
+    async with (
+        running(prefiller, decoder) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        answer = await router.generate("one", PROMPT, params=SAMPLED)
+        collected = router.start("two", [*PROMPT, *answer, *NEXT], params=SAMPLED, cached=at(decoder, decode))
+        assert (await collected.wait_failure()).reason == "DRAINING"
+        await all_free(prefiller)
 
 
 @async_test
