@@ -195,15 +195,15 @@ Action = Callable[[World, State, int], str | None]
 
 
 def steps(
-    world: World, actions: list[tuple[Action, range]], settle: Callable[[World, State], None]
+    world: Any, actions: list[tuple[Any, range]], settle: Callable[[Any, Any], None], state_of: Callable[[Any], Any]
 ) -> Callable[[Any], Iterator[Callable[[], Step | None]]]:
-    """Return what `explore` asks for; `settle` ends each step."""
+    """Return what `explore` asks for; `settle` ends each step. `state_of` a key: a `State`, or another model's."""
 
     def of(key: Any) -> Iterator[Callable[[], Step | None]]:
-        unused: list[State] = []
+        unused: list[Any] = []
 
-        def step(action: Action, index: int) -> Step | None:
-            state = unused.pop() if unused else State(key)
+        def step(action: Any, index: int) -> Step | None:
+            state = unused.pop() if unused else state_of(key)
             word = action(world, state, index)
             if word is None:
                 unused.append(state)

@@ -9,7 +9,7 @@ from .holder import ACTIONS as HOLDER_ACTIONS
 from .router import ACTIONS as ROUTER_ACTIONS
 from .settle import settle
 from .taker import ACTIONS as TAKER_ACTIONS
-from .world import FAULTS, World, initial, steps
+from .world import FAULTS, State, World, initial, steps
 
 ACTIONS = ROUTER_ACTIONS + TAKER_ACTIONS + HOLDER_ACTIONS + FAULT_ACTIONS
 
@@ -95,4 +95,4 @@ def say(text: object) -> None:
 
 
 def visit(world: World) -> Explored:
-    return explore(initial(world), steps(world, ACTIONS, settle), check_end(world))
+    return explore(initial(world), steps(world, ACTIONS, settle, State), check_end(world))
