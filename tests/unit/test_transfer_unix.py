@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
@@ -149,6 +150,12 @@ async def test_the_kernel_says_whose_a_connection_is():
     async with serving() as server:
         with connect(server) as client:
             assert unix.peer_uid(client) == os.geteuid()
+
+    class Foreign:
+        def getsockopt(self, *_: int) -> bytes:
+            return struct.pack("iII", 7, 4_000_000_001, 1000)
+
+    assert unix.peer_uid(Foreign()) == 4_000_000_001, "the user, neither the process nor the group"
 
 
 @async_test

@@ -26,6 +26,8 @@ _SUFFIX = ".sock"
 _MOST_FOLDER_BYTES = 64
 """Of the 107 that a socket's path may have; the rest is for its name."""
 _DESCRIPTOR = struct.Struct("i")
+_CREDENTIALS = struct.Struct("iII")
+"""Linux's `struct ucred`: process, user, group; the numbers of users and groups have no sign."""
 
 
 def private_folder() -> Path:
@@ -46,8 +48,8 @@ def private_folder() -> Path:
 
 def peer_uid(connection: socket.socket) -> int:
     """Return the user that the process at the other end of a unix socket runs as, by the kernel's word."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return struct.unpack("3i", credentials)[1]
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return _CREDENTIALS.unpack(credentials)[1]
 
 
 class DescriptorServer:
