@@ -37,6 +37,14 @@ def test_two_halves_do_what_the_whole_does_and_each_zeroes_its_own_pages(num_chu
         assert half.zero_page_ids == [chunk.page_ids[1] for chunk in half.chunks]
 
 
+def test_a_booked_step_is_of_its_chunks_with_what_is_zeroed_before_and_where_it_stops():
+    steps = book()
+    assert steps.plan([], [3], (1, 2)) is None
+    plan = steps.plan([chunk(3, 0)], [3], (1, 2))
+    assert plan == StepPlan([chunk(3, 0)], [3], (1, 2))
+    assert steps.planned is plan
+
+
 def test_a_chunks_error_names_its_request():
     error = Chunk(1, [5], 0, [0], None, "r-7").error(OverloadedError("NO_FREE_PAGES", "try again"))
     assert isinstance(error, OverloadedError)

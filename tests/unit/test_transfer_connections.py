@@ -1,6 +1,7 @@
 """A holder that is gone costs nothing for long: its channel is closed, and none that somebody uses."""
 
 import asyncio
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -71,6 +72,7 @@ async def test_a_channel_is_closed_when_nobody_used_it_for_long():
     book.connections.close_idle()
     assert book.connections.endpoints == ["b:1"]
     await eventually(lambda: book.num_open == 1, "it is closed")
+    await eventually(lambda: not book.connections._closing, "it is forgotten")
     await book.connections.close()
 
 
@@ -122,6 +124,29 @@ async def test_a_disconnected_endpoint_gets_a_channel_of_its_own_next_time():
     assert book.connections.endpoints == ["a:1"]
     assert not new.is_closed
     await book.connections.disconnect("nobody:1")
+    await book.connections.close()
+
+
+@async_test
+async def test_the_timer_is_set_for_when_the_longest_unused_one_is_due(monkeypatch):
+    timers = []
+    book = Book(idle_s=30.0)
+
+    def call_later(delay_s, callback):
+        timers.append((delay_s, callback))
+        return SimpleNamespace(cancel=lambda: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "call_later", call_later)
+        book.touch("a:1")
+        book.now_s = 20.0
+        book.touch("b:1")
+        for book.now_s, left in ((30.0, ["b:1"]), (50.0, [])):
+            timers[-1][1]()
+            assert book.connections.endpoints == left
+        book.now_s = 60.0
+        book.touch("c:1")
+    assert [delay_s for delay_s, _ in timers] == [30.0, 20.0, 30.0]
     await book.connections.close()
 
 

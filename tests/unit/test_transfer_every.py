@@ -74,6 +74,7 @@ async def test_part_of_the_layers_can_be_taken_alone(name: str):
         assert part is not None
         await it.move(part)
         assert it.memory.content(PLACES) == [before[0], it.source.content(PAGES)[1]]
+        assert it.memory.copies == [("from_host", PLACES, range(1, 2))]
 
 
 @every_transport

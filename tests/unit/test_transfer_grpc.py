@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -28,7 +29,6 @@ PAGES = (5, 0, 3)
 PLACES = (1, 2, 7)
 NUM_BYTES = 2 * 3 * 64
 READING = Reading("lease-1", INCARNATION, hash_tokens(range(12)))
-LOOK = (READING, (0, 2, 0, 3))
 
 
 class Ends:
@@ -44,10 +44,12 @@ class Ends:
         self.transport = GrpcTaker(self.memory)
         self.address = address
 
+    def offered(self) -> Source:
+        return Source(self.address, READING, self.service.offer())
+
     def begin(self, page_ids: tuple[int, ...] = PAGES, timeout_s: float = WAIT_S) -> Transfer:
-        source = Source(self.address, READING, self.service.offer())
         run = run_of(self.source, page_ids)
-        return self.transport.pull(source, run, PLACES[: len(page_ids)], timeout_s=timeout_s)
+        return self.transport.pull(self.offered(), run, PLACES[: len(page_ids)], timeout_s=timeout_s)
 
     async def pull(self, timeout_s: float = WAIT_S) -> None:
         await self.begin(timeout_s=timeout_s).wait()
@@ -87,11 +89,13 @@ async def test_every_page_of_every_layer_arrives_in_its_place(frame_bytes: int, 
         assert it.sent == [size + (2 if size < 128 else 3) for size in sizes]
 
 
+@pytest.mark.parametrize("first_page", [0, 4])
 @async_test
-async def test_the_lease_is_looked_at_before_every_frame_and_after_the_last():
+async def test_the_run_is_looked_at_before_every_frame_and_after_the_last(first_page: int):
     async with ends() as it:
-        await it.pull()
-        assert it.holder.looks == [LOOK] * (1 + 4 + 1)
+        run = replace(run_of(it.source, PAGES), first_page=first_page)
+        await it.transport.pull(it.offered(), run, PLACES, timeout_s=WAIT_S).wait()
+        assert it.holder.looks == [(READING, (0, 2, first_page, 3))] * (1 + 4 + 1)
 
 
 @pytest.mark.parametrize("num_good_looks", [0, 1, 3, 5])

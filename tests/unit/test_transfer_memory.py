@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from headrace_core.errors import StartupError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.transfer.memfd import ALIGNMENT, Memfd, map_sealed
@@ -43,7 +44,7 @@ def test_a_cache_on_shared_memory_is_like_any_other(has_host_copy: bool):
 def test_a_reader_sees_what_the_owner_writes_now():
     memory, cache = pool()
     pages, proof = map_sealed(memory.descriptor)
-    assert proof == memory.proof
+    assert (proof, len(pages)) == (memory.proof, 3 * memory.layer_stride)
     for layer, page_id in ((0, 0), (1, 69), (2, 7)):
         cache.page_bytes(layer, page_id)[:] = bytes([layer + 1]) * 64
         start = layer * memory.layer_stride + page_id * 64
@@ -100,7 +101,15 @@ def test_memory_whose_size_could_change_is_not_mapped(tmp_path: Path):
     os.ftruncate(file, 2 * ALIGNMENT)
     short = os.memfd_create("short", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     fcntl.fcntl(short, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    for descriptor, problem in ((unsealed, "not sealed"), (file, "Invalid argument"), (short, "0 bytes are no pool")):
+    proof_alone = os.memfd_create("proof alone", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(proof_alone, ALIGNMENT)
+    fcntl.fcntl(proof_alone, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    for descriptor, problem in (
+        (unsealed, "not sealed"),
+        (file, "Invalid argument"),
+        (short, "^0 bytes are no pool"),
+        (proof_alone, "4096 bytes are no pool"),
+    ):
         with pytest.raises(OSError, match=problem):
             map_sealed(descriptor)
         os.close(descriptor)
@@ -108,7 +117,7 @@ def test_memory_whose_size_could_change_is_not_mapped(tmp_path: Path):
 
 def test_nothing_is_left_of_it():
     def mappings() -> int:
-        return Path("/proc/self/maps").read_text().count("headrace-pages")
+        return Path("/proc/self/maps").read_text().count("/memfd:headrace-pages ")
 
     gc.collect()
     before = len(os.listdir("/proc/self/fd")), mappings()
@@ -118,6 +127,14 @@ def test_nothing_is_left_of_it():
     del memory, cache, pages
     gc.collect()
     assert (len(os.listdir("/proc/self/fd")), mappings()) == before
+
+
+def test_more_than_this_machine_can_share_is_refused():
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StartupError, match=rf"^no memory can be shared here \({2**62 + ALIGNMENT} bytes\): ") as raised:
+        Memfd().allocate(1, 2**62)
+    assert raised.value.reason == "NO_TRANSPORT"
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_kind_says_what_a_pool_is_allocated_from():

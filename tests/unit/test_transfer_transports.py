@@ -71,6 +71,12 @@ async def test_an_offer_that_can_not_be_proven_leaves_the_next():
             ("fake",),
             "10.0.0.7:5000 offers fake, grpc; this worker takes fake; fake: the holder's pool is not in this process",
         ),
+        (
+            [FAKE, FAKE],
+            ("fake",),
+            "10.0.0.7:5000 offers fake, fake; this worker takes fake; fake: the holder's pool is not in this process; "
+            "fake: the holder's pool is not in this process",
+        ),
     ],
 )
 @async_test

@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
@@ -28,7 +29,10 @@ def folder(tmp_path_factory, monkeypatch) -> Path:
 
 @contextlib.asynccontextmanager
 async def serving(name: str = "a", *, has_descriptor: bool = True) -> AsyncGenerator[DescriptorServer]:
+    """Serve; nothing that the event loop calls may raise."""
     read, write = os.pipe()
+    raised: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
     server = DescriptorServer(name, PASSWORD, lambda: read if has_descriptor else None)
     try:
         yield server
@@ -36,6 +40,7 @@ async def serving(name: str = "a", *, has_descriptor: bool = True) -> AsyncGener
         server.close()
         os.close(read)
         os.close(write)
+    assert raised == []
 
 
 def files(folder: Path) -> list[Path]:
@@ -111,6 +116,15 @@ async def test_who_says_nothing_or_goes_on_talking_is_left(monkeypatch):
         connection.send(PASSWORD)
         assert await is_ended(connection)
         connection.close()
+
+
+@async_test
+async def test_who_says_the_password_and_goes_at_once_is_forgotten():
+    async with serving() as server:
+        with connect(server) as client:
+            client.send(PASSWORD)
+        await receive(server)
+        await eventually(lambda: server.num_connections == 0, "both ends are seen")
 
 
 @async_test
@@ -212,6 +226,33 @@ async def test_who_never_leaves_does_not_keep_the_server_from_closing():
 
 
 @async_test
+async def test_a_server_whose_socket_somebody_swept_away_still_closes():
+    async with serving() as server:
+        os.unlink(server.path)
+
+
+def test_a_socket_that_two_sweep_at_once_is_gone_for_both(folder: Path, monkeypatch):
+    left = private_folder() / "killed.sock"
+    with unix._new_socket() as killed:
+        killed.bind(str(left))
+
+    class Overtaken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def connect(self, path):
+            Path(path).unlink()
+            raise ConnectionRefusedError
+
+    monkeypatch.setattr(unix, "_new_socket", Overtaken)
+    unix._sweep(left.parent)
+    assert files(folder) == []
+
+
+@async_test
 async def test_a_socket_that_a_killed_process_left_is_swept_and_a_living_one_is_not():
     async with serving("living") as living:
         left = private_folder() / "killed.sock"
@@ -246,6 +287,22 @@ def test_a_folder_whose_path_leaves_no_room_for_a_socket_is_not_used(folder: Pat
     with pytest.raises(OSError, match="set TMPDIR to a shorter folder"):
         private_folder()
     assert "too long" in shm.probe(), "auto does without"
+
+
+@pytest.mark.parametrize(("num_bytes", "is_used"), [(64, True), (65, False)])
+def test_a_folders_path_may_have_so_many_bytes(folder: Path, monkeypatch, num_bytes: int, is_used: bool):
+    place = folder / ("d" * (num_bytes - len(f"{folder}//headrace-{os.geteuid()}")))
+    place.mkdir()
+    monkeypatch.setattr(unix.tempfile, "gettempdir", lambda: str(place))
+    with contextlib.nullcontext() if is_used else pytest.raises(OSError, match="too long for the path of a socket"):
+        assert len(os.fsencode(private_folder())) == num_bytes
+
+
+def test_a_folder_of_another_user_is_not_used(folder: Path, monkeypatch):
+    other = os.geteuid() + 1
+    monkeypatch.setattr(unix.os, "geteuid", lambda: other)
+    with pytest.raises(PermissionError, match=f"headrace-{other} must be a folder of this user's"):
+        private_folder()
 
 
 def _symlink(place: Path) -> None:
