@@ -8,18 +8,19 @@ import gc
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from headrace.v1 import types_pb2
-from headrace_core.errors import HandoffLostError, TransferCorruptError
+from headrace_core.errors import HandoffLostError, StartupError, TransferCorruptError
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, holding
 from headrace_core.transfer import shm, unix
 from headrace_core.transfer.memfd import Memfd
-from headrace_core.transfer.shm import ShmHolder
+from headrace_core.transfer.shm import ShmHolder, ShmTransfer
 from headrace_core.transfer.transport import Reading, Source, UnprovenError
-from headrace_core.transfer.unix import DescriptorServer
+from headrace_core.transfer.unix import DescriptorServer, receive_descriptor
 
 from tests.unit.transport_parts import PAGES, PLACES, READING, Pair, pair
 
@@ -75,7 +76,44 @@ async def test_a_pool_on_plain_memory_is_not_offered():
     holder = ShmHolder(holding(StubHolder(PAGES), PlainMemory(), frame_bytes=100, on_sent=lambda _: None))
     holder.serve(None)
     assert holder.offer() is None
+    with pytest.raises(ConnectionError, match="passes no memory to us"):
+        await receive_descriptor(holder.server.path, b"", timeout_s=WAIT_S)
     holder.close()
+
+
+@async_test
+async def test_a_pool_is_offered_once_it_is_served_with_secrets_that_are_new_each_time():
+    secrets: set[bytes] = set()
+    for _ in range(2):
+        it = Pair("shm")
+        assert it.holder.offer() is None
+        it.holder.close()
+        it.holder.serve(None)
+        offer = it.holder.offer().shm
+        assert (len(offer.key), len(offer.proof)) == (16, 16)
+        secrets |= {offer.key, offer.proof}
+        it.holder.close()
+    assert len(secrets) == 4
+
+
+@async_test
+async def test_a_worker_that_can_listen_nowhere_does_not_start(monkeypatch):
+    monkeypatch.setattr(unix.tempfile, "gettempdir", lambda: "/nowhere")
+    with pytest.raises(StartupError, match=r"^shm: no socket can be listened at: .*'/nowhere/headrace-") as raised:
+        Pair("shm").holder.serve(None)
+    assert raised.value.reason == "NO_TRANSPORT"
+
+
+@async_test
+async def test_who_listens_and_never_answers_is_not_waited_for_long(monkeypatch, tmp_path):
+    monkeypatch.setattr(shm, "PROOF_TIMEOUT_S", 0.05)
+    monkeypatch.chdir(tmp_path)
+    async with pair("shm") as it:
+        with unix._new_socket() as mute:
+            mute.bind("mute.sock")
+            mute.listen()
+            source = it.offered(lambda offer: setattr(offer.shm, "socket", "mute.sock"))
+            assert await refusal(it, source) == "nobody answers at mute.sock"
 
 
 @pytest.mark.parametrize("is_sealed", [False, True], ids=["size not sealed", "another pool"])
@@ -102,20 +140,66 @@ async def test_what_a_rogue_passes_at_the_holders_path_is_not_mapped(is_sealed: 
         os.close(descriptor)
 
 
+def transfer_of(it: Pair, source: Source, *page_ids: int) -> ShmTransfer:
+    run = replace(it.run(), page_ids=page_ids)
+    return it.taker.pull(source, run, page_ids, timeout_s=WAIT_S)
+
+
 @pytest.mark.parametrize(
-    ("page_id", "stride"), [(8, None), (1 << 31, None), (0, 1 << 62), (7, 64)], ids=["past", "far", "stride", "small"]
+    ("stride", "layer", "page_id", "is_there"),
+    [
+        (512, 0, 7, True),
+        (512, 0, 8, False),
+        (4096, 1, 63, True),
+        (4096, 1, 64, False),
+        (4096, 0, 1 << 31, False),
+        (4128, 1, 63, False),
+        (1 << 62, 1, 0, False),
+        (32, 0, 0, False),
+    ],
 )
 @async_test
-async def test_a_page_that_is_not_in_the_pool_is_a_short_read(page_id: int, stride: int | None):
+async def test_a_page_that_is_not_whole_in_its_layer_and_in_the_pool_is_a_short_read(stride, layer, page_id, is_there):
+    """The pool has two layers of 4096 bytes, a page 64: what a holder says of it is not taken for granted."""
     async with pair("shm") as it:
-        source = it.offered(lambda offer: setattr(offer.shm, "layer_stride", stride or 512))
+        source = it.offered(lambda offer: setattr(offer.shm, "layer_stride", stride))
         await it.taker.prove(source)
-        run = it.run()
-        object.__setattr__(run, "page_ids", (0, page_id, 0))
-        if stride is None:
-            object.__setattr__(run, "checksums", tuple((run.checksums[i][1],) * 3 for i in (0, 1)))
+        read = await transfer_of(it, source, 0, page_id).wait()
+        if is_there:
+            assert len(read(layer, 1)) == 64
+            return
+        with pytest.raises(TransferCorruptError) as raised:
+            read(layer, 1)
+        assert (raised.value.reason, str(raised.value)) == (
+            "SHORT_READ",
+            f"page {page_id} is outside {it.address}'s pool",
+        )
+
+
+@async_test
+async def test_after_a_transfer_is_cancelled_nothing_more_is_read():
+    async with pair("shm") as it:
+        source = it.offered()
+        await it.taker.prove(source)
+        transfer = transfer_of(it, source, 0)
+        read = await transfer.wait()
+        assert len(read(0, 0)) == 64
+        transfer.cancel()
+        with pytest.raises(HandoffLostError, match="torn down"):
+            read(0, 0)
+
+
+@async_test
+async def test_a_connection_that_ends_just_before_a_page_is_read_leaves_none_to_read(monkeypatch):
+    async with pair("shm") as it:
+        source = it.offered()
+        await it.taker.prove(source)
+        transfer = transfer_of(it, source, 0)
+        read = await transfer.wait()
+        await it.taker.disconnect(it.address)
+        monkeypatch.setattr(transfer, "_require_open", lambda: None)  # the reading thread was past it
         with pytest.raises(TransferCorruptError):
-            await it.mover.move(it.taker, source, run, PLACES)
+            read(0, 0)
 
 
 @async_test
@@ -130,6 +214,8 @@ async def test_a_holder_restarted_at_the_same_path_is_another_one():
         assert offer is not None
         assert offer.shm.socket == first.offer.shm.socket
         await eventually(lambda: it.taker.endpoints == [], "the first one's end is known")
+        with pytest.raises(HandoffLostError, match=f"^{it.address} is gone"):
+            transfer_of(it, first, 0)
         assert "passes no memory to us" in await refusal(it, first)
         await it.taker.prove(Source(it.address, READING, offer))
         second.close()
