@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -75,6 +76,25 @@ async def test_rule_1_sealing_gives_way_to_steps():
     await asyncio.gather(sealer.seal(0, [(5, 7)], range(2)), sealer.seal(1, [(1, 8)], range(2)))
     assert all(value > os.getpriority(os.PRIO_PROCESS, 0) for value in niceness)
     assert len(niceness) == 2
+    sealer.close()
+
+
+@async_test
+async def test_one_thread_copies_so_that_a_page_is_copied_after_its_earlier_owners_was():
+    threads: list[str] = []
+    is_next_here = threading.Event()
+
+    class Watching(PlainMemory):
+        def copy_to_host(self, page_ids: Sequence[int], layers: range, behind: Mark | None = None) -> None:
+            threads.append(threading.current_thread().name)
+            if len(threads) == 1:
+                is_next_here.wait(0.05)  # a second thread would come
+            else:
+                is_next_here.set()
+
+    sealer = Sealer(Watching(), LAYOUT)
+    await asyncio.gather(sealer.seal(0, [(5, 7)], range(2)), sealer.seal(0, [(5, 8)], range(2)))
+    assert threads == ["seal_0"] * 2
     sealer.close()
 
 
