@@ -7,7 +7,7 @@ import asyncio
 from headrace.v1 import worker_service_pb2
 from headrace_core.errors import OverloadedError, UnavailableError
 from headrace_core.testing.async_test import async_test, eventually
-from headrace_router import policy
+from headrace_router import dispatch, policy
 from headrace_router.policy import MAX_OVERTAKEN
 
 from tests.unit.router_dispatch_parts import PAGE, StubSample, a_queue, failure, reserved
@@ -161,6 +161,65 @@ async def test_who_gives_up_as_it_is_placed_gives_its_workers_to_the_next():
 
 
 @async_test
+async def test_who_gives_up_as_it_is_refused_has_given_up():
+    async with a_queue() as queue:
+        queue.add_worker("p", "prefill")
+        queue.add_worker("d", "decode", num_pages=10)
+        call = queue.place(StubSample(num_tokens=10 * PAGE))
+        await asyncio.sleep(0)  # it waits, and a round is due that refuses it
+        asyncio.get_running_loop().call_soon(call.cancel)
+        await queue.settle()
+        assert call.cancelled()
+
+
+@async_test
+async def test_what_starts_is_counted_to_its_client_and_what_gives_up_is_not():
+    async with a_queue() as queue:
+        queue.add_worker("p", "prefill")
+        queue.add_worker("d", "decode", max_step_sequences=1)
+        running = await queue.placed_now(StubSample(client="z"))
+        samples = [StubSample(client=client) for client in "aaabb"]
+        calls = [queue.place(sample) for sample in samples]
+        await queue.settle()
+        calls[0].cancel()
+        for expected in (1, 3, 2, 4):
+            await queue.settle()
+            running.release()
+            running = await queue.result(calls[expected])
+        assert queue.placed[1:] == [samples[i] for i in (1, 3, 2, 4)]
+
+
+@async_test
+async def test_a_round_is_told_of_all_that_is_there_and_of_what_takes_another_route(monkeypatch):
+    told, made = [], []
+    plan, capacity = policy.plan, dispatch.Capacity
+
+    def watch(queue, views, capacity, *, num_second, kinds):
+        told.append(num_second)
+        return plan(queue, views, capacity, num_second=num_second, kinds=kinds)
+
+    monkeypatch.setattr(policy, "plan", watch)
+    monkeypatch.setattr(dispatch, "Capacity", lambda views: made.append(views) or capacity(views))
+    async with a_queue() as queue:
+        small = queue.add_worker("small", "prefill", num_pages=10)
+        queue.add_worker("b", "both", max_step_sequences=1)
+        running = await queue.placed_now(StubSample())
+        calls = [queue.place(StubSample(num_tokens=num_tokens)) for num_tokens in (20, 200, 200, 20)]
+        await queue.settle()
+        assert told == [0, 2]
+        calls[1].cancel()
+        small.hold()  # it is there, and the short ones wait for it
+        running.release()
+        long = await queue.result(calls[2])
+        assert (long.prefill, told[2:]) == (None, [1])
+        small.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=10))
+        long.release()
+        await queue.result(calls[0])
+        assert told[3:] == [0]
+        assert len(made) == 2, "of nobody, and of these two"
+
+
+@async_test
 async def test_a_sequence_is_overtaken_only_so_often():
     """The large prompt waits for the loaded prefill worker; small ones go past it to the other, while they may."""
     async with a_queue() as queue:
@@ -236,6 +295,18 @@ async def test_a_worker_that_comes_in_time_is_waited_for():
         queue.fleet.lack = ""
         queue.fleet.on_change()
         await queue.result(call)
+
+
+@async_test
+async def test_all_of_a_kind_are_looked_for_however_many_there_are():
+    async with a_queue() as queue:
+        large = queue.add_worker("large", "prefill", max_step_tokens=50)
+        queue.add_worker("small", "prefill", num_pages=10)
+        queue.add_worker("d", "decode", num_pages=1000)
+        large.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=100, num_waiting_tokens=1))
+        calls = [queue.place(StubSample(num_tokens=num_tokens)) for num_tokens in (400, 20, 400, 20)]
+        await queue.settle()
+        assert [call.done() for call in calls] == [False, True, False, True]
 
 
 @async_test

@@ -209,6 +209,26 @@ def test_a_new_name_that_yields_holds_up_the_others_at_its_address():
     assert starts([small], full(6, A, num_free_pages=31)) == [0]
     assert starts([large, small], full(6, A, num_free_pages=31)) == []
     assert starts([large, small, waiting(16, 16, client=C)], full(6, A, num_free_pages=31)) == [2]
+    assert starts([waiting(16, 16 * 24, client=("one", "new"))], full(6, A, num_free_pages=31)) == [0], "half as much"
+
+
+def test_a_worker_that_computes_its_prompts_as_well_keeps_as_much():
+    def starts_alone(queue, worker):
+        return [assignment.index for assignment in plan(queue, [replace(worker, can_prefill=True)])]
+
+    large, small = waiting(16, 16 * 19, client=A), waiting(16, 16, client=A)
+    assert starts_alone([waiting(client=A), waiting(client=C)], full(1, A)) == [1]
+    assert starts_alone([large, small, waiting(16, 16, client=C)], full(6, A, num_free_pages=31)) == [2]
+
+
+def test_what_is_kept_from_a_client_keeps_no_other_worker_from_anybody():
+    kept = replace(full(1, A, address="b", num_pages=10), can_prefill=True)
+    orphan = waiting(800, has_output=True, client=C)
+    assert plan([waiting(client=A), waiting(client=A), orphan], [kept, decode()]) == [Assignment(2, "", "d")]
+
+
+def test_whoever_starts_there_leaves_those_that_run_something_there_what_they_are():
+    assert starts([waiting(client=C), waiting(client=A)], full(2, A)) == [0]
 
 
 def test_each_of_several_clients_yields_to_those_that_run_nothing_there():

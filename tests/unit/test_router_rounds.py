@@ -134,6 +134,10 @@ def test_a_decode_side_computes_no_prompt_for_a_pair():
     """Prompt tokens go to the prefill worker's account alone, and output's pages to the decode side's."""
     assert placed([waiting(200)] * 2, prefill(token_budget=1000), both(num_tokens_in_flight=512)) == [0, 1]
     assert placed([waiting(16, 1000)] * 2, prefill(num_free_pages=2), decode(num_free_pages=200)) == [0, 1]
+    busy = both("b1", num_tokens_in_flight=512)
+    assert chosen(waiting(200), prefill(), busy, both("b2", num_free_pages=50)) == ("p", "b1")
+    pair_then_alone = [waiting(100), waiting(512)]
+    assert plan(pair_then_alone, [prefill(num_pages=10), both()]) == [Assignment(0, "p", "b"), Assignment(1, "", "b")]
 
 
 def test_a_round_spreads_prompts_over_prefill_workers_and_output_over_decode_workers():
@@ -249,6 +253,32 @@ def test_one_that_was_overtaken_often_claims_every_decode_side_that_could_hold_i
     workers = [prefill("small", num_pages=10), prefill("large", num_tokens_in_flight=500)]
     workers += [decode("d1", num_pages=20, num_free_pages=20), decode("d2")]
     assert plan([waiting(800, num_overtaken=num_overtaken), waiting()], workers) == [Assignment(1, "small", address)]
+
+
+def test_a_round_ends_when_no_worker_is_left_for_the_usual_route():
+    looked = []
+    queue = (looked.append(item) or item for item in [waiting(400)] * 500)
+    assert plan(queue, [prefill(num_tokens_in_flight=200), decode()]) == []
+    assert len(looked) == 2
+
+
+@pytest.mark.parametrize(
+    ("fleet", "has_second"),
+    [
+        ([prefill(), decode()], False),
+        ([prefill(), decode(), both()], False),
+        ([prefill(), both(num_pages=101)], True),
+        ([prefill(max_context_tokens=200), both(max_context_tokens=201)], True),
+        ([prefill(max_context_tokens=200), both(max_context_tokens=200)], False),
+        ([prefill(max_context_tokens=200), both(num_pages=101, max_context_tokens=199)], True),
+        ([prefill(num_pages=101), both(), decode(num_pages=101)], False),
+        ([prefill(), decode(num_pages=101)], True),
+        ([both(), decode(num_pages=101)], True),
+        ([decode(), decode("d2", num_pages=101)], False),
+    ],
+)
+def test_a_fleet_has_a_second_route_where_others_hold_more_than_those_of_the_first(fleet, has_second):
+    assert Capacity(fleet).has_second_routes == has_second
 
 
 def overtook(queue: list[Waiting], *workers: WorkerView) -> list[tuple[int, int]]:
