@@ -118,7 +118,7 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
     except HeadraceError as error:
         return _refuse(error)
     try:
-        metrics_address = serve_metrics(settings.metrics_listen, service.registry)
+        metrics_address = serve_metrics(settings.metrics_listen, service.registry, role)
         address = await _start(service, stopping)
         if address is None:
             await _stop(service, settings)

@@ -14,12 +14,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from headrace_core.errors import StartupError
 
@@ -81,8 +83,28 @@ def setup_logging(process: str, *, log_format: str, level: str) -> None:
     logging.getLogger("grpc._common").addFilter(lambda record: "deserializing" not in record.getMessage())
 
 
-def serve_metrics(address: str, registry: CollectorRegistry) -> str:
+class _WithRole(Collector):
+    """A registry's metrics with the label `role` on every sample, and without the times at which series began."""
+
+    def __init__(self, registry: CollectorRegistry, role: str) -> None:
+        self._registry = registry
+        self._labels = {"role": role}
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield them; called by the registry that is scraped."""
+        for metric in self._registry.collect():
+            metric.samples = [
+                sample._replace(labels=self._labels | sample.labels)
+                for sample in metric.samples
+                if not sample.name.endswith("_created")
+            ]
+            yield metric
+
+
+def serve_metrics(address: str, registry: CollectorRegistry, role: str) -> str:
     """Serve `registry` over HTTP at `host:port` from daemon threads; return the address with the kernel's port.
+
+    Every sample gets the label `role`: processes of different roles are scraped together.
 
     At most `MAX_SCRAPES` connections are open: the next one closes the oldest, so that connections that never ask, or
     never read, keep nobody from the metrics. One answer is made at a time, as making it competes with the event loop.
@@ -92,7 +114,9 @@ def serve_metrics(address: str, registry: CollectorRegistry) -> str:
     """
     host, _, port = address.rpartition(":")
     try:
-        server = _MetricsServer(host.strip("[]"), int(port), registry)
+        labelled = CollectorRegistry()
+        labelled.register(_WithRole(registry, role))
+        server = _MetricsServer(host.strip("[]"), int(port), labelled)
     except (OSError, ValueError, OverflowError) as error:
         raise StartupError("BIND", f"can't serve metrics on {address}: {error}") from error
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

@@ -345,12 +345,12 @@ class DecodeService:
             case Started(queue_s=queue_s, num_cached_tokens=num_cached):
                 if not sequence.taking:
                     worker.queue_seconds.observe(queue_s)
-                    worker.prompt_tokens.inc(len(sequence.spec.token_ids))
+                    worker.prefilled_tokens.inc(len(sequence.spec.token_ids))
                 worker.cache_query_tokens.inc(len(sequence.spec.token_ids))
                 worker.cache_hit_tokens.inc(num_cached)
                 sequence.tell_joined(event)
             case Output(finish=finish):
-                worker.output_tokens.inc()
+                worker.sampled_tokens.inc()
                 sequence.tell_output(event)
                 if finish:
                     self._end(sequence)

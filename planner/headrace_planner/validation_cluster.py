@@ -95,7 +95,7 @@ def read_steps(worker: ClusterProcess) -> StepSums:
     """Return how many steps a worker ran, their seconds and their tokens, from its metrics."""
     with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics", timeout=_TIMEOUT_S) as response:
         families = text_string_to_metric_families(response.read().decode())
-    values = {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+    values = {sample.name: sample.value for family in families for sample in family.samples}
     names = ("headrace_step_seconds_count", "headrace_step_seconds_sum", "headrace_step_tokens_total")
     return StepSums(*(values[name] for name in names))
 

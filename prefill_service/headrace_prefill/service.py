@@ -215,8 +215,8 @@ class PrefillService:
     def _report(self, call: HeldCall, prefilled: Prefilled) -> None:
         spec, worker = call.lease.order.spec, self._metrics.worker
         num_tokens = len(spec.token_ids)
-        worker.prompt_tokens.inc(num_tokens)
-        worker.output_tokens.inc()
+        worker.prefilled_tokens.inc(num_tokens)
+        worker.sampled_tokens.inc()
         worker.cache_query_tokens.inc(num_tokens)
         worker.cache_hit_tokens.inc(prefilled.num_cached_tokens)
         worker.queue_seconds.observe(call.queue_s)

@@ -1,7 +1,7 @@
 """The router's metrics. Seconds and tokens; one object, on its own registry.
 
-ITL is observed for every token, so its histogram is a plain list of counts that is turned into samples when somebody
-scrapes; the others are observed once a request.
+What every token counts in is plain numbers, turned into samples when somebody scrapes; the rest is observed once a
+request.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace_router.timings import Waterfall
+from headrace_router.timings import PHASES, Waterfall
 
 OUTCOMES = ("ok", "invalid", "overloaded", "unavailable", "deadline", "cancelled", "failed")
 
@@ -48,6 +48,35 @@ class TokenHistogram(Collector):
         yield family
 
 
+class TokenMetrics(Collector):
+    """What is counted as tokens come: TTFT, ITL and the tokens themselves. As `TokenHistogram`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._ttft = Histogram(
+            "headrace_ttft_seconds", "Arrival at the router to first token, per sample.", buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )  # fmt: skip
+        self._itl = TokenHistogram(
+            "headrace_itl_seconds", "Gap between two tokens of a sample, per token.", LATENCY_BUCKETS, registry
+        )
+        self._num_tokens = 0
+        registry.register(self)
+
+    def first(self, ttft_s: float, num_tokens: int) -> None:
+        """Count a sample's first message of tokens."""
+        self._ttft.observe(ttft_s)
+        self._num_tokens += num_tokens
+
+    def more(self, gap_s: float, num_tokens: int) -> None:
+        """Count tokens that came together, `gap_s` after those before them."""
+        self._itl.observe(gap_s / num_tokens, num_tokens)
+        self._num_tokens += num_tokens
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the samples; called by the registry."""
+        yield CounterMetricFamily("headrace_output_tokens", "Tokens generated.", self._num_tokens)
+
+
 class Gauges(Collector):
     """What is read from the router when somebody scrapes."""
 
@@ -65,7 +94,7 @@ class Gauges(Collector):
         num_queued, num_running = self._requests()
         yield GaugeMetricFamily("headrace_queued_requests", "Requests waiting for a worker.", num_queued)
         yield GaugeMetricFamily("headrace_running_requests", "Requests under way, queued ones included.", num_running)
-        family = GaugeMetricFamily("headrace_workers", "Workers the router knows.", labels=["role", "state"])
+        family = GaugeMetricFamily("headrace_workers", "Workers the router knows.", labels=["worker_role", "state"])
         counts: dict[tuple[str, str], int] = {}
         for key in self._workers():
             counts[key] = counts.get(key, 0) + 1
@@ -79,16 +108,11 @@ class RouterMetrics:
     """Every metric of the router."""
 
     registry: CollectorRegistry
-    ttft: Histogram
-    itl: TokenHistogram
+    tokens: TokenMetrics
     tpot: Histogram
     e2e: Histogram
-    queue: Histogram
-    prefill: Histogram
-    transfer: Histogram
-    decode: Histogram
+    phases: Histogram
     prompt_tokens: Counter
-    output_tokens: Counter
     requests: Counter
     refused: Counter
     retries: Counter
@@ -98,38 +122,33 @@ class RouterMetrics:
         """Return fresh metrics on a registry of their own."""
         registry = CollectorRegistry()
 
-        def histogram(name: str, documentation: str, buckets: Sequence[float] = PHASE_BUCKETS) -> Histogram:
-            return Histogram(f"headrace_{name}_seconds", documentation, buckets=buckets, registry=registry)
+        def histogram(
+            name: str, documentation: str, *labels: str, buckets: Sequence[float] = PHASE_BUCKETS
+        ) -> Histogram:
+            return Histogram(f"headrace_{name}_seconds", documentation, labels, buckets=buckets, registry=registry)
 
         def counter(name: str, documentation: str, *labels: str) -> Counter:
             return Counter(f"headrace_{name}", documentation, labels, registry=registry)
 
         metrics = cls(
             registry=registry,
-            ttft=histogram("ttft", "Arrival at the router to first token, per sample.", LATENCY_BUCKETS),
-            itl=TokenHistogram(
-                "headrace_itl_seconds", "Gap between two tokens of a sample, per token.", LATENCY_BUCKETS, registry
-            ),
-            tpot=histogram("tpot", "(E2E - TTFT) / (output tokens - 1), per sample.", LATENCY_BUCKETS),
+            tokens=TokenMetrics(registry),
+            tpot=histogram("tpot", "(E2E - TTFT) / (output tokens - 1), per sample.", buckets=LATENCY_BUCKETS),
             e2e=histogram("e2e", "Arrival at the router to last token, per sample."),
-            queue=histogram("queue", "In the router's queue and the workers', per sample."),
-            prefill=histogram("prefill", "First prefill step to first token, per sample; as workers report it."),
-            transfer=histogram("transfer", "Moving and verifying pages, per sample; as workers report it."),
-            decode=histogram("decode", "Start at the decode worker to last token, per sample."),
+            phases=histogram("phase", "Phases of the waterfall, per sample; they sum to E2E.", "phase"),
             prompt_tokens=counter("prompt_tokens", "Prompt tokens of accepted requests."),
-            output_tokens=counter("output_tokens", "Tokens generated."),
             requests=counter("requests", "Requests, by how they ended.", "outcome"),
             refused=counter("refused_requests", "Requests that ended before a worker had them, by reason.", "reason"),
             retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
         )
         for outcome in OUTCOMES:
             metrics.requests.labels(outcome)
+        for name in PHASES:
+            metrics.phases.labels(name)
         return metrics
 
     def observe_phases(self, waterfall: Waterfall) -> None:
         """Count one sample's phases when it ended well."""
         self.e2e.observe(waterfall.total_us / 1e6)
-        self.queue.observe(waterfall.sum_s("queue", "prefill_queue", "decode_queue"))
-        self.prefill.observe(waterfall.sum_s("prefill"))
-        self.transfer.observe(waterfall.sum_s("transfer"))
-        self.decode.observe(waterfall.sum_s("first_step", "decode"))
+        for name, seconds in waterfall.sums_s().items():
+            self.phases.labels(name).observe(seconds)

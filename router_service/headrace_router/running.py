@@ -170,7 +170,7 @@ class RunningRequest:
             detokenizer,
             client=self._client,
             prefix_key=key,
-            itl=self._metrics.itl,
+            tokens=self._metrics.tokens,
             on_news=self._on_news,
             on_cached=self._on_first_cached if index == 0 else _ignore,
         )
@@ -239,15 +239,11 @@ class RunningRequest:
                 sample.state = SampleState.FAILED
 
     def _observe(self, sample: Sample) -> None:
-        metrics, num_output = self._metrics, len(sample.output_ids)
-        metrics.output_tokens.inc(num_output)
-        if sample.first_token_s is not None:
-            metrics.ttft.observe(sample.first_token_s - self.spec.arrival_s)
         if sample.state is SampleState.FINISHED:
-            metrics.observe_phases(sample.waterfall)
+            self._metrics.observe_phases(sample.waterfall)
             tpot_s = _tpot_s(sample)
             if tpot_s is not None:
-                metrics.tpot.observe(tpot_s)
+                self._metrics.tpot.observe(tpot_s)
 
     def _log(self, outcome: str) -> None:
         first = self.samples[0]

@@ -32,7 +32,7 @@ from headrace_router.cached import Cached, cached_at
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
-from headrace_router.metrics import TokenHistogram
+from headrace_router.metrics import TokenMetrics
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.session import Ended, Moved, Progress, Side, Whose
 from headrace_router.stop import StopMatcher
@@ -71,7 +71,7 @@ class Sample:
         *,
         client: Client,
         prefix_key: int,
-        itl: TokenHistogram,
+        tokens: TokenMetrics,
         on_news: Callable[[Sample], None],
         on_cached: Callable[[Cached], None],
     ) -> None:
@@ -111,7 +111,7 @@ class Sample:
         self.attempt_over: asyncio.Future[Ended] | None = None
         """Resolved when nothing more comes from the decode worker for this attempt."""
         self._prefix_key = prefix_key
-        self._itl = itl
+        self._tokens = tokens
         self._on_news = on_news
         self._on_cached = on_cached
         self._detokenizer = detokenizer
@@ -361,8 +361,9 @@ class Sample:
     def _count(self, num_new: int, now_s: float) -> None:
         if self.first_token_s is None:
             self.first_token_s = now_s
+            self._tokens.first(now_s - self.spec.arrival_s, num_new)
         else:
-            self._itl.observe((now_s - self.last_token_s) / num_new, num_new)
+            self._tokens.more(now_s - self.last_token_s, num_new)
         self.last_token_s = now_s
 
     def _close(self, message: generation_service_pb2.GenerateResponse) -> None:

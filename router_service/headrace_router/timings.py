@@ -22,8 +22,15 @@ retried sample has further `queue`, `prefill`, ... phases after `retry`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+PHASES = (
+    "tokenize", "queue", "decode_queue", "prefill_queue", "prefill", "prefill_hop", "transfer", "join", "first_step",
+    "decode", "retry",
+)  # fmt: skip
+"""Their names, in the order of an attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +86,12 @@ class Waterfall:
         if self.ttft_us is None:
             self.ttft_us = self.total_us
 
-    def sum_s(self, *names: str) -> float:
-        """Return the seconds spent in the phases named."""
-        return sum(phase.duration_us for phase in self._phases if phase.name in names) / 1e6
+    def sums_s(self) -> Mapping[str, float]:
+        """Return the seconds spent in each phase, over all attempts."""
+        sums_us: Counter[str] = Counter()
+        for phase in self._phases:
+            sums_us[phase.name] += phase.duration_us
+        return {name: sum_us / 1e6 for name, sum_us in sums_us.items()}
 
     def _add(self, name: str, duration_us: int) -> None:
         self._phases.append(Phase(name, duration_us, self.ttft_us is None))

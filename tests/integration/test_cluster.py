@@ -168,10 +168,10 @@ def test_every_process_exports_what_it_did(cluster):
     run(cluster, test)
     wanted = {
         "router": ["headrace_ttft_seconds_count", "headrace_itl_seconds_count", "headrace_tpot_seconds_count",
-                   "headrace_e2e_seconds_count", "headrace_queue_seconds_count", "headrace_output_tokens_total"],
-        "prefill": ["headrace_prompt_tokens_total", "headrace_kv_pages", "headrace_lease_ends_total",
+                   "headrace_e2e_seconds_count", "headrace_phase_seconds_count", "headrace_output_tokens_total"],
+        "prefill": ["headrace_prefilled_tokens_total", "headrace_kv_pages", "headrace_lease_ends_total",
                     "headrace_expert_tokens_total"],
-        "decode": ["headrace_output_tokens_total", "headrace_kv_pages", "headrace_transfer_bytes_total",
+        "decode": ["headrace_sampled_tokens_total", "headrace_kv_pages", "headrace_transfer_bytes_total",
                    "headrace_expert_tokens_total"],
     }  # fmt: skip
     for role, names in wanted.items():

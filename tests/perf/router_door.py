@@ -61,7 +61,7 @@ async def _serve(folder: Path, worker: str, options: dict[str, Any]) -> None:
 
     settings = RouterSettings(model=folder / "tiny", listen="127.0.0.1:0", workers=worker, **options)
     service = RouterService(settings)
-    metrics = serve_metrics("127.0.0.1:0", service.registry)
+    metrics = serve_metrics("127.0.0.1:0", service.registry, "router")
     address = await service.start()
     beating = asyncio.create_task(beat())
     sys.stdout.write(json.dumps({"address": address, "metrics": metrics}) + "\n")

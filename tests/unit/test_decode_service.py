@@ -143,7 +143,7 @@ async def test_joining_tells_what_was_moved():
         assert collected.prefilled.tokens_sha256 == hash_tokens(PROMPT)
         labels = {"transport": "grpc", "direction": "received"}
         assert decoder.registry.get_sample_value("headrace_transfer_bytes_total", labels) == 11 * 128
-        assert decoder.registry.get_sample_value("headrace_output_tokens_total") == 23
+        assert decoder.registry.get_sample_value("headrace_sampled_tokens_total") == 23
 
 
 @async_test

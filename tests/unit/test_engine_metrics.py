@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 WORKER = [
     "headrace_kv_pages", "headrace_running_sequences", "headrace_waiting_sequences",
     "headrace_prefix_cache_hit_tokens_total", "headrace_prefix_cache_query_tokens_total",
-    "headrace_prompt_tokens_total", "headrace_output_tokens_total", "headrace_step_seconds",
+    "headrace_prefilled_tokens_total", "headrace_sampled_tokens_total", "headrace_step_seconds",
     "headrace_queue_seconds", "headrace_transfer_bytes_total", "headrace_handoff_failures_total",
     "headrace_expert_tokens_total",
 ]  # fmt: skip

@@ -53,7 +53,9 @@ def test_a_request_is_prefilled_handed_off_and_streamed(tmp_path):
         assert router.metric("headrace_output_tokens_total") == 40
         assert router.metric("headrace_itl_seconds_count") == 39
         assert router.metric("headrace_ttft_seconds_count") == 1
-        assert router.metric("headrace_workers", role="prefill", state="ready") == 1
+        sums = [router.metric("headrace_phase_seconds_sum", phase=name) for name in names]
+        assert sum(sums) == pytest.approx(router.metric("headrace_e2e_seconds_sum"))
+        assert router.metric("headrace_workers", worker_role="prefill", state="ready") == 1
 
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
@@ -169,6 +171,28 @@ async def _reach(router, phase):
 
 def _samples(router):
     return [sample for running in router.service._router._running.values() for sample in running.samples]
+
+
+def test_tokens_are_counted_as_they_come(tmp_path):
+    """A stream may run for hours: what it had is seen meanwhile, and what it had before it was cancelled."""
+
+    async def test(router):
+        decode = router.workers[1]
+        decode.faults.step_gate.clear()
+        call = router.stub.Generate(text_request("hi", sampling={"max_tokens": 40}))
+        await call.read()
+        assert router.metric("headrace_ttft_seconds_count") == router.metric("headrace_output_tokens_total") == 1
+        assert router.metric("headrace_itl_seconds_count") == 0
+        decode.faults.step_gate.set()
+        await call.read()
+        call.cancel()
+        await router.wait_empty()
+        num_tokens = router.metric("headrace_output_tokens_total")
+        assert num_tokens > 1
+        assert router.metric("headrace_itl_seconds_count") == num_tokens - 1
+        assert router.metric("headrace_e2e_seconds_count") == 0
+
+    run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
 @pytest.mark.parametrize("phase", PHASES)

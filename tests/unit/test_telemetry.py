@@ -41,16 +41,18 @@ def test_a_json_line_is_one_object(capsys):
     )
 
 
-def test_metrics_are_served():
+def test_metrics_are_served_with_the_role_and_without_when_they_began():
     registry = CollectorRegistry()
-    Counter("headrace_things", "Things.", registry=registry).inc(3)
-    address = telemetry.serve_metrics("127.0.0.1:0", registry)
+    Counter("headrace_things", "Things.", ["kind"], registry=registry).labels("good").inc(3)
+    address = telemetry.serve_metrics("127.0.0.1:0", registry, "router")
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as answer:
-        assert b"headrace_things_total 3.0" in answer.read()
+        told = answer.read().decode()
+    assert 'headrace_things_total{kind="good",role="router"} 3.0' in told
+    assert "_created" not in told
 
 
 def test_connections_that_never_ask_keep_nobody_from_the_metrics():
-    address = telemetry.serve_metrics("127.0.0.1:0", CollectorRegistry())
+    address = telemetry.serve_metrics("127.0.0.1:0", CollectorRegistry(), "router")
     host, _, port = address.rpartition(":")
     silent = [socket.create_connection((host, int(port)), timeout=10) for _ in range(telemetry.MAX_SCRAPES + 5)]
     for closed in silent[:5]:
@@ -76,16 +78,16 @@ def test_scrapes_are_made_one_at_a_time():
     together = threading.Barrier(2)
     registry = CollectorRegistry()
     registry.register(Slow())
-    address = telemetry.serve_metrics("127.0.0.1:0", registry)
+    address = telemetry.serve_metrics("127.0.0.1:0", registry, "router")
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: urllib.request.urlopen(f"http://{address}/", timeout=10).read(), range(4)))
     assert max(most) == 1
 
 
 def test_a_metrics_address_in_use_is_named():
-    address = telemetry.serve_metrics("127.0.0.1:0", CollectorRegistry())
+    address = telemetry.serve_metrics("127.0.0.1:0", CollectorRegistry(), "router")
     with pytest.raises(HeadraceError, match=address):
-        telemetry.serve_metrics(address, CollectorRegistry())
+        telemetry.serve_metrics(address, CollectorRegistry(), "router")
 
 
 def test_bucket_edges_rise():

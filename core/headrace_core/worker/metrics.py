@@ -52,11 +52,11 @@ class WorkerMetrics:
         self.cache_query_tokens = Counter(
             "headrace_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache", registry=registry
         )
-        self.prompt_tokens = Counter(
-            "headrace_prompt_tokens_total", "Prompt tokens of prefilled sequences, cached ones included",
+        self.prefilled_tokens = Counter(
+            "headrace_prefilled_tokens_total", "Prompt tokens of prefilled sequences, cached ones included",
             registry=registry,
         )  # fmt: skip
-        self.output_tokens = Counter("headrace_output_tokens_total", "Tokens sampled", registry=registry)
+        self.sampled_tokens = Counter("headrace_sampled_tokens_total", "Tokens sampled", registry=registry)
         self.step_seconds = Histogram(
             "headrace_step_seconds", "Duration of a step", buckets=LATENCY_BUCKETS, registry=registry
         )
