@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from typing import Any
 
 import pytest
 from headrace.v1 import decode_service_pb2
@@ -60,6 +62,22 @@ async def test_a_sequence_has_the_tokens_that_it_has_alone_whatever_moved_its_pa
         values, labels = decoder.registry.get_sample_value, {"transport": transport}
         assert values("headrace_transfer_wait_seconds_count", labels) == 2
         assert (values("headrace_transfer_busy_seconds_total", labels) or 0) > 0
+
+
+@async_test
+async def test_times_are_finer_than_the_loops_clock():
+    """uvloop's tells whole milliseconds, which a small hand-off never takes."""
+    loop: Any = asyncio.get_running_loop()
+    loop.time = lambda: float(f"{time.monotonic():.3f}")
+    decoder = decode_service("grpc")
+    async with (
+        running(prefill_service("grpc"), decoder) as (prefill, decode),
+        MiniRouter(prefill=prefill, decode=decode) as router,
+    ):
+        await router.generate("r", PROMPT, params=GREEDY)
+        name, labels = "headrace_transfer_busy_seconds_total", {"transport": "grpc"}
+        busy_ms = 1000 * (decoder.registry.get_sample_value(name, labels) or 0)
+        assert abs(busy_ms - round(busy_ms)) > 1e-6
 
 
 def elsewhere(event):

@@ -22,6 +22,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from headrace.v1 import hold_service_pb2 as pb
@@ -210,13 +211,12 @@ class _Take:
         """Pages that are to come, or at most so many as long as nothing is admitted."""
         self._age = age
         self._on_first = on_first
-        self._loop = asyncio.get_running_loop()
-        self._over: asyncio.Future[TransferStats | None] = self._loop.create_future()
+        self._over: asyncio.Future[TransferStats | None] = asyncio.get_running_loop().create_future()
         self._state = TakeState.OPENED
         self._admission: Admission | None = None
         self._first_s = 0.0
         self._verified_s = 0.0
-        self._moving = MovingTime(self._loop.time)
+        self._moving = MovingTime(monotonic)  # the loop's own clock may tell milliseconds alone, as uvloop's does
         self._num_verified_bytes = 0
         self._num_hidden_bytes = 0
         self._hidden_s = 0.0
@@ -289,7 +289,7 @@ class _Take:
             num_held = admission.num_cached_tokens // self._taker.layout.page_size
             _require(num_held <= len(self._page_ids), "has more of a prefix than was asked for")
             self._num_wanted = max(0, num_held - self._order.num_have_pages)
-            self._first_s = self._loop.time()
+            self._first_s = monotonic()
             self._confirm_if_complete()
 
     def _hear_run(self, run: Run) -> None:
@@ -316,7 +316,7 @@ class _Take:
     def _hear_first(self, first: FirstToken) -> None:
         self._move(TakeEvent.END if first.finish else TakeEvent.LAST)
         check_first(first, self._order, self._taker.vocab_size)
-        self._first_s = self._loop.time()
+        self._first_s = monotonic()
         self._num_hidden_bytes, self._hidden_s = self._num_verified_bytes, self._moving.seconds
         assert self._admission is not None, "the table says so"
         assert self._on_first is not None, "what is held has no such event in the table"
@@ -332,12 +332,12 @@ class _Take:
         source = await choosing
         name = offer_name(source.offer)
         page_ids = self._page_ids[run.first_page : run.first_page + run.num_pages]
-        asked_s = self._loop.time()
+        asked_s = monotonic()
         async with self._taker.pulls.turn(self._age), self._moving:
-            begun_s = self._loop.time()
+            begun_s = monotonic()
             await self._taker.mover.move(self._taker.transports[name], source, run, page_ids)
         self._transport = name
-        self._verified_s = self._loop.time()
+        self._verified_s = monotonic()
         self._wait_s += begun_s - asked_s
         self._move_s += self._verified_s - begun_s
         self._num_verified_bytes += num_bytes([run], self._taker.layout)
