@@ -1,0 +1,163 @@
+"""docs/metrics.md against a live Prometheus that scrapes a cluster: every name, every label, every query."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headrace_client import Client
+from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_core.request import SamplingParams
+from headrace_core.testing.async_test import WAIT_S
+from prometheus_client.parser import text_string_to_metric_families
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+PROMPT = "Once upon a time there was a little fox named Zorvim. " * 4
+OWNERS = {"Router": ["router"], "Prefill workers": ["prefill"], "Decode workers": ["decode"]}
+"""Who exports what a section lists; what the others list, every worker does."""
+_ROW = re.compile(r"\| `(headrace_\w+)` \| ([\w, ]*) \| [^|]* \| .* \| `(.+)` \|$")
+
+
+@dataclass(frozen=True)
+class Documented:
+    name: str
+    labels: frozenset[str]
+    query: str
+    roles: frozenset[str]
+
+
+def documented() -> list[Documented]:
+    found, section = [], ""
+    for line in DOCS.read_text().splitlines():
+        if line.startswith("### "):
+            section = line.removeprefix("### ")
+        elif row := _ROW.match(line):
+            labels = frozenset(filter(None, row[2].replace(" ", "").split(",")))
+            found.append(Documented(row[1], labels, row[3], frozenset(OWNERS.get(section, ["prefill", "decode"]))))
+    assert len(found) == DOCS.read_text().count("\n| `headrace_"), "a row of docs/metrics.md is not as the others"
+    return found
+
+
+ROWS = documented()
+
+
+def scraped(cluster: LocalCluster) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Return the labels of each metric's samples, by role and by name."""
+    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for process in cluster.processes:
+        with urllib.request.urlopen(f"http://{process.metrics_address}/metrics", timeout=WAIT_S) as answer:
+            for family in text_string_to_metric_families(answer.read().decode()):
+                name = family.name + "_total" * (family.type == "counter")
+                found.setdefault(process.role, {})[name] = [sample.labels for sample in family.samples]
+    return found
+
+
+class Prometheus:
+    """One that scrapes `targets` every fifth of a second."""
+
+    def __init__(self, folder: Path, targets: list[str]) -> None:
+        scrape = {"job_name": "headrace", "scrape_interval": "200ms", "scrape_timeout": "200ms"}
+        config = {"scrape_configs": [{**scrape, "static_configs": [{"targets": targets}]}]}
+        (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self._address = f"127.0.0.1:{taken.getsockname()[1]}"
+        self._log = folder / "log"
+        command = ["prometheus", "--config.file=prometheus.yml", f"--web.listen-address={self._address}"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        self._num_targets = len(targets)
+
+    def query(self, promql: str) -> list[dict[str, Any]]:
+        """Return the vector that a query gives now."""
+        url = f"http://{self._address}/api/v1/query?{urllib.parse.urlencode({'query': promql})}"
+        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+            return json.load(answer)["data"]["result"]
+
+    def wait_scraped(self) -> None:
+        """Return when every target was scraped twice or more from now on."""
+        wanted = f"count(timestamp(up == 1) > {time.time() + 0.4:.3f}) == {self._num_targets}"
+        deadline_s = time.monotonic() + WAIT_S
+        while not self._has(wanted):
+            assert time.monotonic() < deadline_s, self._log.read_text()
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _has(self, promql: str) -> bool:
+        try:
+            return bool(self.query(promql))
+        except OSError:  # it does not listen yet
+            return False
+
+
+@pytest.fixture(scope="module")
+def cluster(model_dir):
+    with LocalCluster(model_dir, worker_options={"roofline-every-steps": 1}) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def prometheus(cluster, tmp_path_factory):
+    if not shutil.which("prometheus"):
+        pytest.skip("there is no prometheus here; apt-get install prometheus brings it")
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), [each.metrics_address for each in cluster.processes])
+    try:
+        prometheus.wait_scraped()
+        yield prometheus
+    finally:
+        prometheus.close()
+
+
+def test_at_rest_every_query_is_understood_and_gives_numbers(prometheus):
+    for row in ROWS:
+        assert_numbers(row, prometheus.query(row.query))
+
+
+def test_under_load_every_query_shows_what_its_metric_counts(cluster, prometheus):
+    with Client(cluster.router_address) as client, ThreadPoolExecutor(4) as threads:
+        params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+        list(threads.map(lambda _: client.generate(PROMPT, params), range(8)))
+    counted = "sum(headrace_op_sampled_steps_total) > 0"  # once the worker has measured its machine, beside its steps
+    deadline_s = time.monotonic() + 4 * WAIT_S
+    while not prometheus.query(counted):
+        assert time.monotonic() < deadline_s, "no step is predicted"
+        time.sleep(0.05)
+    prometheus.wait_scraped()
+    empty = set()
+    for row in ROWS:
+        found = prometheus.query(row.query)
+        assert_numbers(row, found)
+        if not found:
+            empty.add(row.name)
+    assert empty == {row.name for row in ROWS if not prometheus.query(f'{{__name__=~"{row.name}(_count)?"}}')}
+    assert len(ROWS) - len(empty) > 40
+
+
+def test_names_labels_and_owners_are_as_documented(cluster):
+    found = scraped(cluster)
+    for role in ("router", "prefill", "decode"):
+        assert sorted(found[role]) == sorted(row.name for row in ROWS if role in row.roles), role
+    for row in ROWS:
+        for role in row.roles:
+            for labels in found[role][row.name]:
+                assert labels["role"] == role
+                assert set(labels) - {"le", "role"} == row.labels, row.name
+
+
+def assert_numbers(row: Documented, found: list[dict[str, Any]]) -> None:
+    for sample in found:
+        assert math.isfinite(float(sample["value"][1])), (row.query, sample)
