@@ -10,7 +10,6 @@ from headrace_core.kv.page_pool import PageState
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_model import loaded_fake_model
-from headrace_core.testing.handoff_parts import StoppedCopy
 from headrace_core.testing.hold_proxy import HoldProxy
 from headrace_core.testing.mini_router import MiniRouter
 from headrace_core.testing.mini_taker import MiniTaker
@@ -327,62 +326,3 @@ async def test_a_sequence_that_ends_before_anybody_heard_of_its_pages_gives_them
         collected = router.start("two", [*PROMPT, *answer, *NEXT], params=SAMPLED, cached=at(decoder, decode))
         assert (await collected.wait_failure()).reason == "DRAINING"
         await all_free(prefiller)
-
-
-@async_test
-async def test_what_is_read_out_of_shared_memory_is_not_evicted_before_it_was_read():
-    """Nobody asks the holder for a page: it is the call that keeps it."""
-    model = loaded(("shm",))
-    copying = StoppedCopy(model.cache)
-    prefiller = prefill_service(transports=["shm"], model=model)
-    decoder, taker = decode_service(transports=["shm"], num_pages=14), decode_service(transports=["shm"])
-    async with (
-        running(prefiller, decoder, taker, decode_service(role="both")) as (prefill, one, two, whole),
-        MiniRouter(prefill=prefill, decode=one) as earlier,
-        MiniRouter(prefill=prefill, decode=two) as router,
-        MiniRouter(decode=one) as local,
-        MiniRouter(decode=whole) as reference,
-    ):
-        answer = await earlier.generate("one", PROMPT, params=SAMPLED)
-        turn = [*PROMPT, *answer, *NEXT]
-        collected = router.start("two", turn, params=SAMPLED, cached=at(decoder, one))
-        await copying.reached()
-        assert decoder.host.board.report.num_free_pages == 6, "eight of the answer's are kept"
-        other = local.start("other", [90] * 40, params=SAMPLED)
-        await eventually(lambda: decoder.host.board.report.num_waiting == 1, "it wants more than are free")
-        copying.go_on()
-        assert await collected.tokens() == await reference.generate("r", turn, params=SAMPLED)
-        assert counted(prefiller, "headrace_prefix_fetches_total", outcome="taken") == 1
-        assert len(await other.tokens()) == 14
-
-
-@async_test
-async def test_a_holder_that_goes_away_in_mid_copy_lets_its_shared_memory_go_and_costs_the_computing():
-    model = loaded(("shm",))
-    copying = StoppedCopy(model.cache)
-    prefiller, decoder, taker = (
-        prefill_service(transports=["shm"], model=model),
-        decode_service(transports=["shm"]),
-        decode_service(transports=["shm"]),
-    )
-    async with (
-        running(prefiller, taker, decode_service(role="both")) as (prefill, two, whole),
-        MiniRouter(prefill=prefill, decode=two) as router,
-        MiniRouter(decode=whole) as reference,
-    ):
-        one = await decoder.start()
-        async with MiniRouter(prefill=prefill, decode=one) as earlier:
-            answer = await earlier.generate("one", PROMPT, params=SAMPLED)
-        turn = [*PROMPT, *answer, *NEXT]
-        collected = router.start("two", turn, params=SAMPLED, cached=at(decoder, one))
-        await copying.reached()
-        shm = prefiller.fetcher._taker.transports["shm"]
-        assert shm.endpoints == [one]
-        await decoder.stop()
-        (end,) = decoder.prefixes.ends
-        assert end.server.num_connections == 0
-        copying.go_on()
-        assert await collected.tokens() == await reference.generate("r", turn, params=SAMPLED)
-        assert collected.prefilled.num_cached_tokens == 20, "its own"
-        assert counted(prefiller, "headrace_prefix_fetches_total", outcome="failed") == 1
-        await eventually(lambda: shm.endpoints == [], "the mapping is gone")
