@@ -218,7 +218,7 @@ class FakeWorker:
         self.starts.append(message)
         key = router_id, message.sequence_number
         self._end(key)
-        self._starting[key] = asyncio.create_task(self._start(key, message))
+        self._starting[key] = asyncio.create_task(self._start(key, message, is_refused=self._is_draining))
         self._pages[key] = self._num_pages(len(message.token_ids))
         self.on_change()
 
@@ -243,12 +243,12 @@ class FakeWorker:
             if key[0] == router_id:
                 self._end(key)
 
-    async def _start(self, key: tuple[int, int], message: pb.StartSequence) -> None:
+    async def _start(self, key: tuple[int, int], message: pb.StartSequence, *, is_refused: bool) -> None:
         """Bring a sequence to where it runs."""
         spec = _spec(message)
         position = len(spec.token_ids)
         try:
-            if self._is_draining:
+            if is_refused:
                 raise UnavailableError("DRAINING", "draining")
             check_size(self.info, len(spec.token_ids), num_more=1)
             joined = pb.Joined(queue_us=10)
