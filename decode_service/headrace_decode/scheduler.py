@@ -32,9 +32,10 @@ from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
-from headrace_core.request import FinishReason, SampledToken
+from headrace_core.request import SampledToken
 
-from headrace_decode.held_prefixes import HeldPrefixes, PrefixHeld
+from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Started
+from headrace_decode.held_prefixes import HeldPrefixes
 
 _RESERVE_SHARE = 4
 """For every so many running sequences one page stays free at admission, since each will soon need one more."""
@@ -47,48 +48,6 @@ class State(Enum):
     TRANSFERRING = "transferring"
     RUNNING = "running"
     QUARANTINED = "quarantined"
-
-
-@dataclass(frozen=True, slots=True)
-class PagesReady:
-    """A sequence that is computed elsewhere has destination pages; have its bytes brought into them.
-
-    The first of `page_ids` are the prefix cache's, which have `num_have_tokens` already and are not to be written to.
-    """
-
-    key: int
-    page_ids: tuple[int, ...]
-    num_have_tokens: int
-    queue_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A sequence joined the running batch for the first time."""
-
-    key: int
-    queue_s: float
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A sequence's next token; with `finish`, its last."""
-
-    key: int
-    token: SampledToken
-    finish: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class Preempted:
-    """A sequence gave its pages back and waits to be computed again."""
-
-    key: int
-
-
-SequenceEvent = PagesReady | Started | Output | Failed | Preempted
-DecodeEvent = SequenceEvent | PrefixHeld
 
 
 @dataclass(slots=True, eq=False)

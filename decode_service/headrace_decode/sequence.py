@@ -15,7 +15,7 @@ from headrace_core.transfer.taker import TransferStats
 from headrace_core.transfer.values import Admission, CachedPrefix, FirstToken
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish, encode_logprobs
 
-from headrace_decode.scheduler import Output, Started
+from headrace_decode.events import Output, Started
 from headrace_decode.session import Session
 
 _SIDES = {

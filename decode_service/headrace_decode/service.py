@@ -40,18 +40,11 @@ from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
+from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, SequenceEvent, Started
 from headrace_decode.held_prefixes import PrefixHeld
 from headrace_decode.metrics import DecodeMetrics
 from headrace_decode.prefix_holder import PrefixHolder
-from headrace_decode.scheduler import (
-    DecodeEvent,
-    DecodeScheduler,
-    Output,
-    PagesReady,
-    Preempted,
-    SequenceEvent,
-    Started,
-)
+from headrace_decode.scheduler import DecodeScheduler
 from headrace_decode.sequence import Sequence, decode_spec, refuse
 from headrace_decode.server import DECODE_SERVICE, add_decode_servicer
 from headrace_decode.session import MOST_UNREAD_BYTES, PATIENCE_S, Session

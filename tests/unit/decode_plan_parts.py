@@ -4,7 +4,8 @@ from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import StepPlan, StepResult
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
-from headrace_decode.scheduler import DecodeScheduler, PagesReady
+from headrace_decode.events import PagesReady
+from headrace_decode.scheduler import DecodeScheduler
 
 LIMITS = ModelLimits(vocab_size=1000, max_context_tokens=60, eos_token_ids=(0,))
 

@@ -2,7 +2,7 @@
 
 from headrace_core.batch.step_book import Failed
 from headrace_core.errors import OverloadedError
-from headrace_decode.scheduler import Output, PagesReady, Preempted, Started
+from headrace_decode.events import Output, PagesReady, Preempted, Started
 
 from tests.unit.decode_plan_parts import handed_off, prompt, running, scheduler, shares, spec, step
 
