@@ -14,12 +14,12 @@ from typing import Any, Generic, Protocol, TypeVar
 from headrace_core.batch.scheduler import Scheduler
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, StepPlan, StepResult
-from headrace_core.batch.step_book import Failed
+from headrace_core.batch.step_book import Failed, FetchReady
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.events import DecodeEvent, Output, PagesReady, Started
 from headrace_decode.scheduler import DecodeScheduler
-from headrace_prefill.events import Admitted, FetchReady, Prefilled, PrefillEvent, Sealed
+from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.scheduler import PrefillScheduler
 
 from headrace_planner.sim_clock import Clock

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace_core.batch.step import Mark
-from headrace_core.batch.step_book import Failed
+from headrace_core.batch.step_book import Failed, FetchReady
 from headrace_core.request import FinishReason, SampledToken
 
 
@@ -21,18 +21,6 @@ class Prefilled:
     num_pages: int
     num_cached_tokens: int
     compute_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class FetchReady:
-    """A sequence has its pages; have those of its beginning that another worker has cached brought into `page_ids`.
-
-    The first of them are the prefix cache's, which have `num_have_tokens` already and are not to be written to.
-    """
-
-    key: int
-    page_ids: tuple[int, ...]
-    num_have_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

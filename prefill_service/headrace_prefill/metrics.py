@@ -16,17 +16,6 @@ class PrefillMetrics:
             "headrace_prefill_seconds", "From a sequence's first step to its first token", buckets=PHASE_BUCKETS,
             registry=registry,
         )  # fmt: skip
-        self.prefix_fetches = Counter(
-            "headrace_prefix_fetches_total", "Prompts whose beginning was asked of who has it cached", ["outcome"],
-            registry=registry,
-        )  # fmt: skip
-        for outcome in ("taken", "failed"):
-            self.prefix_fetches.labels(outcome)
-        self.prefix_fetched_tokens = Counter(
-            "headrace_prefix_fetched_tokens_total",
-            "Prompt tokens that came so, and were not computed",
-            registry=registry,
-        )
         self.leases = Gauge("headrace_leases", "Sequences computed and held for a decode worker", registry=registry)
         self.lease_ends = Counter("headrace_lease_ends_total", "How leases ended", ["outcome"], registry=registry)
         for outcome in ("taken", "aborted"):

@@ -1,6 +1,6 @@
-"""Brings the beginning of a prompt from the decode worker that has it cached: it generated the turn before.
+"""Brings the beginning of a sequence from the decode worker that has it: it generated the turn before, or is leaving.
 
-It saves computing, and is never the request's error: whatever goes wrong, the prompt is computed. Event loop only.
+It saves computing, and is never the request's error: whatever goes wrong, it is computed. Event loop only.
 """
 
 from __future__ import annotations
@@ -8,49 +8,74 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+from headrace_core.batch.scheduler import Scheduler
 from headrace_core.batch.spec import SequenceSpec
+from headrace_core.batch.step_book import FetchReady
 from headrace_core.reasons import label
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.transfer.hold import TakeError
-from headrace_core.transfer.taker import Taker, TransferStats
+from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
 from headrace_core.transfer.transports import TRANSPORTS
 from headrace_core.transfer.values import Order
 from headrace_core.worker.host import WorkerHost
 from headrace_core.worker.loading import LoadedModel
-
-from headrace_prefill.events import FetchReady
-from headrace_prefill.metrics import PrefillMetrics
-from headrace_prefill.scheduler import PrefillScheduler
+from headrace_core.worker.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
+
+
+class FetchingScheduler(Scheduler[Any], Protocol):
+    """What a scheduler needs that tells `FetchReady`."""
+
+    def fetched(self, key: int, num_tokens: int, now: float) -> None:
+        """Go on with a sequence whose first `num_tokens` were brought here and verified; 0: it was not to be."""
+        ...
+
+    def drained(self, key: int) -> None:
+        """Nothing can land in the pages of a sequence any more."""
+        ...
+
+
+def model_taker(
+    model: LoadedModel, transports: Sequence[str], *, timeout_s: float, drain_timeout_s: float = DRAIN_TIMEOUT_S
+) -> Taker:
+    """Return what takes pages into a model's pool by these transports; `timeout_s` is a run's."""
+    return Taker(
+        model.cache,
+        fingerprint=model.fingerprint,
+        layout=model.layout,
+        vocab_size=model.limits.vocab_size,
+        transports={name: TRANSPORTS[name].taker(model.cache) for name in transports},
+        timeout_s=timeout_s,
+        drain_timeout_s=drain_timeout_s,
+    )
 
 
 class PrefixFetcher:
     """See the module; a taker as decode workers are (`transfer.taker`)."""
 
     def __init__(
-        self, host: WorkerHost[PrefillScheduler], metrics: PrefillMetrics, *, transports: Sequence[str]
+        self,
+        host: WorkerHost[Any],
+        metrics: WorkerMetrics,
+        *,
+        on_taken: Callable[[int, TransferStats], None] = lambda key, moved: None,
     ) -> None:
+        """Args: `host` has a `FetchingScheduler`; `on_taken` hears what came of which sequence, if anything did."""
         self._host = host
         self._metrics = metrics
-        self._transports = transports
+        self._on_taken = on_taken
         self._taker: Taker | None = None
         self._timeout_s = 0.0
         self._fetching: dict[int, asyncio.Task[TransferStats]] = {}
 
-    def start(self, model: LoadedModel, *, timeout_s: float) -> None:
-        """Be ready to fetch for a model; that may take `timeout_s`."""
+    def start(self, taker: Taker, *, timeout_s: float) -> None:
+        """Be ready to fetch; that may take `timeout_s`."""
         self._timeout_s = timeout_s
-        self._taker = Taker(
-            model.cache,
-            fingerprint=model.fingerprint,
-            layout=model.layout,
-            vocab_size=model.limits.vocab_size,
-            transports={name: TRANSPORTS[name].taker(model.cache) for name in self._transports},
-            timeout_s=timeout_s,
-        )
+        self._taker = taker
 
     def fetch(self, ready: FetchReady, order: Order) -> None:
         """Bring what is cached elsewhere of an order into its pages, and tell the scheduler how much came."""
@@ -71,11 +96,9 @@ class PrefixFetcher:
             fetching.cancel()
 
     async def close(self) -> None:
-        """Wait for the fetches, which are cancelled by then, and tear down every connection."""
+        """Wait for the fetches, which are cancelled by then."""
         if self._fetching:
             await asyncio.wait(self._fetching.values())
-        if self._taker is not None:
-            await self._taker.close()
 
     def _on_done(self, ready: FetchReady, order: Order, fetching: asyncio.Task[TransferStats]) -> None:
         """Let the scheduler go on. A callback, since a task that is cancelled at once runs nothing of its own."""
@@ -87,11 +110,12 @@ class PrefixFetcher:
             moved = fetching.result()
             if moved.num_pages:
                 num_tokens = ready.num_have_tokens + moved.num_pages * page_size
-                self._metrics.worker.transfer_bytes.labels(moved.transport, "received").inc(moved.num_bytes)
+                self._metrics.transfer_bytes.labels(moved.transport, "received").inc(moved.num_bytes)
                 self._metrics.prefix_fetched_tokens.inc(moved.num_pages * page_size)
+                self._on_taken(key, moved)
         elif isinstance(error, TakeError):
             reason = error.error.reason
-            self._metrics.worker.handoff_failures.labels(label(reason)).inc()
+            self._metrics.handoff_failures.labels(label(reason)).inc()
             data = {"request_id": order.spec.request_id, "reason": reason, "problem": str(error.error)}
             log.warning("a cached prefix was not to be had", extra=data)
         elif error is not None:

@@ -25,13 +25,13 @@ from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, Mark, SamplingRow, StepPlan, StepResult
-from headrace_core.batch.step_book import Failed, StepBook
+from headrace_core.batch.step_book import Failed, FetchReady, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HandoffLostError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import SampledToken
 
-from headrace_prefill.events import Admitted, FetchReady, Prefilled, PrefillEvent, Sealed
+from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LayerStops
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from headrace.v1 import hold_service_pb2 as pb
 from headrace.v1 import types_pb2
-from headrace_core.batch.step_book import Failed
+from headrace_core.batch.step_book import Failed, FetchReady
 from headrace_core.beats import Outbox
 from headrace_core.config import PrefillSettings
 from headrace_core.engine.engine import News
@@ -24,6 +24,7 @@ from headrace_core.transfer.hold import HOLD_SERVICE, Held, add_hold_servicer
 from headrace_core.transfer.holder import HeldCall, HolderSelf, PageHolder
 from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.sealer import Sealer
+from headrace_core.transfer.taker import Taker
 from headrace_core.transfer.transport import Holding
 from headrace_core.transfer.transports import TRANSPORTS, usable
 from headrace_core.transfer.values import (
@@ -36,10 +37,10 @@ from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from prometheus_client import CollectorRegistry
 
-from headrace_prefill.events import Admitted, FetchReady, Prefilled, PrefillEvent, Sealed
+from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LEAST_BYTES, LayerStops
 from headrace_prefill.metrics import PrefillMetrics
-from headrace_prefill.prefix_fetcher import PrefixFetcher
+from headrace_prefill.prefix_fetcher import PrefixFetcher, model_taker
 from headrace_prefill.scheduler import PrefillScheduler
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ class PrefillService:
         self.failed = self.host.failed
         self._holder: PageHolder | None = None
         self._ends = [TRANSPORTS[name].holder(self._holding(name)) for name in transports]
-        self.fetcher = PrefixFetcher(self.host, self._metrics, transports=transports)
+        self._transports = transports
+        self._taker: Taker | None = None
+        self.fetcher = PrefixFetcher(self.host, self._metrics.worker)
 
     @property
     def leases(self) -> LeaseTable:
@@ -113,7 +116,8 @@ class PrefillService:
             on_end=self._on_lease_end,
             on_change=self._on_lease_change,
         )
-        self.fetcher.start(model, timeout_s=settings.transfer_timeout_s)
+        self._taker = model_taker(model, self._transports, timeout_s=settings.transfer_timeout_s)
+        self.fetcher.start(self._taker, timeout_s=settings.transfer_timeout_s)
         await self.host.go(model, scheduler, self._on_news, watch=scheduler)
         return address
 
@@ -128,6 +132,8 @@ class PrefillService:
         if self._holder:
             self._holder.abort_all(UnavailableError("DRAINING", "the worker is going away; try another"))
         await self.fetcher.close()
+        if self._taker:
+            await self._taker.close()
         await self.host.stop()
         if self._holder:
             await self._holder.close()

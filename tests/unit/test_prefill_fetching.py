@@ -3,10 +3,11 @@
 import pytest
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import StepPlan, StepResult
+from headrace_core.batch.step_book import FetchReady
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
-from headrace_prefill.scheduler import Admitted, FetchReady, Prefilled, PrefillScheduler, Sealed
+from headrace_prefill.scheduler import Admitted, Prefilled, PrefillScheduler, Sealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -27,6 +27,18 @@ class Failed:
 E = TypeVar("E")
 
 
+@dataclass(frozen=True, slots=True)
+class FetchReady:
+    """A sequence has its pages; have those of its beginning that another worker has cached brought into `page_ids`.
+
+    The first of them are the prefix cache's, which have `num_have_tokens` already and are not to be written to.
+    """
+
+    key: int
+    page_ids: tuple[int, ...]
+    num_have_tokens: int
+
+
 class StepBook(Generic[E]):
     """`E`: the events of its scheduler, `Failed` among them."""
 

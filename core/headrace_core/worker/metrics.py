@@ -71,6 +71,17 @@ class WorkerMetrics:
         self.handoff_failures = Counter(
             "headrace_handoff_failures_total", "Hand-offs that ended without a takeover", ["reason"], registry=registry
         )
+        self.prefix_fetches = Counter(
+            "headrace_prefix_fetches_total", "Sequences whose beginning was asked of who has it cached", ["outcome"],
+            registry=registry,
+        )  # fmt: skip
+        for outcome in ("taken", "failed"):
+            self.prefix_fetches.labels(outcome)
+        self.prefix_fetched_tokens = Counter(
+            "headrace_prefix_fetched_tokens_total",
+            "Tokens that came so, and were not computed",
+            registry=registry,
+        )
         self.refused_calls = Counter(
             "headrace_refused_calls_total", "Calls refused before their message was read", ["reason"], registry=registry
         )
