@@ -26,7 +26,7 @@ from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Side, TakeError, add_hold_servicer
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
-from headrace_core.transfer.transports import TRANSPORTS, usable
+from headrace_core.transfer.transports import usable
 from headrace_core.transfer.values import (
     Admission,
     FirstToken,
@@ -38,6 +38,7 @@ from headrace_core.transfer.values import (
 )
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
+from headrace_core.worker.prefix_fetcher import model_taker
 from prometheus_client import CollectorRegistry
 
 from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, SequenceEvent, Started
@@ -124,12 +125,9 @@ class DecodeService:
             max_step_sequences=settings.max_step_sequences,
             max_waiting_sequences=settings.max_waiting_sequences,
         )
-        self._taker = Taker(
-            model.cache,
-            fingerprint=model.fingerprint,
-            layout=model.layout,
-            vocab_size=model.limits.vocab_size,
-            transports={name: TRANSPORTS[name].taker(model.cache) for name in self._transports},
+        self._taker = model_taker(
+            model,
+            self._transports,
             timeout_s=settings.transfer_timeout_s,
             drain_timeout_s=self._drain_timeout_s,
         )

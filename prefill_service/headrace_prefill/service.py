@@ -35,12 +35,12 @@ from headrace_core.transfer.values import (
 from headrace_core.transfer.verify import check_compatible
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
+from headrace_core.worker.prefix_fetcher import PrefixFetcher, model_taker
 from prometheus_client import CollectorRegistry
 
 from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LEAST_BYTES, LayerStops
 from headrace_prefill.metrics import PrefillMetrics
-from headrace_prefill.prefix_fetcher import PrefixFetcher, model_taker
 from headrace_prefill.scheduler import PrefillScheduler
 
 log = logging.getLogger(__name__)
