@@ -21,13 +21,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
@@ -36,45 +34,10 @@ from headrace_core.request import SampledToken
 
 from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Started
 from headrace_decode.held_prefixes import HeldPrefixes
+from headrace_decode.scheduled import Scheduled, State
 
 _RESERVE_SHARE = 4
 """For every so many running sequences one page stays free at admission, since each will soon need one more."""
-
-
-class State(Enum):
-    """Where a sequence is; see the module."""
-
-    WAITING = "waiting"
-    TRANSFERRING = "transferring"
-    RUNNING = "running"
-    QUARANTINED = "quarantined"
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """`token_ids` are all known tokens; `output_ids` those after the prompt; both grow."""
-
-    key: int
-    group: int
-    spec: SequenceSpec
-    has_handoff: bool
-    local_below: int
-    token_ids: list[int]
-    prompt_ids: list[int]
-    output_ids: list[int]
-    finish: FinishRule
-    added_s: float
-    state: State = State.WAITING
-    pages: SequencePages = field(default_factory=lambda: SequencePages(0))
-    num_computed: int = 0
-    num_cached: int = 0
-    queue_s: float = 0.0
-    is_started: bool = False
-    memo: SamplingMemo = field(default_factory=SamplingMemo)
-
-    @property
-    def num_left(self) -> int:
-        return len(self.token_ids) - self.num_computed
 
 
 class DecodeScheduler:
@@ -94,9 +57,9 @@ class DecodeScheduler:
         self._max_step_tokens = max_step_tokens
         # More rows than tokens could never all run.
         self._max_running = min(max_step_sequences, max_step_tokens)
-        self._sequences: dict[int, _Sequence] = {}
-        self._waiting: TurnQueue[_Sequence] = TurnQueue()
-        self._running: list[_Sequence] = []  # oldest first
+        self._sequences: dict[int, Scheduled] = {}
+        self._waiting: TurnQueue[Scheduled] = TurnQueue()
+        self._running: list[Scheduled] = []  # oldest first
         self._paused: set[int] = set()
         self._num_transferring = 0
         self._has_made_room = False
@@ -119,7 +82,7 @@ class DecodeScheduler:
         is more than `local_below` tokens; otherwise it is computed here.
         """
         if self._book.admits(key, num_tokens=len(spec.token_ids) + 1, num_waiting=len(self._waiting)):
-            sequence = self._sequences[key] = _Sequence(
+            sequence = self._sequences[key] = Scheduled(
                 key=key,
                 group=group,
                 spec=spec,
@@ -272,14 +235,14 @@ class DecodeScheduler:
         self.pages.reserve(pages, num_tokens)
         return True
 
-    def _run(self, sequence: _Sequence) -> None:
+    def _run(self, sequence: Scheduled) -> None:
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_age)
         if not sequence.is_started:
             sequence.is_started = True
             self._book.tell(Started(sequence.key, sequence.queue_s, sequence.num_cached))
 
-    def _make_room(self, sequence: _Sequence, end: int, chunks: list[Chunk]) -> bool:
+    def _make_room(self, sequence: Scheduled, end: int, chunks: list[Chunk]) -> bool:
         """Get pages for `end` tokens, pre-empting younger sequences if need be; False if it lost its own.
 
         A sequence that already has its row in this step is not pre-empted: it is older or needed no page.
@@ -300,14 +263,14 @@ class DecodeScheduler:
                 if victim is sequence:
                     return False
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: Scheduled) -> None:
         self._running.remove(sequence)
         self.pages.free(sequence.pages)
         sequence.state, sequence.num_computed = State.WAITING, 0
         self._waiting.add(sequence)
         self._book.tell(Preempted(sequence.key))
 
-    def _chunk(self, sequence: _Sequence, end: int) -> Chunk:
+    def _chunk(self, sequence: Scheduled, end: int) -> Chunk:
         start = sequence.num_computed
         sampling = None
         if end == len(sequence.token_ids):
@@ -329,7 +292,7 @@ class DecodeScheduler:
             request_id=sequence.spec.request_id,
         )
 
-    def _emit(self, sequence: _Sequence, token: SampledToken) -> None:
+    def _emit(self, sequence: Scheduled, token: SampledToken) -> None:
         sequence.token_ids.append(token.token_id)
         sequence.output_ids.append(token.token_id)
         finish = sequence.finish.reason(
@@ -339,11 +302,11 @@ class DecodeScheduler:
         if finish:
             self._free(sequence)
 
-    def _fail(self, sequence: _Sequence, error: HeadraceError) -> None:
+    def _fail(self, sequence: Scheduled, error: HeadraceError) -> None:
         self._free(sequence)
         self._book.tell(Failed(sequence.key, error))
 
-    def _free(self, sequence: _Sequence) -> None:
+    def _free(self, sequence: Scheduled) -> None:
         """Forget a sequence and give its pages back: the only way there is, but for pre-emption, which keeps it."""
         del self._sequences[sequence.key]
         if sequence.state is State.WAITING:
@@ -353,5 +316,5 @@ class DecodeScheduler:
         self.pages.free(sequence.pages)
 
 
-def _age(sequence: _Sequence) -> int:
+def _age(sequence: Scheduled) -> int:
     return sequence.key

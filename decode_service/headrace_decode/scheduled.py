@@ -1,0 +1,48 @@
+"""A sequence as the decode scheduler sees it. Pure; engine thread only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from headrace_core.batch.finish import FinishRule
+from headrace_core.batch.spec import SequenceSpec
+from headrace_core.batch.step import SamplingMemo
+from headrace_core.kv.sequence_pages import SequencePages
+
+
+class State(Enum):
+    """Where a sequence is; see the scheduler."""
+
+    WAITING = "waiting"
+    TRANSFERRING = "transferring"
+    RUNNING = "running"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(slots=True, eq=False)
+class Scheduled:
+    """`token_ids` are all known tokens; `output_ids` those after the prompt; both grow."""
+
+    key: int
+    group: int
+    spec: SequenceSpec
+    has_handoff: bool
+    local_below: int
+    token_ids: list[int]
+    prompt_ids: list[int]
+    output_ids: list[int]
+    finish: FinishRule
+    added_s: float
+    state: State = State.WAITING
+    pages: SequencePages = field(default_factory=lambda: SequencePages(0))
+    num_computed: int = 0
+    num_cached: int = 0
+    queue_s: float = 0.0
+    is_started: bool = False
+    memo: SamplingMemo = field(default_factory=SamplingMemo)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute."""
+        return len(self.token_ids) - self.num_computed
