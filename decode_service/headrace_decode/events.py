@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace_core.batch.step_book import Failed
+from headrace_core.batch.step_book import Failed, FetchReady
 from headrace_core.request import FinishReason, SampledToken
 
 from headrace_decode.held_prefixes import PrefixHeld
@@ -48,5 +48,5 @@ class Preempted:
     key: int
 
 
-SequenceEvent = PagesReady | Started | Output | Failed | Preempted
+SequenceEvent = FetchReady | PagesReady | Started | Output | Failed | Preempted
 DecodeEvent = SequenceEvent | PrefixHeld

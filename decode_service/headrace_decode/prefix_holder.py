@@ -1,4 +1,6 @@
-"""Lets prefill workers take what this worker's prefix cache has: an answer's way back, into its next turn's prompt.
+"""Lets others take what this worker's prefix cache has.
+
+It is an answer's way back, into its next turn's prompt, and a sequence's way out, when this worker drains.
 
 A holder as a prefill worker is one (`transfer.holder`), of pages that are there already. Event loop only.
 """
@@ -15,7 +17,7 @@ from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.sealer import Sealer
 from headrace_core.transfer.transport import HolderEnd, Holding
 from headrace_core.transfer.transports import TRANSPORTS
-from headrace_core.transfer.values import Order
+from headrace_core.transfer.values import Order, Owner
 from headrace_core.transfer.verify import check_compatible
 from headrace_core.worker.host import WorkerHost
 from headrace_core.worker.loading import LoadedModel
@@ -35,7 +37,10 @@ class PrefixHolder:
         *,
         transports: tuple[str, ...],
         frame_bytes: int,
+        is_ours: Callable[[Owner], bool],
     ) -> None:
+        """Args: `is_ours` tells whether a sequence is here, at work or set aside: the only ones given while draining."""
+        self._is_ours = is_ours
         self._host = host
         self._metrics = metrics
         self._pages: PageHolder | None = None
@@ -78,7 +83,8 @@ class PrefixHolder:
     def hold(self, order: Order, outbox: Outbox[pb.HoldResponse]) -> HeldCall:
         """See `hold.Holder`."""
         host, spec = self._host, order.spec
-        host.require_ready()
+        if not self._is_ours(order.owner):
+            host.require_ready()
         spec.check_attempt()
         if order.holder_incarnation is None:
             raise InvalidRequestError(

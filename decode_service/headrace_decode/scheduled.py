@@ -15,9 +15,15 @@ class State(Enum):
     """Where a sequence is; see the scheduler."""
 
     WAITING = "waiting"
+    FETCHING = "fetching"
     TRANSFERRING = "transferring"
     RUNNING = "running"
     QUARANTINED = "quarantined"
+    ASIDE = "aside"
+
+
+MOVING = (State.FETCHING, State.TRANSFERRING)
+"""Bytes may land in its pages."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +40,8 @@ class Scheduled:
     output_ids: list[int]
     finish: FinishRule
     added_s: float
+    num_cached_elsewhere: int = 0
+    """Pages, as long as they were not asked for."""
     state: State = State.WAITING
     pages: SequencePages = field(default_factory=lambda: SequencePages(0))
     num_computed: int = 0

@@ -1,12 +1,15 @@
 """Which sequences a step advances. Pure: no torch, no grpc, no clock. One thread at a time, see `engine.py`.
 
     WAITING ──pages, remote──► TRANSFERRING ──arrived──► RUNNING ──finished, failed──► gone, pages free
-       │ ▲                          │ abort               │  │
-       │ └──────────────────────────┼──pre-empted─────────┘  │
-       │                            ▼                        │
-       │                       QUARANTINED ──drained──► gone │
-       └──────────abort─────────────────────────────────abort┴──► gone, pages free
+     │ │ ▲                          │ abort               │  │
+     │ │ └──────────────────────────┼──pre-empted─────────┤  │
+     │ │                            ▼                     │  │
+     │ │                       QUARANTINED ──drained──► gone │
+     │ └──────────abort───────────────────────────────────┼──┴──► gone, pages free
+     └──pages, some elsewhere──► FETCHING                 └──set aside──► ASIDE ──abort──► gone, pages free
 
+FETCHING leads to where WAITING would have with what was fetched in the prefix cache; aborted, to QUARANTINED. What is
+ASIDE goes on at another worker, which takes its pages; a WAITING one can be set aside too, and has none.
 A RUNNING sequence computes its tokens from `num_computed` on: one in decode; many when this worker prefills it, or
 computes it again after pre-emption. Decode rows come first, then prompt chunks while the token budget lasts.
 When a running sequence needs a page and none is left, the youngest running one gives its pages back and waits, with
@@ -26,7 +29,7 @@ from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
-from headrace_core.batch.step_book import Failed, StepBook
+from headrace_core.batch.step_book import Failed, FetchReady, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
@@ -34,7 +37,7 @@ from headrace_core.request import SampledToken
 
 from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Started
 from headrace_decode.held_prefixes import HeldPrefixes
-from headrace_decode.scheduled import Scheduled, State
+from headrace_decode.scheduled import MOVING, Scheduled, State
 
 _RESERVE_SHARE = 4
 """For every so many running sequences one page stays free at admission, since each will soon need one more."""
@@ -75,11 +78,13 @@ class DecodeScheduler:
         group: int = 0,
         has_handoff: bool = False,
         local_below: int = 0,
+        num_cached_elsewhere: int = 0,
     ) -> None:
         """Queue a checked sequence, or refuse it with a `Failed` event: QUEUE_FULL, NO_FREE_PAGES.
 
         With `has_handoff`, what the prefix cache lacks of `spec.token_ids` when it is its turn comes by transfer, if it
-        is more than `local_below` tokens; otherwise it is computed here.
+        is more than `local_below` tokens; otherwise it is computed here. Before that its first `num_cached_elsewhere`
+        tokens are fetched, if that is a page more at least than is cached here.
         """
         if self._book.admits(key, num_tokens=len(spec.token_ids) + 1, num_waiting=len(self._waiting)):
             sequence = self._sequences[key] = Scheduled(
@@ -93,6 +98,8 @@ class DecodeScheduler:
                 output_ids=spec.token_ids[spec.num_prompt_tokens :],
                 finish=FinishRule(spec.params, self._limits),
                 added_s=now,
+                # One is left to compute.
+                num_cached_elsewhere=min(num_cached_elsewhere, len(spec.token_ids) - 1) // self.pages.page_size,
             )
             self._waiting.add(sequence)
 
@@ -111,18 +118,29 @@ class DecodeScheduler:
                 return
             self._waiting.take()
             sequence.pages, sequence.num_cached = pages, num_have
-            # Whoever has them all still lacks one that follows.
-            num_missing = max(1, len(sequence.token_ids) - num_have)
-            sequence.has_handoff = sequence.has_handoff and num_missing > sequence.local_below
             if not sequence.is_started:
                 sequence.queue_s = now - sequence.added_s
-            if sequence.has_handoff:
-                sequence.state = State.TRANSFERRING
+            if sequence.num_cached_elsewhere > len(pages.nodes):
+                sequence.state = State.FETCHING
                 self._num_transferring += 1
-                self._book.tell(PagesReady(sequence.key, tuple(pages.page_ids), num_have, sequence.queue_s))
+                wanted = tuple(pages.page_ids[: sequence.num_cached_elsewhere])
+                self._book.tell(FetchReady(sequence.key, wanted, num_have))
             else:
-                sequence.num_computed = num_have
-                self._run(sequence)
+                self._go_on(sequence, num_have)
+
+    def fetched(self, key: int, num_tokens: int, now: float) -> None:
+        """Go on with a sequence whose first `num_tokens` were brought here and verified; 0: it was not to be.
+
+        Nothing may land in its pages any more. Unknown keys are no error.
+        """
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.state is not State.FETCHING:
+            return
+        self._num_transferring -= 1
+        sequence.num_cached_elsewhere = 0
+        num_have = max(num_tokens, len(sequence.pages.nodes) * self.pages.page_size)
+        self.pages.commit(sequence.pages, sequence.token_ids, num_have)
+        self._go_on(sequence, num_have)
 
     def arrived(self, key: int, first_token_id: int) -> None:
         """Join a sequence whose pages arrived and were verified, and of which one token more is known.
@@ -145,12 +163,22 @@ class DecodeScheduler:
         sequence = self._sequences.get(key)
         if sequence is None:
             return
-        if sequence.state is State.TRANSFERRING:
+        if sequence.state in MOVING:
             sequence.state = State.QUARANTINED
             self._num_transferring -= 1
             self.pages.quarantine(sequence.pages)
         elif sequence.state is not State.QUARANTINED:
             self._free(sequence)
+
+    def set_aside(self, key: int) -> None:
+        """Compute a sequence no further, but keep its pages until `abort`. Not one whose pages are under transfer.
+
+        Unknown keys are no error.
+        """
+        sequence = self._sequences.get(key)
+        if sequence is not None and sequence.state in (State.WAITING, State.RUNNING):
+            self._leave(sequence)
+            sequence.state = State.ASIDE
 
     def drained(self, key: int) -> None:
         """Free an aborted sequence's pages: nothing can land in them any more. Other keys are no error."""
@@ -207,7 +235,7 @@ class DecodeScheduler:
         states = [sequence.state for sequence in self._sequences.values()]
         assert states.count(State.WAITING) == len(self._waiting), "the waiting queue differs"
         assert states.count(State.RUNNING) == len(self._running), "the running list differs"
-        assert states.count(State.TRANSFERRING) == self._num_transferring, "transfers are miscounted"
+        assert sum(state in MOVING for state in states) == self._num_transferring, "transfers are miscounted"
 
     def _choose(self, now: float) -> list[Chunk]:
         self._has_made_room = False
@@ -234,6 +262,20 @@ class DecodeScheduler:
             return False
         self.pages.reserve(pages, num_tokens)
         return True
+
+    def _go_on(self, sequence: Scheduled, num_have: int) -> None:
+        """Have what follows the first `num_have` tokens brought or computed."""
+        # Whoever has them all still lacks one that follows.
+        num_missing = max(1, len(sequence.token_ids) - num_have)
+        sequence.has_handoff = sequence.has_handoff and num_missing > sequence.local_below
+        if sequence.has_handoff:
+            sequence.state = State.TRANSFERRING
+            self._num_transferring += 1
+            page_ids = tuple(sequence.pages.page_ids)
+            self._book.tell(PagesReady(sequence.key, page_ids, num_have, sequence.queue_s))
+        else:
+            sequence.num_computed = num_have
+            self._run(sequence)
 
     def _run(self, sequence: Scheduled) -> None:
         sequence.state = State.RUNNING
@@ -309,11 +351,14 @@ class DecodeScheduler:
     def _free(self, sequence: Scheduled) -> None:
         """Forget a sequence and give its pages back: the only way there is, but for pre-emption, which keeps it."""
         del self._sequences[sequence.key]
+        self._leave(sequence)
+        self.pages.free(sequence.pages)
+
+    def _leave(self, sequence: Scheduled) -> None:
         if sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         elif sequence.state is State.RUNNING:
             self._running.remove(sequence)
-        self.pages.free(sequence.pages)
 
 
 def _age(sequence: Scheduled) -> int:

@@ -9,11 +9,13 @@ from typing import Any
 
 from headrace.v1 import decode_service_pb2 as pb
 from headrace_core.batch.spec import SequenceSpec
-from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.errors import DeadlineError, HeadraceError, InvalidRequestError
+from headrace_core.request import hash_tokens
 from headrace_core.transfer.hold import Side
 from headrace_core.transfer.taker import TransferStats
-from headrace_core.transfer.values import Admission, CachedPrefix, FirstToken
+from headrace_core.transfer.values import Admission, CachedPrefix, FirstToken, Order
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish, encode_logprobs
+from headrace_core.worker.loading import LoadedModel
 
 from headrace_decode.events import Output, Started
 from headrace_decode.session import Session
@@ -63,6 +65,8 @@ class Sequence:
     position: int
     """Tokens that the router knows of."""
     cached: CachedPrefix | None = None
+    takes_prefix: bool = False
+    """True if `cached` is for this worker, not for the one that computes the rest."""
     deadline: asyncio.TimerHandle | None = None
     queue_s: float = 0.0
     taking: asyncio.Task[TransferStats | None] | None = None
@@ -70,7 +74,27 @@ class Sequence:
     moved: TransferStats | None = None
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    has_joined: bool = False
+    is_aside: bool = False
+    """True if it goes on elsewhere, and its pages are kept for who takes them: nothing more is told of it."""
     is_over: bool = False
+
+    def order(self, model: LoadedModel, num_have_tokens: int, cached: CachedPrefix | None) -> Order:
+        """Return what is asked of a holder that is to know of `cached`, when the first `num_have_tokens` are here."""
+        return Order(
+            owner=(self.session.router_id, self.number),
+            spec=self.spec,
+            timeout_s=max(self.ends_s - time.monotonic(), 0.001),
+            tokens_sha256=hash_tokens(self.spec.token_ids),
+            fingerprint=model.fingerprint,
+            layout=model.layout,
+            num_have_tokens=num_have_tokens,
+            cached=cached,
+        )
+
+    def late(self) -> DeadlineError:
+        """Return what it ends with when its time is up."""
+        return DeadlineError("DEADLINE_EXCEEDED", f"request {self.spec.request_id}: the sequence's time is up")
 
     def tell_first(self, admission: Admission, first: FirstToken) -> None:
         """Tell of the token that was computed elsewhere."""
@@ -95,7 +119,7 @@ class Sequence:
         moved = self.moved
         self._tell(
             joined=pb.Joined(
-                queue_us=0 if moved else _us(started.queue_s),
+                queue_us=0 if self.taking else _us(started.queue_s),
                 num_cached_tokens=started.num_cached_tokens,
                 transfer_us=_us(moved.duration_s) if moved else 0,
                 transfer_bytes=moved.num_bytes if moved else 0,

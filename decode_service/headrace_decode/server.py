@@ -32,8 +32,8 @@ class Decoder(Protocol):
         """Start a sequence; what becomes of it, a refusal too, is told in the session."""
         ...
 
-    def cancel_sequence(self, session: Session, number: int, *, attempt: int) -> None:
-        """End a sequence."""
+    def cancel_sequence(self, session: Session, number: int, *, attempt: int, keeps_pages: bool = False) -> None:
+        """End a sequence, or with `keeps_pages` set it aside."""
         ...
 
 
@@ -73,7 +73,10 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
                     case "start":
                         decoder.start_sequence(session, request.start)
                     case "cancel":
-                        decoder.cancel_sequence(session, request.cancel.sequence_number, attempt=request.cancel.attempt)
+                        cancel = request.cancel
+                        decoder.cancel_sequence(
+                            session, cancel.sequence_number, attempt=cancel.attempt, keeps_pages=cancel.keeps_pages
+                        )
                     case "open":
                         raise InvalidRequestError("BAD_REQUEST", "the session is open already")
                     case _:

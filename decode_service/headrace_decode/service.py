@@ -1,7 +1,9 @@
 """The decode worker: sessions and sequences. Event loop only; the scheduler runs on the engine thread.
 
     a sequence:  QUEUED ──pages──► taken from elsewhere, or computed here ──joined──► RUNNING ──last token──► over
-                    └──────── failure, cancel, deadline, session end, higher attempt ────┴────────────────────┘
+                    └──────── failure, cancel, deadline, session end, higher attempt ────┴──────┬─────────────┘
+                                                                                         ASIDE ─┘
+    RUNNING ──cancel that keeps the pages──► ASIDE: it goes on at another worker, which takes them
 
 `_end` is the only way out, whatever the phase: it tells the router, aborts in the scheduler, stops the transfer.
 """
@@ -16,13 +18,12 @@ from collections.abc import Sequence as Seq
 from headrace.v1 import decode_service_pb2 as pb
 from headrace.v1 import types_pb2
 from headrace_core.batch.finish import FinishRule
-from headrace_core.batch.step_book import Failed
+from headrace_core.batch.step_book import Failed, FetchReady
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.engine import News
-from headrace_core.errors import DeadlineError, HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.reasons import label
-from headrace_core.request import hash_tokens
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Side, TakeError, add_hold_servicer
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
@@ -30,7 +31,7 @@ from headrace_core.transfer.transports import usable
 from headrace_core.transfer.values import (
     Admission,
     FirstToken,
-    Order,
+    Owner,
     decode_cached,
     replaced,
     stale_attempt,
@@ -38,7 +39,7 @@ from headrace_core.transfer.values import (
 )
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
-from headrace_core.worker.prefix_fetcher import model_taker
+from headrace_core.worker.prefix_fetcher import PrefixFetcher, model_taker
 from prometheus_client import CollectorRegistry
 
 from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, SequenceEvent, Started
@@ -88,7 +89,9 @@ class DecodeService:
             self._metrics,
             transports=tuple(self._transports),
             frame_bytes=settings.frame_kib << 10,
+            is_ours=self._is_ours,
         )
+        self._fetcher = PrefixFetcher(self.host, self._metrics.worker, on_taken=self._on_fetched)
         self._taker: Taker | None = None
         self._num_keys = 0
         self._num_groups = 0
@@ -131,12 +134,13 @@ class DecodeService:
             timeout_s=settings.transfer_timeout_s,
             drain_timeout_s=self._drain_timeout_s,
         )
+        self._fetcher.start(self._taker, timeout_s=settings.transfer_timeout_s)
         self.prefixes.start(model, scheduler.pages.pool.generation)
         await self.host.go(model, scheduler, self._on_news)
         return address
 
     async def drain(self) -> None:
-        """See `process.Service`: sequences under way finish, and their routers have read how."""
+        """See `process.Service`: sequences under way finish or are taken, and their routers have read how."""
         self.host.begin_drain()
         await self._idle.wait()
         for session in list(self._sessions.values()):
@@ -149,6 +153,7 @@ class DecodeService:
             self.close_session(session, error)
         if self._taking:
             await asyncio.wait(self._taking)
+        await self._fetcher.close()
         if self._taker:
             await self._taker.close()
         self.prefixes.stop()
@@ -224,46 +229,58 @@ class DecodeService:
             now + left_s,
             len(spec.token_ids),
             cached=decode_cached(message),
+            takes_prefix=message.takes_prefix,
         )
-        sequence.deadline = asyncio.get_running_loop().call_later(left_s, self._end, sequence, _late(sequence))
+        sequence.deadline = asyncio.get_running_loop().call_later(left_s, self._end, sequence, sequence.late())
         session.keys[sequence.number] = sequence.key
         self._sequences[sequence.key] = sequence
         self._idle.clear()
         has_handoff, local_below = bool(message.prefill_address), message.local_below
+        num_elsewhere = sequence.cached.num_tokens if sequence.cached and sequence.takes_prefix else 0
 
         def add(scheduler: DecodeScheduler) -> None:
             scheduler.add(
-                sequence.key, spec, now, group=session.group, has_handoff=has_handoff, local_below=local_below
+                sequence.key,
+                spec,
+                now,
+                group=session.group,
+                has_handoff=has_handoff,
+                local_below=local_below,
+                num_cached_elsewhere=num_elsewhere,
             )
             scheduler.admit(now)
 
         # A prompt that is computed elsewhere need not wait for a step that is computed here.
         self.host.engine.submit_at_once(add)
 
-    def cancel_sequence(self, session: Session, number: int, *, attempt: int) -> None:
-        """End a sequence, unless it is of a higher attempt; an unknown one is no error."""
+    def cancel_sequence(self, session: Session, number: int, *, attempt: int, keeps_pages: bool = False) -> None:
+        """End a sequence, unless it is of a higher attempt; an unknown one is no error.
+
+        With `keeps_pages` one that joined is set aside instead: it is over with the next call without.
+        """
         sequence = self._sequence(session, number)
-        if sequence and sequence.spec.attempt <= attempt:
+        if sequence is None or sequence.spec.attempt > attempt:
+            return
+        if keeps_pages and sequence.has_joined:
+            sequence.is_aside = True
+            self.host.engine.submit(lambda scheduler: scheduler.set_aside(sequence.key))
+        else:
             self._end(sequence)
 
     def _sequence(self, session: Session, number: int) -> Sequence | None:
         key = session.keys.get(number)
         return None if key is None else self._sequences[key]
 
+    def _is_ours(self, owner: Owner) -> bool:
+        router_id, number = owner
+        session = self._sessions.get(router_id)
+        return session is not None and number in session.keys
+
     def _take(self, sequence: Sequence, page_ids: Seq[int], num_have_tokens: int) -> None:
         """Have the sequence computed elsewhere and what is not here of its cache brought here."""
         assert self._taker is not None, "ready"
-        spec, model = sequence.spec, self.host.model
-        order = Order(
-            owner=(sequence.session.router_id, sequence.number),
-            spec=spec,
-            timeout_s=max(sequence.ends_s - time.monotonic(), 0.001),
-            tokens_sha256=hash_tokens(spec.token_ids),
-            fingerprint=model.fingerprint,
-            layout=model.layout,
-            num_have_tokens=num_have_tokens,
-            cached=sequence.cached,
-        )
+        cached = None if sequence.takes_prefix else sequence.cached
+        order = sequence.order(self.host.model, num_have_tokens, cached)
 
         def on_first(admission: Admission, first: FirstToken) -> None:
             self._on_first(sequence, admission, first)
@@ -313,6 +330,12 @@ class DecodeService:
         # After the abort: the transfer is drained, its pages may have a new owner.
         self.host.engine.submit(lambda scheduler: scheduler.drained(sequence.key))
 
+    def _on_fetched(self, key: int, moved: TransferStats) -> None:
+        self._metrics.observe_transfer(moved)
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            sequence.moved = moved
+
     def _on_news(self, news: News[DecodeEvent]) -> None:
         sessions: dict[int, Session] = {}
         for event in news.events:
@@ -320,7 +343,7 @@ class DecodeService:
                 self.prefixes.on_held(event)
                 continue
             sequence = self._sequences.get(event.key)
-            if sequence is not None:
+            if sequence is not None and not sequence.is_aside:
                 sessions[sequence.session.group] = sequence.session
                 self._on_event(sequence, event)
         for session in sessions.values():
@@ -329,6 +352,8 @@ class DecodeService:
     def _on_event(self, sequence: Sequence, event: SequenceEvent) -> None:
         worker = self._metrics.worker
         match event:
+            case FetchReady(num_have_tokens=num_have):
+                self._fetcher.fetch(event, sequence.order(self.host.model, num_have, sequence.cached))
             case PagesReady(page_ids=page_ids, num_have_tokens=num_have, queue_s=queue_s):
                 worker.queue_seconds.observe(queue_s)
                 sequence.queue_s = queue_s
@@ -339,6 +364,7 @@ class DecodeService:
                     worker.prefilled_tokens.inc(len(sequence.spec.token_ids))
                 worker.cache_query_tokens.inc(len(sequence.spec.token_ids))
                 worker.cache_hit_tokens.inc(num_cached)
+                sequence.has_joined = True
                 sequence.tell_joined(event)
             case Output(finish=finish):
                 worker.sampled_tokens.inc()
@@ -364,14 +390,9 @@ class DecodeService:
         if sequence.taking:
             sequence.taking.cancel()
         else:
-            # It may have pages of which the loop has yet to hear; no transfer into them begins any more.
-            self.host.engine.submit(lambda scheduler: scheduler.drained(sequence.key))
+            self._fetcher.cancel(sequence.key)
         if error:
             sequence.tell_failure(error, side)
         log.info("sequence ended", extra=sequence.report(error))
         if not self._sequences:
             self._idle.set()
-
-
-def _late(sequence: Sequence) -> DeadlineError:
-    return DeadlineError("DEADLINE_EXCEEDED", f"request {sequence.spec.request_id}: the sequence's time is up")

@@ -175,6 +175,7 @@ class MiniRouter:
         prefill: str | None = None,
         local_below: int = 0,
         cached: CachedPrefix | None = None,
+        takes_prefix: bool = False,
         timeout_s: float = WAIT_S,
     ) -> Collected:
         """Start a sequence; attempts at one have the same `request_id` and `sample_index`. `prefill`: another one's."""
@@ -192,6 +193,7 @@ class MiniRouter:
             prefill_address=self.prefill_address if prefill is None else prefill,
             local_below=local_below,
             cached_prefix=encode_cached(cached) if cached else None,
+            takes_prefix=takes_prefix,
         )
         self.send(pb.SessionRequest(start=message))
         return collected
@@ -200,9 +202,9 @@ class MiniRouter:
         """Send a message as it is."""
         self._outbox.put(message)
 
-    def cancel(self, collected: Collected) -> None:
+    def cancel(self, collected: Collected, *, keeps_pages: bool = False) -> None:
         """End a sequence."""
-        cancel = pb.CancelSequence(sequence_number=collected.number, attempt=collected.attempt)
+        cancel = pb.CancelSequence(sequence_number=collected.number, attempt=collected.attempt, keeps_pages=keeps_pages)
         self.send(pb.SessionRequest(cancel=cancel))
 
     async def generate(

@@ -127,6 +127,7 @@ class StartSequence(_message.Message):
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     LOCAL_BELOW_FIELD_NUMBER: _builtins.int
     CACHED_PREFIX_FIELD_NUMBER: _builtins.int
+    TAKES_PREFIX_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """Chosen by the router, the same for all attempts at a sequence, unique among its sequences."""
     attempt: _builtins.int
@@ -147,6 +148,10 @@ class StartSequence(_message.Message):
     """With `prefill_address`: where no more of `token_ids` than this are missing from this worker's prefix cache, it
     computes them itself. 0: never.
     """
+    takes_prefix: _builtins.bool
+    """This worker takes what is at `cached_prefix` itself, and then goes on as if it had found it in its own prefix cache.
+    What it can't have of it is no fault of the sequence's.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, followed by tokens that an earlier attempt already produced; at least one id."""
@@ -157,7 +162,7 @@ class StartSequence(_message.Message):
 
     @_builtins.property
     def cached_prefix(self) -> _types_pb2.CachedPrefix:
-        """With `prefill_address`: `Open.cached_prefix`, for the prefill worker."""
+        """With `prefill_address`: `Open.cached_prefix`, for the prefill worker. With `takes_prefix`: for this one."""
 
     def __init__(
         self,
@@ -173,10 +178,11 @@ class StartSequence(_message.Message):
         prefill_address: _builtins.str = ...,
         local_below: _builtins.int = ...,
         cached_prefix: _types_pb2.CachedPrefix | None = ...,
+        takes_prefix: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cached_prefix", b"cached_prefix", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prefix", b"cached_prefix", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prefix", b"cached_prefix", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "takes_prefix", b"takes_prefix", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -190,19 +196,26 @@ class CancelSequence(_message.Message):
 
     SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    KEEPS_PAGES_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """As in `StartSequence`."""
     attempt: _builtins.int
     """This attempt and lower ones end."""
+    keeps_pages: _builtins.bool
+    """The sequence goes on at another worker: it is computed no further and nothing more is told of it, but what this worker
+    has of it stays, to be taken by a `Hold` call for the same sequence, also while this worker drains. A `cancel` without
+    this lets go of it, and so does all else that ends a sequence.
+    """
     def __init__(
         self,
         *,
         sequence_number: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        keeps_pages: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "sequence_number", b"sequence_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "keeps_pages", b"keeps_pages", "sequence_number", b"sequence_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class HoldServiceStub:
     """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
-    what their prefix cache has by decode workers.
+    what their prefix cache has by decode workers, one that drains for its own sequences alone (`CancelSequence.keeps_pages`).
     """
 
     def __init__(self, channel):
@@ -45,7 +45,7 @@ class HoldServiceStub:
 
 class HoldServiceServicer:
     """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
-    what their prefix cache has by decode workers.
+    what their prefix cache has by decode workers, one that drains for its own sequences alone (`CancelSequence.keeps_pages`).
     """
 
     def Hold(self, request_iterator, context):
@@ -81,7 +81,7 @@ def add_HoldServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class HoldService:
     """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
-    what their prefix cache has by decode workers.
+    what their prefix cache has by decode workers, one that drains for its own sequences alone (`CancelSequence.keeps_pages`).
     """
 
     @staticmethod

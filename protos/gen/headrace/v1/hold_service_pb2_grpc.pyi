@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class HoldServiceStub:
     """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
-    what their prefix cache has by decode workers.
+    what their prefix cache has by decode workers, one that drains for its own sequences alone (`CancelSequence.keeps_pages`).
     """
 
     @_typing.overload
@@ -50,7 +50,7 @@ class HoldServiceStub:
 @_typing.type_check_only
 class HoldServiceAsyncStub(HoldServiceStub):
     """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
-    what their prefix cache has by decode workers.
+    what their prefix cache has by decode workers, one that drains for its own sequences alone (`CancelSequence.keeps_pages`).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -68,7 +68,7 @@ class HoldServiceAsyncStub(HoldServiceStub):
 
 class HoldServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by a holder of pages, called by the worker that takes them: for a sequence's hand-off by prefill workers, and for
-    what their prefix cache has by decode workers.
+    what their prefix cache has by decode workers, one that drains for its own sequences alone (`CancelSequence.keeps_pages`).
     """
 
     @_abc_1.abstractmethod
