@@ -1,4 +1,4 @@
-"""A sequence that goes on at another decode worker: set aside here with its pages, fetched there, to the same tokens."""
+"""A sequence that goes on at another decode worker: set aside here with its pages, fetched there."""
 
 import pytest
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
