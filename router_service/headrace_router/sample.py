@@ -37,6 +37,7 @@ from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.session import Ended, Moved, Progress, Side, Whose
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
+from headrace_router.timings_message import encode_timings
 from headrace_router.worker import Worker
 
 _MOST_TOKENS, _MOST_CHARS = 4096, 1 << 20
@@ -374,29 +375,7 @@ class Sample:
         message.usage.num_output_tokens = len(self.output_ids)
         message.usage.num_cached_tokens = self.num_cached_tokens
         if self.spec.include_timings:
-            message.timings.CopyFrom(self._timings())
-
-    def _timings(self) -> generation_service_pb2.Timings:
-        return generation_service_pb2.Timings(
-            phases=[
-                generation_service_pb2.Phase(
-                    name=phase.name,
-                    duration_us=phase.duration_us,
-                    is_before_first_token=phase.is_before_first_token,
-                )
-                for phase in self.waterfall.phases
-            ],
-            total_us=self.waterfall.total_us,
-            ttft_us=self.waterfall.ttft_us or 0,
-            transfer_bytes=self.transfer_bytes,
-            num_transfer_pages=self.num_transfer_pages,
-            transport=self.transport,
-            num_attempts=self.attempt,
-            prefill_worker=self.prefill_address,
-            decode_worker=self.decode_address,
-            hidden_transfer_us=self.waterfall.hidden_us,
-            hidden_transfer_bytes=self.hidden_transfer_bytes,
-        )
+            message.timings.CopyFrom(encode_timings(self))
 
 
 def _own(logprobs: types_pb2.TokenLogprobs) -> types_pb2.TokenLogprobs:
