@@ -39,7 +39,7 @@ class PrefixHolder:
         frame_bytes: int,
         is_ours: Callable[[Owner], bool],
     ) -> None:
-        """Args: `is_ours` tells whether a sequence is here, running or set aside: while draining only such are given."""
+        """Args: `is_ours` tells whether a sequence is here, running or set aside: while draining, these alone."""
         self._is_ours = is_ours
         self._host = host
         self._metrics = metrics

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace_core.request import token_words
@@ -31,6 +31,23 @@ class Cached:
     def is_lost(self) -> bool:
         """True if the worker's connection is gone: whoever is at that address now, nothing is known of its cache."""
         return self.worker.lost.done()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A decode worker that goes away keeps the pages of a sequence that ran there, until it runs elsewhere."""
+
+    worker: Worker
+    number: int
+    attempt: int
+    """The sequence's there."""
+    release: Callable[[], None]
+    """Gives back what is reserved there."""
+
+    def let_go(self) -> None:
+        """Let the worker keep nothing any more; once."""
+        self.worker.session.end(self.number, self.attempt, tell=True)
+        self.release()
 
 
 def cached_at(worker: Worker, num_tokens: int) -> Cached:

@@ -6,7 +6,8 @@
 
 The decode worker alone is told, of the prefill worker as well; all that becomes of the sequence comes back on one
 stream, in order. Whatever ends an attempt, the sequence is cancelled there unless that worker ended it; what it holds
-elsewhere it lets go of by itself.
+elsewhere it lets go of by itself. One whose decode worker goes away is placed elsewhere while it runs there, and takes
+its pages along: `move.py`. That is no failure, and counts as no attempt.
 
 Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
 far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause. A failure says
@@ -54,6 +55,7 @@ from headrace_core.reasons import label
 from headrace_router.cached import FIRST_TOKENS, Finished, cached_at
 from headrace_router.dispatch import Dispatcher, Placement
 from headrace_router.metrics import RouterMetrics
+from headrace_router.move import Move
 from headrace_router.sample import Sample, SampleState
 from headrace_router.session import Ended, Side, Whose
 from headrace_router.worker import Worker
@@ -118,20 +120,29 @@ class Flow:
             sample.cached = self._finished.find(sample.spec.prompt_ids)
         fingerprint = ""
         endings: Counter[str] = Counter()
-        while True:
-            placement = await self._dispatcher.place(sample)
-            on_placed()
-            try:
-                fingerprint = self._check_model(fingerprint, placement)
-                ended = await self._attempt(sample, placement)
-            finally:
-                placement.release()
-            if ended.error is None:
-                self._remember(sample, placement.decode)
-                return
-            self._react(sample, placement, ended, ended.error, endings)
+        placed: Placement | None = None
+        try:
+            while True:
+                placement = placed or await self._dispatcher.place(sample)
+                on_placed()
+                move = Move(self._dispatcher, sample, placement)
+                try:
+                    fingerprint = self._check_model(fingerprint, placement)
+                    ended = await self._attempt(sample, placement, move)
+                    placed = move.make() if ended.is_moved else None
+                finally:
+                    await move.close()
+                if placed is not None:
+                    self._metrics.moves.inc()
+                elif ended.error is None:
+                    self._remember(sample, placement.decode)
+                    return
+                else:
+                    self._react(sample, placement, ended, ended.error, endings)
+        finally:
+            sample.let_go()
 
-    async def _attempt(self, sample: Sample, placement: Placement) -> Ended:
+    async def _attempt(self, sample: Sample, placement: Placement, move: Move) -> Ended:
         """Make one attempt; return how it ended."""
         prefill, session = placement.prefill, placement.decode.session
         sample.begin_attempt(
@@ -140,7 +151,7 @@ class Flow:
             decode=placement.decode,
             now_s=time.monotonic(),
         )
-        knows_end = False
+        knows_end = keeps_pages = False
 
         def on_prefill_lost(lost: asyncio.Future[HeadraceError]) -> None:
             sample.on_prefill_lost(lost.result())
@@ -148,21 +159,28 @@ class Flow:
         try:
             if prefill is not None:
                 prefill.lost.add_done_callback(on_prefill_lost)
-            session.start(sample, self._start(sample, placement.decode))
+            session.start(sample, self._start(sample, placement.decode), on_leaving=move.begin)
             assert sample.attempt_over is not None, "it has begun"
             ended = await sample.attempt_over
+            if ended.is_moved and sample.is_over:  # it ended before it was moved
+                ended = Ended(Side.ROUTER)
             knows_end = ended.by is Side.WORKER
+            keeps_pages = ended.is_moved and move.has_pages
         except HeadraceError as error:
             return Ended(Side.WORKER, error)  # the session was lost before
         finally:
             if prefill is not None:
                 prefill.lost.remove_done_callback(on_prefill_lost)
-            session.end(sample.number, sample.attempt, tell=not knows_end)
+            session.end(sample.number, sample.attempt, tell=not knows_end, keeps_pages=keeps_pages)
         return ended
 
     def _start(self, sample: Sample, decode: Worker) -> decode_service_pb2.StartSequence:
         local_below, cached = self._local_below, sample.cached
-        if cached is not None and cached.worker is decode:  # what is left of a page is sooner computed than fetched
+        # Of a worker that went away and came back it has them already.
+        takes = sample.kept is not None and cached is not None and cached.worker is sample.kept.worker is not decode
+        if takes or (
+            cached is not None and cached.worker is decode
+        ):  # what is left of a page is sooner computed than fetched
             local_below = max(local_below, decode.layout.page_size)
         message = decode_service_pb2.StartSequence(
             sequence_number=sample.number,
@@ -175,10 +193,12 @@ class Flow:
             prefill_address=sample.prefill_address,
             local_below=local_below,
         )
-        if cached is not None and cached.num_tokens and not cached.is_lost and sample.prefill_address:
+        has_use = bool(sample.prefill_address) or takes
+        if cached is not None and cached.num_tokens and not cached.is_lost and has_use:
             message.cached_prefix.address = cached.worker.address
             message.cached_prefix.incarnation = cached.worker.info.incarnation
             message.cached_prefix.num_tokens = cached.num_tokens
+            message.takes_prefix = takes
         sample.spec.encoded_prompt.put(message, sample.output_ids)
         return message
 
@@ -228,10 +248,11 @@ class Flow:
         if reaction.holds_worker:
             for worker in blamed:
                 worker.hold()
-        if sample.attempt >= self._max_attempts or endings[_LOST] >= _MOST_LOST_WORKERS:
+        num_failed = sample.attempt - sample.num_moves
+        if num_failed >= self._max_attempts or endings[_LOST] >= _MOST_LOST_WORKERS:
             raise UnavailableError(
                 "RETRIES_EXHAUSTED",
-                f"{sample.attempt} attempts failed; the last at {data['worker']} while {sample.state.value}: "
+                f"{num_failed} attempts failed; the last at {data['worker']} while {sample.state.value}: "
                 f"{error.reason}: {error}",
             ) from error
         self._metrics.retries.labels(label(error.reason)).inc()

@@ -260,6 +260,8 @@ class Link:
 
     def _settle(self) -> None:
         """Say what health and load amount to."""
+        if self.worker is not None and self.worker.load.is_draining:
+            self.worker.session.leave()
         if self.worker is None:
             self._set(LinkState.STARTING, "loading")
         elif not self._is_listed:
@@ -267,7 +269,7 @@ class Link:
         elif self._is_serving and not self.worker.load.is_draining:
             self._set(LinkState.READY, "")
         else:
-            self._set(LinkState.DRAINING, "finishes what it has and takes nothing new")
+            self._set(LinkState.DRAINING, "hands over or finishes what it has and takes nothing new")
         self._fleet.on_change()
 
     def _lose(self, error: HeadraceError) -> None:

@@ -116,6 +116,7 @@ class RouterMetrics:
     requests: Counter
     refused: Counter
     retries: Counter
+    moves: Counter
 
     @classmethod
     def create(cls) -> RouterMetrics:
@@ -140,6 +141,7 @@ class RouterMetrics:
             requests=counter("requests", "Requests, by how they ended.", "outcome"),
             refused=counter("refused_requests", "Requests that ended before a worker had them, by reason.", "reason"),
             retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
+            moves=counter("moved_sequences", "Sequences that went on elsewhere, since their decode worker drained."),
         )
         for outcome in OUTCOMES:
             metrics.requests.labels(outcome)

@@ -6,6 +6,7 @@ States (moved by `flow.py` only):
        ▲                     │  └── first token ends it ──► FINISHED │                      │
        └─────────────────────┴──── the attempt failed, another one ──┴──────────────────────┘
     QUEUED ── placed, colocated ──► JOINING; PREFILLING ── Joined: the decode worker computes it itself ──► DECODING
+    any but QUEUED ── its decode worker goes away, and another one has a place ──► QUEUED, and placed there
     any but FINISHED ── cancel, deadline, an error for the client ──► FAILED
 
 An entry of the decode worker is taken if it is at the position where the sample is: what is behind is known already,
@@ -28,7 +29,7 @@ from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
 from headrace_router.admission import RequestSpec
 from headrace_router.answers import check_tokens_computed
-from headrace_router.cached import Cached, cached_at
+from headrace_router.cached import Cached, Kept, cached_at
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
@@ -90,6 +91,10 @@ class Sample:
         """See `Waiting.prefer`."""
         self.cached: Cached | None = None
         """Where the first of its tokens can be found, if that is known."""
+        self.kept: Kept | None = None
+        """Who keeps its pages until it runs elsewhere."""
+        self.num_moves = 0
+        """Attempts that ended because their worker went away, and it was placed elsewhere."""
         self.output_ids: list[int] = []
         cost = len(spec.prompt_ids) + min(spec.params.max_tokens or 0, EXPECTED_OUTPUT_TOKENS)
         self.turn = Turn(client, (spec.arrival_s, sample_index), cost)
@@ -203,8 +208,14 @@ class Sample:
         if self.state is SampleState.PREFILLING:
             self.on_ended(Ended(Side.ROUTER, error, Whose.PREFILL))
 
+    def let_go(self) -> None:
+        """Let nobody keep its pages any more. Idempotent."""
+        kept, self.kept = self.kept, None
+        if kept is not None:
+            kept.let_go()
+
     def mark_failure(self, now_s: float) -> None:
-        """Account for the time of an attempt that failed."""
+        """Account for the time of an attempt that failed, or was moved."""
         if self.state is SampleState.DECODING and not self._is_first_step:
             self.waterfall.mark("decode", self.last_token_s)
         self.waterfall.mark("retry", now_s)
@@ -283,7 +294,9 @@ class Sample:
         self.hidden_transfer_bytes += joined.hidden_transfer_bytes
         self.waterfall.hide(joined.hidden_transfer_us)
         self.transport = joined.transport or self.transport
-        parts = [("transfer", joined.transfer_us)] if is_handed_off else [("decode_queue", joined.queue_us)]
+        parts = [] if is_handed_off else [("decode_queue", joined.queue_us)]
+        if is_handed_off or joined.num_transfer_pages:
+            parts.append(("transfer", joined.transfer_us))
         self.waterfall.split(parts, "join", now_s)
         if not is_handed_off:
             self.num_cached_tokens = joined.num_cached_tokens
@@ -291,6 +304,7 @@ class Sample:
         self._is_first_step = True
         assert self._progress is not None, "an attempt runs"
         self._progress.on_joined(Moved.of(joined))
+        self.let_go()
         if is_handed_off:
             self._tell_cached()
 

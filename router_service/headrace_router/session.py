@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -66,6 +67,8 @@ class Ended:
     by: Side
     error: HeadraceError | None = None
     whose: Whose = Whose.DECODE
+    is_moved: bool = False
+    """True if it is over there because it goes on elsewhere, where it has been placed."""
 
 
 class StepSink(Protocol):
@@ -109,6 +112,13 @@ class Progress(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    attempt: int
+    sink: StepSink
+    on_leaving: Callable[[], None]
+
+
 class StepSession:
     """One `Session` call and those who listen to it."""
 
@@ -119,30 +129,44 @@ class StepSession:
         self._layout = layout
         self._outbox = Outbox(pb.SessionRequest())
         self._outbox.put(pb.SessionRequest(open=pb.OpenSession(router_id=router_id)))
-        self._sinks: dict[int, tuple[int, StepSink]] = {}
-        """By sequence: its attempt, and who listens."""
+        self._listeners: dict[int, _Listener] = {}
+        """By sequence."""
+        self._is_leaving = False
         self._is_silent = False
         self._lost: HeadraceError | None = None
         self._idle = Pace("messages for nobody", per_s=_MOST_IDLE_PER_S, burst=_MOST_IDLE_AT_ONCE)
 
-    def start(self, sink: StepSink, message: pb.StartSequence) -> None:
-        """Start a sequence; `sink` hears what becomes of it until `end`.
+    def start(
+        self, sink: StepSink, message: pb.StartSequence, *, on_leaving: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start a sequence; `sink` hears what becomes of it until `end`, `on_leaving` once if the worker goes away.
 
         Raises:
             UnavailableError: the session is lost.
         """
         if self._lost is not None:
             raise self._lost
-        self._sinks[message.sequence_number] = message.attempt, sink
+        self._listeners[message.sequence_number] = _Listener(message.attempt, sink, on_leaving)
         self._outbox.put(pb.SessionRequest(start=message))
 
-    def end(self, number: int, attempt: int, *, tell: bool) -> None:
-        """Drop what still comes for an attempt, and if the worker does not know that it is over, `tell` it."""
-        if self._sinks.get(number, (0, None))[0] == attempt:
-            del self._sinks[number]
+    def end(self, number: int, attempt: int, *, tell: bool, keeps_pages: bool = False) -> None:
+        """Drop what still comes for an attempt, and if the worker does not know that it is over, `tell` it.
+
+        With `keeps_pages` the worker is to keep the sequence's pages until it is told without.
+        """
+        listener = self._listeners.get(number)
+        if listener is not None and listener.attempt == attempt:
+            del self._listeners[number]
         if tell and self._lost is None:
-            cancel = pb.CancelSequence(sequence_number=number, attempt=attempt)
+            cancel = pb.CancelSequence(sequence_number=number, attempt=attempt, keeps_pages=keeps_pages)
             self._outbox.put(pb.SessionRequest(cancel=cancel))
+
+    def leave(self) -> None:
+        """Tell those who run here that the worker goes away. Only the first call counts."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            for listener in list(self._listeners.values()):
+                listener.on_leaving()
 
     async def run(self, stub: DecodeServiceAsyncStub) -> None:
         """Speak and listen until the call ends.
@@ -179,19 +203,20 @@ class StepSession:
     def fail(self, error: HeadraceError) -> None:
         """End the session: every sequence in it fails with `error`."""
         self._lost = error
-        sinks, self._sinks = self._sinks, {}
-        for _, sink in sinks.values():
-            sink.on_ended(Ended(Side.WORKER, error))
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener.sink.on_ended(Ended(Side.WORKER, error))
 
     def _fan_out(self, message: pb.SessionResponse) -> None:
         now_s = time.monotonic()
         num_idle = 0
         for entry in message.entries:
             number = entry.sequence_number
-            attempt, sink = self._sinks.get(number, (0, None))
-            if sink is None or attempt != entry.attempt:
+            listener = self._listeners.get(number)
+            if listener is None or listener.attempt != entry.attempt:
                 num_idle += 1
                 continue
+            sink = listener.sink
             try:
                 check_entry(entry, self._info, self._layout)
                 num_idle += not sink.on_entry(entry, now_s)
@@ -204,7 +229,7 @@ class StepSession:
 
     def _drop(self, number: int, sink: StepSink, error: Exception) -> None:
         """End a run because of what we could not do with its entry; what came after it would leave a gap."""
-        self._sinks.pop(number, None)
+        self._listeners.pop(number, None)
         if not isinstance(error, HeadraceError):
             log.error("unhandled error in a step entry", exc_info=error)
             error = HeadraceError("BUG", "internal error")

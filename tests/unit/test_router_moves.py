@@ -1,0 +1,236 @@
+"""A decode worker drains: what runs there is placed elsewhere and takes its pages along; the client sees nothing of it."""
+
+import asyncio
+
+import pytest
+from headrace_core.errors import OverloadedError, UnavailableError
+from headrace_router.testing import (
+    check_timings,
+    remembered,
+    remembering_worker,
+    run_router,
+    text_request,
+    wait_until,
+)
+
+PROMPT = "a prompt that is longer than two pages of 16 tokens"
+PAGE = 16
+
+
+def fleet(*roles, **options):
+    return [remembering_worker(role, **{"step_s": 0.002, **options}) for role in roles]
+
+
+def ask(router, *, num_tokens=80, **more):
+    request = text_request(PROMPT, include_timings=True, sampling={"max_tokens": num_tokens}, **more)
+    return asyncio.create_task(router.generate(request))
+
+
+async def running_at(*workers, num_made=1):
+    """Return those of the workers that run something of which so many tokens were made, and the others."""
+    await wait_until(lambda: any(s.num_made >= num_made for w in workers for s in w.sequences.values()))
+    busy = [worker for worker in workers if worker.sequences]
+    return *busy, *(worker for worker in workers if worker not in busy)
+
+
+def starts(worker):
+    return [(start.attempt, start.takes_prefix) for start in worker.starts]
+
+
+def cancels(worker):
+    return [(cancel.attempt, cancel.keeps_pages) for cancel in worker.cancels]
+
+
+def test_what_runs_at_a_worker_that_drains_goes_on_elsewhere_from_its_pages(tmp_path):
+    async def test(router):
+        _, *decodes = router.workers
+        asked = ask(router)
+        first, second = await running_at(*decodes)
+        first.drain()
+        await wait_until(lambda: second.starts)
+        (start,) = second.starts
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 80)
+        assert (start.attempt, start.takes_prefix, start.local_below) == (2, True, PAGE)
+        assert start.cached_prefix.address == first.address
+        assert start.cached_prefix.incarnation == first.incarnation
+        assert start.cached_prefix.num_tokens == (len(start.token_ids) - 1) // PAGE * PAGE
+        assert start.num_prompt_tokens == len(PROMPT) + 1
+        await wait_until(lambda: first.is_empty)
+        assert cancels(first) == [(1, True), (1, False)]
+        assert router.metric("headrace_moved_sequences_total") == 1
+        assert not router.metric("headrace_retries_total", reason="DRAINING")
+        assert sample.last.timings.num_attempts == 2
+        assert "retry" in check_timings(sample.last)
+
+    run_router(tmp_path, fleet("prefill", "decode", "decode"), test)
+
+
+def test_its_pages_are_kept_until_it_runs_elsewhere(tmp_path):
+    async def test(router):
+        _, *decodes = router.workers
+        asked = ask(router)
+        first, second = await running_at(*decodes)
+        second.faults.join_gate.clear()
+        first.drain()
+        await wait_until(lambda: second.starts)
+        await router.info()
+        assert cancels(first) == [(1, True)]
+        second.faults.join_gate.set()
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 80)
+        await wait_until(lambda: len(first.cancels) == 2)
+        assert cancels(first)[1] == (1, False)
+
+    run_router(tmp_path, fleet("prefill", "decode", "decode"), test)
+
+
+@pytest.mark.parametrize("roles", [["prefill", "decode"], ["both"]])
+def test_where_no_other_could_take_it_it_ends_where_it_is(tmp_path, roles):
+    async def test(router):
+        worker = router.workers[-1]
+        asked = ask(router)
+        await running_at(worker)
+        worker.drain()
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 80)
+        assert starts(worker) == [(1, False)]
+        assert cancels(worker) == []
+        assert not router.metric("headrace_moved_sequences_total")
+
+    run_router(tmp_path, fleet(*roles), test)
+
+
+def test_moves_count_as_no_attempts(tmp_path):
+    async def test(router):
+        _, *left = router.workers
+        asked = ask(router, num_tokens=300)
+        while len(left) > 1:
+            worker, *left = await running_at(*left)
+            worker.drain()
+            await wait_until(lambda worker=worker: not worker.sequences)
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 300)
+        assert router.metric("headrace_moved_sequences_total") == 2
+        assert sample.last.timings.num_attempts == 3
+
+    run_router(tmp_path, fleet("prefill", "decode", "decode", "decode"), test, max_attempts=1)
+
+
+@pytest.mark.parametrize(
+    "error", [OverloadedError("NO_FREE_PAGES", "full"), UnavailableError("DRAINING", "it drains as well")]
+)
+def test_one_that_the_new_worker_refuses_is_tried_again_with_the_same_pages(tmp_path, error):
+    async def test(router):
+        _, *decodes = router.workers
+        asked = ask(router)
+        first, *others = await running_at(*decodes)
+        for other in others:
+            other.faults.join.append(error)
+        first.drain()
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 80)
+        attempts = sorted(start for other in others for start in starts(other))
+        assert attempts == [(2, True), (3, True), (4, True)]
+        assert router.metric("headrace_retries_total", reason=error.reason) == 2
+        await wait_until(lambda: first.is_empty)
+        assert cancels(first) == [(1, True), (1, False)]
+
+    run_router(tmp_path, fleet("prefill", "decode", "decode", "decode"), test)
+
+
+def test_the_worker_that_keeps_the_pages_is_lost_meanwhile(tmp_path):
+    async def test(router):
+        _, *decodes = router.workers
+        asked = ask(router)
+        first, second = await running_at(*decodes)
+        second.faults.join_gate.clear()
+        first.drain()
+        await wait_until(lambda: second.starts)
+        router.workers.remove(first)
+        await first.stop()
+        second.faults.join.append(OverloadedError("NO_FREE_PAGES", "full"))
+        second.faults.join_gate.set()
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 80)
+        assert starts(second) == [(2, True), (3, False)]
+
+    run_router(tmp_path, fleet("prefill", "decode", "decode"), test)
+
+
+def test_what_has_not_joined_is_placed_elsewhere_and_keeps_nothing(tmp_path):
+    async def test(router):
+        prefill, *decodes = router.workers
+        for worker in decodes:
+            worker.faults.join_gate.clear()
+        asked = ask(router)
+        await wait_until(lambda: prefill.num_leases == 1)
+        first, second = sorted(decodes, key=lambda worker: not worker.starts)
+        first.drain()
+        await wait_until(lambda: second.starts)
+        second.faults.join_gate.set()
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 80)
+        assert starts(second) == [(2, False)]
+        assert cancels(first) == [(1, False)]
+
+    run_router(tmp_path, fleet("prefill", "decode", "decode"), test)
+
+
+@pytest.mark.parametrize("how", ["waits", "ends", "leaves"])
+def test_one_that_waits_for_a_place_elsewhere_runs_on_meanwhile(tmp_path, how):
+    """The other worker runs one sequence at a time."""
+
+    async def test(router):
+        _, *decodes = router.workers
+        for worker in decodes:
+            worker.faults.step_gate.clear()
+        asked = [ask(router, num_tokens=num_tokens) for num_tokens in (100, 110)]
+        await wait_until(lambda: all(worker.sequences for worker in decodes))
+        first, second = decodes
+        await router.info()
+        first.drain()
+        await router.wait_states(["draining", "ready", "ready"])
+        assert len(second.starts) == 1
+        if how == "waits":
+            second.faults.step_gate.set()
+            await wait_until(lambda: len(second.starts) == 2)
+            assert cancels(first) == [(1, True)]
+        elif how == "leaves":
+            for task in asked:
+                task.cancel()
+            await wait_until(lambda: first.is_empty and second.is_empty)
+            assert cancels(first) == [(1, False)]
+        first.faults.step_gate.set()
+        if how != "leaves":
+            if how == "ends":
+                await wait_until(lambda: first.is_empty)
+                second.faults.step_gate.set()
+            samples = await asyncio.gather(*asked)
+            assert [s.token_ids for (s,) in samples] == [remembered(PROMPT, n) for n in (100, 110)]
+            assert len(second.starts) == (2 if how == "waits" else 1)
+        assert (router.metric("headrace_moved_sequences_total") or 0) == (how == "waits")
+        assert not router.service._router._flow._dispatcher._queue
+
+    run_router(tmp_path, [*fleet("prefill"), *fleet("decode", "decode", max_step_sequences=1)], test)
+
+
+def test_all_samples_of_a_request_move_each_with_its_own(tmp_path):
+    async def test(router):
+        _, *decodes = router.workers
+        for worker in decodes:
+            worker.faults.step_gate.clear()
+        asked = ask(router, n=3)
+        await wait_until(lambda: sum(len(worker.sequences) for worker in decodes) == 3)
+        first, second = sorted(decodes, key=lambda worker: -len(worker.sequences))
+        assert len(first.sequences) == 3
+        for worker in decodes:
+            worker.faults.step_gate.set()
+        first.drain()
+        samples = await asked
+        assert [sample.token_ids for sample in samples] == [remembered(PROMPT, 80)] * 3
+        assert starts(second) == [(2, True)] * 3
+        assert sorted(start.sample_index for start in second.starts) == [0, 1, 2]
+        await wait_until(lambda: first.is_empty)
+
+    run_router(tmp_path, fleet("prefill", "decode", "decode"), test)
