@@ -1,4 +1,4 @@
-"""A decode worker drains: what runs there is placed elsewhere and takes its pages along; the client sees nothing of it."""
+"""A decode worker drains: what runs there is placed elsewhere and takes its pages along; clients see nothing of it."""
 
 import asyncio
 
