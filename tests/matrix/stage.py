@@ -82,6 +82,11 @@ class Stage:
         """Return when something stands at a gate."""
         await self.gates[gate].reached.wait()
 
+    async def gauges(self) -> dict[str, float]:
+        """Return its metrics without labels by name."""
+        samples = (sample for metric in self.service.registry.collect() for sample in metric.samples)
+        return {sample.name: sample.value for sample in samples if not sample.labels}
+
     async def release(self) -> None:
         """Open every gate."""
         for gate in self.gates.values():
@@ -148,11 +153,6 @@ class _WorkerStage(Stage):
     async def draining(self) -> None:
         """Return when it takes nothing new."""
         await eventually(lambda: self.service.host.state is not HostState.READY, "it drains")
-
-    async def gauges(self) -> dict[str, float]:
-        """Return its metrics without labels by name."""
-        samples = (sample for metric in self.service.registry.collect() for sample in metric.samples)
-        return {sample.name: sample.value for sample in samples if not sample.labels}
 
     async def waiting(self) -> None:
         """Return when a sequence waits for pages, and no step runs."""
