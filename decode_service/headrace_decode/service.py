@@ -391,7 +391,7 @@ class DecodeService:
             sequence.taking.cancel()
         else:
             self._fetcher.cancel(sequence.key)
-        if error:
+        if error and not sequence.is_aside:
             sequence.tell_failure(error, side)
         log.info("sequence ended", extra=sequence.report(error))
         if not self._sequences:

@@ -14,7 +14,7 @@ the remainder has a name of its own. Phases, in the order of an attempt:
     join            the rest until the sequence joined the batch
     first_step      from there to the first token of the decode worker; it holds the prefill where that computes it
     decode          to the last token
-    retry           an attempt that failed: from its last mark, or its last token, to the failure
+    retry           an attempt that failed or was moved: from its last mark, or its last token, to its end
 
 What was moved while the prompt was computed is hidden in `prefill`: it is told beside the phases, and is in no sum. A
 retried sample has further `queue`, `prefill`, ... phases after `retry`.
