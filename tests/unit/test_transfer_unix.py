@@ -321,3 +321,25 @@ def test_a_folder_that_is_not_closed_to_others_is_not_used(folder: Path, prepare
     prepare(folder)
     with pytest.raises(PermissionError, match="closed to others"):
         private_folder()
+
+
+@async_test
+async def test_whoever_does_not_know_the_password_is_ended_before_there_is_anything_to_pass():
+    """As the other processes do that start at the same time: they look whether this one still runs."""
+
+    asked: list[bool] = []
+
+    def none_yet() -> int:
+        asked.append(True)
+        raise LookupError("there is none yet")
+
+    server = DescriptorServer("a", PASSWORD, none_yet)
+    try:
+        connect(server).close()
+        with connect(server) as client:
+            client.sendall(b"x" * len(PASSWORD))
+            assert await is_ended(client)
+        await eventually(lambda: not server.num_connections, "both are ended")
+        assert not asked
+    finally:
+        server.close()

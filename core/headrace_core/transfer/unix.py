@@ -121,9 +121,11 @@ class DescriptorServer:
         timer = self._connections[connection]
         try:
             said = connection.recv(len(self._password) + 1)
-            descriptor = self._descriptor()
             has_been_told = timer.cancelled()
-            if has_been_told or descriptor is None or not secrets.compare_digest(said, self._password):
+            # Only then: before anybody was offered it, there may be none to ask for.
+            is_asked = not has_been_told and secrets.compare_digest(said, self._password)
+            descriptor = self._descriptor() if is_asked else None
+            if descriptor is None:
                 self._end(connection)
                 return
             socket.send_fds(connection, [b"\x01"], [descriptor])
