@@ -204,7 +204,9 @@ async def test_the_one_that_takes_the_pages_is_lost_and_a_third_one_takes_them()
         await all_streams.leave()
         first, second = all_streams.spares
         asked = [asyncio.ensure_future(spare.ask("reached", "transferring")) for spare in (first, second)]
-        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        for reached in done:
+            reached.result()
         lost, other = (first, second) if asked[0].done() else (second, first)
         lost.signal(signal.SIGKILL)
         await lost.ended()
