@@ -298,7 +298,7 @@ class Sample:
         if is_handed_off or joined.num_transfer_pages:
             parts.append(("transfer", joined.transfer_us))
         self.waterfall.split(parts, "join", now_s)
-        if not is_handed_off:
+        if not is_handed_off and self.kept is None:
             self.num_cached_tokens = joined.num_cached_tokens
         self.state = SampleState.DECODING
         self._is_first_step = True

@@ -26,7 +26,7 @@ def encode_timings(sample: Sample) -> generation_service_pb2.Timings:
         transfer_bytes=sample.transfer_bytes,
         num_transfer_pages=sample.num_transfer_pages,
         transport=sample.transport,
-        num_attempts=sample.attempt,
+        num_attempts=sample.attempt - sample.num_moves,
         prefill_worker=sample.prefill_address,
         decode_worker=sample.decode_address,
         hidden_transfer_us=sample.waterfall.hidden_us,
