@@ -8,6 +8,7 @@ from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.events import Output, PagesReady, Started
+from headrace_decode.held_prefixes import PrefixHeld
 from headrace_decode.scheduler import DecodeScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +105,10 @@ def test_what_was_fetched_is_as_if_it_had_been_cached_here(num_tokens, has_hando
     s.fetched(1, num_tokens, 0.0)
     s.check_integrity()
     events = s.take_events()
+    s.prefixes.hold(1, [1, 2, 3, 4], num_have_pages=0)
+    (held,) = told(s, PrefixHeld)
+    assert held.num_tokens == num_tokens, "others find it too"
+    s.prefixes.let_go(1)
     if expected == "computed":
         (started,) = [event for event in events if isinstance(event, Started)]
         assert started.num_cached_tokens == 0, "of what is here"
@@ -114,8 +119,6 @@ def test_what_was_fetched_is_as_if_it_had_been_cached_here(num_tokens, has_hando
         s.arrived(1, 5)
         assert step(s) == [(1, 5, 1)]
     s.abort(1)
-    s.prefixes.hold(1, [1, 2, 3, 4], num_have_pages=0)
-    s.prefixes.let_go(1)
     assert s.load().num_free_pages == 20
 
 

@@ -89,11 +89,14 @@ def test_its_pages_are_kept_until_it_runs_elsewhere(tmp_path):
         await wait_until(lambda: second.starts)
         await router.info()
         assert cancels(first) == [(1, True)]
+        second.faults.step_gate.clear()
         second.faults.join_gate.set()
-        (sample,) = await asked
-        assert sample.token_ids == remembered(PROMPT, 80)
         await wait_until(lambda: len(first.cancels) == 2)
         assert cancels(first)[1] == (1, False)
+        assert not asked.done()
+        second.faults.step_gate.set()
+        (sample,) = await asked
+        assert sample.token_ids == remembered(PROMPT, 80)
 
     run_router(tmp_path, fleet("prefill", "decode", "decode"), test)
 
@@ -149,7 +152,7 @@ def test_one_that_the_new_worker_refuses_is_tried_again_with_the_same_pages(tmp_
         await wait_until(lambda: first.is_empty)
         assert cancels(first) == [(1, True), (1, False)]
 
-    run_router(tmp_path, fleet("prefill", "decode", "decode", "decode"), test)
+    run_router(tmp_path, fleet("prefill", "decode", "decode", "decode"), test, max_attempts=3)
 
 
 def test_the_worker_that_keeps_the_pages_is_lost_meanwhile(tmp_path):
