@@ -18,6 +18,7 @@ from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.lease import LeaseTable
 from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
 from headrace_core.transfer.transport import Source, offer_name
+from headrace_decode import sequence as decode_sequence
 from headrace_decode import service as decode_module
 from headrace_decode.service import DecodeService
 from headrace_prefill import scheduler as prefill_scheduler
@@ -318,7 +319,7 @@ _UNCHECKED = patched(taker, "check_first")
 _UNREQUIRED = patched(values, "_require")
 
 WRONG_TAKERS = {
-    "a hand off is taken and goes on": patched(decode_module, "hash_tokens", lambda ids: bytes(32)),
+    "a hand off is taken and goes on": patched(decode_sequence, "hash_tokens", lambda ids: bytes(32)),
     "what it says it has it has": _says_to_have_more,
     "a page that it has does not come again": patched(taker, "_require"),
     "another model is refused": patched(taker, "check_compatible"),
