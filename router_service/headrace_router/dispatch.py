@@ -21,7 +21,7 @@ from headrace_router.capacity import Capacity, Kind, Waiting
 from headrace_router.fair_queue import FairQueue, Turn
 from headrace_router.registry import Registry
 from headrace_router.sample import Sample
-from headrace_router.session import Moved
+from headrace_router.session import LastTransfer
 from headrace_router.worker import Reservation, Worker
 
 _MISSING_CHECK_S = 0.25
@@ -53,9 +53,9 @@ class Placement:
             self._on_prefill.is_started = self._on_decode.is_started = True
             self._on_change()
 
-    def on_joined(self, moved: Moved | None) -> None:
+    def on_joined(self, transfer: LastTransfer | None) -> None:
         """The decode worker runs it; the prefill worker is free of it."""
-        self.decode.moved = moved or self.decode.moved
+        self.decode.last_transfer = transfer or self.decode.last_transfer
         self._on_decode.num_prefill_tokens = 0
         self._on_decode.is_started = True
         if self.prefill is not None and self._on_prefill is not None:

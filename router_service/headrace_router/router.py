@@ -237,6 +237,6 @@ def _worker_status(link: Link) -> generation_service_pb2.WorkerStatus:
         status.num_running = load.num_running
         status.num_waiting = load.num_waiting
         status.num_leases = load.num_leases
-        if moved := link.worker.moved:
-            status.transport_in_use, status.transfer_bytes_per_s = moved.transport, moved.bytes_per_s
+        if transfer := link.worker.last_transfer:
+            status.transport_in_use, status.transfer_bytes_per_s = transfer.transport, transfer.bytes_per_s
     return status

@@ -35,7 +35,7 @@ from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
 from headrace_router.metrics import TokenMetrics
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
-from headrace_router.session import Ended, Moved, Progress, Side, Whose
+from headrace_router.session import Ended, LastTransfer, Progress, Side, Whose
 from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
 from headrace_router.timings_message import encode_timings
@@ -303,7 +303,7 @@ class Sample:
         self.state = SampleState.DECODING
         self._is_first_step = True
         assert self._progress is not None, "an attempt runs"
-        self._progress.on_joined(Moved.of(joined))
+        self._progress.on_joined(LastTransfer.of(joined))
         self.let_go()
         if is_handed_off:
             self._tell_cached()

@@ -87,17 +87,17 @@ class StepSink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class LastTransfer:
     """The last hand-off that moved pages to a worker: by which transport, and how fast."""
 
     transport: str
     bytes_per_s: int
 
     @staticmethod
-    def of(joined: pb.Joined) -> Moved | None:
+    def of(joined: pb.Joined) -> LastTransfer | None:
         """Return what a decode worker says of one; None if no page moved."""
         moving_us = joined.transfer_us + joined.hidden_transfer_us
-        return Moved(joined.transport, joined.transfer_bytes * 1_000_000 // moving_us) if moving_us else None
+        return LastTransfer(joined.transport, joined.transfer_bytes * 1_000_000 // moving_us) if moving_us else None
 
 
 class Progress(Protocol):
@@ -107,8 +107,8 @@ class Progress(Protocol):
         """The prompt is computed."""
         ...
 
-    def on_joined(self, moved: Moved | None) -> None:
-        """The decode worker runs it; `moved` is None if no page moved."""
+    def on_joined(self, transfer: LastTransfer | None) -> None:
+        """The decode worker runs it; `transfer` is None if no page moved."""
         ...
 
 

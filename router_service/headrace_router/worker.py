@@ -22,7 +22,7 @@ from headrace_core.kv.layout import KvLayout
 from headrace_router.capacity import Waiting, WorkerView
 from headrace_router.fair_queue import Client
 from headrace_router.policy import decode_pages, prefill_pages
-from headrace_router.session import Moved, StepSession
+from headrace_router.session import LastTransfer, StepSession
 
 _BUDGET_STEPS = 2
 """Steps of prompt tokens that a worker may have in flight: one computing, one waiting."""
@@ -76,7 +76,7 @@ class Worker:
         self.lost: asyncio.Future[HeadraceError] = asyncio.get_running_loop().create_future()
         """Why its connection is gone; pending while it is not."""
         self.load = worker_service_pb2.WatchLoadResponse()
-        self.moved: Moved | None = None
+        self.last_transfer: LastTransfer | None = None
         """Its last hand-off; None if there was none."""
         self._reservations: set[Reservation] = set()
         self._held: Counter[Client] = Counter()
