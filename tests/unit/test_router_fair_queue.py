@@ -213,6 +213,20 @@ def test_what_was_overtaken_by_one_that_comes_again_stays_before_it():
     assert [item.number for item in queue] == [2, 3]
 
 
+def test_what_is_passed_and_then_served_is_paid_for_be_its_client_forgotten_meanwhile():
+    queue = FairQueue()
+    waits, passes = Item(1, ("a", "")), Item(2, ("a", ""))
+    others = [Item(3 + number, ("b", "")) for number in range(3)]
+    for item in (waits, passes, *others):
+        queue.add(item)
+    queue.serve(passes)
+    queue.serve(others[0])
+    queue.add(passes)  # takes the one before it along, so that nothing new of its client waits
+    queue.serve(waits)
+    queue.add(Item(9, ("a", "")))
+    assert [item.number for item in queue] == [2, 4, 5, 9]
+
+
 def test_what_started_late_and_comes_again_is_before_what_passed_it_of_the_same_client():
     """Its place is a later one: the other takes it along to its own."""
     queue, first, second = FairQueue(), Item(1), Item(2)
@@ -238,14 +252,17 @@ def test_an_idle_queue_forgets_what_was_had():
 
 def test_of_many_clients_that_went_ahead_only_some_are_remembered():
     """One client's sequence fits nowhere; the others start at once and go. Of many, who is not ahead goes."""
-    queue, most = queue_of(Item(0, ("stuck", ""))), 0
-    for number in range(1, 500):
+    stuck = [Item(number, ("stuck", "")) for number in range(2)]
+    queue, most = queue_of(*stuck), 0
+    for number in range(2, 500):
         item = Item(number, (f"new {number}", ""), 10.0)
         queue.add(item)
         queue.serve(item)
         most = max(most, len(queue._tree._had))
     assert most == 2 * 1 + fair_queue._MOST_AHEAD
     assert f"new {number}" in queue._tree._had, "it is ahead"
+    queue.remove(stuck[0])
+    assert list(queue) == [stuck[1]], "who waits is not forgotten"
 
 
 _OPERATIONS = st.lists(

@@ -255,11 +255,21 @@ def test_one_that_was_overtaken_often_claims_every_decode_side_that_could_hold_i
     assert plan([waiting(800, num_overtaken=num_overtaken), waiting()], workers) == [Assignment(1, "small", address)]
 
 
-def test_a_round_ends_when_no_worker_is_left_for_the_usual_route():
+@pytest.mark.parametrize(
+    ("first", "num_second", "fleet", "starts"),
+    [
+        ([waiting(400)], None, [prefill(num_tokens_in_flight=200), decode()], []),
+        ([waiting()], None, [prefill(num_pages=10), decode(num_free_slots=0)], []),
+        ([waiting(100), waiting(800)], 1, [prefill(num_pages=10, num_tokens_in_flight=500), both()], [1]),
+    ],
+    ids=["no prefill worker", "no decode side", "none that takes another"],
+)
+def test_a_round_ends_when_no_worker_is_left_for_the_usual_route(first, num_second, fleet, starts):
+    """The first ones claim it, or take what they can; what comes behind is not even looked at."""
     looked = []
-    queue = (looked.append(item) or item for item in [waiting(400)] * 500)
-    assert plan(queue, [prefill(num_tokens_in_flight=200), decode()]) == []
-    assert len(looked) == 2
+    queue = (looked.append(item) or item for item in [*first, *[waiting()] * 500])
+    assert [assignment.index for assignment in plan(queue, fleet, num_second=num_second)] == starts
+    assert len(looked) == len(first) + 1
 
 
 @pytest.mark.parametrize(
