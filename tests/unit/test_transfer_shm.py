@@ -72,7 +72,8 @@ async def test_a_user_who_is_not_ours_is_not_let_in(monkeypatch):
 
 
 @async_test
-async def test_a_pool_on_plain_memory_is_not_offered():
+async def test_a_pool_on_plain_memory_is_not_offered_and_who_asks_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(unix, "PATIENCE_S", 2 * WAIT_S)
     holder = ShmHolder(holding(StubHolder(PAGES), PlainMemory(), frame_bytes=100, on_sent=lambda _: None))
     holder.serve(None)
     assert holder.offer() is None
