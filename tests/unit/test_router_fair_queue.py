@@ -201,6 +201,22 @@ def test_what_comes_again_keeps_its_place_and_is_paid_for_once():
     assert had == {"heavy": 4, "light": 4}
 
 
+def test_what_started_before_its_turn_and_comes_again_is_no_further_ahead_than_it_was():
+    early, waits = [Item(number, ("a", ""), 10.0) for number in range(3)], Item(3, ("b", ""), 10.0)
+    queue = queue_of(*early, waits)
+    for item in early:
+        queue.serve(item)
+    queue.add(early[2])
+    assert list(queue) == [waits, early[2]]
+
+
+def test_a_client_that_comes_has_no_claim_on_the_time_before():
+    queue = queue_of(*(Item(number, ("a", ""), 10.0) for number in range(5)))
+    served(queue, 3)
+    queue.add(Item(5, ("b", ""), 10.0))
+    assert [item.number for item in queue] == [3, 5, 4]
+
+
 def test_what_was_overtaken_by_one_that_comes_again_stays_before_it():
     queue = FairQueue()
     waits, passes, other = Item(1, ("a", "")), Item(2, ("a", "")), Item(3, ("b", ""))
