@@ -9,6 +9,7 @@ from headrace_core.errors import OverloadedError, UnavailableError
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_router import dispatch, policy
 from headrace_router.policy import MAX_OVERTAKEN
+from headrace_router.session import Moved
 
 from tests.unit.router_dispatch_parts import PAGE, StubSample, a_queue, failure, reserved
 
@@ -27,6 +28,18 @@ async def test_a_placement_reserves_pages_tokens_and_a_slot_until_each_is_over()
         for _ in range(2):
             placement.release()
             assert (reserved(prefill), reserved(decode)) == ((0, 0, 0), (0, 0, 0))
+
+
+@async_test
+async def test_how_the_last_pages_came_stands_until_others_come():
+    async with a_queue() as queue:
+        queue.add_worker("p", "prefill")
+        decode = queue.add_worker("d", "decode")
+        placement = await queue.placed_now(StubSample())
+        assert decode.moved is None
+        for moved, last in ((Moved("shm", 7), Moved("shm", 7)), (None, Moved("shm", 7)), (Moved("grpc", 5),) * 2):
+            placement.on_joined(moved)
+            assert decode.moved == last
 
 
 @async_test
