@@ -210,6 +210,22 @@ def test_what_started_before_its_turn_and_comes_again_is_no_further_ahead_than_i
     assert list(queue) == [waits, early[2]]
 
 
+def test_what_comes_late_stands_before_what_comes_again_of_its_client_and_no_further_back_than_it_stood():
+    late, again, other = Item(1), Item(2), Item(3, ("b", ""))
+    queue = queue_of(again, other)
+    queue.serve(again)
+    queue.add(again)
+    queue.add(late)
+    assert list(queue) == [late, again, other]
+    first, second, other = Item(1, cost=10.0), Item(2, cost=10.0), Item(3, ("b", ""), 10.0)
+    queue = queue_of(first, second, other)
+    queue.serve(first)
+    queue.serve(second)
+    queue.add(second)
+    queue.add(first)
+    assert list(queue) == [first, other, second]
+
+
 def test_a_client_that_comes_has_no_claim_on_the_time_before():
     queue = queue_of(*(Item(number, ("a", ""), 10.0) for number in range(5)))
     served(queue, 3)
