@@ -9,7 +9,7 @@ from headrace_core.errors import OverloadedError, UnavailableError
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_router import dispatch, policy
 from headrace_router.policy import MAX_OVERTAKEN
-from headrace_router.session import Moved
+from headrace_router.session import LastTransfer
 
 from tests.unit.router_dispatch_parts import PAGE, StubSample, a_queue, failure, reserved
 
@@ -36,10 +36,14 @@ async def test_how_the_last_pages_came_stands_until_others_come():
         queue.add_worker("p", "prefill")
         decode = queue.add_worker("d", "decode")
         placement = await queue.placed_now(StubSample())
-        assert decode.moved is None
-        for moved, last in ((Moved("shm", 7), Moved("shm", 7)), (None, Moved("shm", 7)), (Moved("grpc", 5),) * 2):
-            placement.on_joined(moved)
-            assert decode.moved == last
+        assert decode.last_transfer is None
+        for transfer, last in (
+            (LastTransfer("shm", 7), LastTransfer("shm", 7)),
+            (None, LastTransfer("shm", 7)),
+            (LastTransfer("grpc", 5),) * 2,
+        ):
+            placement.on_joined(transfer)
+            assert decode.last_transfer == last
 
 
 @async_test
