@@ -210,6 +210,18 @@ def test_what_started_before_its_turn_and_comes_again_is_no_further_ahead_than_i
     assert list(queue) == [waits, early[2]]
 
 
+def test_what_is_passed_and_then_served_is_paid_for_by_its_address_too():
+    waits, passes, neighbour = Item(1, ("a", "x")), Item(2, ("a", "x")), Item(3, ("a", "y"))
+    others = [Item(4, ("b", ""), 1.5), Item(5, ("b", ""))]
+    queue = queue_of(waits, passes, neighbour, *others)
+    queue.serve(passes)
+    queue.serve(others[0])
+    queue.add(passes)
+    queue.serve(waits)
+    queue.serve(passes)
+    assert list(queue) == [others[1], neighbour]
+
+
 def test_what_comes_late_stands_before_what_comes_again_of_its_client_and_no_further_back_than_it_stood():
     late, again, other = Item(1), Item(2), Item(3, ("b", ""))
     queue = queue_of(again, other)
