@@ -139,6 +139,12 @@ class RouterSettings(ProcessSettings):
     max_attempts: int = Field(4, ge=1, description="attempts a request has before its failure is the client's")
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request that brings none")
     no_workers_timeout_s: float = Field(30.0, gt=0, description="how long a request waits when no worker is ready")
+    slo_ttft_ms: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="objective for the time to a first token, ms; for metrics, 0: none"
+    )
+    slo_itl_ms: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="objective for the gap between two tokens, ms; for metrics, 0: none"
+    )
     dns_refresh_s: float = Field(5.0, gt=0, description="how often DNS names are looked up again")
     tls_cert: Path | None = Field(None, description="PEM certificate chain for clients; needs --tls-key")
     tls_key: Path | None = Field(None, description="PEM private key")

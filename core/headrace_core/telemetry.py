@@ -19,7 +19,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -104,7 +104,8 @@ class _WithRole(Collector):
 def serve_metrics(address: str, registry: CollectorRegistry, role: str) -> str:
     """Serve `registry` over HTTP at `host:port` from daemon threads; return the address with the kernel's port.
 
-    Every sample gets the label `role`: processes of different roles are scraped together.
+    Every sample gets the label `role`: processes of different roles are scraped together. `registry` gets the metrics of
+    the process itself, such as its CPU seconds.
 
     At most `MAX_SCRAPES` connections are open: the next one closes the oldest, so that connections that never ask, or
     never read, keep nobody from the metrics. One answer is made at a time, as making it competes with the event loop.
@@ -114,6 +115,7 @@ def serve_metrics(address: str, registry: CollectorRegistry, role: str) -> str:
     """
     host, _, port = address.rpartition(":")
     try:
+        ProcessCollector(registry=registry)
         labelled = CollectorRegistry()
         labelled.register(_WithRole(registry, role))
         server = _MetricsServer(host.strip("[]"), int(port), labelled)

@@ -6,10 +6,12 @@ request.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from headrace_core.config import RouterSettings
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -48,10 +50,26 @@ class TokenHistogram(Collector):
         yield family
 
 
-class TokenMetrics(Collector):
-    """What is counted as tokens come: TTFT, ITL and the tokens themselves. As `TokenHistogram`."""
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """What times are to be kept, seconds; infinite where there is none."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    ttft_s: float = math.inf
+    itl_s: float = math.inf
+
+    @classmethod
+    def of(cls, settings: RouterSettings) -> Objectives:
+        """Return those of the settings, where 0 is none."""
+        return cls(settings.slo_ttft_ms / 1000 or math.inf, settings.slo_itl_ms / 1000 or math.inf)
+
+
+class TokenMetrics(Collector):
+    """What is counted as tokens come: TTFT, ITL, the tokens, and those that miss an objective. As `TokenHistogram`."""
+
+    def __init__(self, registry: CollectorRegistry, objectives: Objectives) -> None:
+        self._objectives = objectives
+        self._num_late_first = 0
+        self._num_late = 0
         self._ttft = Histogram(
             "headrace_ttft_seconds", "Arrival at the router to first token, per sample.", buckets=LATENCY_BUCKETS,
             registry=registry,
@@ -66,15 +84,30 @@ class TokenMetrics(Collector):
         """Count a sample's first message of tokens."""
         self._ttft.observe(ttft_s)
         self._num_tokens += num_tokens
+        self._num_late_first += ttft_s > self._objectives.ttft_s
 
     def more(self, gap_s: float, num_tokens: int) -> None:
         """Count tokens that came together, `gap_s` after those before them."""
-        self._itl.observe(gap_s / num_tokens, num_tokens)
+        itl_s = gap_s / num_tokens
+        self._itl.observe(itl_s, num_tokens)
         self._num_tokens += num_tokens
+        if itl_s > self._objectives.itl_s:
+            self._num_late += num_tokens
 
     def collect(self) -> Iterable[Metric]:
         """Return the samples; called by the registry."""
         yield CounterMetricFamily("headrace_output_tokens", "Tokens generated.", self._num_tokens)
+        objectives = GaugeMetricFamily("headrace_slo_seconds", "Objective for a latency.", labels=["slo"])
+        missed = CounterMetricFamily("headrace_slo_missed", "Observations above the objective.", labels=["slo"])
+        for slo, limit_s, num_late in (
+            ("ttft", self._objectives.ttft_s, self._num_late_first),
+            ("itl", self._objectives.itl_s, self._num_late),
+        ):
+            if limit_s < math.inf:
+                objectives.add_metric([slo], limit_s)
+                missed.add_metric([slo], num_late)
+        yield objectives
+        yield missed
 
 
 class Gauges(Collector):
@@ -119,7 +152,7 @@ class RouterMetrics:
     moves: Counter
 
     @classmethod
-    def create(cls) -> RouterMetrics:
+    def create(cls, objectives: Objectives) -> RouterMetrics:
         """Return fresh metrics on a registry of their own."""
         registry = CollectorRegistry()
 
@@ -133,7 +166,7 @@ class RouterMetrics:
 
         metrics = cls(
             registry=registry,
-            tokens=TokenMetrics(registry),
+            tokens=TokenMetrics(registry, objectives),
             tpot=histogram("tpot", "(E2E - TTFT) / (output tokens - 1), per sample.", buckets=LATENCY_BUCKETS),
             e2e=histogram("e2e", "Arrival at the router to last token, per sample."),
             phases=histogram("phase", "Phases of the waterfall, per sample; they sum to E2E.", "phase"),

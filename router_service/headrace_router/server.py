@@ -16,7 +16,7 @@ from headrace_core.errors import HeadraceError, UnavailableError
 
 from headrace_router.auth import server_credentials, token_guard
 from headrace_router.caller import caller_of
-from headrace_router.metrics import Gauges, RouterMetrics
+from headrace_router.metrics import Gauges, Objectives, RouterMetrics
 from headrace_router.router import Router
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class RouterService:
 
     def __init__(self, settings: RouterSettings) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.metrics = RouterMetrics.create()
+        self.metrics = RouterMetrics.create(Objectives.of(settings))
         self.registry = self.metrics.registry
         self._settings = settings
         self._router: Router | None = None

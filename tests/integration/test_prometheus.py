@@ -25,9 +25,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 PROMPT = "Once upon a time there was a little fox named Zorvim. " * 4
-OWNERS = {"Router": ["router"], "Prefill workers": ["prefill"], "Decode workers": ["decode"]}
+OWNERS = {
+    "Router": ["router"],
+    "Prefill workers": ["prefill"],
+    "Decode workers": ["decode"],
+    "Every process": ["router", "prefill", "decode"],
+}
 """Who exports what a section lists; what the others list, every worker does."""
-_ROW = re.compile(r"\| `(headrace_\w+)` \| ([\w, ]*) \| [^|]* \| .* \| `(.+)` \|$")
+_ROW = re.compile(r"\| `((?:headrace|process)_\w+)` \| ([\w, ]*) \| [^|]* \| .* \| `(.+)` \|$")
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,11 @@ def documented() -> list[Documented]:
     for line in DOCS.read_text().splitlines():
         if line.startswith("### "):
             section = line.removeprefix("### ")
-        elif row := _ROW.match(line):
+        elif line.startswith(("| `headrace_", "| `process_")):
+            row = _ROW.match(line)
+            assert row, f"not as the others: {line}"
             labels = frozenset(filter(None, row[2].replace(" ", "").split(",")))
             found.append(Documented(row[1], labels, row[3], frozenset(OWNERS.get(section, ["prefill", "decode"]))))
-    assert len(found) == DOCS.read_text().count("\n| `headrace_"), "a row of docs/metrics.md is not as the others"
     return found
 
 
@@ -106,7 +112,8 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def cluster(model_dir):
-    with LocalCluster(model_dir, worker_options={"roofline-every-steps": 1}) as cluster:
+    slo = {"slo-ttft-ms": 1000, "slo-itl-ms": 50}
+    with LocalCluster(model_dir, worker_options={"roofline-every-steps": 1}, router_options=slo) as cluster:
         yield cluster
 
 

@@ -195,6 +195,17 @@ def test_tokens_are_counted_as_they_come(tmp_path):
     run_router(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 
 
+@pytest.mark.parametrize(("limit_ms", "num_missed"), [(0, [0, 0]), (1e-6, [1, 7]), (1e6, [0, 0])])
+def test_what_misses_an_objective_is_counted(tmp_path, limit_ms, num_missed):
+    async def test(router):
+        await router.generate(text_request("hi", sampling={"max_tokens": 8}))
+        assert [router.metric("headrace_slo_missed_total", slo=slo) for slo in ("ttft", "itl")] == num_missed
+        assert router.metric("headrace_slo_seconds", slo="itl") == limit_ms / 1000
+
+    workers = [scripted_worker("prefill"), scripted_worker("decode")]
+    run_router(tmp_path, workers, test, slo_ttft_ms=limit_ms, slo_itl_ms=limit_ms)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_client_that_leaves_frees_everything(tmp_path, phase):
     async def test(router):
