@@ -10,7 +10,7 @@ from headrace_core import __version__
 from headrace_core.errors import HeadraceError
 from typer.core import TyperGroup
 
-from headrace_client.commands import chat, demo, generate, status, up
+from headrace_client.commands import chat, dashboards, demo, generate, status, up
 from headrace_client.commands.terminal import exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
@@ -23,6 +23,7 @@ _HELP = """Serve language models with separate prefill and decode workers, and t
   headrace generate "Once upon a time"      stream text
   headrace chat                             talk
   headrace status                           what serves, and how full it is
+  headrace dashboards                       what Grafana shows of it
 
 [bold]Before you buy[/bold]
   headrace roofline                         time and bytes of every operation on a machine
@@ -99,4 +100,5 @@ app.command(help=up.HELP)(up.up)
 app.command(help=generate.HELP)(generate.generate)
 app.command(help=chat.HELP)(chat.chat)
 app.command(help=status.HELP)(status.status)
+app.command(help=dashboards.HELP)(dashboards.dashboards)
 app.command(help=demo.HELP)(demo.demo)
