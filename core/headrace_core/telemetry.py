@@ -104,7 +104,7 @@ class _WithRole(Collector):
 def serve_metrics(address: str, registry: CollectorRegistry, role: str) -> str:
     """Serve `registry` over HTTP at `host:port` from daemon threads; return the address with the kernel's port.
 
-    Every sample gets the label `role`: processes of different roles are scraped together. `registry` gets what Prometheus
+    Every sample gets the label `role`: processes of all roles are scraped together. `registry` gets what Prometheus
     asks of any process, such as its CPU seconds.
 
     At most `MAX_SCRAPES` connections are open: the next one closes the oldest, so that connections that never ask, or
