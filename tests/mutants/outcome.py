@@ -50,8 +50,10 @@ class Mutant:
         """
         if _STRING.sub("", self.before) != _STRING.sub("", self.after):
             return False
-        pairs = zip(_STRING.findall(self.before), _STRING.findall(self.after), strict=True)
-        changed = [(old, new) for old, new in pairs if old != new]
+        before, after = _STRING.findall(self.before), _STRING.findall(self.after)
+        if len(before) != len(after):
+            return False
+        changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
         is_said = self.before.startswith("assert ")
         return bool(changed) and all((is_said or " " in old) and new.lower() in _cosmetic(old) for old, new in changed)
 
