@@ -99,7 +99,7 @@ def test_what_was_fetched_is_as_if_it_had_been_cached_here(num_tokens, has_hando
     add(s, 1, [1, 2, 3, 4, 6], has_handoff=has_handoff, local_below=local_below, num_cached_elsewhere=5)
     assert step(s) == []
     (ready,) = told(s, FetchReady)
-    assert (len(ready.page_ids), ready.num_have_tokens) == (2, 0), "a token is left to compute"
+    assert (ready.key, len(ready.page_ids), ready.num_have_tokens) == (1, 2, 0), "a token is left to compute"
     assert s.load().num_waiting == 1
     s.fetched(1, num_tokens, 0.0)
     s.fetched(1, num_tokens, 0.0)
@@ -140,6 +140,16 @@ def test_what_is_cached_here_is_not_fetched():
     assert s.load().page_counts[PageState.QUARANTINED] == 2
     s.drained(3)
     s.check_integrity()
+
+
+def test_what_did_not_come_is_computed_after_what_is_cached_here():
+    s = scheduler()
+    add(s, 1, [1, 2, 3, 4, 6], max_tokens=1)
+    step(s)
+    add(s, 2, [1, 2, 3, 4, 7, 8, 9], num_cached_elsewhere=6)
+    assert step(s) == []
+    s.fetched(2, 0, 0.0)
+    assert step(s) == [(2, 4, 3)]
 
 
 OPERATIONS = st.lists(

@@ -110,6 +110,31 @@ def test_a_hand_off_gets_pages_for_what_comes_and_a_prompt_for_what_is_known():
     assert len(plan.chunks[0].page_ids) == 2
 
 
+@pytest.mark.parametrize(("local_below", "num_have_tokens"), [(0, 4), (1, 2)])
+def test_a_hand_off_has_all_that_is_cached_here_unless_it_might_be_computed(local_below, num_have_tokens):
+    s = scheduler()
+    running(s, 4)
+    s.add(2, spec(prompt(1, 4)), 0.0, has_handoff=True, local_below=local_below)
+    s.plan(0.0)
+    (ready,) = s.take_events()
+    assert isinstance(ready, PagesReady)
+    assert (len(ready.page_ids), ready.num_have_tokens) == (2, num_have_tokens)
+
+
+def test_a_hand_off_that_waits_for_pages_joins_when_its_last_one_is_cached():
+    s = scheduler(num_pages=3, max_step_tokens=2)
+    s.add(1, spec(prompt(1, 4)), 0.0)
+    step(s)
+    s.add(2, spec(prompt(1, 4)), 0.0, has_handoff=True)
+    step(s)
+    assert s.load().num_waiting == 1
+    assert not [event for event in s.take_events() if isinstance(event, PagesReady)], "one page is to stay free"
+    s.plan(0.0)
+    (ready,) = s.take_events()
+    assert isinstance(ready, PagesReady)
+    assert (ready.key, ready.num_have_tokens) == (2, 4)
+
+
 def test_a_handed_off_sequence_says_how_long_it_waited_and_starts_with_its_first_token():
     s = scheduler()
     ready = handed_off(s, 7, [1, 2, 3], now=0.0)

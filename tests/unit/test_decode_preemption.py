@@ -1,6 +1,6 @@
 """Who gives way when a decode step runs out of pages, and how it goes on, rule by rule."""
 
-from headrace_core.batch.step_book import Failed
+from headrace_core.batch.step_book import Failed, FetchReady
 from headrace_core.errors import OverloadedError
 from headrace_decode.events import Output, PagesReady, Preempted, Started
 
@@ -95,6 +95,22 @@ def test_a_sequence_that_was_handed_off_is_computed_here_after_it_gave_way():
     plan = s.plan(0.0)
     assert [(chunk.key, chunk.token_ids[-3:]) for chunk in plan.chunks if plan] == [(2, [9, 5, 5])]
     assert not [event for event in s.take_events() if isinstance(event, PagesReady)]
+
+
+def test_what_was_fetched_or_not_is_computed_here_after_it_gave_way():
+    s = scheduler(num_pages=5)
+    running(s, 3)
+    s.add(2, spec([7, 7, 7]), 0.0, num_cached_elsewhere=2)
+    for _ in range(2):
+        step(s)
+    assert [event.key for event in s.take_events() if isinstance(event, FetchReady)] == [2]
+    s.fetched(2, 0, 0.0)
+    assert [key for key, _, _ in shares(step(s))] == [1], "it takes the younger one's page"
+    s.abort(1)
+    assert shares(step(s)) == [(2, 0, 3)]
+    events = s.take_events()
+    assert Preempted(2) in events
+    assert not [event for event in events if isinstance(event, FetchReady)], "it was asked for once"
 
 
 def test_a_sequence_that_fills_the_pool_alone_ends_with_an_error_that_says_so():

@@ -82,17 +82,48 @@ def test_what_did_not_come_is_computed():
     assert starts(run(s)) == [(1, 8)], "too late a word changes nothing"
 
 
-@pytest.mark.parametrize(("num_cached", "expected"), [(8, None), (11, None), (12, 3), (1 << 31, 3)])
-def test_only_what_is_missing_is_fetched_and_a_token_is_left_to_compute(num_cached: int, expected: int | None):
+@pytest.mark.parametrize(
+    ("num_tokens", "num_cached", "expected"),
+    [(16, 8, None), (16, 11, None), (16, 12, 3), (16, 1 << 31, 3), (17, 1 << 31, 4)],
+)
+def test_only_what_is_missing_is_fetched_and_a_token_is_left_to_compute(
+    num_tokens: int, num_cached: int, expected: int | None
+):
     s = scheduler(max_step_tokens=32)
     s.add(1, spec(TOKENS[:9]), 0.0)
     run(s)
     s.free(1)
     s.take_events()
-    s.add(2, spec(TOKENS[:16]), 0.0, num_cached_elsewhere=num_cached)
+    s.add(2, spec(TOKENS[:num_tokens]), 0.0, num_cached_elsewhere=num_cached)
     run(s)
     ready = [event for event in s.take_events() if isinstance(event, FetchReady)]
     assert [(len(event.page_ids), event.num_have_tokens) for event in ready] == ([(expected, 8)] if expected else [])
+
+
+def fetched(s: PrefillScheduler, num_left: int, num_prompts: int) -> None:
+    """Add prompts 1, 2, ... of which the first page was fetched and so many tokens are left to compute."""
+    for key in range(1, num_prompts + 1):
+        s.add(key, spec([key] * (PAGE + num_left)), 0.0, num_cached_elsewhere=PAGE)
+    assert s.plan(0.0) is None
+    for key in range(1, num_prompts + 1):
+        s.fetched(key, PAGE, 0.0)
+
+
+def test_those_that_were_fetched_share_the_token_budget_oldest_first():
+    s = scheduler(max_step_tokens=4)
+    fetched(s, num_left=2, num_prompts=3)
+    plan = run(s)
+    assert starts(plan) == [(1, 4), (2, 4)], "nothing is left for the third"
+    assert plan is not None
+    assert plan.zero_page_ids == [chunk.page_ids[-1] for chunk in plan.chunks], "the pages with unused slots"
+    assert starts(run(s)) == [(3, 4)]
+
+
+def test_of_those_that_were_fetched_a_step_computes_so_many_as_it_may():
+    s = scheduler(max_step_tokens=8)
+    fetched(s, num_left=1, num_prompts=4)
+    assert starts(run(s)) == [(1, 4), (2, 4), (3, 4)]
+    assert starts(run(s)) == [(4, 4)]
 
 
 def test_pages_that_are_fetched_into_are_set_aside_until_nothing_can_land():

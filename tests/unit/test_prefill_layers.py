@@ -138,8 +138,9 @@ def test_rule_3_what_a_step_that_raised_had_sealed_is_another_page_before_it_is_
         for page_id, generation in pages:
             assert s.pages.pool.generation(page_id) == generation + 1
     answer(s, plan, failing=1)
-    failed = [(e.key, e.error.reason) for e in s.take_events() if isinstance(e, Failed)]
-    assert failed == [(1, "ENGINE_FAILED"), (2, "STALE_PAGE")]
+    failed = [e for e in s.take_events() if isinstance(e, Failed)]
+    assert [(e.key, e.error.reason) for e in failed] == [(1, "ENGINE_FAILED"), (2, "STALE_PAGE")]
+    assert str(failed[1].error).endswith("prefill again"), "it says what to do"
     s.check_integrity()
     assert s.load().num_free_pages == 64
     for key in (3, 4):

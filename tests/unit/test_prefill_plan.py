@@ -142,6 +142,15 @@ def test_the_last_page_is_zeroed_when_it_has_unused_slots(length, is_zeroed):
     assert plan.zero_page_ids == plan.chunks[0].page_ids[-1:] * is_zeroed
 
 
+def test_the_last_page_of_every_prompt_in_a_step_is_zeroed():
+    s = scheduler()
+    s.add(1, spec(prompt(1, 5)), 0.0)
+    s.add(2, spec(prompt(2, 2)), 0.0)
+    plan = step(s)
+    assert plan.zero_page_ids == [chunk.page_ids[-1] for chunk in plan.chunks]
+    assert len(plan.zero_page_ids) == 2
+
+
 def test_a_page_is_zeroed_once_however_many_steps_the_prompt_takes():
     s = scheduler(max_step_tokens=4)
     s.add(1, spec(prompt(1, 6)), 0.0)

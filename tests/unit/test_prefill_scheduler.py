@@ -108,6 +108,14 @@ def test_rule_4_cached_pages_are_sealed_at_admission_before_any_step():
     assert [(e.first_page, len(e.pages)) for e in s.take_events() if isinstance(e, Sealed)] == [(2, 1)]
 
 
+def test_what_its_taker_has_is_not_sealed():
+    s = scheduler()
+    s.add(1, spec(list(range(1, 20))), 0.0, num_have_pages=3)
+    while run(s):
+        pass
+    assert [(e.first_page, len(e.pages)) for e in s.take_events() if isinstance(e, Sealed)] == [(3, 1), (4, 1)]
+
+
 def test_rule_8_what_a_sequence_computed_is_found_again_when_its_taker_left_halfway():
     s = scheduler(num_pages=16)
     tokens = list(range(1, 20))
