@@ -105,7 +105,9 @@ class PrefixProduct:
             engine=SimpleNamespace(submit=self.commands.append),
             board=SimpleNamespace(set_num_leases=lambda _: None),
         )
-        self.holder = PrefixHolder(host, DecodeMetrics(CollectorRegistry()), transports=(), frame_bytes=1)
+        self.holder = PrefixHolder(
+            host, DecodeMetrics(CollectorRegistry()), transports=(), frame_bytes=1, is_ours=lambda _: False
+        )
         self.holder.start(model, self.pool.generation)
         self.holder._pages._sealer.close()
         self.sealer = self.holder._pages._sealer = HandSealer()
@@ -116,6 +118,11 @@ class PrefixProduct:
         self.prefills = [
             PrefillScheduler(PageAllocator(NUM_PAGES + 1, PAGE_SIZE), LIMITS, **LIMITS_OF) for _ in range(2)
         ]
+
+    def close(self) -> None:
+        """End what waits to be sealed for calls that are over."""
+        for sealing, _ in self.sealer.waiting.values():
+            sealing.cancel()
 
     def generations(self) -> int:
         return sum(map(self.pool.generation, range(NUM_PAGES)))
@@ -249,6 +256,7 @@ async def test_the_product_does_what_the_model_of_the_way_back_does(world: Prefi
             key = after
             num_steps += 1
             made = _step(world, key, dice)
+        product.close()
         try:
             check_end(world)(key)
         except Wrong as wrong:
