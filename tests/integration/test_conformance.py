@@ -18,12 +18,12 @@ from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.lease import LeaseTable
 from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
 from headrace_core.transfer.transport import Source, offer_name
+from headrace_core.worker.prefix_fetcher import PrefixFetcher
 from headrace_decode import sequence as decode_sequence
 from headrace_decode import service as decode_module
 from headrace_decode.service import DecodeService
 from headrace_prefill import scheduler as prefill_scheduler
 from headrace_prefill import service as prefill_module
-from headrace_prefill.prefix_fetcher import PrefixFetcher
 from headrace_prefill.service import PrefillService
 
 SHORT_S = 2.0

@@ -58,8 +58,9 @@ def test_a_difference_names_the_parts_and_the_options():
     assert layout.difference(other) == (
         "page_size 64, not 32 (--page-size), dtype fp8_e4m3, not bfloat16 (--kv-cache-dtype, --dtype)"
     )
-    assert "num_layers 61, not 60" in layout.difference(replace(layout, num_layers=60))
-    assert "rope_dim=32" in layout.difference(replace(layout, attention=LatentAttention(512, 32)))
+    assert layout.difference(replace(layout, num_layers=60)) == "num_layers 61, not 60"
+    theirs = LatentAttention(512, 32)
+    assert layout.difference(replace(layout, attention=theirs)) == f"attention {layout.attention}, not {theirs}"
 
 
 def test_pages_round_up():

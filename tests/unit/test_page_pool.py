@@ -30,6 +30,19 @@ def test_an_evicted_page_has_another_generation():
     assert pool.generation(0) == 1
 
 
+def test_a_renewed_page_has_another_generation_and_the_same_owner():
+    pool = PagePool(2)
+    page_ids = pool.allocate(2, 7)
+    for generation in (1, 2):
+        pool.renew(page_ids[:1], 7)
+        assert [pool.generation(page_id) for page_id in page_ids] == [generation, 0]
+    with pytest.raises(AssertionError, match="is not 8's"):
+        pool.renew(page_ids, 8)
+    pool.free(page_ids, 7)
+    with pytest.raises(AssertionError, match="is not owned"):
+        pool.renew(page_ids, 7)
+
+
 def test_an_exhausted_pool_says_so_and_gives_nothing():
     pool = PagePool(3)
     pool.allocate(2, 1)

@@ -228,3 +228,46 @@ def test_a_lost_page_and_a_lost_reference_are_noticed():
     allocator.pool.share(0, 1)
     with pytest.raises(AssertionError, match="not in the tree"):
         allocator.check_integrity()
+
+
+def test_pages_that_somebody_was_told_of_stay_where_an_equal_one_is_cached():
+    """Equal by all tokens before them too: another beginning, or another page of it, is no equal one."""
+    allocator = PageAllocator(12, PAGE)
+    tokens = [1] * 4 + [2] * 4 + [3] * 4
+    computed(allocator, 1, tokens[:8])
+    pages = SequencePages(2)
+    allocator.reserve(pages, 12)
+    told = list(pages.page_ids)
+    allocator.commit(pages, tokens, 12, keeps_ids=True)
+    assert (pages.page_ids, pages.nodes) == (told, [])
+    other = SequencePages(3)
+    allocator.reserve(other, 12)
+    told = list(other.page_ids)
+    allocator.commit(other, [*tokens[4:8], *tokens[:8]], 12, keeps_ids=True)
+    assert (other.page_ids, len(other.nodes)) == (told, 3)
+    after = allocator.match(4, tokens[:5])
+    allocator.reserve(after, 12)
+    told = list(after.page_ids)
+    allocator.commit(after, [*tokens[:4], *tokens[8:], *tokens[4:8]], 12, keeps_ids=True)
+    assert (after.page_ids, len(after.nodes)) == (told, 3)
+    allocator.check_integrity()
+
+
+def test_without_that_an_equal_page_takes_the_place():
+    allocator = PageAllocator(12, PAGE)
+    first = computed(allocator, 1, [1] * 8)
+    pages = SequencePages(2)
+    allocator.reserve(pages, 8)
+    allocator.commit(pages, [1] * 8, 8)
+    assert pages.page_ids == first.page_ids
+
+
+def test_of_a_refused_sequence_one_token_is_left_to_compute_and_no_more():
+    allocator = PageAllocator(8, PAGE)
+    held = computed(allocator, 1, [1] * 4)
+    tokens = [1] * 9
+    refuse(allocator, tokens)
+    assert allocator.is_refused(tokens)
+    allocator.reserve(held, 8)
+    allocator.commit(held, [1] * 8, 8)
+    assert not allocator.is_refused(tokens), "of its nine tokens eight are there now, and not four"
