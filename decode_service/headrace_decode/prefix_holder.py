@@ -15,10 +15,9 @@ from headrace_core.errors import HandoffLostError, InvalidRequestError, Unavaila
 from headrace_core.transfer.holder import HeldCall, HolderSelf, PageHolder
 from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.sealer import Sealer
-from headrace_core.transfer.transport import HolderEnd, Holding
-from headrace_core.transfer.transports import TRANSPORTS
 from headrace_core.transfer.values import Order, Owner
 from headrace_core.transfer.verify import check_compatible
+from headrace_core.worker.holder_ends import holder_ends
 from headrace_core.worker.host import WorkerHost
 from headrace_core.worker.loading import LoadedModel
 
@@ -44,19 +43,7 @@ class PrefixHolder:
         self._host = host
         self._metrics = metrics
         self._pages: PageHolder | None = None
-        self.ends: list[HolderEnd] = [
-            TRANSPORTS[name].holder(
-                Holding(
-                    holder=lambda: self.leases,
-                    memory=lambda: host.model.cache,
-                    incarnation=host.incarnation,
-                    frame_bytes=frame_bytes,
-                    on_sent=metrics.worker.transfer_bytes.labels(name, "sent").inc,
-                    shared=lambda: host.model.memory,
-                )
-            )
-            for name in transports
-        ]
+        self.ends = holder_ends(host, metrics.worker, transports, frame_bytes=frame_bytes, leases=lambda: self.leases)
 
     @property
     def leases(self) -> LeaseTable:

@@ -25,14 +25,14 @@ from headrace_core.transfer.holder import HeldCall, HolderSelf, PageHolder
 from headrace_core.transfer.lease import Lease, LeaseTable
 from headrace_core.transfer.sealer import Sealer
 from headrace_core.transfer.taker import Taker
-from headrace_core.transfer.transport import Holding
-from headrace_core.transfer.transports import TRANSPORTS, usable
+from headrace_core.transfer.transports import usable
 from headrace_core.transfer.values import (
     FirstToken,
     Order,
     encode_first,
 )
 from headrace_core.transfer.verify import check_compatible
+from headrace_core.worker.holder_ends import holder_ends
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from headrace_core.worker.prefix_fetcher import PrefixFetcher, model_taker
@@ -72,7 +72,13 @@ class PrefillService:
         )
         self.failed = self.host.failed
         self._holder: PageHolder | None = None
-        self._ends = [TRANSPORTS[name].holder(self._holding(name)) for name in transports]
+        self._ends = holder_ends(
+            self.host,
+            self._metrics.worker,
+            transports,
+            frame_bytes=settings.frame_kib << 10,
+            leases=lambda: self.leases,
+        )
         self._transports = transports
         self._taker: Taker | None = None
         self.fetcher = PrefixFetcher(self.host, self._metrics.worker)
@@ -158,16 +164,6 @@ class PrefillService:
             )
         )
         return call
-
-    def _holding(self, name: str) -> Holding:
-        return Holding(
-            holder=lambda: self.leases,
-            memory=lambda: self.host.model.cache,
-            incarnation=self.host.incarnation,
-            frame_bytes=self._settings.frame_kib << 10,
-            on_sent=self._metrics.worker.transfer_bytes.labels(name, "sent").inc,
-            shared=lambda: self.host.model.memory,
-        )
 
     def _on_news(self, news: News[PrefillEvent]) -> None:
         for event in news.events:
