@@ -42,10 +42,6 @@ class DecodeMetrics:
         self.paused_sessions = Gauge(
             "headrace_paused_sessions", "Sessions whose rows pause until their reader reads", registry=registry
         )
-        self.leases = Gauge("headrace_leases", "Prefixes held for a prefill worker", registry=registry)
-        self.lease_ends = Counter("headrace_lease_ends_total", "How leases ended", ["outcome"], registry=registry)
-        for outcome in ("taken", "aborted"):
-            self.lease_ends.labels(outcome)
         self.slow_readers = Counter(
             "headrace_slow_readers_total", "Sessions aborted because their reader stalled", registry=registry
         )

@@ -110,10 +110,10 @@ class PrefixHolder:
 
     def _on_end(self, lease: Lease) -> None:
         assert lease.outcome is not None, "the lease ended"
-        self._metrics.lease_ends.labels(lease.outcome.value).inc()
+        self._metrics.worker.lease_ends.labels(lease.outcome.value).inc()
         self._host.engine.submit(lambda s: s.prefixes.let_go(lease.key))
 
     def _on_change(self) -> None:
         num_held = self._ready.leases.num_held
-        self._metrics.leases.set(num_held)
+        self._metrics.worker.leases.set(num_held)
         self._host.board.set_num_leases(num_held)

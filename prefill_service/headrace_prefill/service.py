@@ -207,11 +207,11 @@ class PrefillService:
         self.host.engine.submit(lambda scheduler: scheduler.free(lease.key))
         self.fetcher.cancel(lease.key)
         assert lease.outcome is not None, "the lease ended"
-        self._metrics.lease_ends.labels(lease.outcome.value).inc()
+        self._metrics.worker.lease_ends.labels(lease.outcome.value).inc()
 
     def _on_lease_change(self) -> None:
         num_held = self.leases.num_held
-        self._metrics.leases.set(num_held)
+        self._metrics.worker.leases.set(num_held)
         self.host.board.set_num_leases(num_held)
 
     def _report(self, call: HeldCall, prefilled: Prefilled) -> None:

@@ -82,6 +82,10 @@ class WorkerMetrics:
             "Tokens that came so, and were not computed",
             registry=registry,
         )
+        self.leases = Gauge("headrace_leases", "Sequences and prefixes held for their takers", registry=registry)
+        self.lease_ends = Counter("headrace_lease_ends_total", "How leases ended", ["outcome"], registry=registry)
+        for outcome in ("taken", "aborted"):
+            self.lease_ends.labels(outcome)
         self.refused_calls = Counter(
             "headrace_refused_calls_total", "Calls refused before their message was read", ["reason"], registry=registry
         )
