@@ -78,11 +78,17 @@ class Fleet:
         await asyncio.to_thread(self.model.wait_held)
         return collected
 
-    def move(self, collected: Collected, *, params=SEEDED, attempt=2, **more) -> Collected:
+    async def keep_pages(self, collected: Collected) -> None:
+        """Have the first, which drains, compute it no further, from the step that is under way on."""
+        self.one.cancel(collected, keeps_pages=True)
+        behind = self.one.start("behind", PROMPT, params=SEEDED)
+        assert (await behind.wait_failure()).reason == "DRAINING", "so what was sent before it has come, too"
+        self.model.release()
+
+    async def move(self, collected: Collected, *, params=SEEDED, attempt=2, **more) -> Collected:
         """Do what a router does about a worker that drains, to a sequence of which it knows what it was told."""
         self.first.host.begin_drain()
-        self.one.cancel(collected, keeps_pages=True)
-        self.model.release()
+        await self.keep_pages(collected)
         self.known = self.known or list(collected.token_ids)
         known = [*PROMPT, *self.known]
         num_full = (len(known) - 1) // PAGE * PAGE
@@ -126,7 +132,7 @@ async def test_a_running_sequence_goes_on_elsewhere_from_its_own_pages(transport
     async with a_fleet(transport=transport) as fleet:
         collected = await fleet.runs(params=params)
         draining = asyncio.ensure_future(fleet.first.drain())
-        moved = fleet.move(collected, params=params)
+        moved = await fleet.move(collected, params=params)
         rest = await moved.tokens()
         assert [*fleet.known, *rest] == await reference(params)
         assert moved.prefilled is None, "nobody was asked to compute it"
@@ -182,7 +188,7 @@ async def test_what_is_wrong_with_its_pages_is_computed_and_nobodys_error(fault:
         fleet.holder_address = proxy.address
         collected = await fleet.runs()
         break_it(fleet, proxy)
-        moved = fleet.move(collected, prefill=None if has_prefill else "")
+        moved = await fleet.move(collected, prefill=None if has_prefill else "")
         assert [*fleet.known, *await moved.tokens()] == await reference(SEEDED)
         assert (moved.prefilled is not None) == has_prefill
         assert counted(fleet.second, "headrace_prefix_fetches_total", outcome="failed") == 1
@@ -204,7 +210,7 @@ async def test_a_worker_that_is_lost_while_its_pages_are_taken_costs_the_computi
                 proxy.gates["admitted"] = asyncio.Event()
             else:
                 faults.gate = asyncio.Event()
-            moved = fleet.move(collected)
+            moved = await fleet.move(collected)
             await eventually(lambda: "admitted" in proxy.seen, "it is asked")
             if phase == "pulling":
                 await faults.entered.wait()
@@ -220,9 +226,9 @@ async def test_a_worker_that_is_lost_while_its_pages_are_taken_costs_the_computi
 async def test_an_attempt_that_failed_leaves_the_pages_for_the_next_one():
     async with a_fleet() as fleet:
         collected = await fleet.runs()
-        refused = fleet.move(collected, timeout_s=0.0)
+        refused = await fleet.move(collected, timeout_s=0.0)
         assert (await refused.wait_failure()).reason == "BAD_REQUEST", "it has no time"
-        moved = fleet.move(collected, attempt=3)
+        moved = await fleet.move(collected, attempt=3)
         assert [*fleet.known, *await moved.tokens()] == await reference(SEEDED)
         assert moved.joined.num_transfer_pages == 7
         fleet.one.cancel(collected)
@@ -236,7 +242,7 @@ async def test_a_sequence_that_ends_while_its_pages_come_sets_them_aside_until_n
         faults = faults_of(fleet.first)
         faults.gate, faults.is_cancel_ignored = asyncio.Event(), True
         faults.entered.clear()
-        moved = fleet.move(collected)
+        moved = await fleet.move(collected)
         await faults.entered.wait()
         if by == "cancel":
             fleet.two.cancel(moved)
@@ -259,10 +265,7 @@ async def test_pages_that_nobody_takes_are_let_go_with_the_sequence(by: str):
         collected = fleet.one.start("r", PROMPT, params=SEEDED, **timeout)
         await collected.wait_tokens(9)
         draining = asyncio.ensure_future(fleet.first.drain())
-        fleet.one.cancel(collected, keeps_pages=True)
-        fleet.model.release()
-        other = fleet.one.start("other", PROMPT, params=SEEDED)
-        assert (await other.wait_failure()).reason == "DRAINING"
+        await fleet.keep_pages(collected)
         assert fleet.first.num_sequences == 1
         assert not draining.done()
         if by == "cancel":
