@@ -195,6 +195,11 @@ class NixlTransfer:
         self._moving = moving
         self._timeout_s = timeout_s
 
+    @property
+    def is_drained(self) -> bool:
+        """See `Transfer`."""
+        return self._moving.done()
+
     async def wait(self) -> None:
         """See `Transfer`."""
         done, _ = await asyncio.wait([self._moving], timeout=self._timeout_s)
@@ -216,6 +221,7 @@ class NixlTaker:
 
     def __init__(self, memory: PageMemory) -> None:
         self._memory = memory
+        self._layers = [_region(layer) for layer in memory.host_layers()]
         self._thread = ThreadPoolExecutor(1, "nixl")
         self._links: dict[bytes, _Link] = {}
         """By their holder's proof."""
@@ -229,9 +235,8 @@ class NixlTaker:
         async with self._proving:
             if self._link(source) is not None:
                 return  # somebody else was faster
-            regions = [_region(layer) for layer in self._memory.host_layers()]
             try:
-                link = await self._run(_Link, source.endpoint, offer.metadata, regions)
+                link = await self._run(_Link, source.endpoint, offer.metadata, self._layers)
                 try:
                     await self._read_proof(link, offer)
                 except BaseException:
@@ -248,8 +253,8 @@ class NixlTaker:
         addresses = source.offer.nixl.layer_addresses
         if link is None or layers.stop > len(addresses):
             raise HandoffLostError("HOLDER_LOST", f"{source.endpoint} can't be read any more")
-        local = [_region(self._memory.page_bytes(layer, page_id)) for layer in layers for page_id in page_ids]
-        size = local[0][1]
+        size = len(self._memory.page_bytes(0, 0))
+        local = [(self._layers[layer][0] + page_id * size, size, 0) for layer in layers for page_id in page_ids]
         remote = [(addresses[layer] + page_id * size, size, 0) for layer in layers for page_id in run.page_ids]
         moving = asyncio.ensure_future(self._pull(link, local, remote))
         link.moving.add(moving)
