@@ -28,6 +28,10 @@ class Stuck:
         self.calls.append((*pulled, timeout_s))
         return self
 
+    @property
+    def is_drained(self) -> bool:
+        return False
+
     async def wait(self) -> None:
         pass
 
@@ -58,4 +62,23 @@ async def test_a_transfer_that_does_not_drain_in_time_loses_its_connection_which
     assert [(record.message, record.holder) for record in caplog.records] == [
         ("transfer did not drain, disconnecting", holder) for holder in torn_down
     ]
+    assert memory.copies == [("from_host", PAGES, range(2))]
+
+
+class Drained(Stuck):
+    """One that says by itself that no byte can land any more, and would never come out of being asked."""
+
+    @property
+    def is_drained(self) -> bool:
+        return True
+
+
+@async_test
+async def test_a_transfer_that_is_known_to_be_drained_is_neither_stopped_nor_waited_for():
+    memory = PlainMemory()
+    run = run_of(memory, PAGES)
+    transport: Any = Drained()
+    with ThreadPoolExecutor(1) as verifying:
+        await Mover(memory, verifying, timeout_s=7.0, drain_timeout_s=WAIT_S).move(transport, SOURCE, run, PAGES)
+    assert transport.calls == [(SOURCE, run, PAGES, 7.0)]
     assert memory.copies == [("from_host", PAGES, range(2))]

@@ -178,19 +178,6 @@ async def test_a_page_that_is_not_whole_in_its_layer_and_in_the_pool_is_a_short_
 
 
 @async_test
-async def test_after_a_transfer_is_cancelled_nothing_more_is_read():
-    async with pair("shm") as it:
-        source = it.offered()
-        await it.taker.prove(source)
-        transfer = transfer_of(it, source, 0)
-        read = await transfer.wait()
-        assert len(read(0, 0)) == 64
-        transfer.cancel()
-        with pytest.raises(HandoffLostError, match="torn down"):
-            read(0, 0)
-
-
-@async_test
 async def test_a_connection_that_ends_just_before_a_page_is_read_leaves_none_to_read(monkeypatch):
     async with pair("shm") as it:
         source = it.offered()

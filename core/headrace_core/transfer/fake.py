@@ -83,6 +83,11 @@ class FakeTransfer:
         self._moving = moving
         self._faults = faults
 
+    @property
+    def is_drained(self) -> bool:
+        """See `Transfer`."""
+        return self._moving.done()
+
     async def wait(self) -> None:
         """See `Transfer`."""
         if self._faults.is_given_up:

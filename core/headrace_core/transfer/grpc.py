@@ -77,6 +77,11 @@ class GrpcTransfer:
     def __init__(self, receiving: asyncio.Task[None]) -> None:
         self._receiving = receiving
 
+    @property
+    def is_drained(self) -> bool:
+        """See `Transfer`."""
+        return self._receiving.done()
+
     async def wait(self) -> None:
         """See `Transfer`."""
         await asyncio.wait([self._receiving])

@@ -43,9 +43,10 @@ class Mover:
             if read is not None:
                 await run_to_its_end(self.verifying, accept_pages, run, memory, page_ids, endpoint=endpoint, read=read)
         finally:
-            transfer.cancel()
-            # However the sequence ends meanwhile: its pages may have another owner when this is over.
-            await to_its_end(asyncio.ensure_future(self._drain(source, transport, transfer)))
+            if not transfer.is_drained:
+                transfer.cancel()
+                # However the sequence ends meanwhile: its pages may have another owner when this is over.
+                await to_its_end(asyncio.ensure_future(self._drain(source, transport, transfer)))
         if read is None:
             # Off the loop: hashing a long prompt's pages takes tens of milliseconds.
             await run_to_its_end(self.verifying, accept_pages, run, memory, page_ids, endpoint=endpoint)

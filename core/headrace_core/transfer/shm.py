@@ -22,7 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc.aio
+import numpy as np
 from headrace.v1 import types_pb2
+from numpy.typing import NDArray
 
 from headrace_core.errors import HandoffLostError, StartupError, TransferCorruptError
 from headrace_core.transfer.memfd import Memfd, map_sealed
@@ -105,7 +107,7 @@ class ShmHolder:
 class _Pool:
     """A holder's pool, mapped, for as long as the connection to it stands."""
 
-    def __init__(self, endpoint: str, connection: socket.socket, pages: memoryview) -> None:
+    def __init__(self, endpoint: str, connection: socket.socket, pages: NDArray[np.uint8]) -> None:
         self.endpoint = endpoint
         self.is_open = True
         self.pages = pages
@@ -117,7 +119,7 @@ class _Pool:
         """Read no more from it; the mapping goes with its last reader. Idempotent."""
         if self.is_open:
             self.is_open = False
-            self.pages = memoryview(b"")
+            self.pages = self.pages[:0].copy()
             self._loop.remove_reader(self._connection)
             self._connection.close()
 
@@ -130,7 +132,11 @@ class ShmTransfer:
         self._layer_stride = layer_stride
         self._page_bytes = page_bytes
         self._page_ids = page_ids
-        self._is_cancelled = False
+
+    @property
+    def is_drained(self) -> bool:
+        """See `Transfer`: nothing is under way but what the caller copies itself."""
+        return True
 
     async def wait(self) -> Read:
         """See `Transfer`: every byte can be read."""
@@ -139,14 +145,14 @@ class ShmTransfer:
 
     def cancel(self) -> None:
         """See `Transfer`."""
-        self._is_cancelled = True
 
     async def drained(self) -> None:
-        """See `Transfer`: nothing is under way but what the caller copies itself."""
+        """See `Transfer`."""
 
-    def _page(self, layer: int, index: int) -> memoryview:
+    def _page(self, layer: int, index: int) -> NDArray[np.uint8]:
         self._require_open()
-        pages, size, in_layer = self._pool.pages, self._page_bytes, self._page_ids[index] * self._page_bytes
+        pages, size = self._pool.pages, self._page_bytes
+        in_layer = self._page_ids[index] * size
         start = layer * self._layer_stride + in_layer
         if in_layer + size > self._layer_stride or start + size > len(pages):
             raise TransferCorruptError(
@@ -155,7 +161,7 @@ class ShmTransfer:
         return pages[start : start + size]
 
     def _require_open(self) -> None:
-        if self._is_cancelled or not self._pool.is_open:
+        if not self._pool.is_open:
             raise HandoffLostError("HOLDER_LOST", "the connection to the holder was torn down")
 
 
@@ -230,4 +236,4 @@ class ShmTaker:
             raise
         finally:
             os.close(descriptor)
-        return _Pool(source.endpoint, connection, pages)
+        return _Pool(source.endpoint, connection, np.frombuffer(pages, np.uint8))

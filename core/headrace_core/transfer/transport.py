@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc.aio
+import numpy as np
 from headrace.v1 import types_pb2
+from numpy.typing import NDArray
 
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.memory import MemoryKind, PageMemory
@@ -87,17 +89,22 @@ class Source:
     offer: types_pb2.TransportOffer
 
 
-Read = Callable[[int, int], memoryview]
-"""Gives the bytes of (layer, index of the page in the run) where the holder has them. Any thread.
+Read = Callable[[int, int], NDArray[np.uint8]]
+"""Gives the bytes, [page bytes], of (layer, index of the page in the run) where the holder has them. Any thread.
 
 Raises:
-    HandoffLostError: the holder is gone, or the transfer cancelled.
+    HandoffLostError: the holder is gone.
     TransferCorruptError: SHORT_READ, there is no such page.
 """
 
 
 class Transfer(Protocol):
     """Bytes on their way into destination pages. Started by `TakerEnd.pull`."""
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it is known that it lets no byte land any more, whatever became of it."""
+        ...
 
     async def wait(self) -> Read | None:
         """Return when every byte arrived; or how to read them in place, when the caller copies them itself.
@@ -115,7 +122,7 @@ class Transfer(Protocol):
         ...
 
     async def drained(self) -> None:
-        """Return when no byte can land any more, whatever became of the transfer."""
+        """Return when `is_drained`."""
         ...
 
 

@@ -107,13 +107,9 @@ def check_bytes(
         for index, (page_id, expected_sum) in enumerate(zip(page_ids, expected, strict=True)):
             page = memory.page_bytes(layer, page_id)
             if read is not None:
-                _copy(page, read(layer, index))
+                # Without the interpreter's lock: for steps, a copy between two bytecodes would be a pause.
+                np.copyto(np.frombuffer(page, np.uint8), read(layer, index))
             # Of what is here now, also if somebody still writes there.
             if xxhash.xxh3_64_intdigest(page) != expected_sum:
                 name = f"page {run.first_page + index} of layer {layer}"
                 raise TransferCorruptError("CHECKSUM", f"{name} from {endpoint} arrived with another checksum")
-
-
-def _copy(destination: memoryview, source: memoryview) -> None:
-    """Copy without the interpreter's lock: for steps, a copy between two bytecodes would be a pause."""
-    np.copyto(np.frombuffer(destination, np.uint8), np.frombuffer(source, np.uint8))
