@@ -7,7 +7,8 @@
     pairs           from admission to the second token: a prefill and a decode worker beside one worker that does both,
                     the same prompts in turn, none in any cache. The ratio of the times, pair by pair
     hop             what lies between client and first token beside 16 sequences that decode: the way by the decode
-                    worker costs `decode_queue` and a part of `prefill_hop`
+                    worker costs `decode_queue` and a part of `prefill_hop`; and what that way is longer than a direct
+                    one to the prefill worker, `extra`
 
 Every worker computes with one thread. Machines are noisy: the ratios of one run are what to compare.
 """
@@ -32,7 +33,7 @@ from headrace_client.results import Timings
 from headrace_core.request import SamplingParams
 from headrace_router.testing import write_tokenizer
 
-from tests.perf import checkpoint_280m, report_file
+from tests.perf import checkpoint_280m, extra_hop, report_file
 from tests.perf.machine import machine
 
 ROOT = Path(__file__).parents[2]
@@ -155,17 +156,22 @@ def measure_hop(directory: Path, transport: str, num_requests: int) -> dict[str,
             while not over.is_set():
                 next(stream)
 
-    with pair(directory, transport) as client, ThreadPoolExecutor(HOP_STREAMS) as threads:
+    with pair_cluster(directory, transport) as (cluster, client), ThreadPoolExecutor(HOP_STREAMS) as threads:
         streams = [threads.submit(decode, client) for _ in range(HOP_STREAMS)]
         started.wait()
-        timings = [generate(client, prompt_of(HOP_TOKENS)) for _ in range(num_requests)]
-        over.set()
+        try:
+            timings = [generate(client, prompt_of(HOP_TOKENS)) for _ in range(num_requests)]
+            prefill, decode = (worker.address for worker in cluster.workers)
+            ways = extra_hop.measure(prefill, decode, lambda: prompt_of(HOP_TOKENS), num_requests)
+        finally:
+            over.set()
         for stream in streams:
             stream.result()
     names = ("decode_queue", "prefill_queue", "prefill", "prefill_hop")
     return {
         **{f"{name}_ms": spread([ms(each, name) for each in timings]) for name in names},
         "ttft_ms": spread([each.ttft_us / 1e3 for each in timings]),
+        **{f"{name}_ms": spread(each) for name, each in ways.items()},
         "requests": num_requests,
     }
 
@@ -173,11 +179,18 @@ def measure_hop(directory: Path, transport: str, num_requests: int) -> dict[str,
 @contextlib.contextmanager
 def pair(directory: Path, transport: str) -> Generator[Client]:
     """Yield a client of a prefill and a decode worker."""
+    with pair_cluster(directory, transport) as (_, client):
+        yield client
+
+
+@contextlib.contextmanager
+def pair_cluster(directory: Path, transport: str) -> Generator[tuple[LocalCluster, Client]]:
+    """Yield a prefill and a decode worker, in this order, and a client of theirs."""
     with (
         LocalCluster(directory, worker_options=_WORKER, decode_options={"transport": transport}, env=_ENV) as cluster,
         Client(cluster.router_address) as client,
     ):
-        yield client
+        yield cluster, client
 
 
 @contextlib.contextmanager

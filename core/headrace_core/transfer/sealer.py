@@ -18,8 +18,8 @@ from headrace_core.transfer.values import Run
 from headrace_core.transfer.verify import checksums, run_to_its_end, yield_to_steps
 
 MOST_RUN_BYTES = 16 << 20
-"""What is moved and verified at a time: over gRPC each is a call, which costs some 2 ms of CPU. It bounds what is in flight
-to a taker, with `taker.MOST_PULLS`."""
+"""What is moved and verified at a time: over gRPC each is a call, which costs some 2 ms of CPU. It bounds what is in
+flight to a taker, with `taker.MOST_PULLS`."""
 
 Pages = Sequence[tuple[int, int]]
 """(id, generation) of each."""
