@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 
+class UnreadableError(ValueError):
+    """The system does not let a file be read that is there: nothing is known of its content. The message says why."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        why = error.strerror or str(error)
+        super().__init__(f"{path} can't be read: {why}; see that this user may read it and that its disk is well")
+
+
 def is_there(path: Path) -> bool:
     """True if the folder has such a name: a link to nothing, too, is a file that can't be read and not one left out."""
     return os.path.lexists(path)
@@ -17,14 +25,15 @@ def read_text(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        ValueError: it can't be read, is no regular file (from a pipe nothing may ever come), or is not UTF-8; says why.
+        UnreadableError: the system refuses.
+        ValueError: it is no regular file (from a pipe nothing may ever come), or is not UTF-8; says why.
     """
     try:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no regular file")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror or error}") from error
+        raise UnreadableError(path, error) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
 

@@ -110,6 +110,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "MODEL_TOO_LARGE": "weights and pages exceed the memory that is free; with the figures",
         "NON_FINITE_WEIGHT": "a weight or its scale is NaN or infinite, or too large for --dtype; names the tensor",
         "NO_TOKENIZER": "tokenizer.json is missing",
+        "UNREADABLE_FILE": "the system does not let a file of the checkpoint be read; says why",
         "UNSUPPORTED_MODEL": "config.json asks for something that is not implemented; names the field",
     },
     StartupError: {

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from headrace_core.errors import CheckpointError, InvalidRequestError
+from headrace_core.json_file import UnreadableError, is_there, read_text
 from headrace_core.process import release_freed_memory
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -34,17 +35,19 @@ class Tokenizer:
         """Load from a checkpoint folder.
 
         Raises:
-            CheckpointError: NO_TOKENIZER or BAD_TOKENIZER; says which file.
+            CheckpointError: NO_TOKENIZER, BAD_TOKENIZER or UNREADABLE_FILE; says which file.
         """
         # A pool of the library's own would put small texts behind large ones: each is encoded on its caller's thread.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not is_there(path):
             others = [name for name in _OTHER_FORMATS if (folder / name).is_file()]
             hint = f"; {' and '.join(others)} can't be read yet: convert it" if others else ""
             raise CheckpointError("NO_TOKENIZER", f"{path} is missing; the router needs a fast tokenizer's file{hint}")
         try:
-            self._fast = FastTokenizer.from_file(str(path))
+            self._fast = FastTokenizer.from_str(read_text(path))
+        except UnreadableError as error:
+            raise CheckpointError("UNREADABLE_FILE", str(error)) from error
         except Exception as error:
             raise CheckpointError("BAD_TOKENIZER", f"{path} can't be read: {error}") from error
         self._fast.no_truncation()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from headrace_core.errors import CheckpointError
-from headrace_core.json_file import is_there, read_object, read_text
+from headrace_core.json_file import UnreadableError, is_there, read_object, read_text
 
 _CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
@@ -63,6 +63,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return read_object(path)
+    except UnreadableError as error:
+        raise CheckpointError("UNREADABLE_FILE", str(error)) from error
     except ValueError as error:
         raise CheckpointError("BAD_TOKENIZER", str(error)) from error
 

@@ -203,6 +203,10 @@ def test_every_second_layer_may_have_experts(read):
         ("v3", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
         ("v3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [True, True]}}, "weight_block"),
         ("v3", {"v_head_dim": 64}, "v_head_dim"),
+        ("v3", {"sliding_window": 64}, "sliding_window"),
+        ("v2", {"sliding_window": 64}, "sliding_window"),
+        ("v3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mixtral", {"layer_types": "sliding_attention"}, "layer_types"),
         ("v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("v2", {"scoring_func": "sigmoid"}, "scoring_func"),
         ("v2", {"norm_topk_prob": True}, "norm_topk_prob"),
@@ -290,6 +294,6 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
 
 def test_a_missing_field_is_named(tmp_path):
     config = {k: v for k, v in TINY_CONFIGS["v3"].items() if k != "kv_lora_rank"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
     with pytest.raises(CheckpointError, match="kv_lora_rank is missing"):
         parse_config(tmp_path)

@@ -1,6 +1,7 @@
 """Text to token ids: what the model's files say about the tokens around a text."""
 
 import json
+import os
 
 import pytest
 from headrace_core.errors import CheckpointError
@@ -144,12 +145,22 @@ def test_the_begin_token_of_special_tokens_map_is_added_to_a_text(tmp_path):
     assert text_ids(Tokenizer(folder), "Hello world") == [BOS, *HELLO]
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_a_file_that_can_not_be_read_is_not_taken_for_one_left_out(tmp_path, name):
     folder = model(tmp_path, "none")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match=name) as caught:
+    with pytest.raises(CheckpointError, match=f"{name} can't be read: No such file") as caught:
+        Tokenizer(folder)
+    assert caught.value.reason == "UNREADABLE_FILE"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_pipe_in_a_file_s_place_is_refused_by_name(tmp_path, name):
+    folder = model(tmp_path, "none")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file") as caught:
         Tokenizer(folder)
     assert caught.value.reason == "BAD_TOKENIZER"
 

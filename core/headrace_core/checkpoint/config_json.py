@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from headrace_core.checkpoint.class_defaults import CLASS_DEFAULTS
 from headrace_core.checkpoint.config import (
     GqaShape,
     MlaShape,
@@ -21,7 +22,7 @@ from headrace_core.checkpoint.config import (
     YarnScaling,
 )
 from headrace_core.errors import CheckpointError
-from headrace_core.json_file import is_there, read_object
+from headrace_core.json_file import UnreadableError, is_there, read_object
 from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS
 
 _CONFIG = "config.json"
@@ -48,17 +49,28 @@ def parse_config(directory: Path) -> ModelConfig:
         CheckpointError: BAD_CONFIG if config.json is missing, or either file is unreadable or inconsistent;
             UNSUPPORTED_MODEL if it asks for something that Headrace does not compute. The message names file and field.
     """
-    fields = _Fields(_read(directory / _CONFIG))
+    fields = _Fields(_with_defaults(_read(directory / _CONFIG)))
     config = _parse_network(fields)
     path = directory / _GENERATION_CONFIG
     generation = _Fields(_read(path) if is_there(path) else {}, file=_GENERATION_CONFIG)
     return replace(config, eos_token_ids=_parse_eos(generation if _EOS in generation else fields, config.vocab_size))
 
 
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json, and of those that are left out what the model's class takes."""
+    return {**CLASS_DEFAULTS.get(str(values.get("model_type")), {}), **values}
+
+
 def _parse_network(fields: _Fields) -> ModelConfig:
     family = _FAMILIES.get(fields.text("model_type"))
     if family is None:
         unsupported("model_type", fields.text("model_type"), f"one of {', '.join(_FAMILIES)}")
+    if "sliding_window" in fields:
+        # Also where the network has none: transformers' cache forgets what is behind it.
+        unsupported("sliding_window", fields.raw("sliding_window"), "null")
+    kinds: object = fields.raw("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in cast("list[object]", kinds)):
+        unsupported("layer_types", kinds, "full_attention alone")
     fields.only("hidden_act", "silu", default="silu")
     return _parse_mixtral(fields) if family == "mixtral" else _parse_deepseek(fields, family)
 
@@ -141,7 +153,8 @@ class _Fields:
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError("BAD_CONFIG", f"config.json: {self._prefix}{name} is missing and has no default")
+            what = "is null" if name in self._values else "is missing"
+            raise CheckpointError("BAD_CONFIG", f"{self.file}: {self._prefix}{name} {what} and has no default")
         return value
 
 
@@ -150,6 +163,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError("BAD_CONFIG", f"{path} does not exist; give the folder of a Hugging Face checkpoint")
     try:
         return read_object(path)
+    except UnreadableError as error:
+        raise CheckpointError("UNREADABLE_FILE", str(error)) from None
     except ValueError as error:
         raise CheckpointError("BAD_CONFIG", str(error)) from None
 
@@ -187,8 +202,6 @@ def _parse_deepseek(fields: _Fields, family: str) -> ModelConfig:
 
 
 def _parse_mixtral(fields: _Fields) -> ModelConfig:
-    if "sliding_window" in fields:
-        unsupported("sliding_window", fields.raw("sliding_window"), "null")
     if "quantization_config" in fields:
         unsupported("quantization_config", fields.raw("quantization_config"), "null for mixtral")
     num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")

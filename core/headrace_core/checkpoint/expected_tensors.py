@@ -10,9 +10,11 @@ from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
+_SCALE_DTYPES = (*_FLOAT_DTYPES, "F8_E8M0")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Buffers that old checkpoints carry and that follow from the config.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_SHARED = ".mlp.shared_experts."
 SCALE_SUFFIX = "_scale_inv"
 
 
@@ -117,6 +119,14 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
     known = {*names, "lm_head.weight"} if config.is_embedding_tied else set(names)
     for name in stored:
         if name not in known and not _IGNORED.fullmatch(name) and not _is_mtp(config, name):
+            if _SHARED in name and not config.moe.num_shared_experts:
+                if 0 in stored[name].shape:
+                    continue  # transformers writes experts of no width where n_shared_experts is 0
+                raise CheckpointError(
+                    "EXTRA_TENSOR",
+                    "config.json says that there are no shared experts (n_shared_experts 0 or null), "
+                    f"but tensor {name} is there; check that config and weights belong together",
+                )
             raise CheckpointError(
                 "EXTRA_TENSOR",
                 f"tensor {name} has no place in the network that config.json describes; "
@@ -156,7 +166,12 @@ def _check_scale(config: ModelConfig, stored: dict[str, StoredTensor], name: str
     scale_name = name + SCALE_SUFFIX
     scale = stored.get(scale_name)
     _check_tensor(scale, scale_name, (-(-shape[0] // rows), -(-shape[1] // columns)))
-    _check_float(scale_name, stored)
+    if stored[scale_name].dtype not in _SCALE_DTYPES:
+        raise CheckpointError(
+            "UNSUPPORTED_MODEL",
+            f"tensor {scale_name} is {stored[scale_name].dtype}; "
+            f"Headrace reads scales that are {', '.join(_SCALE_DTYPES)}",
+        )
     return scale_name
 
 

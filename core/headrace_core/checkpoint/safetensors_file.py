@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from headrace_core.errors import CheckpointError
-from headrace_core.json_file import is_there, parse_object, read_object
+from headrace_core.json_file import UnreadableError, is_there, parse_object, read_object
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_SIDES = 64
 """As many as a torch tensor can have."""
 _MAX_NAME = 200
 """Characters of a name or value that a message repeats."""
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+"""Files' endings, as weights are published in, too."""
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,6 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I8": torch.int8,
@@ -54,7 +57,7 @@ class StoredTensor:
         """Return the tensor as stored, in memory of its own.
 
         Raises:
-            CheckpointError: DAMAGED_FILE if the file can't be read or has become shorter.
+            CheckpointError: DAMAGED_FILE if the file has become shorter; UNREADABLE_FILE.
         """
         data = torch.empty(self.size, dtype=torch.uint8)
         view = data.numpy().data if self.size else memoryview(b"")
@@ -68,7 +71,7 @@ class StoredTensor:
                         damaged(self.path, f"it ends inside tensor {self.name}")
                     done += count
         except OSError as error:
-            damaged(self.path, str(error))
+            raise _unreadable(self.path, error) from None
         return data.view(DTYPES[self.dtype]).view(self.shape)
 
 
@@ -77,44 +80,65 @@ def damaged(path: Path, problem: str) -> NoReturn:
     raise CheckpointError("DAMAGED_FILE", f"{path}: {problem}; download the checkpoint again")
 
 
-def find_files(directory: Path) -> list[Path]:
-    """Return the checkpoint's weight files: those the index names, or model.safetensors.
-
-    Raises:
-        CheckpointError: DAMAGED_FILE if there are none, or the index can't be read or names a file that is missing.
-    """
-    index = directory / "model.safetensors.index.json"
-    if not is_there(index):
-        path = directory / "model.safetensors"
-        if not is_there(path):
-            damaged(directory, "neither model.safetensors nor model.safetensors.index.json is there")
-        return [path]
-    try:
-        names = sorted(set(read_object(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        damaged(index, f"it is no index of weights ({error!r})")
-    paths: list[Path] = []
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not is_there(directory / name):
-            damaged(directory, f"the index names {name!r}, which is not there")
-        paths.append(directory / name)
-    return paths
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError("UNREADABLE_FILE", str(UnreadableError(path, error)))
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the checkpoint, by name, having read headers only.
 
+    They are those of model.safetensors where that is there, as in transformers, else of the files that the index names.
+    A tensor that several of these have is taken from the one for which the index names it.
+
     Raises:
         CheckpointError: DAMAGED_FILE if a file is missing, truncated or not in the format, its tensors overlap or leave
-            a hole, or a name occurs twice.
+            a hole, or a name occurs twice and the index does not say which; UNREADABLE_FILE; UNSUPPORTED_MODEL if
+            there are weights, but in other formats alone.
     """
+    single = directory / "model.safetensors"
+    if is_there(single):
+        return {tensor.name: tensor for tensor in _read_header(single)}
+    places = _read_index(directory)
     tensors: dict[str, StoredTensor] = {}
-    for path in find_files(directory):
+    for path in sorted(set(places.values())):
         for tensor in _read_header(path):
-            if tensor.name in tensors:
-                damaged(path, f"tensor {tensor.name} is in {tensors[tensor.name].path.name} too")
-            tensors[tensor.name] = tensor
+            other = tensors.get(tensor.name)
+            if other is None or places.get(tensor.name) == path:
+                tensors[tensor.name] = tensor
+            elif places.get(tensor.name) != other.path:
+                damaged(
+                    path, f"tensor {tensor.name} is in {other.path.name} too, and the index does not say which to take"
+                )
     return tensors
+
+
+def _read_index(directory: Path) -> dict[str, Path]:
+    """Return where each tensor is, as model.safetensors.index.json says."""
+    index = directory / "model.safetensors.index.json"
+    if not is_there(index):
+        _refuse_without_weights(directory)
+    try:
+        names = dict(read_object(index)["weight_map"].items())
+        files = sorted(set(names.values()))
+    except UnreadableError as error:
+        raise CheckpointError("UNREADABLE_FILE", str(error)) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        damaged(index, f"it is no index of weights ({error!r})")
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name or not is_there(directory / name):
+            damaged(directory, f"the index names {str(name)[:_MAX_NAME]!r}, which is not there")
+    return {name: directory / file for name, file in names.items()}
+
+
+def _refuse_without_weights(directory: Path) -> NoReturn:
+    others = [name for name in sorted(os.listdir(directory)) if name.endswith(_OTHER_FORMATS)]
+    if others:
+        raise CheckpointError(
+            "UNSUPPORTED_MODEL",
+            f"{directory}: weights are there as {others[0][:_MAX_NAME]} alone; Headrace reads safetensors, as most "
+            "models have them beside; transformers' save_pretrained writes them from the others",
+        )
+    damaged(directory, "neither model.safetensors nor model.safetensors.index.json is there")
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
@@ -127,7 +151,9 @@ def _read_header(path: Path) -> list[StoredTensor]:
             if file_size < 8 or not 0 < header_size <= min(_MAX_HEADER_BYTES, file_size - 8):
                 damaged(path, "its header is cut off or it is no safetensors file")
             header = parse_object(file.read(header_size), "its header")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except ValueError as error:
         damaged(path, str(error))
     header.pop("__metadata__", None)
     tensors = [_parse_entry(path, name, entry, 8 + header_size) for name, entry in header.items()]

@@ -198,6 +198,7 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], num_shards: int =
     if num_shards == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
+    (directory / "model.safetensors").unlink(missing_ok=True)  # it would be read, and not the shards
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(num_shards):
