@@ -14,6 +14,7 @@ from headrace.v1 import generation_service_pb2_grpc as pb_grpc
 from headrace_core.request import SamplingParams
 from headrace_core.rpc import channel
 
+from headrace_client.arguments import timeout_of
 from headrace_client.codec import Collector, Reader, decode_server_info, encode_request
 from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, ConnectionOptions, error_from
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
@@ -81,7 +82,7 @@ class AsyncClient:
         """Start generating and return the pieces as they come. Arguments and errors are `Client.stream`'s."""
         request = encode_request(
             prompt,
-            sampling or SamplingParams(),
+            sampling,
             n=n,
             model=model,
             request_id=request_id,
@@ -91,7 +92,7 @@ class AsyncClient:
 
     async def server_info(self, *, timeout_s: float = INFO_TIMEOUT_S) -> ServerInfo:
         """Return what the router serves and with which workers. Errors are `Client.server_info`'s."""
-        attempts = Attempts(self._options.retry, timeout_s)
+        attempts = Attempts(self._options.retry, timeout_of(timeout_s))
         request = pb.GetServerInfoRequest()
         while True:
             try:
@@ -123,7 +124,7 @@ class AsyncStream:
         self._request = request
         self._address = address
         self._options = options
-        self._attempts = Attempts(options.retry, timeout_s)
+        self._attempts = Attempts(options.retry, timeout_of(timeout_s))
         self._reader = Reader(request)
         self._is_cancelled = False
         self._has_answer = False

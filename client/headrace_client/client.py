@@ -13,6 +13,7 @@ from headrace.v1 import generation_service_pb2_grpc as pb_grpc
 from headrace_core.request import SamplingParams
 from headrace_core.rpc import blocking_channel
 
+from headrace_client.arguments import timeout_of
 from headrace_client.codec import Reader, collect, decode_server_info, encode_request
 from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, ConnectionOptions, error_from
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
@@ -104,7 +105,7 @@ class Client:
         """
         request = encode_request(
             prompt,
-            sampling or SamplingParams(),
+            sampling,
             n=n,
             model=model,
             request_id=request_id,
@@ -119,7 +120,7 @@ class Client:
             UnavailableError: UNREACHABLE, also after retries.
             DeadlineError: `timeout_s` passed.
         """
-        attempts = Attempts(self._options.retry, timeout_s)
+        attempts = Attempts(self._options.retry, timeout_of(timeout_s))
         request = pb.GetServerInfoRequest()
         while True:
             try:
@@ -151,7 +152,7 @@ class Stream:
         self._request = request
         self._address = address
         self._options = options
-        self._attempts = Attempts(options.retry, timeout_s)
+        self._attempts = Attempts(options.retry, timeout_of(timeout_s))
         self._reader = Reader(request)
         self._cancelled = threading.Event()
         self._has_answer = False

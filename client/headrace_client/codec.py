@@ -8,10 +8,18 @@ from typing import Any
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1 import types_pb2
 from headrace_core.errors import InvalidRequestError, ProtocolError
-from headrace_core.request import FinishReason, SamplingParams, TokenLogprobs, check_request_id
+from headrace_core.request import (
+    MAX_COUNT,
+    MAX_SAMPLES,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+    check_request_id,
+)
 from headrace_core.rpc import MAX_MESSAGE_BYTES, answered
 from headrace_core.wire import decode_finish, decode_logprobs, encode_sampling
 
+from headrace_client.arguments import prompt_of, sampling_of, text_of, whole
 from headrace_client.results import (
     ChatMessage,
     Delta,
@@ -33,22 +41,27 @@ _ROLES: dict[types_pb2.WorkerRole.ValueType, str] = {
 
 
 def encode_request(
-    prompt: Prompt, sampling: SamplingParams, *, n: int, model: str, request_id: str, include_timings: bool
+    prompt: Prompt, sampling: SamplingParams | None, *, n: int, model: str, request_id: str, include_timings: bool
 ) -> pb.GenerateRequest:
-    """Return the message.
+    """Return the message of what callers passed, whatever its types are.
 
     Raises:
         InvalidRequestError: what can be seen to be wrong without the model: EMPTY_PROMPT, PROMPT_TOO_LONG (for one
-            message), BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST (request id, `n`, text that is not Unicode).
+            message), BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST (request id, `n`, text that is not Unicode, another type).
     """
+    sampling, request_id = sampling_of(sampling), text_of("request_id", request_id)
     if request_id:
         check_request_id(request_id)
-    if n < 1:
-        raise InvalidRequestError("BAD_REQUEST", f"n is {n}; it must be at least 1")
+    n = whole("n", n)
+    if not 1 <= n <= MAX_COUNT:
+        raise InvalidRequestError("BAD_REQUEST", f"n is {n}; it must be at least 1, and a router takes {MAX_SAMPLES}")
     sampling.validate()
-    request = pb.GenerateRequest(model=model, request_id=request_id, n=n, include_timings=include_timings)
+    request = pb.GenerateRequest(request_id=request_id, n=n, include_timings=bool(include_timings))
     try:
+        request.model = text_of("model", model)
         request.sampling.CopyFrom(encode_sampling(sampling))
+    except UnicodeEncodeError:
+        raise InvalidRequestError("BAD_REQUEST", "model or stop_strings is not valid Unicode text") from None
     except ValueError as error:
         raise InvalidRequestError("BAD_SAMPLING", f"a sampling parameter does not fit the wire: {error}") from None
     _set_prompt(request, prompt)
@@ -62,20 +75,17 @@ def encode_request(
 
 
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
-    if not prompt:
-        raise InvalidRequestError("EMPTY_PROMPT", "the prompt is empty")
+    given = prompt_of(prompt)
     try:
-        if isinstance(prompt, str):
-            request.text.text = prompt
+        if isinstance(given, str):
+            request.text.text = given
             return
-        messages = [part for part in prompt if isinstance(part, ChatMessage)]
-        token_ids = [part for part in prompt if not isinstance(part, ChatMessage)]
-        if messages and token_ids:
-            raise InvalidRequestError("BAD_REQUEST", "a prompt is token ids or messages, not both")
-        request.tokens.token_ids.extend(token_ids)
+        messages = [part for part in given if isinstance(part, ChatMessage)]
         if messages:
             chat = [pb.ChatMessage(role=message.role, content=message.content) for message in messages]
             request.chat.messages.extend(chat)
+        else:
+            request.tokens.token_ids.extend(part for part in given if isinstance(part, int))
     except UnicodeEncodeError as error:
         raise InvalidRequestError(
             "BAD_REQUEST", f"the prompt is not valid Unicode text at character {error.start}"

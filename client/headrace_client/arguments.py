@@ -1,0 +1,201 @@
+"""What callers pass, as values that the wire takes: what is meant is taken, everything else is refused by name.
+
+So a text stands for a list of one stop string, an array for a list of token ids, a mapping with `role` and `content`
+for a `ChatMessage`, and None for what is left out; bytes are no token ids, and "0.7" is no number.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any, NoReturn, TypeVar, cast
+
+from headrace_core.errors import InvalidRequestError
+from headrace_core.request import SamplingParams
+
+from headrace_client.results import ChatMessage
+
+_MAX_SHOWN = 60
+_MOST_TIMEOUT_S = 1e9
+"""Thirty years: longer ones are the same, and gRPC can't tell all of them."""
+T = TypeVar("T")
+
+
+def prompt_of(prompt: object) -> str | list[int] | list[ChatMessage]:
+    """Return text, token ids or messages, none of them empty.
+
+    Raises:
+        InvalidRequestError: EMPTY_PROMPT; BAD_REQUEST, it is none of these.
+    """
+    if isinstance(prompt, str):
+        return prompt or _refuse_empty()
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        _refuse("the prompt", prompt, "text, token ids or messages; bytes become text by .decode()")
+    if isinstance(prompt, Mapping | ChatMessage) or not isinstance(prompt, Iterable):
+        _refuse("the prompt", prompt, "text, a list of token ids or a list of messages")
+    parts = _items(cast("Iterable[object]", prompt))
+    if not parts:
+        _refuse_empty()
+    if isinstance(parts[0], ChatMessage | Mapping):
+        return [_message(f"part {index} of the prompt", part) for index, part in enumerate(parts)]
+    if isinstance(parts[0], str):
+        _refuse("part 0 of the prompt", parts[0], "a token id or a message; each of several texts is its own request")
+    if all(type(part) is int for part in parts):
+        return cast("list[int]", parts)
+    return [whole(f"part {index} of the prompt", part, "a token id") for index, part in enumerate(parts)]
+
+
+def sampling_of(sampling: object) -> SamplingParams:
+    """Return sampling parameters whose fields have the types that `SamplingParams` declares.
+
+    Raises:
+        InvalidRequestError: BAD_SAMPLING, a field is of no such type.
+    """
+    if sampling is None:
+        return SamplingParams()
+    if not isinstance(sampling, SamplingParams):
+        _refuse("sampling", sampling, "SamplingParams", "BAD_SAMPLING")
+    changed: dict[str, Any] = {}
+    for field in fields(SamplingParams):
+        value = getattr(sampling, field.name)
+        if value is not None:
+            changed[field.name] = _FIELDS[field.name](field.name, value)
+        elif field.name not in ("max_tokens", "seed", "top_logprobs"):
+            changed[field.name] = getattr(_DEFAULTS, field.name)
+    return replace(sampling, **changed)
+
+
+def text_of(name: str, value: object) -> str:
+    """Return `value`, which is text, or None for an empty one.
+
+    Raises:
+        InvalidRequestError: BAD_REQUEST.
+    """
+    return value if isinstance(value, str) else "" if value is None else _refuse(name, value, "text")
+
+
+def whole(name: str, value: object, expected: str = "a whole number", reason: str = "BAD_REQUEST") -> int:
+    """Return a whole number, of whatever type; True and 1.0 are none.
+
+    Raises:
+        InvalidRequestError: `reason`.
+    """
+    try:
+        return _refuse(name, value, expected, reason) if _is_truth(value) else operator.index(cast("Any", value))
+    except TypeError:
+        _refuse(name, value, expected, reason)
+
+
+def timeout_of(value: object) -> float | None:
+    """Return a number of seconds, or None for no limit.
+
+    Raises:
+        InvalidRequestError: BAD_REQUEST, it is no number of seconds from 0 on.
+    """
+    if value is None:
+        return None
+    timeout_s = _number("timeout_s", value, "BAD_REQUEST")
+    if not timeout_s >= 0:
+        _refuse("timeout_s", value, "a number of seconds from 0 on")
+    return min(timeout_s, _MOST_TIMEOUT_S)
+
+
+def _items(values: Iterable[object]) -> list[object]:
+    to_list: Callable[[], object] | None = getattr(values, "tolist", None)  # arrays of numpy, torch and the library
+    items = list(values) if to_list is None else to_list()
+    return cast("list[object]", items) if isinstance(items, list) else [items]
+
+
+def _message(name: str, part: object) -> ChatMessage:
+    values = cast("Mapping[object, object]", part) if isinstance(part, Mapping) else {}
+    message = part if isinstance(part, ChatMessage) else None
+    role: object = values.get("role") if message is None else message.role
+    content: object = values.get("content") if message is None else message.content
+    if not isinstance(role, str) or not isinstance(content, str):
+        _refuse(name, part, "a message with a role and a content that are text")
+    more = sorted(str(key) for key in values if key not in ("role", "content"))
+    if more:
+        _refuse(name, part, f"a message of role and content alone, without {', '.join(more)[:_MAX_SHOWN]}")
+    return ChatMessage(role, content)
+
+
+def _number(name: str, value: object, reason: str = "BAD_SAMPLING") -> float:
+    try:
+        if _is_truth(value) or isinstance(value, str | bytes):
+            _refuse(name, value, "a number", reason)
+        return float(cast("Any", value))
+    except (TypeError, ValueError):
+        _refuse(name, value, "a number", reason)
+    except OverflowError:
+        return math.inf if cast("int", value) > 0 else -math.inf
+
+
+def _count(name: str, value: object) -> int:
+    return whole(name, value, reason="BAD_SAMPLING")
+
+
+def _flag(name: str, value: object) -> bool:
+    return bool(value) if _is_truth(value) else _refuse(name, value, "true or false", "BAD_SAMPLING")
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's is no bool
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    expected = "token ids"
+    if isinstance(value, str | bytes | Mapping):
+        _refuse(name, value, expected, "BAD_SAMPLING")
+    items = _items(cast("Iterable[object]", value)) if isinstance(value, Iterable) else [value]
+    return tuple(whole(name, item, expected, "BAD_SAMPLING") for item in items)
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
+        _refuse(name, value, "text, or a list of texts", "BAD_SAMPLING")
+    items = list(cast("Iterable[object]", value))
+    return tuple(item if isinstance(item, str) else _refuse(name, item, "texts", "BAD_SAMPLING") for item in items)
+
+
+def _biases(name: str, value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        _refuse(name, value, "a mapping of token ids to numbers", "BAD_SAMPLING")
+    pairs = cast("Mapping[object, object]", value).items()
+    return {
+        whole(name, token_id, "by token ids", "BAD_SAMPLING"): _number(f"{name}[{token_id}]", bias)
+        for token_id, bias in pairs
+    }
+
+
+_DEFAULTS = SamplingParams()
+_FIELDS: dict[str, Callable[[str, object], Any]] = {
+    "max_tokens": _count,
+    "temperature": _number,
+    "top_p": _number,
+    "top_k": _count,
+    "min_p": _number,
+    "repetition_penalty": _number,
+    "presence_penalty": _number,
+    "frequency_penalty": _number,
+    "seed": _count,
+    "min_tokens": _count,
+    "ignore_eos": _flag,
+    "stop_token_ids": _ids,
+    "stop_strings": _texts,
+    "logit_bias": _biases,
+    "top_logprobs": _count,
+}
+
+
+def _refuse(name: str, value: object, expected: str, reason: str = "BAD_REQUEST") -> NoReturn:
+    shown = reprlib.repr(value)[:_MAX_SHOWN]
+    raise InvalidRequestError(reason, f"{name} is {shown}, of type {type(value).__name__}; it must be {expected}")
+
+
+def _refuse_empty() -> NoReturn:
+    raise InvalidRequestError("EMPTY_PROMPT", "the prompt is empty")
