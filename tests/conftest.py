@@ -32,6 +32,16 @@ def model_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def identities(tmp_path_factory) -> Path:
+    """A folder of identities, one for each role, as `headrace certs` makes it."""
+    from headrace_client.commands.certs import make
+
+    folder = tmp_path_factory.mktemp("identities")
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reference(model_dir):
     # Not at the top: most tests need no torch.
     from headrace_core.testing.cluster_checks import Reference

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
-from headrace_core.errors import DeadlineError, HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.errors import (
+    DeadlineError,
+    HeadraceError,
+    InvalidRequestError,
+    StartupError,
+    UnavailableError,
+)
+from headrace_core.identity import ChannelTls, Identity, Role
 from headrace_core.rpc import raised_from
 
 from headrace_client.retry import RetryPolicy
@@ -19,6 +26,14 @@ INFO_TIMEOUT_S = 10.0
 # What gRPC puts before the cause: "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:50050: ".
 _TRANSPORT_PREFIX = re.compile(r"^.*last error: (\w+: )?(ipv[46]:\S+: )?")
 
+# What gRPC says of a handshake that failed, which is little.
+_TLS_CAUSES = {
+    "Socket closed": "it closed the connection; does it ask for TLS, or for a certificate (--tls, --identity)?",
+    "Hostname Verification Check failed": "its certificate is another's",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of an authority that is trusted here, or has expired",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+}
+
 # What gRPC says of a call that this side cancelled.
 _OWN_CANCELS = ("Locally cancelled by application!", "Channel closed!")
 
@@ -28,24 +43,32 @@ class ConnectionOptions:
     """How to talk to a router.
 
     `use_tls` encrypts and checks the router's certificate against the system's roots, or against the PEM file
-    `root_certificates`, which turns TLS on by itself. `token` is sent as a bearer token with every call; without TLS it
+    `root_certificates`, which turns TLS on by itself. `identity` is a folder with a certificate of role client or
+    operator (`headrace certs` makes some) for a router that asks for one; the router must then show one of role router,
+    whatever its address. `token` is sent as a bearer token with every call; without TLS it
     travels in the clear.
     """
 
     use_tls: bool = False
     root_certificates: Path | None = None
+    identity: Path | None = None
     token: str = field(default="", repr=False)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
-    def credentials(self) -> grpc.ChannelCredentials | None:
-        """Return what a channel needs; None without TLS.
+    def tls(self) -> ChannelTls | None:
+        """Return what a channel encrypts with; None without TLS.
 
         Raises:
-            InvalidRequestError: BAD_CERTIFICATE, the file of roots can't be read.
+            InvalidRequestError: BAD_CERTIFICATE, the file of roots or the identity can't be used; says why.
         """
+        if self.identity is not None:
+            try:
+                return Identity(self.identity, Role.CLIENT, Role.OPERATOR).to_router()
+            except StartupError as error:
+                raise InvalidRequestError("BAD_CERTIFICATE", str(error)) from None
         if not self.use_tls and self.root_certificates is None:
             return None
-        return grpc.ssl_channel_credentials(self._roots())
+        return ChannelTls(grpc.ssl_channel_credentials(self._roots()))
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what is sent with every call.
@@ -94,4 +117,5 @@ def error_from(error: grpc.RpcError, address: str, *, has_answer: bool = False) 
 
 def cause_of(details: str) -> str:
     """Return a transport failure's cause without what gRPC puts before it."""
-    return _TRANSPORT_PREFIX.sub("", details)
+    cause = _TRANSPORT_PREFIX.sub("", details)
+    return next((words for said, words in _TLS_CAUSES.items() if said in cause), cause)

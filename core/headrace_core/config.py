@@ -36,6 +36,11 @@ class ProcessSettings(BaseSettings):
     """What every process has."""
 
     listen: str = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 lets the kernel choose")
+    tls: Path | None = Field(
+        None,
+        description="folder with this process's identity: tls.crt, tls.key, ca.crt, as `headrace certs` makes them; "
+        "read again when they change; none: nothing is encrypted and nobody is asked who it is",
+    )
     metrics_listen: str = Field("127.0.0.1:0", description="host:port to serve Prometheus metrics on")
     ready_file: Path | None = Field(None, description="written when the process serves: JSON with its addresses")
     log_format: Literal["text", "json"] = Field("text", description="json: one object per line")
@@ -146,8 +151,11 @@ class RouterSettings(ProcessSettings):
         0.0, ge=0, allow_inf_nan=False, description="objective for the gap between two tokens, ms; for metrics, 0: none"
     )
     dns_refresh_s: float = Field(5.0, gt=0, description="how often DNS names are looked up again")
-    tls_cert: Path | None = Field(None, description="PEM certificate chain for clients; needs --tls-key")
-    tls_key: Path | None = Field(None, description="PEM private key")
+    tls_cert: Path | None = Field(
+        None,
+        description="PEM certificate chain shown to clients in place of --tls; needs --tls-key; none is asked of them",
+    )
+    tls_key: Path | None = Field(None, description="its PEM private key")
     token: str = Field("", description="bearer token that clients must send; empty: none")
 
 

@@ -139,12 +139,16 @@ class Door:
         """
         self._default = limits
         self._methods = dict(methods or {})
-        self._guards = guards
+        self._guards = list(guards)
         self._caller_of = caller_of
         self._on_refused = on_refused
         self._rooms: dict[str, _Room] = {}
         self._messages: dict[Any, _Share] = {}
         """Of open calls, by context."""
+
+    def ask_first(self, guard: Guard) -> None:
+        """Ask `guard` before all others."""
+        self._guards.insert(0, guard)
 
     def max_parts(self, method: str) -> int | None:
         """Return how many parts a message of `method` may have."""

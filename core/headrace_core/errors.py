@@ -4,7 +4,8 @@
     ├── InvalidRequestError      INVALID_ARGUMENT     return to the client
     ├── NotFoundError            NOT_FOUND            return to the client
     ├── LayoutMismatchError      FAILED_PRECONDITION  another pair of workers, bounded; logged as an error
-    ├── UnauthenticatedError     UNAUTHENTICATED      never seen from a worker
+    ├── UnauthenticatedError     UNAUTHENTICATED      another worker, bounded; logged as an error
+    ├── PermissionDeniedError    PERMISSION_DENIED    another worker, bounded; logged as an error
     ├── OverloadedError          RESOURCE_EXHAUSTED   another worker, then shed
     ├── UnavailableError         UNAVAILABLE          another worker
     ├── HandoffLostError         ABORTED              prefill again, bounded
@@ -61,6 +62,12 @@ class UnauthenticatedError(HeadraceError):
     """The caller did not show who it is."""
 
     status = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(HeadraceError):
+    """The caller is known, and may not do this."""
+
+    status = "PERMISSION_DENIED"
 
 
 class OverloadedError(HeadraceError):

@@ -18,6 +18,7 @@ from headrace_core.errors import (
     LayoutMismatchError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     ProtocolError,
     StartupError,
     TransferCorruptError,
@@ -27,7 +28,7 @@ from headrace_core.errors import (
 
 REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     InvalidRequestError: {
-        "BAD_CERTIFICATE": "the client's TLS roots can't be read",
+        "BAD_CERTIFICATE": "the client's TLS roots or its certificate can't be used; says why",
         "BAD_CLUSTER": "these processes can't serve anything together",
         "BAD_CREDENTIALS": "the client's token can't be sent as metadata",
         "BAD_FIDELITY": "`headrace simulate --fidelity` is none it knows",
@@ -43,6 +44,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_TRACE": "a request trace can't be read",
         "BAD_WORKLOAD": "a workload's numbers make no sense",
         "EMPTY_PROMPT": "the prompt has no tokens",
+        "NO_CRYPTOGRAPHY": "certificates are made by the package cryptography",
         "NO_MATPLOTLIB": "plots need matplotlib",
         "NO_MEMORY": "the model leaves no memory for pages on this hardware",
         "NO_MODEL": "the folder is not a model's",
@@ -61,6 +63,11 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     UnauthenticatedError: {
         "BAD_TOKEN_AUTH": "the router's token was not sent",
+        "NO_IDENTITY": "the caller's certificate names nobody of this system",
+    },
+    PermissionDeniedError: {
+        "WRONG_ROLE": "the role in the caller's certificate may not call this",
+        "WRONG_TAKER": "pages were asked for under a lease of another worker",
     },
     OverloadedError: {
         "MESSAGE_TIMEOUT": "the request's message took too long to arrive",
@@ -115,7 +122,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     StartupError: {
         "BAD_ADDRESS": "an address is not host:port",
-        "BAD_TLS": "certificate and key can't be read, or one is missing",
+        "BAD_TLS": "certificate, key or roots are missing, expired, or for another role; says which",
         "BIND": "an address can't be listened on",
         "KERNELS_DISAGREE": "on this GPU the kernels and plain torch disagree",
         "NO_FP8_CACHE": "the cache of this network can't be kept in 8 bits",

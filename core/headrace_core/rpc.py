@@ -7,6 +7,7 @@ statuses become errors again.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import re
 import resource
@@ -19,6 +20,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from headrace_core.authority import ServerTls
 from headrace_core.door import Door
 from headrace_core.errors import (
     DeadlineError,
@@ -28,6 +30,7 @@ from headrace_core.errors import (
     LayoutMismatchError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     ProtocolError,
     StartupError,
     TransferCorruptError,
@@ -35,6 +38,7 @@ from headrace_core.errors import (
     UnavailableError,
 )
 from headrace_core.health import HealthServicer
+from headrace_core.identity import ChannelTls
 from headrace_core.message_parts import has_more_parts
 
 T = TypeVar("T")
@@ -69,7 +73,11 @@ _KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+MAX_METADATA_BYTES = 8 << 10
+"""Of one call, both ways. Core's own limits are this and twice it, between which it refuses by chance."""
 _LIMITS = [
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
@@ -105,6 +113,7 @@ _BY_STATUS: dict[str, type[HeadraceError]] = {
         NotFoundError,
         LayoutMismatchError,
         UnauthenticatedError,
+        PermissionDeniedError,
         OverloadedError,
         UnavailableError,
         HandoffLostError,
@@ -284,11 +293,17 @@ def answered(response: T | None) -> T:
 class Server:
     """A gRPC server with health, reflection and the boundary.
 
-    Health starts as NOT_SERVING; `set_ready` flips it. Event loop only.
+    With `tls` every call is encrypted, and asked who makes it before anything else. Health starts as NOT_SERVING;
+    `set_ready` flips it. Event loop only.
     """
 
     def __init__(
-        self, service_names: Sequence[str], *, door: Door | None = None, interceptors: Sequence[Any] = ()
+        self,
+        service_names: Sequence[str],
+        *,
+        door: Door | None = None,
+        tls: ServerTls | None = None,
+        interceptors: Sequence[Any] = (),
     ) -> None:
         options = [
             *_SERVER_OPTIONS,
@@ -296,22 +311,32 @@ class Server:
             ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
         ]
         self.door = door or Door()
+        self._tls = tls
+        if tls:
+            self.door.ask_first(tls.guard)
         self.grpc = grpc.aio.server(interceptors=[*interceptors, Boundary(self.door)], options=options)
         self._health = HealthServicer(service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = [*service_names, "grpc.health.v1.Health", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self.grpc)
 
-    def bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    def bind(self, address: str) -> str:
         """Bind `host:port` (port 0: the kernel chooses) and return the address with the port.
+
+        Warns if others than this machine can reach it, and nothing is encrypted.
 
         Raises:
             StartupError: BIND, the address can't be bound; says which.
         """
-        try:
-            port = (
-                self.grpc.add_secure_port(address, credentials) if credentials else self.grpc.add_insecure_port(address)
+        if not self._tls and not _is_loopback(address):
+            log.warning(
+                "anybody who reaches this address may call, in clear text; set --tls", extra={"listen": address}
             )
+        try:
+            if self._tls:
+                port = self.grpc.add_secure_port(address, self._tls.files.server_credentials())
+            else:
+                port = self.grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise StartupError("BIND", f"can't listen on {address}: is it in use?") from error
         return f"{address.rsplit(':', 1)[0]}:{port}"
@@ -336,21 +361,41 @@ def _max_connections() -> int:
     return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)
 
 
-def channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.startswith("unix")
+
+
+Connect = Callable[[str], grpc.aio.Channel]
+"""Makes a channel to `host:port`."""
+
+
+def channel(address: str, *, tls: ChannelTls | None = None) -> grpc.aio.Channel:
     """Return a channel to `host:port`; every call on it must carry its own timeout or be a stream."""
-    if credentials:
-        return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+    if tls:
+        return grpc.aio.secure_channel(address, tls.credentials, options=_channel_options(tls))
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
 
 
-def own_channel(address: str) -> grpc.aio.Channel:
+def own_channel(address: str, *, tls: ChannelTls | None = None) -> grpc.aio.Channel:
     """Return a channel to `host:port` with a connection of its own: others to the same address share one."""
-    options = [*_CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    options = [*_channel_options(tls), ("grpc.use_local_subchannel_pool", 1)]
+    if tls:
+        return grpc.aio.secure_channel(address, tls.credentials, options=options)
     return grpc.aio.insecure_channel(address, options=options)
 
 
-def blocking_channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+def blocking_channel(address: str, *, tls: ChannelTls | None = None) -> grpc.Channel:
     """Return a channel for callers without an event loop, with the limits that `channel` has."""
-    if credentials:
-        return grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+    if tls:
+        return grpc.secure_channel(address, tls.credentials, options=_channel_options(tls))
     return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def _channel_options(tls: ChannelTls | None) -> list[tuple[str, Any]]:
+    if tls is None or not tls.server_name:
+        return [*_CHANNEL_OPTIONS]
+    return [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name)]

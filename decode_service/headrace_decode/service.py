@@ -131,6 +131,7 @@ class DecodeService:
         self._taker = model_taker(
             model,
             self._transports,
+            connect=self.host.connect,
             timeout_s=settings.transfer_timeout_s,
             drain_timeout_s=self._drain_timeout_s,
         )

@@ -122,7 +122,7 @@ class PrefillService:
             on_end=self._on_lease_end,
             on_change=self._on_lease_change,
         )
-        self._taker = model_taker(model, self._transports, timeout_s=settings.transfer_timeout_s)
+        self._taker = model_taker(model, self._transports, connect=host.connect, timeout_s=settings.transfer_timeout_s)
         self.fetcher.start(self._taker, timeout_s=settings.transfer_timeout_s)
         await self.host.go(model, scheduler, self._on_news, watch=scheduler)
         return address

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hmac
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
-import grpc
+from headrace_core.authority import ServerTls
+from headrace_core.config import RouterSettings
 from headrace_core.door import Call, Guard
 from headrace_core.errors import StartupError, UnauthenticatedError
+from headrace_core.identity import Identity, Role
+from headrace_core.tls_files import TlsFiles
 
 from headrace_router.caller import authorization_of
 
@@ -32,18 +34,16 @@ def token_guard(token: str) -> Guard:
     return guard
 
 
-def server_credentials(cert: Path | None, key: Path | None) -> grpc.ServerCredentials | None:
-    """Return credentials from PEM files; None if neither is given.
+def front(settings: RouterSettings, identity: Identity | None) -> ServerTls | None:
+    """Return how clients reach the router: by a certificate of its own, which asks none of them, or by its identity.
+
+    Who shows no certificate has the role of a client: its key says who it is.
 
     Raises:
-        StartupError: BAD_TLS, one is missing or can't be read.
+        StartupError: BAD_TLS.
     """
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
+    if settings.tls_cert is None and settings.tls_key is None:
+        return ServerTls(identity, Role.ROUTER) if identity else None
+    if settings.tls_cert is None or settings.tls_key is None:
         raise StartupError("BAD_TLS", "--tls-cert and --tls-key come together")
-    try:
-        pair = (key.read_bytes(), cert.read_bytes())
-    except OSError as error:
-        raise StartupError("BAD_TLS", f"can't read the TLS files: {error}") from error
-    return grpc.ssl_server_credentials([pair])
+    return ServerTls(TlsFiles(settings.tls_cert, settings.tls_key), Role.ROUTER, anonymous=Role.CLIENT)

@@ -17,6 +17,8 @@ more of a request than the router, which has checked it: what one worker makes o
     InvalidRequestError   AGAIN, logged as an error; the second one of a sample: to the client.
                           But BAD_HANDOFF, which is between workers: AGAIN, as often as anything
     LayoutMismatchError   AGAIN, logged as an error
+    UnauthenticatedError, PermissionDeniedError
+                          AGAIN, logged as an error; the worker gets nothing before its next load report
     OverloadedError       AGAIN; the worker gets nothing before its next load report
     UnavailableError      AGAIN; the same
     HandoffLostError      AGAIN
@@ -46,8 +48,10 @@ from headrace_core.errors import (
     InvalidRequestError,
     LayoutMismatchError,
     OverloadedError,
+    PermissionDeniedError,
     ProtocolError,
     TransferCorruptError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from headrace_core.reasons import label
@@ -82,6 +86,8 @@ class _Reaction:
 _AGAIN: dict[type[HeadraceError], _Reaction] = {
     InvalidRequestError: _Reaction(level=logging.ERROR),
     LayoutMismatchError: _Reaction(level=logging.ERROR),
+    UnauthenticatedError: _Reaction(holds_worker=True, level=logging.ERROR),
+    PermissionDeniedError: _Reaction(holds_worker=True, level=logging.ERROR),
     OverloadedError: _Reaction(holds_worker=True),
     UnavailableError: _Reaction(holds_worker=True),
     HandoffLostError: _Reaction(),

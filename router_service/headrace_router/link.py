@@ -25,7 +25,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.v1 import worker_service_pb2
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 from headrace_core import rpc
-from headrace_core.errors import HeadraceError, LayoutMismatchError, ProtocolError, UnavailableError
+from headrace_core.errors import (
+    HeadraceError,
+    LayoutMismatchError,
+    PermissionDeniedError,
+    ProtocolError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from headrace_core.kv.layout import KvLayout
 
 from headrace_router.answers import check_health, check_info, check_load
@@ -49,6 +56,8 @@ _LONG_PAUSE_S = 30.0
 _AWAY_SHARE = 0.1
 _REFUSED_PAUSE_S = 2.0
 _MOST_DETAIL_CHARS = 500
+_REFUSALS = (LayoutMismatchError, ProtocolError, PermissionDeniedError, UnauthenticatedError)
+"""Errors by which one of the two does not want the other."""
 
 
 class LinkState(Enum):
@@ -112,7 +121,7 @@ class Fleet(Protocol):
 class Link:
     """The connection to one address."""
 
-    def __init__(self, address: str, fleet: Fleet) -> None:
+    def __init__(self, address: str, fleet: Fleet, connect: rpc.Connect = rpc.channel) -> None:
         self.address = address
         self.state = LinkState.UNREACHABLE
         self.detail = "not tried yet"
@@ -124,6 +133,7 @@ class Link:
         self._is_listed = True
         self._is_tried = False
         self._fleet = fleet
+        self._connect = connect
         self._is_serving = False
 
     @property
@@ -160,7 +170,7 @@ class Link:
         try:
             while True:
                 try:
-                    channel = channel or rpc.channel(self.address)
+                    channel = channel or self._connect(self.address)
                     async with asyncio.TaskGroup() as group:
                         await self._watch_health(channel, group)
                 except Exception as error:  # noqa: BLE001 - the boundary: nothing of one worker's may reach another
@@ -277,7 +287,7 @@ class Link:
         worker, self.worker = self.worker, None
         # One line, whatever a worker puts into its words.
         detail = " ".join(str(error).split())[:_MOST_DETAIL_CHARS]
-        is_refused = isinstance(error, LayoutMismatchError | ProtocolError) or error.reason == "BUG"
+        is_refused = isinstance(error, _REFUSALS) or error.reason == "BUG"
         self._set(LinkState.REFUSED if is_refused else LinkState.UNREACHABLE, detail)
         if worker is not None:
             told = f"{self.address}: {detail}"

@@ -15,6 +15,7 @@ from headrace_core.config import RouterSettings
 from headrace_core.door import Call
 from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
 
 from headrace_router.admission import Admission, RequestSpec, Tokenized
@@ -36,14 +37,18 @@ log = logging.getLogger(__name__)
 class Router:
     """Event loop only."""
 
-    def __init__(self, settings: RouterSettings, metrics: RouterMetrics) -> None:
-        """Load the tokenizer.
+    def __init__(self, settings: RouterSettings, metrics: RouterMetrics, connect: Connect = channel) -> None:
+        """Load the tokenizer; `connect` reaches workers.
 
         Raises:
             CheckpointError: the model folder can't be used.
             StartupError: BAD_ADDRESS, of a worker.
         """
-        self.fleet = Registry(Discovery(settings.workers, settings.workers_file), dns_refresh_s=settings.dns_refresh_s)
+        self.fleet = Registry(
+            Discovery(settings.workers, settings.workers_file),
+            dns_refresh_s=settings.dns_refresh_s,
+            connect=connect,
+        )
         self._settings = settings
         self._metrics = metrics
         self._model_name = settings.model_name or settings.model.resolve().name

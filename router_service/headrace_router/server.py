@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import grpc.aio
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
 from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.identity import Identity, Role
 
-from headrace_router.auth import server_credentials, token_guard
+from headrace_router.auth import front, token_guard
 from headrace_router.caller import caller_of
 from headrace_router.metrics import Gauges, Objectives, RouterMetrics
 from headrace_router.router import Router
@@ -88,6 +90,8 @@ class RouterService:
         self._settings = settings
         self._router: Router | None = None
         self._following: asyncio.Task[None] | None = None
+        self._identity = Identity.load(settings.tls, Role.ROUTER)
+        self._tls = front(settings, self._identity)
         guards: list[Guard] = [token_guard(settings.token)] if settings.token else []
         self._door = Door(
             _SMALL,
@@ -96,20 +100,21 @@ class RouterService:
             caller_of=caller_of,
             on_refused=self._on_refused,
         )
-        self._server = rpc.Server(["headrace.v1.GenerationService"], door=self._door)
+        self._server = rpc.Server(["headrace.v1.GenerationService"], door=self._door, tls=self._tls)
 
     async def start(self) -> str:
         """Load the tokenizer and serve. Workers are connected in the background; until then requests wait."""
         settings = self._settings
-        credentials = server_credentials(settings.tls_cert, settings.tls_key)
-        if settings.token and credentials is None:
-            log.warning("the token crosses the network in clear text; set --tls-cert and --tls-key")
-        router = self._router = Router(settings, self.metrics)
+        if settings.token and self._tls is None:
+            log.warning("the token crosses the network in clear text; set --tls, or --tls-cert and --tls-key")
+        if self._tls is not None and self._identity is None:
+            log.warning("workers are reached in clear text; set --tls")
+        router = self._router = Router(settings, self.metrics, self._connect)
         self.registry.register(Gauges(lambda: (router.num_queued, router.num_running), router.worker_states))
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(router, self._door), self._server.grpc
         )
-        address = self._server.bind(settings.listen, credentials)
+        address = self._server.bind(settings.listen)
         router.start()
         await self._server.start()
         self._following = asyncio.create_task(router.fleet.run(), name="registry")
@@ -133,6 +138,9 @@ class RouterService:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+
+    def _connect(self, address: str) -> grpc.aio.Channel:
+        return rpc.channel(address, tls=self._identity and self._identity.to_worker())
 
     def _arriving(self, call: Call) -> AbstractContextManager[None]:
         if call.method == _GENERATE and self._router is not None:

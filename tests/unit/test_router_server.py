@@ -13,6 +13,7 @@ from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.errors import CheckpointError, StartupError, UnavailableError
+from headrace_core.identity import ChannelTls
 from headrace_core.testing.async_test import WAIT_S
 from headrace_router.server import RouterService
 from headrace_router.testing import (
@@ -213,8 +214,8 @@ def test_tls_serves_and_plain_text_is_refused(tmp_path):
 
     async def main():
         async with RouterUnderTest(tmp_path, settings={"tls_cert": cert, "tls_key": key}) as router:
-            credentials = grpc.ssl_channel_credentials(cert.read_bytes())
-            async with rpc.channel(router.address, credentials=credentials) as channel:
+            tls = ChannelTls(grpc.ssl_channel_credentials(cert.read_bytes()))
+            async with rpc.channel(router.address, tls=tls) as channel:
                 info = await GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT_S)
                 assert info.model_name == "tiny"
             with pytest.raises(grpc.aio.AioRpcError):
@@ -230,18 +231,25 @@ def test_tls_serves_and_plain_text_is_refused(tmp_path):
         ({"workers": "no-port"}, StartupError, "BAD_ADDRESS"),
         ({"tls_cert": "cert.pem"}, StartupError, "BAD_TLS"),
         ({"tls_cert": "cert.pem", "tls_key": "key.pem"}, StartupError, "BAD_TLS"),
+        ({"tls": "nowhere"}, StartupError, "BAD_TLS"),
     ],
 )
 def test_settings_that_can_not_work_end_the_start(tmp_path, settings, kind, reason):
     async def main():
         options = {"model": write_tokenizer(tmp_path / "tiny"), "listen": "127.0.0.1:0", **settings}
-        service = RouterService(RouterSettings(**options))
         with pytest.raises(kind) as caught:
-            await service.start()
+            await start_and_stop(RouterSettings(**options))
         assert caught.value.reason == reason
-        await service.stop()
 
     asyncio.run(main())
+
+
+async def start_and_stop(settings):
+    service = RouterService(settings)
+    try:
+        await service.start()
+    finally:
+        await service.stop()
 
 
 def test_draining_refuses_new_requests_and_ends_those_under_way(tmp_path):

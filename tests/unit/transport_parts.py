@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.v1 import types_pb2
 from headrace_core.request import hash_tokens
-from headrace_core.rpc import Server
+from headrace_core.rpc import Server, own_channel
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, holding, run_of
 from headrace_core.transfer.grpc import SERVICE
@@ -43,7 +43,7 @@ class Pair:
             shared=self.shared,
         )
         self.holder: Any = transport.holder(served)
-        self.taker: Any = transport.taker(self.memory)
+        self.taker: Any = transport.taker(self.memory, own_channel)
         self.address = ""
 
     def offered(self, change: Any = lambda offer: None) -> Source:

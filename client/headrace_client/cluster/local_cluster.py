@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import grpc
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
+from headrace_core import identity
 from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
 from headrace_core.rpc import blocking_channel
 
@@ -69,7 +70,8 @@ class LocalCluster:
     Each process's options are `router_options` or `worker_options`, over which `prefill_options` and `decode_options`
     (decode and colocated workers) win. `log_sink` gets every line that a child prints, from the child's reader thread;
     `on_ready` gets each process when it serves, from the thread that starts it. `wait_for_workers` makes `start` return
-    only when the router says that every worker is ready; it is not done when the router asks for TLS.
+    only when the router says that every worker is ready; it is not done when the router shows a certificate of its own.
+    `tls` is a folder of identities as `certificates.make_set` makes it: then every hop is encrypted.
     """
 
     model_dir: Path
@@ -85,6 +87,7 @@ class LocalCluster:
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     start_timeout_s: float = 180.0
     wait_for_workers: bool = True
+    tls: Path | None = None
     programs: Mapping[Role, Sequence[str]] = field(default_factory=lambda: PROGRAMS)
 
     processes: list[ClusterProcess] = field(default_factory=list[ClusterProcess], init=False)
@@ -219,6 +222,8 @@ class LocalCluster:
 
     def _options(self, role: Role) -> dict[str, Any]:
         common: dict[str, Any] = {"model": self.model_dir, "listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"}
+        if self.tls:
+            common["tls"] = self.tls / ("decode" if role == "both" else role)
         if role == "router":
             return {**common, **self.router_options}
         worker: dict[str, Any] = {**common, "threads": self._threads(), **self.worker_options}
@@ -270,6 +275,10 @@ class LocalCluster:
             if waiting:
                 time.sleep(_POLL_S)
 
+    def _operator(self) -> identity.Identity:
+        assert self.tls, "there are identities"
+        return identity.Identity(self.tls / identity.Role.OPERATOR.value, identity.Role.OPERATOR)
+
     def _wait_registered(self) -> None:
         """Wait until the router says that every running worker is ready."""
         if not self.wait_for_workers or "tls-cert" in self.router_options or "HEADRACE_ROUTER_TLS_CERT" in os.environ:
@@ -277,7 +286,8 @@ class LocalCluster:
         wanted = {process.address for process in self.workers if process.poll() is None}
         deadline = time.monotonic() + self.start_timeout_s
         token = str(self.router_options.get("token", os.environ.get("HEADRACE_ROUTER_TOKEN", "")))
-        with blocking_channel(self.router_address) as channel:
+        tls = self._operator().to_router() if self.tls else None
+        with blocking_channel(self.router_address, tls=tls) as channel:
             while missing := wanted - _ready_workers(channel, token):
                 if self.router.poll() is not None:
                     raise UnavailableError("START_FAILED", f"the router ended; {self.router.last_words()}")

@@ -10,7 +10,7 @@ from headrace_core import __version__
 from headrace_core.errors import HeadraceError
 from typer.core import TyperGroup
 
-from headrace_client.commands import chat, dashboards, demo, generate, status, up
+from headrace_client.commands import certs, chat, dashboards, demo, generate, status, up
 from headrace_client.commands.terminal import exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
@@ -24,6 +24,7 @@ _HELP = """Serve language models with separate prefill and decode workers, and t
   headrace chat                             talk
   headrace status                           what serves, and how full it is
   headrace dashboards                       what Grafana shows of it
+  headrace certs                            certificates for development
 
 [bold]Before you buy[/bold]
   headrace roofline                         time and bytes of every operation on a machine
@@ -101,4 +102,5 @@ app.command(help=generate.HELP)(generate.generate)
 app.command(help=chat.HELP)(chat.chat)
 app.command(help=status.HELP)(status.status)
 app.command(help=dashboards.HELP)(dashboards.dashboards)
+app.command(help=certs.HELP)(certs.certs)
 app.command(help=demo.HELP)(demo.demo)

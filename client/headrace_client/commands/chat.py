@@ -44,6 +44,7 @@ def chat(  # the signature is the command line
     token: options.Token = "",
     tls: options.Tls = False,
     tls_roots: options.TlsRoots = None,
+    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
     sampling = SamplingParams(
@@ -56,7 +57,7 @@ def chat(  # the signature is the command line
         seed=seed,
     )
     sampling.validate()
-    with options.connect(server, token, tls=tls, tls_roots=tls_roots) as client:
+    with options.connect(server, token, tls=tls, tls_roots=tls_roots, identity=identity) as client:
         info = client.server_info()
         stdout.print(f"{info.model_name} at {server}; /reset forgets, /exit ends", style="dim", markup=False)
         conversation = _Conversation(client, system, sampling, model, timeout)

@@ -36,6 +36,16 @@ TlsRoots = Annotated[
     Path | None,
     typer.Option(help="Encrypt, and trust the root certificates of this PEM file.", rich_help_panel=_CONNECTION),
 ]
+Identity = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="HEADRACE_IDENTITY",
+        metavar="DIR",
+        help="Encrypt, and show the certificate in this folder, of role client or operator; see `headrace certs`.",
+        rich_help_panel=_CONNECTION,
+        show_default=False,
+    ),
+]
 Timeout = Annotated[
     float | None,
     typer.Option(min=0.001, help="Seconds the whole answer may take. Default: the router's limit."),
@@ -101,9 +111,9 @@ TopLogprobs = Annotated[
 ]
 
 
-def connect(server: str, token: str, *, tls: bool, tls_roots: Path | None) -> Client:
+def connect(server: str, token: str, *, tls: bool, tls_roots: Path | None, identity: Path | None) -> Client:
     """Return a client for the connection options given."""
-    return Client(server, ConnectionOptions(use_tls=tls, root_certificates=tls_roots, token=token))
+    return Client(server, ConnectionOptions(use_tls=tls, root_certificates=tls_roots, identity=identity, token=token))
 
 
 def parse_logit_bias(entries: list[str] | None) -> dict[int, float]:

@@ -43,9 +43,10 @@ def status(
     token: options.Token = "",
     tls: options.Tls = False,
     tls_roots: options.TlsRoots = None,
+    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
-    with options.connect(server, token, tls=tls, tls_roots=tls_roots) as client:
+    with options.connect(server, token, tls=tls, tls_roots=tls_roots, identity=identity) as client:
         if as_json:
             _print_json(client, interval if watch else None)
         elif not watch:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from headrace_core.identity import ROOTS, Role
 from rich.text import Text
 
 from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_client.commands import certs
 from headrace_client.commands.options import parse_settings
 from headrace_client.commands.terminal import stdout
 from headrace_client.connection import DEFAULT_ADDRESS
@@ -26,6 +28,7 @@ Examples:
   headrace up --model DIR --prefill 2 --decode 2 --kv-pool-mib 1024
   headrace up --model DIR --both 1                (one worker, no hand-off)
   headrace up --model DIR --worker-option max-step-tokens=512
+  headrace up --model DIR --tls build/certs       (every hop encrypted, every caller known)
 
 The cores are divided among the workers. A worker that dies is reported and not started again; its requests go on \
 elsewhere if another worker can take them. If the router dies, everything stops.
@@ -60,12 +63,18 @@ def up(  # the signature is the command line
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (as --dtype), or fp8_e4m3: latents in 8 bits.")] = "auto",
     kv_pool_mib: Annotated[int, typer.Option(min=1, help="Memory of each worker for pages, MiB.")] = 256,
+    tls: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Encrypt every hop with the certificates in DIR; made there if need be."),
+    ] = None,
     worker_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For all workers.")] = None,
     prefill_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For prefill workers.")] = None,
     decode_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For decode workers.")] = None,
     router_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For the router.")] = None,
 ) -> None:
     """Run the command. Raises what `LocalCluster.start` lists; `app` reports it."""
+    if tls and not (tls / ROOTS).exists():
+        certs.make(tls)
     cluster = LocalCluster(
         model,
         (0 if both else 1) if prefill is None else prefill,
@@ -87,6 +96,7 @@ def up(  # the signature is the command line
         decode_options=parse_settings(decode_option),
         log_sink=_print_line,
         on_ready=_say_ready,
+        tls=tls,
     )
     with _sigterm_as_interrupt():
         _run(cluster)
@@ -132,6 +142,8 @@ def _stop(cluster: LocalCluster) -> None:
 def _explain(cluster: LocalCluster) -> None:
     address = cluster.router_address
     server = "" if address == DEFAULT_ADDRESS else f" --server {address}"
+    if cluster.tls:
+        server += f" --identity {cluster.tls / Role.CLIENT.value}"
     lines = [
         Text(f"\n{cluster.model_dir} is served at {address}. In another terminal:", style="bold"),
         Text(f'  headrace generate{server} "Once upon a time"'),

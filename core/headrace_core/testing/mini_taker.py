@@ -13,6 +13,7 @@ from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HeadraceError
+from headrace_core.identity import ChannelTls
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.rpc import channel
 from headrace_core.testing.async_test import WAIT_S
@@ -148,18 +149,29 @@ class Ordered:
 class MiniTaker:
     """Use as an async context; on the way out every call ends."""
 
-    def __init__(self, address: str, *, router_id: int = 0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        router_id: int = 0,
+        tls: ChannelTls | None = None,
+        asks_with: ChannelTls | None = None,
+    ) -> None:
+        """Args: with `tls` it orders; with `asks_with` it asks who the holder is, which takers may not."""
         self._address = address
         self._router_id = router_id or secrets.randbits(63) | 1
-        self._channel = channel(address)
+        self._tls = tls
+        self._asks_with = asks_with
+        self._channel = channel(address, tls=tls)
         self._numbers: dict[tuple[str, int], int] = {}
         self._calls: list[Ordered] = []
 
     async def __aenter__(self) -> Self:
-        stub = WorkerServiceStub(self._channel)
-        self.info: worker_service_pb2.GetInfoResponse = await stub.GetInfo(
-            worker_service_pb2.GetInfoRequest(), timeout=WAIT_S
-        )
+        async with channel(self._address, tls=self._asks_with) as asking:
+            stub = WorkerServiceStub(asking)
+            self.info: worker_service_pb2.GetInfoResponse = await stub.GetInfo(
+                worker_service_pb2.GetInfoRequest(), timeout=WAIT_S
+            )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -44,7 +44,7 @@ class Connections:
         *,
         idle_s: float = IDLE_S,
         most_idle: int = MOST_IDLE,
-        connect: Callable[[str], grpc.aio.Channel] = rpc.channel,
+        connect: rpc.Connect = rpc.channel,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._idle_s = idle_s

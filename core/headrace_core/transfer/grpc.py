@@ -16,7 +16,14 @@ from headrace.v1 import transfer_service_pb2 as pb
 from headrace.v1 import types_pb2
 
 from headrace_core import rpc
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
+from headrace_core.authority import caller_uri
+from headrace_core.errors import (
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    TransferCorruptError,
+)
 from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.frames import PageWriter, cut, decode_frame, encode_frame
 from headrace_core.transfer.memory import PageMemory
@@ -24,6 +31,7 @@ from headrace_core.transfer.transport import Holding, Reading, Source
 from headrace_core.transfer.values import Run
 
 SERVICE = "headrace.v1.TransferService"
+_OF_THE_HANDOFF = (HandoffLostError, TransferCorruptError, InvalidRequestError, PermissionDeniedError)
 
 
 class GrpcHolder:
@@ -49,7 +57,7 @@ class GrpcHolder:
     async def _pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[bytes]:
         holder, memory = self._holding.holder(), self._holding.memory()
 
-        reading = Reading(request.lease_key, request.incarnation, request.tokens_sha256)
+        reading = Reading(request.lease_key, request.incarnation, request.tokens_sha256, caller_uri(context))
 
         def held_pages() -> Sequence[int]:
             return holder.held_pages(
@@ -103,9 +111,9 @@ class GrpcTransfer:
 class GrpcTaker:
     """Takes pages by `TransferService`; the transfers from one holder share a connection."""
 
-    def __init__(self, memory: PageMemory) -> None:
+    def __init__(self, memory: PageMemory, connect: rpc.Connect = rpc.own_channel) -> None:
         self._memory = memory
-        self.connections = Connections(connect=rpc.own_channel)
+        self.connections = Connections(connect=connect)
 
     async def prove(self, source: Source) -> None:
         """See `TakerEnd`: control is gRPC, too."""
@@ -152,6 +160,6 @@ def _lost(error: grpc.aio.AioRpcError, endpoint: str) -> HeadraceError:
     """Return what a failed pull means: the holder's own words about the hand-off, or that it is gone."""
     raised = rpc.raised_from(error)
     is_ours = raised.reason != error.code().name
-    if is_ours and isinstance(raised, HandoffLostError | TransferCorruptError | InvalidRequestError):
+    if is_ours and isinstance(raised, _OF_THE_HANDOFF):
         return raised
     return HandoffLostError("HOLDER_LOST", f"{endpoint} did not deliver: {raised.reason}: {raised}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ import grpc.aio
 from headrace.v1 import hold_service_pb2 as pb
 from headrace.v1 import hold_service_pb2_grpc
 
+from headrace_core.authority import caller_uri
 from headrace_core.beats import Outbox, Silence
 from headrace_core.errors import DeadlineError, HandoffLostError, HeadraceError, InvalidRequestError, ProtocolError
 from headrace_core.rpc import answered, raised_from
@@ -66,7 +68,7 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
 
     async def Hold(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.HoldResponse]:
         """See `hold_service.proto`."""
-        order = await _first_order(request_iterator)
+        order = replace(await _first_order(request_iterator), taker=caller_uri(context))
         outbox = Outbox(pb.HoldResponse())
         held = self._holder.hold(order, outbox)
 

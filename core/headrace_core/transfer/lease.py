@@ -17,7 +17,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, TransferCorruptError
+from headrace_core.errors import (
+    HandoffLostError,
+    HeadraceError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    TransferCorruptError,
+)
 from headrace_core.transfer.states import LEASE_MOVES, LeaseEvent, LeaseState
 from headrace_core.transfer.transport import Reading
 from headrace_core.transfer.values import Order, Owner, Run, replaced, stale_attempt
@@ -144,6 +150,8 @@ class LeaseTable:
         lease = self._by_key.get(reading.lease_key)
         if lease is None:
             raise HandoffLostError("LEASE_ENDED", "the pages are not held: their Hold call ended")
+        if reading.taker != lease.order.taker:
+            raise PermissionDeniedError("WRONG_TAKER", "the lease is another worker's; only who opened it may read")
         if reading.tokens_sha256 != lease.order.tokens_sha256:
             raise TransferCorruptError("TOKENS_MISMATCH", "the pages hold other tokens than the taker's; prefill again")
         for run in lease.runs:

@@ -35,7 +35,7 @@ from headrace_core.errors import (
     TransferCorruptError,
 )
 from headrace_core.kv.layout import KvLayout
-from headrace_core.rpc import own_channel
+from headrace_core.rpc import Connect, own_channel
 from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.memory import PageMemory
@@ -137,6 +137,7 @@ class Taker:
         vocab_size: int,
         transports: Mapping[str, TakerEnd],
         timeout_s: float,
+        connect: Connect = own_channel,
         most_pulls: int = MOST_PULLS,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
@@ -149,7 +150,7 @@ class Taker:
         # One thread, so that runs become usable in the order in which they came; and steps go before it.
         self.verifying = ThreadPoolExecutor(1, "verify", initializer=yield_to_steps)
         self.mover = Mover(memory, self.verifying, timeout_s, drain_timeout_s)
-        self._control = Connections(connect=own_channel)
+        self._control = Connections(connect=connect)
 
     async def take(
         self, order: Order, address: str, page_ids: Sequence[int], *, age: int, on_first: OnFirst

@@ -16,6 +16,7 @@ import numpy as np
 from headrace.v1 import types_pb2
 from numpy.typing import NDArray
 
+from headrace_core.rpc import Connect
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.memory import MemoryKind, PageMemory
 from headrace_core.transfer.values import Run
@@ -31,6 +32,7 @@ class LeaseHolder(Protocol):
 
         Raises:
             HandoffLostError: LEASE_ENDED, WORKER_RESTARTED, STALE_PAGE.
+            PermissionDeniedError: WRONG_TAKER.
             TransferCorruptError: TOKENS_MISMATCH, they hold other tokens than the taker will file them under.
             InvalidRequestError: BAD_HANDOFF, they are not sealed.
         """
@@ -39,11 +41,15 @@ class LeaseHolder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a taker says when it reads: by which lease, of which process, what tokens it takes the pages for."""
+    """What a taker says when it reads: by which lease, of which process, what tokens it takes the pages for.
+
+    `taker` is as `Order.taker`: seen by the holder, not said.
+    """
 
     lease_key: str
     incarnation: int
     tokens_sha256: bytes
+    taker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +168,8 @@ class Transport:
     """
 
     holder: Callable[[Holding], HolderEnd]
-    taker: Callable[[PageMemory], TakerEnd]
+    taker: Callable[[PageMemory, Connect], TakerEnd]
+    """Made of the memory that it takes pages into, and of what connects to other workers' servers."""
     memory: MemoryKind = MemoryKind.PLAIN
     probe: Callable[[], str] = lambda: ""
     is_automatic: bool = True

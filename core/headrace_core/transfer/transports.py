@@ -18,10 +18,10 @@ from headrace_core.transfer.memory import MemoryKind
 from headrace_core.transfer.transport import Reading, Source, TakerEnd, Transport, UnprovenError, offer_name
 
 TRANSPORTS = {
-    "shm": Transport(shm.ShmHolder, shm.ShmTaker, MemoryKind.MEMFD, shm.probe),
-    "nixl": Transport(nixl.NixlHolder, nixl.NixlTaker, probe=nixl.probe),
+    "shm": Transport(shm.ShmHolder, lambda memory, _: shm.ShmTaker(memory), MemoryKind.MEMFD, shm.probe),
+    "nixl": Transport(nixl.NixlHolder, lambda memory, _: nixl.NixlTaker(memory), probe=nixl.probe),
     "grpc": Transport(GrpcHolder, GrpcTaker),
-    "fake": Transport(FakeHolder, FakeTaker, is_automatic=False),
+    "fake": Transport(FakeHolder, lambda memory, _: FakeTaker(memory), is_automatic=False),
 }
 
 

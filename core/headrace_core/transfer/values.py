@@ -60,6 +60,8 @@ class Order:
     """The first of the sequence's, in full pages that the taker has."""
     cached: CachedPrefix | None = None
     holder_incarnation: int | None = None
+    taker: str = ""
+    """Whom the certificate of the call names that ordered it: not said, but seen. Empty without TLS."""
 
     @property
     def num_have_pages(self) -> int:

@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
+import grpc.aio
 from headrace.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
 from headrace_core import __version__
+from headrace_core.authority import ServerTls
 from headrace_core.batch.scheduler import Scheduler
 from headrace_core.batch.step import LayerWatch
 from headrace_core.config import WorkerSettings
@@ -25,7 +27,8 @@ from headrace_core.door import LONG_CALLS, Door
 from headrace_core.engine.engine import Engine, News
 from headrace_core.engine.executor import Executor
 from headrace_core.errors import UnavailableError
-from headrace_core.rpc import Server
+from headrace_core.identity import Identity, Role
+from headrace_core.rpc import Server, own_channel
 from headrace_core.wire import encode_layout
 from headrace_core.worker.loading import LoadedModel
 from headrace_core.worker.metrics import WorkerMetrics
@@ -68,8 +71,12 @@ class WorkerHost(Generic[S]):
         self._role: types_pb2.WorkerRole.ValueType = role
         self._transports = transports
         self._metrics = metrics
+        own_role = Role.PREFILL if role == types_pb2.WORKER_ROLE_PREFILL else Role.DECODE
+        self._identity = Identity.load(settings.tls, own_role)
         self.server = Server(
-            [*services, WORKER_SERVICE], door=Door(methods=LONG_CALLS, on_refused=metrics.count_refused)
+            [*services, WORKER_SERVICE],
+            door=Door(methods=LONG_CALLS, on_refused=metrics.count_refused),
+            tls=ServerTls(self._identity, own_role) if self._identity else None,
         )
         self.board = LoadBoard()
         self.incarnation = secrets.randbits(64)
@@ -107,6 +114,10 @@ class WorkerHost(Generic[S]):
             return self._settings.advertise
         host, _, port = self.address.rpartition(":")
         return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "::") else self.address
+
+    def connect(self, endpoint: str) -> grpc.aio.Channel:
+        """Return a channel to another worker; `rpc.Connect`."""
+        return own_channel(endpoint, tls=self._identity and self._identity.to_worker())
 
     async def bind(self) -> str:
         """Serve with health NOT_SERVING; return the address. Add servicers before.

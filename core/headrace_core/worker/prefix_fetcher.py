@@ -16,6 +16,7 @@ from headrace_core.batch.spec import SequenceSpec
 from headrace_core.batch.step_book import FetchReady
 from headrace_core.reasons import label
 from headrace_core.request import SamplingParams, hash_tokens
+from headrace_core.rpc import Connect
 from headrace_core.transfer.hold import TakeError
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
 from headrace_core.transfer.transports import TRANSPORTS
@@ -40,7 +41,12 @@ class FetchingScheduler(Scheduler[Any], Protocol):
 
 
 def model_taker(
-    model: LoadedModel, transports: Sequence[str], *, timeout_s: float, drain_timeout_s: float = DRAIN_TIMEOUT_S
+    model: LoadedModel,
+    transports: Sequence[str],
+    *,
+    connect: Connect,
+    timeout_s: float,
+    drain_timeout_s: float = DRAIN_TIMEOUT_S,
 ) -> Taker:
     """Return what takes pages into a model's pool by these transports; `timeout_s` is a run's."""
     return Taker(
@@ -48,7 +54,8 @@ def model_taker(
         fingerprint=model.fingerprint,
         layout=model.layout,
         vocab_size=model.limits.vocab_size,
-        transports={name: TRANSPORTS[name].taker(model.cache) for name in transports},
+        transports={name: TRANSPORTS[name].taker(model.cache, connect) for name in transports},
+        connect=connect,
         timeout_s=timeout_s,
         drain_timeout_s=drain_timeout_s,
     )

@@ -46,7 +46,7 @@ class Contenders:
     async def open(self) -> None:
         """Connect to everything that is served."""
         for name, offer in self._served["offers"].items():
-            taker = TRANSPORTS[name].taker(self._pool)
+            taker = TRANSPORTS[name].taker(self._pool, rpc.own_channel)
             self._takers.append(taker)
             reading = Reading("lease", INCARNATION, b"")
             source = Source(self._served["address"], reading, types_pb2.TransportOffer.FromString(bytes.fromhex(offer)))
