@@ -45,14 +45,14 @@ class ConnectionOptions:
     `use_tls` encrypts and checks the router's certificate against the system's roots, or against the PEM file
     `root_certificates`, which turns TLS on by itself. `identity` is a folder with a certificate of role client or
     operator (`headrace certs` makes some) for a router that asks for one; the router must then show one of role router,
-    whatever its address. `token` is sent as a bearer token with every call; without TLS it
-    travels in the clear.
+    whatever its address. `api_key` is sent with every call; without TLS it travels in the
+    clear.
     """
 
     use_tls: bool = False
     root_certificates: Path | None = None
     identity: Path | None = None
-    token: str = field(default="", repr=False)
+    api_key: str = field(default="", repr=False)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     def tls(self) -> ChannelTls | None:
@@ -74,11 +74,11 @@ class ConnectionOptions:
         """Return what is sent with every call.
 
         Raises:
-            InvalidRequestError: BAD_CREDENTIALS, the token can't be sent.
+            InvalidRequestError: BAD_CREDENTIALS, the key can't be sent.
         """
-        if not (self.token.isascii() and self.token.isprintable()):
-            raise InvalidRequestError("BAD_CREDENTIALS", "the token holds characters that a header can't carry")
-        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise InvalidRequestError("BAD_CREDENTIALS", "the API key holds characters that a header can't carry")
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
     def _roots(self) -> bytes | None:
         if self.root_certificates is None:

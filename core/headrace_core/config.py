@@ -156,7 +156,9 @@ class RouterSettings(ProcessSettings):
         description="PEM certificate chain shown to clients in place of --tls; needs --tls-key; none is asked of them",
     )
     tls_key: Path | None = Field(None, description="its PEM private key")
-    token: str = Field("", description="bearer token that clients must send; empty: none")
+    keys_file: Path | None = Field(
+        None, description="API keys that clients must show, as `headrace keys` writes them; read again when it changes"
+    )
 
 
 def parse(settings: type[S], argv: list[str] | None = None) -> S:

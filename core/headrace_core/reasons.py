@@ -30,10 +30,11 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     InvalidRequestError: {
         "BAD_CERTIFICATE": "the client's TLS roots or its certificate can't be used; says why",
         "BAD_CLUSTER": "these processes can't serve anything together",
-        "BAD_CREDENTIALS": "the client's token can't be sent as metadata",
+        "BAD_CREDENTIALS": "the client's API key can't be read, or be sent as metadata",
         "BAD_FIDELITY": "`headrace simulate --fidelity` is none it knows",
         "BAD_FIT": "a file of fitted step times can't be used",
         "BAD_HANDOFF": "what a hand-off brought does not fit the sequence it was for; between workers, tried again",
+        "BAD_KEYS": "a file of API keys, or the name of a new one, can't be used; says why",
         "BAD_OPTION": "a command's option has no such value",
         "BAD_REQUEST": "a message is malformed or contradicts itself",
         "BAD_SAMPLING": "a sampling parameter, named in the message, is out of its range or leaves no token to choose",
@@ -62,7 +63,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "REFUSED": "a worker does not fit the fleet; `headrace status` says why",
     },
     UnauthenticatedError: {
-        "BAD_TOKEN_AUTH": "the router's token was not sent",
+        "BAD_API_KEY": "no key that the router knows was sent",
         "NO_IDENTITY": "the caller's certificate names nobody of this system",
     },
     PermissionDeniedError: {
@@ -72,6 +73,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     OverloadedError: {
         "MESSAGE_TIMEOUT": "the request's message took too long to arrive",
         "NO_FREE_PAGES": "the pages are taken, or the sequence is larger than a pool",
+        "RATE_LIMITED": "the API key's requests or tokens of this minute are used up; says when to come again",
         "QUEUE_FULL": "too much is waiting; try again later",
         "SLOW_READER": "the reader of a session, or of log-probabilities, fell too far behind",
     },
@@ -122,6 +124,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     StartupError: {
         "BAD_ADDRESS": "an address is not host:port",
+        "BAD_KEYS": "the file of API keys can't be used; says why",
         "BAD_TLS": "certificate, key or roots are missing, expired, or for another role; says which",
         "BIND": "an address can't be listened on",
         "KERNELS_DISAGREE": "on this GPU the kernels and plain torch disagree",

@@ -74,7 +74,7 @@ _KEEPALIVE = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 MAX_METADATA_BYTES = 8 << 10
-"""Of one call, both ways. Core's own limits are this and twice it, between which it refuses by chance."""
+"""Of one call. Core's own limits are this and twice it, between which it refuses by chance."""
 _LIMITS = [
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
@@ -104,7 +104,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
-
 
 _BY_STATUS: dict[str, type[HeadraceError]] = {
     error.status: error
@@ -370,19 +369,19 @@ def _is_loopback(address: str) -> bool:
 
 
 Connect = Callable[[str], grpc.aio.Channel]
-"""Makes a channel to `host:port`."""
 
 
 def channel(address: str, *, tls: ChannelTls | None = None) -> grpc.aio.Channel:
     """Return a channel to `host:port`; every call on it must carry its own timeout or be a stream."""
-    if tls:
-        return grpc.aio.secure_channel(address, tls.credentials, options=_channel_options(tls))
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return _open(address, tls, _channel_options(tls))
 
 
 def own_channel(address: str, *, tls: ChannelTls | None = None) -> grpc.aio.Channel:
     """Return a channel to `host:port` with a connection of its own: others to the same address share one."""
-    options = [*_channel_options(tls), ("grpc.use_local_subchannel_pool", 1)]
+    return _open(address, tls, [*_channel_options(tls), ("grpc.use_local_subchannel_pool", 1)])
+
+
+def _open(address: str, tls: ChannelTls | None, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
     if tls:
         return grpc.aio.secure_channel(address, tls.credentials, options=options)
     return grpc.aio.insecure_channel(address, options=options)

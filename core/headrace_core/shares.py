@@ -23,7 +23,7 @@ class Caller:
     name: str
     """Whose share it is; the address, unless the caller says more of itself."""
     address: str
-    """The host it calls from, without port."""
+    """The host it calls from, without port; or whatever else of it can't be made up: its certificate, its API key."""
 
 
 class Pot:

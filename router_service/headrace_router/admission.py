@@ -57,6 +57,12 @@ class RequestSpec:
     tokenized_s: float
     deadline_s: float
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the request may come to, its prompt included."""
+        assert self.params.max_tokens is not None, "filled in"
+        return len(self.prompt_ids) + self.num_samples * self.params.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:

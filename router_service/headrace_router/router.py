@@ -23,6 +23,7 @@ from headrace_router.answers import ROLE_NAMES
 from headrace_router.discovery import Discovery
 from headrace_router.dispatch import Dispatcher
 from headrace_router.flow import Flow
+from headrace_router.keys import Keys
 from headrace_router.link import Link
 from headrace_router.metrics import RouterMetrics
 from headrace_router.prompts import Prompts
@@ -37,8 +38,10 @@ log = logging.getLogger(__name__)
 class Router:
     """Event loop only."""
 
-    def __init__(self, settings: RouterSettings, metrics: RouterMetrics, connect: Connect = channel) -> None:
-        """Load the tokenizer; `connect` reaches workers.
+    def __init__(
+        self, settings: RouterSettings, metrics: RouterMetrics, connect: Connect = channel, keys: Keys | None = None
+    ) -> None:
+        """Load the tokenizer; `connect` reaches workers, `keys` say how many tokens a caller may use.
 
         Raises:
             CheckpointError: the model folder can't be used.
@@ -51,6 +54,7 @@ class Router:
         )
         self._settings = settings
         self._metrics = metrics
+        self._keys = keys
         self._model_name = settings.model_name or settings.model.resolve().name
         self._tokenizer = Tokenizer(settings.model)
         dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=settings.no_workers_timeout_s)
@@ -146,7 +150,10 @@ class Router:
                 self.close(failed)
                 on_failed()
 
-            running = RunningRequest(spec, self._flow, self._tokenizer, self._metrics, seat, on_failed=close)
+            on_used = self._keys.take_tokens(caller, spec.most_tokens) if self._keys else None
+            running = RunningRequest(
+                spec, self._flow, self._tokenizer, self._metrics, seat, on_failed=close, on_used=on_used
+            )
             self._running[spec.sent_id] = running
             seat = None
             return running

@@ -72,6 +72,7 @@ class RunningRequest:
         seat: Seat,
         *,
         on_failed: Callable[[RunningRequest], None],
+        on_used: Callable[[int], None] | None = None,
     ) -> None:
         """Start every sample; `close` must follow. The seat in the queue is given up when the first has a worker.
 
@@ -82,6 +83,7 @@ class RunningRequest:
             metrics: counts.
             seat: in the queue.
             on_failed: called with this request when it has failed, later than this returns; closes it.
+            on_used: told when it closes how many tokens it came to, its prompt included.
         """
         self.spec = spec
         self._seat = seat
@@ -89,6 +91,7 @@ class RunningRequest:
         seat.evict = self._evict
         self._flow = flow
         self._on_failed = on_failed
+        self._on_used = on_used
         self._metrics = metrics
         self._error: HeadraceError | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -157,6 +160,8 @@ class RunningRequest:
             outcome = outcome_of_leaving(self.spec.deadline_s)
         self._metrics.requests.labels(outcome).inc()
         self._log(outcome)
+        if self._on_used is not None:
+            self._on_used(self._num_used_tokens())
         self.samples, self._tasks = [], []
         self._news.clear()
         self.spec = replace(self.spec, prompt_ids=[])
@@ -244,6 +249,10 @@ class RunningRequest:
             tpot_s = _tpot_s(sample)
             if tpot_s is not None:
                 self._metrics.tpot.observe(tpot_s)
+
+    def _num_used_tokens(self) -> int:
+        has_begun = any(sample.attempt for sample in self.samples)
+        return sum(len(sample.output_ids) for sample in self.samples) + has_begun * len(self.spec.prompt_ids)
 
     def _log(self, outcome: str) -> None:
         first = self.samples[0]

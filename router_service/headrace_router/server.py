@@ -16,8 +16,9 @@ from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.identity import Identity, Role
 
-from headrace_router.auth import front, token_guard
+from headrace_router.auth import front
 from headrace_router.caller import caller_of
+from headrace_router.keys import Keys
 from headrace_router.metrics import Gauges, Objectives, RouterMetrics
 from headrace_router.router import Router
 
@@ -46,8 +47,9 @@ def generate_limits(settings: RouterSettings) -> MethodLimits:
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
     """Serves clients. Event loop only."""
 
-    def __init__(self, router: Router, door: Door) -> None:
+    def __init__(self, router: Router, door: Door, keys: Keys | None) -> None:
         self._router = router
+        self._caller_of = keys.caller_of if keys else caller_of
         self._door = door
 
     async def Generate(
@@ -56,7 +58,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         """Serve one request; see generation_service.proto."""
         running = await self._router.open(
             request,
-            caller_of(context),
+            self._caller_of(context),
             context.time_remaining(),
             on_failed=lambda: self._door.forget_message(context),
         )
@@ -92,12 +94,13 @@ class RouterService:
         self._following: asyncio.Task[None] | None = None
         self._identity = Identity.load(settings.tls, Role.ROUTER)
         self._tls = front(settings, self._identity)
-        guards: list[Guard] = [token_guard(settings.token)] if settings.token else []
+        self._keys = Keys(settings.keys_file) if settings.keys_file else None
+        guards: list[Guard] = [self._keys.guard] if self._keys else []
         self._door = Door(
             _SMALL,
             methods={_GENERATE: generate_limits(settings)},
             guards=[*guards, self._arriving],
-            caller_of=caller_of,
+            caller_of=self._keys.caller_of if self._keys else caller_of,
             on_refused=self._on_refused,
         )
         self._server = rpc.Server(["headrace.v1.GenerationService"], door=self._door, tls=self._tls)
@@ -105,14 +108,14 @@ class RouterService:
     async def start(self) -> str:
         """Load the tokenizer and serve. Workers are connected in the background; until then requests wait."""
         settings = self._settings
-        if settings.token and self._tls is None:
-            log.warning("the token crosses the network in clear text; set --tls, or --tls-cert and --tls-key")
+        if self._keys is not None and self._tls is None:
+            log.warning("keys cross the network in clear text; set --tls, or --tls-cert and --tls-key")
         if self._tls is not None and self._identity is None:
             log.warning("workers are reached in clear text; set --tls")
-        router = self._router = Router(settings, self.metrics, self._connect)
+        router = self._router = Router(settings, self.metrics, self._connect, self._keys)
         self.registry.register(Gauges(lambda: (router.num_queued, router.num_running), router.worker_states))
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(router, self._door), self._server.grpc
+            GenerationServicer(router, self._door, self._keys), self._server.grpc
         )
         address = self._server.bind(settings.listen)
         router.start()
@@ -144,6 +147,8 @@ class RouterService:
 
     def _arriving(self, call: Call) -> AbstractContextManager[None]:
         if call.method == _GENERATE and self._router is not None:
+            if self._keys is not None:
+                self._keys.take_request(call.context)
             return self._router.arriving(call)
         return nullcontext()
 

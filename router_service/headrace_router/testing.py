@@ -143,10 +143,10 @@ class RouterUnderTest:
             raise rpc.raised_from(error) from error
         return samples
 
-    async def refused(self, request: generation_service_pb2.GenerateRequest) -> HeadraceError:
+    async def refused(self, request: generation_service_pb2.GenerateRequest, *, token: str = "") -> HeadraceError:
         """Return the error that a request ends with."""
         try:
-            await self.generate(request)
+            await self.generate(request, token=token)
         except HeadraceError as error:
             return error
         raise AssertionError("the request was expected to fail")

@@ -22,6 +22,7 @@ import time
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Generator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace_core import rpc
+from headrace_core.api_keys import ApiKey, write_entry
 from headrace_core.config import RouterSettings
 from headrace_core.telemetry import serve_metrics
 from headrace_router.server import RouterService
@@ -40,7 +42,7 @@ from headrace_router.testing import text_request, write_tokenizer
 _BEAT_S = 0.005
 _PROBE_S = 0.05
 _CALL_TIMEOUT_S = 60.0
-_TOKEN = "benchmark"
+_TOKEN, _HOSTILE_TOKEN = "hr_bystander_x", "hr_hostile_x"
 _NO_POOL = ("grpc.use_local_subchannel_pool", 1)
 """Each channel has a connection of its own."""
 
@@ -223,7 +225,7 @@ async def _attacker(options: argparse.Namespace, address: str) -> dict[str, Any]
     for name in ("calls", "size", "connections"):
         command += [f"--{name}", str(getattr(options, name))]
     if not options.without_token:
-        command += ["--token", _TOKEN]
+        command += ["--token", _HOSTILE_TOKEN]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     try:
         output, _ = await process.communicate()
@@ -249,7 +251,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "headrace_core.testing.fake_worker", "--role", "both", "--vocab-size", "258"]
         worker = stack.enter_context(_process([*command, "--step-ms", "20"]))
         assert worker.stdout is not None, "stdout is a pipe"
-        settings = {"token": _TOKEN, "max_queued_requests": options.queue}
+        entries = (ApiKey(key.split("_")[1], sha256(key.encode()).digest()) for key in (_TOKEN, _HOSTILE_TOKEN))
+        keys_file = Path(folder) / "keys.toml"
+        keys_file.write_text("\n".join(map(write_entry, entries)))
+        settings = {"keys_file": str(keys_file), "max_queued_requests": options.queue}
         serve = ["--serve", folder, "--worker", worker.stdout.readline().strip(), "--settings", json.dumps(settings)]
         router = Router(stack.enter_context(_process([sys.executable, __file__, *serve])))
         figures = asyncio.run(_measure(router, options))

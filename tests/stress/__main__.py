@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -20,12 +21,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 from headrace_client import AsyncClient, ConnectionOptions
 from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_client.commands.options import API_KEY_VARIABLE
+from headrace_core.testing.api_keys import make_keys
 from headrace_core.testing.cluster_checks import all_pages_free
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,7 +42,6 @@ from tests.stress.hostile import KINDS
 from tests.stress.killer import kill_in_turn
 
 ROOT = Path(__file__).parents[2]
-TOKEN = "stress"
 NUM_CLIENTS = 8
 MIN_ANSWERS = 200
 MIN_ATTEMPTS = 100
@@ -53,24 +56,46 @@ _DECODE = {"kv-pool-mib": 8}
 
 async def run(minutes: float, *, is_attacked: bool, is_killing: bool, console: Console) -> dict[str, Any]:
     """Return the report; `problems` lists what makes the run a failure."""
-    router = {"token": TOKEN, "listen": "[::]:0", "request-timeout-s": 120}
+    keys, entries = make_keys("healthy", "hostile")
+    with tempfile.TemporaryDirectory() as folder:
+        keys_file = Path(folder) / "keys.toml"
+        keys_file.write_text(entries)
+        return await _serve(keys_file, keys, minutes, is_attacked=is_attacked, is_killing=is_killing, console=console)
+
+
+async def _serve(
+    keys_file: Path,
+    keys: Mapping[str, str],
+    minutes: float,
+    *,
+    is_attacked: bool,
+    is_killing: bool,
+    console: Console,
+) -> dict[str, Any]:
+    router = {"keys-file": keys_file, "listen": "[::]:0", "request-timeout-s": 120}
     cluster = LocalCluster(
         ROOT / "demo" / "model", num_prefill=2, num_decode=2, worker_options=_WORKERS, prefill_options=_PREFILL,
-        decode_options=_DECODE, router_options=router,
+        decode_options=_DECODE, router_options=router, api_key=keys["healthy"],
     )  # fmt: skip
     await asyncio.to_thread(cluster.start)
     try:
-        return await _run(cluster, minutes, is_attacked=is_attacked, is_killing=is_killing, console=console)
+        return await _run(cluster, keys, minutes, is_attacked=is_attacked, is_killing=is_killing, console=console)
     finally:
         await asyncio.to_thread(cluster.stop)
 
 
 async def _run(
-    cluster: LocalCluster, minutes: float, *, is_attacked: bool, is_killing: bool, console: Console
+    cluster: LocalCluster,
+    keys: Mapping[str, str],
+    minutes: float,
+    *,
+    is_attacked: bool,
+    is_killing: bool,
+    console: Console,
 ) -> dict[str, Any]:
     port = cluster.router_address.rsplit(":", 1)[1]
     healthy_address, hostile_address = f"127.0.0.1:{port}", f"[::1]:{port}"
-    options = ConnectionOptions(token=TOKEN)
+    options = ConnectionOptions(api_key=keys["healthy"])
     async with AsyncClient(healthy_address, options) as client:
         console.print("computing the answers alone")
         wanted = await references(client, requests())
@@ -79,7 +104,7 @@ async def _run(
         until = asyncio.Event()
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "hostile.json"
-            attacker = _attack(hostile_address, report) if is_attacked else None
+            attacker = _attack(hostile_address, keys["hostile"], report) if is_attacked else None
             clients = asyncio.create_task(
                 run_clients(healthy_address, options, wanted, num_clients=NUM_CLIENTS, until=until)
             )
@@ -112,9 +137,9 @@ async def _run(
     }  # fmt: skip
 
 
-def _attack(address: str, report: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.stress.hostile", address, "--token", TOKEN, "--report", str(report)]
-    return subprocess.Popen(command, cwd=ROOT)
+def _attack(address: str, key: str, report: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.stress.hostile", address, "--report", str(report)]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, API_KEY_VARIABLE: key})
 
 
 def _end(attacker: subprocess.Popen[bytes], report: Path) -> dict[str, Any] | None:

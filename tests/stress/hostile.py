@@ -1,4 +1,6 @@
-"""Clients that mean harm, in a process of their own: `python -m tests.stress.hostile ADDRESS --token T --report FILE`.
+"""Clients that mean harm, in a process of their own: `python -m tests.stress.hostile ADDRESS --report FILE`.
+
+Its API key is in HEADRACE_API_KEY.
 
 Each kind is one function: one attempt, which returns what became of it: "served", or the reason of the refusal. Kinds
 run in bursts that overlap. A refusal that carries none of our reasons is reported as "bare CODE".
@@ -10,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import time
@@ -23,6 +26,7 @@ import grpc.aio
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1 import types_pb2
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
+from headrace_client.commands.options import API_KEY_VARIABLE
 from headrace_core.rpc import REASON_KEY, channel
 
 _VOCAB = 1536
@@ -270,10 +274,9 @@ async def _burst(name: str, attacker: Attacker, counts: Counter[str], stop: asyn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address")
-    parser.add_argument("--token", required=True)
     parser.add_argument("--report", type=Path, required=True)
     arguments = parser.parse_args()
-    arguments.report.write_text(json.dumps(asyncio.run(attack(arguments.address, arguments.token))))
+    arguments.report.write_text(json.dumps(asyncio.run(attack(arguments.address, os.environ[API_KEY_VARIABLE]))))
 
 
 if __name__ == "__main__":

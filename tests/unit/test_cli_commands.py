@@ -149,12 +149,21 @@ def test_a_router_that_is_not_there_exits_with_1_and_says_how_to_start_one():
         assert "headrace up --model DIR" in result.stderr
 
 
-def test_a_missing_token_exits_with_1_and_says_where_to_give_it():
+def test_a_missing_key_exits_with_1_and_says_where_to_give_it(tmp_path, monkeypatch):
+    (tmp_path / "key").write_text("sesame\n")
     with FakeRouter(token="sesame") as router:
         refused = run("status", "-s", router.address)
-        accepted = run("status", "-s", router.address, "--token", "sesame")
-    assert (refused.exit_code, accepted.exit_code) == (1, 0)
-    assert "HEADRACE_TOKEN" in refused.stderr
+        accepted = run("status", "-s", router.address, "--api-key-file", str(tmp_path / "key"))
+        monkeypatch.setenv("HEADRACE_API_KEY", "sesame")
+        also_accepted = run("status", "-s", router.address)
+    assert (refused.exit_code, accepted.exit_code, also_accepted.exit_code) == (1, 0, 0)
+    assert "HEADRACE_API_KEY" in refused.stderr
+
+
+def test_a_file_without_a_key_exits_with_2_and_is_named(tmp_path):
+    result = run("status", "-s", NOBODY, "--api-key-file", str(tmp_path / "none"))
+    assert result.exit_code == 2
+    assert str(tmp_path / "none") in result.stderr
 
 
 def test_ctrl_c_cancels_the_request_and_exits_with_130():

@@ -178,10 +178,10 @@ def test_a_router_that_is_not_there_says_where_it_should_be(generate):
 
 def test_a_token_is_sent_and_a_wrong_one_refused(generate):
     with FakeRouter(token="open sesame") as router:
-        assert generate(router, "Tell", options=ConnectionOptions(token="open sesame")).text == "A story."
+        assert generate(router, "Tell", options=ConnectionOptions(api_key="open sesame")).text == "A story."
         with pytest.raises(HeadraceError) as caught:
-            generate(router, "Tell", options=ConnectionOptions(token="open barley"))
-    assert caught.value.reason == "BAD_TOKEN_AUTH"
+            generate(router, "Tell", options=ConnectionOptions(api_key="open barley"))
+    assert caught.value.reason == "BAD_API_KEY"
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +341,8 @@ def test_an_unreadable_root_certificate_is_named(tmp_path):
 
 def test_a_token_that_no_header_can_carry_is_refused():
     with (
-        Client("127.0.0.1:1", ConnectionOptions(token="a\nb")) as client,
-        pytest.raises(InvalidRequestError, match="token"),
+        Client("127.0.0.1:1", ConnectionOptions(api_key="a\nb")) as client,
+        pytest.raises(InvalidRequestError, match="API key"),
     ):
         client.generate("Tell")
 

@@ -18,6 +18,7 @@ from headrace_core.errors import (
     UnavailableError,
 )
 from headrace_core.shares import Caller
+from headrace_core.testing.api_keys import make_keys
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router import server
@@ -89,15 +90,16 @@ async def end(*tasks):
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def test_without_the_token_no_message_is_read(tmp_path):
+def test_without_a_key_no_message_is_read(tmp_path):
     async def test(router):
         error = await failure(silent(router).read())
-        assert (type(error), error.reason) == (UnauthenticatedError, "BAD_TOKEN_AUTH")
-        assert router.metric("headrace_refused_requests_total", reason="BAD_TOKEN_AUTH") == 1
+        assert (type(error), error.reason) == (UnauthenticatedError, "BAD_API_KEY")
+        assert router.metric("headrace_refused_requests_total", reason="BAD_API_KEY") == 1
         assert router.metric("headrace_requests_total", outcome="invalid") == 1
 
     async def main():
-        async with RouterUnderTest(tmp_path, settings={"token": "secret"}) as router:
+        (tmp_path / "keys.toml").write_text(make_keys("alice")[1])
+        async with RouterUnderTest(tmp_path, settings={"keys_file": tmp_path / "keys.toml"}) as router:
             await test(router)
 
     asyncio.run(main())
@@ -288,6 +290,9 @@ class Context:
 
     def invocation_metadata(self):
         return self._metadata
+
+    def auth_context(self):
+        return {}
 
 
 def test_a_caller_is_its_token_and_its_address():

@@ -323,3 +323,4 @@ class FakeContext:
     def __init__(self, peer, token):
         self.peer = lambda: peer
         self.invocation_metadata = lambda: (("authorization", f"Bearer {token}"),) if token else ()
+        self.auth_context = dict

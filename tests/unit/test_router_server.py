@@ -14,6 +14,7 @@ from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.errors import CheckpointError, StartupError, UnavailableError
 from headrace_core.identity import ChannelTls
+from headrace_core.testing.api_keys import make_keys
 from headrace_core.testing.async_test import WAIT_S
 from headrace_router.server import RouterService
 from headrace_router.testing import (
@@ -171,13 +172,18 @@ def test_a_dns_name_stands_for_its_addresses(tmp_path, monkeypatch):
     run_router(tmp_path, [scripted_worker("both")], test)
 
 
-def test_a_token_is_asked_for_but_not_by_probes(tmp_path):
+def test_a_key_is_asked_for_but_not_of_probes(tmp_path):
+    keys, entries = make_keys("alice", "bob")
+    (tmp_path / "keys.toml").write_text(entries)
+
     async def main():
-        async with RouterUnderTest(tmp_path, settings={"token": "secret"}) as router:
+        async with RouterUnderTest(tmp_path, settings={"keys_file": tmp_path / "keys.toml"}) as router:
             for metadata in (
                 (),
                 (("authorization", "Bearer wrong"),),
-                (("authorization", "Bearer secre\u0074\u0074"),),
+                (("authorization", keys["alice"]),),
+                (("authorization", f"Bearer {keys['alice']}x"),),
+                (("authorization", f"Bearer {keys['alice'].replace('alice', 'bob')}"),),
             ):
                 for call in (
                     router.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata, timeout=WAIT_S),
@@ -186,8 +192,8 @@ def test_a_token_is_asked_for_but_not_by_probes(tmp_path):
                     with pytest.raises(grpc.aio.AioRpcError) as caught:
                         await call
                     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-                    assert (rpc.REASON_KEY, "BAD_TOKEN_AUTH") in tuple(caught.value.trailing_metadata())
-            good = (("authorization", "Bearer secret"),)
+                    assert (rpc.REASON_KEY, "BAD_API_KEY") in tuple(caught.value.trailing_metadata())
+            good = (("authorization", f"Bearer {keys['bob']}"),)
             assert (await router.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=good)).model_name == "tiny"
             health = health_pb2_grpc.HealthStub(router.channel)
             assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1

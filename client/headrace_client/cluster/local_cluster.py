@@ -71,6 +71,7 @@ class LocalCluster:
     (decode and colocated workers) win. `log_sink` gets every line that a child prints, from the child's reader thread;
     `on_ready` gets each process when it serves, from the thread that starts it. `wait_for_workers` makes `start` return
     only when the router says that every worker is ready; it is not done when the router shows a certificate of its own.
+    `api_key` is shown to a router that asks for one, to see what it has.
     `tls` is a folder of identities as `certificates.make_set` makes it: then every hop is encrypted.
     """
 
@@ -87,6 +88,7 @@ class LocalCluster:
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     start_timeout_s: float = 180.0
     wait_for_workers: bool = True
+    api_key: str = field(default="", repr=False)
     tls: Path | None = None
     programs: Mapping[Role, Sequence[str]] = field(default_factory=lambda: PROGRAMS)
 
@@ -285,10 +287,9 @@ class LocalCluster:
             return
         wanted = {process.address for process in self.workers if process.poll() is None}
         deadline = time.monotonic() + self.start_timeout_s
-        token = str(self.router_options.get("token", os.environ.get("HEADRACE_ROUTER_TOKEN", "")))
         tls = self._operator().to_router() if self.tls else None
         with blocking_channel(self.router_address, tls=tls) as channel:
-            while missing := wanted - _ready_workers(channel, token):
+            while missing := wanted - _ready_workers(channel, self.api_key):
                 if self.router.poll() is not None:
                     raise UnavailableError("START_FAILED", f"the router ended; {self.router.last_words()}")
                 if time.monotonic() > deadline:
@@ -300,10 +301,10 @@ class LocalCluster:
                 time.sleep(_POLL_S)
 
 
-def _ready_workers(channel: grpc.Channel, token: str) -> set[str]:
+def _ready_workers(channel: grpc.Channel, api_key: str) -> set[str]:
     """Return the addresses that the router would send work to; none while it does not answer."""
     stub = generation_service_pb2_grpc.GenerationServiceStub(channel)
-    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
     request = generation_service_pb2.GetServerInfoRequest()
     try:
         info = stub.GetServerInfo(request, timeout=_STATUS_TIMEOUT_S, metadata=metadata)

@@ -10,7 +10,7 @@ from headrace_core import __version__
 from headrace_core.errors import HeadraceError
 from typer.core import TyperGroup
 
-from headrace_client.commands import certs, chat, dashboards, demo, generate, status, up
+from headrace_client.commands import certs, chat, dashboards, demo, generate, keys, status, up
 from headrace_client.commands.terminal import exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
@@ -25,6 +25,7 @@ _HELP = """Serve language models with separate prefill and decode workers, and t
   headrace status                           what serves, and how full it is
   headrace dashboards                       what Grafana shows of it
   headrace certs                            certificates for development
+  headrace keys                             API keys for clients
 
 [bold]Before you buy[/bold]
   headrace roofline                         time and bytes of every operation on a machine
@@ -103,4 +104,5 @@ app.command(help=chat.HELP)(chat.chat)
 app.command(help=status.HELP)(status.status)
 app.command(help=dashboards.HELP)(dashboards.dashboards)
 app.command(help=certs.HELP)(certs.certs)
+app.command(help=keys.HELP)(keys.keys)
 app.command(help=demo.HELP)(demo.demo)

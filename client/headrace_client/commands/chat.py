@@ -41,7 +41,7 @@ def chat(  # the signature is the command line
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = None,
     server: options.Server = DEFAULT_ADDRESS,
-    token: options.Token = "",
+    api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,
     tls_roots: options.TlsRoots = None,
     identity: options.Identity = None,
@@ -57,7 +57,7 @@ def chat(  # the signature is the command line
         seed=seed,
     )
     sampling.validate()
-    with options.connect(server, token, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
         info = client.server_info()
         stdout.print(f"{info.model_name} at {server}; /reset forgets, /exit ends", style="dim", markup=False)
         conversation = _Conversation(client, system, sampling, model, timeout)

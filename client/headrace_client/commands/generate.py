@@ -65,7 +65,7 @@ def generate(  # the signature is the command line
     logit_bias: options.LogitBias = None,
     top_logprobs: options.TopLogprobs = None,
     server: options.Server = DEFAULT_ADDRESS,
-    token: options.Token = "",
+    api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,
     tls_roots: options.TlsRoots = None,
     identity: options.Identity = None,
@@ -89,7 +89,7 @@ def generate(  # the signature is the command line
         top_logprobs=top_logprobs,
     )
     job = _Job(_prompt(prompt, tokens, is_chat=chat), sampling, n, model, request_id, timeout, timings)
-    with options.connect(server, token, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
         result = job.run(client, is_streamed=not as_json and n == 1)
     if as_json:
         write_text(json.dumps(to_plain(result), ensure_ascii=False) + "\n")

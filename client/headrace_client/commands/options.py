@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from headrace_core.errors import InvalidRequestError
 from headrace_client.client import Client
 from headrace_client.connection import ConnectionOptions
 
+API_KEY_VARIABLE = "HEADRACE_API_KEY"
 _CONNECTION = "Connection"
 _SAMPLING = "Sampling"
 
@@ -20,15 +22,16 @@ Server = Annotated[
         "--server", "-s", envvar="HEADRACE_SERVER", help="The router's HOST:PORT.", rich_help_panel=_CONNECTION
     ),
 ]
-Token = Annotated[
-    str,
+ApiKeyFile = Annotated[
+    Path | None,
     typer.Option(
-        envvar="HEADRACE_TOKEN",
-        help="Bearer token, if the router asks for one.",
+        metavar="FILE",
+        help="File with the API key, if the router asks for one. Default: the key in HEADRACE_API_KEY.",
         rich_help_panel=_CONNECTION,
         show_default=False,
     ),
 ]
+"""No option takes the key itself: whoever lists processes would see it."""
 Tls = Annotated[
     bool, typer.Option("--tls", help="Encrypt, and trust the system's root certificates.", rich_help_panel=_CONNECTION)
 ]
@@ -111,9 +114,27 @@ TopLogprobs = Annotated[
 ]
 
 
-def connect(server: str, token: str, *, tls: bool, tls_roots: Path | None, identity: Path | None) -> Client:
-    """Return a client for the connection options given."""
-    return Client(server, ConnectionOptions(use_tls=tls, root_certificates=tls_roots, identity=identity, token=token))
+def connect(
+    server: str, api_key_file: Path | None, *, tls: bool, tls_roots: Path | None, identity: Path | None
+) -> Client:
+    """Return a client for the connection options given.
+
+    Raises:
+        InvalidRequestError: BAD_CREDENTIALS, BAD_CERTIFICATE.
+    """
+    api_key = _api_key(api_key_file)
+    return Client(
+        server, ConnectionOptions(use_tls=tls, root_certificates=tls_roots, identity=identity, api_key=api_key)
+    )
+
+
+def _api_key(file: Path | None) -> str:
+    if file is None:
+        return os.environ.get(API_KEY_VARIABLE, "")
+    try:
+        return file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError("BAD_CREDENTIALS", f"can't read the API key in {file}: {error}") from None
 
 
 def parse_logit_bias(entries: list[str] | None) -> dict[int, float]:

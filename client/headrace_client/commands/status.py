@@ -40,13 +40,13 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.0, help="Seconds between looks, with --watch.")] = 1.0,
     server: options.Server = DEFAULT_ADDRESS,
-    token: options.Token = "",
+    api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,
     tls_roots: options.TlsRoots = None,
     identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
-    with options.connect(server, token, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
         if as_json:
             _print_json(client, interval if watch else None)
         elif not watch:

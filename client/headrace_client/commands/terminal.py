@@ -15,7 +15,7 @@ stderr = Console(stderr=True, highlight=False)
 _HINTS = {
     "UNREACHABLE": "Start one with `headrace up --model DIR`, or name another with --server HOST:PORT.",
     "CONNECTION_LOST": "`headrace status` shows whether the router is back.",
-    "BAD_TOKEN_AUTH": "Give the router's token with --token or in HEADRACE_TOKEN.",
+    "BAD_API_KEY": "Give a key of the router in HEADRACE_API_KEY, or its file with --api-key-file.",
     "NO_WORKERS": "`headrace status` shows the workers and what keeps them from serving.",
     "QUEUE_FULL": "Try again later, or add workers.",
     "UNKNOWN_MODEL": "`headrace status` names the model served.",

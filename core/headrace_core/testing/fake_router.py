@@ -108,8 +108,8 @@ class FakeRouter(pb_grpc.GenerationServiceServicer):
 
     def _check_token(self, context: Any) -> None:
         if self._token and dict(context.invocation_metadata()).get("authorization") != f"Bearer {self._token}":
-            context.set_trailing_metadata(((REASON_KEY, "BAD_TOKEN_AUTH"),))
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "send the router's token")
+            context.set_trailing_metadata(((REASON_KEY, "BAD_API_KEY"),))
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "send a key of the router")
 
 
 class _Call:

@@ -54,8 +54,9 @@ class GenerationServiceServicer:
     def Generate(self, request, context):
         """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
         INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
-        UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-        DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+        UNAUTHENTICATED (BAD_API_KEY, NO_IDENTITY), PERMISSION_DENIED (WRONG_ROLE), RESOURCE_EXHAUSTED (QUEUE_FULL,
+        RATE_LIMITED, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, START_FAILED),
+        DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

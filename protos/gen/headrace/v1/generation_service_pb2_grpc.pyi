@@ -36,8 +36,9 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]
     """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
     INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
-    UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-    DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+    UNAUTHENTICATED (BAD_API_KEY, NO_IDENTITY), PERMISSION_DENIED (WRONG_ROLE), RESOURCE_EXHAUSTED (QUEUE_FULL,
+    RATE_LIMITED, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, START_FAILED),
+    DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.GetServerInfoRequest, _generation_service_pb2.GetServerInfoResponse]
     """Says what this router serves and with which workers."""
@@ -50,8 +51,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
     INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
-    UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-    DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+    UNAUTHENTICATED (BAD_API_KEY, NO_IDENTITY), PERMISSION_DENIED (WRONG_ROLE), RESOURCE_EXHAUSTED (QUEUE_FULL,
+    RATE_LIMITED, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, START_FAILED),
+    DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.GetServerInfoRequest, _generation_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Says what this router serves and with which workers."""
@@ -67,8 +69,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_generation_service_pb2.GenerateResponse], _abc.AsyncIterator[_generation_service_pb2.GenerateResponse]]:
         """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
         INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
-        UNAUTHENTICATED (BAD_TOKEN_AUTH), RESOURCE_EXHAUSTED (QUEUE_FULL, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS,
-        DRAINING, RETRIES_EXHAUSTED, START_FAILED), DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
+        UNAUTHENTICATED (BAD_API_KEY, NO_IDENTITY), PERMISSION_DENIED (WRONG_ROLE), RESOURCE_EXHAUSTED (QUEUE_FULL,
+        RATE_LIMITED, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, START_FAILED),
+        DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
         """
 
     @_abc_1.abstractmethod
