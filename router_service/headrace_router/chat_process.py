@@ -10,8 +10,8 @@ a busy machine refuses nobody. `chat_renderer.py` starts another process then.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import resource
 import signal
 import socket
@@ -31,7 +31,7 @@ _MAX_PROBLEM_CHARS = 300
 def main() -> None:
     """Serve one parent until it is gone."""
     parent = MessageSocket(socket.socket(fileno=os.dup(0)))
-    setup: Setup = pickle.loads(parent.receive())
+    setup = Setup.decode(parent.receive())
     _limit_memory(setup.memory_bytes)
     signal.signal(CPU_SIGNAL, signal.SIG_DFL)
     compiled: list[ChatTemplate] = []
@@ -46,7 +46,7 @@ def main() -> None:
             request = parent.receive()
         except EOFError:
             return
-        parent.send(_reply(lambda data=request: compiled[0].render(pickle.loads(data)), setup))
+        parent.send(_reply(lambda data=request: compiled[0].render(json.loads(data)), setup))
 
 
 def _reply(work: Callable[[], str], setup: Setup) -> bytes:

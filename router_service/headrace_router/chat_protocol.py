@@ -3,14 +3,15 @@
     router ── Setup ──────►  compile  ── reply ──► router
     router ── messages ──►   render   ── reply ──► router      (as often as wanted)
 
-Requests are pickles, which only the router writes. Replies are bytes: one for the kind, then UTF-8.
+Requests are JSON. Replies are bytes: one for the kind, then UTF-8.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 
 CPU_SIGNAL = signal.SIGPROF
@@ -45,6 +46,16 @@ class Setup:
     cpu_s: float
     memory_bytes: int
     max_text_bytes: int
+
+    def encode(self) -> bytes:
+        """Return it as a message."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(message: bytes) -> Setup:
+        """Return what `encode` wrote."""
+        fields = json.loads(message)
+        return Setup(**{**fields, "source": TemplateSource(**fields["source"])})
 
 
 class MessageSocket:

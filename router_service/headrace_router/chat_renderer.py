@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
-import pickle
 import socket
 import subprocess
 import sys
@@ -136,7 +136,7 @@ class _Process:
         if self._socket is not None:
             return
         try:
-            kind, text = self._ask(self._start(), pickle.dumps(self._setup))
+            kind, text = self._ask(self._start(), self._setup.encode())
         except _EndedError as error:
             if not error.is_limit:
                 raise
@@ -148,7 +148,7 @@ class _Process:
     def render(self, messages: list[tuple[str, str]]) -> str:
         """Return the conversation's text; errors are those of `ChatRenderer.render`."""
         try:
-            kind, text = self._render(pickle.dumps(messages))
+            kind, text = self._render(json.dumps(messages).encode())
         except _EndedError as error:
             kind, text = ReplyKind.PROBLEM, str(error)
         if kind is ReplyKind.PROBLEM:
