@@ -52,6 +52,21 @@ async def serve(test):
         await server.stop(0)
 
 
+def test_metadata_is_bounded_and_what_is_below_the_bound_passes():
+    async def test(server, channel):
+        stub = pb_grpc.WorkerServiceStub(channel)
+        for size in (rpc.MAX_METADATA_BYTES, 12 << 10, 15 << 10):  # core's own limits let these pass by chance
+            for _ in range(8):
+                call = stub.GetInfo(pb.GetInfoRequest(), metadata=(("x", "a" * size),), timeout=WAIT_S)
+                assert (await failure(call)).reason == "RESOURCE_EXHAUSTED"
+        call = stub.GetInfo(
+            pb.GetInfoRequest(), metadata=(("x", "a" * (rpc.MAX_METADATA_BYTES - 1024)),), timeout=WAIT_S
+        )
+        assert (await failure(call)).reason == "QUEUE_FULL"
+
+    asyncio.run(serve(test))
+
+
 async def failure(call) -> HeadraceError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
