@@ -71,7 +71,7 @@ class DecodeService:
         self._metrics = DecodeMetrics(self.registry)
         self._settings = settings
         self._loader = loader
-        self._transports = transports or usable(settings.transport)
+        self._transports = transports or usable(settings.transport, has_tls=settings.tls is not None)
         self._most_unread_bytes = most_unread_bytes
         self._patience_s = patience_s
         self._drain_timeout_s = drain_timeout_s

@@ -57,7 +57,7 @@ class PrefillService:
         transports: Sequence[str] = (),
         least_run_bytes: int = LEAST_BYTES,
     ) -> None:
-        transports = transports or usable(settings.transport)
+        transports = transports or usable(settings.transport, has_tls=settings.tls is not None)
         self.registry = CollectorRegistry()
         self._metrics = PrefillMetrics(self.registry)
         self._settings = settings

@@ -102,6 +102,16 @@ def test_auto_does_without_what_can_not_be_had(monkeypatch):
     assert usable("auto") == ("grpc",)
 
 
+def test_with_tls_nothing_moves_by_itself_that_tls_does_not_guard(monkeypatch, caplog):
+    monkeypatch.setitem(TRANSPORTS, "nixl", replace(TRANSPORTS["nixl"], probe=lambda: ""))
+    assert usable("auto") == ("shm", "nixl", "grpc")
+    assert usable("auto", has_tls=True) == ("shm", "grpc")
+    assert usable("nixl") == ("nixl",)
+    assert not caplog.records
+    assert usable("nixl", has_tls=True) == ("nixl",)
+    assert "clear text" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["grpc", "shm"])
 def test_a_name_is_that_transport_alone(name: str):
     assert usable(name) == (name,)

@@ -174,6 +174,8 @@ class Transport:
     probe: Callable[[], str] = lambda: ""
     is_automatic: bool = True
     """Whether `auto` uses it."""
+    is_guarded: bool = True
+    """Whether only who was given an offer can read, and nobody on the way; else `auto` has it without TLS alone."""
 
 
 def offer_name(offer: types_pb2.TransportOffer) -> str:

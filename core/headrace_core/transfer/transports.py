@@ -6,6 +6,7 @@ offers in turn until one is proven (`choose`). With a transport named a side has
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from headrace.v1 import types_pb2
@@ -17,25 +18,37 @@ from headrace_core.transfer.grpc import GrpcHolder, GrpcTaker
 from headrace_core.transfer.memory import MemoryKind
 from headrace_core.transfer.transport import Reading, Source, TakerEnd, Transport, UnprovenError, offer_name
 
+log = logging.getLogger(__name__)
+
 TRANSPORTS = {
     "shm": Transport(shm.ShmHolder, lambda memory, _: shm.ShmTaker(memory), MemoryKind.MEMFD, shm.probe),
-    "nixl": Transport(nixl.NixlHolder, lambda memory, _: nixl.NixlTaker(memory), probe=nixl.probe),
+    "nixl": Transport(nixl.NixlHolder, lambda memory, _: nixl.NixlTaker(memory), probe=nixl.probe, is_guarded=False),
     "grpc": Transport(GrpcHolder, GrpcTaker),
     "fake": Transport(FakeHolder, lambda memory, _: FakeTaker(memory), is_automatic=False),
 }
 
 
-def usable(name: str) -> tuple[str, ...]:
+def usable(name: str, *, has_tls: bool = False) -> tuple[str, ...]:
     """Return the transports that this process may use, best first: `auto`, all that can be had here; else that one.
+
+    With TLS `auto` has none by which pages can be read that TLS does not guard; one that is named is warned of.
 
     Raises:
         StartupError: NO_TRANSPORT, the one named can't be had here.
     """
     if name == "auto":
-        return tuple(each for each, it in TRANSPORTS.items() if it.is_automatic and not it.probe())
+        return tuple(
+            each
+            for each, it in TRANSPORTS.items()
+            if it.is_automatic and (it.is_guarded or not has_tls) and not it.probe()
+        )
     problem = TRANSPORTS[name].probe()
     if problem:
         raise StartupError("NO_TRANSPORT", f"--transport {name}: {problem}")
+    if has_tls and not TRANSPORTS[name].is_guarded:
+        log.warning(
+            "pages move in clear text, and whoever reaches this worker may read them", extra={"transport": name}
+        )
     return (name,)
 
 
