@@ -55,7 +55,8 @@ class Setup:
     def decode(message: bytes) -> Setup:
         """Return what `encode` wrote."""
         fields = json.loads(message)
-        return Setup(**{**fields, "source": TemplateSource(**fields["source"])})
+        source = TemplateSource(**fields.pop("source"))
+        return Setup(source=source, **fields)
 
 
 class MessageSocket:

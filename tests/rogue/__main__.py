@@ -50,15 +50,16 @@ async def _unguarded(folder: Path, rogue: Rogue) -> str:
         return found
 
 
-async def floods(folder: Path, num_messages: int) -> bool:
-    """Print a row for each rpc; return whether every service stayed well."""
+async def floods(folder: Path, num_messages: int, only: str) -> bool:
+    """Print a row for each rpc of services with `only` in their names; return whether every one stayed well."""
     is_well = True
     by_service: dict[str, list[Target]] = defaultdict(list)
     for target in targets():
         by_service[target.method.split("/")[1]].append(target)
+    wanted = [its for name, its in by_service.items() if only in name]
     async with stage(folder) as at:
         say("| rpc | at | messages | seconds | what became of them |\n|---|---|--:|--:|---|")
-        for its in by_service.values():
+        for its in wanted:
             share = -(-num_messages // len(its))
             for target in its:
                 is_well &= await _flood(at, target, share)
@@ -80,10 +81,12 @@ async def _flood(at: Stage, target: Target, num_messages: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--messages", type=int, default=0)
-    num_messages = parser.parse_args().messages
+    parser.add_argument("--only", default="", help="services with this in their name")
+    arguments = parser.parse_args()
+    num_messages: int = arguments.messages
     with tempfile.TemporaryDirectory() as folder:
         if num_messages:
-            sys.exit(0 if uvloop.run(floods(Path(folder), num_messages)) else 1)
+            sys.exit(0 if uvloop.run(floods(Path(folder), num_messages, arguments.only)) else 1)
         uvloop.run(table(Path(folder)))
 
 

@@ -186,12 +186,7 @@ def _nobody_is_asked(stack: ExitStack) -> None:
         return real(initial, newer, require_client_authentication=False)
 
     stack.enter_context(mock.patch.object(grpc, "dynamic_ssl_server_credentials", lenient))
-    role_of: Any = ServerTls._role_of
-    stack.enter_context(mock.patch.object(ServerTls, "_role_of", lambda me, uri: _role(role_of, me, uri)))
-
-
-def _role(role_of: Any, me: ServerTls, uri: str) -> Role:
-    return role_of(me, uri) if uri else Role.OPERATOR
+    _every_role_may(stack)  # whoever is not asked has none
 
 
 def _every_role_may(stack: ExitStack) -> None:

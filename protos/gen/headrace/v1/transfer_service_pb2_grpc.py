@@ -49,7 +49,8 @@ class TransferServiceServicer:
     def Pull(self, request, context):
         """Streams pages of a run, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder
         checks lease, incarnation, tokens and generations before every frame. Errors: ABORTED (LEASE_ENDED,
-        WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run).
+        WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run),
+        PERMISSION_DENIED (WRONG_ROLE, WRONG_TAKER: the lease is another worker's).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

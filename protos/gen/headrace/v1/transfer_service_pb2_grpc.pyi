@@ -36,7 +36,8 @@ class TransferServiceStub:
     Pull: _grpc.UnaryStreamMultiCallable[_transfer_service_pb2.PullRequest, _transfer_service_pb2.PullResponse]
     """Streams pages of a run, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder
     checks lease, incarnation, tokens and generations before every frame. Errors: ABORTED (LEASE_ENDED,
-    WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run).
+    WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run),
+    PERMISSION_DENIED (WRONG_ROLE, WRONG_TAKER: the lease is another worker's).
     """
 
 @_typing.type_check_only
@@ -47,7 +48,8 @@ class TransferServiceAsyncStub(TransferServiceStub):
     Pull: _aio.UnaryStreamMultiCallable[_transfer_service_pb2.PullRequest, _transfer_service_pb2.PullResponse]  # type: ignore[assignment]
     """Streams pages of a run, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder
     checks lease, incarnation, tokens and generations before every frame. Errors: ABORTED (LEASE_ENDED,
-    WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run).
+    WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run),
+    PERMISSION_DENIED (WRONG_ROLE, WRONG_TAKER: the lease is another worker's).
     """
 
 class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -61,7 +63,8 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_transfer_service_pb2.PullResponse], _abc.AsyncIterator[_transfer_service_pb2.PullResponse]]:
         """Streams pages of a run, layer by layer, page by page, cut into frames. Reads only: nothing is freed. The holder
         checks lease, incarnation, tokens and generations before every frame. Errors: ABORTED (LEASE_ENDED,
-        WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run).
+        WORKER_RESTARTED, STALE_PAGE), DATA_LOSS (TOKENS_MISMATCH), INVALID_ARGUMENT (BAD_HANDOFF: they are in no run),
+        PERMISSION_DENIED (WRONG_ROLE, WRONG_TAKER: the lease is another worker's).
         """
 
 def add_TransferServiceServicer_to_server(servicer: TransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
