@@ -1,14 +1,17 @@
 """What a certificate must say, and what is told of one that says something else."""
 
 import shutil
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from headrace_client.certificates import Authority
+from headrace_client.commands.app import app
 from headrace_client.commands.certs import make
 from headrace_core.errors import InvalidRequestError, StartupError
 from headrace_core.identity import CERT, KEY, ROOTS, Identity, Peer, Role
 from headrace_core.tls_files import TlsFiles
+from typer.testing import CliRunner
 
 SERVING = (Role.ROUTER, Role.PREFILL, Role.DECODE)
 A = Peer(Role.DECODE, "a")
@@ -167,3 +170,25 @@ def test_an_authority_without_its_key_is_not_made_anew(tmp_path):
     (tmp_path / "ca.key").unlink()
     with pytest.raises(InvalidRequestError, match=r"not ca\.key"):
         make(tmp_path)
+
+
+def test_the_command_makes_a_set_and_says_where(tmp_path):
+    result = CliRunner().invoke(app, ["certs", str(tmp_path / "certs"), "--name", "rack-3", "--days", "1"])
+    assert result.exit_code == 0
+    assert result.stdout.split() == [str(tmp_path / "certs" / role.value) for role in Role]
+    uris = Identity(tmp_path / "certs" / "prefill", Role.PREFILL).current().uris
+    assert uris == ["spiffe://headrace/prefill/rack-3"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", "a b"])
+def test_a_name_that_can_not_be_in_a_uri_makes_nothing(tmp_path, name):
+    result = CliRunner().invoke(app, ["certs", str(tmp_path / "certs"), "--name", name])
+    assert result.exit_code == 2
+    assert not (tmp_path / "certs").exists()
+
+
+def test_without_cryptography_the_command_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "headrace_client.certificates", None)
+    result = CliRunner().invoke(app, ["certs", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "pip install 'headrace[certs]'" in result.stderr
