@@ -46,6 +46,13 @@ class ProcessSettings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="json: one object per line")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line shown")
     drain_s: float = Field(10.0, ge=0, description="seconds that work under way has after SIGTERM")
+    trace_sample: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of requests that are traced, 0 to 1; one that comes with a sampled trace always is, and "
+        "workers follow their router, whatever their share; not given: none, at no cost",
+    )
 
 
 class WorkerSettings(ProcessSettings):

@@ -123,15 +123,22 @@ class RouterUnderTest:
                 found = sorted(worker.state for worker in (await self.info()).workers)
 
     async def generate(
-        self, request: generation_service_pb2.GenerateRequest, timeout_s: float | None = WAIT_S, *, token: str = ""
+        self,
+        request: generation_service_pb2.GenerateRequest,
+        timeout_s: float | None = WAIT_S,
+        *,
+        token: str = "",
+        traceparent: str = "",
     ) -> list[Sampled]:
-        """Run a request to its end, with a bearer token if there is one, and return its samples.
+        """Run a request to its end, with a bearer token and in a trace if there is one, and return its samples.
 
         Raises:
             HeadraceError: what the router answered.
         """
         samples = [Sampled() for _ in range(request.n or 1)]
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        if traceparent:
+            metadata.append(("traceparent", traceparent))
         try:
             async for response in self.stub.Generate(request, timeout=timeout_s, metadata=metadata):
                 sample = samples[response.sample_index]
