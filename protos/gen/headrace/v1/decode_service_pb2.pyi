@@ -128,6 +128,7 @@ class StartSequence(_message.Message):
     LOCAL_BELOW_FIELD_NUMBER: _builtins.int
     CACHED_PREFIX_FIELD_NUMBER: _builtins.int
     TAKES_PREFIX_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """Chosen by the router, the same for all attempts at a sequence, unique among its sequences."""
     attempt: _builtins.int
@@ -151,6 +152,10 @@ class StartSequence(_message.Message):
     takes_prefix: _builtins.bool
     """This worker takes what is at `cached_prefix` itself, and then goes on as if it had found it in its own prefix cache.
     What it can't have of it is no fault of the sequence's.
+    """
+    traceparent: _builtins.str
+    """The router's span of this attempt, as W3C's `traceparent`: what this worker traces of the sequence goes under it. Empty:
+    not traced. One that is none is ignored.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -179,10 +184,11 @@ class StartSequence(_message.Message):
         local_below: _builtins.int = ...,
         cached_prefix: _types_pb2.CachedPrefix | None = ...,
         takes_prefix: _builtins.bool = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cached_prefix", b"cached_prefix", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prefix", b"cached_prefix", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "takes_prefix", b"takes_prefix", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prefix", b"cached_prefix", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "takes_prefix", b"takes_prefix", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eheadrace/v1/hold_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"a\n\x0bHoldRequest\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.headrace.v1.OpenH\x00\x12\'\n\x07\x63onfirm\x18\x02 \x01(\x0b\x32\x14.headrace.v1.ConfirmH\x00\x42\x06\n\x04word\"\xba\x03\n\x04Open\x12\x11\n\trouter_id\x18\x01 \x01(\x06\x12\x17\n\x0fsequence_number\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x04\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\r\x12\x15\n\rtokens_sha256\x18\x08 \x01(\x0c\x12-\n\x08sampling\x18\t \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x14\n\x0csample_index\x18\n \x01(\r\x12\x19\n\x11model_fingerprint\x18\x0b \x01(\t\x12%\n\x06layout\x18\x0c \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x17\n\x0fnum_have_tokens\x18\r \x01(\r\x12\x30\n\rcached_prefix\x18\x0e \x01(\x0b\x32\x19.headrace.v1.CachedPrefix\x12\x1f\n\x12holder_incarnation\x18\x0f \x01(\x06H\x00\x88\x01\x01\x42\x15\n\x13_holder_incarnation\"\t\n\x07\x43onfirm\"\xb3\x01\n\x0cHoldResponse\x12)\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x15.headrace.v1.AdmittedH\x00\x12\x1f\n\x03run\x18\x02 \x01(\x0b\x32\x10.headrace.v1.RunH\x00\x12!\n\x04last\x18\x03 \x01(\x0b\x32\x11.headrace.v1.LastH\x00\x12+\n\tconfirmed\x18\x04 \x01(\x0b\x32\x16.headrace.v1.ConfirmedH\x00\x42\x07\n\x05\x65vent\"\xb0\x01\n\x08\x41\x64mitted\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x11\n\tlease_key\x18\x03 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_us\x18\x05 \x01(\x04\x12\"\n\x06shards\x18\x06 \x03(\x0b\x32\x12.headrace.v1.Shard\"\xbd\x01\n\x05Shard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\x11\n\tnum_heads\x18\x07 \x01(\r\x12/\n\ntransports\x18\x08 \x03(\x0b\x32\x1b.headrace.v1.TransportOffer\"\x83\x01\n\x03Run\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nfirst_page\x18\x02 \x01(\r\x12#\n\x05pages\x18\x03 \x03(\x0b\x32\x14.headrace.v1.PageRef\x12.\n\tchecksums\x18\x04 \x03(\x0b\x32\x1b.headrace.v1.LayerChecksums\"\xeb\x01\n\x04Last\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x15\n\rtokens_sha256\x18\x02 \x01(\x0c\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12,\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x32\n\x0esampling_state\x18\x05 \x01(\x0b\x32\x1a.headrace.v1.SamplingState\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12\x12\n\ncompute_us\x18\x07 \x01(\x04\"\x0b\n\tConfirmed2N\n\x0bHoldService\x12?\n\x04Hold\x12\x18.headrace.v1.HoldRequest\x1a\x19.headrace.v1.HoldResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eheadrace/v1/hold_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"a\n\x0bHoldRequest\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.headrace.v1.OpenH\x00\x12\'\n\x07\x63onfirm\x18\x02 \x01(\x0b\x32\x14.headrace.v1.ConfirmH\x00\x42\x06\n\x04word\"\xcf\x03\n\x04Open\x12\x11\n\trouter_id\x18\x01 \x01(\x06\x12\x17\n\x0fsequence_number\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x04\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\r\x12\x15\n\rtokens_sha256\x18\x08 \x01(\x0c\x12-\n\x08sampling\x18\t \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x14\n\x0csample_index\x18\n \x01(\r\x12\x19\n\x11model_fingerprint\x18\x0b \x01(\t\x12%\n\x06layout\x18\x0c \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x17\n\x0fnum_have_tokens\x18\r \x01(\r\x12\x30\n\rcached_prefix\x18\x0e \x01(\x0b\x32\x19.headrace.v1.CachedPrefix\x12\x1f\n\x12holder_incarnation\x18\x0f \x01(\x06H\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x10 \x01(\tB\x15\n\x13_holder_incarnation\"\t\n\x07\x43onfirm\"\xb3\x01\n\x0cHoldResponse\x12)\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x15.headrace.v1.AdmittedH\x00\x12\x1f\n\x03run\x18\x02 \x01(\x0b\x32\x10.headrace.v1.RunH\x00\x12!\n\x04last\x18\x03 \x01(\x0b\x32\x11.headrace.v1.LastH\x00\x12+\n\tconfirmed\x18\x04 \x01(\x0b\x32\x16.headrace.v1.ConfirmedH\x00\x42\x07\n\x05\x65vent\"\xb0\x01\n\x08\x41\x64mitted\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x11\n\tlease_key\x18\x03 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_us\x18\x05 \x01(\x04\x12\"\n\x06shards\x18\x06 \x03(\x0b\x32\x12.headrace.v1.Shard\"\xbd\x01\n\x05Shard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\x11\n\tnum_heads\x18\x07 \x01(\r\x12/\n\ntransports\x18\x08 \x03(\x0b\x32\x1b.headrace.v1.TransportOffer\"\x83\x01\n\x03Run\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nfirst_page\x18\x02 \x01(\r\x12#\n\x05pages\x18\x03 \x03(\x0b\x32\x14.headrace.v1.PageRef\x12.\n\tchecksums\x18\x04 \x03(\x0b\x32\x1b.headrace.v1.LayerChecksums\"\xeb\x01\n\x04Last\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x15\n\rtokens_sha256\x18\x02 \x01(\x0c\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12,\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x32\n\x0esampling_state\x18\x05 \x01(\x0b\x32\x1a.headrace.v1.SamplingState\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12\x12\n\ncompute_us\x18\x07 \x01(\x04\"\x0b\n\tConfirmed2N\n\x0bHoldService\x12?\n\x04Hold\x12\x18.headrace.v1.HoldRequest\x1a\x19.headrace.v1.HoldResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HOLDREQUEST']._serialized_start=72
   _globals['_HOLDREQUEST']._serialized_end=169
   _globals['_OPEN']._serialized_start=172
-  _globals['_OPEN']._serialized_end=614
-  _globals['_CONFIRM']._serialized_start=616
-  _globals['_CONFIRM']._serialized_end=625
-  _globals['_HOLDRESPONSE']._serialized_start=628
-  _globals['_HOLDRESPONSE']._serialized_end=807
-  _globals['_ADMITTED']._serialized_start=810
-  _globals['_ADMITTED']._serialized_end=986
-  _globals['_SHARD']._serialized_start=989
-  _globals['_SHARD']._serialized_end=1178
-  _globals['_RUN']._serialized_start=1181
-  _globals['_RUN']._serialized_end=1312
-  _globals['_LAST']._serialized_start=1315
-  _globals['_LAST']._serialized_end=1550
-  _globals['_CONFIRMED']._serialized_start=1552
-  _globals['_CONFIRMED']._serialized_end=1563
-  _globals['_HOLDSERVICE']._serialized_start=1565
-  _globals['_HOLDSERVICE']._serialized_end=1643
+  _globals['_OPEN']._serialized_end=635
+  _globals['_CONFIRM']._serialized_start=637
+  _globals['_CONFIRM']._serialized_end=646
+  _globals['_HOLDRESPONSE']._serialized_start=649
+  _globals['_HOLDRESPONSE']._serialized_end=828
+  _globals['_ADMITTED']._serialized_start=831
+  _globals['_ADMITTED']._serialized_end=1007
+  _globals['_SHARD']._serialized_start=1010
+  _globals['_SHARD']._serialized_end=1199
+  _globals['_RUN']._serialized_start=1202
+  _globals['_RUN']._serialized_end=1333
+  _globals['_LAST']._serialized_start=1336
+  _globals['_LAST']._serialized_end=1571
+  _globals['_CONFIRMED']._serialized_start=1573
+  _globals['_CONFIRMED']._serialized_end=1584
+  _globals['_HOLDSERVICE']._serialized_start=1586
+  _globals['_HOLDSERVICE']._serialized_end=1664
 # @@protoc_insertion_point(module_scope)

@@ -72,6 +72,7 @@ class Open(_message.Message):
     NUM_HAVE_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_PREFIX_FIELD_NUMBER: _builtins.int
     HOLDER_INCARNATION_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     router_id: _builtins.int
     """The router's identity, as in `OpenSession`; with `sequence_number` it names the sequence."""
     sequence_number: _builtins.int
@@ -104,6 +105,8 @@ class Open(_message.Message):
     on, if it is the process of this identity (ABORTED, WORKER_RESTARTED); it names it in `Admitted.num_cached_tokens`,
     all of its runs follow, and no `Last`. `sampling` is not looked at.
     """
+    traceparent: _builtins.str
+    """The taker's span of this call; see `StartSequence.traceparent`."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, followed by tokens that an earlier attempt already produced; at least one id."""
@@ -140,10 +143,11 @@ class Open(_message.Message):
         num_have_tokens: _builtins.int = ...,
         cached_prefix: _types_pb2.CachedPrefix | None = ...,
         holder_incarnation: _builtins.int | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holder_incarnation", b"_holder_incarnation", "cached_prefix", b"cached_prefix", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holder_incarnation", b"_holder_incarnation", "attempt", b"attempt", "cached_prefix", b"cached_prefix", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_have_tokens", b"num_have_tokens", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "tokens_sha256", b"tokens_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holder_incarnation", b"_holder_incarnation", "attempt", b"attempt", "cached_prefix", b"cached_prefix", "holder_incarnation", b"holder_incarnation", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_have_tokens", b"num_have_tokens", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "tokens_sha256", b"tokens_sha256", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holder_incarnation: _TypeAlias = _typing.Literal["holder_incarnation"]  # noqa: Y015
     _WhichOneofArgType__holder_incarnation: _TypeAlias = _typing.Literal["_holder_incarnation", b"_holder_incarnation"]  # noqa: Y015
