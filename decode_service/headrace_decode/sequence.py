@@ -11,9 +11,10 @@ from headrace.v1 import decode_service_pb2 as pb
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import DeadlineError, HeadraceError, InvalidRequestError
 from headrace_core.request import hash_tokens
+from headrace_core.tracing.stages import Stages
 from headrace_core.transfer.hold import Side
 from headrace_core.transfer.taker import TransferStats
-from headrace_core.transfer.values import Admission, CachedPrefix, FirstToken, Order
+from headrace_core.transfer.values import Admission, CachedPrefix, FirstToken, Order, decode_cached, timeout_s
 from headrace_core.wire import decode_sampling, encode_failure, encode_finish, encode_logprobs
 from headrace_core.worker.loading import LoadedModel
 
@@ -64,6 +65,7 @@ class Sequence:
     ends_s: float
     position: int
     """Tokens that the router knows of."""
+    trace: Stages
     cached: CachedPrefix | None = None
     takes_prefix: bool = False
     """True if `cached` is for this worker, not for the one that computes the rest."""
@@ -79,6 +81,25 @@ class Sequence:
     """True if it goes on elsewhere, and its pages are kept for who takes them: nothing more is told of it."""
     is_over: bool = False
 
+    @staticmethod
+    def begin(
+        key: int, session: Session, spec: SequenceSpec, message: pb.StartSequence, trace: Stages, now_s: float
+    ) -> Sequence:
+        """Return what `message` starts now."""
+        return Sequence(
+            key,
+            message.sequence_number,
+            session,
+            spec,
+            message.prefill_address,
+            now_s,
+            now_s + timeout_s(message.timeout_ms),
+            len(spec.token_ids),
+            trace,
+            cached=decode_cached(message),
+            takes_prefix=message.takes_prefix,
+        )
+
     def order(self, model: LoadedModel, num_have_tokens: int, cached: CachedPrefix | None) -> Order:
         """Return what is asked of a holder that is to know of `cached`, when the first `num_have_tokens` are here."""
         return Order(
@@ -90,6 +111,7 @@ class Sequence:
             layout=model.layout,
             num_have_tokens=num_have_tokens,
             cached=cached,
+            traceparent=self.trace.traceparent,
         )
 
     def late(self) -> DeadlineError:
@@ -99,6 +121,7 @@ class Sequence:
     def tell_first(self, admission: Admission, first: FirstToken) -> None:
         """Tell of the token that was computed elsewhere."""
         logprobs = first.token.logprobs
+        self.trace.event("first_token")
         self._tell(
             prefilled=pb.Prefilled(
                 token_id=first.token.token_id,
@@ -117,6 +140,7 @@ class Sequence:
     def tell_joined(self, started: Started) -> None:
         """Tell that it runs."""
         moved = self.moved
+        self.trace.next("running")
         self._tell(
             joined=pb.Joined(
                 queue_us=0 if self.taking else _us(started.queue_s),
@@ -139,6 +163,15 @@ class Sequence:
     def tell_failure(self, error: HeadraceError, side: Side) -> None:
         """Tell why it can't go on."""
         self._tell(failure=encode_failure(error, _SIDES[side]))
+
+    def close(self, error: HeadraceError | None) -> None:
+        """Be over."""
+        self.is_over = True
+        if self.deadline is not None:
+            self.deadline.cancel()
+        if self.trace.span.is_recorded:
+            report = self.report(error)
+            self.trace.end(report.pop("reason"), {f"headrace.{name}": value for name, value in report.items()})
 
     def report(self, error: HeadraceError | None) -> dict[str, Any]:
         """Return what is logged of it at its end."""

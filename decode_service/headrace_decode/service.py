@@ -24,6 +24,8 @@ from headrace_core.engine.engine import News
 from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.reasons import label
+from headrace_core.tracing.span import Kind
+from headrace_core.tracing.stages import Stages
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Side, TakeError, add_hold_servicer
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
@@ -32,10 +34,8 @@ from headrace_core.transfer.values import (
     Admission,
     FirstToken,
     Owner,
-    decode_cached,
     replaced,
     stale_attempt,
-    timeout_s,
 )
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
@@ -219,19 +219,10 @@ class DecodeService:
         if current:
             self._end(current, replaced(spec.attempt))
         self._num_keys += 1
-        now, left_s = time.monotonic(), timeout_s(message.timeout_ms)
-        sequence = Sequence(
-            self._num_keys,
-            message.sequence_number,
-            session,
-            spec,
-            message.prefill_address,
-            now,
-            now + left_s,
-            len(spec.token_ids),
-            cached=decode_cached(message),
-            takes_prefix=message.takes_prefix,
-        )
+        now = time.monotonic()
+        trace = Stages(self.host.tracer.join("sequence", message.traceparent), "waiting")
+        sequence = Sequence.begin(self._num_keys, session, spec, message, trace, now)
+        left_s = sequence.ends_s - now
         sequence.deadline = asyncio.get_running_loop().call_later(left_s, self._end, sequence, sequence.late())
         session.keys[sequence.number] = sequence.key
         self._sequences[sequence.key] = sequence
@@ -318,6 +309,7 @@ class DecodeService:
             if moved.num_pages:
                 self._metrics.observe_transfer(moved)
                 worker.transfer_bytes.labels(moved.transport, "received").inc(moved.num_bytes)
+            sequence.trace.next("joining")
             self.host.engine.submit(lambda scheduler: scheduler.arrived(sequence.key, sequence.first_token_id))
             return
         if isinstance(error, TakeError):
@@ -354,10 +346,12 @@ class DecodeService:
         worker = self._metrics.worker
         match event:
             case FetchReady(num_have_tokens=num_have):
+                sequence.trace.next("prefix_fetch", kind=Kind.CLIENT)
                 self._fetcher.fetch(event, sequence.order(self.host.model, num_have, sequence.cached))
             case PagesReady(page_ids=page_ids, num_have_tokens=num_have, queue_s=queue_s):
                 worker.queue_seconds.observe(queue_s)
                 sequence.queue_s = queue_s
+                sequence.trace.next("hand_off", kind=Kind.CLIENT)
                 self._take(sequence, page_ids, num_have)
             case Started(queue_s=queue_s, num_cached_tokens=num_cached):
                 if not sequence.taking:
@@ -382,11 +376,9 @@ class DecodeService:
         """End a sequence, whatever its phase: the only place. Without `error` its router is told nothing."""
         if sequence.is_over:
             return
-        sequence.is_over = True
+        sequence.close(error)
         del self._sequences[sequence.key]
         del sequence.session.keys[sequence.number]
-        if sequence.deadline is not None:
-            sequence.deadline.cancel()
         self.host.engine.submit(lambda scheduler: scheduler.abort(sequence.key))
         if sequence.taking:
             sequence.taking.cancel()

@@ -19,6 +19,8 @@ from headrace_core.engine.engine import News
 from headrace_core.errors import InvalidRequestError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import hash_tokens
+from headrace_core.tracing.span import Kind
+from headrace_core.tracing.stages import Stages
 from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Held, add_hold_servicer
 from headrace_core.transfer.holder import HeldCall, HolderSelf, PageHolder
@@ -82,6 +84,8 @@ class PrefillService:
         self._transports = transports
         self._taker: Taker | None = None
         self.fetcher = PrefixFetcher(self.host, self._metrics.worker)
+        self._traces: dict[int, Stages] = {}
+        """By lease."""
 
     @property
     def leases(self) -> LeaseTable:
@@ -156,6 +160,7 @@ class PrefillService:
         spec.check(model.limits)
         call = self._ready.open(order, outbox)
         lease = call.lease
+        self._traces[lease.key] = Stages(self.host.tracer.join("lease", order.traceparent), "waiting")
         now, group, num_have = time.monotonic(), order.owner[0], order.num_have_pages
         num_cached = order.cached.num_tokens if order.cached else 0
         self.host.engine.submit(
@@ -170,16 +175,20 @@ class PrefillService:
             call = self._ready.call(event.key)
             if call is None:
                 continue
+            trace = self._traces[event.key]
             match event:
                 case FetchReady():
+                    trace.next("prefix_fetch", kind=Kind.CLIENT)
                     self.fetcher.fetch(event, call.lease.order)
                 case Admitted(num_cached_tokens=num_cached, queue_s=queue_s):
+                    trace.next("computing")
                     self._ready.admit(call, num_cached_tokens=num_cached, queue_s=queue_s)
                 case Sealed():
                     end_layer = self.host.model.layout.num_layers if event.end_layer is None else event.end_layer
                     layers = range(event.first_layer, end_layer)
                     self._ready.seal(call, event.first_page, event.pages, layers, event.mark)
                 case Prefilled():
+                    trace.next("held")
                     self._on_prefilled(call, event)
                 case Failed(error=error):
                     self.leases.abort(call.lease, error)
@@ -207,6 +216,8 @@ class PrefillService:
         self.host.engine.submit(lambda scheduler: scheduler.free(lease.key))
         self.fetcher.cancel(lease.key)
         assert lease.outcome is not None, "the lease ended"
+        reason = lease.error.reason if lease.error else ""
+        self._traces.pop(lease.key).end(reason, {"headrace.runs": len(lease.runs)})
         self._metrics.worker.lease_ends.labels(lease.outcome.value).inc()
 
     def _on_lease_change(self) -> None:
@@ -235,3 +246,6 @@ class PrefillService:
             "bytes": prefilled.num_pages * self.host.model.layout.page_bytes,
         }
         log.info("prefilled", extra=data)
+        span = self._traces[call.lease.key].span
+        if span.is_recorded:
+            span.set({f"headrace.{name}": value for name, value in data.items()})

@@ -62,6 +62,8 @@ class Order:
     holder_incarnation: int | None = None
     taker: str = ""
     """Whom the certificate of the call names that ordered it: not said, but seen. Empty without TLS."""
+    traceparent: str = ""
+    """The taker's span; empty if the sequence is not traced."""
 
     @property
     def num_have_pages(self) -> int:
@@ -163,6 +165,7 @@ def encode_order(order: Order) -> pb.Open:
         num_have_tokens=order.num_have_tokens,
         cached_prefix=encode_cached(order.cached) if order.cached else None,
         holder_incarnation=order.holder_incarnation,
+        traceparent=order.traceparent,
     )
 
 
@@ -212,6 +215,7 @@ def decode_order(message: pb.Open) -> Order:
         num_have_tokens=num_have,
         cached=decode_cached(message),
         holder_incarnation=message.holder_incarnation if message.HasField("holder_incarnation") else None,
+        traceparent=message.traceparent,
     )
 
 

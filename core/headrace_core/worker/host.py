@@ -29,6 +29,7 @@ from headrace_core.engine.executor import Executor
 from headrace_core.errors import UnavailableError
 from headrace_core.identity import Identity, Role
 from headrace_core.rpc import Server, own_channel
+from headrace_core.tracing.start import open_tracer
 from headrace_core.wire import encode_layout
 from headrace_core.worker.loading import LoadedModel
 from headrace_core.worker.metrics import WorkerMetrics
@@ -68,6 +69,9 @@ class WorkerHost(Generic[S]):
         metrics: WorkerMetrics,
     ) -> None:
         self._settings = settings
+        self.tracer = open_tracer(
+            settings.trace_sample, types_pb2.WorkerRole.Name(role).removeprefix("WORKER_ROLE_").lower()
+        )
         self._role: types_pb2.WorkerRole.ValueType = role
         self._transports = transports
         self._metrics = metrics
@@ -199,6 +203,7 @@ class WorkerHost(Generic[S]):
         if self._engine:
             await self._engine.stop()
         self._metrics.close()
+        await self.tracer.close()
 
     def info(self) -> worker_service_pb2.GetInfoResponse:
         """Return who this worker is.

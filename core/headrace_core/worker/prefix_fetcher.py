@@ -148,5 +148,6 @@ class PrefixFetcher:
             layout=order.layout,
             num_have_tokens=ready.num_have_tokens,
             holder_incarnation=order.cached.incarnation,
+            traceparent=order.traceparent,
         )
         return await self._taker.take_prefix(wanted, order.cached.address, ready.page_ids, age=ready.key)
