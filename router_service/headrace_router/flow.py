@@ -62,6 +62,7 @@ from headrace_router.metrics import RouterMetrics
 from headrace_router.move import Move
 from headrace_router.sample import Sample, SampleState
 from headrace_router.session import Ended, Side, Whose
+from headrace_router.tracing import SampleTrace
 from headrace_router.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -111,11 +112,12 @@ class Flow:
         self._numbers = itertools.count(1)
         self._finished = Finished()
 
-    async def run(self, sample: Sample, on_placed: Callable[[], None]) -> None:
+    async def run(self, sample: Sample, trace: SampleTrace, on_placed: Callable[[], None]) -> None:
         """Bring `sample` to FINISHED; cancelled, free everything it holds.
 
         Args:
             sample: in state QUEUED.
+            trace: its.
             on_placed: called when it leaves the queue for the first time.
 
         Raises:
@@ -134,21 +136,24 @@ class Flow:
                 move = Move(self._dispatcher, sample, placement)
                 try:
                     fingerprint = self._check_model(fingerprint, placement)
-                    ended = await self._attempt(sample, placement, move)
+                    ended = await self._attempt(sample, trace, placement, move)
                     placed = move.make() if ended.is_moved else None
                 finally:
                     await move.close()
                 if placed is not None:
                     self._metrics.moves.inc()
+                    trace.end_attempt(sample, is_moved=True)
                 elif ended.error is None:
                     self._remember(sample, placement.decode)
                     return
                 else:
+                    sample.mark_failure(time.monotonic())
+                    trace.end_attempt(sample, reason=ended.error.reason)
                     self._react(sample, placement, ended, ended.error, endings)
         finally:
             sample.let_go()
 
-    async def _attempt(self, sample: Sample, placement: Placement, move: Move) -> Ended:
+    async def _attempt(self, sample: Sample, trace: SampleTrace, placement: Placement, move: Move) -> Ended:
         """Make one attempt; return how it ended."""
         prefill, session = placement.prefill, placement.decode.session
         sample.begin_attempt(
@@ -157,6 +162,7 @@ class Flow:
             decode=placement.decode,
             now_s=time.monotonic(),
         )
+        trace.begin_attempt(sample)
         knows_end = keeps_pages = False
 
         def on_prefill_lost(lost: asyncio.Future[HeadraceError]) -> None:
@@ -165,7 +171,7 @@ class Flow:
         try:
             if prefill is not None:
                 prefill.lost.add_done_callback(on_prefill_lost)
-            session.start(sample, self._start(sample, placement.decode), on_leaving=move.begin)
+            session.start(sample, self._start(sample, placement.decode, trace), on_leaving=move.begin)
             assert sample.attempt_over is not None, "it has begun"
             ended = await sample.attempt_over
             if ended.is_moved and sample.is_over:  # it ended before it was moved
@@ -180,7 +186,7 @@ class Flow:
             session.end(sample.number, sample.attempt, tell=not knows_end, keeps_pages=keeps_pages)
         return ended
 
-    def _start(self, sample: Sample, decode: Worker) -> decode_service_pb2.StartSequence:
+    def _start(self, sample: Sample, decode: Worker, trace: SampleTrace) -> decode_service_pb2.StartSequence:
         local_below, cached = self._local_below, sample.cached
         # Of a worker that went away and came back it has them already.
         takes = sample.kept is not None and cached is not None and cached.worker is sample.kept.worker is not decode
@@ -198,6 +204,7 @@ class Flow:
             sample_index=sample.sample_index,
             prefill_address=sample.prefill_address,
             local_below=local_below,
+            traceparent=trace.traceparent,
         )
         has_use = bool(sample.prefill_address) or takes
         if cached is not None and cached.num_tokens and not cached.is_lost and has_use:
@@ -222,7 +229,6 @@ class Flow:
     ) -> None:
         """Prepare another attempt, or raise what the client is told; count in `endings` how this one ended."""
         blamed = _blamed(placement, ended)
-        sample.mark_failure(time.monotonic())
         is_refusal = isinstance(error, InvalidRequestError) and error.reason != "BAD_HANDOFF"
         endings[_REFUSED] += is_refusal
         endings[_LOST] += error.reason in _LOST_REASONS

@@ -7,6 +7,7 @@ request.
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 from headrace_router.timings import PHASES, Waterfall
 
@@ -31,6 +33,7 @@ class TokenHistogram(Collector):
         self._edges = tuple(buckets)
         self._counts = [0] * (len(self._edges) + 1)
         self._sum = 0.0
+        self._exemplars: list[Exemplar | None] = [None] * len(self._counts)
         registry.register(self)
 
     def observe(self, value: float, num_tokens: int = 1) -> None:
@@ -38,13 +41,19 @@ class TokenHistogram(Collector):
         self._counts[bisect_left(self._edges, value)] += num_tokens
         self._sum += value * num_tokens
 
+    def show(self, value: float, labels: dict[str, str]) -> None:
+        """Let what was observed just now stand for its bucket."""
+        self._exemplars[bisect_left(self._edges, value)] = Exemplar(labels, value, time.time())
+
     def collect(self) -> Iterable[Metric]:
         """Return the samples; called by the registry."""
         total = 0
-        buckets: list[tuple[str, float]] = []
-        for edge, count in zip((*self._edges, "+Inf"), list(self._counts), strict=True):
+        buckets: list[tuple[str, float, Exemplar | None]] = []
+        for edge, count, exemplar in zip(
+            (*self._edges, "+Inf"), list(self._counts), list(self._exemplars), strict=True
+        ):
             total += count
-            buckets.append((str(edge), total))
+            buckets.append((str(edge), total, exemplar))
         family = HistogramMetricFamily(self._name, self._documentation)
         family.add_metric([], buckets, self._sum)
         yield family
@@ -80,9 +89,13 @@ class TokenMetrics(Collector):
         self._num_tokens = 0
         registry.register(self)
 
-    def first(self, ttft_s: float, num_tokens: int) -> None:
+    def traced(self, trace_id: str) -> TokenMetrics | TracedTokens:
+        """Return what counts the tokens of a request that has this trace; empty: none."""
+        return TracedTokens(self, self._itl, {"trace_id": trace_id}) if trace_id else self
+
+    def first(self, ttft_s: float, num_tokens: int, exemplar: dict[str, str] | None = None) -> None:
         """Count a sample's first message of tokens."""
-        self._ttft.observe(ttft_s)
+        self._ttft.observe(ttft_s, exemplar)
         self._num_tokens += num_tokens
         self._num_late_first += ttft_s > self._objectives.ttft_s
 
@@ -108,6 +121,24 @@ class TokenMetrics(Collector):
                 missed.add_metric([slo], num_late)
         yield objectives
         yield missed
+
+
+class TracedTokens:
+    """Counts in `TokenMetrics`, and makes what it counts examples of their buckets that name the trace."""
+
+    def __init__(self, tokens: TokenMetrics, itl: TokenHistogram, labels: dict[str, str]) -> None:
+        self._tokens = tokens
+        self._itl = itl
+        self._labels = labels
+
+    def first(self, ttft_s: float, num_tokens: int) -> None:
+        """See `TokenMetrics`."""
+        self._tokens.first(ttft_s, num_tokens, self._labels)
+
+    def more(self, gap_s: float, num_tokens: int) -> None:
+        """See `TokenMetrics`."""
+        self._tokens.more(gap_s, num_tokens)
+        self._itl.show(gap_s / num_tokens, self._labels)
 
 
 class Gauges(Collector):
@@ -182,8 +213,8 @@ class RouterMetrics:
             metrics.phases.labels(name)
         return metrics
 
-    def observe_phases(self, waterfall: Waterfall) -> None:
-        """Count one sample's phases when it ended well."""
-        self.e2e.observe(waterfall.total_us / 1e6)
+    def observe_phases(self, waterfall: Waterfall, trace_id: str = "") -> None:
+        """Count one sample's phases when it ended well; its trace, if it has one, is an exemplar of E2E."""
+        self.e2e.observe(waterfall.total_us / 1e6, {"trace_id": trace_id} if trace_id else None)
         for name, seconds in waterfall.sums_s().items():
             self.phases.labels(name).observe(seconds)

@@ -17,6 +17,7 @@ from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
+from headrace_core.tracing.span import Tracer
 
 from headrace_router.admission import Admission, RequestSpec, Tokenized
 from headrace_router.answers import ROLE_NAMES
@@ -30,6 +31,7 @@ from headrace_router.prompts import Prompts
 from headrace_router.registry import Registry
 from headrace_router.running import RunningRequest, deadline_error, outcome_of, outcome_of_leaving
 from headrace_router.tokenizer import Tokenizer
+from headrace_router.tracing import Metadata, begin_request
 from headrace_router.waiting import Seat, WaitingRoom
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,13 @@ class Router:
     """Event loop only."""
 
     def __init__(
-        self, settings: RouterSettings, metrics: RouterMetrics, connect: Connect = channel, keys: Keys | None = None
+        self,
+        settings: RouterSettings,
+        metrics: RouterMetrics,
+        tracer: Tracer,
+        *,
+        connect: Connect = channel,
+        keys: Keys | None = None,
     ) -> None:
         """Load the tokenizer; `connect` reaches workers, `keys` say how many tokens a caller may use.
 
@@ -53,6 +61,7 @@ class Router:
             connect=connect,
         )
         self._settings = settings
+        self._tracer = tracer
         self._metrics = metrics
         self._keys = keys
         self._model_name = settings.model_name or settings.model.resolve().name
@@ -121,6 +130,7 @@ class Router:
         caller: Caller,
         remaining_s: float | None,
         *,
+        metadata: Metadata = (),
         on_failed: Callable[[], None],
     ) -> RunningRequest:
         """Check a request and start it; `close` must follow.
@@ -129,6 +139,7 @@ class Router:
             message: the client's.
             caller: who sent it.
             remaining_s: until the client's deadline; None if it has none.
+            metadata: of the call; it may name a trace.
             on_failed: called when the request has failed and is closed, though its client may not know yet.
 
         Raises:
@@ -139,6 +150,7 @@ class Router:
         arrival_s = time.monotonic()
         deadline_s = arrival_s + (self._settings.request_timeout_s if remaining_s is None else remaining_s)
         seat: Seat | None = None
+        span = begin_request(self._tracer, message, metadata, model=self._model_name, arrival_s=arrival_s)
         try:
             self._check_open()
             wait = EndableWait()
@@ -152,17 +164,21 @@ class Router:
 
             on_used = self._keys.take_tokens(caller, spec.most_tokens) if self._keys else None
             running = RunningRequest(
-                spec, self._flow, self._tokenizer, self._metrics, seat, on_failed=close, on_used=on_used
+                spec, self._flow, self._tokenizer, self._metrics, seat, on_failed=close, on_used=on_used, span=span
             )
             self._running[spec.sent_id] = running
             seat = None
             return running
         except HeadraceError as error:
             self.count_refused(error)
+            span.fail(error.reason)
+            span.end()
             log.info("request refused", extra={"request_id": message.request_id[:64], "reason": error.reason})
             raise
         except asyncio.CancelledError:
             self._metrics.requests.labels(outcome_of_leaving(deadline_s)).inc()
+            span.set({"headrace.outcome": outcome_of_leaving(deadline_s)})
+            span.end()
             raise
         finally:
             if seat is not None:

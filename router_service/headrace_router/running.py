@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from headrace.v1 import generation_service_pb2
 from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
+from headrace_core.tracing.span import NOT_TRACED, Span
 
 from headrace_router import policy
 from headrace_router.admission import RequestSpec
@@ -25,6 +26,7 @@ from headrace_router.flow import Flow
 from headrace_router.metrics import RouterMetrics
 from headrace_router.sample import Sample, SampleState
 from headrace_router.tokenizer import Tokenizer
+from headrace_router.tracing import SampleTrace, end_request
 from headrace_router.waiting import Seat
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class RunningRequest:
         *,
         on_failed: Callable[[RunningRequest], None],
         on_used: Callable[[int], None] | None = None,
+        span: Span = NOT_TRACED,
     ) -> None:
         """Start every sample; `close` must follow. The seat in the queue is given up when the first has a worker.
 
@@ -84,8 +87,10 @@ class RunningRequest:
             seat: in the queue.
             on_failed: called with this request when it has failed, later than this returns; closes it.
             on_used: told when it closes how many tokens it came to, its prompt included.
+            span: its own, which it ends.
         """
         self.spec = spec
+        self._span = span
         self._seat = seat
         self._client = (seat.caller.address, seat.caller.name)
         seat.evict = self._evict
@@ -106,6 +111,9 @@ class RunningRequest:
         self._may_queue[0].set_result(None)
         key = policy.prefix_key(spec.prompt_ids)
         self.samples = [self._sample(index, key, tokenizer) for index in range(spec.num_samples)]
+        self._traces = [
+            SampleTrace(span, sample.waterfall, spec.arrival_s, sample.sample_index) for sample in self.samples
+        ]
         metrics.prompt_tokens.inc(len(spec.prompt_ids))
         self._timer = loop.call_later(max(0.0, spec.deadline_s - time.monotonic()), self._on_deadline)
         self._tasks = [asyncio.create_task(self._run(sample)) for sample in self.samples]
@@ -162,6 +170,9 @@ class RunningRequest:
         self._log(outcome)
         if self._on_used is not None:
             self._on_used(self._num_used_tokens())
+        for trace, sample in zip(self._traces, self.samples, strict=True):
+            trace.close(sample)
+        end_request(self._span, self.spec, self.samples, outcome=outcome, error=self._error)
         self.samples, self._tasks = [], []
         self._news.clear()
         self.spec = replace(self.spec, prompt_ids=[])
@@ -175,7 +186,7 @@ class RunningRequest:
             detokenizer,
             client=self._client,
             prefix_key=key,
-            tokens=self._metrics.tokens,
+            tokens=self._metrics.tokens.traced(self._span.trace_id),
             on_news=self._on_news,
             on_cached=self._on_first_cached if index == 0 else _ignore,
         )
@@ -183,7 +194,7 @@ class RunningRequest:
     async def _run(self, sample: Sample) -> None:
         try:
             await self._may_queue[sample.sample_index]
-            await self._flow.run(sample, on_placed=lambda: self._on_placed(sample))
+            await self._flow.run(sample, self._traces[sample.sample_index], on_placed=lambda: self._on_placed(sample))
         except HeadraceError as error:
             self.fail(error)
         except Exception as error:
@@ -245,7 +256,7 @@ class RunningRequest:
 
     def _observe(self, sample: Sample) -> None:
         if sample.state is SampleState.FINISHED:
-            self._metrics.observe_phases(sample.waterfall)
+            self._metrics.observe_phases(sample.waterfall, self._span.trace_id)
             tpot_s = _tpot_s(sample)
             if tpot_s is not None:
                 self._metrics.tpot.observe(tpot_s)
@@ -274,6 +285,8 @@ class RunningRequest:
             extra["tpot_s"] = tpot_s
         if self._error is not None:
             extra["reason"] = self._error.reason
+        if self._span.is_recorded:
+            extra["trace_id"] = self._span.trace_id
         log.info("request ended", extra=extra)
 
 

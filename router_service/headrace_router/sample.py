@@ -33,7 +33,7 @@ from headrace_router.cached import Cached, Kept, cached_at
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
 from headrace_router.fair_queue import Client, Turn
-from headrace_router.metrics import TokenMetrics
+from headrace_router.metrics import TokenMetrics, TracedTokens
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.session import Ended, LastTransfer, Progress, Side, Whose
 from headrace_router.stop import StopMatcher
@@ -73,7 +73,7 @@ class Sample:
         *,
         client: Client,
         prefix_key: int,
-        tokens: TokenMetrics,
+        tokens: TokenMetrics | TracedTokens,
         on_news: Callable[[Sample], None],
         on_cached: Callable[[Cached], None],
     ) -> None:

@@ -15,6 +15,7 @@ from headrace_core.config import RouterSettings
 from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.identity import Identity, Role
+from headrace_core.tracing.start import open_tracer
 
 from headrace_router.auth import front
 from headrace_router.caller import caller_of
@@ -60,6 +61,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             request,
             self._caller_of(context),
             context.time_remaining(),
+            metadata=context.invocation_metadata() or (),
             on_failed=lambda: self._door.forget_message(context),
         )
         del request  # it may be large, and nobody needs it any more
@@ -90,6 +92,7 @@ class RouterService:
         self.metrics = RouterMetrics.create(Objectives.of(settings))
         self.registry = self.metrics.registry
         self._settings = settings
+        self._tracer = open_tracer(settings.trace_sample, "router")
         self._router: Router | None = None
         self._following: asyncio.Task[None] | None = None
         self._identity = Identity.load(settings.tls, Role.ROUTER)
@@ -112,7 +115,7 @@ class RouterService:
             log.warning("keys cross the network in clear text; set --tls, or --tls-cert and --tls-key")
         if self._tls is not None and self._identity is None:
             log.warning("workers are reached in clear text; set --tls")
-        router = self._router = Router(settings, self.metrics, self._connect, self._keys)
+        router = self._router = Router(settings, self.metrics, self._tracer, connect=self._connect, keys=self._keys)
         self.registry.register(Gauges(lambda: (router.num_queued, router.num_running), router.worker_states))
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(router, self._door, self._keys), self._server.grpc
@@ -141,6 +144,7 @@ class RouterService:
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        await self._tracer.close()
 
     def _connect(self, address: str) -> grpc.aio.Channel:
         return rpc.channel(address, tls=self._identity and self._identity.to_worker())
