@@ -18,6 +18,7 @@ from headrace_core.identity import ChannelTls, Identity, Role
 from headrace_core.rpc import raised_from
 
 from headrace_client.retry import RetryPolicy
+from headrace_client.tracing import trace_metadata
 
 DEFAULT_ADDRESS = "127.0.0.1:50050"
 INFO_TIMEOUT_S = 10.0
@@ -71,14 +72,15 @@ class ConnectionOptions:
         return ChannelTls(grpc.ssl_channel_credentials(self._roots()))
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what is sent with every call.
+        """Return what is sent with a call now: the API key, and the trace that the caller is in.
 
         Raises:
             InvalidRequestError: BAD_CREDENTIALS, the key can't be sent.
         """
         if not (self.api_key.isascii() and self.api_key.isprintable()):
             raise InvalidRequestError("BAD_CREDENTIALS", "the API key holds characters that a header can't carry")
-        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+        authorization = (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+        return (*authorization, *trace_metadata())
 
     def _roots(self) -> bytes | None:
         if self.root_certificates is None:
