@@ -212,6 +212,7 @@ def decode_server_info(info: pb.GetServerInfoResponse) -> ServerInfo:
         num_queued=info.num_queued,
         num_running=info.num_running,
         version=info.version,
+        metrics_port=info.metrics_port,
     )
 
 
@@ -229,4 +230,5 @@ def _decode_worker(worker: Any) -> Worker:
         transports=tuple(worker.transports),
         transport_in_use=worker.transport_in_use,
         transfer_bytes_per_s=worker.transfer_bytes_per_s,
+        metrics_port=worker.metrics_port,
     )

@@ -155,11 +155,15 @@ class Worker:
     transports: tuple[str, ...]
     transport_in_use: str
     transfer_bytes_per_s: int
+    metrics_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a router serves. Fingerprint and context length are empty and 0 until a worker is ready."""
+    """What a router serves. Fingerprint and context length are empty and 0 until a worker is ready.
+
+    `metrics_port`, here and of a worker, is where its host serves Prometheus metrics; 0 if it does not say.
+    """
 
     model_name: str
     model_fingerprint: str
@@ -168,3 +172,4 @@ class ServerInfo:
     num_queued: int
     num_running: int
     version: str
+    metrics_port: int = 0

@@ -43,6 +43,8 @@ class Service(Protocol):
 
     registry: CollectorRegistry
     """Its metrics; served from before `start`."""
+    metrics_port: int
+    """Where they are served; set before `start`."""
     failed: asyncio.Future[None]
     """Done when the process can't go on; a result or an exception, either ends it with exit code 1."""
 
@@ -119,6 +121,7 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
         return _refuse(error)
     try:
         metrics_address = serve_metrics(settings.metrics_listen, service.registry, role)
+        service.metrics_port = int(metrics_address.rpartition(":")[2])
         address = await _start(service, stopping)
         if address is None:
             await _stop(service, settings)

@@ -68,6 +68,7 @@ class DecodeService:
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         self.registry = CollectorRegistry()
+        self.metrics_port = 0
         self._metrics = DecodeMetrics(self.registry)
         self._settings = settings
         self._loader = loader
@@ -118,6 +119,7 @@ class DecodeService:
         add_hold_servicer(self.prefixes, server)
         for end in self.prefixes.ends:
             end.serve(server)
+        self.host.metrics_port = self.metrics_port
         address = await self.host.bind()
         model = await self.host.load(self._loader)
         settings = self._settings

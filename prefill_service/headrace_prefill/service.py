@@ -61,6 +61,7 @@ class PrefillService:
     ) -> None:
         transports = transports or usable(settings.transport, has_tls=settings.tls is not None)
         self.registry = CollectorRegistry()
+        self.metrics_port = 0
         self._metrics = PrefillMetrics(self.registry)
         self._settings = settings
         self._loader = loader
@@ -107,6 +108,7 @@ class PrefillService:
         add_hold_servicer(self, self.host.server.grpc)
         for end in self._ends:
             end.serve(self.host.server.grpc)
+        self.host.metrics_port = self.metrics_port
         address = await self.host.bind()
         model = await self.host.load(self._loader)
         settings = self._settings

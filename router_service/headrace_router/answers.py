@@ -38,6 +38,7 @@ _SIDES = frozenset(
         decode_service_pb2.FAILURE_SIDE_CHANNEL,
     )
 )
+_MOST_PORT = 65_535
 _MOST_LOGPROB = 0.01
 """A logarithm of a probability is at most 0, but for rounding."""
 
@@ -76,6 +77,7 @@ def check_info(info: worker_service_pb2.GetInfoResponse) -> KvLayout:
     }
     for name, (count, least) in counts.items():
         _require(least <= count <= MAX_COUNT, f"its {name} is {count}; it must be {least} to {MAX_COUNT}")
+    _require(info.metrics_port <= _MOST_PORT, f"its metrics are at port {info.metrics_port}")
     _require(layout.page_size <= _MOST_PAGE_TOKENS, f"its pages hold {layout.page_size} tokens")
     _require(len(info.eos_token_ids) <= MAX_EOS_TOKEN_IDS, f"it names {len(info.eos_token_ids)} end-of-sequence ids")
     _check_ids(info.eos_token_ids, info.vocab_size, "an end-of-sequence id")

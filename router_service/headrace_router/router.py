@@ -46,6 +46,7 @@ class Router:
         metrics: RouterMetrics,
         tracer: Tracer,
         *,
+        metrics_port: int = 0,
         connect: Connect = channel,
         keys: Keys | None = None,
     ) -> None:
@@ -62,6 +63,7 @@ class Router:
         )
         self._settings = settings
         self._tracer = tracer
+        self._metrics_port = metrics_port
         self._metrics = metrics
         self._keys = keys
         self._model_name = settings.model_name or settings.model.resolve().name
@@ -209,6 +211,7 @@ class Router:
             num_queued=self.num_queued,
             num_running=self.num_running,
             version=__version__,
+            metrics_port=self._metrics_port,
         )
 
     async def _admit(
@@ -258,6 +261,7 @@ def _worker_status(link: Link) -> generation_service_pb2.WorkerStatus:
     )
     if link.info is not None:
         status.num_pages = link.info.num_pages
+        status.metrics_port = link.info.metrics_port
         status.transports.extend(link.info.transports)
     if link.worker is not None:
         load = link.worker.load

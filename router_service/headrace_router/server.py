@@ -91,6 +91,7 @@ class RouterService:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.metrics = RouterMetrics.create(Objectives.of(settings))
         self.registry = self.metrics.registry
+        self.metrics_port = 0
         self._settings = settings
         self._tracer = open_tracer(settings.trace_sample, "router")
         self._router: Router | None = None
@@ -115,7 +116,14 @@ class RouterService:
             log.warning("keys cross the network in clear text; set --tls, or --tls-cert and --tls-key")
         if self._tls is not None and self._identity is None:
             log.warning("workers are reached in clear text; set --tls")
-        router = self._router = Router(settings, self.metrics, self._tracer, connect=self._connect, keys=self._keys)
+        router = self._router = Router(
+            settings,
+            self.metrics,
+            self._tracer,
+            metrics_port=self.metrics_port,
+            connect=self._connect,
+            keys=self._keys,
+        )
         self.registry.register(Gauges(lambda: (router.num_queued, router.num_running), router.worker_states))
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(router, self._door, self._keys), self._server.grpc

@@ -77,6 +77,7 @@ LINK_FAULTS = {
     "info: context": (*info(max_context_tokens=0), "max_context_tokens is 0"),
     "info: context of 1": (*info(max_context_tokens=1), "max_context_tokens is 1"),
     "info: token budget": (*info(max_step_tokens=0), "max_step_tokens is 0"),
+    "info: metrics port": (*info(metrics_port=65_536), "its metrics are at port 65536"),
     "info: huge token budget": (*info(max_step_tokens=(1 << 32) - 1), "max_step_tokens is 4294967295"),
     "info: no sequences": (*info(max_step_sequences=0), "max_step_sequences is 0"),
     "info: no vocabulary": (*info(vocab_size=0), "vocab_size is 0"),

@@ -87,6 +87,7 @@ class WorkerHost(Generic[S]):
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.state = HostState.STARTING
         self.address = ""
+        self.metrics_port = 0
         self._model: LoadedModel | None = None
         self._engine: Engine[S] | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -226,6 +227,7 @@ class WorkerHost(Generic[S]):
             eos_token_ids=model.limits.eos_token_ids,
             transports=self._transports,
             version=__version__,
+            metrics_port=self.metrics_port,
         )
 
     def _on_fatal(self, error: BaseException) -> None:

@@ -402,6 +402,7 @@ class GetServerInfoResponse(_message.Message):
     NUM_QUEUED_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    METRICS_PORT_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model."""
     model_fingerprint: _builtins.str
@@ -414,6 +415,8 @@ class GetServerInfoResponse(_message.Message):
     """Requests under way."""
     version: _builtins.str
     """Headrace's version."""
+    metrics_port: _builtins.int
+    """Port of the router's Prometheus metrics, at the host where it is reached; 0: not known."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Every worker the router knows."""
@@ -428,10 +431,11 @@ class GetServerInfoResponse(_message.Message):
         num_queued: _builtins.int = ...,
         num_running: _builtins.int = ...,
         version: _builtins.str = ...,
+        metrics_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_queued", b"num_queued", "num_running", b"num_running", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_queued", b"num_queued", "num_running", b"num_running", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -455,6 +459,7 @@ class WorkerStatus(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     TRANSPORT_IN_USE_FIELD_NUMBER: _builtins.int
     TRANSFER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    METRICS_PORT_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """`host:port`."""
     role: _types_pb2.WorkerRole.ValueType
@@ -477,6 +482,8 @@ class WorkerStatus(_message.Message):
     """The transport of the last hand-off that moved pages to it; empty if none did."""
     transfer_bytes_per_s: _builtins.int
     """That hand-off's bytes per second of the time that its pages moved or waited to; 0 if none."""
+    metrics_port: _builtins.int
+    """Port of its Prometheus metrics, at the host of `address`; 0: not known."""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transports it can use, best first."""
@@ -496,10 +503,11 @@ class WorkerStatus(_message.Message):
         transports: _abc.Iterable[_builtins.str] | None = ...,
         transport_in_use: _builtins.str = ...,
         transfer_bytes_per_s: _builtins.int = ...,
+        metrics_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transport_in_use", b"transport_in_use", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "metrics_port", b"metrics_port", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transport_in_use", b"transport_in_use", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

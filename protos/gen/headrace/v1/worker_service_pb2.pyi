@@ -55,6 +55,7 @@ class GetInfoResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    METRICS_PORT_FIELD_NUMBER: _builtins.int
     role: _types_pb2.WorkerRole.ValueType
     """What it does."""
     incarnation: _builtins.int
@@ -75,6 +76,8 @@ class GetInfoResponse(_message.Message):
     """Size of the vocabulary the model's logits have."""
     version: _builtins.str
     """Headrace's version."""
+    metrics_port: _builtins.int
+    """Port of its Prometheus metrics, at the host where it is reached; 0: not known."""
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout:
         """Meaning of its pages' bytes."""
@@ -103,10 +106,11 @@ class GetInfoResponse(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
+        metrics_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "max_step_sequences", b"max_step_sequences", "max_step_tokens", b"max_step_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_pages", b"num_pages", "role", b"role", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "max_step_sequences", b"max_step_sequences", "max_step_tokens", b"max_step_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_pages", b"num_pages", "role", b"role", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
