@@ -15,7 +15,7 @@ from rich.text import Text
 from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.generate import to_plain
-from headrace_client.commands.terminal import format_bytes, stdout, write_text
+from headrace_client.commands.terminal import LOST_STATES, STATE_STYLES, format_bytes, stdout, write_text
 from headrace_client.connection import DEFAULT_ADDRESS, cause_of
 from headrace_client.results import ServerInfo, Worker
 
@@ -30,9 +30,6 @@ Pages are the unit of the KV cache. The transport of a decode worker is the one 
 how fast; of others, those it can use. A lease is a sequence whose pages a prefill worker keeps until a decode worker \
 has them. With --watch, --json prints one line per look.
 """
-
-_STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "unreachable": "red", "refused": "red"}
-_LOST_STATES = ("unreachable", "starting", "refused")
 
 
 def status(
@@ -92,14 +89,14 @@ def _row(worker: Worker) -> tuple[RenderableType, ...]:
     return (
         worker.address,
         worker.role or "?",
-        Text(worker.state, style=_STATE_STYLES.get(worker.state, "")),
+        Text(worker.state, style=STATE_STYLES.get(worker.state, "")),
         _transport(worker),
         # What a lost worker last said about itself holds no longer.
-        *(("-",) * len(counts) if worker.state in _LOST_STATES else counts),
+        *(("-",) * len(counts) if worker.state in LOST_STATES else counts),
     )
 
 
 def _transport(worker: Worker) -> str:
-    if worker.transport_in_use and worker.state not in _LOST_STATES:
+    if worker.transport_in_use and worker.state not in LOST_STATES:
         return f"{worker.transport_in_use} {format_bytes(worker.transfer_bytes_per_s)}/s"
     return ", ".join(worker.transports) or "-"

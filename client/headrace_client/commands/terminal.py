@@ -12,6 +12,11 @@ from rich.text import Text
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
+STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "unreachable": "red", "refused": "red"}
+"""Of workers."""
+LOST_STATES = ("unreachable", "starting", "refused")
+"""In which what a worker last said of itself holds no longer."""
+
 _HINTS = {
     "UNREACHABLE": "Start one with `headrace up --model DIR`, or name another with --server HOST:PORT.",
     "CONNECTION_LOST": "`headrace status` shows whether the router is back.",
