@@ -48,12 +48,12 @@ class TokenHistogram(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return the samples; called by the registry."""
         total = 0
-        buckets: list[tuple[str, float, Exemplar | None]] = []
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
         for edge, count, exemplar in zip(
             (*self._edges, "+Inf"), list(self._counts), list(self._exemplars), strict=True
         ):
             total += count
-            buckets.append((str(edge), total, exemplar))
+            buckets.append((str(edge), total) if exemplar is None else (str(edge), total, exemplar))
         family = HistogramMetricFamily(self._name, self._documentation)
         family.add_metric([], buckets, self._sum)
         yield family

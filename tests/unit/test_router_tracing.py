@@ -4,10 +4,18 @@ import asyncio
 import socket
 
 import pytest
+from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import HandoffLostError
+from headrace_core.testing.async_test import async_test
+from headrace_core.testing.fake_model import FakeModel
 from headrace_core.testing.otlp_collector import OtlpCollector
+from headrace_core.testing.worker_pair import running
+from headrace_decode.service import DecodeService
+from headrace_prefill.service import PrefillService
 from headrace_router.metrics import Objectives, RouterMetrics, TokenMetrics
 from headrace_router.testing import (
+    VOCAB_SIZE,
+    RouterUnderTest,
     check_timings,
     remembering_worker,
     run_router,
@@ -17,7 +25,8 @@ from headrace_router.testing import (
 )
 from prometheus_client import generate_latest
 
-from tests.unit.test_router_moves import ask, fleet, running_at
+from tests.unit.test_router_moves import ask, fleet, loaded, running_at
+from tests.unit.test_router_samples import At
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -153,6 +162,26 @@ def test_requests_are_answered_while_a_collector_does_not_answer(tmp_path, colle
 
     run_router(tmp_path, [scripted_worker("both")], test, trace_sample=1.0)
     assert not collector.may_answer.is_set()
+
+
+@async_test
+async def test_every_process_sends_what_is_left_when_it_stops(tmp_path, collector, monkeypatch):
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    workers = [
+        service(settings(model=".", trace_sample=0.0), loader=lambda _: loaded(FakeModel(vocab_size=VOCAB_SIZE)))
+        for service, settings in ((PrefillService, PrefillSettings), (DecodeService, DecodeSettings))
+    ]
+    async with running(*workers) as addresses:
+        async with RouterUnderTest(tmp_path, settings={"trace_sample": 1.0}) as router:
+            router.workers = [At(address) for address in addresses]
+            router.write_workers()
+            await router.wait_states(["ready", "ready"])
+            await router.generate(request())
+            router.workers.clear()
+        assert {span.service for span in collector.spans} == {"headrace-router"}
+    assert {span.name for span in collector.spans if span.service == "headrace-prefill"} >= {"lease", "held"}
+    assert {span.name for span in collector.spans if span.service == "headrace-decode"} >= {"sequence", "running"}
+    assert len({span.trace_id for span in collector.spans}) == 1
 
 
 def test_tokens_are_counted_the_same_and_with_examples_only_where_there_is_a_trace():

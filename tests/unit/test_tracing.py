@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -21,6 +22,7 @@ OFF = """
 import asyncio, sys
 from pathlib import Path
 import headrace_client.commands.app
+from headrace_client.connection import ConnectionOptions
 from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
@@ -29,6 +31,7 @@ from headrace_router.testing import run_router, scripted_worker, text_request
 async def test(router):
     (sample,) = await router.generate(text_request("a", sampling={"max_tokens": 3}), traceparent=sys.argv[2])
     assert sample.text == "Hel"
+    assert ConnectionOptions().metadata() == ()
     DecodeService(DecodeSettings(model="none"))
     PrefillService(PrefillSettings(model="none"))
 
@@ -140,7 +143,7 @@ async def test_an_end_does_not_wait_for_a_collector_that_does_not_answer(collect
     end_some(tracer, 1)
     async with asyncio.timeout(WAIT_S):
         await tracer.close()
-    assert not collector.may_answer.is_set()
+    assert any(thread.name == "last spans" for thread in threading.enumerate()), "the SDK itself still waits"
     assert not collector.spans
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,7 @@ def take_look(client: Client, at_s: float) -> Look:
     found |= {worker.address: _address(worker.address, worker.metrics_port) for worker in info.workers}
     addresses = {name: address for name, address in found.items() if address}
     with ThreadPoolExecutor(_MOST_THREADS) as threads:
-        scraped = threads.map(lambda address: scrape(address, at_s), addresses.values())
+        scraped = threads.map(functools.partial(scrape, at_s=at_s), addresses.values())
         processes = dict(zip(addresses, scraped, strict=True))
     return Look(at_s, info, {name: samples for name, samples in processes.items() if samples is not None})
 
