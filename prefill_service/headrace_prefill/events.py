@@ -12,7 +12,10 @@ from headrace_core.request import FinishReason, SampledToken
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A sequence is published: its pages hold the cache of `token_ids`. Computing took `compute_s` seconds."""
+    """A sequence is published: its pages hold the cache of `token_ids`.
+
+    Computing what was not cached took as many steps as it has chunks, and `compute_s` seconds.
+    """
 
     key: int
     token_ids: Sequence[int]
@@ -20,6 +23,7 @@ class Prefilled:
     finish: FinishReason | None
     num_pages: int
     num_cached_tokens: int
+    num_chunks: int
     compute_s: float
 
 

@@ -64,6 +64,7 @@ class _Sequence:
     is_lost: bool = False
     """True when sealed pages were written again."""
     started_s: float = 0.0
+    num_chunks: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -223,6 +224,7 @@ class PrefillScheduler:
                 self._book.tell(Failed(chunk.key, error))
                 continue
             sequence.num_computed += len(chunk.token_ids)
+            sequence.num_chunks += 1
             self.pages.commit(sequence.pages, sequence.spec.token_ids, sequence.num_computed, keeps_ids=True)
             if sequence.is_lost:
                 self.free(chunk.key)
@@ -348,6 +350,7 @@ class PrefillScheduler:
                 finish=finish,
                 num_pages=len(pages.page_ids),
                 num_cached_tokens=sequence.num_cached,
+                num_chunks=sequence.num_chunks,
                 compute_s=now - sequence.started_s,
             )
         )

@@ -242,6 +242,7 @@ class PrefillService:
             "attempt": spec.attempt,
             "tokens": num_tokens,
             "cached_tokens": prefilled.num_cached_tokens,
+            "chunks": prefilled.num_chunks,
             "queue_s": call.queue_s,
             "prefill_s": prefilled.compute_s,
             "pages": prefilled.num_pages,

@@ -190,6 +190,7 @@ def test_a_published_sequence_says_what_a_ticket_needs():
     assert (first.token_ids, second.token_ids) == ([7, 7, 7, 7, 1, 1], [7, 7, 7, 7, 2, 2])
     assert first.compute_s == 4.5
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4)
+    assert (first.num_chunks, second.num_chunks) == (1, 1)
     sealed = [event for event in events if isinstance(event, Sealed)]
     one, two = sealed[0].pages
     assert [(event.key, event.first_page) for event in sealed] == [(1, 0), (2, 0), (2, 1)]
@@ -204,7 +205,7 @@ def test_waiting_is_counted_to_the_first_step_and_computing_from_there():
     step(s, planned_s=5.0, done_s=9.0)
     events = s.take_events()
     (event,) = [event for event in events if isinstance(event, Prefilled)]
-    assert (events[0], event.compute_s) == (Admitted(1, 0, 1.0), 7.0)
+    assert (events[0], event.compute_s, event.num_chunks) == (Admitted(1, 0, 1.0), 7.0, 2)
 
 
 def test_rule_12_groups_take_turns_at_admission_and_within_one_the_oldest_goes_first():
