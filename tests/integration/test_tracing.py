@@ -13,6 +13,7 @@ from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.errors import NotFoundError
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S
+from headrace_core.testing.cluster_checks import eventually
 from headrace_core.testing.otlp_collector import OtlpCollector
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
@@ -183,11 +184,14 @@ def test_an_attempt_that_lost_its_worker_and_the_next_one_are_linked(cluster, co
                 seen, last = seen + len(delta.token_ids), delta
                 if seen >= 8:
                     break
-            info = await client.server_info()
-            busy = {worker.address for worker in info.workers if worker.num_running and worker.role == "decode"}
-            for process in cluster.workers:
-                if process.address in busy:
-                    process.send_signal(signal.SIGKILL)
+
+            async def running():
+                workers = (await client.server_info()).workers
+                return [worker.address for worker in workers if worker.num_running and worker.role == "decode"]
+
+            (address,) = await eventually(running, what="a decode worker says that it runs something")
+            (process,) = (process for process in cluster.workers if process.address == address)
+            process.send_signal(signal.SIGKILL)
             async for delta in stream:
                 seen, last = seen + len(delta.token_ids), delta
             assert seen == 400
