@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import socket
@@ -12,58 +11,19 @@ import time
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from headrace_client import Client
 from headrace_client.cluster.local_cluster import LocalCluster
-from headrace_client.dashboards.boards import BOARDS
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S
 from prometheus_client.parser import text_string_to_metric_families
 
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+from tests.load.queries import QUERIES, ROWS, assert_numbers
+
 PROMPT = "Once upon a time there was a little fox named Zorvim. " * 4
-OWNERS = {
-    "Router": ["router"],
-    "Prefill workers": ["prefill"],
-    "Decode workers": ["decode"],
-    "Every process": ["router", "prefill", "decode"],
-}
-"""Who exports what a section lists; what the others list, every worker does."""
-_ROW = re.compile(r"\| `((?:headrace|process)_\w+)` \| ([\w, ]*) \| [^|]* \| .* \| `(.+)` \|$")
-
-
-@dataclass(frozen=True)
-class Documented:
-    name: str
-    labels: frozenset[str]
-    query: str
-    roles: frozenset[str]
-
-
-def documented() -> list[Documented]:
-    found, section = [], ""
-    for line in DOCS.read_text().splitlines():
-        if line.startswith("### "):
-            section = line.removeprefix("### ")
-        elif line.startswith(("| `headrace_", "| `process_")):
-            row = _ROW.match(line)
-            assert row, f"not as the others: {line}"
-            labels = frozenset(filter(None, row[2].replace(" ", "").split(",")))
-            found.append(Documented(row[1], labels, row[3], frozenset(OWNERS.get(section, ["prefill", "decode"]))))
-    return found
-
-
-ROWS = documented()
-QUERIES = [row.query for row in ROWS] + [
-    query.promql.replace("$__rate_interval", "5m").replace("$layer", "1")
-    for board in BOARDS
-    for panel in board.panels
-    for query in panel.queries
-]
 
 
 def scraped(cluster: LocalCluster) -> dict[str, dict[str, list[dict[str, str]]]]:
@@ -172,8 +132,3 @@ def test_names_labels_and_owners_are_as_documented(cluster):
             for labels in found[role][row.name]:
                 assert labels["role"] == role
                 assert set(labels) - {"le", "role"} == row.labels, row.name
-
-
-def assert_numbers(query: str, found: list[dict[str, Any]]) -> None:
-    for sample in found:
-        assert math.isfinite(float(sample["value"][1])), (query, sample)
