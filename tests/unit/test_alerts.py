@@ -12,7 +12,10 @@ FOLDER = ROOT / "deploy" / "prometheus"
 ALERTS = re.findall(r"- alert: (\w+)", (FOLDER / "rules.yml").read_text())
 
 
-@pytest.mark.parametrize("command", [["check", "rules", "rules.yml"], ["test", "rules", "rules_test.yml"]])
+@pytest.mark.parametrize(
+    "command",
+    [["check", "config", "prometheus.yml"], ["check", "rules", "rules.yml"], ["test", "rules", "rules_test.yml"]],
+)
 def test_promtool_passes(command):
     if not shutil.which("promtool"):
         pytest.skip("there is no promtool here; apt-get install prometheus brings it")
