@@ -73,9 +73,8 @@ class GrpcHolder:
         pages = (memory.page_bytes(layer, page_id) for layer in layers for page_id in page_ids)
         for views in cut(pages, self._holding.frame_bytes):
             held_pages()
-            frame = encode_frame(views)
-            self._holding.on_sent(len(frame))
-            yield frame
+            self._holding.on_sent(sum(map(len, views)))
+            yield encode_frame(views)
         held_pages()
 
 

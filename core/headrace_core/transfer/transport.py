@@ -61,7 +61,7 @@ class Holding:
     incarnation: int
     frame_bytes: int
     on_sent: Callable[[int], None]
-    """Counts bytes; where takers read by themselves, nobody does."""
+    """Counts bytes of pages, without what frames them; where takers read by themselves, nobody does."""
     shared: Callable[[], Memfd | None] = lambda: None
     """What the pool is built on, if others can be let read it."""
 
