@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BIN := $(VENV)/bin
 MINUTES ?= 10
 # Kernels are compiled with two Tritons: that of requirements.lock, and the oldest that pyproject.toml allows, which many
@@ -12,11 +13,12 @@ AOT = $(BIN)/python -m headrace_kernels.aot --also-triton $(OTHER_TRITON) --json
 # The wire of the last release, which protos-check compares with.
 WIRE := protos/headrace.v1.binpb
 MUTMUT := build/mutants/tool/.installed
+COMPOSE := build/compose/tool/.installed
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -132,6 +134,26 @@ tune: setup ## On a GPU: time the kernels' configurations and keep the best: FAM
 
 planner-report: setup ## Predictions against measurements on this machine; writes build/bench/planner.json
 	$(BIN)/python -m tests.perf.planner_report
+
+wheels: setup ## Get what the images are built of into build/wheels, so that their build asks no index
+	@mkdir -p build/wheels
+	$(BIN)/pip download --disable-pip-version-check -q -d build/wheels --only-binary :all: -c requirements.lock -c deploy/docker/constraints.txt \
+	  -r <($(BIN)/python deploy/docker/needs.py router) -r <($(BIN)/python deploy/docker/needs.py worker) hatchling cyclonedx-bom
+
+images: ## Build the container images; of build/wheels alone: NO_INDEX=1 (docs/deploy.md)
+	@for service in router prefill decode; do \
+	  docker build -f deploy/docker/Dockerfile --target $$service -t headrace/$$service:$(VERSION) \
+	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
+	    $${PIP_INDEX_URL:+--build-arg PIP_INDEX_URL} $${PIP_EXTRA_INDEX_URL:+--build-arg PIP_EXTRA_INDEX_URL} \
+	    $(if $(NO_INDEX),--build-arg PIP_NO_INDEX=1) . || exit 1; \
+	done; docker images 'headrace/*'
+
+test-compose: setup $(COMPOSE) ## On a Docker engine, 6 minutes: images, the stack, load, a killed container (build/compose/facts.json)
+	PYTHONPATH=build/compose/tool $(BIN)/python -m tests.compose $(ARGS)
+
+$(COMPOSE): tests/compose/requirements.txt | setup
+	@rm -rf $(@D) && $(BIN)/pip install --disable-pip-version-check -q --no-deps --target $(@D) -r $<
+	@touch $@
 
 demo-model: setup ## Train the demo model again (hours on a CPU)
 	PYTHONPATH=demo $(BIN)/python -m headrace_demo all
