@@ -1,0 +1,153 @@
+{{/* Every object's name begins so: the release's name, with the chart's where it does not have it. */}}
+{{- define "headrace.fullname" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{/* gRPC's port of a role, the same as in docs/operations.md. */}}
+{{- define "headrace.grpcPort" -}}
+{{- get (dict "router" "50050" "prefill" "50051" "decode" "50052") . -}}
+{{- end }}
+
+{{/* What the objects of (root, role) are found by; with no role, those of the release. */}}
+{{- define "headrace.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ $root.Chart.Name }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{- with index . 1 }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "headrace.metadata" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+name: {{ include "headrace.fullname" $root }}{{ with $role }}-{{ . }}{{ end }}
+labels:
+  {{- include "headrace.selector" . | nindent 2 }}
+  app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+  app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+  helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- end }}
+
+{{/* The options of a role as arguments. Numbers as JSON: a template's own way makes 4194304 into 4.194304e+06. */}}
+{{- define "headrace.options" -}}
+{{- range $name, $value := . }}
+{{- $text := kindIs "string" $value | ternary $value (toJson $value) }}
+- {{ printf "--%s=%s" $name $text | quote }}
+{{- end }}
+{{- end }}
+
+{{/*
+How long Kubernetes waits after it asked a process of (root, role) to end: a process has drain-s to drain and again, with
+two seconds, to stop (headrace_core/process.py); a router first waits until nobody is sent to it.
+*/}}
+{{- define "headrace.preStopSeconds" -}}
+{{- get (dict "router" "5" "prefill" "0" "decode" "0") . -}}
+{{- end }}
+{{- define "headrace.drainSeconds" -}}
+{{- index (index . 0).Values (index . 1) | dig "options" "drain-s" 10 | ceil | int -}}
+{{- end }}
+{{- define "headrace.graceSeconds" -}}
+{{- add (include "headrace.preStopSeconds" (index . 1)) (include "headrace.drainSeconds" . | mul 2) 5 -}}
+{{- end }}
+
+{{/* By the gRPC health service; the kubelet speaks it without TLS alone, so a router with TLS is asked for its port. */}}
+{{- define "headrace.probe" -}}
+{{- if and (eq (index . 1) "router") (index . 0).Values.router.tlsSecret -}}
+tcpSocket: {port: grpc}
+{{- else -}}
+grpc: {port: {{ include "headrace.grpcPort" (index . 1) }}}
+{{- end }}
+timeoutSeconds: 5
+{{- end }}
+
+{{/*
+A worker that was drained by hand is NOT_SERVING and stays so: the last of these starts it again, after it had the time
+to drain. A large checkpoint takes its time to load: half an hour.
+*/}}
+{{- define "headrace.probes" -}}
+startupProbe:
+  {{- include "headrace.probe" . | nindent 2 }}
+  periodSeconds: 2
+  failureThreshold: 900
+readinessProbe:
+  {{- include "headrace.probe" . | nindent 2 }}
+  periodSeconds: 5
+  failureThreshold: 2
+livenessProbe:
+  {{- include "headrace.probe" . | nindent 2 }}
+  periodSeconds: 10
+  failureThreshold: {{ max 6 (add 2 (div (include "headrace.drainSeconds" . | int) 10)) }}
+{{- end }}
+
+{{- define "headrace.image" -}}
+{{- $values := index (index . 0).Values (index . 1) -}}
+{{- with (index . 0).Values.image.registry }}{{ . }}/{{ end -}}
+{{ $values.image }}:{{ $values.tag | default (index . 0).Values.image.tag | default (index . 0).Chart.AppVersion }}
+{{- end }}
+
+{{/* What the pods of every (root, role) have in common. */}}
+{{- define "headrace.pod" -}}
+{{- $root := index . 0 -}}
+{{- $values := index $root.Values (index . 1) -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+terminationGracePeriodSeconds: {{ include "headrace.graceSeconds" . }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with $root.Values.image.pullSecrets }}
+imagePullSecrets: {{ toJson . }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector: {{ toJson . }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations: {{ toJson . }}
+{{- end }}
+{{- with $values.affinity }}
+affinity: {{ toJson . }}
+{{- end }}
+{{- end }}
+
+{{- define "headrace.container" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+name: {{ $role }}
+image: {{ include "headrace.image" . | quote }}
+imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+ports:
+  - {name: grpc, containerPort: {{ include "headrace.grpcPort" $role }}}
+  - {name: metrics, containerPort: 9100}
+{{ include "headrace.probes" . }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* /tmp is all that a process may write to; HOME is there for caches of compiled kernels. */}}
+{{- define "headrace.mounts" -}}
+- {name: tmp, mountPath: /tmp}
+{{- if .Values.model.volume }}
+- {name: model, mountPath: /models, readOnly: true}
+{{- end }}
+{{- end }}
+{{- define "headrace.volumes" -}}
+- {name: tmp, emptyDir: {sizeLimit: 4Gi}}
+{{- with .Values.model.volume }}
+- {{ merge (dict "name" "model") . | toJson }}
+{{- end }}
+{{- end }}
+
+{{/* The arguments that the chart itself gives to (root, role); the images' entry point takes them. */}}
+{{- define "headrace.ownArguments" -}}
+- --model={{ (index . 0).Values.model.path }}
+- --listen=0.0.0.0:{{ include "headrace.grpcPort" (index . 1) }}
+- --metrics-listen=0.0.0.0:9100
+{{- end }}

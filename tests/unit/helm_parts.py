@@ -1,0 +1,104 @@
+"""The chart as Helm renders it, for tests: with values of several kinds."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy" / "helm" / "headrace"
+TOOLS = ROOT / "build" / "helm"
+ROLES = ("router", "prefill", "decode")
+NAMESPACE = "ml"
+
+needs_helm = pytest.mark.skipif(
+    not (TOOLS / ".installed").exists(), reason="there is no Helm here; `make helm-tools` brings it"
+)
+
+EVERYTHING = {
+    "image": {"registry": "registry.example.com/x", "tag": "1", "pullSecrets": [{"name": "pull"}]},
+    "model": {"path": "/models/some", "volume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}},
+    "router": {
+        "replicas": 2,
+        "options": {"max-prompt-bytes": 4194304, "slo-ttft-ms": 0.5, "drain-s": 12.5},
+        "tlsSecret": "tls",
+        "tokenSecret": "token",
+        "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+        "nodeSelector": {"a": "b"},
+        "affinity": {"podAntiAffinity": {}},
+    },
+    "prefill": {"devices": {"rdma/hca": 1}, "tolerations": [{"operator": "Exists"}]},
+    "decode": {"replicas": 0, "options": {"role": "both"}, "accelerator": "amd.com/gpu", "runtimeClassName": "rocm"},
+    "networkPolicy": {"clients": [{"podSelector": {}}], "extraEgress": [{"to": [{"podSelector": {}}]}]},
+}
+CASES = {
+    "defaults": {},
+    "everything": EVERYTHING,
+    "open": {"networkPolicy": {"enabled": False}, "decode": {"options": {"drain-s": 0}}},
+    "gpu": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+class HelmError(Exception):
+    """Helm refused; the text is what it said."""
+
+
+def helm(command, values=None, chart=CHART):
+    """Return what a command of Helm's on the chart says; `values`, if given, win over the chart's."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(values, file)
+        file.flush()
+        line = [str(TOOLS / "bin" / "helm"), *command, str(chart)]
+        line += ["--values", file.name] if values is not None else []
+        result = subprocess.run(line, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise HelmError(result.stdout + result.stderr)
+    return result.stdout
+
+
+@functools.cache
+def _rendered(case):
+    return helm(["template", "headrace", "--namespace", NAMESPACE], CASES[case])
+
+
+def rendered(case):
+    """Return the objects that the chart makes of a case's values."""
+    return [found for found in yaml.safe_load_all(_rendered(case)) if found]
+
+
+def named(objects, kind, name=""):
+    """Return the one object of a kind, and of a name after the release's."""
+    full = "-".join(filter(None, ("headrace", name)))
+    (found,) = [each for each in objects if each["kind"] == kind and each["metadata"]["name"] == full]
+    return found
+
+
+def workloads(objects):
+    """Return role and object of what has pods."""
+    found = {each["metadata"]["name"]: each for each in objects if each["kind"] in ("Deployment", "StatefulSet")}
+    return {role: found[f"headrace-{role}"] for role in ROLES}
+
+
+def container(workload):
+    """Return the only container of a Deployment or StatefulSet."""
+    (found,) = workload["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+def problems(objects, version):
+    """Return what Kubernetes' schemas say against objects, a line each."""
+    program = Path(__file__).with_name("helm_validate.py")
+    env = os.environ | {"PYTHONPATH": str(TOOLS / "python")}
+    result = subprocess.run(
+        [sys.executable, str(program), version],
+        input=json.dumps(objects), env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()

@@ -1,0 +1,33 @@
+"""Print what is wrong with the objects on standard input, a JSON list, for a version of Kubernetes; its own program.
+
+    python helm_validate.py 1.35 < objects.json
+
+Run with the packages of `make helm-tools` on the path, which no test process should get.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+
+CUSTOM = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "helm_schemas").glob("*.json")}
+
+
+def problem(resource, version):
+    try:
+        if resource["kind"].lower() in CUSTOM:
+            jsonschema.validate(resource, CUSTOM[resource["kind"].lower()])
+        else:
+            kubernetes_validate.validate(resource, version, strict=True)
+    except jsonschema.ValidationError as error:
+        return f"{'.'.join(map(str, error.path))}: {error.message}"
+    except kubernetes_validate.SchemaNotFoundError as error:
+        return error.message
+    return ""
+
+
+for resource in json.load(sys.stdin):
+    if found := problem(resource, sys.argv[1]):
+        sys.stdout.write(f"{resource['kind']} {resource['metadata']['name']}: {found}\n")
