@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.load.prometheus import Prometheus
+from tests.load.prometheus import Prometheus, needs_prometheus, targets
 from tests.load.queries import QUERIES, ROWS, assert_numbers
 
 PROMPT = "Once upon a time there was a little fox named Zorvim. " * 4
@@ -41,9 +40,8 @@ def cluster(model_dir):
 
 @pytest.fixture(scope="module")
 def prometheus(cluster, tmp_path_factory):
-    if not shutil.which("prometheus"):
-        pytest.skip("there is no prometheus here; apt-get install prometheus brings it")
-    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), [each.metrics_address for each in cluster.processes])
+    addresses = [each.metrics_address for each in cluster.processes]
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), targets(addresses))
     try:
         prometheus.wait_scraped()
         yield prometheus
@@ -51,11 +49,13 @@ def prometheus(cluster, tmp_path_factory):
         prometheus.close()
 
 
+@needs_prometheus
 def test_at_rest_every_query_is_understood_and_gives_numbers(prometheus):
     for query in QUERIES:
         assert_numbers(query, prometheus.query(query))
 
 
+@needs_prometheus
 def test_under_load_every_query_shows_what_its_metric_counts(cluster, prometheus):
     with Client(cluster.router_address) as client, ThreadPoolExecutor(4) as threads:
         params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
