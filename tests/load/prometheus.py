@@ -76,6 +76,13 @@ class Prometheus:
             time.sleep(0.05)
         return found
 
+    def wait_evaluated(self) -> None:
+        """Return when every rule was evaluated and none failed."""
+        deadline_s = time.monotonic() + WAIT_S
+        while bad := [rule for rule in self.rules() if rule["health"] != "ok"]:
+            assert time.monotonic() < deadline_s, bad
+            time.sleep(0.05)
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
