@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model helm-tools helm-values lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -158,6 +158,9 @@ $(COMPOSE): tests/compose/requirements.txt | setup
 
 demo-model: setup ## Train the demo model again (hours on a CPU)
 	PYTHONPATH=demo $(BIN)/python -m headrace_demo all
+
+pictures: setup ## Draw the dashboards from a live cluster and a real Prometheus, six minutes (docs/images)
+	$(BIN)/python -m tests.perf.dashboards
 
 helm-tools: setup $(HELM) ## Fetch Helm and Kubernetes' schemas, with which the chart is tested (build/helm)
 

@@ -31,12 +31,13 @@ class Prometheus:
 
     def __init__(self, folder: Path, targets: Targets, rules: str = "") -> None:
         each_s = f"{_INTERVAL_S}s"
-        groups = [{"targets": [address], "labels": dict(labels)} for address, labels in targets]
         config = {
             "global": {"scrape_interval": each_s, "scrape_timeout": each_s, "evaluation_interval": each_s},
-            "scrape_configs": [{"job_name": "headrace", "static_configs": groups}],
+            "scrape_configs": [{"job_name": "headrace", "file_sd_configs": [{"files": ["targets.json"]}]}],
             "rule_files": ["rules.yml"] if rules else [],
         }
+        self._targets_file = folder / "targets.json"
+        self.retarget(targets)
         (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
         (folder / "rules.yml").write_text(rules)
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -49,6 +50,13 @@ class Prometheus:
         ]  # fmt: skip
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    def retarget(self, targets: Targets) -> None:
+        """Scrape these from now on."""
+        groups = [{"targets": [address], "labels": dict(labels)} for address, labels in targets]
+        scratch = self._targets_file.with_suffix(".new")
+        scratch.write_text(json.dumps(groups))
+        scratch.replace(self._targets_file)
         self._num_targets = len(targets)
 
     def query(self, promql: str) -> list[dict[str, Any]]:
