@@ -5,12 +5,16 @@
 Run with the packages of `make helm-tools` on the path, which no test process should get.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
+
+# Read once, and not for each object: megabytes.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 CUSTOM = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "helm_schemas").glob("*.json")}
 

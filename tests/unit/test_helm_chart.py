@@ -53,25 +53,24 @@ def test_kubernetes_would_take_every_object(case, version):
     assert problems(rendered(case), version) == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "path", "value"),
-    [
+def test_faults_in_objects_are_found():
+    faults = [
         ("StatefulSet", "decode", ("spec", "replicas"), "two"),
-        ("StatefulSet", "decode", ("spec", "template", "spec", "containers", 0, "livenessProbe", "grpc"), {"prot": 1}),
+        ("StatefulSet", "prefill", ("spec", "template", "spec", "containers", 0, "livenessProbe", "grpc"), {"prot": 1}),
         ("NetworkPolicy", "decode", ("spec", "ingress", 0, "fromm"), []),
         ("ServiceMonitor", "", ("spec", "endpoints", 0, "intervall"), "1s"),
         ("PrometheusRule", "", ("spec", "groups", 0, "rules", 0, "expr"), None),
         ("ScaledObject", "decode", ("spec", "triggers", 0, "metricType"), 3),
-    ],
-)
-def test_a_fault_in_an_object_is_found(kind, name, path, value):
-    broken = copy.deepcopy(named(rendered("gpu"), kind, name))
-    place = broken
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
-    (found,) = problems([broken], "1.37")
-    assert kind in found
+    ]
+    broken = []
+    for kind, name, path, value in faults:
+        place = copy.deepcopy(named(rendered("gpu"), kind, name))
+        broken.append(place)
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+    found = problems(broken, "1.37")
+    assert [line.partition(" ")[0] for line in found] == [kind for kind, *_ in faults]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +114,14 @@ def test_processes_understand_their_arguments_and_listen_where_kubernetes_asks(c
         wanted = CASES[case].get(role, {}).get("options") or {}
         for name, value in wanted.items():
             assert getattr(read, name.replace("-", "_")) == value, name
+
+
+@every_case
+def test_what_the_environment_sets_is_a_setting(case):
+    for role, workload in workloads(rendered(case)).items():
+        for name in [each["name"] for each in container(workload)["env"] if each["name"].startswith("HEADRACE_")]:
+            prefix = f"HEADRACE_{role.upper()}_"
+            assert name.removeprefix(prefix).lower() in SETTINGS[role].model_fields, name
 
 
 def test_ports_are_those_of_the_settings_and_of_the_documents():

@@ -23,9 +23,8 @@ Ask = Callable[[str], list[dict[str, Any]]]
 
 _WIDTH_IN, _COLUMNS, _ROW_IN = 16.0, 24, 0.36
 _INK, _FAINT, _FRAME = "#1f2430", "#707885", "#d9dce1"
-_MOST_NAMES = 8
-_NAMES_CHARS = 120
-"""In a line of a legend, over half of the picture."""
+_MOST_NAMES, _NAMES_CHARS = 8, 120
+"""In a legend and in a line of it, over half of the picture."""
 _SUFFIXES = {"s": "s", "bytes": "B", "Bps": "B/s"}
 _STEPS = [(1e-9, "n"), (1e-6, "µ"), (1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G")]
 
@@ -100,12 +99,13 @@ def _draw(axes: Axes, panel: Mapping[str, Any], series: Series) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value, unit)))
     axes.grid(axis="y", color=_FRAME, lw=0.6)
     lines, names = axes.get_legend_handles_labels()
-    shown = names[:_MOST_NAMES]
-    if len(names) > _MOST_NAMES:
-        shown[-1] += f" and {len(names) - _MOST_NAMES} more"
-    room = _NAMES_CHARS * panel["gridPos"]["w"] // (_COLUMNS // 2)
+    share = panel["gridPos"]["w"] * 2 // _COLUMNS
+    most, room = _MOST_NAMES * share, _NAMES_CHARS * share
+    shown = names[:most]
+    if len(names) > most:
+        shown[-1] += f" and {len(names) - most} more"
     axes.legend(
-        lines[:_MOST_NAMES], shown, loc="upper left", bbox_to_anchor=(-0.02, -0.14), frameon=False, fontsize=7,
+        lines[:most], shown, loc="upper left", bbox_to_anchor=(-0.02, -0.14), frameon=False, fontsize=7,
         ncols=max(1, room // (max(map(len, shown)) + 6)), columnspacing=1, handlelength=1,
     )  # fmt: skip
 
