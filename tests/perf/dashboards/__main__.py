@@ -138,7 +138,7 @@ def _draw_all(prometheus: Prometheus, begin_s: float, seconds: float, told: str,
     )
     out.mkdir(parents=True, exist_ok=True)
     for board in BOARDS:
-        picture(board, ask, _CHOICES, out / f"dashboard-{board.name}.png", footer)
+        picture(board, ask, _CHOICES, seconds, out / f"dashboard-{board.name}.png", footer)
 
 
 if __name__ == "__main__":

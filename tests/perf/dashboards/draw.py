@@ -29,8 +29,10 @@ _SUFFIXES = {"s": "s", "bytes": "B", "Bps": "B/s"}
 _STEPS = [(1e-9, "n"), (1e-6, "µ"), (1e-3, "m"), (1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G")]
 
 
-def picture(dashboard: Dashboard, ask: Ask, choices: Mapping[str, str], path: Path, footer: str) -> None:
-    """Draw a dashboard into a PNG at `path`; `choices` are the values that a reader chose at its top."""
+def picture(
+    dashboard: Dashboard, ask: Ask, choices: Mapping[str, str], seconds: float, path: Path, footer: str
+) -> None:
+    """Draw `seconds` of a dashboard into a PNG at `path`; `choices` are what a reader chose at its top."""
     panels = dashboard.as_json()["panels"]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     mpl.rcParams.update({"font.size": 8, "axes.edgecolor": _FRAME, "text.color": _INK, "axes.labelcolor": _FAINT})
@@ -48,7 +50,7 @@ def picture(dashboard: Dashboard, ask: Ask, choices: Mapping[str, str], path: Pa
         frame.set_title(_with(panel["title"], choices), loc="left", size=10, weight="bold", y=1, pad=-14, x=0.012)
         frame.text(0.012, 0.86, panel["description"], size=7.5, color=_FAINT, transform=frame.transAxes, va="top")
         inner = (left + 0.006 + 0.045, top - height + 0.25 * height, width - 0.065, 0.53 * height)
-        _draw(figure.add_axes(inner), panel, _series(panel, ask, choices))
+        _draw(figure.add_axes(inner), panel, _series(panel, ask, choices), seconds)
     figure.savefig(path)
     with Image.open(path) as drawn:
         drawn.convert("RGB").quantize(96).save(path, optimize=True)  # a third of the bytes
@@ -72,11 +74,12 @@ def _with(text: str, choices: Mapping[str, str]) -> str:
     return text
 
 
-def _draw(axes: Axes, panel: Mapping[str, Any], series: Series) -> None:
+def _draw(axes: Axes, panel: Mapping[str, Any], series: Series, seconds: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_FAINT, length=2)
     axes.xaxis.set_major_locator(MultipleLocator(30))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{int(s) // 60}:{int(s) % 60:02d}"))
+    axes.set_xlim(0, seconds)
     if not series:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "no data", ha="center", color=_FAINT, transform=axes.transAxes)
@@ -94,7 +97,6 @@ def _draw(axes: Axes, panel: Mapping[str, Any], series: Series) -> None:
     else:
         for name, at, values in series:
             axes.plot(at, values, label=name, lw=1.3)
-    axes.set_xlim(0, max(at[-1] for _, at, _ in series))
     axes.set_ylim(0, None if any(value > 0 for _, _, values in series for value in values) else 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value, unit)))
     axes.grid(axis="y", color=_FRAME, lw=0.6)
