@@ -36,12 +36,13 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end; so does a pipe.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
     server: options.Server = DEFAULT_ADDRESS,
-    token: options.Token = "",
+    api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,
     tls_roots: options.TlsRoots = None,
+    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
-    with options.connect(server, token, tls=tls, tls_roots=tls_roots) as client:
+    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
         history = History()
         view = history.add(take_look(client, time.monotonic()))
         if once or not stdout.is_terminal:
