@@ -3,7 +3,8 @@
 A limit is a bucket that is full at first and fills again within a minute. A request takes one from that of requests
 before its message is read, and from that of tokens, once it has been read, all that it may come to: its prompt and
 `max_tokens` for each of its samples. What it did not use comes back when it ends. More than a minute's tokens are let
-through when the bucket is full, and make up for it afterwards. What is refused takes nothing. Event loop only.
+through when the bucket is full, and make up for it afterwards. What a limit refuses takes nothing from it. Event loop
+only.
 """
 
 from __future__ import annotations

@@ -10,15 +10,17 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
 
 import grpc
 from headrace.v1 import transfer_service_pb2 as transfer_pb
+from headrace_client.certificates import Authority
 from headrace_core import door, rpc
 from headrace_core.authority import ServerTls
 from headrace_core.endable import EndableWait
-from headrace_core.identity import ChannelTls, Role
+from headrace_core.identity import CERT, KEY, ROOTS, ChannelTls, Peer, Role
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.testing.garbler import NO_MESSAGE
 from headrace_core.testing.mini_taker import MiniTaker, Ordered
@@ -43,6 +45,17 @@ async def no_certificate(at: Stage) -> str:
     """Knows the authority, and has nothing that it signed."""
     roots = (at.identities / "ca.crt").read_bytes()
     tls = ChannelTls(grpc.ssl_channel_credentials(roots), "worker.headrace.internal")
+    async with rpc.own_channel(at.addresses[Role.DECODE], tls=tls) as channel:
+        return await outcome(channel.unary_stream("/headrace.v1.WorkerService/GetInfo")(b""))
+
+
+async def expired_certificate(at: Stage) -> str:
+    """A router's certificate of yesterday."""
+    folder, now = at.folder / "expired", datetime.now(UTC)
+    yesterday = {"since": now - timedelta(days=2), "until": now - timedelta(days=1)}
+    Authority.open(at.identities).issue(folder, Peer(Role.ROUTER, "dev"), **yesterday)
+    pems = [(folder / name).read_bytes() for name in (ROOTS, KEY, CERT)]
+    tls = ChannelTls(grpc.ssl_channel_credentials(*pems), "worker.headrace.internal")
     async with rpc.own_channel(at.addresses[Role.DECODE], tls=tls) as channel:
         return await outcome(channel.unary_stream("/headrace.v1.WorkerService/GetInfo")(b""))
 
@@ -247,6 +260,7 @@ def _bytes_are_not_caught(stack: ExitStack) -> None:
 _METADATA = ("grpc.max_metadata_size", "grpc.absolute_max_metadata_size")
 ROGUES = (
     Rogue(no_certificate, ("UNAVAILABLE",), "a certificate is asked for", _nobody_is_asked),
+    Rogue(expired_certificate, ("UNAVAILABLE",), "a certificate is asked for", _nobody_is_asked),
     Rogue(client_opens_session, ("WRONG_ROLE",), "the table of roles", _every_role_may),
     Rogue(client_lists_services, ("WRONG_ROLE",), "the table of roles", _every_role_may),
     Rogue(router_drains, ("WRONG_ROLE",), "the table of roles", _every_role_may),

@@ -224,6 +224,11 @@ def test_tls_serves_and_plain_text_is_refused(tmp_path):
             async with rpc.channel(router.address, tls=tls) as channel:
                 info = await GenerationServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT_S)
                 assert info.model_name == "tiny"
+                # Who shows no certificate is a client: nobody asks for one here.
+                reflection = channel.unary_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await reflection(b"", timeout=WAIT_S).read()
+                assert rpc.raised_from(caught.value).reason == "WRONG_ROLE"
             with pytest.raises(grpc.aio.AioRpcError):
                 await router.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=WAIT_S)
 
