@@ -70,7 +70,7 @@ class LocalCluster:
     Each process's options are `router_options` or `worker_options`, over which `prefill_options` and `decode_options`
     (decode and colocated workers) win. `log_sink` gets every line that a child prints, from the child's reader thread;
     `on_ready` gets each process when it serves, from the thread that starts it. `wait_for_workers` makes `start` return
-    only when the router says that every worker is ready; it is not done when the router shows a certificate of its own.
+    only when the router says that every worker is ready; it is not done when the router has certificates of its own.
     `api_key` is shown to a router that asks for one, to see what it has.
     `tls` is a folder of identities as `certificates.make_set` makes it: then every hop is encrypted.
     """
@@ -281,9 +281,13 @@ class LocalCluster:
         assert self.tls, "there are identities"
         return identity.Identity(self.tls / identity.Role.OPERATOR.value, identity.Role.OPERATOR)
 
+    def _has(self, name: str) -> bool:
+        """Return whether the router was given a setting by others than this class."""
+        return name in self.router_options or f"HEADRACE_ROUTER_{name.replace('-', '_').upper()}" in os.environ
+
     def _wait_registered(self) -> None:
         """Wait until the router says that every running worker is ready."""
-        if not self.wait_for_workers or "tls-cert" in self.router_options or "HEADRACE_ROUTER_TLS_CERT" in os.environ:
+        if not self.wait_for_workers or self._has("tls-cert") or (self._has("tls") and not self.tls):
             return
         wanted = {process.address for process in self.workers if process.poll() is None}
         deadline = time.monotonic() + self.start_timeout_s
