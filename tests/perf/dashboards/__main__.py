@@ -34,7 +34,7 @@ _STEP_S = 2.0
 _CHOICES = {"__rate_interval": "15s", "layer": "1"}
 _HEROES = ("Zorvim", "Lumira", "Tokka", "Berion", "Quill", "Nessa", "Ardo", "Mirabel")
 _WORKER = {"kv-pool-mib": 1, "page-size": 16, "max-step-sequences": 8, "roofline-every-steps": 16}
-_ROUTER = {"slo-ttft-ms": 1000, "slo-itl-ms": 100, "max-queued-requests": 3}
+_ROUTER = {"slo-ttft-ms": 1000, "slo-itl-ms": 100, "max-queued-requests": 8}
 
 
 class Clients:
@@ -105,8 +105,8 @@ def _play(cluster: LocalCluster, prometheus: Prometheus, seconds: float) -> str:
 
     try:
         clients.add(3)
-        told = [f"3 clients; 10 from {until(2.5)}"]
-        clients.add(7)
+        told = [f"3 clients; 18 from {until(2.5)}"]
+        clients.add(15)
         for kill_at in (5, 7.5):
             killed = cluster.workers[-1]
             told.append(f"a decode worker is killed at {until(kill_at)}")
