@@ -159,7 +159,7 @@ $(COMPOSE): tests/compose/requirements.txt | setup
 demo-model: setup ## Train the demo model again (hours on a CPU)
 	PYTHONPATH=demo $(BIN)/python -m headrace_demo all
 
-pictures: setup ## Draw the dashboards from a live cluster and a real Prometheus, six minutes (docs/images)
+pictures: setup ## Draw the dashboards from a live cluster and a real Prometheus, five minutes (docs/images)
 	$(BIN)/python -m tests.perf.dashboards
 
 helm-tools: setup $(HELM) ## Fetch Helm and Kubernetes' schemas, with which the chart is tested (build/helm)

@@ -1,6 +1,6 @@
 """`make pictures`: the dashboards over some minutes of a live cluster, as pictures: docs/images/dashboard-*.png.
 
-    python -m tests.perf.dashboards [--seconds 300]
+    python -m tests.perf.dashboards [--seconds 240]
 
 Starts two prefill and two decode workers with the demo model and small pools, scrapes them with a real Prometheus, and
 lets clients come: few, then more than there is room for; a decode worker is killed, and comes back, twice. matplotlib
@@ -75,7 +75,7 @@ class Clients:
 def main() -> None:
     """Start, load, break, mend, draw."""
     parser = argparse.ArgumentParser(prog="python -m tests.perf.dashboards", description="Draw the dashboards.")
-    parser.add_argument("--seconds", type=float, default=300.0, help="how long the pictures are")
+    parser.add_argument("--seconds", type=float, default=240.0, help="how long the pictures are")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="where they go")
     given = parser.parse_args()
     if not shutil.which("prometheus"):
