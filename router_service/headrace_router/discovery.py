@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from headrace_core.address import Address, parse_address
 from headrace_core.errors import StartupError
-
-from headrace_router.address import Address, parse_address
 
 log = logging.getLogger(__name__)
 
