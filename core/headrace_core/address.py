@@ -1,4 +1,4 @@
-"""Where a worker listens, as somebody wrote it down: in a setting, a line of a file, or an answer of DNS.
+"""Where a process listens, as somebody wrote it down: in a setting, a line of a file, or an answer of DNS.
 
 What passes here is plain ASCII in one spelling, so neither gRPC nor a resolver can choke on it, and two spellings of
 one address are one worker.
@@ -35,8 +35,8 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_address(text: str) -> Address:
-    """Return what `host:port` names.
+def parse_address(text: str, *, least_port: int = 1) -> Address:
+    """Return what `host:port` names; port 0 can be listened on, and nobody can be reached there.
 
     Raises:
         ValueError: it is no such thing; says why, in a line of ASCII.
@@ -44,8 +44,8 @@ def parse_address(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     if not (colon and host):
         raise ValueError(f"{_shown(text)} is not host:port")
-    if not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
-        raise ValueError(f"{_shown(text)} is not host:port with a port from 1 to 65535")
+    if not _PORT.fullmatch(port) or not least_port <= int(port) < 65536:
+        raise ValueError(f"{_shown(text)} is not host:port with a port from {least_port} to 65535")
     if host.startswith("[") and host.endswith("]"):
         return Address(_ipv6(host[1:-1]), int(port))
     if ":" in host:

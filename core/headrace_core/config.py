@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from headrace_core.address import parse_address
 from headrace_core.roofline.hardware import HARDWARE, find_hardware
 
 S = TypeVar("S", bound=BaseSettings)
+
+
+def _listen(text: str) -> str:
+    parse_address(text, least_port=0)
+    return text
+
+
+def _reachable(text: str) -> str:
+    if text:
+        parse_address(text)
+    return text
+
+
+Listen = Annotated[str, AfterValidator(_listen)]
+"""host:port, where port 0 lets the kernel choose."""
+Reachable = Annotated[str, AfterValidator(_reachable)]
+"""host:port at which others find a process, or nothing."""
 
 
 def _config(name: str) -> SettingsConfigDict:
@@ -35,13 +53,13 @@ def _config(name: str) -> SettingsConfigDict:
 class ProcessSettings(BaseSettings):
     """What every process has."""
 
-    listen: str = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 lets the kernel choose")
+    listen: Listen = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 lets the kernel choose")
     tls: Path | None = Field(
         None,
         description="folder with this process's identity: tls.crt, tls.key, ca.crt, as `headrace certs` makes them; "
         "read again when they change; none: nothing is encrypted and nobody is asked who it is",
     )
-    metrics_listen: str = Field("127.0.0.1:0", description="host:port to serve Prometheus metrics on")
+    metrics_listen: Listen = Field("127.0.0.1:0", description="host:port to serve Prometheus metrics on")
     ready_file: Path | None = Field(None, description="written when the process serves: JSON with its addresses")
     log_format: Literal["text", "json"] = Field("text", description="json: one object per line")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line shown")
@@ -60,7 +78,7 @@ class WorkerSettings(ProcessSettings):
 
     model: Path = Field(description="folder of a Hugging Face checkpoint: config.json and *.safetensors")
     model_name: str = Field("", description="name clients may ask for; default: the folder's name")
-    advertise: str = Field("", description="host:port at which others reach this worker; default: --listen")
+    advertise: Reachable = Field("", description="host:port at which others reach this worker; default: --listen")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of weights and compute; auto: the checkpoint's"
     )
@@ -118,7 +136,7 @@ class RouterSettings(ProcessSettings):
 
     model_config = _config("ROUTER")
 
-    listen: str = Field(
+    listen: Listen = Field(
         "127.0.0.1:50050",
         description="host:port to serve clients on; port 0 lets the kernel choose",
     )
@@ -175,6 +193,6 @@ def parse(settings: type[S], argv: list[str] | None = None) -> S:
     except ValidationError as error:
         for problem in error.errors():
             name = "--" + ".".join(str(part) for part in problem["loc"]).replace("_", "-")
-            sys.stderr.write(f"{name}: {problem['msg']}\n")
+            sys.stderr.write(f"{name}: {problem['msg'].removeprefix('Value error, ')}\n")
         sys.stderr.write("try --help\n")
         raise SystemExit(2) from None

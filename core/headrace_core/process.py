@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from headrace_core import __version__
 from headrace_core.config import ProcessSettings
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import HeadraceError, StartupError
 from headrace_core.rpc import MAX_CONNECTIONS
 from headrace_core.telemetry import serve_metrics, setup_logging
 
@@ -116,6 +116,8 @@ def keep_freed_memory(num_bytes: int = 64 << 20) -> None:
 async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: str) -> int:
     stopping = _signals()
     try:
+        if settings.ready_file:
+            _try_ready(settings.ready_file)  # not only when a large model is loaded
         service = factory()
     except HeadraceError as error:
         return _refuse(error)
@@ -126,12 +128,12 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
         if address is None:
             await _stop(service, settings)
             return 0
+        if settings.ready_file:
+            _write_ready(settings.ready_file, role, address, metrics_address)
     except HeadraceError as error:
         code = _refuse(error)  # first: to stop may take as long as it may
         await _stop(service, settings)
         return code
-    if settings.ready_file:
-        _write_ready(settings.ready_file, role, address, metrics_address)
     log.info("serving", extra={"role": role, "address": address, "metrics": metrics_address, "version": __version__})
     await asyncio.wait([service.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
     if service.failed.done():
@@ -189,9 +191,30 @@ def _signals() -> asyncio.Future[None]:
     return stopping
 
 
+def _try_ready(path: Path) -> None:
+    """See if the ready file can be written, but leave none.
+
+    Raises:
+        StartupError: READY_FILE.
+    """
+    _in_one_piece(path, "", is_trial=True)
+
+
 def _write_ready(path: Path, role: str, address: str, metrics_address: str) -> None:
-    """Write the ready file in one piece, so that a reader never sees half of it."""
+    """Write the ready file in one piece, so that a reader never sees half of it. Raises as `_try_ready` does."""
     content = {"role": role, "address": address, "metrics_address": metrics_address, "pid": os.getpid()}
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content))
-    scratch.replace(path)
+    _in_one_piece(path, json.dumps(content))
+
+
+def _in_one_piece(path: Path, text: str, *, is_trial: bool = False) -> None:
+    try:
+        scratch = path.with_name(f"{path.name}.{os.getpid()}")
+        scratch.write_text(text)
+        if is_trial:
+            scratch.unlink()
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
+        else:
+            scratch.replace(path)
+    except (OSError, ValueError) as error:
+        raise StartupError("READY_FILE", f"the ready file {path} can't be written: {error}") from None

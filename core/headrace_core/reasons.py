@@ -135,6 +135,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_OPENTELEMETRY": "--trace-sample needs OpenTelemetry, which is not installed",
         "NO_TRANSPORT": "pages can't be moved here by the transport that --transport names; says why",
         "POOL_TOO_SMALL": "the pool does not hold one page",
+        "READY_FILE": "the file that tells of readiness can't be written; says why",
     },
     HeadraceError: {
         "BAD_LOGITS": "the network's output for this request is not finite: is the checkpoint damaged?",

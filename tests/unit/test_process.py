@@ -198,3 +198,13 @@ def test_frames_that_come_and_go_are_not_given_back_to_the_kernel_each_time():
         return int(subprocess.run([sys.executable, "-c", _CHURN, how], capture_output=True, check=True).stdout)
 
     assert num_faults("keep") < 16 * 256 < num_faults("leave"), "each frame has 256 of the kernel's pages"
+
+
+@pytest.mark.parametrize("path", ["/nowhere/ready.json", "/dev/null/ready.json", "/tmp"])
+def test_a_ready_file_that_can_not_be_written_is_told_before_anything_is_loaded(start, path):
+    child = start("slow", "--ready-file", path)
+    out, err = child.communicate(timeout=WAIT_S)
+    assert (child.returncode, out) == (2, "")
+    assert f"reason=READY_FILE problem=the ready file {path} can't be written" in err
+    assert "Traceback" not in err
+    assert "loading" not in err

@@ -1,0 +1,37 @@
+"""Settings of a process: what can't be is refused by option and value, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings, parse
+
+SETTINGS = [(PrefillSettings, ()), (DecodeSettings, ()), (RouterSettings, ("--workers", "a:1"))]
+
+
+@pytest.mark.parametrize(("settings", "needed"), SETTINGS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("option", ["--listen", "--metrics-listen"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:80000", "foo", "127.0.0.1:-1", "unix:/tmp/a", "http://a:5", ":5", "::1:5", ""]
+)
+def test_what_can_not_be_listened_at_is_refused(settings, needed, option, address, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(settings, ["--model", "m", *needed, f"{option}={address}"])
+    assert exit_.value.code == 2
+    assert f"{option}: {address!r} is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:50051", "[::]:50051", "localhost:1", "[::1]:65535"])
+def test_what_can_be_listened_at_is_left_as_it_is(address):
+    assert parse(DecodeSettings, ["--model", "m", "--listen", address]).listen == address
+
+
+@pytest.mark.parametrize("address", ["nonsense", "a:0", "a:80000", "http://a:5", "dns:///a:5", "unix:a"])
+def test_nobody_is_told_of_an_address_that_is_none(address, capsys):
+    with pytest.raises(SystemExit):
+        parse(PrefillSettings, ["--model", "m", "--advertise", address])
+    assert f"--advertise: {address!r} is not host:port" in capsys.readouterr().err
+
+
+def test_an_address_to_tell_may_be_a_name_or_left_out():
+    assert parse(PrefillSettings, ["--model", "m", "--advertise", "prefill-0:50051"]).advertise == "prefill-0:50051"
+    assert parse(PrefillSettings, ["--model", "m"]).advertise == ""
