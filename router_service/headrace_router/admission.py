@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.v1 import generation_service_pb2, types_pb2
@@ -53,6 +54,8 @@ class RequestSpec:
     """False for a conversation: its answer is a text of its own."""
     silent_ids: frozenset[int]
     """Ids that end a sample and have no text."""
+    special_stops: dict[int, str]
+    """Those of them whose text is a stop string."""
     arrival_s: float
     tokenized_s: float
     deadline_s: float
@@ -81,9 +84,11 @@ class Tokenized:
 class Admission:
     """Checks and tokenizes. Event loop only."""
 
-    def __init__(self, prompts: Prompts, *, model_name: str) -> None:
+    def __init__(self, prompts: Prompts, *, model_name: str, specials: Mapping[str, int]) -> None:
+        """Args: `specials` are the model's special tokens, by text."""
         self._prompts = prompts
         self._model_name = model_name
+        self._specials = specials
 
     async def tokenize(
         self,
@@ -129,11 +134,13 @@ class Admission:
         """Check against what the fleet serves and fill in what the client left to us.
 
         Raises:
-            InvalidRequestError: PROMPT_TOO_LONG or BAD_TOKEN.
+            InvalidRequestError: PROMPT_TOO_LONG, BAD_TOKEN or BAD_SAMPLING.
         """
         message, params, num_prompt = tokenized.message, tokenized.params, len(tokenized.prompt.token_ids)
         check_num_tokens(num_prompt, model.max_context_tokens - 1)
         check_token_ids([tokenized.prompt.largest_id], model.vocab_size, "prompt")
+        special_stops = self._special_stops(params.stop_strings, model.vocab_size)
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *special_stops))
         params.validate_tokens(model.vocab_size, model.eos_token_ids)
         room = model.max_context_tokens - num_prompt
         max_tokens = min(params.max_tokens or DEFAULT_MAX_TOKENS, room)
@@ -151,10 +158,26 @@ class Admission:
             include_timings=message.include_timings,
             is_continuation=message.WhichOneof("input") != "chat",
             silent_ids=frozenset((*params.stop_token_ids, *eos_ids)),
+            special_stops=special_stops,
             arrival_s=tokenized.arrival_s,
             tokenized_s=tokenized.tokenized_s,
             deadline_s=tokenized.deadline_s,
         )
+
+    def _special_stops(self, stop_strings: Sequence[str], vocab_size: int) -> dict[int, str]:
+        """Return which of these are special tokens' texts, by token: answers have no text of theirs to look in."""
+        found: dict[int, str] = {}
+        for text in stop_strings:
+            for special, token_id in self._specials.items():
+                if special == text and token_id < vocab_size:
+                    found[token_id] = text
+                elif special in text and special != text:
+                    raise InvalidRequestError(
+                        "BAD_SAMPLING",
+                        f"stop_strings: {text[:32]!r} has the special token {special[:32]!r} in it, which answers do "
+                        "not show, so it would never be found; name the token alone",
+                    )
+        return found
 
 
 def _sent_id(request_id: str) -> str:

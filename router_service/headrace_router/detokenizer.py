@@ -33,9 +33,9 @@ class Vocabulary:
     """What the detokenizers of one model share. Immutable after construction."""
 
     def __init__(self, fast: FastTokenizer) -> None:
-        self.special_ids = frozenset(
-            token_id for token_id, token in fast.get_added_tokens_decoder().items() if token.special
-        )
+        specials = [(token.content, each) for each, token in fast.get_added_tokens_decoder().items() if token.special]
+        self.specials = dict(specials)
+        self.special_ids = frozenset(token_id for _, token_id in specials)
         self.decode: Callable[[list[int]], str] = fast.decode
         # By id, and no lists: an id may be as large as the file says.
         self.token_bytes: dict[int, bytes] | None = None

@@ -73,7 +73,7 @@ class Router:
             dispatcher, metrics, max_attempts=settings.max_attempts, local_below=settings.local_below_tokens
         )
         self._prompts = Prompts(self._tokenizer, max_bytes=settings.max_prompt_bytes)
-        self._admission = Admission(self._prompts, model_name=self._model_name)
+        self._admission = Admission(self._prompts, model_name=self._model_name, specials=self._tokenizer.specials)
         self._waiting = WaitingRoom(settings.max_queued_requests)
         self._running: dict[str, RunningRequest] = {}
         self._num_entering = 0

@@ -29,6 +29,7 @@ from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
 from headrace_router.admission import RequestSpec
 from headrace_router.answers import check_tokens_computed
+from headrace_router.assembler import Assembler
 from headrace_router.cached import Cached, Kept, cached_at
 from headrace_router.capacity import Waiting
 from headrace_router.detokenizer import Detokenizer
@@ -36,7 +37,6 @@ from headrace_router.fair_queue import Client, Turn
 from headrace_router.metrics import TokenMetrics, TracedTokens
 from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.session import Ended, LastTransfer, Progress, Side, Whose
-from headrace_router.stop import StopMatcher
 from headrace_router.timings import Waterfall
 from headrace_router.timings_message import encode_timings
 from headrace_router.worker import Worker
@@ -120,8 +120,12 @@ class Sample:
         self._tokens = tokens
         self._on_news = on_news
         self._on_cached = on_cached
-        self._detokenizer = detokenizer
-        self._stop = StopMatcher(spec.params.stop_strings) if spec.params.stop_strings else None
+        self._assembler = Assembler(
+            detokenizer,
+            spec.params.stop_strings,
+            min_tokens=spec.params.min_tokens,
+            special_stops=spec.special_stops,
+        )
         self._progress: Progress | None = None
         self._is_first_step = False
         self._has_logprobs = spec.params.top_logprobs is not None
@@ -143,7 +147,7 @@ class Sample:
     @property
     def matched_stop_string(self) -> str:
         """The stop string that ended it; empty if none did."""
-        return self._stop.matched if self._stop else ""
+        return self._assembler.matched
 
     def waiting(self) -> Waiting:
         """Return what policies need to know."""
@@ -224,12 +228,9 @@ class Sample:
         """Enter FINISHED; the client's last message is due."""
         if self.state is SampleState.DECODING:
             self.waterfall.mark("decode", self.last_token_s)
-        self.finish_reason = reason
+        self._text += self._assembler.finish()
+        self.finish_reason = FinishReason.STOP if self._assembler.matched else reason
         self.state = SampleState.FINISHED
-        if self._stop is None:
-            self._text += self._detokenizer.finish()
-        elif not self._stop.matched:
-            self._text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()
         self._on_news(self)
 
     @property
@@ -333,17 +334,12 @@ class Sample:
     ) -> None:
         """Take new, checked tokens; with `finish`, or when a stop string is complete, the sample ends, and its run."""
         by = Side.WORKER if finish else Side.ROUTER  # of a stop string the worker knows nothing
-        stop = self._stop
         num_new = 0
         for token_id in token_ids:
             num_new += 1
             self.output_ids.append(token_id)
-            text = self._detokenizer.push(token_id)
-            if stop is None:
-                self._text += text
-                continue
-            self._text += stop.push(text)
-            if stop.matched:
+            self._text += self._assembler.push(token_id)
+            if self._assembler.matched:
                 finish = FinishReason.STOP
                 break
         if logprobs:

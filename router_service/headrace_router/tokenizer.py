@@ -59,6 +59,8 @@ class Tokenizer:
         self.longest_token_bytes = longest_token_bytes(self._fast)
         """Most bytes of a text that one token can stand for; None if unknown."""
         self._vocabulary = Vocabulary(self._fast)
+        self.specials = self._vocabulary.specials
+        """Special tokens, which answers do not show: their ids, by text."""
 
     def encode(self, text: str, *, with_special: bool, max_tokens: int) -> list[int]:
         """Return the ids of `text`.

@@ -171,8 +171,9 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the sequence, at most 16 of at most 256 characters; searched across token borders by the
-        router; the text ends before the match. Empty: none.
+        """Strings that end the sequence, at most 16 of at most 256 characters; searched by the router, across token borders, in
+        the text after the first min_tokens tokens; the text ends before the match. The text of a special token stands for
+        that token; one within a longer string is refused. Empty: none.
         """
 
     @_builtins.property
