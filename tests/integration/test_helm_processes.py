@@ -1,15 +1,19 @@
 """What the chart starts, started: its arguments and environment, with this machine's addresses for a cluster's."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from headrace_client import Client
+from headrace_client import Client, ConnectionOptions, certificates
+from headrace_core.api_keys import ApiKey, new_key, write_entry
+from headrace_core.errors import UnauthenticatedError
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S
 
@@ -27,51 +31,67 @@ class Pod:
 
     def __init__(self, role, workload, places, folder):
         given = container(workload)
-        self.grpc_port = given["readinessProbe"]["grpc"]["port"]
-        environment = {each["name"]: each.get("value") or self._from(each["valueFrom"]) for each in given["env"]}
+        self.probe = given["readinessProbe"]
+        self.grpc_port = {each["name"]: each["containerPort"] for each in given["ports"]}["grpc"]
+        self.places = {**places, ":9100": places[f"{role} :9100"], "/certs": places.get(f"{role} /certs", "")}
+        environment = {each["name"]: self._here(each.get("value") or self._from(each)) for each in given["env"]}
+        self.env = {"PATH": os.environ["PATH"], **environment, "HOME": str(folder)}
+        self.folder = folder
         self.address = f"127.0.0.1:{places[f':{self.grpc_port}'][1:]}"
-        arguments = [self._here(argument, {**places, **self._metrics(role, places)}) for argument in given["args"]]
+        arguments = [self._here(argument) for argument in given["args"]]
         self.metrics_address = arguments[2].removeprefix("--metrics-listen=")
         with (folder / f"{role}.log").open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", f"headrace_{role}", *arguments],
-                env={"PATH": os.environ["PATH"], **environment, "HOME": str(folder)},
-                cwd=folder, stdout=log, stderr=log,
+                env=self.env, cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
 
     def wait_serving(self):
-        """Return when the health service says what the probes want to hear."""
+        """Return when the probe gets what it wants."""
+        if "exec" in self.probe:
+            until_s = time.monotonic() + WAIT_S
+            while problem := self.ask(self.env):
+                assert self.process.poll() is None, (self.folder, problem)
+                assert time.monotonic() < until_s, problem
+            return
+        assert self.probe["grpc"]["port"] == self.grpc_port
         with grpc.insecure_channel(self.address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S, wait_for_ready=True):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
 
-    @staticmethod
-    def _from(source):
-        return "1" if "resourceFieldRef" in source else "127.0.0.1"
+    def ask(self, env):
+        """Run the exec probe as the kubelet does, in an environment; return what it says against the process."""
+        python, *arguments = self.probe["exec"]["command"]
+        assert python == "python"
+        command = [sys.executable, *map(self._here, arguments)]
+        asked = subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, check=False)
+        assert bool(asked.returncode) == bool(asked.stderr), asked
+        return asked.stderr
+
+    def _here(self, text):
+        for there, here in self.places.items():
+            text = text.replace(there, here)
+        return text
 
     @staticmethod
-    def _metrics(role, places):
-        return {":9100": places[f"{role} :9100"]}
-
-    @staticmethod
-    def _here(argument, places):
-        for there, here in places.items():
-            argument = argument.replace(there, here)
-        return argument
+    def _from(variable):
+        return "1" if "resourceFieldRef" in variable["valueFrom"] else "127.0.0.1"
 
 
-@pytest.fixture(scope="module")
-def pods(model_dir, tmp_path_factory):
-    found = workloads(rendered("defaults"))
+@contextlib.contextmanager
+def start(case, folder, mounts):
+    """Start what the chart does for a case, and wait for it; `mounts`: what stands for which folder of the pods."""
+    found = workloads(rendered(case))
     ports = [f"{role} :9100" for role in ROLES] + [":50050", ":50051", ":50052"]
     with_ports = dict(zip(ports, free_ports(len(ports)), strict=True))
     names = {f"headrace-{role}.{NAMESPACE}.svc": "127.0.0.1" for role in ROLES}
-    places = {"/models/demo": str(model_dir), "$(POD_IP)": "127.0.0.1", "0.0.0.0": "127.0.0.1", **names, **with_ports}
-    folder = tmp_path_factory.mktemp("pods")
-    started = {role: Pod(role, found[role], places, folder) for role in ROLES}
+    places = {**mounts, "$(POD_IP)": "127.0.0.1", "0.0.0.0": "127.0.0.1", **names, **with_ports}
+    started = {}
     try:
+        for role in ROLES:
+            started[role] = Pod(role, found[role], places, folder)
         for pod in started.values():
             pod.wait_serving()
         yield started
@@ -79,6 +99,12 @@ def pods(model_dir, tmp_path_factory):
         for pod in started.values():
             pod.process.kill()
             pod.process.wait()
+
+
+@pytest.fixture(scope="module")
+def pods(model_dir, tmp_path_factory):
+    with start("defaults", tmp_path_factory.mktemp("pods"), {"/models/demo": str(model_dir)}) as started:
+        yield started
 
 
 def free_ports(count):
@@ -129,3 +155,24 @@ def test_each_ends_well_when_its_pod_is_asked_to(pods):
     for role in ("decode", "prefill", "router"):
         pods[role].process.send_signal(signal.SIGTERM)
         assert pods[role].process.wait(WAIT_S) == 0, role
+
+
+def test_with_identities_and_keys_probes_and_clients_have_theirs(model_dir, tmp_path):
+    folder = tmp_path / "identities"
+    certificates.make_set(folder, name="pod", days=1, hosts=())
+    key, digest = new_key("alice")
+    (tmp_path / "keys.toml").write_text(write_entry(ApiKey("alice", digest)))
+    mounts = {"/models/demo": str(model_dir), "/keys/keys.toml": str(tmp_path / "keys.toml")}
+    mounts["collector.observability.svc"] = "127.0.0.1"
+    mounts |= {f"{role} /certs": str(folder / role) for role in ROLES}
+    with start("secure", tmp_path, mounts) as pods:
+        for role, pod in pods.items():
+            bare = {name: value for name, value in pod.env.items() if name != f"HEADRACE_{role.upper()}_TLS"}
+            assert "UNAVAILABLE" in pod.ask(bare), "without a certificate, as the kubelet itself would ask"
+        client = folder / "client"
+        with Client(pods["router"].address, ConnectionOptions(identity=client, api_key=key)) as known:
+            assert len(known.generate("Once upon a time", PARAMS).token_ids) == 24
+        with Client(pods["router"].address, ConnectionOptions(identity=client)) as stranger:
+            with pytest.raises(UnauthenticatedError) as refused:
+                stranger.generate("Once upon a time", PARAMS)
+            assert refused.value.reason == "BAD_API_KEY"

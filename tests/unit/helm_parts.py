@@ -28,18 +28,26 @@ EVERYTHING = {
         "replicas": 2,
         "options": {"max-prompt-bytes": 4194304, "slo-ttft-ms": 0.5, "drain-s": 12.5},
         "tlsSecret": "tls",
-        "tokenSecret": "token",
         "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
         "nodeSelector": {"a": "b"},
         "affinity": {"podAntiAffinity": {}},
     },
     "prefill": {"devices": {"rdma/hca": 1}, "tolerations": [{"operator": "Exists"}]},
     "decode": {"replicas": 0, "options": {"role": "both"}, "accelerator": "amd.com/gpu", "runtimeClassName": "rocm"},
+    "apiKeys": {"secretName": "keys"},
     "networkPolicy": {"clients": [{"podSelector": {}}], "extraEgress": [{"to": [{"podSelector": {}}]}]},
+}
+COLLECTOR = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "observability"}}}
+SECURE = {
+    "tls": {"enabled": True, "secrets": {role: f"headrace-{role}-tls" for role in ROLES}},
+    "apiKeys": {"secretName": "headrace-keys"},
+    "tracing": {"sampleShare": 0, "endpoint": "http://collector.observability.svc:4317"},
+    "networkPolicy": {"collector": [COLLECTOR]},
 }
 CASES = {
     "defaults": {},
     "everything": EVERYTHING,
+    "secure": SECURE,
     "open": {"networkPolicy": {"enabled": False}, "decode": {"options": {"drain-s": 0}}},
     "gpu": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
 }

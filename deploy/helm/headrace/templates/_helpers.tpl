@@ -52,31 +52,40 @@ two seconds, to stop (headrace_core/process.py); a router first waits until nobo
 {{- add (include "headrace.preStopSeconds" (index . 1)) (include "headrace.drainSeconds" . | mul 2) 5 -}}
 {{- end }}
 
-{{/* By the gRPC health service; the kubelet speaks it without TLS alone, so a router with TLS is asked for its port. */}}
+{{/*
+By the gRPC health service. The kubelet speaks it without TLS alone, so with it a process asks itself, with its own
+certificate; a router that clients know by another one, which that does not verify, is asked for its port.
+*/}}
 {{- define "headrace.probe" -}}
 {{- if and (eq (index . 1) "router") (index . 0).Values.router.tlsSecret -}}
 tcpSocket: {port: grpc}
+timeoutSeconds: 5
+{{- else if (index . 0).Values.tls.enabled -}}
+exec: {command: [python, -m, headrace_core.probe, "127.0.0.1:{{ include "headrace.grpcPort" (index . 1) }}"]}
+timeoutSeconds: 10
 {{- else -}}
 grpc: {port: {{ include "headrace.grpcPort" (index . 1) }}}
-{{- end }}
 timeoutSeconds: 5
+{{- end }}
 {{- end }}
 
 {{/*
 A worker that was drained by hand is NOT_SERVING and stays so: the last of these starts it again, after it had the time
-to drain. A large checkpoint takes its time to load: half an hour.
+to drain. A large checkpoint takes its time to load: half an hour. A probe that is a process of its own comes less often.
 */}}
 {{- define "headrace.probes" -}}
+{{- $probe := include "headrace.probe" . -}}
+{{- $isProcess := hasPrefix "exec" $probe -}}
 startupProbe:
-  {{- include "headrace.probe" . | nindent 2 }}
-  periodSeconds: 2
-  failureThreshold: 900
+  {{- $probe | nindent 2 }}
+  periodSeconds: {{ $isProcess | ternary 10 2 }}
+  failureThreshold: {{ $isProcess | ternary 180 900 }}
 readinessProbe:
-  {{- include "headrace.probe" . | nindent 2 }}
-  periodSeconds: 5
+  {{- $probe | nindent 2 }}
+  periodSeconds: {{ $isProcess | ternary 10 5 }}
   failureThreshold: 2
 livenessProbe:
-  {{- include "headrace.probe" . | nindent 2 }}
+  {{- $probe | nindent 2 }}
   periodSeconds: 10
   failureThreshold: {{ max 6 (add 2 (div (include "headrace.drainSeconds" . | int) 10)) }}
 {{- end }}
@@ -131,18 +140,52 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* /tmp is all that a process may write to; HOME is there for caches of compiled kernels. */}}
+{{/* The environment that (root, role) has of what all processes have. HOME is for caches of compiled kernels. */}}
+{{- define "headrace.environment" -}}
+{{- $values := (index . 0).Values -}}
+{{- $setting := printf "HEADRACE_%s" (upper (index . 1)) -}}
+- {name: HOME, value: /tmp}
+{{- if $values.tls.enabled }}
+- {name: {{ $setting }}_TLS, value: /certs}
+{{- end }}
+{{- if not (kindIs "invalid" $values.tracing.sampleShare) }}
+- {name: {{ $setting }}_TRACE_SAMPLE, value: {{ toJson $values.tracing.sampleShare | quote }}}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ required "tracing.endpoint: spans are sent to a collector; say where it is" $values.tracing.endpoint | quote }}}
+{{- end }}
+{{- end }}
+
+{{/* /tmp is all that a process of (root, role) may write to. */}}
 {{- define "headrace.mounts" -}}
 - {name: tmp, mountPath: /tmp}
-{{- if .Values.model.volume }}
+{{- if (index . 0).Values.model.volume }}
 - {name: model, mountPath: /models, readOnly: true}
+{{- end }}
+{{- if (index . 0).Values.tls.enabled }}
+- {name: certs, mountPath: /certs, readOnly: true}
 {{- end }}
 {{- end }}
 {{- define "headrace.volumes" -}}
+{{- $role := index . 1 -}}
 - {name: tmp, emptyDir: {sizeLimit: 4Gi}}
-{{- with .Values.model.volume }}
+{{- with (index . 0).Values.model.volume }}
 - {{ merge (dict "name" "model") . | toJson }}
 {{- end }}
+{{- with (index . 0).Values.tls }}
+{{- if .enabled }}
+{{- $name := required (printf "tls.secrets.%s: with tls.enabled each role has a Secret with tls.crt, tls.key and ca.crt" $role) (index .secrets $role) }}
+- {{ include "headrace.secret" (list "certs" $name "tls.crt" "tls.key" "ca.crt") }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/*
+A volume (its name, a Secret's, keys of that): files for the pod's fsGroup to read. A Secret that lacks one is not
+mounted, and the pod's events say so.
+*/}}
+{{- define "headrace.secret" -}}
+{{- $items := list -}}
+{{- range slice . 2 }}{{ $items = append $items (dict "key" . "path" .) }}{{ end -}}
+{name: {{ index . 0 }}, secret: {secretName: {{ index . 1 }}, defaultMode: 0440, items: {{ toJson $items }}}}
 {{- end }}
 
 {{/* The arguments that the chart itself gives to (root, role); the images' entry point takes them. */}}
