@@ -22,6 +22,12 @@ from prometheus_client.samples import Exemplar
 from headrace_router.timings import PHASES, Waterfall
 
 OUTCOMES = ("ok", "invalid", "overloaded", "unavailable", "deadline", "cancelled", "failed")
+REFUSALS = (
+    "BAD_API_KEY", "BAD_REQUEST", "BAD_SAMPLING", "BAD_TOKEN", "DEADLINE_EXCEEDED", "DRAINING", "EMPTY_PROMPT",
+    "MESSAGE_TIMEOUT", "NO_IDENTITY", "NO_WORKERS", "PROMPT_TOO_LONG", "QUEUE_FULL", "RATE_LIMITED", "START_FAILED",
+    "UNKNOWN_MODEL", "WRONG_ROLE",
+)  # fmt: skip
+"""What a request can be refused with before a worker has it."""
 
 
 class TokenHistogram(Collector):
@@ -209,6 +215,8 @@ class RouterMetrics:
         )
         for outcome in OUTCOMES:
             metrics.requests.labels(outcome)
+        for reason in REFUSALS:
+            metrics.refused.labels(reason)
         for name in PHASES:
             metrics.phases.labels(name)
         return metrics

@@ -19,7 +19,7 @@ def _sources():
                 yield path, ast.parse(path.read_text())
 
 
-def _raised():
+def raised():
     """Yield (error class's name, reason, place) of every error that product code makes with a literal reason."""
     for path, tree in _sources():
         for node in ast.walk(tree):
@@ -30,14 +30,14 @@ def _raised():
 
 
 def test_every_reason_that_is_raised_is_in_the_table():
-    unknown = [f"{place}: {name} {reason}" for name, reason, place in _raised() if reason not in REASONS[ERRORS[name]]]
+    unknown = [f"{place}: {name} {reason}" for name, reason, place in raised() if reason not in REASONS[ERRORS[name]]]
     assert not unknown, "add them to headrace_core/reasons.py"
 
 
 def test_every_reason_in_the_table_is_raised():
-    raised = {(name, reason) for name, reason, _ in _raised()}
+    made = {(name, reason) for name, reason, _ in raised()}
     listed = {(error.__name__, reason) for error, reasons in REASONS.items() for reason in reasons}
-    assert sorted(listed - raised) == [], "delete them from headrace_core/reasons.py"
+    assert sorted(listed - made) == [], "delete them from headrace_core/reasons.py"
 
 
 def test_the_page_of_errors_is_the_table():

@@ -15,6 +15,15 @@ from headrace_core.kv.page_pool import PageState
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
 from headrace_core.worker.op_metrics import OpMetrics, Prediction
 
+TRANSFER_REASONS = (
+    "BAD_HANDOFF", "BAD_REQUEST", "BUG", "CHECKSUM", "DEADLINE_EXCEEDED", "HOLDER_LOST", "LAYOUT_MISMATCH",
+    "LEASE_ENDED", "MODEL_MISMATCH", "NO_COMMON_TRANSPORT", "PROTOCOL", "SHORT_READ", "STALE_ATTEMPT", "STALE_PAGE",
+    "TAKER_LOST", "TOKENS_MISMATCH", "WORKER_RESTARTED", "WRONG_TAKER",
+)  # fmt: skip
+"""What a hand-off itself can fail with. A holder may give any other reason for the work it was to do."""
+REFUSALS = ("BAD_REQUEST", "MESSAGE_TIMEOUT", "NO_IDENTITY", "QUEUE_FULL", "WRONG_ROLE")
+"""What a worker's door can refuse a call with."""
+
 
 class ExpertTokens(Collector):
     """`headrace_expert_tokens_total`: summed per step with plain additions, turned into samples only when scraped."""
@@ -71,6 +80,8 @@ class WorkerMetrics:
         self.handoff_failures = Counter(
             "headrace_handoff_failures_total", "Hand-offs that ended without a takeover", ["reason"], registry=registry
         )
+        for reason in TRANSFER_REASONS:
+            self.handoff_failures.labels(reason)
         self.prefix_fetches = Counter(
             "headrace_prefix_fetches_total", "Sequences whose beginning was asked of who has it cached", ["outcome"],
             registry=registry,
@@ -89,6 +100,8 @@ class WorkerMetrics:
         self.refused_calls = Counter(
             "headrace_refused_calls_total", "Calls refused before their message was read", ["reason"], registry=registry
         )
+        for reason in REFUSALS:
+            self.refused_calls.labels(reason)
         self.expert_tokens = ExpertTokens()
         registry.register(self.expert_tokens)
         self._registry = registry
