@@ -173,10 +173,19 @@ def test_who_sets_keys_without_tls_is_warned(values, is_warned):
     assert ("WARNING: API keys cross the network in clear text" in notes(values)) == is_warned
 
 
-def test_notes_say_how_a_client_shows_who_it_is():
-    assert "--timings --identity DIR --api-key-file FILE\n" in notes(SECURE)
-    assert "--timings --tls --api-key-file FILE\n" in notes(SECURE | {"router": {"tlsSecret": "tls"}})
-    assert "--timings\n" in notes({})
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ({}, ""),
+        (SECURE, " --identity DIR --api-key-file FILE"),
+        (SECURE | {"router": {"tlsSecret": "tls"}}, " --tls --api-key-file FILE"),
+        ({"router": {"tlsSecret": "tls"}}, " --tls"),
+    ],
+)
+def test_notes_say_how_a_client_shows_who_it_is(values, options):
+    told = notes(values)
+    assert f"--timings{options}\n" in told
+    assert f"headrace status --watch{options}\n" in told
 
 
 def test_the_schema_warns_of_keys_in_clear_text():
