@@ -20,7 +20,6 @@ from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
 from headrace_core.transfer.transport import Source, offer_name
 from headrace_core.worker.prefix_fetcher import PrefixFetcher
 from headrace_decode import sequence as decode_sequence
-from headrace_decode import service as decode_module
 from headrace_decode.service import DecodeService
 from headrace_prefill import scheduler as prefill_scheduler
 from headrace_prefill import service as prefill_module
@@ -346,7 +345,7 @@ WRONG_TAKERS = {
     "the reason of a holder is passed on": _deaf_to_reasons,
     "a holder that falls silent is lost": patched(hold, "Silence", _Deaf),
     "a cancelled sequence ends its call": patched(DecodeService, "cancel_sequence"),
-    "a sequence ends when its time is up": patched(decode_module, "timeout_s", lambda ms: 1000.0),
+    "a sequence ends when its time is up": patched(decode_sequence, "timeout_s", lambda ms: 1000.0),
     "a higher attempt takes the place of a lower one": patched(DecodeService, "_sequence"),
 }
 
