@@ -1,9 +1,13 @@
-"""Prints what pyproject.toml asks for, one requirement a line: `needs.py router`, `needs.py worker` for the rest."""
+"""Prints what pyproject.toml asks for, one requirement a line: `needs.py router`, `needs.py worker` for the rest.
+
+The router's includes tracing: every image is built on it, and any process may be told to send traces.
+"""
 
 import sys
 import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-needs = {"router": project["dependencies"], "worker": project["optional-dependencies"]["worker"]}
+extras = project["optional-dependencies"]
+needs = {"router": project["dependencies"] + extras["tracing"], "worker": extras["worker"]}
 sys.stdout.writelines(f"{requirement}\n" for requirement in needs[sys.argv[1]])

@@ -58,6 +58,7 @@ def check(stack: Stack, service: str, image: Any) -> dict[str, Any]:
     unpinned = {_pin(name, version) for name, version in packages.items()} - pinned()
     assert not unpinned, f"not pinned: {unpinned}"
     assert ("torch" in packages) == (service != "router"), "torch is for workers alone"
+    assert "opentelemetry-sdk" in packages, "compose.yaml has every process send traces"
     return {"bytes": image.attrs["Size"], "packages": len(packages)}
 
 
