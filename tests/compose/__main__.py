@@ -2,10 +2,12 @@
 
     make test-compose
     make test-compose ARGS="--without deploy/compose.own-images.yaml"
+    make test-compose ARGS="--only-identities"
 
 Needs a Docker engine (DOCKER_HOST, as always) whose published ports can be reached. Streams requests whose every token
 is checked, holds the bytes that moved against the pages, asks every panel's query at rest and under load, adds decode
-containers, kills one, drains one, takes it all down. Writes build/compose/facts.json; exits with 1 on any problem.
+containers, kills one, drains one, takes it all down; then all of it again with certificates and keys (`identities.py`).
+Writes build/compose/facts.json; exits with 1 on any problem.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 from headrace_client import AsyncClient, ConnectionOptions
 from rich.console import Console
 
-from tests.compose import images, load, panels
+from tests.compose import identities, images, load, panels
 from tests.compose.stack import BASE, HERE, ROOT, SERVICES, Stack, wait_until
 from tests.load.clients import references, requests, run_clients
 from tests.perf.machine import machine
@@ -221,11 +223,16 @@ def main() -> None:
         "--no-index", action="store_true", help="build of the wheels in build/wheels alone (make wheels)"
     )
     parser.add_argument("--keep-images", action="store_true", help="build nothing: take the images that are there")
+    parser.add_argument(
+        "--only-identities", action="store_true", help="with certificates and keys alone, of the images that are there"
+    )
     arguments = parser.parse_args()
     test = Path(__file__).parent / "stack.yaml"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is taken down
     stack = Stack([BASE, test, *arguments.without], {})
     run = Run(stack, Console())
+    if arguments.only_identities:
+        return run.note("with certificates and keys", identities.check(arguments.without))
     keeps = arguments.keep_images
     run.note("engine", stack.engine.version()["Version"])
     try:
@@ -246,6 +253,8 @@ def main() -> None:
         down_s = stack.down()
         run.note("seconds that `down` took", round(down_s, 1))
         FACTS.write_text(json.dumps(run.facts, indent=1))
+    run.note("with certificates and keys", identities.check(arguments.without))
+    FACTS.write_text(json.dumps(run.facts, indent=1))
     assert down_s <= MOST_DOWN_S, f"down took {down_s:.1f} s"
     run.say(f"every check passed; {FACTS}")
 

@@ -1,16 +1,27 @@
 """What deploy/ says twice is the same in both places; `make test-compose` runs it."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from headrace_core import __version__
+from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
-WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+WHEEL = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 COMPOSE = sorted((ROOT / "deploy").glob("compose*.yaml"))
+SETTINGS = {"router": RouterSettings, "prefill": PrefillSettings, "decode": DecodeSettings}
+
+
+def services(file):
+    """Return a compose file's services; what it says of merging (`!override`) is compose's alone."""
+    return yaml.safe_load((ROOT / "deploy" / file).read_text().replace("!override ", ""))["services"]
 
 
 def test_images_and_the_files_that_name_them_have_this_version():
@@ -24,6 +35,43 @@ def test_every_package_of_the_wheel_reaches_the_images(package):
     folder = str(Path(package).parent)
     assert f"COPY {folder} {folder}\n" in DOCKERFILE
     assert f"!{folder}\n" in (ROOT / ".dockerignore").read_text()
+
+
+def test_every_image_can_send_traces():
+    command = [sys.executable, "deploy/docker/needs.py", "router"]
+    needs = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert set(needs) >= {
+        *PYPROJECT["project"]["dependencies"],
+        *PYPROJECT["project"]["optional-dependencies"]["tracing"],
+    }
+
+
+def test_every_request_is_traced_where_a_collector_is_and_none_where_none_is():
+    with_one, without = services("compose.yaml"), services("compose.own-images.yaml")
+    assert without["collector"]["profiles"] == ["left-out"]
+    for service in SETTINGS:
+        share = f"HEADRACE_{service.upper()}_TRACE_SAMPLE"
+        assert with_one[service]["environment"][share] == "${HEADRACE_TRACE_SAMPLE:-1}"
+        assert without[service]["environment"][share] == "0"
+
+
+@pytest.mark.parametrize("service", SETTINGS)
+def test_a_process_with_an_identity_sees_its_own_alone(service):
+    it = services("compose.tls.yaml")[service]
+    (mount,) = it["volumes"]
+    assert it["environment"] == {f"HEADRACE_{service.upper()}_TLS": mount["target"]}
+    assert mount["source"].endswith(f"}}/{service}")
+    assert mount["read_only"]
+    assert not mount["bind"]["create_host_path"]
+
+
+@pytest.mark.parametrize("service", SETTINGS)
+@pytest.mark.parametrize("file", COMPOSE, ids=lambda file: file.name)
+def test_a_compose_file_sets_settings_that_exist(file, service):
+    ours = [
+        name for name in services(file.name).get(service, {}).get("environment", {}) if name.startswith("HEADRACE_")
+    ]
+    assert {*ours} <= {f"HEADRACE_{service.upper()}_{field.upper()}" for field in SETTINGS[service].model_fields}
 
 
 def test_the_legacy_builder_can_read_the_dockerfile():
