@@ -149,7 +149,7 @@ images: ## Build the container images; of build/wheels alone: NO_INDEX=1 (docs/d
 	    $(if $(NO_INDEX),--build-arg PIP_NO_INDEX=1) . || exit 1; \
 	done; docker images 'headrace/*'
 
-test-compose: setup $(COMPOSE) ## On a Docker engine, 6 minutes: images, the stack, load, a killed container (build/compose/facts.json)
+test-compose: setup $(COMPOSE) ## On a Docker engine, 6 minutes: images, the stack, load, a killed container, certificates (build/compose/facts.json)
 	PYTHONPATH=build/compose/tool $(BIN)/python -m tests.compose $(ARGS)
 
 $(COMPOSE): tests/compose/requirements.txt | setup

@@ -24,6 +24,7 @@ FOLDER = ROOT / "build" / "compose" / "identities"
 PROMPT = "Once upon a time"
 _NOT_ROOT = 12345
 """Whose the keys are where root runs this: nobody whom the images know."""
+_CLOSED, _KEY = "it closed the connection", "send a key of this router"
 
 
 def check(without: Sequence[Path]) -> dict[str, Any]:
@@ -65,15 +66,15 @@ def _ask_everywhere(stack: Stack, key: str) -> dict[str, Any]:
     authority = ["--tls-roots", str(FOLDER / "certs" / "ca.crt")]
     answer = _ask(client, key)
     assert answer.returncode == 0, answer.stderr
-    timings = json.loads(answer.stdout)["timings"]
+    (sample,) = json.loads(answer.stdout)["samples"]
     refused = {
-        "plaintext": _refusal([], key),
-        "TLS without a certificate": _refusal(authority, key),
-        "a client's certificate without a key": _refusal(client, ""),
-        "a client's certificate with a key of nobody": _refusal(client, key[:-4] + "0000"),
+        "plaintext": _refusal([], key, _CLOSED),
+        "TLS without a certificate": _refusal(authority, key, _CLOSED),
+        "a client's certificate without a key": _refusal(client, "", _KEY),
+        "a client's certificate with a key of nobody": _refusal(client, key[:-4] + "0000", _KEY),
     }
     inside = {service: _probe_without_identity(stack, service) for service in SERVICES}
-    return {"pages moved by": timings["transport"], "refused": refused, "refused inside": inside}
+    return {"pages moved by": sample["timings"]["transport"], "refused": refused, "refused inside": inside}
 
 
 def _ask(options: list[str], key: str) -> subprocess.CompletedProcess[str]:
@@ -83,10 +84,11 @@ def _ask(options: list[str], key: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def _refusal(options: list[str], key: str) -> str:
-    """Return what somebody is told who is to be refused."""
+def _refusal(options: list[str], key: str, why: str) -> str:
+    """Return what somebody is told who is to be refused for `why`, a part of it."""
     answer = _ask(options, key)
     assert answer.returncode, f"{options} was answered: {answer.stdout}"
+    assert why in answer.stderr, f"{options} failed, but not for that: {answer.stderr}"
     return answer.stderr.strip()
 
 
