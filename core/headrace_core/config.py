@@ -99,7 +99,7 @@ class WorkerSettings(ProcessSettings):
     transport: Literal["auto", "grpc", "nixl", "shm"] = Field(
         "auto", description="how pages move; auto: the best that works between two workers; a name never falls back"
     )
-    frame_kib: int = Field(1024, ge=4, le=4096, description="payload of one transfer frame, KiB")
+    frame_kib: int = Field(2048, ge=4, le=4096, description="payload of one transfer frame, KiB")
     transfer_timeout_s: float = Field(30.0, gt=0, description="longest time that one run of pages may take to move")
     roofline_every_steps: int = Field(
         64, ge=0, description="one step in so many is measured operation by operation; 0: none"

@@ -7,7 +7,7 @@ machine does besides meets all alike; figures are medians over rounds, CPU secon
 processes, ratios are medians of the ratios within rounds.
 
 Ours are verified, and moved as a hand-off moves them: runs of at most 16 MiB, four at a time. Their raw peers: gRPC's
-raw bytes in frames of 1 MiB, copied out of the holder's pages and into the taker's; the same frames made beforehand and
+raw bytes in frames of 2 MiB, copied out of the holder's pages and into the taker's; the same frames made beforehand and
 dropped on arrival; a TCP socket into the pages; a copy of the same pages in the same pieces inside one process, with
 and without summing each while it is hot; NIXL's own calls, where it is installed, in a second pass without the others,
 as its holder is never quite idle. All have the workers' allocator.

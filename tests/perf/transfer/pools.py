@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headrace_core.batch.step import Mark
+from headrace_core.config import WorkerSettings
 from headrace_core.errors import HeadraceError
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.sealer import MOST_RUN_BYTES
@@ -21,6 +22,8 @@ NUM_PAGES = 455
 """With `NUM_LAYERS`: 256 MiB."""
 LAYER_BYTES = NUM_PAGES * PAGE_BYTES
 INCARNATION = 42
+FRAME_BYTES = WorkerSettings.model_fields["frame_kib"].default << 10
+"""Of our gRPC transport and of its raw peers."""
 
 
 class Pool:
@@ -53,10 +56,10 @@ class Pool:
                 self.page_bytes(layer, page)[:8] = (layer * NUM_PAGES + page).to_bytes(8, "little")
 
     def pieces(self, num_bytes: int) -> Iterator[memoryview]:
-        """Yield the pool from its beginning in pieces of 1 MiB, `num_bytes` in all."""
+        """Yield the pool from its beginning in pieces of a frame, `num_bytes` in all."""
         for buffer in self.buffers:
-            for start in range(0, LAYER_BYTES, 1 << 20):
-                piece = buffer[start : min(start + (1 << 20), LAYER_BYTES)][:num_bytes]
+            for start in range(0, LAYER_BYTES, FRAME_BYTES):
+                piece = buffer[start : min(start + FRAME_BYTES, LAYER_BYTES)][:num_bytes]
                 num_bytes -= len(piece)
                 if len(piece):
                     yield piece

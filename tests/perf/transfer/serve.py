@@ -25,10 +25,9 @@ from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.transport import Holding
 from headrace_core.transfer.transports import TRANSPORTS
 
-from tests.perf.transfer.pools import INCARNATION, EveryPage, Pool
+from tests.perf.transfer.pools import FRAME_BYTES, INCARNATION, EveryPage, Pool
 
 RAW_SERVICE = "raw.Peer"
-FRAME_BYTES = 1 << 20
 
 
 def main() -> None:
