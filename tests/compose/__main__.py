@@ -109,12 +109,13 @@ class Run:
         """Kill a worker's container."""
         container = await asyncio.to_thread(self.stack.container_at, victim.role, victim.address)
         await asyncio.to_thread(container.kill)
-        self.note(f"sequences at the {victim.role} container when it was killed", victim.num_running)
+        num_there = victim.num_running + victim.num_waiting
+        self.note(f"sequences at the {victim.role} container when it was killed", num_there)
 
     async def disturb(self, client: AsyncClient) -> None:
         """Kill a prefill container, add two decode ones, kill one, drain one: all at work, beside the clients' load."""
         prompts = asyncio.create_task(load.long_prompts(client))
-        await self.kill(await busiest(client, "prefill"))
+        await self.kill(await busiest(client, "prefill", least=2))  # of which one is computed when it is killed
         await prompts
         await asyncio.to_thread(self.stack.up, "prefill")
         began_s = time.monotonic()
@@ -150,13 +151,13 @@ async def ready(client: AsyncClient, count: int) -> None:
         await asyncio.sleep(0.2)
 
 
-async def busiest(client: AsyncClient, role: str) -> Any:
-    """Return a worker that runs a sequence now, the one with most."""
+async def busiest(client: AsyncClient, role: str, least: int = 1) -> Any:
+    """Return the worker that has most sequences now, when that are `least` or more."""
     deadline_s = time.monotonic() + 120
     while time.monotonic() < deadline_s:
         workers = [worker for worker in (await client.server_info()).workers if worker.role == role]
-        worker = max(workers, key=lambda each: each.num_running)
-        if worker.num_running:
+        worker = max(workers, key=lambda each: each.num_running + each.num_waiting)
+        if worker.num_running + worker.num_waiting >= least:
             return worker
         await asyncio.sleep(0.02)
     raise AssertionError(f"no {role} worker runs anything")

@@ -31,8 +31,8 @@ async def errands(client: AsyncClient) -> None:
 
 
 async def long_prompts(client: AsyncClient) -> None:
-    """Have prompts computed that take a while, each of its own."""
-    prompts = (_STORY.format(name=name) * 120 for name in _NAMES[:4])
+    """Have prompts computed that take a while, each of its own, and more of them than are computed at a time."""
+    prompts = (_STORY.format(name=name) * 120 for name in _NAMES)
     await asyncio.gather(*(client.generate(prompt, SamplingParams(max_tokens=4)) for prompt in prompts))
 
 
