@@ -8,6 +8,7 @@ from grpc_health.v1 import health_pb2
 from headrace.v1 import decode_service_pb2 as pb
 from headrace.v1 import worker_service_pb2
 from headrace_core.errors import HandoffLostError, InvalidRequestError
+from headrace_core.reasons import label
 from headrace_core.testing.garbler import no_message, rewriting
 from headrace_router import link
 from headrace_router.testing import (
@@ -305,10 +306,15 @@ def test_a_workers_words_reach_the_client_cut_and_its_reasons_make_no_metrics(tm
         router.workers[0].faults.join.clear()
         router.workers[0].faults.join.append(InvalidRequestError("not a reason", "no"))
         await router.generate(text_request("a"))
-        names = {
-            sample.labels.get("reason") for metric in router.service.registry.collect() for sample in metric.samples
-        }
-        assert names == {None, "OTHER", "PROTOCOL"}
+        samples = [
+            sample
+            for metric in router.service.registry.collect()
+            for sample in metric.samples
+            if not sample.name.endswith("_created")
+        ]
+        assert {sample.labels.get("reason") for sample in samples if sample.value} == {None, "OTHER", "PROTOCOL"}
+        reasons = {sample.labels["reason"] for sample in samples if "reason" in sample.labels}
+        assert reasons == {label(reason) for reason in reasons}, "those counted at 0 are known ones"
 
     run_router(tmp_path, [remembering_worker("both")], test)
 
