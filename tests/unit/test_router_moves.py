@@ -201,7 +201,7 @@ def test_one_that_waits_for_a_place_elsewhere_runs_on_meanwhile(tmp_path, how):
         _, *decodes = router.workers
         for worker in decodes:
             worker.faults.step_gate.clear()
-        asked = [ask(router, num_tokens=num_tokens) for num_tokens in (100, 110)]
+        asked = {num_tokens: ask(router, num_tokens=num_tokens) for num_tokens in (100, 110)}
         await wait_until(lambda: all(worker.sequences for worker in decodes))
         first, second = decodes
         await router.info()
@@ -213,17 +213,20 @@ def test_one_that_waits_for_a_place_elsewhere_runs_on_meanwhile(tmp_path, how):
             await wait_until(lambda: len(second.starts) == 2)
             assert cancels(first) == [(1, True)]
         elif how == "leaves":
-            for task in asked:
-                task.cancel()
-            await wait_until(lambda: first.is_empty and second.is_empty)
+            (waiting,) = first.sequences.values()
+            asked.pop(waiting.params.max_tokens).cancel()
+            await wait_until(lambda: first.is_empty)  # before the other leaves: it would move to the place that is free
+            (other,) = asked.values()
+            other.cancel()
+            await wait_until(lambda: second.is_empty)
             assert cancels(first) == [(1, False)]
         first.faults.step_gate.set()
         if how != "leaves":
             if how == "ends":
                 await wait_until(lambda: first.is_empty)
                 second.faults.step_gate.set()
-            samples = await asyncio.gather(*asked)
-            assert [s.token_ids for (s,) in samples] == [remembered(PROMPT, n) for n in (100, 110)]
+            samples = await asyncio.gather(*asked.values())
+            assert [s.token_ids for (s,) in samples] == [remembered(PROMPT, n) for n in asked]
             assert len(second.starts) == (2 if how == "waits" else 1)
         assert (router.metric("headrace_moved_sequences_total") or 0) == (how == "waits")
         assert not router.service._router._flow._dispatcher._queue
