@@ -119,13 +119,14 @@ def test_where_a_request_was_that_ended_early_is_told(tmp_path, collector):
     async def test(router):
         (worker,) = router.workers
         worker.faults.step_gate.clear()
-        asked = [asyncio.create_task(router.generate(request()))]
+        running = asyncio.create_task(router.generate(request()))
         await wait_until(lambda: worker.starts)
-        asked.append(asyncio.create_task(router.generate(request())))  # the worker takes one at a time
+        queued = asyncio.create_task(router.generate(request()))  # the worker takes one at a time
         await wait_until(lambda: router.service._router.num_queued == 1)
-        for each in asked:
-            each.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
+        queued.cancel()
+        await wait_until(lambda: router.service._router.num_queued == 0)  # else it might run once the other has gone
+        running.cancel()
+        await asyncio.gather(running, queued, return_exceptions=True)
         at_worker, in_queue = named(await spans_of(collector, 2), REQUEST)
         assert at_worker.attributes["headrace.outcome"] == in_queue.attributes["headrace.outcome"] == "cancelled"
         (attempt,) = named(collector.spans, "attempt")
