@@ -92,7 +92,7 @@ def latent_norm_rope_store(
         return
     k_pe = _finite_or_nan(rope(k_pe[:, None], cos, sin, is_interleaved=is_interleaved)[:, 0])
     rows = torch.cat((rms_norm(c_kv, norm_weight, eps), k_pe), dim=1)
-    _put(_as_cached(rows, cache, c_kv.shape[1]), cache, slot_mapping)
+    _put(as_cached(rows, cache, c_kv.shape[1]), cache, slot_mapping)
 
 
 def check_new_latents(
@@ -152,7 +152,7 @@ def latent_norm_rope_store_ref(
     k_pe = k_pe.masked_fill(~k_pe.isfinite().all(dim=1, keepdim=True), float("nan"))
     rows = torch.cat((rms_norm_ref(c_kv, norm_weight, eps), k_pe), dim=1)
     kept = slot_mapping >= 0
-    cache[slot_mapping[kept]] = _as_cached(rows, cache, c_kv.shape[1])[kept]
+    cache[slot_mapping[kept]] = as_cached(rows, cache, c_kv.shape[1])[kept]
 
 
 def _finite_or_nan(rows: Tensor) -> Tensor:
@@ -173,6 +173,6 @@ def _put(rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     cache.index_copy_(0, slot_mapping, rows)
 
 
-def _as_cached(rows: Tensor, cache: Tensor, latent_dim: int) -> Tensor:
+def as_cached(rows: Tensor, cache: Tensor, latent_dim: int) -> Tensor:
     """Return `rows` [T, D + R] in the format of `cache`."""
     return pack_latents(rows, latent_dim, rows.shape[1] - latent_dim) if cache.dtype == torch.uint8 else rows

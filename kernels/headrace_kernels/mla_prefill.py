@@ -58,7 +58,7 @@ def mla_prefill(
         from headrace_kernels.gpu import mla_prefill as gpu
 
         return gpu.mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
-    key, value = _expand(query, rows, w_uk, w_uv)
+    key, value = expand(query, rows, w_uk, w_uv)
     return causal_attention(query, key, value, query_starts, key_starts, scale=scale)
 
 
@@ -73,7 +73,7 @@ def mla_prefill_ref(
     scale: float,
 ) -> Tensor:
     """Specification of `mla_prefill` in plain torch."""
-    key, value = _expand(query, rows, w_uk, w_uv)
+    key, value = expand(query, rows, w_uk, w_uv)
     return causal_attention_ref(query, key, value, query_starts, key_starts, scale=scale)
 
 
@@ -90,7 +90,8 @@ def _check(query: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor) -> None:
         raise ValueError(f"query is {query.dtype}, rows {rows.dtype}, w_uk {w_uk.dtype}, w_uv {w_uv.dtype}")
 
 
-def _expand(query: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
+def expand(query: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keys [S, H, Dn + R] and values [S, H, Dv] that cached `rows` expand to."""
     num_heads, nope_dim, latent_dim = w_uk.shape
     latents = rows[:, :latent_dim]
     key = torch.empty((len(rows), *query.shape[1:]), dtype=rows.dtype, device=rows.device)

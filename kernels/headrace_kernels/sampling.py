@@ -63,7 +63,7 @@ def sample_tokens(logits: Tensor, draws: Draws) -> Tensor:
     drawn = ((draws.temperatures > 0) & is_answerable).nonzero()[:, 0]
     if len(drawn):
         columns = Draws(*(getattr(draws, field.name)[drawn] for field in fields(Draws)))
-        scaled = _scaled(logits[drawn], columns.temperatures)
+        scaled = tempered(logits[drawn], columns.temperatures)
         kept = filter_logits(scaled, columns.top_k, columns.top_p, columns.min_p)
         tokens[drawn] = pick(kept, uniforms(columns.seeds, columns.sample_indices, columns.positions))
     return tokens
@@ -74,7 +74,7 @@ def sample_tokens_ref(logits: Tensor, draws: Draws) -> Tensor:
     is_greedy = draws.temperatures == 0
     is_bad = logits.isnan().any(dim=-1) | logits.isposinf().any(dim=-1) | logits.isneginf().all(dim=-1)
     logits = logits.masked_fill(is_bad[:, None], 0.0)
-    scaled = _scaled(logits, draws.temperatures.masked_fill(is_greedy, 1.0))
+    scaled = tempered(logits, draws.temperatures.masked_fill(is_greedy, 1.0))
     kept = filter_logits_ref(scaled, draws.top_k, draws.top_p, draws.min_p)
     drawn = pick(kept, uniforms(draws.seeds, draws.sample_indices, draws.positions))
     return torch.where(is_greedy, logits.argmax(dim=-1), drawn).masked_fill(is_bad, NO_TOKEN)
@@ -92,7 +92,8 @@ def _check(logits: Tensor, draws: Draws) -> None:
             )
 
 
-def _scaled(logits: Tensor, temperatures: Tensor) -> Tensor:
+def tempered(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Return logits [L, V] divided by their rows' temperatures [L], in float64."""
     # Relative to the best one, so that no temperature, however small, leaves the range of float64 upwards.
     exact = logits.double()
     return (exact - exact.amax(dim=-1, keepdim=True)) / temperatures[:, None]
