@@ -40,7 +40,9 @@ def act_quant(x: Tensor, blocks: DeviceBlocks | None = None) -> tuple[Tensor, Te
         from headrace_kernels.gpu import act_quant as gpu
 
         return gpu.act_quant(x, blocks)
-    return act_quant_ref(x)
+    from headrace_kernels.reference import act_quant as reference
+
+    return reference.act_quant(x, blocks)
 
 
 def act_quant_ref(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.linear import linear
-from headrace_kernels.rms_norm import inverse_root, rms_norm
+from headrace_kernels.rms_norm import inverse_root
 
 MAX_ROWS = 256
 
@@ -49,7 +48,9 @@ def norm_linear(
         from headrace_kernels.gpu import decode_linear as gpu
 
         return gpu.norm_linear(x, norm_weight, weight, eps, bias)
-    return linear(rms_norm(x, x.new_ones(x.shape[1]) if norm_weight is None else norm_weight, eps), weight, bias)
+    from headrace_kernels.reference import decode_linear as reference
+
+    return reference.norm_linear(x, norm_weight, weight, eps, bias)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,7 +75,9 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None 
         from headrace_kernels.gpu import decode_linear as gpu
 
         return gpu.linear_add(x, weight, residual, bias)
-    return residual + linear(x, weight, bias)
+    from headrace_kernels.reference import decode_linear as reference
+
+    return reference.linear_add(x, weight, residual, bias)
 
 
 def norm_linear_ref(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from headrace_kernels.backend import backend
 from headrace_kernels.decode_rows import check_page_tiles, check_paged_rows
-from headrace_kernels.paged_slots import paged_slots
 from headrace_kernels.split_ranges import SplitPlan
 
 
@@ -60,19 +59,9 @@ def gqa_decode(
 
         check_page_tiles(cache.shape[2])
         return gpu.gqa_decode(query, cache, block_table, context_lens, scale=scale, plan=plan, num_splits=num_splits)
-    if slots is None:
-        slots = paged_slots(block_table, context_lens, cache.shape[2])
-    batch, longest = slots.shape
-    key, value = gather_keys_values(cache, slots.view(-1))
-    num_groups, dim = cache.shape[3], cache.shape[4]
-    grouped = query.view(batch, num_groups, -1, dim)
-    key = key.view(batch, longest, num_groups, dim).transpose(1, 2)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scale)
-    past_end = torch.arange(longest, device=slots.device) >= context_lens[:, None]
-    scores.masked_fill_(past_end[:, None, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1).to(query.dtype)
-    value = value.view(batch, longest, num_groups, dim).transpose(1, 2)
-    return torch.matmul(weights, value).view(batch, -1, dim)
+    from headrace_kernels.reference import gqa_decode as reference
+
+    return reference.gqa_decode(query, cache, block_table, context_lens, scale=scale, slots=slots)
 
 
 def plan_gqa_decode(context_lens: Tensor, page_size: int, num_kv_heads: int) -> SplitPlan | None:
@@ -91,16 +80,6 @@ def plan_gqa_decode(context_lens: Tensor, page_size: int, num_kv_heads: int) -> 
     from headrace_kernels.gpu import gqa_decode as gpu
 
     return gpu.plan_gqa_decode(context_lens, page_size, num_kv_heads)
-
-
-def gather_keys_values(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys and the values [S, G, D] that lie at `slots` [S] int64 of `cache` [P, 2, page_size, G, D]."""
-    page_size, num_groups, dim = cache.shape[2:]
-    rows = cache.view(-1, num_groups * dim)
-    # A page's values follow its page_size keys, so page p starts at row 2 * p * page_size.
-    key_rows = slots + slots.div(page_size, rounding_mode="floor") * page_size
-    key = rows.index_select(0, key_rows).view(-1, num_groups, dim)
-    return key, rows.index_select(0, key_rows + page_size).view(-1, num_groups, dim)
 
 
 def gqa_decode_ref(query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.causal_attention import causal_attention, causal_attention_ref, check_starts
-from headrace_kernels.gqa_decode import gather_keys_values
+from headrace_kernels.causal_attention import causal_attention_ref, check_starts
 
 
 def gqa_prefill(
@@ -54,8 +53,9 @@ def gqa_prefill(
         from headrace_kernels.gpu import gqa_prefill as gpu
 
         return gpu.gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
-    key, value = gather_keys_values(cache, slots)
-    return causal_attention(query, key, value, query_starts, key_starts, scale=scale)
+    from headrace_kernels.reference import gqa_prefill as reference
+
+    return reference.gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
 
 
 def gqa_prefill_ref(

@@ -4,16 +4,14 @@ Shapes: T tokens, N hidden, K experts per token, E experts held here, I width of
 in the order of the blocks. Bytes read for few tokens: the weights of the experts hit, each once, 3 * N * I * itemsize;
 FLOPs: 2 * rows * 3 * N * I. So memory bandwidth bounds it until an expert has some 200 rows, matrix units beyond.
 
-For a list of packed weights, on a CPU: `dispatch`, `grouped_gemm` (specification `grouped_gemm_ref`), `silu_mul`,
-`combine`. For stacked weights, on a GPU, three launches: `experts_gate_up`, `experts_down`, `combine_assignments`, each
-with its specification `..._ref`. Weights are float32, bfloat16, or float8_e4m3fn with one scale for each block of
-128 x 128; then products are accumulated in float32 after every 128 inputs, and activations are quantised in groups of
-128 (`act_quant`). Nothing is summed by atomics: a row's result depends on the tile sizes alone, not on the batch.
+For stacked weights, on a GPU, three launches: `experts_gate_up`, `experts_down`, `combine_assignments`, each with its
+specification `..._ref`; lists of packed weights have `packed_experts`. Weights are float32, bfloat16, or float8_e4m3fn
+with one scale for each block of 128 x 128; then products are accumulated in float32 after every 128 inputs, and
+activations are quantised in groups of 128 (`act_quant`). Nothing is summed by atomics: a row's result depends on the
+tile sizes alone, not on the batch.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,70 +19,11 @@ from torch import Tensor
 
 from headrace_kernels.act_quant import act_quant_ref, dequantise
 from headrace_kernels.backend import backend
-from headrace_kernels.expert_blocks import DeviceBlocks, ExpertBlocks
+from headrace_kernels.expert_blocks import DeviceBlocks
 from headrace_kernels.fp8_groups import FP8, GROUP, num_groups
-from headrace_kernels.linear import Linear
 
 BLOCK_SIZES = (16, 32, 64, 128)
 """Rows of a block that the stacked products have tiles for."""
-
-
-def dispatch(x: Tensor, blocks: ExpertBlocks, num_experts_per_token: int) -> Tensor:
-    """Return the token of each row, [rows, N], for `x` [T, N]; a row of padding gets the last token's values."""
-    tokens = blocks.assignment // num_experts_per_token
-    if blocks.block_size > 1:
-        tokens = tokens.clamp_(max=len(x) - 1)
-    return x.index_select(0, tokens)
-
-
-def grouped_gemm(rows: Tensor, experts: Sequence[Linear], blocks: ExpertBlocks) -> Tensor:
-    """Return `rows` [rows, I] times the weights of their blocks' experts, [rows, O].
-
-    Rows of padding hold finite values of no meaning, if they did in `rows`.
-
-    Raises:
-        ValueError: the blocks do not cover the rows.
-    """
-    if len(rows) != len(blocks.assignment):
-        raise ValueError(f"rows {tuple(rows.shape)} but the blocks hold {len(blocks.assignment)} rows")
-    out = rows.new_empty((len(rows), experts[0].out_features))
-    pieces = zip(rows.split(blocks.expert_rows), out.split(blocks.expert_rows), strict=True)
-    for expert, (piece, place) in zip(experts, pieces, strict=True):
-        if len(piece):
-            place.copy_(expert(piece))
-    return out
-
-
-def grouped_gemm_ref(rows: Tensor, weight: Tensor, blocks: ExpertBlocks) -> Tensor:
-    """Specification of `grouped_gemm` in plain torch, for weights stacked as [E, O, I]."""
-    per_row = blocks.block_expert.long().repeat_interleave(blocks.block_size)
-    return torch.einsum("ri,roi->ro", rows.float(), weight[per_row].float()).to(rows.dtype)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up, [..., I], for `gate_up` [..., 2 * I]: gate columns, then up columns."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-def combine(rows: Tensor, weights: Tensor, blocks: ExpertBlocks) -> Tensor:
-    """Return each token's weighted sum over its experts.
-
-    Args:
-        rows: [rows, N], in the order of `blocks`.
-        weights: [T, K] float32.
-        blocks: where each assignment's row is.
-
-    Returns:
-        [T, N], dtype of `rows`; summed in float32.
-    """
-    place = weights.new_empty(blocks.num_assignments + 1, dtype=torch.int64)
-    place[blocks.assignment] = torch.arange(len(rows), device=rows.device)
-    per_token = rows.index_select(0, place[:-1]).view(*weights.shape, -1)
-    out = per_token[:, 0] * weights[:, 0, None]
-    for k in range(1, weights.shape[1]):
-        out.addcmul_(per_token[:, k], weights[:, k, None])
-    return out.to(rows.dtype)
 
 
 def experts_gate_up(
@@ -117,7 +56,9 @@ def experts_gate_up(
         from headrace_kernels.gpu import grouped_gemm as gpu
 
         return gpu.experts_gate_up(x, gate_up, blocks, scale, x_scale)
-    return experts_gate_up_ref(x, gate_up, blocks, scale, x_scale)
+    from headrace_kernels.reference import grouped_gemm as reference
+
+    return reference.experts_gate_up(x, gate_up, blocks, scale, x_scale)
 
 
 def experts_gate_up_ref(
@@ -159,7 +100,9 @@ def experts_down(
         from headrace_kernels.gpu import grouped_gemm as gpu
 
         return gpu.experts_down(rows, down, blocks, scale, rows_scale)
-    return experts_down_ref(rows, down, blocks, scale, rows_scale)
+    from headrace_kernels.reference import grouped_gemm as reference
+
+    return reference.experts_down(rows, down, blocks, scale, rows_scale)
 
 
 def experts_down_ref(
@@ -203,7 +146,9 @@ def combine_assignments(
         from headrace_kernels.gpu import grouped_gemm as gpu
 
         return gpu.combine_assignments(rows, experts, weights, local, residual)
-    return combine_assignments_ref(rows, experts, weights, local, residual)
+    from headrace_kernels.reference import grouped_gemm as reference
+
+    return reference.combine_assignments(rows, experts, weights, local, residual)
 
 
 def combine_assignments_ref(

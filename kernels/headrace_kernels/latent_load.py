@@ -46,7 +46,9 @@ def latent_load(cache: Tensor, slots: Tensor, *, kv_lora_rank: int, rope_dim: in
         from headrace_kernels.gpu import latent_load as gpu
 
         return gpu.latent_load(cache, slots, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, dtype=dtype)
-    return latent_load_ref(cache, slots, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, dtype=dtype)
+    from headrace_kernels.reference import latent_load as reference
+
+    return reference.latent_load(cache, slots, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, dtype=dtype)
 
 
 def latent_load_ref(cache: Tensor, slots: Tensor, *, kv_lora_rank: int, rope_dim: int, dtype: torch.dtype) -> Tensor:

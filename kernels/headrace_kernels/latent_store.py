@@ -18,8 +18,8 @@ from torch import Tensor
 
 from headrace_kernels.backend import backend
 from headrace_kernels.latent_fp8 import pack_latents, row_bytes
-from headrace_kernels.rms_norm import rms_norm, rms_norm_ref
-from headrace_kernels.rope import rope, rope_ref
+from headrace_kernels.rms_norm import rms_norm_ref
+from headrace_kernels.rope import rope_ref
 
 
 def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
@@ -48,7 +48,9 @@ def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
 
         gpu.latent_store(latents, cache, slot_mapping)
     else:
-        _put(_finite_or_nan(latents), cache, slot_mapping)
+        from headrace_kernels.reference import latent_store as reference
+
+        reference.latent_store(latents, cache, slot_mapping)
 
 
 def latent_norm_rope_store(
@@ -90,9 +92,11 @@ def latent_norm_rope_store(
             c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping, eps=eps, is_interleaved=is_interleaved
         )
         return
-    k_pe = _finite_or_nan(rope(k_pe[:, None], cos, sin, is_interleaved=is_interleaved)[:, 0])
-    rows = torch.cat((rms_norm(c_kv, norm_weight, eps), k_pe), dim=1)
-    _put(as_cached(rows, cache, c_kv.shape[1]), cache, slot_mapping)
+    from headrace_kernels.reference import latent_store as reference
+
+    reference.latent_norm_rope_store(
+        c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping, eps=eps, is_interleaved=is_interleaved
+    )
 
 
 def check_new_latents(
@@ -153,24 +157,6 @@ def latent_norm_rope_store_ref(
     rows = torch.cat((rms_norm_ref(c_kv, norm_weight, eps), k_pe), dim=1)
     kept = slot_mapping >= 0
     cache[slot_mapping[kept]] = as_cached(rows, cache, c_kv.shape[1])[kept]
-
-
-def _finite_or_nan(rows: Tensor) -> Tensor:
-    """Return `rows` [T, D] with each row that is not finite throughout made NaN; itself if there is none."""
-    if not rows.is_floating_point():
-        return rows
-    # A finite number minus itself is 0; anything else is NaN.
-    spoilt = (rows - rows).sum(dim=1, keepdim=True)
-    return rows + spoilt if bool(spoilt.isnan().any()) else rows
-
-
-def _put(rows: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    if len(rows) == 0:
-        return
-    if int(slot_mapping.min()) < 0:
-        kept = slot_mapping >= 0
-        rows, slot_mapping = rows[kept], slot_mapping[kept]
-    cache.index_copy_(0, slot_mapping, rows)
 
 
 def as_cached(rows: Tensor, cache: Tensor, latent_dim: int) -> Tensor:

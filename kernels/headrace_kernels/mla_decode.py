@@ -22,7 +22,6 @@ from torch import Tensor
 from headrace_kernels.backend import backend
 from headrace_kernels.decode_rows import check_page_tiles, check_paged_rows
 from headrace_kernels.latent_fp8 import row_bytes, unpack_latents
-from headrace_kernels.paged_slots import paged_slots
 from headrace_kernels.split_ranges import SplitPlan
 
 
@@ -80,19 +79,11 @@ def mla_decode(
             plan=plan,
             num_splits=num_splits,
         )
-    if slots is None:
-        slots = paged_slots(block_table, context_lens, cache.shape[1])
-    batch, longest = slots.shape
-    rows = cache.view(-1, cache.shape[2]).index_select(0, slots.view(-1))
-    if cache.dtype == torch.uint8:
-        rows = unpack_latents(rows, kv_lora_rank, query.shape[2] - kv_lora_rank).to(query.dtype)
-    rows = rows.view(batch, longest, query.shape[2])
-    scores = torch.bmm(query, rows.transpose(1, 2)).float().mul_(scale)
-    past_end = torch.arange(longest, device=slots.device) >= context_lens[:, None]
-    scores.masked_fill_(past_end[:, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1).to(query.dtype)
-    # Over whole rows: the columns of k_pe cost less than the copy that a slice would.
-    return torch.bmm(weights, rows)[..., :kv_lora_rank]
+    from headrace_kernels.reference import mla_decode as reference
+
+    return reference.mla_decode(
+        query, cache, block_table, context_lens, kv_lora_rank=kv_lora_rank, scale=scale, slots=slots
+    )
 
 
 def mla_decode_values(
@@ -143,10 +134,11 @@ def mla_decode_values(
         return gpu.mla_decode_values(
             query, cache, block_table, context_lens, w_uv, scale=scale, plan=plan, num_splits=num_splits
         )
-    latents = mla_decode(
-        query, cache, block_table, context_lens, kv_lora_rank=kv_lora_rank, scale=scale, slots=slots, plan=plan
+    from headrace_kernels.reference import mla_decode_values as reference
+
+    return reference.mla_decode_values(
+        query, cache, block_table, context_lens, w_uv, scale=scale, slots=slots, plan=plan
     )
-    return torch.bmm(latents.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 def plan_mla_decode(context_lens: Tensor, page_size: int, num_heads: int) -> SplitPlan | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.causal_attention import causal_attention, causal_attention_ref, check_starts
+from headrace_kernels.causal_attention import causal_attention_ref, check_starts
 from headrace_kernels.linear import linear
 
 
@@ -58,8 +58,9 @@ def mla_prefill(
         from headrace_kernels.gpu import mla_prefill as gpu
 
         return gpu.mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
-    key, value = expand(query, rows, w_uk, w_uv)
-    return causal_attention(query, key, value, query_starts, key_starts, scale=scale)
+    from headrace_kernels.reference import mla_prefill as reference
+
+    return reference.mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
 
 
 def mla_prefill_ref(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.latent_store import check_new_latents, latent_norm_rope_store, latent_norm_rope_store_ref
-from headrace_kernels.rope import rope, rope_ref
+from headrace_kernels.latent_store import check_new_latents, latent_norm_rope_store_ref
+from headrace_kernels.rope import rope_ref
 
 
 def mla_prologue(
@@ -62,10 +62,9 @@ def mla_prologue(
         from headrace_kernels.gpu import mla_prologue as gpu
 
         return gpu.mla_prologue(query, w_uk, *row, eps=eps, is_interleaved=is_interleaved)
-    latent_norm_rope_store(*row, eps=eps, is_interleaved=is_interleaved)
-    nope_dim = w_uk.shape[1]
-    absorbed = torch.bmm(query[..., :nope_dim].transpose(0, 1), w_uk).transpose(0, 1)
-    return torch.cat((absorbed, rope(query[..., nope_dim:], cos, sin, is_interleaved=is_interleaved)), dim=-1)
+    from headrace_kernels.reference import mla_prologue as reference
+
+    return reference.mla_prologue(query, w_uk, *row, eps=eps, is_interleaved=is_interleaved)
 
 
 def mla_prologue_ref(

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace_kernels.act_quant import act_quant
 from headrace_kernels.backend import backend
 from headrace_kernels.expert_blocks import DeviceBlocks
 from headrace_kernels.fp8_groups import FP8, num_groups
@@ -32,15 +31,10 @@ from headrace_kernels.grouped_gemm import (
     check_residual,
     check_routing,
     check_weights,
-    combine_assignments,
-    experts_down,
-    experts_gate_up,
     stacked_float,
 )
-from headrace_kernels.moe_sort import sort_blocks
 
 FEW_TOKENS = 4
-_ROWS_WORTH_QUANTISING_ONCE = 64
 
 
 def moe_experts(
@@ -85,16 +79,20 @@ def moe_experts(
         from headrace_kernels.gpu import moe_experts as gpu
 
         return gpu.few_tokens(x, (experts, weights, local), (gate_up, gate_up_scale), (down, down_scale), residual)
-    if blocks is None:
-        num_experts = local.stop if num_experts is None else num_experts
-        block_size = best_block_size(experts.numel(), num_experts)
-        blocks = sort_blocks(experts, num_experts, block_size, first_local=first_local, num_local=len(gate_up))
-    is_quantised_once = gate_up.dtype == FP8 and blocks.block_size >= _ROWS_WORTH_QUANTISING_ONCE
-    tokens, tokens_scale = act_quant(x) if is_quantised_once else (x, None)
-    rows = experts_gate_up(tokens, gate_up, blocks, gate_up_scale, tokens_scale)
-    rows, rows_scale = act_quant(rows, blocks) if is_quantised_once else (rows, None)
-    out = experts_down(rows, down, blocks, down_scale, rows_scale)
-    return combine_assignments(out, experts, weights, local, residual)
+    from headrace_kernels.reference import moe_experts as reference
+
+    return reference.moe_experts(
+        x,
+        experts,
+        weights,
+        gate_up,
+        down,
+        blocks=blocks,
+        residual=residual,
+        first_local=first_local,
+        num_experts=num_experts,
+        scales=scales,
+    )
 
 
 def moe_experts_ref(

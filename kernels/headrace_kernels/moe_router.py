@@ -66,7 +66,9 @@ def route_and_sort(
 
         if gpu.is_one_launch():
             return gpu.route_and_sort(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
-    return route_and_sort_ref(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
+    from headrace_kernels.reference import moe_router as reference
+
+    return reference.route_and_sort(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
 
 
 def route_and_sort_ref(

@@ -47,7 +47,9 @@ def moe_routing(logits: Tensor, bias: Tensor | None, rule: RoutingRule, num_shar
         from headrace_kernels.gpu import moe_routing as gpu
 
         return gpu.moe_routing(logits, bias, rule, num_shared)
-    return moe_routing_ref(logits, bias, rule, num_shared)
+    from headrace_kernels.reference import moe_routing as reference
+
+    return reference.moe_routing(logits, bias, rule, num_shared)
 
 
 def check_rule(rule: RoutingRule, num_experts: int) -> None:

@@ -4,9 +4,8 @@ Shapes: T tokens, K experts per token, E experts. An assignment is a pair (token
 First two of the three steps of a mixture-of-experts layer; the third is `grouped_gemm`.
 Tiny: T * K numbers read, about as many written; bound by launch latency.
 
-`moe_sort` and `prepare_blocks` bring the counts to the host: what a loop over experts on a CPU wants. `sort_blocks`
-does both and leaves all on the device: what a kernel's grid and a CUDA graph want; `sort_blocks_ref` specifies it.
-Source: vllm-project/vllm, moe_align_block_size, whose result this is, in two visible steps.
+`sort_blocks` leaves all on the device: what a kernel's grid and a CUDA graph want; `sort_blocks_ref` specifies it.
+Source: vllm-project/vllm, moe_align_block_size, whose result this is.
 """
 
 from __future__ import annotations
@@ -15,44 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
-from headrace_kernels.expert_blocks import DeviceBlocks, ExpertBlocks, bounds
-
-
-def moe_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Sort the assignments by expert; within an expert by token.
-
-    Args:
-        experts: [T, K] int64, each in [0, E).
-        num_experts: E.
-
-    Returns:
-        The assignments in order, [T * K] int64, and each expert's number of them, [E] int64.
-    """
-    flat = experts.reshape(-1)
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
-
-
-def prepare_blocks(order: Tensor, counts: Tensor, block_size: int) -> ExpertBlocks:
-    """Pad each expert's assignments to whole blocks; an expert without any has no block.
-
-    Synchronises with the device once, to bring `counts` to the host.
-
-    Args:
-        order: [T * K] int64, from `moe_sort`.
-        counts: [E] int64, from `moe_sort`.
-        block_size: rows of a block, at least 1; 1 pads nothing.
-    """
-    num_blocks = counts if block_size == 1 else (counts + block_size - 1) // block_size
-    block_expert = torch.repeat_interleave(num_blocks)
-    total = len(order)
-    if block_size == 1:
-        return ExpertBlocks(order, block_expert.int(), 1, counts.tolist(), total)
-    padded = num_blocks * block_size
-    gaps = padded.cumsum(0) - padded - (counts.cumsum(0) - counts)
-    places = torch.arange(total, device=order.device) + torch.repeat_interleave(gaps, counts)
-    assignment = order.new_full((len(block_expert) * block_size,), total)
-    assignment[places] = order
-    return ExpertBlocks(assignment, block_expert.int(), block_size, padded.tolist(), total)
+from headrace_kernels.expert_blocks import DeviceBlocks, bounds
 
 
 def sort_blocks(
@@ -81,7 +43,9 @@ def sort_blocks(
         from headrace_kernels.gpu import moe_sort as gpu
 
         return gpu.sort_blocks(experts, num_experts, block_size, first_local, num_local)
-    return sort_blocks_ref(experts, num_experts, block_size, first_local=first_local, num_local=num_local)
+    from headrace_kernels.reference import moe_sort as reference
+
+    return reference.sort_blocks(experts, num_experts, block_size, first_local, num_local)
 
 
 def check_local(num_experts: int, block_size: int, first_local: int, num_local: int) -> None:

@@ -33,9 +33,9 @@ def gather_pages(cache: Tensor, page_ids: Tensor) -> Tensor:
         from headrace_kernels.gpu import page_copy as gpu
 
         return gpu.gather_pages(cache, page_ids)
-    if len(page_ids) and int(page_ids.min()) < 0:
-        return gather_pages_ref(cache, page_ids)
-    return cache.index_select(0, page_ids)
+    from headrace_kernels.reference import page_copy as reference
+
+    return reference.gather_pages(cache, page_ids)
 
 
 def scatter_pages(pages: Tensor, cache: Tensor, page_ids: Tensor) -> None:
@@ -59,10 +59,10 @@ def scatter_pages(pages: Tensor, cache: Tensor, page_ids: Tensor) -> None:
         from headrace_kernels.gpu import page_copy as gpu
 
         gpu.scatter_pages(pages, cache, page_ids)
-    elif len(page_ids) and int(page_ids.min()) < 0:
-        scatter_pages_ref(pages, cache, page_ids)
     else:
-        cache.index_copy_(0, page_ids.long(), pages)
+        from headrace_kernels.reference import page_copy as reference
+
+        reference.scatter_pages(pages, cache, page_ids)
 
 
 def gather_pages_ref(cache: Tensor, page_ids: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor
         from headrace_kernels.gpu import rope as gpu
 
         return gpu.rope(x, cos, sin, is_interleaved=is_interleaved)
-    return rope_ref(x, cos, sin, is_interleaved=is_interleaved)
+    from headrace_kernels.reference import rope as reference
+
+    return reference.rope(x, cos, sin, is_interleaved=is_interleaved)
 
 
 def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:

@@ -10,23 +10,18 @@ exponentials in float64.
 A row whose logits leave no choice (a NaN or an infinite one among them, or every one -inf) gets NO_TOKEN, not a token:
 what is returned is NO_TOKEN or the id of a token whose logit is finite.
 
-`sample_tokens` is the entry for whole rows, `filter_logits` and `pick` are its parts, which run as plain torch
-anywhere; `sample_tokens_ref` and `filter_logits_ref` are the specifications, `pick` is its own.
+`sample_tokens` is the entry, `sample_tokens_ref` its specification; `filter_logits_ref` specifies which tokens may be
+drawn, `pick` is what draws.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from headrace_kernels.backend import backend
 from headrace_kernels.counter_random import uniforms
 from headrace_kernels.draws import NO_TOKEN, Draws
-
-_NUCLEUS_CANDIDATES = 1024
 
 _DTYPES = {
     "temperatures": torch.float64,
@@ -58,15 +53,9 @@ def sample_tokens(logits: Tensor, draws: Draws) -> Tensor:
         from headrace_kernels.gpu import sampling as gpu
 
         return gpu.sample_tokens(logits, draws)
-    is_answerable = logits.amax(dim=-1).isfinite()  # NaN wins every comparison
-    tokens = logits.argmax(dim=-1).masked_fill_(~is_answerable, NO_TOKEN)
-    drawn = ((draws.temperatures > 0) & is_answerable).nonzero()[:, 0]
-    if len(drawn):
-        columns = Draws(*(getattr(draws, field.name)[drawn] for field in fields(Draws)))
-        scaled = tempered(logits[drawn], columns.temperatures)
-        kept = filter_logits(scaled, columns.top_k, columns.top_p, columns.min_p)
-        tokens[drawn] = pick(kept, uniforms(columns.seeds, columns.sample_indices, columns.positions))
-    return tokens
+    from headrace_kernels.reference import sampling as reference
+
+    return reference.sample_tokens(logits, draws)
 
 
 def sample_tokens_ref(logits: Tensor, draws: Draws) -> Tensor:
@@ -99,34 +88,8 @@ def tempered(logits: Tensor, temperatures: Tensor) -> Tensor:
     return (exact - exact.amax(dim=-1, keepdim=True)) / temperatures[:, None]
 
 
-def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Set the logits of the tokens that may not be drawn to -inf: top-k, then top-p of what is left, then min-p.
-
-    Args:
-        logits: [L, V] float64, already divided by the temperature; not changed.
-        top_k: [L] int64; tokens as probable as the k-th stay; 0: off.
-        top_p: [L] float64 in (0, 1]; the most probable tokens stay until their mass reaches top_p; 1: off.
-        min_p: [L] float64 in [0, 1]; tokens at least min_p times as probable as the most probable stay; 0: off.
-
-    Returns:
-        [L, V] float64.
-    """
-    floor = torch.full_like(min_p, float("-inf"))
-    # Each row pays for what it asks itself: a filter works on the rows that have it on.
-    cut = ((top_k > 0) & (top_k < logits.shape[1])).nonzero()[:, 0]
-    if len(cut):
-        floor[cut] = _top_k_floor(logits[cut], top_k[cut])
-    nucleus = (top_p < 1).nonzero()[:, 0]
-    if len(nucleus):
-        left = logits[nucleus]
-        left = left.masked_fill_(left < floor[nucleus, None], float("-inf"))
-        floor[nucleus] = torch.maximum(floor[nucleus], _top_p_floor(left, top_p[nucleus]))
-    floor = torch.maximum(floor, logits.amax(dim=-1) + min_p.log())
-    return logits.masked_fill(logits < floor[:, None], float("-inf"))
-
-
 def filter_logits_ref(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Specification of `filter_logits` in plain torch: row by row, sorting everything."""
+    """Specification of `reference.sampling.filter_logits` in plain torch: row by row, sorting everything."""
     out = logits.clone()
     for row, k, p, m in zip(out, top_k.tolist(), top_p.tolist(), min_p.tolist(), strict=True):
         best = row.max().clone()
@@ -156,34 +119,3 @@ def pick(logits: Tensor, uniforms: Tensor) -> Tensor:
     # Rounding may bring the target up to the total, where no token is left.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(masses, target[:, None], right=True)[:, 0]
-
-
-def _top_k_floor(logits: Tensor, top_k: Tensor) -> Tensor:
-    """Return each row's k-th best logit; 0 < k < V."""
-    values = logits.cpu().numpy()
-    places = (logits.shape[1] - top_k).tolist()
-    # A selection takes the same time for every k; torch's topk takes 40 times as long for a large one.
-    kth = [np.partition(row, place)[place] for row, place in zip(values, places, strict=True)]
-    return torch.tensor(np.stack(kth), device=logits.device)
-
-
-def _top_p_floor(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Return each row's highest logit down to which the mass is `top_p`, which is below 1."""
-    vocab_size = logits.shape[1]
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    candidates = min(_NUCLEUS_CANDIDATES, vocab_size)
-    best = logits.topk(candidates, dim=-1).values
-    floor, reached = _nucleus_floor(best, total, top_p)
-    flat = (~reached).nonzero()[:, 0]
-    if len(flat) and candidates < vocab_size:
-        # A row whose mass is spread wide is sorted whole, and alone. numpy sorts ten times as fast as torch.
-        ordered = torch.from_numpy(np.sort(logits[flat].cpu().numpy(), axis=-1)).to(logits.device).flip(-1)
-        floor[flat] = _nucleus_floor(ordered, total[flat], top_p[flat])[0]
-    return floor
-
-
-def _nucleus_floor(best: Tensor, total: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logit at which the mass of `best` [L, n], descending, reaches `top_p`, and whether it does."""
-    mass = (best - total).exp().cumsum(dim=-1)
-    needed = (mass < top_p[:, None]).sum(dim=-1).clamp_(max=best.shape[1] - 1)
-    return best.gather(1, needed[:, None])[:, 0], mass[:, -1] >= top_p

@@ -41,7 +41,9 @@ def plan_splits(context_lens: Tensor, page_size: int, *, num_programs: int) -> S
         from headrace_kernels.gpu import split_plan as gpu
 
         return gpu.plan_splits(context_lens, page_size, num_programs=num_programs)
-    return plan_splits_ref(context_lens, page_size, num_programs=num_programs)
+    from headrace_kernels.reference import split_plan as reference
+
+    return reference.plan_splits(context_lens, page_size, num_programs=num_programs)
 
 
 def plan_splits_ref(context_lens: Tensor, page_size: int, *, num_programs: int) -> SplitPlan:

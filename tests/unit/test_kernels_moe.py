@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_kernels.grouped_gemm import combine, dispatch, grouped_gemm, grouped_gemm_ref, silu_mul
 from headrace_kernels.linear import Linear, padded_count
 from headrace_kernels.moe_routing import moe_routing
-from headrace_kernels.moe_sort import moe_sort, prepare_blocks
+from headrace_kernels.packed_experts import (
+    combine,
+    dispatch,
+    grouped_gemm,
+    grouped_gemm_ref,
+    moe_sort,
+    prepare_blocks,
+)
 from headrace_kernels.routing_rule import RoutingRule
+from headrace_kernels.silu_mul import silu_mul
 from hypothesis import given
 from hypothesis import strategies as st
 

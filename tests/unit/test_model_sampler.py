@@ -15,7 +15,8 @@ from headrace_core.model.sampler import sample
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_kernels.counter_random import philox, uniform
 from headrace_kernels.draws import Draws
-from headrace_kernels.sampling import filter_logits, filter_logits_ref, pick, sample_tokens
+from headrace_kernels.reference.sampling import filter_logits
+from headrace_kernels.sampling import filter_logits_ref, pick, sample_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 

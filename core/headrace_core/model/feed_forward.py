@@ -11,11 +11,11 @@ from typing import Protocol
 
 import torch.nn.functional as F
 from headrace_kernels.decode_linear import linear_add, norm_linear
-from headrace_kernels.grouped_gemm import combine, dispatch, grouped_gemm, silu_mul
 from headrace_kernels.linear import Linear
 from headrace_kernels.moe_routing import moe_routing
-from headrace_kernels.moe_sort import moe_sort, prepare_blocks
+from headrace_kernels.packed_experts import combine, dispatch, grouped_gemm, moe_sort, prepare_blocks
 from headrace_kernels.routing_rule import RoutingRule
+from headrace_kernels.silu_mul import silu_mul
 from torch import Tensor
 
 from headrace_core.model.op_timer import OFF, OpTimer

@@ -9,7 +9,8 @@ from headrace_kernels.counter_random import uniform, uniforms
 from headrace_kernels.draws import NO_TOKEN, Draws
 from headrace_kernels.gpu.configs import use_config
 from headrace_kernels.gpu.sampling import DEFAULT_CONFIG
-from headrace_kernels.sampling import filter_logits, filter_logits_ref, sample_tokens, sample_tokens_ref
+from headrace_kernels.reference.sampling import filter_logits
+from headrace_kernels.sampling import filter_logits_ref, sample_tokens, sample_tokens_ref
 
 # What the interpreter takes 129,280 logits in is too much for a compiler, which unrolls it: minutes, and no end.
 WIDE_TILES = {**DEFAULT_CONFIG, "BLOCK_V": 16384, "BLOCK_PIVOTS": 16384, "num_warps": 4, "num_stages": 1}
