@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.expert_blocks import DeviceBlocks
 from headrace_kernels.fp8_groups import FP8, FP8_MAX, GROUP, SMALLEST_MAXIMUM, num_groups
 
@@ -36,13 +36,7 @@ def act_quant(x: Tensor, blocks: DeviceBlocks | None = None) -> tuple[Tensor, Te
         raise ValueError(f"x {tuple(x.shape)} with strides {x.stride()} must be [T, N] with contiguous rows")
     if blocks is not None and len(blocks.assignment) != len(x):
         raise ValueError(f"x has {len(x)} rows but the blocks {len(blocks.assignment)}")
-    if backend(x) == "triton":
-        from headrace_kernels.gpu import act_quant as gpu
-
-        return gpu.act_quant(x, blocks)
-    from headrace_kernels.reference import act_quant as reference
-
-    return reference.act_quant(x, blocks)
+    return select("act_quant", x).act_quant(x, blocks)
 
 
 def act_quant_ref(x: Tensor) -> tuple[Tensor, Tensor]:

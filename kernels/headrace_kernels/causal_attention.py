@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 
 
 def causal_attention(
@@ -50,13 +50,7 @@ def causal_attention(
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}")
     check_starts(query_starts, key_starts, len(query), len(key), scale)
-    if backend(query) == "triton":
-        from headrace_kernels.gpu import causal_attention as gpu
-
-        return gpu.causal_attention(query, key, value, query_starts, key_starts, scale=scale)
-    from headrace_kernels.reference import causal_attention as reference
-
-    return reference.causal_attention(query, key, value, query_starts, key_starts, scale=scale)
+    return select("causal_attention", query).causal_attention(query, key, value, query_starts, key_starts, scale=scale)
 
 
 def check_starts(query_starts: Tensor, key_starts: Tensor, num_queries: int, num_keys: int, scale: float) -> None:

@@ -4,7 +4,7 @@ Shapes: T tokens, I inputs (N hidden where they are normalised), O outputs.
 Bytes read: O * I * itemsize, each weight once: bound by memory bandwidth up to some 200 tokens. FLOPs: 2 * T * O * I.
 A norm or a sum of its own would be a launch of its own, about as long as the layer takes for small O * I.
 
-For more than MAX_ROWS tokens on a GPU, and always on a CPU, both are made of `rms_norm` and a plain linear layer.
+Without a kernel of their own, as for many tokens on a GPU, both are made of `rms_norm` and a plain linear layer.
 `norm_linear` and `linear_add` are the entries; `norm_linear_ref` and `linear_add_ref` are the specifications.
 """
 
@@ -13,10 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.rms_norm import inverse_root
-
-MAX_ROWS = 256
 
 
 def norm_linear(
@@ -44,13 +42,7 @@ def norm_linear(
     _check(x, weight, bias)
     if norm_weight is not None and (norm_weight.shape != x.shape[1:] or norm_weight.dtype != x.dtype):
         raise ValueError(f"norm_weight {tuple(norm_weight.shape)} {norm_weight.dtype} does not fit x {tuple(x.shape)}")
-    if backend(x) == "triton" and len(x) <= MAX_ROWS:
-        from headrace_kernels.gpu import decode_linear as gpu
-
-        return gpu.norm_linear(x, norm_weight, weight, eps, bias)
-    from headrace_kernels.reference import decode_linear as reference
-
-    return reference.norm_linear(x, norm_weight, weight, eps, bias)
+    return select("decode_linear", x).norm_linear(x, norm_weight, weight, eps, bias)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,13 +63,7 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None 
     _check(x, weight, bias)
     if residual.shape != (len(x), len(weight)) or residual.dtype != x.dtype or residual.stride(1) != 1:
         raise ValueError(f"residual {tuple(residual.shape)} {residual.dtype} does not fit {(len(x), len(weight))}")
-    if backend(x) == "triton" and len(x) <= MAX_ROWS:
-        from headrace_kernels.gpu import decode_linear as gpu
-
-        return gpu.linear_add(x, weight, residual, bias)
-    from headrace_kernels.reference import decode_linear as reference
-
-    return reference.linear_add(x, weight, residual, bias)
+    return select("decode_linear", x).linear_add(x, weight, residual, bias)
 
 
 def norm_linear_ref(

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
-from headrace_kernels.decode_rows import check_page_tiles, check_paged_rows
+from headrace_kernels.decode_rows import check_paged_rows
+from headrace_kernels.dispatch import select
 from headrace_kernels.split_ranges import SplitPlan
 
 
@@ -54,14 +54,9 @@ def gqa_decode(
     """
     _check(query, cache)
     check_paged_rows(query.shape[0], cache.shape[2], block_table, context_lens, plan, num_splits)
-    if backend(query) == "triton":
-        from headrace_kernels.gpu import gqa_decode as gpu
-
-        check_page_tiles(cache.shape[2])
-        return gpu.gqa_decode(query, cache, block_table, context_lens, scale=scale, plan=plan, num_splits=num_splits)
-    from headrace_kernels.reference import gqa_decode as reference
-
-    return reference.gqa_decode(query, cache, block_table, context_lens, scale=scale, slots=slots)
+    return select("gqa_decode", query).gqa_decode(
+        query, cache, block_table, context_lens, scale=scale, slots=slots, plan=plan, num_splits=num_splits
+    )
 
 
 def plan_gqa_decode(context_lens: Tensor, page_size: int, num_kv_heads: int) -> SplitPlan | None:
@@ -75,11 +70,7 @@ def plan_gqa_decode(context_lens: Tensor, page_size: int, num_kv_heads: int) -> 
     Raises:
         ValueError: see `plan_splits`.
     """
-    if backend(context_lens) != "triton":
-        return None
-    from headrace_kernels.gpu import gqa_decode as gpu
-
-    return gpu.plan_gqa_decode(context_lens, page_size, num_kv_heads)
+    return select("gqa_decode", context_lens).plan_gqa_decode(context_lens, page_size, num_kv_heads)
 
 
 def gqa_decode_ref(query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float) -> Tensor:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
 from headrace_kernels.causal_attention import causal_attention_ref, check_starts
+from headrace_kernels.dispatch import select
 
 
 def gqa_prefill(
@@ -49,13 +49,7 @@ def gqa_prefill(
     if slots.ndim != 1 or slots.dtype != torch.int64 or not cache.is_contiguous():
         raise ValueError(f"slots {tuple(slots.shape)} {slots.dtype} must be [S] int64 and the cache contiguous")
     check_starts(query_starts, key_starts, len(query), len(slots), scale)
-    if backend(query) == "triton":
-        from headrace_kernels.gpu import gqa_prefill as gpu
-
-        return gpu.gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
-    from headrace_kernels.reference import gqa_prefill as reference
-
-    return reference.gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
+    return select("gqa_prefill", query).gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
 
 
 def gqa_prefill_ref(

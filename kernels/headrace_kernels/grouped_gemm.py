@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace_kernels.act_quant import act_quant_ref, dequantise
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.expert_blocks import DeviceBlocks
 from headrace_kernels.fp8_groups import FP8, GROUP, num_groups
 
@@ -52,13 +52,7 @@ def experts_gate_up(
         raise ValueError(f"gate_up {tuple(gate_up.shape)} must hold gate and up, each with its own scales")
     if len(x) and blocks.num_assignments % len(x):
         raise ValueError(f"{blocks.num_assignments} assignments are not a multiple of {len(x)} tokens")
-    if backend(x) == "triton":
-        from headrace_kernels.gpu import grouped_gemm as gpu
-
-        return gpu.experts_gate_up(x, gate_up, blocks, scale, x_scale)
-    from headrace_kernels.reference import grouped_gemm as reference
-
-    return reference.experts_gate_up(x, gate_up, blocks, scale, x_scale)
+    return select("grouped_gemm", x).experts_gate_up(x, gate_up, blocks, scale, x_scale)
 
 
 def experts_gate_up_ref(
@@ -96,13 +90,7 @@ def experts_down(
     _check_product(rows, down, blocks, scale, rows_scale)
     if len(rows) != len(blocks.assignment) or (scale is not None and scale.shape[1] != num_groups(down.shape[1])):
         raise ValueError(f"rows {tuple(rows.shape)}, down {tuple(down.shape)}: {len(blocks.assignment)} rows in blocks")
-    if backend(rows) == "triton":
-        from headrace_kernels.gpu import grouped_gemm as gpu
-
-        return gpu.experts_down(rows, down, blocks, scale, rows_scale)
-    from headrace_kernels.reference import grouped_gemm as reference
-
-    return reference.experts_down(rows, down, blocks, scale, rows_scale)
+    return select("grouped_gemm", rows).experts_down(rows, down, blocks, scale, rows_scale)
 
 
 def experts_down_ref(
@@ -142,13 +130,7 @@ def combine_assignments(
     if rows.shape[:1] != (experts.numel(),) or not rows.is_contiguous():
         raise ValueError(f"rows {tuple(rows.shape)} must be contiguous and one an assignment of {tuple(experts.shape)}")
     check_residual(residual, rows.dtype, (len(experts), rows.shape[1]))
-    if backend(rows) == "triton":
-        from headrace_kernels.gpu import grouped_gemm as gpu
-
-        return gpu.combine_assignments(rows, experts, weights, local, residual)
-    from headrace_kernels.reference import grouped_gemm as reference
-
-    return reference.combine_assignments(rows, experts, weights, local, residual)
+    return select("grouped_gemm", rows).combine_assignments(rows, experts, weights, local, residual)
 
 
 def combine_assignments_ref(

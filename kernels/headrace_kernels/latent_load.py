@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.latent_fp8 import row_bytes, unpack_latents
 
 
@@ -42,13 +42,9 @@ def latent_load(cache: Tensor, slots: Tensor, *, kv_lora_rank: int, rope_dim: in
         raise ValueError(f"slots {tuple(slots.shape)} {slots.dtype} must be [S] int64")
     if not is_fp8:
         return cache.index_select(0, slots)
-    if backend(cache) == "triton":
-        from headrace_kernels.gpu import latent_load as gpu
-
-        return gpu.latent_load(cache, slots, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, dtype=dtype)
-    from headrace_kernels.reference import latent_load as reference
-
-    return reference.latent_load(cache, slots, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, dtype=dtype)
+    return select("latent_load", cache).latent_load(
+        cache, slots, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, dtype=dtype
+    )
 
 
 def latent_load_ref(cache: Tensor, slots: Tensor, *, kv_lora_rank: int, rope_dim: int, dtype: torch.dtype) -> Tensor:

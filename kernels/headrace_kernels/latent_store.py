@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.latent_fp8 import pack_latents, row_bytes
 from headrace_kernels.rms_norm import rms_norm_ref
 from headrace_kernels.rope import rope_ref
@@ -43,14 +43,7 @@ def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         raise ValueError(f"latents is {latents.dtype} but cache is {cache.dtype}")
     if latents.stride(1) != 1 or cache.stride(1) != 1:
         raise ValueError("rows of latents and cache must be contiguous")
-    if backend(latents) == "triton":
-        from headrace_kernels.gpu import latent_store as gpu
-
-        gpu.latent_store(latents, cache, slot_mapping)
-    else:
-        from headrace_kernels.reference import latent_store as reference
-
-        reference.latent_store(latents, cache, slot_mapping)
+    select("latent_store", latents).latent_store(latents, cache, slot_mapping)
 
 
 def latent_norm_rope_store(
@@ -85,16 +78,7 @@ def latent_norm_rope_store(
         ValueError: a shape, dtype or stride does not fit.
     """
     check_new_latents(c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping)
-    if backend(c_kv) == "triton":
-        from headrace_kernels.gpu import latent_store as gpu
-
-        gpu.latent_norm_rope_store(
-            c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping, eps=eps, is_interleaved=is_interleaved
-        )
-        return
-    from headrace_kernels.reference import latent_store as reference
-
-    reference.latent_norm_rope_store(
+    select("latent_store", c_kv).latent_norm_rope_store(
         c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping, eps=eps, is_interleaved=is_interleaved
     )
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
-from headrace_kernels.decode_rows import check_page_tiles, check_paged_rows
+from headrace_kernels.decode_rows import check_paged_rows
+from headrace_kernels.dispatch import select
 from headrace_kernels.latent_fp8 import row_bytes, unpack_latents
 from headrace_kernels.split_ranges import SplitPlan
 
@@ -65,24 +65,16 @@ def mla_decode(
     """
     _check(query, cache, kv_lora_rank)
     check_paged_rows(query.shape[0], cache.shape[1], block_table, context_lens, plan, num_splits)
-    if backend(query) == "triton":
-        from headrace_kernels.gpu import mla_decode as gpu
-
-        check_page_tiles(cache.shape[1])
-        return gpu.mla_decode(
-            query,
-            cache,
-            block_table,
-            context_lens,
-            kv_lora_rank=kv_lora_rank,
-            scale=scale,
-            plan=plan,
-            num_splits=num_splits,
-        )
-    from headrace_kernels.reference import mla_decode as reference
-
-    return reference.mla_decode(
-        query, cache, block_table, context_lens, kv_lora_rank=kv_lora_rank, scale=scale, slots=slots
+    return select("mla_decode", query).mla_decode(
+        query,
+        cache,
+        block_table,
+        context_lens,
+        kv_lora_rank=kv_lora_rank,
+        scale=scale,
+        slots=slots,
+        plan=plan,
+        num_splits=num_splits,
     )
 
 
@@ -124,20 +116,10 @@ def mla_decode_values(
             f"w_uv {tuple(w_uv.shape)} {w_uv.dtype} is not contiguous [H, Dv, D] of the heads and dtype of "
             f"query {tuple(query.shape)} {query.dtype}"
         )
-    kv_lora_rank = w_uv.shape[2]
-    if backend(query) == "triton":
-        from headrace_kernels.gpu import mla_decode_values as gpu
-
-        _check(query, cache, kv_lora_rank)
-        check_paged_rows(query.shape[0], cache.shape[1], block_table, context_lens, plan, num_splits)
-        check_page_tiles(cache.shape[1])
-        return gpu.mla_decode_values(
-            query, cache, block_table, context_lens, w_uv, scale=scale, plan=plan, num_splits=num_splits
-        )
-    from headrace_kernels.reference import mla_decode_values as reference
-
-    return reference.mla_decode_values(
-        query, cache, block_table, context_lens, w_uv, scale=scale, slots=slots, plan=plan
+    _check(query, cache, w_uv.shape[2])
+    check_paged_rows(query.shape[0], cache.shape[1], block_table, context_lens, plan, num_splits)
+    return select("mla_decode_values", query).mla_decode_values(
+        query, cache, block_table, context_lens, w_uv, scale=scale, slots=slots, plan=plan, num_splits=num_splits
     )
 
 
@@ -152,11 +134,7 @@ def plan_mla_decode(context_lens: Tensor, page_size: int, num_heads: int) -> Spl
     Raises:
         ValueError: see `plan_splits`.
     """
-    if backend(context_lens) != "triton":
-        return None
-    from headrace_kernels.gpu import mla_decode as gpu
-
-    return gpu.plan_mla_decode(context_lens, page_size, num_heads)
+    return select("mla_decode", context_lens).plan_mla_decode(context_lens, page_size, num_heads)
 
 
 def mla_decode_ref(

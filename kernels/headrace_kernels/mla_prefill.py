@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
 from headrace_kernels.causal_attention import causal_attention_ref, check_starts
+from headrace_kernels.dispatch import select
 from headrace_kernels.linear import linear
 
 
@@ -54,13 +54,7 @@ def mla_prefill(
     """
     _check(query, rows, w_uk, w_uv)
     check_starts(query_starts, key_starts, len(query), len(rows), scale)
-    if backend(query) == "triton":
-        from headrace_kernels.gpu import mla_prefill as gpu
-
-        return gpu.mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
-    from headrace_kernels.reference import mla_prefill as reference
-
-    return reference.mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
+    return select("mla_prefill", query).mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
 
 
 def mla_prefill_ref(

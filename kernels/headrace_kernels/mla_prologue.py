@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.latent_store import check_new_latents, latent_norm_rope_store_ref
 from headrace_kernels.rope import rope_ref
 
@@ -58,13 +58,7 @@ def mla_prologue(
     check_new_latents(c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping)
     _check_query(query, w_uk, c_kv, k_pe)
     row = (c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping)
-    if backend(query) == "triton":
-        from headrace_kernels.gpu import mla_prologue as gpu
-
-        return gpu.mla_prologue(query, w_uk, *row, eps=eps, is_interleaved=is_interleaved)
-    from headrace_kernels.reference import mla_prologue as reference
-
-    return reference.mla_prologue(query, w_uk, *row, eps=eps, is_interleaved=is_interleaved)
+    return select("mla_prologue", query).mla_prologue(query, w_uk, *row, eps=eps, is_interleaved=is_interleaved)
 
 
 def mla_prologue_ref(

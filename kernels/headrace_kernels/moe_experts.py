@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.expert_blocks import DeviceBlocks
 from headrace_kernels.fp8_groups import FP8, num_groups
 from headrace_kernels.grouped_gemm import (
@@ -74,14 +74,7 @@ def moe_experts(
     gate_up_scale, down_scale = scales or (None, None)
     _check(x, experts, weights, (gate_up, gate_up_scale), (down, down_scale))
     check_residual(residual, x.dtype, (x.shape[0], x.shape[1]))
-    local = range(first_local, first_local + len(gate_up))
-    if blocks is None and len(x) <= FEW_TOKENS and backend(x) == "triton":
-        from headrace_kernels.gpu import moe_experts as gpu
-
-        return gpu.few_tokens(x, (experts, weights, local), (gate_up, gate_up_scale), (down, down_scale), residual)
-    from headrace_kernels.reference import moe_experts as reference
-
-    return reference.moe_experts(
+    return select("moe_experts", x).moe_experts(
         x,
         experts,
         weights,

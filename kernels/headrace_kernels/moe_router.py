@@ -2,7 +2,7 @@
 
 Shapes: T tokens, N hidden, E routed experts, K experts per token.
 Bytes read: the router's weights, 4 * E * N, and the tokens. For a decode step each of the four would be a launch of a
-microsecond or two, so up to FUSED_ROWS tokens are one launch on NVIDIA's GPUs; else there are four steps:
+microsecond or two, so few tokens are one launch on NVIDIA's GPUs; else there are four steps:
 `rms_norm`, a linear layer, `moe_routing`, `sort_blocks`.
 
 `route_and_sort` is the entry; the four steps, `route_and_sort_ref`, are its specification.
@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.moe_routing import check_rule, moe_routing
 from headrace_kernels.moe_sort import check_local, sort_blocks
 from headrace_kernels.rms_norm import rms_norm
 from headrace_kernels.routing_rule import RoutedTokens, Router
-
-# One launch beyond this would leave too much to its last program. 0: always four steps.
-FUSED_ROWS = 64
 
 
 def route_and_sort(
@@ -61,14 +58,9 @@ def route_and_sort(
     if slot_mapping is not None and (slot_mapping.shape != x.shape[:1] or slot_mapping.dtype != torch.int64):
         raise ValueError(f"slot_mapping {tuple(slot_mapping.shape)} {slot_mapping.dtype} must be [T] int64")
     check_local(num_experts, block_size, first_local, num_local)
-    if backend(x) == "triton" and len(x) <= FUSED_ROWS:
-        from headrace_kernels.gpu import moe_router as gpu
-
-        if gpu.is_one_launch():
-            return gpu.route_and_sort(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
-    from headrace_kernels.reference import moe_router as reference
-
-    return reference.route_and_sort(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
+    return select("moe_router", x).route_and_sort(
+        x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local
+    )
 
 
 def route_and_sort_ref(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.routing_rule import RoutingRule
 
 
@@ -43,13 +43,7 @@ def moe_routing(logits: Tensor, bias: Tensor | None, rule: RoutingRule, num_shar
     check_rule(rule, logits.shape[1])
     if num_shared < 0:
         raise ValueError(f"num_shared is {num_shared}")
-    if backend(logits) == "triton":
-        from headrace_kernels.gpu import moe_routing as gpu
-
-        return gpu.moe_routing(logits, bias, rule, num_shared)
-    from headrace_kernels.reference import moe_routing as reference
-
-    return reference.moe_routing(logits, bias, rule, num_shared)
+    return select("moe_routing", logits).moe_routing(logits, bias, rule, num_shared)
 
 
 def check_rule(rule: RoutingRule, num_experts: int) -> None:

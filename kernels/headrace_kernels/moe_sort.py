@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.expert_blocks import DeviceBlocks, bounds
 
 
@@ -39,13 +39,7 @@ def sort_blocks(
     if experts.dtype not in (torch.int32, torch.int64) or experts.ndim != 2:
         raise ValueError(f"experts {tuple(experts.shape)} {experts.dtype} must be [T, K] int32 or int64")
     check_local(num_experts, block_size, first_local, num_local)
-    if backend(experts) == "triton":
-        from headrace_kernels.gpu import moe_sort as gpu
-
-        return gpu.sort_blocks(experts, num_experts, block_size, first_local, num_local)
-    from headrace_kernels.reference import moe_sort as reference
-
-    return reference.sort_blocks(experts, num_experts, block_size, first_local, num_local)
+    return select("moe_sort", experts).sort_blocks(experts, num_experts, block_size, first_local, num_local)
 
 
 def check_local(num_experts: int, block_size: int, first_local: int, num_local: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headrace_kernels.dispatch import select
 from headrace_kernels.expert_blocks import ExpertBlocks
 from headrace_kernels.linear import Linear
 
@@ -32,9 +33,7 @@ def moe_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     Returns:
         The assignments in order, [T * K] int64, and each expert's number of them, [E] int64.
     """
-    from headrace_kernels.reference import packed_experts as reference
-
-    return reference.moe_sort(experts, num_experts)
+    return select("packed_experts", experts).moe_sort(experts, num_experts)
 
 
 def prepare_blocks(order: Tensor, counts: Tensor, block_size: int) -> ExpertBlocks:
@@ -47,16 +46,12 @@ def prepare_blocks(order: Tensor, counts: Tensor, block_size: int) -> ExpertBloc
         counts: [E] int64, from `moe_sort`.
         block_size: rows of a block, at least 1; 1 pads nothing.
     """
-    from headrace_kernels.reference import packed_experts as reference
-
-    return reference.prepare_blocks(order, counts, block_size)
+    return select("packed_experts", order).prepare_blocks(order, counts, block_size)
 
 
 def dispatch(x: Tensor, blocks: ExpertBlocks, num_experts_per_token: int) -> Tensor:
     """Return the token of each row, [rows, N], for `x` [T, N]; a row of padding gets the last token's values."""
-    from headrace_kernels.reference import packed_experts as reference
-
-    return reference.dispatch(x, blocks, num_experts_per_token)
+    return select("packed_experts", x).dispatch(x, blocks, num_experts_per_token)
 
 
 def grouped_gemm(rows: Tensor, experts: Sequence[Linear], blocks: ExpertBlocks) -> Tensor:
@@ -69,9 +64,7 @@ def grouped_gemm(rows: Tensor, experts: Sequence[Linear], blocks: ExpertBlocks) 
     """
     if len(rows) != len(blocks.assignment):
         raise ValueError(f"rows {tuple(rows.shape)} but the blocks hold {len(blocks.assignment)} rows")
-    from headrace_kernels.reference import packed_experts as reference
-
-    return reference.grouped_gemm(rows, experts, blocks)
+    return select("packed_experts", rows).grouped_gemm(rows, experts, blocks)
 
 
 def grouped_gemm_ref(rows: Tensor, weight: Tensor, blocks: ExpertBlocks) -> Tensor:
@@ -91,6 +84,4 @@ def combine(rows: Tensor, weights: Tensor, blocks: ExpertBlocks) -> Tensor:
     Returns:
         [T, N], dtype of `rows`; summed in float32.
     """
-    from headrace_kernels.reference import packed_experts as reference
-
-    return reference.combine(rows, weights, blocks)
+    return select("packed_experts", rows).combine(rows, weights, blocks)

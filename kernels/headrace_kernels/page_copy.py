@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 
 
 def gather_pages(cache: Tensor, page_ids: Tensor) -> Tensor:
@@ -29,13 +29,7 @@ def gather_pages(cache: Tensor, page_ids: Tensor) -> Tensor:
         ValueError: a shape, dtype or stride does not fit.
     """
     _check(cache, page_ids)
-    if backend(cache) == "triton":
-        from headrace_kernels.gpu import page_copy as gpu
-
-        return gpu.gather_pages(cache, page_ids)
-    from headrace_kernels.reference import page_copy as reference
-
-    return reference.gather_pages(cache, page_ids)
+    return select("page_copy", cache).gather_pages(cache, page_ids)
 
 
 def scatter_pages(pages: Tensor, cache: Tensor, page_ids: Tensor) -> None:
@@ -55,14 +49,7 @@ def scatter_pages(pages: Tensor, cache: Tensor, page_ids: Tensor) -> None:
             f"pages {tuple(pages.shape)} {pages.dtype} with strides {pages.stride()} are not {len(page_ids)} "
             f"contiguous pages {tuple(cache.shape[1:])} {cache.dtype}"
         )
-    if backend(cache) == "triton":
-        from headrace_kernels.gpu import page_copy as gpu
-
-        gpu.scatter_pages(pages, cache, page_ids)
-    else:
-        from headrace_kernels.reference import page_copy as reference
-
-        reference.scatter_pages(pages, cache, page_ids)
+    select("page_copy", cache).scatter_pages(pages, cache, page_ids)
 
 
 def gather_pages_ref(cache: Tensor, page_ids: Tensor) -> Tensor:

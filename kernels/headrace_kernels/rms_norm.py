@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,13 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: the widths or dtypes differ.
     """
     _check(x, weight)
-    if backend(x) == "triton":
-        from headrace_kernels.gpu import rms_norm as gpu
-
-        return gpu.rms_norm(x, weight, eps)
-    from headrace_kernels.reference import rms_norm as reference
-
-    return reference.rms_norm(x, weight, eps)
+    return select("rms_norm", x).rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -59,13 +53,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} is added to {tuple(residual.shape)} {residual.dtype}")
-    if backend(x) == "triton":
-        from headrace_kernels.gpu import rms_norm as gpu
-
-        return gpu.add_rms_norm(x, residual, weight, eps)
-    from headrace_kernels.reference import rms_norm as reference
-
-    return reference.add_rms_norm(x, residual, weight, eps)
+    return select("rms_norm", x).add_rms_norm(x, residual, weight, eps)
 
 
 def inverse_root(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:
@@ -36,13 +36,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor
             f"x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} "
             "do not fit [T, H, R], [T, R/2], [T, R/2]"
         )
-    if backend(x) == "triton":
-        from headrace_kernels.gpu import rope as gpu
-
-        return gpu.rope(x, cos, sin, is_interleaved=is_interleaved)
-    from headrace_kernels.reference import rope as reference
-
-    return reference.rope(x, cos, sin, is_interleaved=is_interleaved)
+    return select("rope", x).rope(x, cos, sin, is_interleaved=is_interleaved)
 
 
 def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:

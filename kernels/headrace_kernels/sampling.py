@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
 from headrace_kernels.counter_random import uniforms
+from headrace_kernels.dispatch import select
 from headrace_kernels.draws import NO_TOKEN, Draws
 
 _DTYPES = {
@@ -49,13 +49,7 @@ def sample_tokens(logits: Tensor, draws: Draws) -> Tensor:
         ValueError: a shape or type does not fit.
     """
     _check(logits, draws)
-    if backend(logits) == "triton":
-        from headrace_kernels.gpu import sampling as gpu
-
-        return gpu.sample_tokens(logits, draws)
-    from headrace_kernels.reference import sampling as reference
-
-    return reference.sample_tokens(logits, draws)
+    return select("sampling", logits).sample_tokens(logits, draws)
 
 
 def sample_tokens_ref(logits: Tensor, draws: Draws) -> Tensor:

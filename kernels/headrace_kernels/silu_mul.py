@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace_kernels.dispatch import select
+
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up, [..., I], for `gate_up` [..., 2 * I]: gate columns, then up columns."""
-    from headrace_kernels.reference import silu_mul as reference
-
-    return reference.silu_mul(gate_up)
+    return select("silu_mul", gate_up).silu_mul(gate_up)
 
 
 def silu_mul_ref(gate_up: Tensor) -> Tensor:

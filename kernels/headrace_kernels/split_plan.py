@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.backend import backend
+from headrace_kernels.dispatch import select
 from headrace_kernels.split_ranges import SplitPlan, range_constants
 
 
@@ -37,13 +37,7 @@ def plan_splits(context_lens: Tensor, page_size: int, *, num_programs: int) -> S
         raise ValueError(f"context_lens {tuple(context_lens.shape)} {context_lens.dtype} is not [B] int32")
     if page_size < 1 or num_programs < 1:
         raise ValueError(f"page_size {page_size} and num_programs {num_programs} must be positive")
-    if backend(context_lens) == "triton":
-        from headrace_kernels.gpu import split_plan as gpu
-
-        return gpu.plan_splits(context_lens, page_size, num_programs=num_programs)
-    from headrace_kernels.reference import split_plan as reference
-
-    return reference.plan_splits(context_lens, page_size, num_programs=num_programs)
+    return select("split_plan", context_lens).plan_splits(context_lens, page_size, num_programs=num_programs)
 
 
 def plan_splits_ref(context_lens: Tensor, page_size: int, *, num_programs: int) -> SplitPlan:

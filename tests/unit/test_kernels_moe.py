@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_kernels.linear import Linear, padded_count
+from headrace_kernels.linear import Linear
 from headrace_kernels.moe_routing import moe_routing
 from headrace_kernels.packed_experts import (
     combine,
@@ -14,6 +14,7 @@ from headrace_kernels.packed_experts import (
     moe_sort,
     prepare_blocks,
 )
+from headrace_kernels.reference.linear import padded_count
 from headrace_kernels.routing_rule import RoutingRule
 from headrace_kernels.silu_mul import silu_mul
 from hypothesis import given

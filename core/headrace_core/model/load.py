@@ -242,7 +242,7 @@ class _Builder:
         bias = None
         if shape.has_correction_bias:
             bias = self._source.take(prefix + "gate.e_score_correction_bias", torch.float32)
-        if backend(router) == "triton":
+        if backend(router) in ("triton", "aiter"):
             gate_up, down = self._stacked_experts(prefix, expert_names)
             return StackedMoeMlp(rule, StackedMoeWeights(router, bias, gate_up, down))
         gate_ups, downs = self._experts(prefix, expert_names)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from headrace_kernels import backend
+from headrace_kernels.dispatch import backend_of
 from headrace_kernels.paged_slots import paged_slots
 from torch import Tensor
 
@@ -20,13 +20,15 @@ from headrace_core.model.host_copies import to_device
 
 GROUP_KEY_TOKENS = 8192
 """Contexts of several chunks are expanded together up to so many tokens; one longer than that, alone."""
+# A network decodes with one of these; which one is not known here.
+_DECODE_FAMILIES = ("mla_decode", "gqa_decode")
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
     """Tokens 0 ... B of the step, each a query over the first `context_lens` [B] tokens of its pages.
 
-    `slots` are planned for kernels that gather; those of a GPU read pages where they lie, and have none.
+    `slots` are planned for kernels that gather, plain torch's; others read pages where they lie, and have none.
     """
 
     block_table: Tensor
@@ -121,7 +123,7 @@ def _decode_rows(chunks: list[Chunk], page_size: int, device: str) -> DecodeRows
         row[: len(table)] = table[:num_pages]
     table_tensor = to_device(torch.from_numpy(block_table), device)
     lens_tensor = to_device(torch.tensor(context_lens, dtype=torch.int32), device)
-    is_gathered = backend(table_tensor) == "reference"
+    is_gathered = any(backend_of(family, table_tensor) == "reference" for family in _DECODE_FAMILIES)
     slots = paged_slots(table_tensor, lens_tensor, page_size) if is_gathered else None
     return DecodeRows(table_tensor, lens_tensor, slots)
 

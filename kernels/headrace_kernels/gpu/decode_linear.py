@@ -16,18 +16,25 @@ from headrace_kernels.gpu.configs import Config
 from headrace_kernels.gpu.dependent_launch import dependent_launch, prefetch_rows, wait_for_earlier
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
 from headrace_kernels.gpu.rms_norm import inverse_root
+from headrace_kernels.reference import decode_linear as reference
 
+# From here on a plain linear layer is bound by its products, and a launch for its norm is little beside it.
+MAX_ROWS = 256
 # What a program may take to load ahead, of the 227 KiB of a multiprocessor.
 _SHARED_BYTES = 144 * 1024
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: float, bias: Tensor | None) -> Tensor:
     """See `headrace_kernels.decode_linear.norm_linear`."""
+    if len(x) > MAX_ROWS:
+        return reference.norm_linear(x, norm_weight, weight, eps, bias)
     return _launch(x, weight, bias, norm_weight, None, eps, is_normalised=True)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     """See `headrace_kernels.decode_linear.linear_add`."""
+    if len(x) > MAX_ROWS:
+        return reference.linear_add(x, weight, residual, bias)
     return _launch(x, weight, bias, None, residual, 0.0, is_normalised=False)
 
 

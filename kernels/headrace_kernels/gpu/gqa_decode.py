@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace_kernels.decode_rows import check_page_tiles
 from headrace_kernels.gpu import split_plan
 from headrace_kernels.gpu.combine_splits import combine_splits, new_partials
 from headrace_kernels.gpu.configs import Config, config
@@ -38,10 +39,12 @@ def gqa_decode(
     context_lens: Tensor,
     *,
     scale: float,
-    plan: SplitPlan | None = None,
-    num_splits: int | None = None,
+    slots: Tensor | None,
+    plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
     """See `headrace_kernels.gqa_decode.gqa_decode`."""
+    check_page_tiles(cache.shape[2])
     num_rows, num_heads, width = query.shape
     _, _, page_size, num_kv_heads, _ = cache.shape
     if num_splits is not None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace_kernels.decode_rows import check_page_tiles
 from headrace_kernels.fp8_groups import FP8, GROUP, num_groups
 from headrace_kernels.gpu import split_plan
 from headrace_kernels.gpu.combine_splits import combine_splits, new_partials
@@ -39,10 +40,12 @@ def mla_decode(
     *,
     kv_lora_rank: int,
     scale: float,
-    plan: SplitPlan | None = None,
-    num_splits: int | None = None,
+    slots: Tensor | None,
+    plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
     """See `headrace_kernels.mla_decode.mla_decode`."""
+    check_page_tiles(cache.shape[1])
     splits = splits_for(query, cache, context_lens, plan, num_splits)
     partial, lse = attend(query, cache, block_table, context_lens, splits, kv_lora_rank=kv_lora_rank, scale=scale)
     out = torch.empty((*query.shape[:2], kv_lora_rank), dtype=query.dtype, device=query.device)

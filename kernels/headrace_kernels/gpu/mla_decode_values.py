@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace_kernels.decode_rows import check_page_tiles
 from headrace_kernels.gpu.combine_splits import combined_lanes
 from headrace_kernels.gpu.dependent_launch import dependent_launch, prefetch_rows, wait_for_earlier
 from headrace_kernels.gpu.launch import launch, num_sms, operand_dtype, target
@@ -29,10 +30,12 @@ def mla_decode_values(
     w_uv: Tensor,
     *,
     scale: float,
-    plan: SplitPlan | None = None,
-    num_splits: int | None = None,
+    slots: Tensor | None,
+    plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
     """See `headrace_kernels.mla_decode.mla_decode_values`."""
+    check_page_tiles(cache.shape[1])
     num_rows, num_heads, _ = query.shape
     _, value_dim, kv_lora_rank = w_uv.shape
     splits = splits_for(query, cache, context_lens, plan, num_splits)

@@ -12,12 +12,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace_kernels.expert_blocks import DeviceBlocks
 from headrace_kernels.fp8_groups import GROUP
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.dependent_launch import dependent_launch, wait_for_earlier
 from headrace_kernels.gpu.launch import launch
+from headrace_kernels.moe_experts import FEW_TOKENS
+from headrace_kernels.reference import moe_experts as reference
 
 DEFAULT: configs.Config = {"BLOCK_O": 4, "BLOCK_K": 512, "STAGES": 4, "num_warps": 4}
+
+
+def moe_experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    blocks: DeviceBlocks | None,
+    residual: Tensor | None,
+    first_local: int,
+    num_experts: int | None,
+    scales: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """See `headrace_kernels.moe_experts.moe_experts`; tokens that are not few take its steps, each with its launch."""
+    if blocks is not None or len(x) > FEW_TOKENS:
+        return reference.moe_experts(
+            x,
+            experts,
+            weights,
+            gate_up,
+            down,
+            blocks=blocks,
+            residual=residual,
+            first_local=first_local,
+            num_experts=num_experts,
+            scales=scales,
+        )
+    gate_up_scale, down_scale = scales or (None, None)
+    local = range(first_local, first_local + len(gate_up))
+    return few_tokens(x, (experts, weights, local), (gate_up, gate_up_scale), (down, down_scale), residual)
 
 
 def few_tokens(
@@ -27,7 +62,7 @@ def few_tokens(
     down: tuple[Tensor, Tensor | None],
     residual: Tensor | None,
 ) -> Tensor:
-    """See `headrace_kernels.moe_experts.moe_experts`; `routing` is experts, weights, and which experts are local."""
+    """Compute `moe_experts` without sorting; `routing` is experts, weights, and which experts are local."""
     experts, weights, local = routing
     num_tokens, top_k = experts.shape
     _, hidden, width = down[0].shape

@@ -31,6 +31,7 @@ from headrace_kernels.gpu.launch import launch, num_sms, target
 from headrace_kernels.gpu.moe_routing import column_experts, empty_routing, route, routing_constants
 from headrace_kernels.gpu.moe_sort import bins, sort_few
 from headrace_kernels.gpu.rms_norm import normalise
+from headrace_kernels.moe_router import route_and_sort_ref
 from headrace_kernels.routing_rule import RoutedTokens, Router
 
 _BLOCK_N = 32
@@ -39,12 +40,9 @@ _MOST_TILES = 64
 # A row's squares must be summed in one order whatever BLOCK_T is. So wide, and with at least two rows, every row has
 # the same threads: those of its 16-byte loads, by four warps in bfloat16 and by eight in float32.
 _WIDE = 1024
+# One launch beyond this would leave too much to its last program. 0: always four steps.
+FUSED_ROWS = 64
 DEFAULT_CONFIG: configs.Config = {"num_warps": 8, "num_stages": 4}
-
-
-def is_one_launch() -> bool:
-    """False on AMD's GPUs, where the four steps are taken: see above."""
-    return target() != "hip"
 
 
 def route_and_sort(
@@ -57,7 +55,9 @@ def route_and_sort(
     first_local: int,
     num_local: int,
 ) -> RoutedTokens:
-    """See `headrace_kernels.moe_router.route_and_sort`."""
+    """See `headrace_kernels.moe_router.route_and_sort`; for many tokens, and on AMD's GPUs, its four steps."""
+    if len(x) > FUSED_ROWS or target() == "hip":
+        return route_and_sort_ref(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
     num_rows, width = x.shape
     num_routed = len(router.weight)
     experts, weights = empty_routing(num_rows, router.rule, router.num_shared, x)

@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.paged_slots import paged_slots
+from headrace_kernels.split_ranges import SplitPlan
 
 
 def gqa_decode(
-    query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float, slots: Tensor | None
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    slots: Tensor | None,
+    plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
     """See `headrace_kernels.gqa_decode.gqa_decode`."""
     if slots is None:
@@ -25,6 +34,10 @@ def gqa_decode(
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     value = value.view(batch, longest, num_groups, dim).transpose(1, 2)
     return torch.matmul(weights, value).view(batch, -1, dim)
+
+
+def plan_gqa_decode(context_lens: Tensor, page_size: int, num_kv_heads: int) -> None:
+    """See `headrace_kernels.gqa_decode.plan_gqa_decode`: a context is not split here."""
 
 
 def gather_keys_values(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headrace_kernels.latent_fp8 import unpack_latents
 from headrace_kernels.paged_slots import paged_slots
+from headrace_kernels.split_ranges import SplitPlan
 
 
 def mla_decode(
@@ -18,6 +19,8 @@ def mla_decode(
     kv_lora_rank: int,
     scale: float,
     slots: Tensor | None,
+    plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
     """See `headrace_kernels.mla_decode.mla_decode`."""
     if slots is None:
@@ -33,3 +36,7 @@ def mla_decode(
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     # Over whole rows: the columns of k_pe cost less than the copy that a slice would.
     return torch.bmm(weights, rows)[..., :kv_lora_rank]
+
+
+def plan_mla_decode(context_lens: Tensor, page_size: int, num_heads: int) -> None:
+    """See `headrace_kernels.mla_decode.plan_mla_decode`: a context is not split here."""

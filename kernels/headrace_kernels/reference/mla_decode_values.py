@@ -19,6 +19,7 @@ def mla_decode_values(
     scale: float,
     slots: Tensor | None,
     plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
     """See `headrace_kernels.mla_decode.mla_decode_values`."""
     kv_lora_rank = w_uv.shape[2]

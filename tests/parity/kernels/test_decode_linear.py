@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_kernels import decode_linear
 from headrace_kernels.decode_linear import linear_add, linear_add_ref, norm_linear, norm_linear_ref
+from headrace_kernels.gpu import decode_linear as gpu
 
 DTYPES = [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)]
 SHAPES = [(3, 64, 48), (1, 33, 5), (17, 40, 70), (0, 16, 8), (70, 24, 16)]
@@ -72,7 +72,7 @@ def test_a_row_does_not_depend_on_the_others(device):
 
 
 def test_many_tokens_take_the_composition(device, monkeypatch):
-    monkeypatch.setattr(decode_linear, "MAX_ROWS", 4)
+    monkeypatch.setattr(gpu, "MAX_ROWS", 4)
     x, norm_weight, weight, bias, residual = tensors((5, 32, 24), torch.float32, device)
     found, expected = norm_linear(x, None, weight, 1e-6, bias), norm_linear_ref(x, None, weight, 1e-6, bias)
     torch.testing.assert_close(found, expected)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_kernels import moe_router, use_backend
+from headrace_kernels import use_backend
 from headrace_kernels.aot.cases.moe_routing import MODEL_RULES
+from headrace_kernels.gpu import moe_router as gpu
 from headrace_kernels.moe_router import route_and_sort
 from headrace_kernels.moe_routing import moe_routing_ref
 from headrace_kernels.moe_sort import sort_blocks_ref
@@ -102,7 +103,7 @@ def test_a_nan_spoils_the_weights_of_its_token_alone(device):
 @pytest.mark.parametrize("fused_rows", [0, 64])
 def test_padding_has_no_experts(fused_rows, device, monkeypatch):
     """As in a CUDA graph's batch; what the padded rows hold, NaN here, touches no other row."""
-    monkeypatch.setattr(moe_router, "FUSED_ROWS", fused_rows)
+    monkeypatch.setattr(gpu, "FUSED_ROWS", fused_rows)
     router, norm_weight = make_router(6, 32, device, num_shared=1), torch.rand(32, device=device)
     x = torch.randn(5, 32, device=device)
     alone = route_and_sort(x[:3], norm_weight, 1e-5, router, 2)
@@ -118,7 +119,7 @@ def test_padding_has_no_experts(fused_rows, device, monkeypatch):
 
 
 def test_many_tokens_take_the_four_steps(device, monkeypatch):
-    monkeypatch.setattr(moe_router, "FUSED_ROWS", 2)
+    monkeypatch.setattr(gpu, "FUSED_ROWS", 2)
     x, norm_weight = torch.randn(3, 16, device=device), torch.rand(16, device=device)
     router = make_router(4, 16, device)
     assert_routed(route_and_sort(x, norm_weight, 1e-5, router, 2), x, norm_weight, router, 2, 0, 4)
