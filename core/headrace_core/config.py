@@ -89,6 +89,11 @@ class WorkerSettings(ProcessSettings):
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where to compute; cuda: the first GPU this process sees, NVIDIA or AMD"
     )
+    kernels: Literal["auto", "reference", "cpu", "triton", "aiter"] = Field(
+        "auto",
+        description="what computes; auto: the best that is there; reference: plain torch, anywhere; cpu: compiled for "
+        "a CPU; triton: on a GPU; aiter: ROCm/aiter's, on AMD's; a name that can't be had is refused",
+    )
     threads: int = Field(0, ge=0, description="CPU threads for compute; 0: all cores")
     page_size: int = Field(64, ge=1, le=1024, description="tokens a page holds")
     kv_pool_mib: int = Field(256, ge=1, description="memory for pages, MiB")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from headrace_kernels import backend, choose_backend
+from headrace_kernels.dispatch import objection
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -37,7 +39,8 @@ log = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 5.0
 _TRIED_TOKENS = 2
-"""What a CPU worker computes before it serves: one token, then two, so that a network that can't is told at once."""
+"""What a worker without a GPU's kernels computes before it serves: one token, then two, so that a network that can't is
+told at once."""
 _ROOFLINE_DTYPES = {
     torch.float32: Dtype.FP32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.FP16, torch.uint8: Dtype.FP8
 }  # fmt: skip
@@ -67,10 +70,11 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
 
     Raises:
         CheckpointError: the checkpoint can't be served.
-        StartupError: POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE, NO_GPU, NO_KERNEL,
-            KERNELS_DISAGREE, NO_TRANSPORT.
+        StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
+            NO_GPU, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
     """
     started = time.perf_counter()
+    _choose_kernels(settings)
     pool_bytes = settings.kv_pool_mib << 20
     with _progress(f"loading {settings.model.name}") as on_progress:
         model = load_model(
@@ -92,7 +96,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     most = min(settings.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
     memory = new_memory(memory_kind(usable(settings.transport)))
     cache = KvCache(layout, num_pages, settings.device, allocate=memory and memory.allocate)
-    if settings.device == "cuda":
+    kernels = backend(cache.layers[0])
+    if settings.device == "cuda" and kernels != "reference":
         _prepare_gpu(settings, model, cache, most)
     else:
         warm_up(model, cache, max_step_tokens=_TRIED_TOKENS)
@@ -101,6 +106,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         extra={
             "model": settings.model_name or settings.model.resolve().name,
             "fingerprint": model.fingerprint,
+            "kernels": kernels,
             "seconds": time.perf_counter() - started,
             "pages": num_pages,
             "page_bytes": layout.page_bytes,
@@ -119,6 +125,19 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         prediction=_prediction(settings, model),
         memory=memory,
     )
+
+
+def _choose_kernels(settings: WorkerSettings) -> None:
+    """Let this process compute with what `--kernels` names.
+
+    Raises:
+        StartupError: NO_BACKEND.
+    """
+    name = None if settings.kernels == "auto" else settings.kernels
+    problem = name and objection(name, settings.device)
+    if problem:
+        raise StartupError("NO_BACKEND", f"--kernels {name} with --device {settings.device}: {problem}; use auto")
+    choose_backend(name)
 
 
 def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int) -> None:
