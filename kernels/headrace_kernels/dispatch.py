@@ -58,15 +58,12 @@ _DEVICES: dict[Backend, tuple[str, ...]] = {
 
 def select(family: str, tensor: Tensor) -> ModuleType:
     """Return the module that computes `family` for `tensor`, imported when it is first asked for."""
-    return _module(family, backend_of(family, tensor))
+    return _module(family, backend(tensor))
 
 
 def backend_of(family: str, tensor: Tensor) -> Backend:
     """Return what `family` runs on for `tensor`: its backend, or the next best that the family has kernels on."""
-    name = backend(tensor)
-    while name not in TABLE[family]:
-        name = _NEXT_BEST[name]
-    return name
+    return _best(family, backend(tensor))
 
 
 def objection(name: Backend, device: str) -> str | None:
@@ -79,6 +76,13 @@ def objection(name: Backend, device: str) -> str | None:
     return None if any(name in row for row in TABLE.values()) else "no kernel family has one of them"
 
 
+def _best(family: str, name: Backend) -> Backend:
+    while name not in TABLE[family]:
+        name = _NEXT_BEST[name]
+    return name
+
+
+# Asked at every call of a kernel.
 @cache
 def _module(family: str, name: Backend) -> ModuleType:
-    return import_module(f"headrace_kernels.{FOLDERS[name]}.{family}")
+    return import_module(f"headrace_kernels.{FOLDERS[_best(family, name)]}.{family}")
