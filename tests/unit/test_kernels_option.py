@@ -1,14 +1,18 @@
 """`--kernels`: what a worker computes with, and what it refuses to start with."""
 
+import importlib
 import logging
 
 import pytest
+from headrace_core.batch.step import Chunk
 from headrace_core.config import DecodeSettings, PrefillSettings, parse
 from headrace_core.errors import StartupError
+from headrace_core.model.step_inputs import prepare_step
 from headrace_core.testing.pretend_gpu import pretend_gpu, recording
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_core.worker.loading import load_worker_model
 from headrace_kernels import choose_backend
+from headrace_kernels.dispatch import TABLE
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +67,16 @@ def test_a_name_that_is_none_is_refused_by_the_command_line(capsys, tmp_path):
     with pytest.raises(SystemExit):
         parse(DecodeSettings, ["--model", str(tmp_path), "--kernels", "cuda"])
     assert "--kernels" in capsys.readouterr().err
+
+
+def decode_slots():
+    return prepare_step([Chunk(0, [7], 3, [5], None)], page_size=4, max_decode_chunk=1).decode.slots
+
+
+@pytest.mark.parametrize("lacking", [None, "mla_decode", "gqa_decode"])
+def test_slots_are_planned_where_a_family_of_decoding_gathers(lacking, monkeypatch):
+    assert decode_slots() is not None
+    monkeypatch.setattr(importlib.import_module("headrace_kernels.backend"), "has_cpu_library", lambda: True)
+    for family in {"mla_decode", "gqa_decode"} - {lacking}:
+        monkeypatch.setitem(TABLE, family, ("reference", "cpu"))
+    assert (decode_slots() is None) == (lacking is None)
