@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.v1 import worker_service_pb2
+from headrace_core.discovery import Discovery
 from headrace_core.kv.layout import KvLayout
 from headrace_core.rpc import Connect, channel
 
-from headrace_router.discovery import Discovery
 from headrace_router.link import Link
 from headrace_router.worker import Worker
 

@@ -12,6 +12,7 @@ from headrace.v1 import generation_service_pb2
 from headrace.v1.types_pb2 import WORKER_ROLE_UNSPECIFIED
 from headrace_core import __version__
 from headrace_core.config import RouterSettings
+from headrace_core.discovery import Discovery
 from headrace_core.door import Call
 from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, UnavailableError
@@ -21,7 +22,6 @@ from headrace_core.tracing.span import Tracer
 
 from headrace_router.admission import Admission, RequestSpec, Tokenized
 from headrace_router.answers import ROLE_NAMES
-from headrace_router.discovery import Discovery
 from headrace_router.dispatch import Dispatcher
 from headrace_router.flow import Flow
 from headrace_router.keys import Keys

@@ -5,13 +5,13 @@ import os
 import socket
 
 import pytest
+from headrace_core import discovery
 from headrace_core.address import parse_address
+from headrace_core.discovery import Discovery
 from headrace_core.errors import StartupError
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
-from headrace_router import discovery
-from headrace_router.discovery import Discovery
 from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, text_request
 
 GOOD = {
