@@ -8,7 +8,8 @@ from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import async_test
 from headrace_core.testing.handoff_parts import PlainMemory
 from headrace_core.transfer.moving_time import MovingTime
-from headrace_core.transfer.taker import Pulls, Taker
+from headrace_core.transfer.pulls import Pulls
+from headrace_core.transfer.taker import Taker
 
 
 class Crowd:

@@ -15,12 +15,9 @@ sequence's page until then. Whoever calls `take` may reuse the pages when it ret
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -41,6 +38,7 @@ from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.moving import Mover
 from headrace_core.transfer.moving_time import MovingTime
+from headrace_core.transfer.pulls import Pulls
 from headrace_core.transfer.states import TAKE_MOVES, TakeEvent, TakeState
 from headrace_core.transfer.transport import Reading, Source, TakerEnd, offer_name
 from headrace_core.transfer.transports import choose
@@ -87,42 +85,6 @@ class TransferStats:
 
 OnFirst = Callable[[Admission, FirstToken], None]
 """Told of the first token at once, while its cache is still on the way. May raise `HeadraceError`: the taker's."""
-
-
-class Pulls:
-    """Lets at most so many pulls run at a time; who waits with the lowest age goes first. Event loop only."""
-
-    def __init__(self, most: int) -> None:
-        self._num_free = most
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._tie = itertools.count()
-
-    @asynccontextmanager
-    async def turn(self, age: int) -> AsyncGenerator[None]:
-        """Wait for a turn; it ends with the context."""
-        if not self._num_free:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            heapq.heappush(self._waiting, (age, next(self._tie), turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give_back()
-                raise
-        else:
-            self._num_free -= 1
-        try:
-            yield
-        finally:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        while self._waiting:
-            _, _, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._num_free += 1
 
 
 class Taker:

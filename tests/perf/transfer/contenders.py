@@ -14,7 +14,8 @@ import xxhash
 from headrace.v1 import types_pb2
 from headrace_core import rpc
 from headrace_core.transfer.moving import Mover
-from headrace_core.transfer.taker import MOST_PULLS, Pulls
+from headrace_core.transfer.pulls import Pulls
+from headrace_core.transfer.taker import MOST_PULLS
 from headrace_core.transfer.transport import Reading, Source
 from headrace_core.transfer.transports import TRANSPORTS
 from headrace_core.transfer.values import Run
