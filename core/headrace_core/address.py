@@ -30,6 +30,11 @@ class Address:
         """True if DNS says which hosts are meant; `localhost` is one host."""
         return self.host != "localhost" and not (":" in self.host or _is_ipv4(self.host))
 
+    @property
+    def is_loopback(self) -> bool:
+        """True if it can't be another machine's."""
+        return self.host == "localhost" or (not self.is_name and ipaddress.ip_address(self.host).is_loopback)
+
     def __str__(self) -> str:
         """Return `host:port`, as gRPC takes it."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

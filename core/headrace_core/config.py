@@ -79,6 +79,14 @@ class WorkerSettings(ProcessSettings):
     model: Path = Field(description="folder of a Hugging Face checkpoint: config.json and *.safetensors")
     model_name: str = Field("", description="name clients may ask for; default: the folder's name")
     advertise: Reachable = Field("", description="host:port at which others reach this worker; default: --listen")
+    peers: str = Field(
+        "",
+        description="host:port,...: workers that this one may dial to take pages from; a DNS name stands for all its "
+        "addresses; default: with --tls whoever has a worker's certificate, else loopback addresses alone",
+    )
+    peers_file: Path | None = Field(
+        None, description="one peer's address per line, # begins a comment; read again when it changes"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of weights and compute; auto: the checkpoint's"
     )

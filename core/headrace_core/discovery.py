@@ -38,8 +38,8 @@ class Discovery:
     A DNS name stands for all its A and AAAA records. `localhost` is an address like any other: it is one host.
     """
 
-    def __init__(self, workers: str, workers_file: Path | None) -> None:
-        """Take the settings.
+    def __init__(self, workers: str, workers_file: Path | None, *, name: str = "workers") -> None:
+        """Take the settings, `name` and `name`-file.
 
         Raises:
             StartupError: BAD_ADDRESS, an entry of `workers` is not `host:port`.
@@ -47,7 +47,7 @@ class Discovery:
         try:
             self._static = [parse_address(entry.strip()) for entry in workers.split(",") if entry.strip()]
         except ValueError as error:
-            raise StartupError("BAD_ADDRESS", f"--workers: {error}") from None
+            raise StartupError("BAD_ADDRESS", f"--{name}: {error}") from None
         self.has_news = asyncio.Event()
         """Set when `addresses` may differ; whoever waits for it clears it."""
         self._file = workers_file
@@ -113,6 +113,13 @@ class Discovery:
                 self._addresses = None
         for name in names - self._lookups.keys():
             self._lookups[name] = asyncio.create_task(self._look_up(name), name=f"look-up-{name.host}")
+
+    async def refresh(self, timeout_s: float) -> None:
+        """Read the file and look up every name, and wait for all of that, but for look-ups no longer than so."""
+        await self.read_file()
+        self.look_up()
+        if self._lookups:
+            await asyncio.wait(self._lookups.values(), timeout=timeout_s)
 
     async def close(self) -> None:
         """End the look-ups under way."""

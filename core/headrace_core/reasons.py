@@ -67,6 +67,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_IDENTITY": "the caller's certificate names nobody of this system",
     },
     PermissionDeniedError: {
+        "NOT_A_PEER": "a worker was to take pages from an address that is none of its peers' (`--peers`)",
         "WRONG_ROLE": "the role in the caller's certificate may not call this",
         "WRONG_TAKER": "pages were asked for under a lease of another worker",
     },

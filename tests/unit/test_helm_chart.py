@@ -107,6 +107,9 @@ def test_processes_understand_their_arguments_and_listen_where_kubernetes_asks(c
         assert (port(read.listen), port(read.metrics_listen)) == (ports["grpc"], ports["metrics"])
         if role != "router":
             assert port(read.advertise) == ports["grpc"]
+            has_certificate = CASES[case].get("tls", {}).get("enabled", False)
+            workers = settings("router", workloads(objects)["router"]).workers
+            assert read.peers == ("" if has_certificate else workers)
         wanted = CASES[case].get(role, {}).get("options") or {}
         for name, value in wanted.items():
             assert getattr(read, name.replace("-", "_")) == value, name

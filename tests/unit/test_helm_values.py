@@ -19,5 +19,15 @@ def test_options_are_those_of_the_settings(role):
 @pytest.mark.parametrize("role", TOOL["ROLES"])
 def test_what_the_chart_sets_and_what_is_secret_is_no_option(role):
     given = DEFINITIONS[f"{role}Options"]["properties"]
-    assert not {"listen", "model", "tls", "tls-key", "keys-file", "trace-sample", "workers", "advertise"} & set(given)
+    assert not {
+        "listen",
+        "model",
+        "tls",
+        "tls-key",
+        "keys-file",
+        "trace-sample",
+        "workers",
+        "advertise",
+        "peers",
+    } & set(given)
     assert {"drain-s", "log-format"} <= set(given)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from headrace_core.errors import PermissionDeniedError
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.transfer.connections import Connections
 
@@ -34,13 +35,13 @@ class Book:
         self.channels = []
         self.connections = Connections(connect=self._connect, clock=lambda: self.now_s, **options)
 
-    def _connect(self, endpoint):
+    async def _connect(self, endpoint):
         self.channels.append(FakeChannel(endpoint))
         return self.channels[-1]
 
-    def touch(self, *endpoints):
+    async def touch(self, *endpoints):
         for endpoint in endpoints:
-            with self.connections.use(endpoint):
+            async with self.connections.use(endpoint):
                 pass
 
     @property
@@ -51,9 +52,9 @@ class Book:
 @async_test
 async def test_users_of_one_endpoint_share_a_channel_that_stays_for_the_next():
     book = Book()
-    with book.connections.use("a:1") as first, book.connections.use("a:1") as second:
+    async with book.connections.use("a:1") as first, book.connections.use("a:1") as second:
         assert first is second
-    book.touch("a:1")
+    await book.touch("a:1")
     assert [channel.endpoint for channel in book.channels] == ["a:1"]
     await book.connections.close()
     assert book.num_open == 0
@@ -62,9 +63,9 @@ async def test_users_of_one_endpoint_share_a_channel_that_stays_for_the_next():
 @async_test
 async def test_a_channel_is_closed_when_nobody_used_it_for_long():
     book = Book(idle_s=30.0)
-    book.touch("a:1")
+    await book.touch("a:1")
     book.now_s = 20.0
-    book.touch("b:1")
+    await book.touch("b:1")
     book.now_s = 29.9
     book.connections.close_idle()
     assert book.connections.endpoints == ["a:1", "b:1"]
@@ -79,13 +80,13 @@ async def test_a_channel_is_closed_when_nobody_used_it_for_long():
 @async_test
 async def test_a_channel_in_use_is_never_closed_however_long_or_many():
     book = Book(idle_s=30.0, most_idle=2)
-    with book.connections.use("a:1") as used:
-        book.touch("b:1", "c:1", "d:1", "e:1")
+    async with book.connections.use("a:1") as used:
+        await book.touch("b:1", "c:1", "d:1", "e:1")
         book.now_s = 1e6
         book.connections.close_idle()
         await eventually(lambda: book.num_open == 1, "the idle ones are closed")
         assert not used.is_closed
-        with book.connections.use("a:1"):
+        async with book.connections.use("a:1"):
             pass
         book.connections.close_idle()
         assert book.connections.endpoints == ["a:1"]
@@ -95,7 +96,7 @@ async def test_a_channel_in_use_is_never_closed_however_long_or_many():
 @async_test
 async def test_of_many_idle_channels_those_used_last_stay():
     book = Book(most_idle=3)
-    book.touch(*(f"h:{i}" for i in range(300)), "h:297", "h:1")
+    await book.touch(*(f"h:{i}" for i in range(300)), "h:297", "h:1")
     assert book.connections.endpoints == ["h:299", "h:297", "h:1"]
     await eventually(lambda: book.num_open == 3, "the others are closed")
     await book.connections.close()
@@ -105,8 +106,8 @@ async def test_of_many_idle_channels_those_used_last_stay():
 @async_test
 async def test_a_broken_channel_is_closed_as_soon_as_nobody_uses_it(state):
     book = Book()
-    with book.connections.use("a:1"):
-        with book.connections.use("a:1") as channel:
+    async with book.connections.use("a:1"):
+        async with book.connections.use("a:1") as channel:
             channel.state = state
         assert book.connections.endpoints == ["a:1"]
     assert book.connections.endpoints == []
@@ -116,10 +117,10 @@ async def test_a_broken_channel_is_closed_as_soon_as_nobody_uses_it(state):
 @async_test
 async def test_a_disconnected_endpoint_gets_a_channel_of_its_own_next_time():
     book = Book()
-    with book.connections.use("a:1") as old:
+    async with book.connections.use("a:1") as old:
         await book.connections.disconnect("a:1")
         assert old.is_closed
-        with book.connections.use("a:1") as new:
+        async with book.connections.use("a:1") as new:
             assert new is not old
     assert book.connections.endpoints == ["a:1"]
     assert not new.is_closed
@@ -138,14 +139,14 @@ async def test_the_timer_is_set_for_when_the_longest_unused_one_is_due(monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(asyncio.get_running_loop(), "call_later", call_later)
-        book.touch("a:1")
+        await book.touch("a:1")
         book.now_s = 20.0
-        book.touch("b:1")
+        await book.touch("b:1")
         for book.now_s, left in ((30.0, ["b:1"]), (50.0, [])):
             timers[-1][1]()
             assert book.connections.endpoints == left
         book.now_s = 60.0
-        book.touch("c:1")
+        await book.touch("c:1")
     assert [delay_s for delay_s, _ in timers] == [30.0, 20.0, 30.0]
     await book.connections.close()
 
@@ -153,7 +154,7 @@ async def test_the_timer_is_set_for_when_the_longest_unused_one_is_due(monkeypat
 @async_test
 async def test_the_timer_closes_what_is_idle_and_ends():
     connections = Connections(idle_s=0.0)
-    with connections.use("127.0.0.1:9"):
+    async with connections.use("127.0.0.1:9"):
         pass
     await eventually(lambda: not connections.endpoints, "the timer closes it")
     await connections.close()
@@ -164,10 +165,42 @@ async def test_three_hundred_holders_that_are_gone_leave_no_channel():
     connections = Connections()
 
     async def ask(endpoint):
-        with connections.use(endpoint) as channel, pytest.raises(grpc.aio.AioRpcError):
-            await channel.unary_unary("/headrace.v1.TransferService/RenewLease")(b"", timeout=WAIT_S)
+        async with connections.use(endpoint) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary("/headrace.v1.TransferService/RenewLease")(b"", timeout=WAIT_S)
 
     await asyncio.gather(*(ask(f"127.0.{i // 250}.{1 + i % 250}:9") for i in range(300)))
     assert len(connections.endpoints) <= 32
     await connections.close()
     assert connections.endpoints == []
+
+
+@async_test
+async def test_who_asks_while_it_is_being_opened_shares_it_and_an_endpoint_that_may_not_be_dialed_leaves_nothing():
+    book = Book()
+    asked, opened = [], asyncio.Event()
+
+    async def connect(endpoint):
+        asked.append(endpoint)
+        if endpoint == "stranger:1":
+            raise PermissionDeniedError("NOT_A_PEER", "no")
+        await opened.wait()
+        return await book._connect(endpoint)
+
+    connections = Connections(connect=connect)
+
+    async def use():
+        async with connections.use("a:1") as channel:
+            return channel
+
+    users = [asyncio.ensure_future(use()) for _ in range(2)]
+    await eventually(lambda: len(asked) == 2, "both wait for a channel")
+    opened.set()
+    first, second = await asyncio.gather(*users)
+    assert first is second
+    assert book.num_open == 1
+    with pytest.raises(PermissionDeniedError, match="no"):
+        async with connections.use("stranger:1"):
+            pass
+    assert connections.endpoints == ["a:1"]
+    await connections.close()

@@ -251,14 +251,14 @@ async def test_one_connection_serves_every_call_and_is_made_again_after_a_discon
     async with ends() as it:
         connections = it.transport.connections
         await it.pull()
-        with connections.use(it.address) as first:
+        async with connections.use(it.address) as first:
             await it.pull()
         await it.transport.disconnect("127.0.0.1:9")
         assert connections.endpoints == [it.address]
         await it.transport.disconnect(it.address)
         assert connections.endpoints == []
         await it.pull()
-        with connections.use(it.address) as second:
+        async with connections.use(it.address) as second:
             assert second is not first
         await it.transport.close()
         assert connections.endpoints == []

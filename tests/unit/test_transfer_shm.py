@@ -36,13 +36,18 @@ def other_incarnation(source: Source) -> Source:
     return Source(source.endpoint, Reading("lease-1", INCARNATION + 1, b""), source.offer)
 
 
+def in_folder(name: str) -> str:
+    return f"{unix.private_folder()}/{name}"
+
+
 OFFERS = {
     "another machine": (lambda it: setattr(it.shm, "host", "1" * 36), "it is on another machine"),
     "no machine": (lambda it: it.shm.ClearField("host"), "it is on another machine"),
-    "nobody there": (lambda it: setattr(it.shm, "socket", "/nowhere/a.sock"), "No such file"),
-    "no path": (lambda it: setattr(it.shm, "socket", ""), "Errno"),
-    "a path too long": (lambda it: setattr(it.shm, "socket", "/" * 200), "too long"),
-    "no socket": (lambda it: setattr(it.shm, "socket", "/dev/null"), "Connection refused"),
+    "nobody there": (lambda it: setattr(it.shm, "socket", in_folder("nobody.sock")), "No such file"),
+    "no path": (lambda it: setattr(it.shm, "socket", ""), "folder for sockets"),
+    "a path too long": (lambda it: setattr(it.shm, "socket", in_folder("a" * 200)), "too long"),
+    "somebody else's socket": (lambda it: setattr(it.shm, "socket", "/run/docker.sock"), "folder for sockets"),
+    "a way out": (lambda it: setattr(it.shm, "socket", in_folder("../a.sock")), "folder for sockets"),
     "other key": (lambda it: setattr(it.shm, "key", b"k" * 16), "passes no memory to us"),
     "no key": (lambda it: it.shm.ClearField("key"), "passes no memory to us"),
     "other proof": (lambda it: setattr(it.shm, "proof", b"p" * 16), "not that holder's pool"),
@@ -106,15 +111,16 @@ async def test_a_worker_that_can_listen_nowhere_does_not_start(monkeypatch):
 
 
 @async_test
-async def test_who_listens_and_never_answers_is_not_waited_for_long(monkeypatch, tmp_path):
+async def test_who_listens_and_never_answers_is_not_waited_for_long(monkeypatch):
     monkeypatch.setattr(shm, "PROOF_TIMEOUT_S", 0.05)
-    monkeypatch.chdir(tmp_path)
     async with pair("shm") as it:
+        path = in_folder(f"mute-{os.getpid()}.new")
         with unix._new_socket() as mute:
-            mute.bind("mute.sock")
+            mute.bind(path)
             mute.listen()
-            source = it.offered(lambda offer: setattr(offer.shm, "socket", "mute.sock"))
-            assert await refusal(it, source) == "nobody answers at mute.sock"
+            source = it.offered(lambda offer: setattr(offer.shm, "socket", path))
+            assert await refusal(it, source) == f"nobody answers at {path}"
+        os.unlink(path)
 
 
 @pytest.mark.parametrize("is_sealed", [False, True], ids=["size not sealed", "another pool"])

@@ -110,7 +110,7 @@ class FakeWorker:
         self.next_token = next_token or mixed(vocab_size)
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
-        self._connections = Connections(connect=rpc.own_channel)
+        self._connections = Connections()
         self._starting: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._pages: dict[tuple[int, int], int] = {}
         """Of every sequence that was started and is not over."""
@@ -262,17 +262,16 @@ class FakeWorker:
                     layout=decode_layout(self.info.layout),
                 )
                 address = message.prefill_address
-                with self._connections.use(address) as channel:
-                    async with FakeTake(channel, order, address) as take:
-                        admission, first = await take.first()
-                        self._tell(key, message.attempt, position, prefilled=self._prefilled(admission, first))
-                        if first.finish:
-                            self._end(key)
-                            return
-                        spec.token_ids.append(first.token.token_id)
-                        position += 1
-                        await self._wait_to_join()
-                        await take.confirm()
+                async with self._connections.use(address) as channel, FakeTake(channel, order, address) as take:
+                    admission, first = await take.first()
+                    self._tell(key, message.attempt, position, prefilled=self._prefilled(admission, first))
+                    if first.finish:
+                        self._end(key)
+                        return
+                    spec.token_ids.append(first.token.token_id)
+                    position += 1
+                    await self._wait_to_join()
+                    await take.confirm()
                 num_pages = self._pages[key]
                 joined = pb.Joined(transfer_us=200, transport="fake", hidden_transfer_us=1 << 40)
                 joined.num_transfer_pages, joined.transfer_bytes = num_pages, num_pages * 1536

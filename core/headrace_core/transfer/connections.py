@@ -4,6 +4,8 @@
                     │                        └──idle too long, too many idle, or broken──► CLOSED
                     └──disconnect──► CLOSED
 
+Whether an address may be dialed at all, `connect` decides, once for each connection.
+
 gRPC keeps trying to reach a peer that is gone, so each endpoint that a ticket ever named would cost CPU for good. One
 that somebody uses is never closed, unless by `disconnect`, whose purpose that is.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -25,7 +27,15 @@ IDLE_S = 30.0
 """How long a connection stays open that nobody uses: the next hand-off from a holder that is busy comes sooner."""
 MOST_IDLE = 32
 
+Connect = Callable[[str], Awaitable[grpc.aio.Channel]]
+"""Opens a channel to the worker at `host:port`, or raises the `HeadraceError` that says why not."""
+
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
+
+
+async def connect_to_any(endpoint: str) -> grpc.aio.Channel:
+    """Connect to whatever address; a `Connect` for tests."""
+    return rpc.own_channel(endpoint)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +54,7 @@ class Connections:
         *,
         idle_s: float = IDLE_S,
         most_idle: int = MOST_IDLE,
-        connect: rpc.Connect = rpc.channel,
+        connect: Connect = connect_to_any,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._idle_s = idle_s
@@ -61,12 +71,17 @@ class Connections:
         """Those with an open connection."""
         return list(self._open)
 
-    @contextlib.contextmanager
-    def use(self, endpoint: str) -> Generator[grpc.aio.Channel]:
-        """Give a channel to `host:port`; it stays open until the context ends."""
+    @contextlib.asynccontextmanager
+    async def use(self, endpoint: str) -> AsyncGenerator[grpc.aio.Channel]:
+        """Give a channel to `host:port`; it stays open until the context ends. Raises what `connect` does."""
         connection = self._open.get(endpoint)
         if connection is None:
-            connection = self._open[endpoint] = _Connection(endpoint, self._connect(endpoint))
+            channel = await self._connect(endpoint)
+            connection = self._open.get(endpoint)
+            if connection is None:
+                connection = self._open[endpoint] = _Connection(endpoint, channel)
+            else:
+                await channel.close()  # somebody else was faster
         connection.num_users += 1
         try:
             yield connection.channel

@@ -24,7 +24,7 @@ from headrace_core.errors import (
     PermissionDeniedError,
     TransferCorruptError,
 )
-from headrace_core.transfer.connections import Connections
+from headrace_core.transfer.connections import Connect, Connections, connect_to_any
 from headrace_core.transfer.frames import PageWriter, cut, decode_frame, encode_frame
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.transport import Holding, Reading, Source
@@ -110,7 +110,7 @@ class GrpcTransfer:
 class GrpcTaker:
     """Takes pages by `TransferService`; the transfers from one holder share a connection."""
 
-    def __init__(self, memory: PageMemory, connect: rpc.Connect = rpc.own_channel) -> None:
+    def __init__(self, memory: PageMemory, connect: Connect = connect_to_any) -> None:
         self._memory = memory
         self.connections = Connections(connect=connect)
 
@@ -142,7 +142,7 @@ class GrpcTaker:
             first_page=run.first_page,
             num_pages=run.num_pages,
         )
-        with self.connections.use(source.endpoint) as channel:
+        async with self.connections.use(source.endpoint) as channel:
             pull: Any = channel.unary_stream(f"/{SERVICE}/Pull")
             call = pull(request.SerializeToString(), timeout=timeout_s)
             try:

@@ -225,6 +225,8 @@ class ShmTaker:
 
     async def _map(self, source: Source) -> _Pool:
         offer = source.offer.shm
+        if Path(offer.socket).parent != private_folder():
+            raise PermissionError("it is not in this user's folder for sockets")
         password = _password(offer.key, source.reading.incarnation)
         connection, descriptor = await receive_descriptor(offer.socket, password, timeout_s=PROOF_TIMEOUT_S)
         try:

@@ -28,12 +28,12 @@ from headrace_core.errors import (
     HandoffLostError,
     HeadraceError,
     LayoutMismatchError,
+    PermissionDeniedError,
     ProtocolError,
     TransferCorruptError,
 )
 from headrace_core.kv.layout import KvLayout
-from headrace_core.rpc import Connect, own_channel
-from headrace_core.transfer.connections import Connections
+from headrace_core.transfer.connections import Connect, Connections, connect_to_any
 from headrace_core.transfer.hold import HoldCall, Side, TakeError
 from headrace_core.transfer.memory import PageMemory
 from headrace_core.transfer.moving import Mover
@@ -99,7 +99,7 @@ class Taker:
         vocab_size: int,
         transports: Mapping[str, TakerEnd],
         timeout_s: float,
-        connect: Connect = own_channel,
+        connect: Connect = connect_to_any,
         most_pulls: int = MOST_PULLS,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
@@ -126,8 +126,7 @@ class Taker:
         Raises:
             TakeError: why it failed, and whose fault it is.
         """
-        with self._control.use(address) as channel:
-            return await _Take(self, HoldCall(channel, order, address), order, address, page_ids, age, on_first).run()
+        return await self._run(order, address, page_ids, age, on_first)
 
     async def take_prefix(self, order: Order, address: str, page_ids: Sequence[int], *, age: int) -> TransferStats:
         """Have what the prefix cache at `address` has of `order.spec.token_ids` brought into the first of `page_ids`.
@@ -138,11 +137,19 @@ class Taker:
         Raises:
             TakeError: as `take`.
         """
-        with self._control.use(address) as channel:
-            call = HoldCall(channel, order, address)
-            moved = await _Take(self, call, order, address, page_ids, age, None).run()
+        moved = await self._run(order, address, page_ids, age, None)
         assert moved is not None, "no first token ends it"
         return moved
+
+    async def _run(
+        self, order: Order, address: str, page_ids: Sequence[int], age: int, on_first: OnFirst | None
+    ) -> TransferStats | None:
+        try:
+            async with self._control.use(address) as channel:
+                call = HoldCall(channel, order, address)
+                return await _Take(self, call, order, address, page_ids, age, on_first).run()
+        except PermissionDeniedError as error:  # that is the connection's: nothing was ordered
+            raise TakeError(Side.CHANNEL, error) from error
 
     async def close(self) -> None:
         """Tear down every connection."""

@@ -16,7 +16,7 @@ import numpy as np
 from headrace.v1 import types_pb2
 from numpy.typing import NDArray
 
-from headrace_core.rpc import Connect
+from headrace_core.transfer.connections import Connect
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.memory import MemoryKind, PageMemory
 from headrace_core.transfer.values import Run

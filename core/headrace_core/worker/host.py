@@ -28,6 +28,7 @@ from headrace_core.engine.engine import Engine, News
 from headrace_core.engine.executor import Executor
 from headrace_core.errors import UnavailableError
 from headrace_core.identity import Identity, Role
+from headrace_core.peers import Peers
 from headrace_core.rpc import Server, own_channel
 from headrace_core.tracing.start import open_tracer
 from headrace_core.wire import encode_layout
@@ -77,6 +78,7 @@ class WorkerHost(Generic[S]):
         self._metrics = metrics
         own_role = Role.PREFILL if role == types_pb2.WORKER_ROLE_PREFILL else Role.DECODE
         self._identity = Identity.load(settings.tls, own_role)
+        self._peers = Peers(settings.peers, settings.peers_file, has_tls=settings.tls is not None)
         self.server = Server(
             [*services, WORKER_SERVICE],
             door=Door(methods=LONG_CALLS, on_refused=metrics.count_refused),
@@ -120,9 +122,14 @@ class WorkerHost(Generic[S]):
         host, _, port = self.address.rpartition(":")
         return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "::") else self.address
 
-    def connect(self, endpoint: str) -> grpc.aio.Channel:
-        """Return a channel to another worker; `rpc.Connect`."""
-        return own_channel(endpoint, tls=self._identity and self._identity.to_worker())
+    async def connect(self, endpoint: str) -> grpc.aio.Channel:
+        """Return a channel to another worker; see `connections.Connect`.
+
+        Raises:
+            PermissionDeniedError: NOT_A_PEER.
+        """
+        address = await self._peers.find(endpoint)
+        return own_channel(address, tls=self._identity and self._identity.to_worker())
 
     async def bind(self) -> str:
         """Serve with health NOT_SERVING; return the address. Add servicers before.
@@ -131,6 +138,7 @@ class WorkerHost(Generic[S]):
             HeadraceError: BIND.
         """
         self.address = self.server.bind(self._settings.listen)
+        self._peers.announce(self.address)
         await self.server.start()
         return self.address
 
@@ -203,6 +211,7 @@ class WorkerHost(Generic[S]):
             await self._draining
         if self._engine:
             await self._engine.stop()
+        await self._peers.close()
         self._metrics.close()
         await self.tracer.close()
 

@@ -16,7 +16,7 @@ from headrace_core.batch.spec import SequenceSpec
 from headrace_core.batch.step_book import FetchReady
 from headrace_core.reasons import label
 from headrace_core.request import SamplingParams, hash_tokens
-from headrace_core.rpc import Connect
+from headrace_core.transfer.connections import Connect
 from headrace_core.transfer.hold import TakeError
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
 from headrace_core.transfer.transports import TRANSPORTS

@@ -194,3 +194,13 @@ mounted, and the pod's events say so.
 - --listen=0.0.0.0:{{ include "headrace.grpcPort" (index . 1) }}
 - --metrics-listen=0.0.0.0:9100
 {{- end }}
+
+{{/* Every worker, by the names of both roles: whom the router asks, and whom a worker takes pages from. */}}
+{{- define "headrace.workers" -}}
+{{- $workers := list -}}
+{{- range $role := list "prefill" "decode" -}}
+{{- $service := printf "%s-%s.%s.svc" (include "headrace.fullname" $) $role $.Release.Namespace -}}
+{{- $workers = append $workers (printf "%s:%s" $service (include "headrace.grpcPort" $role)) -}}
+{{- end -}}
+{{- join "," $workers -}}
+{{- end }}
