@@ -11,7 +11,9 @@ from headrace.v1 import worker_service_pb2, worker_service_pb2_grpc
 from headrace_core.batch.scheduler import Load
 
 _DEFAULT_INTERVAL_S = 0.1
-_LONGEST_SILENCE_S = 1.0
+_LONGEST_SILENCE_S = 0.5
+"""Half of what the wire allows, so that one late report makes nobody think that we are gone; the most that a caller may
+ask for as well."""
 
 
 class LoadBoard:
@@ -85,13 +87,13 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
         self, request: worker_service_pb2.WatchLoadRequest, context: Any
     ) -> AsyncIterator[worker_service_pb2.WatchLoadResponse]:
         """See `worker_service.proto`."""
-        interval_s = request.min_interval_ms / 1000 or _DEFAULT_INTERVAL_S
+        interval_s = min(request.min_interval_ms / 1000 or _DEFAULT_INTERVAL_S, _LONGEST_SILENCE_S)
         while True:
             report = self._board.report
             yield report
             await asyncio.sleep(interval_s)
             if report == self._board.report:
-                await self._board.wait_for_change(max(_LONGEST_SILENCE_S - interval_s, 0.0))
+                await self._board.wait_for_change(_LONGEST_SILENCE_S - interval_s)
 
     async def Drain(self, request: worker_service_pb2.DrainRequest, context: Any) -> Any:
         """See `worker_service.proto`."""

@@ -124,7 +124,7 @@ class WatchLoadRequest(_message.Message):
 
     MIN_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     min_interval_ms: _builtins.int
-    """Shortest time between two reports, milliseconds; 0 means 100."""
+    """Shortest time between two reports, milliseconds; 0 means 100. No longer than a second, whatever this says."""
     def __init__(
         self,
         *,
