@@ -24,11 +24,17 @@ MOST_QUIET_BEATS = 10
 class Silence:
     """Calls `on_silent`, once, when the other end has been quiet for too long. Event loop only."""
 
-    def __init__(self, on_silent: Callable[[], None]) -> None:
+    def __init__(
+        self, on_silent: Callable[[], None], *, most_turns: int | None = None, turn_s: float | None = None
+    ) -> None:
+        """Args: too long is more than `most_turns` turns of `turn_s`; without them, as `Hold` and `Session` count."""
         self._on_silent = on_silent
+        self._most_turns = MOST_QUIET_BEATS if most_turns is None else most_turns
+        self._turn_s = BEAT_S if turn_s is None else turn_s
         self._num_quiet = 0
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(BEAT_S, self._tick)
+        self._due_s = self._loop.time() + self._turn_s
+        self._timer = self._loop.call_at(self._due_s, self._tick)
 
     def heard(self) -> None:
         """Take note that the other end said something, whatever it was."""
@@ -40,10 +46,12 @@ class Silence:
 
     def _tick(self) -> None:
         self._num_quiet += 1
-        if self._num_quiet > MOST_QUIET_BEATS:
+        if self._num_quiet > self._most_turns:
             self._on_silent()
-        else:
-            self._timer = self._loop.call_later(BEAT_S, self._tick)
+            return
+        # A loop that is a little late catches up; one that was held up has half a turn at least to hear the other.
+        self._due_s = max(self._due_s + self._turn_s, self._loop.time() + self._turn_s / 2)
+        self._timer = self._loop.call_at(self._due_s, self._tick)
 
 
 class Outbox(Generic[T]):

@@ -4,7 +4,8 @@
          ▲                               │ GetInfo does not fit                                        │  ▲
          │                               ▼                                              NOT_SERVING or │  │ both over
          ├──── tried again later ──── REFUSED ◄── an answer that can't be ──┐       load.is_draining ▼  │
-         └──────────────── any stream broke: its sequences fail over ───────┴──────────────────────── DRAINING
+         └── any stream broke, or no sign of life: its sequences fail over ─┴──────────────────────── DRAINING
+    READY ── no load reports ──► SUSPECT ── a load report ──► READY; see `pulse.py` for how it is lost from there
 A reconnection makes a new `Worker`, even if the process is the same one: its session is gone, so its sequences are.
 
 Whatever is wrong with an address or with what its worker says ends in `run`, as that link's state: a link costs nobody
@@ -37,6 +38,7 @@ from headrace_core.kv.layout import KvLayout
 
 from headrace_router.answers import check_health, check_info, check_load
 from headrace_router.pace import Pace
+from headrace_router.pulse import Pulse
 from headrace_router.worker import Worker
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class LinkState(Enum):
     UNREACHABLE = "unreachable"
     STARTING = "starting"
     READY = "ready"
+    SUSPECT = "suspect"
     DRAINING = "draining"
     REFUSED = "refused"
 
@@ -135,16 +138,17 @@ class Link:
         self._fleet = fleet
         self._connect = connect
         self._is_serving = False
+        self._pulse: Pulse | None = None
 
     @property
     def takes_work(self) -> bool:
         """True if new sequences may go there now."""
-        return self.is_ready and self.worker is not None and self.worker.takes_work
+        return self.state is LinkState.READY and self.worker is not None and self.worker.takes_work
 
     @property
     def is_ready(self) -> bool:
         """True while the worker is part of the fleet that is there: connected, listed, not draining."""
-        return self.state is LinkState.READY
+        return self.state in (LinkState.READY, LinkState.SUSPECT)
 
     @property
     def is_busy(self) -> bool:
@@ -221,6 +225,8 @@ class Link:
                 if self._is_serving and self.worker is None:
                     async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                         self.worker = await self._join(channel, group)
+                    self._pulse = Pulse(health, self._settle)
+                    group.create_task(self._pulse.run())
                 self._settle()
         finally:
             call.cancel()
@@ -262,6 +268,8 @@ class Link:
                 load = rpc.answered(response)
                 check_load(load, worker.info)
                 worker.on_report(load)
+                if self._pulse is not None:
+                    self._pulse.heard()
                 if self.worker is worker:
                     self._settle()
         finally:
@@ -277,14 +285,17 @@ class Link:
         elif not self._is_listed:
             self._set(LinkState.DRAINING, "no longer listed; finishes what it has")
         elif self._is_serving and not self.worker.load.is_draining:
-            self._set(LinkState.READY, "")
+            if self._pulse is not None and self._pulse.is_suspect:
+                self._set(LinkState.SUSPECT, "says nothing; gets nothing new until it does")
+            else:
+                self._set(LinkState.READY, "")
         else:
             self._set(LinkState.DRAINING, "hands over or finishes what it has and takes nothing new")
         self._fleet.on_change()
 
     def _lose(self, error: HeadraceError) -> None:
         """Leave the connection behind: its sequences fail, and so does what the fleet counted on it for."""
-        worker, self.worker = self.worker, None
+        worker, self.worker, self._pulse = self.worker, None, None
         # One line, whatever a worker puts into its words.
         detail = " ".join(str(error).split())[:_MOST_DETAIL_CHARS]
         is_refused = isinstance(error, _REFUSALS) or error.reason == "BUG"
@@ -297,7 +308,7 @@ class Link:
 
     def _set(self, state: LinkState, detail: str) -> None:
         is_new = state is not self.state
-        is_worse = state in (LinkState.UNREACHABLE, LinkState.REFUSED)
+        is_worse = state in (LinkState.UNREACHABLE, LinkState.REFUSED, LinkState.SUSPECT)
         # An address that never answers is told once; one that is refused for another reason, again.
         if is_new or not self._is_tried or (state is LinkState.REFUSED and detail != self.detail):
             level = logging.WARNING if is_worse else logging.INFO

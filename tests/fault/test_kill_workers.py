@@ -13,6 +13,8 @@ from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.cluster_checks import all_pages_free, eventually
 
 PROMPT = "Once upon a time there was a little fox named Zorvim."
+AWAY_S = 4.0
+"""Longer than a worker may say nothing, and shorter than a router may."""
 OPTIONS = {"dtype": "float32", "page-size": 16, "kv-pool-mib": 8, "max-step-tokens": 96}
 
 
@@ -136,6 +138,24 @@ def test_a_stopped_decode_worker_is_noticed_and_its_streams_go_on(cluster, refer
 
     asyncio.run(main())
     assert num_retries(cluster) > 0, "the stopped worker ran nothing"
+
+
+def test_a_router_that_was_stopped_blames_no_worker(cluster, reference):
+    load = requests(reference, 8)
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            want = await answers(client, load, temperature=0.0)
+            disturbed = Load(client, load, want, temperature=0.0)
+            await disturbed.begun()
+            cluster.router.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(AWAY_S)
+            cluster.router.send_signal(signal.SIGCONT)
+            await disturbed.settle()
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())
+    assert num_retries(cluster) == 0
 
 
 def test_sigterm_drains_a_worker_without_losing_a_token(cluster, reference):

@@ -12,7 +12,10 @@ from rich.text import Text
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
-STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "unreachable": "red", "refused": "red"}
+STATE_STYLES = {
+    "ready": "green", "suspect": "yellow", "draining": "yellow", "starting": "yellow", "unreachable": "red",
+    "refused": "red",
+}  # fmt: skip
 """Of workers."""
 LOST_STATES = ("unreachable", "starting", "refused")
 """In which what a worker last said of itself holds no longer."""

@@ -85,11 +85,13 @@ class FakeFaults:
     join_gate: asyncio.Event = field(default_factory=asyncio.Event)
     step_gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Closed: no sequence makes a token, unless the test steps by hand."""
+    load_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    """Closed: no load report is made."""
     ignores_cancel: bool = False
     """Sequences go on after a cancel, as late entries do."""
 
     def __post_init__(self) -> None:
-        for gate in (self.prefill_gate, self.answer_gate, self.join_gate, self.step_gate):
+        for gate in (self.prefill_gate, self.answer_gate, self.join_gate, self.step_gate, self.load_gate):
             gate.set()
 
 

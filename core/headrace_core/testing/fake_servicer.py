@@ -44,8 +44,9 @@ class FakeServicer(
         self, request: worker_service_pb2.WatchLoadRequest, context: Any
     ) -> AsyncIterator[worker_service_pb2.WatchLoadResponse]:
         """See the proto."""
-        interval_s = (request.min_interval_ms or 100) / 1000
+        interval_s = min((request.min_interval_ms or 100) / 1000, 1.0)
         while True:
+            await self._worker.faults.load_gate.wait()
             load = self._worker.load()
             yield load
             await asyncio.sleep(interval_s)

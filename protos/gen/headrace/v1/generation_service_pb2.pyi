@@ -465,7 +465,7 @@ class WorkerStatus(_message.Message):
     role: _types_pb2.WorkerRole.ValueType
     """What it does; unspecified until it answered."""
     state: _builtins.str
-    """`ready`, `draining`, `unreachable`, `starting` or `refused`."""
+    """`ready`, `suspect`, `draining`, `unreachable`, `starting` or `refused`."""
     detail: _builtins.str
     """Why it is not ready; empty when it is."""
     num_pages: _builtins.int
