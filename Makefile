@@ -86,8 +86,8 @@ model: setup ## Visit every state of the hand-off: how many there are, what goes
 matrix: setup ## Every event in every phase of a request: TRANSPORT="grpc" EVENT=kill_decode PHASE=decoding (build/matrix.json)
 	$(BIN)/python -m tests.matrix $(addprefix --transport ,$(TRANSPORT)) $(addprefix --event ,$(EVENT)) $(addprefix --phase ,$(PHASE))
 
-soak: setup ## All of the matrix at once, every output checked: MINUTES=10 TRANSPORT=grpc (build/soak.json)
-	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(addprefix --transport ,$(TRANSPORT))
+soak: setup ## All of the matrix at once, every output checked: MINUTES=10 TRANSPORT=grpc BURNERS=2 (build/soak.json)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(addprefix --transport ,$(TRANSPORT)) $(addprefix --burners ,$(BURNERS))
 
 stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
 	$(BIN)/python -m tests.stress --minutes $(MINUTES)

@@ -135,6 +135,11 @@ class Scene:
         """Return the last words of all."""
         return "\n".join(process.log() for process in [*self.ended, *self.processes])
 
+    def lines(self, name: str) -> list[str]:
+        """Return all that processes of this name logged, also those that ended."""
+        logs = sorted(self.folder.glob(f"{name}.*.log"))
+        return [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+
     def keep_logs(self, folder: Path) -> None:
         """Copy every process's whole log to `folder`, in place of what is there."""
         shutil.rmtree(folder, ignore_errors=True)

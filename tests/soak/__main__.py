@@ -5,7 +5,8 @@ decode workers, each behind a proxy. Eight clients ask for greedy and seeded ans
 and two samples; others leave, read slowly or give no time. Every few seconds a process is killed, stopped, ended or cut
 off, in each phase that its metrics show; frames and entries are spoilt besides. Prints what became of the answers and
 writes build/soak.json; exits with 1 if an answer was wrong, lost or came twice, if pages leaked, if anything but a
-socket was left, and, from ten minutes on, if the run was too thin to mean anything.
+socket was left, if the router called a worker lost to which nothing had been done, and, from ten minutes on, if the run
+was too thin to mean anything. BURNERS=2 keeps that many cores busy besides.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,14 @@ from headrace_client import ConnectionOptions
 from headrace_core.testing.async_test import WAIT_S
 from rich.console import Console
 
+from tests.load.burners import burning
 from tests.load.clients import HealthyResult, references, requests, run_clients
 from tests.load.phases import PHASES
 from tests.matrix.scene import Scene
 from tests.perf.machine import machine
 from tests.soak.disturber import KINDS, Disturber
 from tests.soak.restless import run_restless
+from tests.soak.verdicts import Verdicts
 
 ROOT = Path(__file__).parents[2]
 LOGS = ROOT / "build" / "soak-logs"
@@ -47,7 +51,7 @@ EXPECTED = {
 
 async def run(minutes: float, transport: str, console: Console) -> dict[str, Any]:
     """Return the report; `problems` lists what makes the run a failure."""
-    scene = Scene(transport=transport, num_pairs=2, is_proxied=True, no_workers_timeout_s=WAIT_S)
+    scene = Scene(transport=transport, num_pairs=2, is_proxied=True, no_workers_timeout_s=WAIT_S, log_format="json")
     async with scene:
         address = scene.router.listed
         console.print("computing the answers alone")
@@ -74,6 +78,8 @@ async def run(minutes: float, transport: str, console: Console) -> dict[str, Any
         left = await scene.end()
         # Seen after a partition: gRPC keeps a socket of a worker that stops until the process ends. Told, not judged.
         problems += [what for what in left if not what.endswith(": socket")]
+        verdicts = Verdicts.of(scene.lines("router"), disturber.strikes)
+        problems += verdicts.false_alarms
         if problems or leaked or healthy.wrong:
             scene.keep_logs(LOGS)
             console.print(f"whole logs: {LOGS}")
@@ -87,6 +93,7 @@ async def run(minutes: float, transport: str, console: Console) -> dict[str, Any
         "struck": {" ".join(key): count for key, count in disturber.struck.items()},
         "spoilt": disturber.spoilt,
         "left": left,
+        "verdicts": asdict(verdicts),
         "problems": problems + leaked + healthy.wrong + _too_thin(counts, disturber, minutes),
     }
 
@@ -126,6 +133,11 @@ def _show(report: dict[str, Any], console: Console) -> None:
     console.print(f"struck: {report['struck'] or 'nothing'}; spoilt: {dict(report['spoilt'])}")
     console.print(f"answers: {report['counts']}; errors: {dict(report['errors']) or 'none'}")
     console.print(f"left when processes ended: {report['left'] or 'nothing'}")
+    verdicts = report["verdicts"]
+    console.print(
+        f"workers called lost: {verdicts['num_lost']}, {len(verdicts['false_alarms'])} of them false alarms; suspect: "
+        f"{verdicts['num_suspect']}, {verdicts['num_idly_suspect']} of them though nothing was done to them"
+    )
     console.print(f"clients that leave, are late or slow: {report['restless']}")
     for problem in report["problems"]:
         console.print(f"problem: {problem}", markup=False, highlight=False, style="red")
@@ -136,10 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--transport", default="grpc")
+    parser.add_argument("--burners", type=int, default=0, help="processes that keep cores busy with nothing")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "soak.json")
     arguments = parser.parse_args()
     console = Console(stderr=True)
-    report = asyncio.run(run(arguments.minutes, arguments.transport, console))
+    with burning(arguments.burners):
+        report = asyncio.run(run(arguments.minutes, arguments.transport, console))
     report |= {"machine": machine(), "command": sys.argv}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")

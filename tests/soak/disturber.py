@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from tests.load.phases import PHASES
 from tests.matrix.process import ChildProcess, Gone
 from tests.matrix.scene import Scene
+from tests.soak.verdicts import Strike
 
 KINDS = ("kill", "stop", "term", "partition")
 FRAME_FAULTS = ("corrupted", "truncated", "duplicated", "reordered")
@@ -27,10 +28,11 @@ _AWAY_S = (1.0, 14.0)
 
 
 class Disturber:
-    """What it did is in `struck`, by kind, role and phase, and in `spoilt`."""
+    """What it did is in `struck`, by kind, role and phase, in `strikes`, in order, and in `spoilt`."""
 
     def __init__(self, scene: Scene, *, pause_s: float, until: asyncio.Event) -> None:
         self.struck: Counter[tuple[str, str, str]] = Counter()
+        self.strikes: list[Strike] = []
         self.spoilt: Counter[str] = Counter()
         self._scene = scene
         self._pause_s = pause_s
@@ -51,7 +53,9 @@ class Disturber:
             victim = await self._find(role, phase)
             if victim is not None and not self._until.is_set():
                 self.struck[kind, role, phase] += 1
+                begin_s = time.time()
                 await self._strike(kind, victim)
+                self.strikes.append(Strike(kind, role, victim.listed, begin_s, time.time()))
 
     def _turns(self) -> Iterator[tuple[str, str, str]]:
         router_kinds = itertools.cycle(KINDS)
