@@ -1,6 +1,7 @@
 """Who may call what: a table of rpcs and roles, asked of every call before its message is read.
 
-What is not in the table may be called by nobody. Without TLS nobody is known, and nobody is asked: for one machine.
+What is not in the table may be called by nobody. Without TLS nobody is known, and nobody is asked: for one machine. But
+who drains a worker must then call from its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from headrace_core.door import Call
+from headrace_core.door import Call, is_local
 from headrace_core.errors import PermissionDeniedError, UnauthenticatedError
 from headrace_core.identity import WORKERS, Peer, Role
 from headrace_core.tls_files import TlsFiles
@@ -22,6 +23,8 @@ _USERS = frozenset({Role.CLIENT, Role.OPERATOR})
 _WATCHERS = frozenset({Role.ROUTER, Role.OPERATOR})
 _OPERATORS = frozenset({Role.OPERATOR})
 
+_DRAIN = "/headrace.v1.WorkerService/Drain"
+
 CALLERS: Mapping[str, frozenset[Role]] = {
     "/headrace.v1.GenerationService/Generate": _USERS,
     "/headrace.v1.GenerationService/GetServerInfo": _USERS,
@@ -30,7 +33,7 @@ CALLERS: Mapping[str, frozenset[Role]] = {
     "/headrace.v1.TransferService/Pull": WORKERS,
     "/headrace.v1.WorkerService/GetInfo": _WATCHERS,
     "/headrace.v1.WorkerService/WatchLoad": _WATCHERS,
-    "/headrace.v1.WorkerService/Drain": _OPERATORS,
+    _DRAIN: _OPERATORS,
     "/grpc.health.v1.Health/Check": _ANYONE,
     "/grpc.health.v1.Health/List": _ANYONE,
     "/grpc.health.v1.Health/Watch": _ANYONE,
@@ -43,6 +46,19 @@ def caller_uri(context: Any) -> str:
     """Return whom the certificate of a call's caller names, as its handshake verified it; empty without one."""
     named: list[bytes] = context.auth_context().get(_SPIFFE_ID, [])
     return named[0].decode("utf-8", "replace") if len(named) == 1 else ""
+
+
+@contextmanager
+def guard_without_tls(call: Call) -> Generator[None]:
+    """Let a call pass or raise, where nobody is known; a `door.Guard`.
+
+    Raises:
+        UnauthenticatedError: NO_IDENTITY, a worker is drained by who calls from its own machine alone.
+    """
+    if call.method == _DRAIN and not is_local(call.context):
+        problem = "without --tls a worker is drained from its own machine alone; send it SIGTERM, or give it --tls"
+        raise UnauthenticatedError("NO_IDENTITY", problem)
+    yield
 
 
 @dataclass(frozen=True, slots=True)

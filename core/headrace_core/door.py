@@ -15,7 +15,7 @@ import ipaddress
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -87,8 +87,13 @@ class MethodLimits:
 STREAM_LIMITS = MethodLimits(open_calls=64, readers=2, message_bytes=1 << 20, max_message_bytes=64 << 10)
 """Of a method that takes a stream of messages, unless it is named: that is reflection, which needs no token."""
 
+MOST_SESSIONS = 256
+"""A router has one; those of one address have half at most."""
 _LONG_CALL = MethodLimits(open_calls=8192, readers=8192, message_timeout_s=60.0)
-LONG_CALLS = {"/headrace.v1.DecodeService/Session": _LONG_CALL, "/headrace.v1.HoldService/Hold": _LONG_CALL}
+LONG_CALLS = {
+    "/headrace.v1.DecodeService/Session": replace(_LONG_CALL, open_calls=MOST_SESSIONS, readers=MOST_SESSIONS),
+    "/headrace.v1.HoldService/Hold": _LONG_CALL,
+}
 """Calls between our processes that last as long as what they are about, by method. With as many readers as calls nobody
 waits for a turn, which would end another's; of silence both ends hear sooner (`beats.py`)."""
 
@@ -104,6 +109,12 @@ def address_of(context: Any) -> str:
         return peer
     address = ipaddress.IPv6Address(host.strip("[]").partition("%")[0])
     return str(address.ipv4_mapped or ipaddress.IPv6Network((address, 64), strict=False))
+
+
+def is_local(context: Any) -> bool:
+    """Return whether a call comes over this machine's loopback, of which IPv6 has one network."""
+    address = address_of(context)
+    return address.startswith("127.") or address == "::/64"
 
 
 def caller_at(context: Any) -> Caller:

@@ -64,7 +64,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     },
     UnauthenticatedError: {
         "BAD_API_KEY": "no key that the router knows was sent",
-        "NO_IDENTITY": "the caller's certificate names nobody of this system",
+        "NO_IDENTITY": "the caller's certificate names nobody of this system, or who drains has none",
     },
     PermissionDeniedError: {
         "NOT_A_PEER": "a worker was to take pages from an address that is none of its peers' (`--peers`)",

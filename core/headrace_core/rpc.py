@@ -7,7 +7,6 @@ statuses become errors again.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import re
 import resource
@@ -20,7 +19,8 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from headrace_core.authority import ServerTls
+from headrace_core.address import parse_address
+from headrace_core.authority import ServerTls, guard_without_tls
 from headrace_core.door import Door
 from headrace_core.errors import (
     DeadlineError,
@@ -61,9 +61,10 @@ _MAX_PENDING_CALLS = 8192
 """Of one method, not yet seen by Python; about 30 kB each. Past it core cancels calls, without our reason."""
 MAX_CONNECTIONS = 4096
 """Of one server; half as many as it may open files, if that is less."""
-_MAX_IDLE_MS = 30_000
+_MAX_IDLE_MS = 15_000
 """Of a connection without a call: then it is closed, and its place is free. A channel connects again by itself."""
-_HANDSHAKE_TIMEOUT_MS = 10_000
+_HANDSHAKE_TIMEOUT_MS = 5_000
+"""So whoever takes every place and says nothing keeps others out for no longer than these two."""
 
 # A stopped peer is noticed after about 10 s: a ping every 5 s, answered within 5 s.
 _KEEPALIVE = [
@@ -311,8 +312,7 @@ class Server:
         ]
         self.door = door or Door()
         self._tls = tls
-        if tls:
-            self.door.ask_first(tls.guard)
+        self.door.ask_first(tls.guard if tls else guard_without_tls)
         self.grpc = grpc.aio.server(interceptors=[*interceptors, Boundary(self.door)], options=options)
         self._health = HealthServicer(service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -327,7 +327,7 @@ class Server:
         Raises:
             StartupError: BIND, the address can't be bound; says which.
         """
-        if not self._tls and not _is_loopback(address):
+        if not self._tls and not parse_address(address, least_port=0).is_loopback:
             log.warning(
                 "anybody who reaches this address may call, in clear text; set --tls", extra={"listen": address}
             )
@@ -358,14 +358,6 @@ def _max_connections() -> int:
     """Return how many callers may be connected: never so many that no file can be opened any more."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.startswith("unix")
 
 
 Connect = Callable[[str], grpc.aio.Channel]

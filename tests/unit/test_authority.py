@@ -2,7 +2,10 @@
 
 import contextlib
 import shutil
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from unittest import mock
 
 import grpc
 import grpc.aio
@@ -14,15 +17,20 @@ from headrace.v1 import (
     hold_service_pb2,
     transfer_service_pb2,
     worker_service_pb2,
+    worker_service_pb2_grpc,
 )
 from headrace_client.certificates import Authority
 from headrace_core import rpc
-from headrace_core.authority import CALLERS, ServerTls
+from headrace_core.authority import CALLERS, ServerTls, guard_without_tls
 from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings
+from headrace_core.door import Call
+from headrace_core.errors import UnauthenticatedError
 from headrace_core.identity import ChannelTls, Identity, Peer, Role
+from headrace_core.shares import Caller
 from headrace_core.testing.async_test import WAIT_S, async_test
 from headrace_core.testing.fake_model import loaded_fake_model
 from headrace_core.testing.worker_pair import running
+from headrace_core.worker.worker_service import LoadBoard, WorkerServicer
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 from headrace_router.server import RouterService
@@ -208,3 +216,42 @@ async def test_plain_text_beyond_this_machine_is_warned_of(listen, is_told, capl
     server.bind(listen)
     await server.stop(0)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("peer", "is_let_in"),
+    [
+        ("ipv4:127.0.0.1:5", True),
+        ("ipv4:127.9.9.9:5", True),
+        ("ipv6:%5B::1%5D:5", True),
+        ("ipv6:%5B::ffff:127.0.0.1%5D:5", True),
+        ("ipv4:10.0.0.7:5", False),
+        ("ipv6:%5Bfe80::1%25eth0%5D:5", False),
+        ("ipv6:%5B2001:db8::1%5D:5", False),
+        ("ipv6:%5B::ffff:10.0.0.7%5D:5", False),
+        ("unknown:", False),
+    ],
+)
+def test_without_certificates_a_worker_is_drained_from_its_own_machine_alone(peer, is_let_in):
+    context = SimpleNamespace(peer=lambda: peer)
+    for method, is_refused in (("Drain", not is_let_in), ("GetInfo", False)):
+        call = Call(f"/headrace.v1.WorkerService/{method}", Caller("a", "a"), context)
+        refusal = pytest.raises(UnauthenticatedError, match="own machine") if is_refused else nullcontext()
+        with refusal, guard_without_tls(call):
+            pass
+
+
+@async_test
+async def test_a_server_without_certificates_asks_that():
+    """Over a connection whose peer is made one from elsewhere."""
+    server = rpc.Server(["a"])
+    with mock.patch("headrace_core.authority.is_local", return_value=False):
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(
+            WorkerServicer(lambda: None, LoadBoard(), lambda: pytest.fail("it drains")), server.grpc
+        )
+        address = server.bind("127.0.0.1:0")
+        await server.start()
+        async with rpc.channel(address) as channel:
+            code, why = await reason(channel, "/headrace.v1.WorkerService/Drain")
+            assert (code, why) == (grpc.StatusCode.UNAUTHENTICATED, "NO_IDENTITY")
+        await server.stop(0)

@@ -1,6 +1,7 @@
 """The decode worker over real gRPC with the fake model."""
 
 import asyncio
+import contextlib
 import dataclasses
 
 import grpc.aio
@@ -8,6 +9,7 @@ import pytest
 from headrace.v1 import decode_service_pb2, decode_service_pb2_grpc
 from headrace_core import beats
 from headrace_core.config import DecodeSettings, PrefillSettings
+from headrace_core.door import MOST_SESSIONS
 from headrace_core.errors import (
     HeadraceError,
     InvalidRequestError,
@@ -383,3 +385,30 @@ async def test_a_worker_that_drains_is_not_done_before_its_routers_have_read_the
         while len(tokens) < 24:
             tokens += [token for entry in (await session.next()).entries for token in entry.tokens.token_ids]
         await draining
+
+
+@async_test
+async def test_sessions_that_a_stranger_opens_are_few_and_end_with_it():
+    """Each costs a place, memory and a beat a second; a router has one."""
+    decoder = service()
+    async with running(decoder) as (decode,):
+        async with channel(decode) as stranger:
+            stub = decode_service_pb2_grpc.DecodeServiceStub(stranger)
+            calls = [stub.Session(timeout=WAIT_S) for _ in range(2 * MOST_SESSIONS)]
+            reasons = await asyncio.gather(*(_opened(call, number) for number, call in enumerate(calls, 1)))
+            assert reasons.count("open") == decoder.num_sessions == MOST_SESSIONS // 2
+            assert set(reasons) == {"open", "QUEUE_FULL"}
+        await eventually(lambda: not decoder.num_sessions, "they end with their connection")
+        async with MiniRouter(decode=decode) as router:
+            assert await router.generate_colocated("r", PROMPT, params=GREEDY)
+
+
+async def _opened(call, router_id):
+    """Return "open", or the reason why not."""
+    opening = decode_service_pb2.OpenSession(router_id=router_id)
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # refused before it has said anything
+        await call.write(decode_service_pb2.SessionRequest(open=opening))
+    try:
+        return "open" if await call.read() is not grpc.aio.EOF else "ended"
+    except grpc.aio.AioRpcError as error:
+        return raised_from(error).reason
