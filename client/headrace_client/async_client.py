@@ -27,7 +27,7 @@ class AsyncClient:
     def __init__(self, address: str = DEFAULT_ADDRESS, options: ConnectionOptions | None = None) -> None:
         self.address = address
         self._options = options or ConnectionOptions()
-        self._channel = channel(address, tls=self._options.tls())
+        self._channel = channel(address, tls=self._options.tls(), by_proxy=True)
         self._stub: Any = pb_grpc.GenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

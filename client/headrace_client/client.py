@@ -29,7 +29,7 @@ class Client:
     def __init__(self, address: str = DEFAULT_ADDRESS, options: ConnectionOptions | None = None) -> None:
         self.address = address
         self._options = options or ConnectionOptions()
-        self._channel = blocking_channel(address, tls=self._options.tls())
+        self._channel = blocking_channel(address, tls=self._options.tls(), by_proxy=True)
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     def __enter__(self) -> Self:

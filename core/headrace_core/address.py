@@ -58,6 +58,14 @@ def parse_address(text: str, *, least_port: int = 1) -> Address:
     return Address(host if _is_ipv4(host) else _name(host), int(port))
 
 
+def is_loopback(text: str) -> bool:
+    """Return whether what gRPC is to listen on or to call can't be another machine's."""
+    try:
+        return parse_address(text, least_port=0).is_loopback
+    except ValueError:
+        return text.startswith("unix:")
+
+
 def _ipv6(host: str) -> str:
     address, percent, scope = host.partition("%")
     try:

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from headrace_core.address import parse_address
+from headrace_core.address import is_loopback
 from headrace_core.authority import ServerTls, guard_without_tls
 from headrace_core.door import Door
 from headrace_core.errors import (
@@ -327,7 +327,7 @@ class Server:
         Raises:
             StartupError: BIND, the address can't be bound; says which.
         """
-        if not self._tls and not parse_address(address, least_port=0).is_loopback:
+        if not self._tls and not is_loopback(address):
             log.warning(
                 "anybody who reaches this address may call, in clear text; set --tls", extra={"listen": address}
             )
@@ -363,14 +363,17 @@ def _max_connections() -> int:
 Connect = Callable[[str], grpc.aio.Channel]
 
 
-def channel(address: str, *, tls: ChannelTls | None = None) -> grpc.aio.Channel:
-    """Return a channel to `host:port`; every call on it must carry its own timeout or be a stream."""
-    return _open(address, tls, _channel_options(tls))
+def channel(address: str, *, tls: ChannelTls | None = None, by_proxy: bool = False) -> grpc.aio.Channel:
+    """Return a channel to `host:port`; every call on it must carry its own timeout or be a stream.
+
+    With `by_proxy` it goes as the environment says (`https_proxy`, `http_proxy`, `no_proxy`), unless to this machine.
+    """
+    return _open(address, tls, _channel_options(address, tls, by_proxy=by_proxy))
 
 
 def own_channel(address: str, *, tls: ChannelTls | None = None) -> grpc.aio.Channel:
     """Return a channel to `host:port` with a connection of its own: others to the same address share one."""
-    return _open(address, tls, [*_channel_options(tls), ("grpc.use_local_subchannel_pool", 1)])
+    return _open(address, tls, [*_channel_options(address, tls), ("grpc.use_local_subchannel_pool", 1)])
 
 
 def _open(address: str, tls: ChannelTls | None, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
@@ -379,14 +382,18 @@ def _open(address: str, tls: ChannelTls | None, options: list[tuple[str, Any]]) 
     return grpc.aio.insecure_channel(address, options=options)
 
 
-def blocking_channel(address: str, *, tls: ChannelTls | None = None) -> grpc.Channel:
-    """Return a channel for callers without an event loop, with the limits that `channel` has."""
+def blocking_channel(address: str, *, tls: ChannelTls | None = None, by_proxy: bool = False) -> grpc.Channel:
+    """Return a channel for callers without an event loop; else as `channel`."""
+    options = _channel_options(address, tls, by_proxy=by_proxy)
     if tls:
-        return grpc.secure_channel(address, tls.credentials, options=_channel_options(tls))
-    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return grpc.secure_channel(address, tls.credentials, options=options)
+    return grpc.insecure_channel(address, options=options)
 
 
-def _channel_options(tls: ChannelTls | None) -> list[tuple[str, Any]]:
-    if tls is None or not tls.server_name:
-        return [*_CHANNEL_OPTIONS]
-    return [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name)]
+def _channel_options(address: str, tls: ChannelTls | None, *, by_proxy: bool = False) -> list[tuple[str, Any]]:
+    # By itself gRPC takes whatever proxy the environment names, also to this machine and between our processes.
+    has_proxy = by_proxy and not is_loopback(address)
+    options: list[tuple[str, Any]] = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(has_proxy))]
+    if tls is not None and tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options

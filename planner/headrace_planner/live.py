@@ -5,11 +5,11 @@ A worker's counters only grow; `since` gives what came after an earlier reading.
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import TypeVar
 
+from headrace_core.metrics_page import read_metrics
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.hardware_measure import cpu_hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
@@ -134,10 +134,9 @@ def read_worker(address: str) -> Reading:
         LiveError: It does not answer, or does not measure operations.
     """
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
-            text = answer.read().decode()
-    except (OSError, ValueError) as error:
-        raise LiveError(f"no metrics at {address}: {error}") from None
+        text = read_metrics(address, _TIMEOUT_S)
+    except ValueError as error:
+        raise LiveError(str(error)) from None
     return parse_reading(address, text)
 
 

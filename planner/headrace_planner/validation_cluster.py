@@ -13,7 +13,6 @@ import asyncio
 import json
 import random
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from pathlib import Path
 from headrace_client import AsyncClient
 from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_core.metrics_page import read_metrics
 from headrace_core.request import SamplingParams
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -93,8 +93,7 @@ def measure_trial(cluster: LocalCluster, cell: Cell, number: int, attempt: int) 
 
 def read_steps(worker: ClusterProcess) -> StepSums:
     """Return how many steps a worker ran, their seconds and their tokens, from its metrics."""
-    with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics", timeout=_TIMEOUT_S) as response:
-        families = text_string_to_metric_families(response.read().decode())
+    families = text_string_to_metric_families(read_metrics(worker.metrics_address, _TIMEOUT_S))
     values = {sample.name: sample.value for family in families for sample in family.samples}
     names = ("headrace_step_seconds_count", "headrace_step_seconds_sum", "headrace_step_tokens_total")
     return StepSums(*(values[name] for name in names))

@@ -126,6 +126,24 @@ async def test_what_is_left_is_sent_at_the_end(collector, monkeypatch):
     assert call.service == "headrace-router"
 
 
+@pytest.mark.parametrize("host", ["", "localhost", "[::1]", "collector.example"])
+def test_no_proxy_stands_before_a_collector_on_this_machine(monkeypatch, host):
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    given = []
+
+    class Exporter(OTLPSpanExporter):
+        def __init__(self, channel_options=None):
+            given.append(channel_options)
+            super().__init__(channel_options=channel_options)
+
+    monkeypatch.setattr("headrace_core.tracing.otel.OTLPSpanExporter", Exporter)
+    for endpoint in (f"http://{host}:4317", f"{host}:4317") if host else ("",):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        asyncio.run(open_tracer(1.0, "router").close())
+    assert set(given) == {None if host == "collector.example" else (("grpc.enable_http_proxy", 0),)}
+
+
 @async_test
 async def test_the_variables_name_a_service_if_they_do(collector, monkeypatch):
     monkeypatch.setenv("OTEL_SERVICE_NAME", "front door")

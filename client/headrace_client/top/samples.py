@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from headrace_core.metrics_page import read_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
 _TIMEOUT_S = 2.0
-_MOST_BYTES = 32 << 20
 _GROWING = ("_total", "_bucket", "_count", "_sum")
 
 Labels = frozenset[tuple[str, str]]
@@ -112,7 +111,6 @@ class Histogram:
 def scrape(address: str, at_s: float) -> Samples | None:
     """Return the metrics served at `host:port`; None if they can't be had."""
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
-            return Samples.of(answer.read(_MOST_BYTES).decode(), at_s)
-    except (OSError, ValueError):
+        return Samples.of(read_metrics(address, _TIMEOUT_S), at_s)
+    except ValueError:
         return None

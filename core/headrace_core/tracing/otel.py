@@ -14,6 +14,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -25,6 +27,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from headrace_core import __version__
+from headrace_core.address import is_loopback
 from headrace_core.errors import StartupError
 from headrace_core.tracing.span import NONE, NOT_TRACED, Attributes, Kind, Span, Tracer
 
@@ -125,7 +128,7 @@ class OtelTracer(Tracer):
             resource = Resource.create().merge(Resource(about)).merge(OTELResourceDetector().detect())
             sampler = ParentBased(TraceIdRatioBased(sample))
             self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
-            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(channel_options=_channel_options())))
         except (ValueError, TypeError, OSError) as error:
             raise StartupError("BAD_TRACING", f"a variable of OpenTelemetry (OTEL_*) can't be used: {error}") from error
         self._tracer = self._provider.get_tracer("headrace", __version__)
@@ -164,6 +167,15 @@ class OtelTracer(Tracer):
         zero_ns = _zero_ns()
         span = self._tracer.start_span(name, context, trace.SpanKind.SERVER, attributes, None, zero_ns + at_ns)
         return OtelSpan(self._tracer, span, zero_ns) if span.is_recording() else NOT_TRACED
+
+
+def _channel_options() -> Any:
+    """Return what keeps gRPC from going to a collector on this machine by a proxy that the environment names."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    endpoint = next(filter(None, map(os.environ.get, names)), "//localhost")
+    host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+    is_near = is_loopback(f"[{host}]:1" if ":" in host else f"{host}:1")
+    return (("grpc.enable_http_proxy", 0),) if is_near else None
 
 
 def _zero_ns() -> int:
