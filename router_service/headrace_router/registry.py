@@ -109,6 +109,7 @@ class Registry:
                 if has_changed or now_s - looked_up_s >= self._dns_refresh_s:
                     looked_up_s = now_s
                     discovery.look_up()
+                discovery.drop_gone(self._is_there)
                 self._follow(discovery.addresses)
                 self._leave_idle()
                 self._check_links()
@@ -163,6 +164,10 @@ class Registry:
         for address, (link, _) in self._links.items():
             link.set_listed(address in listed)
         self.on_change()
+
+    def _is_there(self, address: str) -> bool:
+        """Return whether a worker is connected at an address."""
+        return address in self._links and self._links[address][0].worker is not None
 
     def _leave_idle(self) -> None:
         for address, (link, task) in list(self._links.items()):

@@ -7,6 +7,7 @@ import socket
 import pytest
 from headrace_client import AsyncClient
 from headrace_client import SamplingParams as ClientParams
+from headrace_core import address_file
 from headrace_core import peers as peers_module
 from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings
 from headrace_core.errors import PermissionDeniedError, StartupError, UnavailableError
@@ -73,6 +74,7 @@ async def test_of_those_listed_the_port_counts_too(tmp_path):
 @async_test
 async def test_a_peer_that_has_just_come_is_looked_for_before_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(peers_module, "_LEAST_REFRESH_S", -1.0)
+    monkeypatch.setattr(address_file, "STANDS_S", 0.0)
     path = tmp_path / "peers"
     path.write_text("10.0.0.1:5\n")
     peers = Peers("", path, has_tls=False)
@@ -93,13 +95,13 @@ async def test_a_name_stands_for_its_addresses_on_both_sides_and_what_was_checke
     }
     asked = []
 
-    async def getaddrinfo(host, port, **_):
+    def getaddrinfo(host, port, *_, **__):
         asked.append(host)
         if host not in names:
             raise socket.gaierror(f"no {host}")
         return [(None, None, None, "", (ip, port)) for ip in names[host]]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     peers = Peers("prefill:5", None, has_tls=False)
     assert await peers.find("10.0.0.1:5") == "10.0.0.1:5"
     assert await peers.find("pod-2:5") == "10.0.0.2:5", "the address, not a name that may stand for another one next"
@@ -113,11 +115,11 @@ async def test_a_name_stands_for_its_addresses_on_both_sides_and_what_was_checke
 async def test_strangers_addresses_cost_few_look_ups(monkeypatch):
     asked = []
 
-    async def getaddrinfo(host, port, **_):
+    def getaddrinfo(host, port, *_, **__):
         asked.append(host)
         return [(None, None, None, "", ("10.0.0.1", port))]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(peers_module, "_LEAST_REFRESH_S", 1e6)
     peers = Peers("prefill:5", None, has_tls=False)
     await asyncio.gather(*(refused(peers, f"10.6.{i // 250}.{i % 250}:5") for i in range(1000)))

@@ -3,13 +3,15 @@
 import asyncio
 import os
 import socket
+import threading
 
 import pytest
-from headrace_core import discovery
+from headrace_core import address_file, discovery
 from headrace_core.address import parse_address
-from headrace_core.discovery import Discovery
+from headrace_core.address_file import NOTHING_STANDS_S, STANDS_S
+from headrace_core.discovery import GONE_ANSWERS, Discovery
 from headrace_core.errors import StartupError
-from headrace_core.testing.async_test import async_test, eventually
+from headrace_core.testing.async_test import WAIT_S, async_test, eventually
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, text_request
@@ -110,25 +112,123 @@ def _grow(path):
         file.truncate(1 << 40)
 
 
-SPOILED = [_vanish, _become_folder, _become_pipe, _become_device, _become_loop, _grow]
+def _become_nonsense(path):
+    path.write_bytes(b"\x00\xff\n" * 99)
+
+
+SPOILED = [_vanish, _become_folder, _become_pipe, _become_device, _become_loop, _grow, _become_nonsense]
+
+
+class Clock:
+    """Time for a file of addresses."""
+
+    def __init__(self, found):
+        self.now_s = 100.0
+        found._file._clock = lambda: self.now_s
+
+    async def read(self, found, *, after_s=0.0):
+        """Read after so long; return the addresses."""
+        self.now_s += after_s
+        await found.read_file()
+        return found.addresses
 
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__.strip("_"))
 @async_test
-async def test_a_file_that_can_not_be_read_keeps_what_it_said(tmp_path, caplog, spoil):
+async def test_a_file_that_can_not_be_used_keeps_what_it_said(tmp_path, caplog, spoil):
     path = tmp_path / "workers"
     path.write_text("10.0.0.1:1\n")
     found = Discovery("", path)
+    clock = Clock(found)
     await found.read_file()
     spoil(path)
     for _ in range(3):
-        assert not await found.read_file()
-    assert found.addresses == ["10.0.0.1:1"]
-    assert [record.getMessage() for record in caplog.records] == ["can't read the workers file"]
+        assert await clock.read(found, after_s=60.0) == ["10.0.0.1:1"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("can't use the file of addresses") == 1
     path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-    path.write_text("")
-    assert await found.read_file()
-    assert found.addresses == []
+    path.write_text("10.0.0.2:1\n")
+    await clock.read(found)
+    assert await clock.read(found, after_s=STANDS_S) == ["10.0.0.2:1"]
+
+
+@async_test
+async def test_a_file_that_is_written_anew_in_place_costs_nobody_a_worker(tmp_path, caplog):
+    """As `cp` does: empty for a moment, then there up to any byte."""
+    path = tmp_path / "workers"
+    old, new = b"10.0.0.1:1\n10.0.0.2:50051\n", b"10.0.0.3:50051\n10.0.0.2:50051\n"
+    path.write_bytes(old)
+    found = Discovery("", path)
+    clock = Clock(found)
+    await found.read_file()
+    for size in range(len(new) + 1):
+        path.write_bytes(new[:size])
+        addresses = await clock.read(found)
+        assert {"10.0.0.1:1", "10.0.0.2:50051"} <= set(addresses)
+        assert set(addresses) <= {"10.0.0.1:1", "10.0.0.2:50051", "10.0.0.3:50051"}, "half a line is no address"
+        assert ("10.0.0.3:50051" in addresses) == (size > new.index(b"\n")), "what is new is followed at once"
+    assert await clock.read(found, after_s=STANDS_S) == ["10.0.0.3:50051", "10.0.0.2:50051"]
+    assert [record.problem for record in caplog.records if "it lists nothing" in getattr(record, "problem", "")]
+
+
+@async_test
+async def test_what_a_file_lists_no_more_is_left_when_it_has_stood_so(tmp_path):
+    path = tmp_path / "workers"
+    path.write_text("10.0.0.1:1\n10.0.0.2:1\n")
+    found = Discovery("", path)
+    clock = Clock(found)
+    await found.read_file()
+    for number in range(3):  # only what it lists has to stand, not what else it says
+        path.write_text(f"# written {number}\n10.0.0.1:1\n")
+        assert await clock.read(found, after_s=STANDS_S / 4) == ["10.0.0.1:1", "10.0.0.2:1"]
+    path.write_text("# written at last\n10.0.0.1:1\n")
+    assert await clock.read(found, after_s=STANDS_S / 2) == ["10.0.0.1:1"]
+    path.write_text("10.0.0.1:1\n10.0.0.3:1")
+    assert await clock.read(found) == ["10.0.0.1:1"]
+    assert await clock.read(found, after_s=STANDS_S) == ["10.0.0.1:1", "10.0.0.3:1"]
+
+
+@async_test
+async def test_an_empty_file_is_believed_at_last(tmp_path, caplog):
+    path = tmp_path / "workers"
+    path.write_text("10.0.0.1:1\n")
+    found = Discovery("", path)
+    clock = Clock(found)
+    await found.read_file()
+    path.write_text("# nobody\n\n")
+    await clock.read(found)
+    assert await clock.read(found, after_s=NOTHING_STANDS_S - 1) == ["10.0.0.1:1"]
+    assert [record.problem for record in caplog.records] == [
+        "it lists nothing; what it listed is kept until it has for 10 s"
+    ]
+    assert await clock.read(found, after_s=1.0) == []
+
+
+@async_test
+async def test_a_file_on_a_disk_that_does_not_answer_holds_up_nobody(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "workers"
+    path.write_text("10.0.0.1:1\n")
+    gate = threading.Event()
+    read = address_file._read
+
+    def slow(path):
+        assert gate.wait(WAIT_S)
+        return read(path)
+
+    monkeypatch.setattr(address_file, "_READ_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(address_file, "_read", slow)
+    found = Discovery("10.0.0.2:1", path)
+    num_threads = threading.active_count()
+    for _ in range(5):
+        assert not await found.read_file()
+    assert threading.active_count() <= num_threads + 1
+    assert found.addresses == ["10.0.0.2:1"]
+    assert [record.problem for record in caplog.records] == ["no answer in 0.01 s"]
+    gate.set()
+    while not await found.read_file():
+        pass
+    assert found.addresses == ["10.0.0.2:1", "10.0.0.1:1"]
+    await found.close()
 
 
 @async_test
@@ -158,20 +258,20 @@ async def test_a_file_of_more_than_a_mebibyte_is_no_list_of_workers(tmp_path, ca
 
 
 class Resolver:
-    """Stands for the loop's resolver; `answers` are by name: hosts, or what is raised."""
+    """Stands for the system's resolver; `answers` are by name: hosts, or what is raised."""
 
     def __init__(self, monkeypatch, answers):
         self.answers = answers
         self.asked = []
-        self.gate = asyncio.Event()
+        self.gate = threading.Event()
         self.gate.set()
-        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", self._look_up)
+        monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
 
-    async def _look_up(self, host, port, **_):
+    def _look_up(self, host, port, *_, **__):
         self.asked.append(host)
         answer = self.answers[host]
         if answer == "slow":
-            await self.gate.wait()
+            assert self.gate.wait(WAIT_S)
             answer = ["10.9.9.9"]
         if isinstance(answer, BaseException):
             raise answer
@@ -204,20 +304,23 @@ async def test_a_name_that_can_not_be_looked_up_costs_itself(monkeypatch, caplog
 
 
 @async_test
-async def test_a_slow_name_holds_up_no_other_and_is_asked_for_once(monkeypatch, tmp_path):
+async def test_slow_names_hold_up_no_other_and_are_asked_for_once(monkeypatch, tmp_path):
+    slow = [f"slow-{i}" for i in range(8)]
     path = tmp_path / "workers"
-    path.write_text("slow-0:5\nslow-1:5\n10.0.0.1:5\nquick:5\n")
-    resolver = Resolver(monkeypatch, {"slow-0": "slow", "slow-1": "slow", "quick": ["10.0.0.2"]})
+    path.write_text("".join(f"{entry}\n" for entry in (*(f"{name}:5" for name in slow), "10.0.0.1:5", "quick:5")))
+    resolver = Resolver(monkeypatch, {**dict.fromkeys(slow, "slow"), "quick": ["10.0.0.2"]})
     resolver.gate.clear()
     found = Discovery("", path)
+    clock = Clock(found)
     await found.read_file()
     for _ in range(3):
         found.look_up()
-        await eventually(lambda: len(found._lookups) == 2, "the quick one is answered")
+        await eventually(lambda: len(found._lookups) == len(slow), "the quick one is answered")
     assert found.addresses == ["10.0.0.1:5", "10.0.0.2:5"]
-    assert resolver.asked.count("slow-0") == resolver.asked.count("slow-1") == 1
+    assert {resolver.asked.count(name) for name in slow} == {1}
     path.write_text("10.0.0.1:5\n")
-    await found.read_file()
+    await clock.read(found)
+    await clock.read(found, after_s=STANDS_S)
     resolver.gate.set()
     await eventually(lambda: not found._lookups, "the look-ups end")
     found.look_up()
@@ -227,7 +330,88 @@ async def test_a_slow_name_holds_up_no_other_and_is_asked_for_once(monkeypatch, 
     await found.close()
 
 
-def test_the_router_serves_on_whatever_becomes_of_the_file(tmp_path):
+@async_test
+async def test_a_name_is_waited_for_so_long_and_its_late_answer_is_taken(monkeypatch, caplog):
+    monkeypatch.setattr(discovery, "_LOOKUP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(discovery, "_MOST_LOOKUPS", 2)
+    resolver = Resolver(monkeypatch, {**{f"slow-{i}": "slow" for i in range(4)}, "quick": ["10.0.0.2"]})
+    resolver.gate.clear()
+    found = Discovery(",".join(f"{name}:5" for name in resolver.answers), None)
+    await eventually(lambda: _looked_up(found) == ["10.0.0.2:5"], "the quick one is answered")
+    await eventually(lambda: len(_looked_up(found)) == len(caplog.records) / 4 == 1, "the slow ones are told")
+    assert {resolver.asked.count(f"slow-{i}") for i in range(4)} == {1}
+    assert [record.problem for record in caplog.records] == ["no answer in 0.05 s"] * 4
+    resolver.gate.set()
+    await eventually(lambda: _looked_up(found) == ["10.9.9.9:5", "10.0.0.2:5"], "late answers are taken")
+    await found.close()
+
+
+def _looked_up(found):
+    found.look_up()
+    return found.addresses
+
+
+NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+NO_RESOLVER = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+async def look_up(found, *, times=1):
+    for _ in range(times):
+        found.look_up()
+        await eventually(lambda: not found._lookups, "the look-up ends")
+
+
+@async_test
+async def test_a_name_that_is_gone_keeps_those_that_are_there(monkeypatch):
+    resolver = Resolver(monkeypatch, {"decode": ["10.0.0.1", "10.0.0.2"]})
+    found = Discovery("decode:5", None)
+    await look_up(found)
+    resolver.answers["decode"] = NO_NAME
+    await look_up(found, times=GONE_ANSWERS - 1)
+    found.drop_gone(lambda _: False)
+    assert len(found.addresses) == 2, "one such answer may be a mistake"
+    await look_up(found)
+    found.drop_gone(lambda address: address == "10.0.0.2:5")
+    assert found.addresses == ["10.0.0.2:5"]
+    found.drop_gone(lambda _: False)
+    assert found.addresses == []
+    resolver.answers["decode"] = ["10.0.0.2", "10.0.0.3"]
+    await look_up(found)
+    assert found.addresses == ["10.0.0.2:5", "10.0.0.3:5"]
+
+
+@async_test
+async def test_a_resolver_that_fails_says_nothing_of_a_name(monkeypatch):
+    resolver = Resolver(monkeypatch, {"decode": ["10.0.0.1"]})
+    found = Discovery("decode:5", None)
+    await look_up(found)
+    for answer in (NO_NAME, NO_RESOLVER, NO_NAME, ["10.0.0.1"], NO_NAME, NO_RESOLVER, NO_RESOLVER, NO_NAME):
+        resolver.answers["decode"] = answer
+        await look_up(found)
+        found.drop_gone(lambda _: False)
+        assert found.addresses == ["10.0.0.1:5"]
+
+
+def test_a_worker_that_went_away_with_its_name_is_forgotten(tmp_path, monkeypatch):
+    async def main():
+        worker = FakeWorker("both", vocab_size=VOCAB_SIZE)
+        host, port = (await worker.start()).split(":")
+        resolver = Resolver(monkeypatch, {"decode": [host]})
+        async with RouterUnderTest(tmp_path, settings={"workers": f"decode:{port}"}) as router:
+            await router.wait_states(["ready"])
+            resolver.answers["decode"] = NO_NAME
+            num_asked = len(resolver.asked)
+            await eventually(lambda: len(resolver.asked) > num_asked + 2 * GONE_ANSWERS, "the name is gone")
+            await router.wait_states(["ready"])
+            await worker.stop()
+            await router.wait_states([])
+
+    asyncio.run(main())
+
+
+def test_the_router_serves_on_whatever_becomes_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(address_file, "STANDS_S", 0.1)
+
     async def main():
         worker = FakeWorker("both", next_token=scripted(byte_ids("abc")), vocab_size=VOCAB_SIZE)
         async with RouterUnderTest(tmp_path, workers=[worker]) as router:

@@ -6,6 +6,7 @@ import itertools
 import weakref
 
 import pytest
+from headrace_core import address_file
 from headrace_core.errors import InvalidRequestError
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
@@ -24,6 +25,13 @@ from headrace_router.testing import (
 
 LONG = text_request("x" * 299, sampling={"max_tokens": 3})
 """With the begin token, 300 tokens."""
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    """Believe at once what the list of workers says no more."""
+    monkeypatch.setattr(address_file, "STANDS_S", 0.0)
+    monkeypatch.setattr(address_file, "NOTHING_STANDS_S", 0.0)
 
 
 def worker(role, context=4096, **options):

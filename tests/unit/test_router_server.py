@@ -1,6 +1,7 @@
 """The router's door: what it refuses and how, who may come in, what it says of itself."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 
@@ -152,13 +153,13 @@ def test_one_process_at_two_addresses_is_one_worker(tmp_path):
 def test_a_dns_name_stands_for_its_addresses(tmp_path, monkeypatch):
     answers = {"workers.example": ["127.0.0.1"]}
 
-    async def look_up(self, host, port, **_):
+    def look_up(host, port, *_, **__):
         if host not in answers:
             raise OSError("no such name")
         return [(2, 1, 6, "", (address, port)) for address in answers[host]]
 
     async def test(router):
-        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", look_up)
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
         port = router.workers[0].address.rpartition(":")[2]
         (tmp_path / "workers").write_text(f"workers.example:{port}\n")
         await asyncio.sleep(0)
