@@ -12,6 +12,9 @@ from enum import Enum
 
 from headrace_core.errors import InvalidRequestError
 
+MOST_TIMEOUT_S = 7 * 86_400.0
+"""Longest time of a request: one that brings more, or for ever, has so much. Clocks and timers can't count to all that
+gRPC can say, which is 11,000 years."""
 MAX_COUNT = (1 << 31) - 1
 """Ids and counts are int32 wherever they are computed with."""
 MAX_EOS_TOKEN_IDS = 1024

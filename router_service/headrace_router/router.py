@@ -16,6 +16,7 @@ from headrace_core.discovery import Discovery
 from headrace_core.door import Call
 from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.request import MOST_TIMEOUT_S
 from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
 from headrace_core.tracing.span import Tracer
@@ -150,7 +151,8 @@ class Router:
         self._num_entering += 1
         self._idle.clear()
         arrival_s = time.monotonic()
-        deadline_s = arrival_s + (self._settings.request_timeout_s if remaining_s is None else remaining_s)
+        allowed_s = self._settings.request_timeout_s if remaining_s is None else remaining_s
+        deadline_s = arrival_s + min(allowed_s, MOST_TIMEOUT_S)
         seat: Seat | None = None
         span = begin_request(self._tracer, message, metadata, model=self._model_name, arrival_s=arrival_s)
         try:

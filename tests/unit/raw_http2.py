@@ -38,12 +38,31 @@ def wait_idle_close(address):
 
 def call_without_window(address, method, message):
     """Call a method as a client that lets the server send nothing; return its connection."""
+    connection = _connect(address, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
+    _send(connection, method, message)
+    return connection
+
+
+def answer_within(address, method, message, timeout):
+    """Call a method with this `grpc-timeout`; return the code of its status, or None if a message comes first."""
+    with _connect(address) as connection, connection.makefile("rb") as stream:
+        _send(connection, method, message, {"grpc-timeout": timeout})
+        while head := stream.read(9):
+            size, kind = struct.unpack(">IB", b"\0" + head[:4])
+            payload = stream.read(size)
+            if kind == _DATA and payload:
+                return None
+            if kind == _HEADERS and b"grpc-status" in payload:
+                status = payload.partition(b"grpc-status")[2]
+                return int(status[1 : 1 + status[0]])
+    raise AssertionError("the server closed the connection")
+
+
+def _send(connection, method, message, more=None):
     names = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x",
-             "te": "trailers", "content-type": "application/grpc"}  # fmt: skip
+             "te": "trailers", "content-type": "application/grpc", **(more or {})}  # fmt: skip
     headers = b"".join(
         b"\0%c%b%c%b" % (len(name), name.encode(), len(text), text.encode()) for name, text in names.items()
     )
-    connection = _connect(address, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
     data = b"\0" + struct.pack(">I", len(message)) + message
     connection.sendall(_frame(_HEADERS, 4, 1, headers) + _frame(_DATA, 1, 1, data))
-    return connection

@@ -14,7 +14,7 @@ from headrace.v1 import hold_service_pb2 as pb
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HandoffLostError, InvalidRequestError, ProtocolError, TransferCorruptError
 from headrace_core.kv.layout import KvLayout
-from headrace_core.request import FinishReason, SampledToken, hash_tokens
+from headrace_core.request import MOST_TIMEOUT_S, FinishReason, SampledToken, hash_tokens
 from headrace_core.wire import (
     decode_finish,
     decode_layout,
@@ -26,7 +26,6 @@ from headrace_core.wire import (
     encode_sampling,
 )
 
-MOST_TIMEOUT_S = 7 * 86_400.0
 _MOST_SHARDS = 1024
 _MOST_LAYERS = 1 << 16
 
