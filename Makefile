@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault fuzz matrix soak model model-check stress mutants bench bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -91,6 +91,9 @@ soak: setup ## All of the matrix at once, every output checked: MINUTES=10 TRANS
 
 stress: setup ## Hostile clients and killed workers beside healthy ones: MINUTES=10 (build/stress.json)
 	$(BIN)/python -m tests.stress --minutes $(MINUTES)
+
+fuzz: setup ## Spoilt messages on every rpc of every service of real processes: MESSAGES=20000 of each rpc (build/fuzz.json)
+	$(BIN)/python -m tests.rogue.fuzz $(addprefix --messages ,$(MESSAGES))
 
 mutants: setup $(MUTMUT) ## Change the code and see if the unit tests notice, allow an hour: GROUP=kv (build/mutants/report.txt)
 	$(BIN)/python -m tests.mutants $(addprefix --group ,$(GROUP))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -17,16 +18,22 @@ from headrace.v1 import hold_service_pb2 as hold_pb
 from headrace.v1 import transfer_service_pb2 as transfer_pb
 from headrace.v1 import types_pb2, worker_service_pb2
 from headrace_core.identity import Role
+from headrace_core.kv.layout import KvLayout
+from headrace_core.reasons import REASONS
 from headrace_core.request import hash_tokens
 from headrace_core.testing.fake_model import FakeModel
 from headrace_core.wire import encode_layout
 
-from tests.rogue.stage import FINGERPRINT, PROMPT, Stage, outcome
+from tests.rogue.stage import FINGERPRINT, PROMPT, UNHEARD, outcome
 
 _SHARE_OF_VALUES = 0.5
 _WIDTH = 32
 """Calls at a time."""
 _TIMEOUT_S = 60.0
+_NO_END = "no end in its minute"
+_STILL_S = 5.0
+_MOST_TRIES = 50
+_TICK_S = 0.5
 _BARE = {"RESOURCE_EXHAUSTED"}
 """gRPC's own word for a message that is too large."""
 
@@ -42,11 +49,33 @@ class Target:
     most_answers: int = 3
 
 
-def targets() -> list[Target]:
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What honest callers know of the workers."""
+
+    fingerprint: str = FINGERPRINT
+    layout: KvLayout = field(default_factory=lambda: FakeModel().kv_layout(4))
+    incarnation: int = 1
+
+
+class Place(Protocol):
+    """Where servers are."""
+
+    @property
+    def metadata(self) -> Sequence[tuple[str, str]]:
+        """What an honest client sends to the router."""
+        ...
+
+    def channel(self, role: Role, server: Role) -> grpc.aio.Channel:
+        """Return a channel of `role` to a `server`, with a connection of its own."""
+        ...
+
+
+def targets(facts: Facts = Facts()) -> list[Target]:
     """Return every rpc of ours."""
     sampling = types_pb2.SamplingParams(seed=1, max_tokens=3, temperature=0.5, stop_strings=["x"])
     sampling.logit_bias.add(token_id=3, bias=1.0)
-    fingerprint, layout = FINGERPRINT, encode_layout(FakeModel().kv_layout(4))
+    fingerprint, layout = facts.fingerprint, encode_layout(facts.layout)
     start = decode_pb.StartSequence(
         sequence_number=1, attempt=1, request_id="r", timeout_ms=2000, token_ids=PROMPT, num_prompt_tokens=len(PROMPT),
         sampling=sampling,
@@ -59,7 +88,7 @@ def targets() -> list[Target]:
         model_fingerprint=fingerprint,
     )  # fmt: skip
     pull = transfer_pb.PullRequest(
-        lease_key="0" * 32, incarnation=1, num_layers=1, num_pages=1, tokens_sha256=hash_tokens(PROMPT)
+        lease_key="0" * 32, incarnation=facts.incarnation, num_layers=1, num_pages=1, tokens_sha256=hash_tokens(PROMPT)
     )
     generate = generation_pb.GenerateRequest(
         request_id="r", tokens=generation_pb.TokenPrompt(token_ids=PROMPT), sampling=sampling, n=2
@@ -70,7 +99,9 @@ def targets() -> list[Target]:
         decode_pb.SessionRequest(cancel=decode_pb.CancelSequence(sequence_number=1, attempt=1)),
         decode_pb.SessionRequest(start=elsewhere),
     ]
-    holding = [hold_pb.HoldRequest(open=opening), hold_pb.HoldRequest(confirm=hold_pb.Confirm())]
+    cached = hold_pb.Open(holder_incarnation=facts.incarnation)
+    cached.MergeFrom(opening)
+    confirm = hold_pb.HoldRequest(confirm=hold_pb.Confirm())
     load = worker_service_pb2.WatchLoadRequest(min_interval_ms=50)
     service = "/headrace.v1."
     return [
@@ -78,14 +109,24 @@ def targets() -> list[Target]:
         Target(service + "GenerationService/GetServerInfo", Role.CLIENT, Role.ROUTER,
                [generation_pb.GetServerInfoRequest()]),
         Target(service + "DecodeService/Session", Role.ROUTER, Role.DECODE, session),
-        Target(service + "HoldService/Hold", Role.DECODE, Role.PREFILL, holding),
-        Target(service + "HoldService/Hold", Role.PREFILL, Role.DECODE, holding),
+        Target(service + "HoldService/Hold", Role.DECODE, Role.PREFILL, [hold_pb.HoldRequest(open=opening), confirm]),
+        Target(service + "HoldService/Hold", Role.PREFILL, Role.DECODE, [hold_pb.HoldRequest(open=cached), confirm]),
         Target(service + "TransferService/Pull", Role.DECODE, Role.PREFILL, [pull]),
         Target(service + "WorkerService/GetInfo", Role.ROUTER, Role.DECODE, [worker_service_pb2.GetInfoRequest()]),
         Target(service + "WorkerService/WatchLoad", Role.OPERATOR, Role.PREFILL, [load], 1),
         # An operator's would be obeyed, whatever else it says: the message has no fields.
         Target(service + "WorkerService/Drain", Role.ROUTER, Role.DECODE, [worker_service_pb2.DrainRequest()]),
     ]  # fmt: skip
+
+
+def _of_its_own(message: Any, die: random.Random) -> Any:
+    """Return `message` for a session or a sequence of its own: calls beside each other would end each other's."""
+    if not isinstance(message, decode_pb.SessionRequest | hold_pb.HoldRequest) or not message.HasField("open"):
+        return message
+    own = type(message)()
+    own.CopyFrom(message)
+    own.open.router_id = die.getrandbits(63) | 1
+    return own
 
 
 def spoil(message: Any, die: random.Random) -> bytes:
@@ -166,39 +207,90 @@ def _field(spoilt: bytearray, die: random.Random) -> None:
 _WAYS: Sequence[Callable[[bytearray, random.Random], None]] = (_flip, _cut, _insert, _repeat, _large_number, _field)
 
 
-async def flood(at: Stage, target: Target, num_messages: int, seed: int = 1) -> Counter[str]:
+async def flood(at: Place, target: Target, num_messages: int, seed: int = 1) -> Counter[str]:
     """Send so many spoilt messages to one rpc, each in a call of its own; return what became of the calls."""
     die, outcomes = random.Random(seed), Counter[str]()
     left = iter(range(num_messages))
+    clock = _Clock()
+    ticking = asyncio.create_task(clock.run())
     async with at.channel(target.caller, target.server) as channel:
-        await asyncio.gather(*(_lane(at, channel, target, die, left, outcomes) for _ in range(_WIDTH)))
+        await asyncio.gather(*(_lane(at, channel, target, die, left, outcomes, clock) for _ in range(_WIDTH)))
+    ticking.cancel()
     return outcomes
 
 
 def problems(outcomes: Counter[str]) -> list[str]:
     """Return the outcomes that are none: an error of ours, a call without an end, a refusal without a reason."""
-    codes = {code.name for code in grpc.StatusCode} - _BARE
-    return [name for name in outcomes if name in ("BUG", "still open") or name in codes - {"DEADLINE_EXCEEDED"}]
+    bad = {code.name for code in grpc.StatusCode} - _BARE - {"DEADLINE_EXCEEDED"}
+    bad |= {reason for error, reasons in REASONS.items() if error.status == "INTERNAL" for reason in reasons}
+    return [name for name in outcomes if name in bad or name in ("still open", _NO_END, UNHEARD)]
 
 
 async def _lane(
-    at: Stage,
+    at: Place,
     channel: grpc.aio.Channel,
     target: Target,
     die: random.Random,
     left: Iterator[int],
     outcomes: Counter[str],
+    clock: _Clock,
 ) -> None:
     metadata = at.metadata if target.server is Role.ROUTER else ()
     for _ in left:
-        spoilt_one = die.randrange(len(target.honest))
-        honest = [message.SerializeToString() for message in target.honest[:spoilt_one]]
-        messages = [*honest, spoil(target.honest[spoilt_one], die)]
+        honest = [_of_its_own(message, die) for message in target.honest[: die.randint(1, len(target.honest))]]
+        messages = [*(message.SerializeToString() for message in honest[:-1]), spoil(honest[-1], die)]
+        outcomes[await _send(channel, target, messages, metadata, clock)] += 1
+
+
+async def _send(
+    channel: grpc.aio.Channel,
+    target: Target,
+    messages: Sequence[bytes],
+    metadata: Sequence[tuple[str, str]],
+    clock: _Clock,
+) -> str:
+    """Return what became of a call with these messages.
+
+    It is made again if this machine stood still meanwhile, or if what became of it was not to be heard.
+    """
+    for _ in range(_MOST_TRIES):
+        began_s = time.monotonic()
         if len(messages) == 1:
             call = channel.unary_stream(target.method)(messages[0], timeout=_TIMEOUT_S, metadata=metadata)
         else:
             call = channel.stream_stream(target.method)(_all(messages), timeout=_TIMEOUT_S, metadata=metadata)
-        outcomes[await outcome(call, most=target.most_answers)] += 1
+        became = await outcome(call, most=target.most_answers, timeout_s=2 * _TIMEOUT_S)
+        is_late = time.monotonic() - began_s > _TIMEOUT_S - 1.0
+        if not is_late and became != UNHEARD:
+            return became
+        if is_late and not clock.stood_still_since(began_s):
+            return _NO_END
+    return UNHEARD
+
+
+class _Clock:
+    """Sees when this process has not run for long: then every call's time is up, and no server is to blame."""
+
+    def __init__(self) -> None:
+        self._ticked_s = time.monotonic()
+        self._stood_still_s = float("-inf")
+
+    def stood_still_since(self, began_s: float) -> bool:
+        """Return whether it did."""
+        self._look()
+        return self._stood_still_s >= began_s
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._look()
+            await asyncio.sleep(_TICK_S)
+
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._ticked_s > _STILL_S:
+            self._stood_still_s = now_s
+        self._ticked_s = now_s
 
 
 async def _all(messages: Sequence[bytes]) -> AsyncIterator[bytes]:

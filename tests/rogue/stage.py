@@ -31,6 +31,7 @@ PROMPT = list(range(1, 40))
 _SAMPLING = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 MESSAGE_TIMEOUT_S = 1.0
 FINGERPRINT = "fa4e" * 8
+UNHEARD = "unheard"
 
 
 @dataclass
@@ -115,7 +116,8 @@ def _settings(it: Stage, role: Role) -> dict[str, Any]:
 async def outcome(call: Any, *, most: int = 1, timeout_s: float = WAIT_S) -> str:
     """Read at most so many answers of a call and end it; return "served", or the reason why not.
 
-    A refusal without one of our reasons is its code's name.
+    A refusal without one of our reasons is its code's name. UNHEARD: grpc was still sending when the server ended the
+    call, and then says so in place of the server's status.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -126,6 +128,6 @@ async def outcome(call: Any, *, most: int = 1, timeout_s: float = WAIT_S) -> str
     except TimeoutError:
         return "still open"
     except grpc.aio.AioRpcError as error:
-        return rpc.raised_from(error).reason
+        return UNHEARD if error.details() == "Internal error from Core" else rpc.raised_from(error).reason
     finally:
         call.cancel()
