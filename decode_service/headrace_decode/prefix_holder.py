@@ -79,6 +79,12 @@ class PrefixHolder:
             )
         if order.holder_incarnation != host.incarnation:
             raise HandoffLostError("WORKER_RESTARTED", "the prefix was with an earlier process at this address")
+        most_tokens = host.model.limits.max_context_tokens
+        if len(spec.token_ids) > most_tokens:  # it is kept as long as the call stands, whoever ordered it
+            raise InvalidRequestError(
+                "PROMPT_TOO_LONG",
+                f"{len(spec.token_ids)} tokens; this worker has no more than {most_tokens} of any sequence",
+            )
         ours = (host.model.fingerprint, host.model.layout)
         check_compatible(order.fingerprint, order.layout, ours=ours, who="the taker")
         call = self._ready.open(order, outbox)

@@ -286,6 +286,17 @@ async def test_a_prefill_worker_gives_nobody_what_it_has_cached():
 
 
 @async_test
+async def test_what_no_sequence_of_a_worker_can_be_is_not_kept_for_who_asks_for_it():
+    """An order's tokens are kept as long as its call stands: a message of 8 MiB has millions."""
+    decoder = decode_service()
+    async with running(decoder) as (decode,), MiniTaker(decode) as taker:
+        most, me = taker.info.max_context_tokens, taker.info.incarnation
+        asked = taker.order("r", [1] * (most + 1), params=SAMPLED, holder_incarnation=me)
+        assert (await asked.refused()).reason == "PROMPT_TOO_LONG"
+        assert (await taker.order("s", [1] * most, params=SAMPLED, holder_incarnation=me).wait_admitted()).lease_key
+
+
+@async_test
 async def test_a_fetch_that_is_cancelled_before_it_began_gives_its_pages_back():
     prefiller, decoder = prefill_service(), decode_service()
     async with (
