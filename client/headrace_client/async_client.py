@@ -16,7 +16,7 @@ from headrace_core.rpc import channel
 
 from headrace_client.arguments import timeout_of
 from headrace_client.codec import Collector, Reader, decode_server_info, encode_request
-from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, ConnectionOptions, error_from
+from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, Connection, ConnectionOptions
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
 from headrace_client.retry import Attempts
 
@@ -26,8 +26,8 @@ class AsyncClient:
 
     def __init__(self, address: str = DEFAULT_ADDRESS, options: ConnectionOptions | None = None) -> None:
         self.address = address
-        self._options = options or ConnectionOptions()
-        self._channel = channel(address, tls=self._options.tls(), by_proxy=True)
+        self._connection = Connection(address, options or ConnectionOptions())
+        self._channel = channel(address, tls=self._connection.options.tls(), by_proxy=True)
         self._stub: Any = pb_grpc.GenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -39,7 +39,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel what is under way and disconnect."""
+        """Cancel what is under way, which ends with CLIENT_CLOSED, and disconnect."""
+        self._connection.is_closed = True
         await self._channel.close()
 
     async def generate(
@@ -88,20 +89,26 @@ class AsyncClient:
             request_id=request_id,
             include_timings=include_timings,
         )
-        return AsyncStream(self._stub, request, timeout_s, address=self.address, options=self._options)
+        return AsyncStream(self._stub, request, timeout_s, self._connection)
 
     async def server_info(self, *, timeout_s: float = INFO_TIMEOUT_S) -> ServerInfo:
         """Return what the router serves and with which workers. Errors are `Client.server_info`'s."""
-        attempts = Attempts(self._options.retry, timeout_of(timeout_s))
+        connection = self._connection
+        attempts = Attempts(connection.options.retry, timeout_of(timeout_s))
         request = pb.GetServerInfoRequest()
         while True:
+            connection.check_open()
             try:
                 info = await self._stub.GetServerInfo(
-                    request, timeout=attempts.remaining_s(), metadata=self._options.metadata()
+                    request, timeout=attempts.remaining_s(), metadata=connection.options.metadata()
                 )
                 return decode_server_info(info)
             except grpc.RpcError as error:
-                await asyncio.sleep(attempts.pause_after(error_from(error, self.address)))
+                await asyncio.sleep(attempts.pause_after(connection.error_from(error)))
+            except asyncio.CancelledError:
+                if not _is_cancelling():
+                    connection.check_open()
+                raise
 
 
 class AsyncStream:
@@ -116,15 +123,12 @@ class AsyncStream:
         stub: Any,
         request: pb.GenerateRequest,
         timeout_s: float | None,
-        *,
-        address: str,
-        options: ConnectionOptions,
+        connection: Connection,
     ) -> None:
         self._stub = stub
         self._request = request
-        self._address = address
-        self._options = options
-        self._attempts = Attempts(options.retry, timeout_of(timeout_s))
+        self._connection = connection
+        self._attempts = Attempts(connection.options.retry, timeout_of(timeout_s))
         self._reader = Reader(request)
         self._is_cancelled = False
         self._has_answer = False
@@ -142,15 +146,16 @@ class AsyncStream:
             except grpc.RpcError as rpc_error:
                 if self._is_cancelled:
                     raise StopAsyncIteration from None
-                error = error_from(rpc_error, self._address, has_answer=self._has_answer)
+                error = self._connection.error_from(rpc_error, has_answer=self._has_answer)
                 if self._has_answer:
-                    raise error from None
+                    raise self._attempts.final(error, has_answer=True) from None
                 await self._retry_after(self._attempts.pause_after(error))
             except asyncio.CancelledError:
-                # grpc.aio raises this for a cancelled call, too: that ends the stream, not the task.
-                task = asyncio.current_task()
-                if self._is_cancelled and not (task and task.cancelling()):
-                    raise StopAsyncIteration from None
+                # grpc.aio raises this for a call that was cancelled here, too: that ends the stream, not the task.
+                if not _is_cancelling():
+                    if self._is_cancelled:
+                        raise StopAsyncIteration from None
+                    self._connection.check_open()
                 self.cancel()
                 raise
             except BaseException:
@@ -181,9 +186,9 @@ class AsyncStream:
         self.cancel()
 
     def _open(self) -> Any:
-        return self._stub.Generate(
-            self._request, timeout=self._attempts.remaining_s(), metadata=self._options.metadata()
-        )
+        self._connection.check_open()
+        metadata = self._connection.options.metadata()
+        return self._stub.Generate(self._request, timeout=self._attempts.remaining_s(), metadata=metadata)
 
     async def _read(self) -> Delta:
         response = await self._call.read()
@@ -199,3 +204,9 @@ class AsyncStream:
         if self._is_cancelled:
             raise StopAsyncIteration
         self._call = self._open()
+
+
+def _is_cancelling() -> bool:
+    """Return whether somebody cancels this task, and not only the call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -15,7 +15,7 @@ from headrace_core.rpc import blocking_channel
 
 from headrace_client.arguments import timeout_of
 from headrace_client.codec import Reader, collect, decode_server_info, encode_request
-from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, ConnectionOptions, error_from
+from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, Connection, ConnectionOptions
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
 from headrace_client.retry import Attempts
 
@@ -28,8 +28,8 @@ class Client:
 
     def __init__(self, address: str = DEFAULT_ADDRESS, options: ConnectionOptions | None = None) -> None:
         self.address = address
-        self._options = options or ConnectionOptions()
-        self._channel = blocking_channel(address, tls=self._options.tls(), by_proxy=True)
+        self._connection = Connection(address, options or ConnectionOptions())
+        self._channel = blocking_channel(address, tls=self._connection.options.tls(), by_proxy=True)
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -41,7 +41,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancel what is under way and disconnect."""
+        """Cancel what is under way, which ends with CLIENT_CLOSED, and disconnect."""
+        self._connection.is_closed = True
         self._channel.close()
 
     def generate(
@@ -69,7 +70,7 @@ class Client:
 
         Raises:
             InvalidRequestError: it can't succeed as written: EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST,
-                BAD_TOKEN.
+                BAD_TOKEN; CLIENT_CLOSED.
             NotFoundError: UNKNOWN_MODEL.
             OverloadedError: QUEUE_FULL, also after retries.
             UnavailableError: UNREACHABLE, NO_WORKERS, DRAINING, also after retries; RETRIES_EXHAUSTED.
@@ -111,7 +112,7 @@ class Client:
             request_id=request_id,
             include_timings=include_timings,
         )
-        return Stream(self._stub, request, timeout_s, address=self.address, options=self._options)
+        return Stream(self._stub, request, timeout_s, self._connection)
 
     def server_info(self, *, timeout_s: float = INFO_TIMEOUT_S) -> ServerInfo:
         """Return what the router serves and with which workers.
@@ -120,16 +121,18 @@ class Client:
             UnavailableError: UNREACHABLE, also after retries.
             DeadlineError: `timeout_s` passed.
         """
-        attempts = Attempts(self._options.retry, timeout_of(timeout_s))
+        connection = self._connection
+        attempts = Attempts(connection.options.retry, timeout_of(timeout_s))
         request = pb.GetServerInfoRequest()
         while True:
+            connection.check_open()
             try:
                 info = self._stub.GetServerInfo(
-                    request, timeout=attempts.remaining_s(), metadata=self._options.metadata()
+                    request, timeout=attempts.remaining_s(), metadata=connection.options.metadata()
                 )
                 return decode_server_info(info)
             except grpc.RpcError as error:
-                time.sleep(attempts.pause_after(error_from(error, self.address)))
+                time.sleep(attempts.pause_after(connection.error_from(error)))
 
 
 class Stream:
@@ -144,15 +147,12 @@ class Stream:
         stub: pb_grpc.GenerationServiceStub,
         request: pb.GenerateRequest,
         timeout_s: float | None,
-        *,
-        address: str,
-        options: ConnectionOptions,
+        connection: Connection,
     ) -> None:
         self._stub = stub
         self._request = request
-        self._address = address
-        self._options = options
-        self._attempts = Attempts(options.retry, timeout_of(timeout_s))
+        self._connection = connection
+        self._attempts = Attempts(connection.options.retry, timeout_of(timeout_s))
         self._reader = Reader(request)
         self._cancelled = threading.Event()
         self._has_answer = False
@@ -170,9 +170,9 @@ class Stream:
             except grpc.RpcError as rpc_error:
                 if self._cancelled.is_set():
                     raise StopIteration from None
-                error = error_from(rpc_error, self._address, has_answer=self._has_answer)
+                error = self._connection.error_from(rpc_error, has_answer=self._has_answer)
                 if self._has_answer:
-                    raise error from None
+                    raise self._attempts.final(error, has_answer=True) from None
                 self._retry_after(self._attempts.pause_after(error))
             except BaseException:
                 self._call.cancel()
@@ -200,9 +200,9 @@ class Stream:
         self.cancel()
 
     def _open(self) -> Any:
-        return self._stub.Generate(
-            self._request, timeout=self._attempts.remaining_s(), metadata=self._options.metadata()
-        )
+        self._connection.check_open()
+        metadata = self._connection.options.metadata()
+        return self._stub.Generate(self._request, timeout=self._attempts.remaining_s(), metadata=metadata)
 
     def _read(self) -> Delta:
         try:

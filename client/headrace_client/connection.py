@@ -8,7 +8,6 @@ from pathlib import Path
 
 import grpc
 from headrace_core.errors import (
-    DeadlineError,
     HeadraceError,
     InvalidRequestError,
     StartupError,
@@ -34,9 +33,6 @@ _TLS_CAUSES = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not of an authority that is trusted here, or has expired",
     "WRONG_VERSION_NUMBER": "it does not speak TLS",
 }
-
-# What gRPC says of a call that this side cancelled.
-_OWN_CANCELS = ("Locally cancelled by application!", "Channel closed!")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,25 +92,50 @@ class ConnectionOptions:
         return roots
 
 
-def error_from(error: grpc.RpcError, address: str, *, has_answer: bool = False) -> HeadraceError:
-    """Return the error to raise; what failed without a word from the router says so in words for people.
+@dataclass(slots=True)
+class Connection:
+    """What a client and its streams know together: where the router is, how it is reached, whether it still is."""
 
-    A connection that failed becomes UNREACHABLE, or CONNECTION_LOST when a part of the answer had come; so does a call
-    that gRPC itself cancelled at the router. A message that gRPC refused for its size becomes PROMPT_TOO_LONG.
-    """
-    raised = raised_from(error)
-    if raised.reason == grpc.StatusCode.UNAVAILABLE.name:
-        cause = cause_of(str(raised))
-        if has_answer:
-            return UnavailableError("CONNECTION_LOST", f"the connection to the router at {address} was lost: {cause}")
-        return UnavailableError("UNREACHABLE", f"no connection to a router at {address}: {cause}")
-    if error.code() is grpc.StatusCode.CANCELLED and error.details() not in _OWN_CANCELS:
-        return UnavailableError("CONNECTION_LOST", f"the router at {address} dropped the call without a word")
-    if raised.reason == grpc.StatusCode.RESOURCE_EXHAUSTED.name and "larger than max" in str(raised):
-        return InvalidRequestError("PROMPT_TOO_LONG", f"the request is larger than the router takes: {raised}")
-    if raised.reason == grpc.StatusCode.DEADLINE_EXCEEDED.name:
-        return DeadlineError(raised.reason, "the time limit passed before the answer was complete")
-    return raised
+    address: str
+    options: ConnectionOptions
+    is_closed: bool = False
+    """True once the client was closed."""
+
+    def check_open(self) -> None:
+        """Let nothing be sent by a closed client.
+
+        Raises:
+            InvalidRequestError: CLIENT_CLOSED.
+        """
+        if self.is_closed:
+            raise InvalidRequestError("CLIENT_CLOSED", f"this client of the router at {self.address} was closed")
+
+    def error_from(self, error: grpc.RpcError, *, has_answer: bool = False) -> HeadraceError:
+        """Return the error to raise; what failed without a word from the router says so in words for people.
+
+        A connection that failed becomes UNREACHABLE, or CONNECTION_LOST when a part of the answer had come; so does a
+        call that was cancelled by others than this client's user, such as a router that ends or a proxy. A message that
+        gRPC refused for its size becomes PROMPT_TOO_LONG.
+
+        Raises:
+            InvalidRequestError: CLIENT_CLOSED, that is why.
+        """
+        self.check_open()
+        raised = raised_from(error)
+        code, details = error.code(), str(raised)
+        if code is grpc.StatusCode.CANCELLED:
+            return UnavailableError("CONNECTION_LOST", f"the router at {self.address} dropped the call: {details}")
+        if raised.reason != code.name:  # the router's own word
+            return raised
+        if code is grpc.StatusCode.UNAVAILABLE:
+            cause = cause_of(details)
+            if has_answer:
+                problem = f"the connection to the router at {self.address} was lost: {cause}"
+                return UnavailableError("CONNECTION_LOST", problem)
+            return UnavailableError("UNREACHABLE", f"no connection to a router at {self.address}: {cause}")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+            return InvalidRequestError("PROMPT_TOO_LONG", f"the request is larger than the router takes: {details}")
+        return raised
 
 
 def cause_of(details: str) -> str:

@@ -44,6 +44,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_TOKEN": "a token id is outside the vocabulary",
         "BAD_TRACE": "a request trace can't be read",
         "BAD_WORKLOAD": "a workload's numbers make no sense",
+        "CLIENT_CLOSED": "the client was closed by its own program, before the call or during it",
         "EMPTY_PROMPT": "the prompt has no tokens",
         "NO_CRYPTOGRAPHY": "certificates are made by the package cryptography",
         "NO_MATPLOTLIB": "plots need matplotlib",

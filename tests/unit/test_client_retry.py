@@ -60,3 +60,26 @@ def test_what_the_router_has_tried_enough_is_not_tried_again():
 def test_one_attempt_means_no_retry():
     with pytest.raises(OverloadedError):
         Attempts(RetryPolicy(max_attempts=1), None).pause_after(FULL)
+
+
+def test_no_try_begins_after_the_longest_wait_and_the_error_says_how_long_it_was():
+    now = [0.0]
+    attempts = Attempts(RetryPolicy(longest_wait_s=30.0), None, draw=lambda: 1.0, clock=lambda: now[0])
+    assert attempts.pause_after(UnavailableError("DRAINING", "bye")) > 0
+    now[0] = 30.25
+    with pytest.raises(
+        UnavailableError, match=r"no decode worker is ready \(given up after 2 tries in 30.2 s\)"
+    ) as caught:
+        attempts.pause_after(UnavailableError("NO_WORKERS", "no decode worker is ready"))
+    assert caught.value.reason == "NO_WORKERS"
+
+
+def test_a_time_limit_that_passed_says_what_was_missing_and_what_the_last_try_met():
+    now = [0.0]
+    attempts = Attempts(POLICY, 5.0, draw=lambda: 0.0, clock=lambda: now[0])
+    attempts.pause_after(OverloadedError("QUEUE_FULL", "full"))
+    now[0] = 5.0
+    with pytest.raises(DeadlineError) as caught:
+        attempts.pause_after(DeadlineError("DEADLINE_EXCEEDED", "Deadline Exceeded"))
+    said = "the time limit passed before anything of the answer came, after 5.0 s; the try before ended with: full"
+    assert str(caught.value) == said

@@ -32,6 +32,8 @@ AT_ONCE = ConnectionOptions(retry=RetryPolicy(max_attempts=3, first_pause_s=0.0)
 NOBODY = "127.0.0.1:1"
 """An address at which nothing serves: a port that a server left may be another's by now."""
 FULL = OverloadedError("QUEUE_FULL", "1024 requests are waiting")
+FORWARDED_CANCEL = (grpc.StatusCode.CANCELLED, "Locally cancelled by application!")
+"""What a proxy in Python hands on when its own call was cancelled: grpc's words for a cancel on this side."""
 
 
 def run_blocking(router: FakeRouter, *args, options: ConnectionOptions = AT_ONCE, **kwargs):
@@ -96,7 +98,14 @@ def test_token_ids_and_conversations_travel_as_such(generate):
 
 
 @pytest.mark.parametrize(
-    "failure", [FULL, UnavailableError("DRAINING", "bye"), grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED]
+    "failure",
+    [
+        FULL,
+        UnavailableError("DRAINING", "bye"),
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        FORWARDED_CANCEL,
+    ],
 )
 def test_a_passing_failure_before_the_first_token_is_retried(generate, failure):
     with FakeRouter([failure], [failure], [*answer("a", "b")]) as router:
@@ -110,7 +119,7 @@ def test_retries_are_bounded(generate):
     assert (len(router.requests), caught.value.reason) == (3, "QUEUE_FULL")
 
 
-@pytest.mark.parametrize("failure", [FULL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+@pytest.mark.parametrize("failure", [FULL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, FORWARDED_CANCEL])
 def test_nothing_is_retried_after_the_first_token(generate, failure):
     script = [next(answer("a", "b")), failure]
     with FakeRouter(script, [*answer("wrong", " again")]) as router, pytest.raises(HeadraceError) as caught:
@@ -143,9 +152,44 @@ def test_closing_the_client_ends_its_streams_and_tries_nothing_again():
         stream = client.stream("Tell")
         assert next(stream).text == "a"
         client.close()
-        with pytest.raises(HeadraceError):
+        with pytest.raises(InvalidRequestError, match="was closed") as caught:
             next(stream)
+    assert (len(router.requests), caught.value.reason) == (1, "CLIENT_CLOSED")
+
+
+def test_closing_an_asyncio_client_ends_its_streams_with_an_error_and_cancels_no_task():
+    async def run(router: FakeRouter) -> None:
+        client = AsyncClient(router.address, AT_ONCE)
+        stream = client.stream("Tell")
+        assert (await anext(stream)).text == "a"
+        reading = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(InvalidRequestError, match="was closed"):
+            await reading
+
+    with FakeRouter([next(answer("a", "b")), Hold.UNTIL_CANCELLED]) as router:
+        asyncio.run(run(router))
     assert len(router.requests) == 1
+
+
+def test_a_closed_client_says_so():
+    client = Client(NOBODY)
+    client.close()
+    for call in (lambda: client.generate("Tell"), client.server_info):
+        with pytest.raises(InvalidRequestError) as caught:
+            call()
+        assert caught.value.reason == "CLIENT_CLOSED"
+
+    async def run() -> None:
+        client = AsyncClient(NOBODY)
+        await client.close()
+        for call in (lambda: client.generate("Tell"), client.server_info):
+            with pytest.raises(InvalidRequestError) as caught:
+                await call()
+            assert caught.value.reason == "CLIENT_CLOSED"
+
+    asyncio.run(run())
 
 
 def test_the_deadline_ends_the_call_and_reaches_the_router(generate):
@@ -286,7 +330,7 @@ def test_ending_an_async_stream_early_cancels_the_request(way):
 
 
 def test_a_cancelled_pause_between_tries_ends_the_stream():
-    patient = ConnectionOptions(retry=RetryPolicy(max_attempts=2, first_pause_s=1e6, longest_pause_s=1e6))
+    patient = ConnectionOptions(retry=RetryPolicy(2, first_pause_s=1e6, longest_pause_s=1e6, longest_wait_s=1e7))
     with FakeRouter([FULL]) as router, Client(router.address, patient) as client:
         stream = client.stream("Tell")
         helper = threading.Timer(0.05, stream.cancel)

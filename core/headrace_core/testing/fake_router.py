@@ -38,8 +38,8 @@ class Hold(Enum):
     UNTIL_CANCELLED = "until cancelled"
 
 
-Step = pb.GenerateResponse | HeadraceError | grpc.StatusCode | Hold
-"""Send; fail as our routers do; fail as a transport does, without our reason; wait."""
+Step = pb.GenerateResponse | HeadraceError | grpc.StatusCode | tuple[grpc.StatusCode, str] | Hold
+"""Send; fail as our routers do; fail as a transport does, without our reason, with details or any; wait."""
 
 
 class FakeRouter(pb_grpc.GenerationServiceServicer):
@@ -95,6 +95,9 @@ class FakeRouter(pb_grpc.GenerationServiceServicer):
                 case grpc.StatusCode():
                     call.is_over = True
                     context.abort(step, "played by a script")
+                case (code, details):
+                    call.is_over = True
+                    context.abort(code, details)
         call.is_over = True
 
     def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
