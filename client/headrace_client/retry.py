@@ -22,9 +22,9 @@ class RetryPolicy:
     many clients turned away together do not come back together; when the router says how long to stay away, that comes
     on top. `max_attempts` 1 turns retries off.
 
-    No try begins later than `longest_wait_s` after the first one. A router that has no workers waits for them itself (30
-    s, its `--no-workers-timeout-s`): when it gives up, so does the client. How long a try may take that has begun is
-    for the caller's `timeout_s` to say.
+    No try begins later than `longest_wait_s` after the first one. A router that has no workers waits for them itself
+    (30 s, its `--no-workers-timeout-s`): when it gives up, so does the client. How long a try may take that has begun
+    is for the caller's `timeout_s` to say.
     """
 
     max_attempts: int = 4

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+import signal
 
-from headrace_core import process
-from headrace_core.config import RouterSettings, parse
-
-from headrace_router.server import RouterService
+from headrace_core.signals import exit_on
 
 
 def main() -> None:
     """Run until SIGTERM."""
+    exit_on(signal.SIGTERM, signal.SIGINT, code=0)
+    # Only now: it takes a while, and may be interrupted.
+    from headrace_core import process
+    from headrace_core.config import RouterSettings, parse
+
+    from headrace_router.server import RouterService
+
     settings = parse(RouterSettings)
-    process.run(functools.partial(RouterService, settings), settings, role="router")
+    process.run(lambda: RouterService(settings), settings, role="router")
 
 
 if __name__ == "__main__":

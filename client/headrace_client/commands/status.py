@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from rich.text import Text
 from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.generate import to_plain
+from headrace_client.commands.standard_streams import wait
 from headrace_client.commands.terminal import LOST_STATES, STATE_STYLES, format_bytes, stdout, write_text
 from headrace_client.connection import DEFAULT_ADDRESS, cause_of
 from headrace_client.results import ServerInfo, Worker
@@ -58,13 +58,17 @@ def _print_json(client: Client, interval_s: float | None) -> None:
         write_text(json.dumps(info, indent=2 if interval_s is None else None) + "\n")
         if interval_s is None:
             return
-        time.sleep(interval_s)
+        wait(interval_s)
 
 
 def _watch(client: Client, interval_s: float) -> None:
+    if not stdout.is_terminal:  # which can't go back to where the last look was
+        while True:
+            stdout.print(_render(client.server_info()))
+            wait(interval_s)
     with Live(_render(client.server_info()), console=stdout, auto_refresh=False) as live:
         while True:
-            time.sleep(interval_s)
+            wait(interval_s)
             live.update(_render(client.server_info()), refresh=True)
 
 

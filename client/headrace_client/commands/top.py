@@ -13,6 +13,7 @@ from rich.text import Text
 
 from headrace_client.client import Client
 from headrace_client.commands import options
+from headrace_client.commands.standard_streams import wait
 from headrace_client.commands.terminal import stdout
 from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.top.frame import render
@@ -56,7 +57,7 @@ def _watch(client: Client, history: History, view: View, interval_s: float) -> N
     try:
         with Live(_frame(view, client), console=stdout, screen=True, auto_refresh=False) as live:
             while True:
-                time.sleep(interval_s)
+                wait(interval_s)
                 trouble: RenderableType | None = None
                 try:
                     view = history.add(take_look(client, time.monotonic()))
