@@ -28,8 +28,9 @@ class Client:
 
     def __init__(self, address: str = DEFAULT_ADDRESS, options: ConnectionOptions | None = None) -> None:
         self.address = address
-        self._connection = Connection(address, options or ConnectionOptions())
-        self._channel = blocking_channel(address, tls=self._connection.options.tls(), by_proxy=True)
+        self.options = options or ConnectionOptions()
+        self._connection = Connection(address, self.options)
+        self._channel = blocking_channel(address, tls=self.options.tls(), by_proxy=True)
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     def __enter__(self) -> Self:

@@ -128,6 +128,59 @@ def test_wrong_input_exits_with_2_and_says_what_is_wrong(arguments, stdin, says)
     assert "Traceback" not in result.stderr
 
 
+def lacking_decode():
+    info = default_info()
+    for worker in info.workers:
+        if worker.address == "127.0.0.1:1003":
+            worker.state, worker.detail = "unreachable", "Connection refused"
+    return info
+
+
+LACKING = "no decode worker is ready; 127.0.0.1:1003 is unreachable (Connection refused), 127.0.0.1:1002 is unreachable"
+
+
+@pytest.mark.parametrize("command", [["generate", "Tell"], ["chat"]])
+def test_a_request_without_a_decode_worker_says_so_while_it_waits_and_ends(command):
+    with FakeRouter([Hold.UNTIL_CANCELLED], infos=[lacking_decode()]) as router:
+        result = run(*command, "--wait", "1", "-s", router.address, input="Tell\n")
+        assert router.cancelled.wait(WAIT_S)
+    assert result.exit_code == 1
+    said, error, *_ = result.stderr.splitlines()
+    assert said.startswith(f"waiting: {LACKING}")
+    assert error.startswith(f"error: {LACKING}")
+    assert "(given up after " in error
+
+
+def test_a_text_that_stops_because_the_decode_worker_died_ends_as_well():
+    with FakeRouter([next(answer("Once", "!")), Hold.UNTIL_CANCELLED], infos=[lacking_decode()]) as router:
+        result = run("generate", "Tell", "--wait", "0", "-s", router.address)
+    assert (result.exit_code, result.stdout) == (1, "Once\n")
+    assert result.stderr.startswith(f"error: {LACKING}")
+
+
+def test_the_callers_time_limit_wins_over_the_wait():
+    with FakeRouter([Hold.UNTIL_CANCELLED], infos=[lacking_decode()]) as router:
+        result = run("generate", "Tell", "--wait", "1000", "--timeout", "1.5", "-s", router.address)
+    assert result.exit_code == 1
+    assert "error: the time limit passed before anything of the answer came, after 1." in result.stderr
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["generate", "Tell", "--timeout"],
+        ["generate", "Tell", "--wait"],
+        ["status", "--interval"],
+        ["top", "--interval"],
+    ],
+)
+def test_seconds_that_are_none_are_refused(line, value):
+    result = run(*line, value, "-s", NOBODY)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert line[-1] in result.stderr
+
+
 def test_a_refusal_by_the_router_exits_with_2():
     with FakeRouter([InvalidRequestError("BAD_TOKEN", "stop_token_ids: 9999 is outside the vocabulary")]) as router:
         result = run("generate", "Tell", "-s", router.address)

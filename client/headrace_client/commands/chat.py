@@ -13,6 +13,7 @@ from headrace_core.request import SamplingParams
 from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.terminal import exit_code, report, stdout, write_text
+from headrace_client.commands.waiting import Waiting
 from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage
 
@@ -33,6 +34,7 @@ def chat(  # the signature is the command line
     system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
     model: Annotated[str, typer.Option(help="Model name; default: the one served.", show_default=False)] = "",
     timeout: options.Timeout = None,
+    wait: options.Wait = options.WAIT_S,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
@@ -57,10 +59,10 @@ def chat(  # the signature is the command line
         seed=seed,
     )
     sampling.validate()
-    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity, wait_s=wait) as client:
         info = client.server_info()
         stdout.print(f"{info.model_name} at {server}; /reset forgets, /exit ends", style="dim", markup=False)
-        conversation = _Conversation(client, system, sampling, model, timeout)
+        conversation = _Conversation(client, system, sampling, model, timeout, wait)
         code = conversation.run()
     if code:
         raise typer.Exit(code)
@@ -68,7 +70,13 @@ def chat(  # the signature is the command line
 
 class _Conversation:
     def __init__(
-        self, client: Client, system: str, sampling: SamplingParams, model: str, timeout_s: float | None
+        self,
+        client: Client,
+        system: str,
+        sampling: SamplingParams,
+        model: str,
+        timeout_s: float | None,
+        wait_s: float,
     ) -> None:
         self._client = client
         self._opening = [ChatMessage("system", system)] if system else []
@@ -76,6 +84,7 @@ class _Conversation:
         self._sampling = sampling
         self._model = model
         self._timeout_s = timeout_s
+        self._wait_s = wait_s
 
     def run(self) -> int:
         """Take turns until the input ends; return the last turn's exit code, so that scripts see a failure."""
@@ -113,8 +122,12 @@ class _Conversation:
         parts: list[str] = []
         code = 0
         try:
-            with self._client.stream(messages, self._sampling, model=self._model, timeout_s=self._timeout_s) as stream:
+            with (
+                self._client.stream(messages, self._sampling, model=self._model, timeout_s=self._timeout_s) as stream,
+                Waiting(self._client, stream, limit_s=self._wait_s) as waiting,
+            ):
                 for delta in stream:
+                    waiting.heard()
                     parts.append(delta.text)
                     write_text(delta.text)
         except KeyboardInterrupt:

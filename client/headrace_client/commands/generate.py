@@ -15,6 +15,7 @@ from headrace_client.client import Client
 from headrace_client.codec import Collector
 from headrace_client.commands import options
 from headrace_client.commands.terminal import read_prompt, stderr, write_text
+from headrace_client.commands.waiting import Waiting
 from headrace_client.commands.waterfall import waterfall
 from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage, Generation, Prompt
@@ -49,6 +50,7 @@ def generate(  # the signature is the command line
         str, typer.Option(help="Name for logs; default: the router chooses.", show_default=False)
     ] = "",
     timeout: options.Timeout = None,
+    wait: options.Wait = options.WAIT_S,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
@@ -88,8 +90,8 @@ def generate(  # the signature is the command line
         logit_bias=options.parse_logit_bias(logit_bias),
         top_logprobs=top_logprobs,
     )
-    job = _Job(_prompt(prompt, tokens, is_chat=chat), sampling, n, model, request_id, timeout, timings)
-    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+    job = _Job(_prompt(prompt, tokens, is_chat=chat), sampling, n, model, request_id, timeout, timings, wait)
+    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity, wait_s=wait) as client:
         result = job.run(client, is_streamed=not as_json and n == 1)
     if as_json:
         write_text(json.dumps(to_plain(result), ensure_ascii=False) + "\n")
@@ -109,22 +111,27 @@ class _Job:
     request_id: str
     timeout_s: float | None
     include_timings: bool
+    wait_s: float
 
     def run(self, client: Client, *, is_streamed: bool) -> Generation:
         """Generate; when streamed, write the text as it comes and end it with a newline, also when it fails."""
         collector = Collector()
         has_text = False
         try:
-            with client.stream(
-                self.prompt,
-                self.sampling,
-                n=self.n,
-                model=self.model,
-                request_id=self.request_id,
-                timeout_s=self.timeout_s,
-                include_timings=self.include_timings,
-            ) as stream:
+            with (
+                client.stream(
+                    self.prompt,
+                    self.sampling,
+                    n=self.n,
+                    model=self.model,
+                    request_id=self.request_id,
+                    timeout_s=self.timeout_s,
+                    include_timings=self.include_timings,
+                ) as stream,
+                Waiting(client, stream, limit_s=self.wait_s) as waiting,
+            ):
                 for delta in stream:
+                    waiting.heard()
                     collector.add(delta)
                     if is_streamed:
                         write_text(delta.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +12,23 @@ from headrace_core.errors import InvalidRequestError
 
 from headrace_client.client import Client
 from headrace_client.connection import ConnectionOptions
+from headrace_client.retry import RetryPolicy
 
 API_KEY_VARIABLE = "HEADRACE_API_KEY"
 _CONNECTION = "Connection"
 _SAMPLING = "Sampling"
+
+
+def finite(value: float | None) -> float | None:
+    """Return an option's number; a bound of its own lets NaN and infinity pass.
+
+    Raises:
+        BadParameter: it is no finite number.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number of its range")
+    return value
+
 
 Server = Annotated[
     str,
@@ -51,8 +65,19 @@ Identity = Annotated[
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(min=0.001, help="Seconds the whole answer may take. Default: the router's limit."),
+    typer.Option(min=0.001, callback=finite, help="Seconds the whole answer may take. Default: the router's limit."),
 ]
+Wait = Annotated[
+    float,
+    typer.Option(
+        "--wait",
+        min=0.0,
+        callback=finite,
+        help="Seconds to wait for a router, and for its workers to be ready; --timeout bounds that, too.",
+        rich_help_panel=_CONNECTION,
+    ),
+]
+WAIT_S = RetryPolicy().longest_wait_s
 
 MaxTokens = Annotated[
     int | None,
@@ -115,7 +140,13 @@ TopLogprobs = Annotated[
 
 
 def connect(
-    server: str, api_key_file: Path | None, *, tls: bool, tls_roots: Path | None, identity: Path | None
+    server: str,
+    api_key_file: Path | None,
+    *,
+    tls: bool,
+    tls_roots: Path | None,
+    identity: Path | None,
+    wait_s: float = WAIT_S,
 ) -> Client:
     """Return a client for the connection options given.
 
@@ -124,7 +155,14 @@ def connect(
     """
     api_key = _api_key(api_key_file)
     return Client(
-        server, ConnectionOptions(use_tls=tls, root_certificates=tls_roots, identity=identity, api_key=api_key)
+        server,
+        ConnectionOptions(
+            use_tls=tls,
+            root_certificates=tls_roots,
+            identity=identity,
+            api_key=api_key,
+            retry=RetryPolicy(longest_wait_s=wait_s),
+        ),
     )
 
 

@@ -35,7 +35,9 @@ has them. With --watch, --json prints one line per look.
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(min=0.0, help="Seconds between looks, with --watch.")] = 1.0,
+    interval: Annotated[
+        float, typer.Option(min=0.0, callback=options.finite, help="Seconds between looks, with --watch.")
+    ] = 1.0,
     server: options.Server = DEFAULT_ADDRESS,
     api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,

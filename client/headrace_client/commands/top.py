@@ -35,7 +35,7 @@ them came while their prompt was still being computed. Ctrl-C ends it.
 
 def top(
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end; so does a pipe.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    interval: Annotated[float, typer.Option(min=0.1, callback=options.finite, help="Seconds between looks.")] = 2.0,
     server: options.Server = DEFAULT_ADDRESS,
     api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,
