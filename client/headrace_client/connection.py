@@ -10,6 +10,7 @@ import grpc
 from headrace_core.errors import (
     HeadraceError,
     InvalidRequestError,
+    NotFoundError,
     StartupError,
     UnavailableError,
 )
@@ -26,12 +27,16 @@ INFO_TIMEOUT_S = 10.0
 # What gRPC puts before the cause: "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:50050: ".
 _TRANSPORT_PREFIX = re.compile(r"^.*last error: (\w+: )?(ipv[46]:\S+: )?")
 
-# What gRPC says of a handshake that failed, which is little.
-_TLS_CAUSES = {
+# What gRPC says of a connection that did not come about, which is little, and what it is for the caller.
+_CAUSES = {
     "Socket closed": "it closed the connection; does it ask for TLS, or for a certificate (--tls, --identity)?",
     "Hostname Verification Check failed": "its certificate is another's",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of an authority that is trusted here, or has expired",
-    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of an authority that is trusted here (--tls-roots), or has "
+    "expired",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; if it is the router, leave out --tls, --tls-roots and --identity",
+    "Failed parsing HTTP/2": "what answers there is no gRPC server: is it the port of metrics, or another program's?",
+    "address lookup failed": "the name of the host can't be resolved",
+    "errors resolving": "the name of the host can't be resolved",
 }
 
 
@@ -115,7 +120,7 @@ class Connection:
 
         A connection that failed becomes UNREACHABLE, or CONNECTION_LOST when a part of the answer had come; so does a
         call that was cancelled by others than this client's user, such as a router that ends or a proxy. A message that
-        gRPC refused for its size becomes PROMPT_TOO_LONG.
+        gRPC refused for its size becomes PROMPT_TOO_LONG; a server that has no such method, NOT_A_ROUTER.
 
         Raises:
             InvalidRequestError: CLIENT_CLOSED, that is why.
@@ -133,6 +138,9 @@ class Connection:
                 problem = f"the connection to the router at {self.address} was lost: {cause}"
                 return UnavailableError("CONNECTION_LOST", problem)
             return UnavailableError("UNREACHABLE", f"no connection to a router at {self.address}: {cause}")
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            problem = f"{self.address} is no router: a worker answers there, or another gRPC server; give the router's"
+            return NotFoundError("NOT_A_ROUTER", f"{problem} address")
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InvalidRequestError("PROMPT_TOO_LONG", f"the request is larger than the router takes: {details}")
         return raised
@@ -141,4 +149,4 @@ class Connection:
 def cause_of(details: str) -> str:
     """Return a transport failure's cause without what gRPC puts before it."""
     cause = _TRANSPORT_PREFIX.sub("", details)
-    return next((words for said, words in _TLS_CAUSES.items() if said in cause), cause)
+    return next((words for said, words in _CAUSES.items() if said in cause), cause)

@@ -6,6 +6,7 @@ Directly: a proxy that the environment names is for what is outside, and knows n
 from __future__ import annotations
 
 import http.client
+import urllib.error
 import urllib.request
 
 _MOST_BYTES = 32 << 20
@@ -21,5 +22,10 @@ def read_metrics(address: str, timeout_s: float) -> str:
     try:
         with _OPENER.open(f"http://{address}/metrics", timeout=timeout_s) as answer:
             return answer.read(_MOST_BYTES).decode()
-    except (OSError, http.client.HTTPException, OverflowError) as error:
-        raise ValueError(f"no metrics at {address}: {error}") from None
+    except http.client.HTTPException:
+        said = "what answers there does not speak HTTP: is it the port that the worker serves on, or one with TLS?"
+    except urllib.error.URLError as error:
+        said = str(error) if isinstance(error, urllib.error.HTTPError) else str(error.reason)
+    except (OSError, OverflowError, UnicodeDecodeError) as error:
+        said = str(error)
+    raise ValueError(f"no metrics at {address}: {said}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import TypeVar
 
+from headrace_core.address import parse_address
 from headrace_core.metrics_page import read_metrics
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.hardware_measure import cpu_hardware
@@ -134,9 +135,10 @@ def read_worker(address: str) -> Reading:
         LiveError: It does not answer, or does not measure operations.
     """
     try:
+        parse_address(address)
         text = read_metrics(address, _TIMEOUT_S)
     except ValueError as error:
-        raise LiveError(str(error)) from None
+        raise LiveError(f"{error}; the worker's log line `serving` names its metrics") from None
     return parse_reading(address, text)
 
 
@@ -145,6 +147,7 @@ def parse_reading(address: str, text: str) -> Reading:
 
     Raises:
         LiveError: Nothing.
+        ValueError: It is no such text.
     """
     families = list(text_string_to_metric_families(text))
     if all(family.name != "headrace_op_sampled_steps" for family in families):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from headrace_core.address import parse_address
 from headrace_core.errors import InvalidRequestError
 
 from headrace_client.client import Client
@@ -151,8 +152,12 @@ def connect(
     """Return a client for the connection options given.
 
     Raises:
-        InvalidRequestError: BAD_CREDENTIALS, BAD_CERTIFICATE.
+        InvalidRequestError: BAD_OPTION, `server` is no address; BAD_CREDENTIALS, BAD_CERTIFICATE.
     """
+    try:
+        parse_address(server)
+    except ValueError as error:
+        raise InvalidRequestError("BAD_OPTION", f"--server: {error}") from None
     api_key = _api_key(api_key_file)
     return Client(
         server,

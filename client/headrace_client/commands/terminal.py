@@ -33,7 +33,9 @@ _HINTS = {
 def report(error: HeadraceError) -> None:
     """Print what is wrong and, where it is known, what to do, to standard error."""
     line = Text.assemble(("error: ", "bold red"), str(error))
-    if hint := _HINTS.get(error.reason):
+    # Where something else answers, the error says what: to start a router is no help.
+    is_other = error.reason == "UNREACHABLE" and "refused" not in str(error)
+    if (hint := _HINTS.get(error.reason)) and not is_other:
         line.append(f"\n{hint}")
     stderr.print(line, soft_wrap=True)
 
