@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from headrace_core.address import parse_address
 from headrace_core.errors import InvalidRequestError
 from headrace_core.identity import CERT, KEY, ROOTS, Peer, Role
 
@@ -43,6 +44,12 @@ def make_set(folder: Path, *, name: str, days: int, hosts: Sequence[str]) -> lis
     """
     if not _NAME.fullmatch(name):
         raise InvalidRequestError("BAD_CERTIFICATE", f"{name!r} is no name: 1 to 64 of A-Z a-z 0-9 . _ -")
+    for host in hosts:
+        try:
+            _general_name(host)
+        except ValueError:
+            problem = f"{host!a} is neither a host name nor an address; write a name in ASCII, as DNS has it"
+            raise InvalidRequestError("BAD_CERTIFICATE", problem) from None
     authority = Authority.open(folder)
     until = datetime.now(UTC) + timedelta(days=days)
     made: list[Path] = []
@@ -158,7 +165,7 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        return x509.DNSName(host)
+        return x509.DNSName(parse_address(f"{host}:1").host)
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

@@ -23,7 +23,7 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 _PREFIX = "hr"
 _SECRET_BYTES = 32
 _NOBODY = hashlib.sha256(secrets.token_bytes(_SECRET_BYTES)).digest()
-_MOST_PER_MINUTE = 10**12
+MOST_PER_MINUTE = 10**12
 _FIELDS = {"sha256", "requests_per_minute", "tokens_per_minute"}
 
 
@@ -91,6 +91,6 @@ def _read_key(name: str, table: Any) -> ApiKey:
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise ValueError(f"[{name}] sha256 must be 64 hexadecimal digits: `headrace keys` writes them")
     limits = [fields.get(limit, 0) for limit in ("requests_per_minute", "tokens_per_minute")]
-    if any(type(limit) is not int or not 0 <= limit <= _MOST_PER_MINUTE for limit in limits):
+    if any(type(limit) is not int or not 0 <= limit <= MOST_PER_MINUTE for limit in limits):
         raise ValueError(f"[{name}] a limit must be a whole number, 0 or more")
     return ApiKey(name, bytes.fromhex(digest), *limits)

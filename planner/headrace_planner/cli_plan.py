@@ -56,7 +56,7 @@ def main(
         verified = verify(plan, requests) if simulate else None
         if plot_dir:
             _plot(shape, machine, dtype, plot_dir)
-    except (InvalidRequestError, ModelShapeError, HardwareError) as error:
+    except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
         typer.echo(f"headrace plan: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:

@@ -104,7 +104,7 @@ def main(
         result = simulate(config, load)
         if plot:
             plots.save(_figures(result), plot)
-    except (InvalidRequestError, ModelShapeError, HardwareError, ValueError) as error:
+    except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
         typer.echo(f"headrace simulate: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:

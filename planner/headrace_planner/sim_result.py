@@ -212,6 +212,6 @@ def parse_slo(text: str) -> Slo:
     except ValueError:
         raise InvalidRequestError("BAD_SLO", f"{text!r} is not ttft=SECONDS,itl=SECONDS, as ttft=2,itl=50ms") from None
     unknown = set(limits) - {"ttft", "itl"}
-    if unknown or min(limits.values()) <= 0:
+    if unknown or not all(limit > 0 for limit in limits.values()):  # NaN is neither
         raise InvalidRequestError("BAD_SLO", f"{text!r}: give positive ttft and itl, nothing else")
     return Slo(limits.get("ttft", float("inf")), limits.get("itl", float("inf")))

@@ -56,6 +56,9 @@ def closed_loop(lengths: Lengths, *, concurrency: int, num_requests: int, seed: 
     return Workload(workload.arrival_s, workload.num_prompt, workload.num_output, max_in_flight=concurrency)
 
 
+_MOST_TOKENS = 100_000_000
+
+
 def parse_workload(text: str) -> tuple[Lengths, float]:
     """Read `isl,osl,rate`, as `4096,256,10`.
 
@@ -66,8 +69,9 @@ def parse_workload(text: str) -> tuple[Lengths, float]:
         num_prompt, num_output, rate = (float(part) for part in text.split(","))
     except ValueError:
         raise InvalidRequestError("BAD_WORKLOAD", f"{text!r} is not isl,osl,rate, as 4096,256,10") from None
-    if min(num_prompt, num_output) < 1 or rate <= 0:
-        raise InvalidRequestError("BAD_WORKLOAD", f"{text!r}: lengths are at least 1 and the rate is positive")
+    if not (1 <= num_prompt <= _MOST_TOKENS and 1 <= num_output <= _MOST_TOKENS and 0 < rate < float("inf")):
+        problem = f"{text!r}: lengths are from 1 to {_MOST_TOKENS} and the rate is positive and finite"
+        raise InvalidRequestError("BAD_WORKLOAD", problem)
     return Lengths(num_prompt, num_output), rate
 
 

@@ -44,7 +44,7 @@ def make(folder: Path, *, name: str = _NAME, days: int = _DAYS, hosts: Sequence[
 def certs(  # the signature is the command line
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if need be.")],
     name: Annotated[str, typer.Option(help="Name of the identities, after their role.")] = _NAME,
-    days: Annotated[int, typer.Option(min=1, help="Days that they are valid.")] = _DAYS,
+    days: Annotated[int, typer.Option(min=1, max=36_500, help="Days that they are valid.")] = _DAYS,
     host: Annotated[
         list[str] | None,
         typer.Option(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from headrace_core.api_keys import ApiKey, new_key, read_keys, write_entry
+from headrace_core.api_keys import MOST_PER_MINUTE, ApiKey, new_key, read_keys, write_entry
 from headrace_core.errors import InvalidRequestError
 from rich.text import Text
 
@@ -28,9 +28,14 @@ A running router reads the file again. To take a key back, delete its entry.
 def keys(  # the signature is the command line
     file: Annotated[Path, typer.Argument(help="The router's --keys-file; made if need be.")],
     name: Annotated[str, typer.Argument(help="Whose key: 1 to 32 of a-z 0-9 -. Waiting is shared fairly by it.")],
-    requests_per_minute: Annotated[int, typer.Option(min=0, help="Most requests in a minute; 0: any.")] = 0,
+    requests_per_minute: Annotated[
+        int, typer.Option(min=0, max=MOST_PER_MINUTE, help="Most requests in a minute; 0: any.")
+    ] = 0,
     tokens_per_minute: Annotated[
-        int, typer.Option(min=0, help="Most tokens in a minute, of prompts and answers together; 0: any.")
+        int,
+        typer.Option(
+            min=0, max=MOST_PER_MINUTE, help="Most tokens in a minute, of prompts and answers together; 0: any."
+        ),
     ] = 0,
 ) -> None:
     """Run the command.
@@ -39,6 +44,8 @@ def keys(  # the signature is the command line
         InvalidRequestError: BAD_KEYS, the file or the name can't be used.
     """
     try:
+        if file.exists() and not file.is_file():  # a device's place would be taken by a file
+            raise ValueError("it is no regular file")
         content = file.read_bytes() if file.exists() else b""
         if name in read_keys(content):
             raise ValueError(f"there is a key [{name}] already; delete its entry to give a new one")

@@ -16,6 +16,7 @@ from headrace_client.connection import ConnectionOptions
 from headrace_client.retry import RetryPolicy
 
 API_KEY_VARIABLE = "HEADRACE_API_KEY"
+_MOST_KEY_BYTES = 4096
 _CONNECTION = "Connection"
 _SAMPLING = "Sampling"
 
@@ -175,9 +176,18 @@ def _api_key(file: Path | None) -> str:
     if file is None:
         return os.environ.get(API_KEY_VARIABLE, "")
     try:
-        return file.read_text().strip()
+        with file.open("rb") as opened:
+            key = opened.read(_MOST_KEY_BYTES + 1)
+        if len(key) > _MOST_KEY_BYTES:
+            raise ValueError("it is too large to be one")
+        return key.decode().strip()
     except (OSError, ValueError) as error:
         raise InvalidRequestError("BAD_CREDENTIALS", f"can't read the API key in {file}: {error}") from None
+
+
+def _is_whole(text: str) -> bool:
+    """Return whether it is a number in digits that everybody reads the same; `int` takes more."""
+    return text.isascii() and text.isdecimal()
 
 
 def parse_logit_bias(entries: list[str] | None) -> dict[int, float]:
@@ -190,6 +200,8 @@ def parse_logit_bias(entries: list[str] | None) -> dict[int, float]:
     for entry in entries or []:
         token_id, _, bias = entry.partition("=")
         try:
+            if not _is_whole(token_id):
+                raise ValueError
             biases[int(token_id)] = float(bias)
         except ValueError:
             raise InvalidRequestError("BAD_SAMPLING", f"--logit-bias {entry!r} is not ID=BIAS, such as 42=-5") from None
@@ -204,7 +216,7 @@ def parse_token_ids(text: str) -> list[int]:
     """
     token_ids: list[int] = []
     for part in text.replace(",", " ").split():
-        if not part.isdecimal():
+        if not _is_whole(part):
             raise InvalidRequestError("BAD_TOKEN", f"--tokens: {part!r} is not a token id")
         token_ids.append(int(part))
     return token_ids

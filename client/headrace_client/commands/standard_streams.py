@@ -21,6 +21,8 @@ from typing import Any, NoReturn, TextIO
 UNREAD = 141
 """Exit code when nobody reads the output any more: 128 + SIGPIPE."""
 
+_DAY_S = 86_400.0
+
 
 class _Output(io.FileIO):
     """A file descriptor; what can't be written ends the command."""
@@ -72,7 +74,7 @@ def guard() -> None:
 
 
 def wait(seconds: float) -> None:
-    """Sleep, unless the reader of standard output goes away.
+    """Sleep, a day at most, unless the reader of standard output goes away.
 
     Raises:
         SystemExit: it went away.
@@ -80,7 +82,7 @@ def wait(seconds: float) -> None:
     poll = select.poll()
     with contextlib.suppress(OSError, ValueError):  # a test's, which is no file
         poll.register(sys.stdout, 0)  # errors are always reported
-    if any(event & select.POLLERR for _, event in poll.poll(1000 * seconds)):
+    if any(event & select.POLLERR for _, event in poll.poll(1000 * min(seconds, _DAY_S))):
         raise SystemExit(UNREAD)
 
 

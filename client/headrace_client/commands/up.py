@@ -42,6 +42,8 @@ Options of the processes:
 _LOOK_S = 0.2
 _STYLES = {"router": "magenta", "prefill": "cyan", "decode": "green", "both": "blue"}
 _NAME_WIDTH = 10
+_MOST_WORKERS = 256
+"""Of a kind, on one machine."""
 
 _Settings = list[str] | None
 
@@ -49,12 +51,18 @@ _Settings = list[str] | None
 def up(  # the signature is the command line
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face checkpoint.", show_default=False)],
     prefill: Annotated[
-        int | None, typer.Option("--prefill", "-p", min=0, help="Prefill workers. Default: 1, or 0 with --both.")
+        int | None,
+        typer.Option(
+            "--prefill", "-p", min=0, max=_MOST_WORKERS, help="Prefill workers. Default: 1, or 0 with --both."
+        ),
     ] = None,
     decode: Annotated[
-        int | None, typer.Option("--decode", "-d", min=0, help="Decode workers. Default: 1, or 0 with --both.")
+        int | None,
+        typer.Option("--decode", "-d", min=0, max=_MOST_WORKERS, help="Decode workers. Default: 1, or 0 with --both."),
     ] = None,
-    both: Annotated[int, typer.Option("--both", "-b", min=0, help="Workers that prefill and decode.")] = 0,
+    both: Annotated[
+        int, typer.Option("--both", "-b", min=0, max=_MOST_WORKERS, help="Workers that prefill and decode.")
+    ] = 0,
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = DEFAULT_ADDRESS,
     metrics_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the router's Prometheus metrics; 0: any.")
