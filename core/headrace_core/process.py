@@ -3,7 +3,8 @@
     STARTING ──► SERVING ──SIGTERM/SIGINT──► DRAINING ──idle or drain_s──► STOPPED (exit 0)
         │           └──────service.failed────────────────────────────────► STOPPED (exit 1)
         └── an error while starting (exit 2, one readable line)
-A second signal while draining exits at once (130). What does not stop in time ends with the process, by the same code.
+A signal while starting, imports included, ends it with 0 as well: `signals.exit_on`, until `run` listens itself. A
+second signal while draining exits at once (130). What does not stop in time ends with the process, by the same code.
 """
 
 from __future__ import annotations
