@@ -10,9 +10,10 @@ from typing import Any
 
 from headrace.v1 import types_pb2
 from headrace_core.request import hash_tokens
-from headrace_core.rpc import Server, own_channel
+from headrace_core.rpc import Server
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.handoff_parts import INCARNATION, PlainMemory, StubHolder, holding, run_of
+from headrace_core.transfer.connections import connect_to_any
 from headrace_core.transfer.grpc import SERVICE
 from headrace_core.transfer.memory import new_memory
 from headrace_core.transfer.moving import Mover
@@ -43,7 +44,7 @@ class Pair:
             shared=self.shared,
         )
         self.holder: Any = transport.holder(served)
-        self.taker: Any = transport.taker(self.memory, own_channel)
+        self.taker: Any = transport.taker(self.memory, connect_to_any)
         self.address = ""
 
     def offered(self, change: Any = lambda offer: None) -> Source:
