@@ -39,7 +39,7 @@ async def test_the_offer_is_of_its_name_and_proven_again_at_no_cost(name: str):
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             await it.taker.prove(it.offered())
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before  # others' may still be closing
 
 
 @every_transport

@@ -237,7 +237,9 @@ async def test_nothing_is_left_when_both_have_closed():
         await it.move()
     del it
     gc.collect()
-    assert open_now()[:2] == middle[:2]
+    after = open_now()
+    assert after[0] <= middle[0]  # others' may still be closing
+    assert after[1] == middle[1]
 
 
 def exists(path: str) -> bool:
