@@ -1,0 +1,22 @@
+"""How tensors are handed to the compiled kernels: structures of their addresses, strides and sizes."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from torch import Tensor
+
+ADDRESS = ctypes.c_void_p
+INT = ctypes.c_int64
+FLOAT = ctypes.c_float
+
+
+def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    """Return a structure of these fields, in the order of the one in the kernel's source."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return where `tensor` lies; None stays None."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,52 @@
+"""Grouped-query attention of decode rows compiled: `src/gqa_decode.cpp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, structure
+from headrace_kernels.cpu.library import call
+
+_GqaDecode = structure(
+    "_GqaDecode",
+    query=ADDRESS,
+    query_row_stride=INT,
+    query_head_stride=INT,
+    num_rows=INT,
+    num_heads=INT,
+    cache=ADDRESS,
+    page_size=INT,
+    num_groups=INT,
+    block_table=ADDRESS,
+    table_stride=INT,
+    context_lens=ADDRESS,
+    head_dim=INT,
+    scale=FLOAT,
+    out=ADDRESS,
+)
+
+
+def gqa_decode(
+    query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float
+) -> Tensor:
+    """Return [B, H, D]: see the family's entry; float32 or bfloat16."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    arguments = _GqaDecode(
+        query.data_ptr(),
+        query.stride(0),
+        query.stride(1),
+        query.shape[0],
+        query.shape[1],
+        cache.data_ptr(),
+        cache.shape[2],
+        cache.shape[3],
+        block_table.data_ptr(),
+        block_table.stride(0),
+        context_lens.data_ptr(),
+        query.shape[2],
+        scale,
+        out.data_ptr(),
+    )
+    call("gqa_decode", arguments, query.dtype)
+    return out

@@ -1,0 +1,65 @@
+"""Latent attention of prompt chunks compiled: `src/mla_prefill.cpp`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, structure
+from headrace_kernels.cpu.library import call
+
+_MlaPrefill = structure(
+    "_MlaPrefill",
+    query=ADDRESS,
+    query_row_stride=INT,
+    query_head_stride=INT,
+    num_heads=INT,
+    rows=ADDRESS,
+    row_stride=INT,
+    latent_dim=INT,
+    rope_dim=INT,
+    w_uk=ADDRESS,
+    w_uv=ADDRESS,
+    nope_dim=INT,
+    value_dim=INT,
+    num_sequences=INT,
+    query_starts=ADDRESS,
+    key_starts=ADDRESS,
+    scale=FLOAT,
+    out=ADDRESS,
+)
+
+
+def mla_prefill(
+    query: Tensor,
+    rows: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Return [T, H, Dv]: see the family's entry; float32 or bfloat16, expanded keys and values in float32."""
+    num_heads, nope_dim, latent_dim = w_uk.shape
+    out = query.new_empty(len(query), num_heads, w_uv.shape[1])
+    arguments = _MlaPrefill(
+        query.data_ptr(),
+        query.stride(0),
+        query.stride(1),
+        num_heads,
+        rows.data_ptr(),
+        rows.stride(0),
+        latent_dim,
+        rows.shape[1] - latent_dim,
+        w_uk.data_ptr(),
+        w_uv.data_ptr(),
+        nope_dim,
+        w_uv.shape[1],
+        len(query_starts) - 1,
+        query_starts.data_ptr(),
+        key_starts.data_ptr(),
+        scale,
+        out.data_ptr(),
+    )
+    call("mla_prefill", arguments, query.dtype)
+    return out

@@ -1,0 +1,170 @@
+#include "pool.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define PAUSE() _mm_pause()
+#else
+#define PAUSE() __asm__ volatile("yield")
+#endif
+
+namespace headrace {
+namespace {
+
+// About 30 us: the time between two kernels of a step. Longer would take cores from whoever could use them.
+constexpr int SPINS = 1500;
+
+class Pool {
+   public:
+    explicit Pool(int num_threads) {
+        for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Pool() {
+        is_ended_.store(true);
+        epoch_.fetch_add(1);
+        epoch_.notify_all();
+        for (auto &thread : threads_) thread.join();
+    }
+
+    int num_threads() const { return 1 + (int)threads_.size(); }
+
+    void run(int64_t num_tasks, void (*body)(void *, int64_t, int), void *context) {
+        if (num_tasks <= 0) return;
+        if (threads_.empty() || num_tasks == 1) {
+            for (int64_t task = 0; task < num_tasks; task++) body(context, task, 0);
+            return;
+        }
+        body_ = body;
+        context_ = context;
+        num_tasks_ = num_tasks;
+        done_.store(0, std::memory_order_relaxed);
+        // Whoever takes a task has read this, so it sees what stands above.
+        left_.store(num_tasks, std::memory_order_release);
+        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.notify_all();
+        take_tasks(0);
+        wait_until_done((uint32_t)num_tasks);
+    }
+
+   private:
+    void work(int thread) {
+        uint32_t seen = 0;
+        while (true) {
+            uint32_t epoch;
+            int spins = 0;
+            while ((epoch = epoch_.load(std::memory_order_acquire)) == seen) {
+                if (++spins < SPINS) PAUSE();
+                else epoch_.wait(seen, std::memory_order_acquire);
+            }
+            seen = epoch;
+            if (is_ended_.load()) return;
+            take_tasks(thread);
+        }
+    }
+
+    void take_tasks(int thread) {
+        int64_t left = left_.load(std::memory_order_acquire);
+        while (left > 0) {
+            // A task taken is a task of the stage that runs now, which can't end before it: what it reads holds.
+            if (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) continue;
+            body_(context_, num_tasks_ - left, thread);
+            done_.fetch_add(1);
+            if (is_waited_for_.load()) done_.notify_one();
+            left = left_.load(std::memory_order_acquire);
+        }
+    }
+
+    void wait_until_done(uint32_t num_tasks) {
+        int spins = 0;
+        uint32_t done;
+        while ((done = done_.load(std::memory_order_acquire)) != num_tasks) {
+            if (++spins < SPINS) {
+                PAUSE();
+                continue;
+            }
+            is_waited_for_.store(true);
+            done_.wait(done);
+            is_waited_for_.store(false);
+        }
+    }
+
+    void (*body_)(void *, int64_t, int) = nullptr;
+    void *context_ = nullptr;
+    int64_t num_tasks_ = 0;
+    alignas(64) std::atomic<int64_t> left_{0};
+    alignas(64) std::atomic<uint32_t> done_{0};
+    alignas(64) std::atomic<uint32_t> epoch_{0};
+    alignas(64) std::atomic<bool> is_waited_for_{false};
+    std::atomic<bool> is_ended_{false};
+    std::vector<std::thread> threads_;
+};
+
+std::mutex turn;
+Pool *pool = nullptr;
+
+struct Block {
+    void *memory = nullptr;
+    size_t bytes = 0;
+    ~Block() { free(memory); }
+};
+
+}  // namespace
+
+int num_threads() { return pool == nullptr ? 1 : pool->num_threads(); }
+
+void run(int64_t num_tasks, void (*body)(void *, int64_t, int), void *context) {
+    if (pool == nullptr) {
+        for (int64_t task = 0; task < num_tasks; task++) body(context, task, 0);
+        return;
+    }
+    std::lock_guard<std::mutex> lock(turn);
+    pool->run(num_tasks, body, context);
+}
+
+void *scratch(int place, size_t bytes) {
+    static thread_local Block blocks[8];
+    Block &block = blocks[place];
+    if (block.bytes < bytes) {
+        free(block.memory);
+        block.bytes = (bytes + 4095) / 4096 * 4096;
+        block.memory = aligned_alloc(64, block.bytes);
+        if (block.memory == nullptr) {
+            block.bytes = 0;
+            throw std::bad_alloc();
+        }
+    }
+    return block.memory;
+}
+
+}  // namespace headrace
+
+// Let kernels run on so many threads, the caller among them; not while one runs.
+extern "C" __attribute__((visibility("default"))) void headrace_set_num_threads(int num_threads) {
+    std::lock_guard<std::mutex> lock(headrace::turn);
+    if (num_threads == headrace::num_threads()) return;
+    delete headrace::pool;
+    headrace::pool = num_threads > 1 ? new headrace::Pool(num_threads) : nullptr;
+}
+
+// The best instruction set of this machine that the library was built for; "" if there is none.
+extern "C" __attribute__((visibility("default"))) const char *headrace_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    return "";
+#elif defined(__aarch64__)
+    return "neon";
+#else
+    return "";
+#endif
+}

@@ -1,0 +1,45 @@
+// The threads that kernels share, and the memory they work in.
+//
+// A kernel is a few stages; a stage is a number of tasks, which the caller and the pool's threads take one by one. A
+// stage ends when its tasks are done, not when every thread has passed: a thread that the machine does not run now is
+// not waited for, unless it holds a task. Who waits spins for a moment, then sleeps.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+namespace headrace {
+
+// Threads that take tasks, the caller among them.
+int num_threads();
+
+// Run `body(context, task, thread)` for every task of 0 ... `num_tasks`, in any order; thread is below num_threads().
+// Calls of several threads take turns.
+void run(int64_t num_tasks, void (*body)(void *context, int64_t task, int thread), void *context);
+
+template <class Body>
+void stage(int64_t num_tasks, Body &&body) {
+    run(num_tasks, [](void *context, int64_t task, int thread) { (*static_cast<Body *>(context))(task, thread); }, &body);
+}
+
+// Memory of one kernel call, aligned to 64 bytes: `place` 0 ... 7 tells apart what one call uses at once. It stays
+// allocated for the next call, and belongs to the calling thread.
+void *scratch(int place, size_t bytes);
+
+template <class T>
+T *scratch_of(int place, size_t count) {
+    return static_cast<T *>(scratch(place, count * sizeof(T)));
+}
+
+// What an entry returns: 0, or 1 if there is no memory for its scratch. Nothing is thrown across the C interface.
+template <class Call>
+int guarded(Call &&call) {
+    try {
+        call();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+}
+
+}  // namespace headrace
