@@ -14,6 +14,7 @@ import os
 
 from torch import Tensor
 
+from headrace_kernels.decode_linear import linear_add, norm_linear
 from headrace_kernels.dispatch import select
 
 # Read by oneDNN when it compiles its first program, for whatever family: so set here, not where its layers are. The
@@ -43,7 +44,19 @@ class Linear:
         """Return [T, O] for `x` [T, I]; T at least 1; dtype of the weight."""
         if not self.is_packed:
             return linear(x, self.weight, self.bias)
-        return self._kernels.packed_linear(x, self.weight, self.bias)
+        return self._kernels.packed_linear(x, self.weight, self.bias, self.out_features)
+
+    def after_norm(self, x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
+        """Return this layer of the root-mean-square norm of `x` [T, I]: see `decode_linear.norm_linear`."""
+        if not self.is_packed:
+            return norm_linear(x, norm_weight, self.weight, eps, self.bias)
+        return self._kernels.packed_norm_linear(x, norm_weight, self.weight, eps, self.bias, self.out_features)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Return `residual` [T, O] and this layer of `x` [T, I]: see `decode_linear.linear_add`."""
+        if not self.is_packed:
+            return linear_add(x, self.weight, residual, self.bias)
+        return self._kernels.packed_linear_add(x, self.weight, residual, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -42,9 +42,12 @@ class Router:
 
 
 class RoutedTokens(NamedTuple):
-    """`x` [T, N] normalised; `experts` int64 and `weights` float32 [T, K + num_shared]; the sorted assignments."""
+    """`x` [T, N] normalised; `experts` int64 and `weights` float32 [T, K + num_shared]; the sorted assignments.
+
+    `blocks` is None where whoever multiplies by the experts sorts.
+    """
 
     x: Tensor
     experts: Tensor
     weights: Tensor
-    blocks: DeviceBlocks
+    blocks: DeviceBlocks | None

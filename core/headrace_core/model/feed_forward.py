@@ -1,106 +1,71 @@
 """Dense and mixture-of-experts feed-forward networks.
 
-Letters: T tokens, N hidden, I width, E experts, K experts per token.
+Letters: T tokens, N hidden, I width, E routed experts, S shared experts, K experts per token. A shared expert is one
+that every token chooses with weight 1: S more columns of a token's choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch.nn.functional as F
-from headrace_kernels.decode_linear import linear_add, norm_linear
+from headrace_kernels.experts import Experts
 from headrace_kernels.linear import Linear
-from headrace_kernels.moe_routing import moe_routing
-from headrace_kernels.packed_experts import combine, dispatch, grouped_gemm, moe_sort, prepare_blocks
-from headrace_kernels.routing_rule import RoutingRule
+from headrace_kernels.moe_router import route_and_sort
+from headrace_kernels.routing_rule import Router
 from headrace_kernels.silu_mul import silu_mul
 from torch import Tensor
 
-from headrace_core.model.op_timer import OFF, OpTimer
-
-# Many tokens: an expert's rows are padded to whole tiles, so that few shapes occur. Few: weights are what costs.
-_TILE_ROWS = 32
-_ROWS_WORTH_TILES = 16
+from headrace_core.model.op_timer import OpTimer
 
 
 class FeedForward(Protocol):
     """What a layer does after attention."""
 
-    def __call__(self, x: Tensor, timer: OpTimer) -> Tensor:
-        """Return [T, N] for `x` [T, N], to be added to the residual; `timer` is told what ran."""
+    def __call__(
+        self, x: Tensor, norm_weight: Tensor, eps: float, slot_mapping: Tensor, timer: OpTimer
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the residual stream [T, N] after this network for `x` [T, N], and the experts chosen [T, K + S].
+
+        The experts are None for a network without. A row whose slot is -1 is padding: it need not be right, and chooses
+        no expert (-1). `timer` is told what ran, from the norm on.
+        """
         ...
 
 
 class DenseMlp:
-    """down(silu(gate(x)) * up(x)); `gate_up` [2 * I, N] is both projections at once."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))); `gate_up` [2 * I, N] is both projections at once."""
 
     def __init__(self, gate_up: Linear, down: Linear) -> None:
         self._gate_up = gate_up
         self._down = down
 
-    def __call__(self, x: Tensor, timer: OpTimer) -> Tensor:
+    def __call__(
+        self, x: Tensor, norm_weight: Tensor, eps: float, slot_mapping: Tensor, timer: OpTimer
+    ) -> tuple[Tensor, None]:
         """See `FeedForward`."""
-        out = self._down(silu_mul(self._gate_up(x)))
-        timer.mark("dense_ffn")
-        return out
-
-    def decode(self, x: Tensor, norm_weight: Tensor, eps: float, slot_mapping: Tensor) -> tuple[Tensor, None]:
-        """See `FusedFeedForward`."""
-        hidden = silu_mul(norm_linear(x, norm_weight, self._gate_up.weight, eps))
-        return linear_add(hidden, self._down.weight, x), None
-
-
-@dataclass(frozen=True, slots=True)
-class MoeWeights:
-    """Weights of one layer.
-
-    `router` [E, N] and `bias` [E] are float32; an expert has `gate_up` [2 * I, N] and `down` [N, I].
-    """
-
-    router: Tensor
-    bias: Tensor | None
-    gate_up: Sequence[Linear]
-    down: Sequence[Linear]
-    shared: DenseMlp | None
+        hidden = silu_mul(self._gate_up.after_norm(x, norm_weight, eps))
+        out = self._down.added_to(x, hidden)
+        timer.mark("ffn_norm+dense_ffn")
+        return out, None
 
 
 class MoeMlp:
-    """Routed experts and, for some networks, shared ones that every token passes.
+    """Routed experts and, for some networks, shared ones that every token passes."""
 
-    `expert_counts` [E] counts assignments since it was last taken.
-    """
+    def __init__(self, router: Router, experts: Experts) -> None:
+        self.router = router
+        self._experts = experts
+        shared = ["shared_experts"] if router.num_shared else []
+        self._name = "+".join(["dispatch", "expert_gate", "expert_up", "expert_down", "combine", *shared])
 
-    def __init__(self, rule: RoutingRule, weights: MoeWeights) -> None:
-        self._rule = rule
-        self._weights = weights
-        self._counts = [0] * len(weights.gate_up)
-
-    def __call__(self, x: Tensor, timer: OpTimer) -> Tensor:
+    def __call__(
+        self, x: Tensor, norm_weight: Tensor, eps: float, slot_mapping: Tensor, timer: OpTimer
+    ) -> tuple[Tensor, Tensor]:
         """See `FeedForward`."""
-        weights = self._weights
-        logits = F.linear(x.float(), weights.router)
-        experts, expert_weights = moe_routing(logits, weights.bias, self._rule)
-        order, counts = moe_sort(experts, len(weights.gate_up))
-        is_tiled = len(order) >= _ROWS_WORTH_TILES * len(weights.gate_up)
-        blocks = prepare_blocks(order, counts, _TILE_ROWS if is_tiled else 1)
-        self._counts = [a + b for a, b in zip(self._counts, counts.tolist(), strict=True)]
-        timer.mark("router")
-        rows = dispatch(x, blocks, experts.shape[1])
-        timer.mark("dispatch")
-        rows = silu_mul(grouped_gemm(rows, weights.gate_up, blocks))
-        timer.mark("expert_gate+expert_up")
-        rows = grouped_gemm(rows, weights.down, blocks)
-        timer.mark("expert_down")
-        out = combine(rows, expert_weights, blocks)
-        timer.mark("combine")
-        if weights.shared is not None:
-            out = out + weights.shared(x, OFF)
-            timer.mark("shared_experts")
-        return out
-
-    def take_counts(self) -> list[int]:
-        """Return how many assignments each expert got since the last call."""
-        counts, self._counts = self._counts, [0] * len(self._counts)
-        return counts
+        num_assignments = len(x) * (self.router.rule.num_experts_per_token + self.router.num_shared)
+        block_size = self._experts.block_size(num_assignments)
+        routed = route_and_sort(x, norm_weight, eps, self.router, block_size, slot_mapping=slot_mapping)
+        timer.mark("ffn_norm+router")
+        out = self._experts(routed, x)
+        timer.mark(self._name)
+        return out, routed.experts

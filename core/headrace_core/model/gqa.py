@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from headrace_kernels.decode_linear import linear_add, norm_linear
 from headrace_kernels.gqa_decode import gqa_decode, plan_gqa_decode
 from headrace_kernels.gqa_prefill import gqa_prefill
 from headrace_kernels.latent_store import latent_store
@@ -19,7 +18,6 @@ from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.checkpoint.config import GqaShape
-from headrace_core.model.fused_decode import FusedRows
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import StepInputs
 
@@ -33,7 +31,7 @@ class GqaWeights:
 
 
 class GroupedQueryAttentionLayer:
-    """`Attention` and `FusedAttention` by keys and values."""
+    """`Attention` by keys and values."""
 
     def __init__(self, shape: GqaShape, num_heads: int, weights: GqaWeights) -> None:
         self._shape = shape
@@ -42,12 +40,19 @@ class GroupedQueryAttentionLayer:
         self._scale = shape.head_dim**-0.5
 
     def __call__(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor, timer: OpTimer
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        step: StepInputs,
+        cache: Tensor,
+        timer: OpTimer,
     ) -> Tensor:
         """See `Attention`."""
-        num_tokens, groups = len(x), self._shape.num_kv_heads
-        heads = self._weights.input_proj(x).view(num_tokens, -1, self._shape.head_dim)
-        timer.mark("qkv_proj")
+        groups, weights = self._shape.num_kv_heads, self._weights
+        heads = weights.input_proj.after_norm(x, norm_weight, eps).unflatten(1, (-1, self._shape.head_dim))
+        timer.mark("attention_norm+qkv_proj")
         rotated = rope(heads[:, :-groups], *angles, is_interleaved=False)
         query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
         _store(cache, key, heads[:, -groups:], key_value_rows(step.slot_mapping, cache.shape[2]))
@@ -62,6 +67,7 @@ class GroupedQueryAttentionLayer:
                 rows.context_lens,
                 scale=self._scale,
                 slots=rows.slots,
+                plan=rows.plan,
             )
             outputs.append(out.flatten(1))
             timer.mark("attention_decode")
@@ -76,25 +82,12 @@ class GroupedQueryAttentionLayer:
             )
             outputs.append(out.flatten(1))
             timer.mark("attention_prefill")
-        out = self._weights.output_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        out = weights.output_proj.added_to(x, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         timer.mark("output_proj")
         return out
 
-    def decode(self, x: Tensor, norm_weight: Tensor, eps: float, rows: FusedRows, cache: Tensor) -> Tensor:
-        """See `FusedAttention`."""
-        weights, groups = self._weights, self._shape.num_kv_heads
-        projected = norm_linear(x, norm_weight, weights.input_proj.weight, eps, weights.input_proj.bias)
-        heads = projected.unflatten(1, (-1, self._shape.head_dim))
-        rotated = rope(heads[:, :-groups], *rows.angles, is_interleaved=False)
-        query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
-        _store(cache, key, heads[:, -groups:], key_value_rows(rows.slot_mapping, cache.shape[2]))
-        out = gqa_decode(
-            query.contiguous(), cache, rows.block_table, rows.context_lens, scale=self._scale, plan=rows.plan
-        )
-        return linear_add(out.flatten(1), weights.output_proj.weight, x, weights.output_proj.bias)
-
     def plan_decode(self, context_lens: Tensor, page_size: int) -> SplitPlan | None:
-        """See `FusedAttention`."""
+        """See `Attention`."""
         return plan_gqa_decode(context_lens, page_size, self._shape.num_kv_heads)
 
 

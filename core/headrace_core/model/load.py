@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from headrace_kernels import backend
+from headrace_kernels.experts import Experts, empty_experts
 from headrace_kernels.linear import Linear
-from headrace_kernels.routing_rule import RoutingRule
+from headrace_kernels.routing_rule import Router, RoutingRule
 from torch import Tensor
 
 from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
@@ -22,12 +22,11 @@ from headrace_core.checkpoint.weight_reader import WeightReader
 from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
-from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp, MoeWeights
+from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
 from headrace_core.model.rope_angles import check_angles, softmax_scale
-from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
 
@@ -242,40 +241,22 @@ class _Builder:
         bias = None
         if shape.has_correction_bias:
             bias = self._source.take(prefix + "gate.e_score_correction_bias", torch.float32)
-        if backend(router) in ("triton", "aiter"):
-            gate_up, down = self._stacked_experts(prefix, expert_names)
-            return StackedMoeMlp(rule, StackedMoeWeights(router, bias, gate_up, down))
-        gate_ups, downs = self._experts(prefix, expert_names)
-        shared = self._mlp(prefix + "shared_experts.") if shape.num_shared_experts else None
-        return MoeMlp(rule, MoeWeights(router, bias, gate_ups, downs, shared))
+        experts = self._experts(prefix, expert_names)
+        return MoeMlp(Router(router, bias, rule, shape.num_shared_experts), experts)
 
-    def _experts(self, prefix: str, expert_names: tuple[str, str, str]) -> tuple[list[Linear], list[Linear]]:
-        """Return each expert's [2 * I, N] and [N, I]."""
-        gate, up, down = expert_names
-        gate_up: list[Linear] = []
-        downs: list[Linear] = []
-        for expert in range(self._config.moe.num_experts):
-            name = f"{prefix}experts.{expert}."
-            gate_up.append(self._linear(f"{name}{gate}.weight", f"{name}{up}.weight"))
-            downs.append(self._linear(f"{name}{down}.weight"))
-        return gate_up, downs
-
-    def _stacked_experts(self, prefix: str, expert_names: tuple[str, str, str]) -> tuple[Tensor, Tensor]:
-        """Return all experts' [E + S, 2 * I, N] and [E + S, N, I]; one weight at a time is held beside them."""
-        shape, hidden = self._config.moe, self._config.hidden_size
-        (gate, up, down), width = expert_names, shape.intermediate_size
-        count = shape.num_experts + shape.num_shared_experts
-        gate_up = self._source.empty(count, 2 * width, hidden)
-        downs = self._source.empty(count, hidden, width)
+    def _experts(self, prefix: str, expert_names: tuple[str, str, str]) -> Experts:
+        """Return all experts, shared ones last; one weight at a time is held beside them."""
+        take, shape, hidden = self._source.take, self._config.moe, self._config.hidden_size
+        count, width = shape.num_experts + shape.num_shared_experts, shape.intermediate_size
+        experts = empty_experts(count, hidden, width, self._source.empty(0))
         for expert in range(shape.num_experts):
-            name = f"{prefix}experts.{expert}."
-            gate_up[expert, :width] = self._source.take(f"{name}{gate}.weight")
-            gate_up[expert, width:] = self._source.take(f"{name}{up}.weight")
-            downs[expert] = self._source.take(f"{name}{down}.weight")
+            gate, up, down = (take(f"{prefix}experts.{expert}.{name}.weight") for name in expert_names)
+            experts.put(expert, gate, up, down)
         if shape.num_shared_experts:
             # Columns of a network's hidden layer do not meet before its sum: a wide one is several narrow ones.
-            name, first = prefix + "shared_experts.", shape.num_experts
-            gate_up[first:, :width] = self._source.take(name + "gate_proj.weight").view(-1, width, hidden)
-            gate_up[first:, width:] = self._source.take(name + "up_proj.weight").view(-1, width, hidden)
-            downs[first:] = self._source.take(name + "down_proj.weight").view(hidden, -1, width).transpose(0, 1)
-        return gate_up, downs
+            names = (f"{prefix}shared_experts.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
+            gates, ups, downs = (take(name) for name in names)
+            pieces = zip(gates.split(width), ups.split(width), downs.split(width, dim=1), strict=True)
+            for expert, (gate, up, down) in enumerate(pieces, shape.num_experts):
+                experts.put(expert, gate, up, down.contiguous())
+        return experts

@@ -11,25 +11,24 @@ Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from headrace_kernels.decode_linear import linear_add, norm_linear
 from headrace_kernels.latent_load import latent_load
 from headrace_kernels.latent_store import latent_norm_rope_store
 from headrace_kernels.linear import Linear
-from headrace_kernels.mla_decode import mla_decode, mla_decode_values, plan_mla_decode
+from headrace_kernels.mla_decode import mla_decode_values, plan_mla_decode
 from headrace_kernels.mla_prefill import mla_prefill
 from headrace_kernels.mla_prologue import mla_prologue
-from headrace_kernels.rms_norm import rms_norm
 from headrace_kernels.rope import rope
 from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.checkpoint.config import MlaShape
-from headrace_core.model.fused_decode import FusedRows
 from headrace_core.model.op_timer import OpTimer
-from headrace_core.model.step_inputs import DecodeRows, StepInputs
+from headrace_core.model.step_inputs import DecodeRows, PrefillGroup, StepInputs
 
 # The model's own code fixes the epsilon of the two inner norms, whatever rms_norm_eps says.
 _LORA_NORM_EPS = 1e-6
@@ -53,7 +52,7 @@ class MlaWeights:
 
 
 class LatentAttentionLayer:
-    """`Attention` and `FusedAttention` by latents."""
+    """`Attention` by latents."""
 
     def __init__(self, shape: MlaShape, num_heads: int, scale: float, weights: MlaWeights) -> None:
         self._shape = shape
@@ -62,120 +61,121 @@ class LatentAttentionLayer:
         self._weights = weights
 
     def __call__(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs, cache: Tensor, timer: OpTimer
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        angles: tuple[Tensor, Tensor],
+        step: StepInputs,
+        cache: Tensor,
+        timer: OpTimer,
     ) -> Tensor:
         """See `Attention`."""
-        flat_cache = cache.view(-1, cache.shape[2])
-        query = self._project(x, angles, step.slot_mapping, flat_cache, timer)
+        shape, weights = self._shape, self._weights
+        projected = weights.input_proj.after_norm(x, norm_weight, eps)
+        down = "q_proj" if weights.query_b is None else "q_down_proj"
+        timer.mark(f"attention_norm+{down}+kv_down_proj")
+        query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
+        query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
+        if weights.query_b is not None:
+            query = weights.query_b.after_norm(query, weights.query_norm, _LORA_NORM_EPS)
+            timer.mark("q_up_proj")
+        new = _NewRows(query.unflatten(1, (self._num_heads, -1)), c_kv, k_pe, *angles, step.slot_mapping)
+        num_decoded = 0 if step.decode is None else step.decode.num_rows
         outputs: list[Tensor] = []
         if step.decode is not None:
-            outputs.append(self._decode(query[: step.decode.num_rows], step.decode, cache, timer))
-        for group in step.prefill:
+            outputs.append(self._decode(new.part(0, num_decoded), step.decode, cache, timer))
+        if step.prefill:
+            outputs += self._prefill(new.part(num_decoded, len(x)), num_decoded, step.prefill, cache, timer)
+        out = weights.output_proj.added_to(x, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        timer.mark("output_proj")
+        return out
+
+    def plan_decode(self, context_lens: Tensor, page_size: int) -> SplitPlan | None:
+        """See `Attention`."""
+        return plan_mla_decode(context_lens, page_size, self._num_heads)
+
+    def _decode(self, new: _NewRows, decode: DecodeRows, cache: Tensor, timer: OpTimer) -> Tensor:
+        """Store the latents of decode rows and return their values [B, H * Dv], absorbed."""
+        absorbed = mla_prologue(
+            new.query,
+            self._weights.w_uk,
+            new.c_kv,
+            new.k_pe,
+            self._weights.kv_norm,
+            new.cos,
+            new.sin,
+            cache.view(-1, cache.shape[2]),
+            new.slot_mapping,
+            eps=_LORA_NORM_EPS,
+            is_interleaved=self._shape.is_rope_interleaved,
+        )
+        timer.mark("latent_norms_and_rope+absorb_query")
+        values = mla_decode_values(
+            absorbed,
+            cache,
+            decode.block_table,
+            decode.context_lens,
+            self._weights.w_uv,
+            scale=self._scale,
+            slots=decode.slots,
+            plan=decode.plan,
+        )
+        timer.mark("attention_absorbed+absorb_value")
+        return values
+
+    def _prefill(
+        self, new: _NewRows, first: int, groups: Sequence[PrefillGroup], cache: Tensor, timer: OpTimer
+    ) -> list[Tensor]:
+        """Store the latents of prompt chunks, tokens `first` ... of the step; return each group's [T, H * Dv]."""
+        shape, weights = self._shape, self._weights
+        flat_cache, interleaved = cache.view(-1, cache.shape[2]), shape.is_rope_interleaved
+        query_pe = new.query[..., shape.nope_dim :]
+        query_pe.copy_(rope(query_pe, new.cos, new.sin, is_interleaved=interleaved))
+        latent_norm_rope_store(
+            new.c_kv,
+            new.k_pe,
+            weights.kv_norm,
+            new.cos,
+            new.sin,
+            flat_cache,
+            new.slot_mapping,
+            eps=_LORA_NORM_EPS,
+            is_interleaved=interleaved,
+        )
+        timer.mark("latent_norms_and_rope")
+        outputs: list[Tensor] = []
+        for group in groups:
             rows = latent_load(
                 flat_cache,
                 group.slots,
-                kv_lora_rank=self._shape.kv_lora_rank,
-                rope_dim=self._shape.rope_dim,
-                dtype=query.dtype,
+                kv_lora_rank=shape.kv_lora_rank,
+                rope_dim=shape.rope_dim,
+                dtype=new.query.dtype,
             )
             out = mla_prefill(
-                query[group.first : group.end],
+                new.query[group.first - first : group.end - first],
                 rows,
-                self._weights.w_uk,
-                self._weights.w_uv,
+                weights.w_uk,
+                weights.w_uv,
                 group.query_starts,
                 group.key_starts,
                 scale=self._scale,
             )
             outputs.append(out.flatten(1))
             timer.mark("kv_up_proj+attention_naive")
-        out = self._weights.output_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-        timer.mark("output_proj")
-        return out
+        return outputs
 
-    def decode(self, x: Tensor, norm_weight: Tensor, eps: float, rows: FusedRows, cache: Tensor) -> Tensor:
-        """See `FusedAttention`."""
-        shape, weights = self._shape, self._weights
-        projected = norm_linear(x, norm_weight, weights.input_proj.weight, eps, weights.input_proj.bias)
-        query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
-        query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
-        if weights.query_b is not None:
-            query = norm_linear(query, weights.query_norm, weights.query_b.weight, _LORA_NORM_EPS, weights.query_b.bias)
-        absorbed = mla_prologue(
-            query.unflatten(1, (self._num_heads, -1)),
-            weights.w_uk,
-            c_kv,
-            k_pe,
-            weights.kv_norm,
-            *rows.angles,
-            cache.view(-1, cache.shape[2]),
-            rows.slot_mapping,
-            eps=_LORA_NORM_EPS,
-            is_interleaved=shape.is_rope_interleaved,
-        )
-        values = mla_decode_values(
-            absorbed,
-            cache,
-            rows.block_table,
-            rows.context_lens,
-            weights.w_uv,
-            scale=self._scale,
-            plan=rows.plan,
-        )
-        return linear_add(values, weights.output_proj.weight, x, weights.output_proj.bias)
 
-    def plan_decode(self, context_lens: Tensor, page_size: int) -> SplitPlan | None:
-        """See `FusedAttention`."""
-        return plan_mla_decode(context_lens, page_size, self._num_heads)
+class _NewRows(NamedTuple):
+    """The step's tokens: `query` [T, H, Dn + R], not rotated, `c_kv` [T, D], `k_pe` [T, R], angles [T, R/2], slots."""
 
-    def _project(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], slot_mapping: Tensor, flat_cache: Tensor, timer: OpTimer
-    ) -> Tensor:
-        """Return queries [T, H, Dn + R], rotated; write the tokens' rows to the cache [S, D + R or an fp8 row]."""
-        shape, weights = self._shape, self._weights
-        projected = weights.input_proj(x)
-        timer.mark("q_proj+kv_down_proj" if weights.query_b is None else "q_down_proj+kv_down_proj")
-        query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
-        query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
-        if weights.query_b is not None and weights.query_norm is not None:
-            query = rms_norm(query, weights.query_norm, _LORA_NORM_EPS)
-            timer.mark("latent_norms_and_rope")
-            query = weights.query_b(query)
-            timer.mark("q_up_proj")
-        query = query.reshape(len(x), self._num_heads, -1)
-        cos, sin = angles
-        interleaved = shape.is_rope_interleaved
-        query_pe = query[..., shape.nope_dim :]
-        query_pe.copy_(rope(query_pe, cos, sin, is_interleaved=interleaved))
-        latent_norm_rope_store(
-            c_kv,
-            k_pe,
-            weights.kv_norm,
-            cos,
-            sin,
-            flat_cache,
-            slot_mapping,
-            eps=_LORA_NORM_EPS,
-            is_interleaved=interleaved,
-        )
-        timer.mark("latent_norms_and_rope")
-        return query
+    query: Tensor
+    c_kv: Tensor
+    k_pe: Tensor
+    cos: Tensor
+    sin: Tensor
+    slot_mapping: Tensor
 
-    def _decode(self, query: Tensor, decode: DecodeRows, cache: Tensor, timer: OpTimer) -> Tensor:
-        """Return [B, H * Dv] for queries [B, H, Dn + R]."""
-        nope_dim = self._shape.nope_dim
-        absorbed = torch.bmm(query[..., :nope_dim].transpose(0, 1), self._weights.w_uk).transpose(0, 1)
-        timer.mark("absorb_query")
-        latents = mla_decode(
-            torch.cat((absorbed, query[..., nope_dim:]), dim=-1),
-            cache,
-            decode.block_table,
-            decode.context_lens,
-            kv_lora_rank=self._shape.kv_lora_rank,
-            scale=self._scale,
-            slots=decode.slots,
-        )
-        timer.mark("attention_absorbed")
-        values = torch.bmm(latents.transpose(0, 1), self._weights.w_uv.transpose(1, 2)).transpose(0, 1).flatten(1)
-        timer.mark("absorb_value")
-        return values
+    def part(self, first: int, end: int) -> _NewRows:
+        return _NewRows(*(each[first:end] for each in self))

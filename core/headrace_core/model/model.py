@@ -6,12 +6,11 @@ Letters: T tokens of the step, N hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from headrace_kernels.finite import is_finite
 from headrace_kernels.linear import Linear
-from headrace_kernels.rms_norm import rms_norm
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk, OnLayer
@@ -19,15 +18,15 @@ from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
-from headrace_core.model.decode_graphs import Capture, DecodeGraphs, is_decode_step
+from headrace_core.model.decode_batch import DecodeBatch
+from headrace_core.model.decode_graphs import Capture, DecodeGraphs, DecodeOutput, is_decode_step
+from headrace_core.model.expert_counts import ExpertCounts
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
-from headrace_core.model.fused_decode import FusedAttention, FusedDecode, FusedFeedForward, FusedLayer
 from headrace_core.model.host_copies import to_device
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
-from headrace_core.model.stacked_moe import StackedMoeMlp, share_counts
-from headrace_core.model.step_inputs import StepInputs, prepare_step
+from headrace_core.model.step_inputs import DecodeRows, StepInputs, prepare_step
 from headrace_core.process import release_freed_memory
 
 _MANY_TOKENS = 256
@@ -82,7 +81,8 @@ class Model:
         # "cpu" or "cuda": the settings' name, one GPU a process.
         self.device = weights.embedding.device.type
         self._angles = RopeAngles(config.rope, self.device)
-        self._expert_counts = share_counts([layer.feed_forward for layer in weights.layers])
+        self._mixtures = [i for i, layer in enumerate(weights.layers) if isinstance(layer.feed_forward, MoeMlp)]
+        self._expert_counts = self._new_counts()
         self._decode_graphs: DecodeGraphs | None = None
         self._failures: dict[int, HeadraceError] = {}
 
@@ -97,26 +97,9 @@ class Model:
 
         Takes a while: kernels are compiled. `capture` None: CUDA graphs.
         """
-        weights = self._weights
-        layers: list[FusedLayer] = []
-        for layer in weights.layers:
-            assert isinstance(layer.attention, FusedAttention), "all kinds of attention are"
-            assert isinstance(layer.feed_forward, FusedFeedForward), "experts are stacked on a GPU"
-            layers.append(
-                FusedLayer(layer.attention_norm, layer.attention, layer.feed_forward_norm, layer.feed_forward)
-            )
-        fused = FusedDecode(
-            layers,
-            cache,
-            embedding=weights.embedding,
-            norm=weights.norm,
-            head=weights.head.weight,
-            eps=self.config.rms_norm_eps,
-            angles=self._angles,
-        )
         with torch.inference_mode():
             self._decode_graphs = DecodeGraphs(
-                fused,
+                lambda batch: self._decode(batch, cache),
                 max_rows=max_rows,
                 max_pages=cache.layout.num_pages(max_context_tokens),
                 page_size=cache.layout.page_size,
@@ -152,7 +135,8 @@ class Model:
             if graphs is not None and len(chunks) <= graphs.max_rows and is_decode_step(chunks):
                 return self._replay(graphs, chunks)
             step = self._prepare(chunks, cache)
-            hidden = self._run_layers(step, cache, timer, on_layer)
+            hidden, experts = self._run_layers(step, cache, timer, on_layer)
+            self._count(experts)
             self._failures = _not_finite(hidden, step.chunk_rows, chunks)
             rows = [
                 row + len(chunk.token_ids) - 1
@@ -160,15 +144,17 @@ class Model:
                 if chunk.sampling is not None
             ]
             timer.mark(OTHER)
-            return self._logits(hidden, rows, timer)
+            if not rows:
+                return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+            return self._logits(hidden.index_select(0, to_device(torch.tensor(rows), hidden.device)), timer)
 
     def all_logits(self, chunks: Sequence[Chunk], cache: KvCache) -> list[Tensor]:
         """Compute a step like `forward` and return every chunk's logits at every token, [tokens, V] float32 each."""
         with torch.inference_mode():
             step = self._prepare(chunks, cache)
-            hidden = self._run_layers(step, cache, OFF)
+            hidden, _ = self._run_layers(step, cache, OFF)
             return [
-                self._logits(hidden, list(range(row, row + len(chunk.token_ids))), OFF)
+                self._logits(hidden[row : row + len(chunk.token_ids)], OFF)
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)
             ]
 
@@ -182,22 +168,34 @@ class Model:
 
     def take_expert_counts(self) -> dict[int, list[int]]:
         """Return, by layer, how many tokens each routed expert was chosen for since the last call."""
-        layers = self._weights.layers
-        if self._expert_counts is not None:
-            stacked = [i for i, layer in enumerate(layers) if isinstance(layer.feed_forward, StackedMoeMlp)]
-            return dict(zip(stacked, self._expert_counts.take(), strict=True))
-        return {
-            i: layer.feed_forward.take_counts()
-            for i, layer in enumerate(layers)
-            if isinstance(layer.feed_forward, MoeMlp)
-        }
+        counts = self._expert_counts
+        return {} if counts is None else dict(zip(self._mixtures, counts.take(), strict=True))
+
+    def _new_counts(self) -> ExpertCounts | None:
+        mixtures = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, MoeMlp)]
+        if not mixtures:
+            return None
+        router = mixtures[0].router
+        num_per_token = router.rule.num_experts_per_token
+        return ExpertCounts(len(mixtures), len(router.weight), num_per_token, router.weight.device)
+
+    def _count(self, experts: Tensor | None) -> None:
+        """Count what a step chose, [mixture layers, T, K or more]."""
+        if self._expert_counts is not None and experts is not None:
+            self._expert_counts.add(experts)
+            self._expert_counts.send()
 
     def _replay(self, graphs: DecodeGraphs, chunks: Sequence[Chunk]) -> Tensor:
         output = graphs.run(chunks)
-        if self._expert_counts is not None and output.experts is not None:
-            self._expert_counts.add_all(output.experts)
-            self._expert_counts.send()
+        self._count(output.experts)
         return output.logits
+
+    def _decode(self, batch: DecodeBatch, cache: KvCache) -> DecodeOutput:
+        """Compute a decode step whose inputs lie on the device; launches only, nothing is brought to the host."""
+        rows = DecodeRows(batch.block_table, batch.context_lens)
+        step = StepInputs(batch.token_ids, batch.positions, batch.slot_mapping, rows, [], [])
+        hidden, experts = self._run_layers(step, cache, OFF)
+        return DecodeOutput(self._logits(hidden, OFF), experts)
 
     def _prepare(self, chunks: Sequence[Chunk], cache: KvCache) -> StepInputs:
         return prepare_step(
@@ -207,38 +205,37 @@ class Model:
             device=self.device,
         )
 
-    def _run_layers(self, step: StepInputs, cache: KvCache, timer: OpTimer, on_layer: OnLayer | None = None) -> Tensor:
-        eps = self.config.rms_norm_eps
+    def _run_layers(
+        self, step: StepInputs, cache: KvCache, timer: OpTimer, on_layer: OnLayer | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the residual stream [T, N] after all layers, and the experts chosen [mixture layers, T, K or more]."""
+        eps, layers = self.config.rms_norm_eps, self._weights.layers
+        if step.decode is not None:
+            plan = layers[0].attention.plan_decode(step.decode.context_lens, cache.layout.page_size)
+            step = replace(step, decode=replace(step.decode, plan=plan))
         angles = self._angles.at(step.positions)
         timer.mark(OTHER)
         x = self._weights.embedding.index_select(0, step.token_ids)
         timer.mark("embedding")
         is_trimmed = self.device == "cpu" and len(step.token_ids) >= _MANY_TOKENS
-        for index, (layer, pages) in enumerate(zip(self._weights.layers, cache.layers, strict=True), start=1):
-            normalised = rms_norm(x, layer.attention_norm, eps)
-            timer.mark("attention_norm")
-            x = x + layer.attention(normalised, angles, step, pages, timer)
-            normalised = rms_norm(x, layer.feed_forward_norm, eps)
-            timer.mark("ffn_norm")
-            x = x + layer.feed_forward(normalised, timer)
+        chosen: list[Tensor] = []
+        for index, (layer, pages) in enumerate(zip(layers, cache.layers, strict=True), start=1):
+            x = layer.attention(x, layer.attention_norm, eps, angles, step, pages, timer)
+            x, experts = layer.feed_forward(x, layer.feed_forward_norm, eps, step.slot_mapping, timer)
+            if experts is not None:
+                chosen.append(experts)
             if on_layer is not None:
                 on_layer(index)
             if is_trimmed and index % _LAYERS_PER_RELEASE == 0:
                 # Activations of odd sizes leave holes among what oneDNN keeps; 5 ms here save 100 MiB at peak.
                 release_freed_memory()
                 timer.mark(OTHER)
-        if self._expert_counts is not None:
-            self._expert_counts.send()
-        return x
+        return x, torch.stack(chosen) if chosen else None
 
-    def _logits(self, hidden: Tensor, rows: list[int], timer: OpTimer) -> Tensor:
-        if not rows:
-            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        last = hidden.index_select(0, to_device(torch.tensor(rows), hidden.device))
-        normalised = rms_norm(last, self._weights.norm, self.config.rms_norm_eps)
-        timer.mark("final_norm")
-        logits = self._weights.head(normalised).float()
-        timer.mark("head")
+    def _logits(self, hidden: Tensor, timer: OpTimer) -> Tensor:
+        """Return [T, V] float32 for the residual stream [T, N] after all layers."""
+        logits = self._weights.head.after_norm(hidden, self._weights.norm, self.config.rms_norm_eps).float()
+        timer.mark("final_norm+head")
         return logits
 
 

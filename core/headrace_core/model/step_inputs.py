@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from headrace_kernels.dispatch import backend_of
 from headrace_kernels.paged_slots import paged_slots
+from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk
@@ -28,12 +29,14 @@ _DECODE_FAMILIES = ("mla_decode", "gqa_decode")
 class DecodeRows:
     """Tokens 0 ... B of the step, each a query over the first `context_lens` [B] tokens of its pages.
 
-    `slots` are planned for kernels that gather, plain torch's; others read pages where they lie, and have none.
+    `slots` are planned for kernels that gather, plain torch's; others read pages where they lie, and have none. `plan`
+    says how the contexts are shared out, where they are (`Attention.plan_decode`).
     """
 
     block_table: Tensor
     context_lens: Tensor
-    slots: Tensor | None
+    slots: Tensor | None = None
+    plan: SplitPlan | None = None
 
     @property
     def num_rows(self) -> int:

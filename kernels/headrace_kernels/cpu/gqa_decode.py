@@ -1,4 +1,4 @@
-"""Grouped-query attention of decode rows compiled: `src/gqa_decode.cpp`."""
+"""`headrace_kernels.gqa_decode` compiled: `src/gqa_decode.cpp`. Pages are read where they lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, structure
-from headrace_kernels.cpu.library import call
+from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.reference import gqa_decode as reference
+from headrace_kernels.split_ranges import SplitPlan
 
 _GqaDecode = structure(
     "_GqaDecode",
@@ -28,9 +30,28 @@ _GqaDecode = structure(
 
 
 def gqa_decode(
-    query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, *, scale: float
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    slots: Tensor | None,
+    plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
-    """Return [B, H, D]: see the family's entry; float32 or bfloat16."""
+    """See `headrace_kernels.gqa_decode.gqa_decode`."""
+    if not takes(query.dtype):
+        return reference.gqa_decode(
+            query,
+            cache,
+            block_table,
+            context_lens,
+            scale=scale,
+            slots=slots,
+            plan=plan,
+            num_splits=num_splits,
+        )
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     arguments = _GqaDecode(
         query.data_ptr(),
@@ -50,3 +71,7 @@ def gqa_decode(
     )
     call("gqa_decode", arguments, query.dtype)
     return out
+
+
+def plan_gqa_decode(context_lens: Tensor, page_size: int, num_kv_heads: int) -> None:
+    """See `headrace_kernels.gqa_decode.plan_gqa_decode`: a context is not split here."""

@@ -1,4 +1,4 @@
-"""Grouped-query attention of prompt chunks compiled: `src/gqa_prefill.cpp`."""
+"""`headrace_kernels.gqa_prefill` compiled: `src/gqa_prefill.cpp`; keys and values in float32, a tile at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, structure
-from headrace_kernels.cpu.library import call
+from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.reference import gqa_prefill as reference
 
 _GqaPrefill = structure(
     "_GqaPrefill",
@@ -30,7 +31,9 @@ _GqaPrefill = structure(
 def gqa_prefill(
     query: Tensor, cache: Tensor, slots: Tensor, query_starts: Tensor, key_starts: Tensor, *, scale: float
 ) -> Tensor:
-    """Return [T, H, D]: see the family's entry; float32 or bfloat16."""
+    """See `headrace_kernels.gqa_prefill.gqa_prefill`."""
+    if not takes(query.dtype) or query.stride(2) != 1:
+        return reference.gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     arguments = _GqaPrefill(
         query.data_ptr(),

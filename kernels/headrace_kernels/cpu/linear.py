@@ -1,11 +1,13 @@
-"""Linear layers compiled: `src/linear.cpp`."""
+"""`headrace_kernels.linear` compiled: `src/linear.cpp`, and `src/plain_linear.cpp` for weights that are not packed."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from headrace_kernels.cpu import panels
 from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, address, structure
-from headrace_kernels.cpu.library import call
+from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.reference import linear as reference
 
 _Linear = structure(
     "_Linear",
@@ -24,34 +26,79 @@ _Linear = structure(
     y=ADDRESS,
     y_stride=INT,
 )
+_PlainLinear = structure(
+    "_PlainLinear",
+    x=ADDRESS,
+    x_stride=INT,
+    num_rows=INT,
+    num_inputs=INT,
+    weight=ADDRESS,
+    weight_stride=INT,
+    num_outputs=INT,
+    bias=ADDRESS,
+    y=ADDRESS,
+)
 
 
-def linear(
+def pack(weight: Tensor) -> Tensor | None:
+    """See `headrace_kernels.linear.Linear`; in panels (`panels`)."""
+    return panels.pack(weight) if takes(weight.dtype) else None
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    """See `headrace_kernels.linear.Linear.__call__`."""
+    return _run(x, packed, bias, num_outputs)
+
+
+def packed_norm_linear(
+    x: Tensor, norm_weight: Tensor | None, packed: Tensor, eps: float, bias: Tensor | None, num_outputs: int
+) -> Tensor:
+    """See `headrace_kernels.linear.Linear.after_norm`; what the norm gives is not rounded."""
+    return _run(x, packed, bias, num_outputs, norm=(norm_weight, eps))
+
+
+def packed_linear_add(x: Tensor, packed: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    """See `headrace_kernels.linear.Linear.added_to`; rounded once."""
+    return _run(x, packed, bias, residual.shape[1], residual=residual)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `headrace_kernels.linear.linear`."""
+    if not takes(weight.dtype) or x.dtype != weight.dtype or weight.stride(1) != 1:
+        return reference.linear(x, weight, bias)
+    x = _with_rows(x)
+    y = x.new_empty(len(x), len(weight))
+    arguments = _PlainLinear(
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        weight.data_ptr(),
+        weight.stride(0),
+        len(weight),
+        address(bias),
+        y.data_ptr(),
+    )
+    call("plain_linear", arguments, x.dtype)
+    return y
+
+
+def _run(
     x: Tensor,
     packed: Tensor,
+    bias: Tensor | None,
     num_outputs: int,
-    bias: Tensor | None = None,
     *,
     norm: tuple[Tensor | None, float] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return `norm(x) @ weight.T + bias + residual`, [T, O], dtype of `x`, summed in float32 and rounded once.
-
-    Args:
-        x: [T, I] float32 or bfloat16, rows contiguous.
-        packed: the weight [O, I], dtype of `x`, packed (`panels`).
-        num_outputs: O.
-        bias: [O], dtype of `x`; None: none.
-        norm: the weight [I] of a root-mean-square norm, None: ones, and what is added to the mean square; None: no norm.
-        residual: [T, O], dtype of `x`, rows contiguous; None: none.
-    """
+    """Return `norm(x) @ weight.T + bias + residual`, [T, O], dtype of `x`, summed in float32 and rounded once."""
+    x = _with_rows(x)
     y = x.new_empty(len(x), num_outputs)
     norm_weight, eps = norm or (None, 0.0)
     arguments = _Linear(
         x.data_ptr(),
         x.stride(0),
-        len(x),
-        x.shape[1],
+        *x.shape,
         address(norm_weight),
         norm is not None,
         eps,
@@ -65,3 +112,7 @@ def linear(
     )
     call("linear", arguments, x.dtype)
     return y
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

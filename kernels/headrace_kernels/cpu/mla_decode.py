@@ -1,11 +1,13 @@
-"""Absorbed latent attention compiled: `src/mla_decode.cpp`."""
+"""`headrace_kernels.mla_decode` compiled: `src/mla_decode.cpp`. Pages are read where they lie."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, address, structure
-from headrace_kernels.cpu.library import call
+from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.reference import mla_decode as reference
+from headrace_kernels.split_ranges import SplitPlan
 
 _MlaDecode = structure(
     "_MlaDecode",
@@ -29,25 +31,45 @@ _MlaDecode = structure(
 
 
 def mla_decode(
-    query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, *, kv_lora_rank: int, scale: float
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+    slots: Tensor | None,
+    plan: SplitPlan | None,
+    num_splits: int | None,
 ) -> Tensor:
-    """Return [B, H, D]: see the family's entry; `cache` has rows of the dtype of `query`, float32 or bfloat16."""
+    """See `headrace_kernels.mla_decode.mla_decode`."""
+    if not does_take(query, cache):
+        return reference.mla_decode(
+            query,
+            cache,
+            block_table,
+            context_lens,
+            kv_lora_rank=kv_lora_rank,
+            scale=scale,
+            slots=slots,
+            plan=plan,
+            num_splits=num_splits,
+        )
     out = query.new_empty(*query.shape[:2], kv_lora_rank)
-    _run(query, cache, block_table, context_lens, kv_lora_rank, scale, None, 0, out)
+    run(query, cache, block_table, context_lens, kv_lora_rank, scale, None, out)
     return out
 
 
-def mla_decode_values(
-    query: Tensor, cache: Tensor, block_table: Tensor, context_lens: Tensor, w_uv: Tensor, *, scale: float
-) -> Tensor:
-    """Return [B, H * Dv]: see the family's entry; the latents are not rounded in between."""
-    num_heads, value_dim, kv_lora_rank = w_uv.shape
-    out = query.new_empty(len(query), num_heads * value_dim)
-    _run(query, cache, block_table, context_lens, kv_lora_rank, scale, w_uv, value_dim, out)
-    return out
+def plan_mla_decode(context_lens: Tensor, page_size: int, num_heads: int) -> None:
+    """See `headrace_kernels.mla_decode.plan_mla_decode`: a context is not split here."""
 
 
-def _run(
+def does_take(query: Tensor, cache: Tensor) -> bool:
+    """Return whether the compiled kernel takes these: no fp8 rows."""
+    return takes(query.dtype) and cache.dtype == query.dtype
+
+
+def run(
     query: Tensor,
     cache: Tensor,
     block_table: Tensor,
@@ -55,9 +77,9 @@ def _run(
     kv_lora_rank: int,
     scale: float,
     w_uv: Tensor | None,
-    value_dim: int,
     out: Tensor,
 ) -> None:
+    """Compute the latents to `out` [B, H, D] or, with `w_uv`, the values to `out` [B, H * Dv]."""
     arguments = _MlaDecode(
         query.data_ptr(),
         query.stride(0),
@@ -73,7 +95,7 @@ def _run(
         query.shape[2] - kv_lora_rank,
         scale,
         address(w_uv),
-        value_dim,
+        0 if w_uv is None else w_uv.shape[1],
         out.data_ptr(),
     )
     call("mla_decode", arguments, query.dtype)

@@ -1,11 +1,12 @@
-"""Latent attention of prompt chunks compiled: `src/mla_prefill.cpp`."""
+"""`headrace_kernels.mla_prefill` compiled: `src/mla_prefill.cpp`; keys and values in float32, a tile at a time."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, structure
-from headrace_kernels.cpu.library import call
+from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.reference import mla_prefill as reference
 
 _MlaPrefill = structure(
     "_MlaPrefill",
@@ -39,7 +40,9 @@ def mla_prefill(
     *,
     scale: float,
 ) -> Tensor:
-    """Return [T, H, Dv]: see the family's entry; float32 or bfloat16, expanded keys and values in float32."""
+    """See `headrace_kernels.mla_prefill.mla_prefill`."""
+    if not takes(query.dtype) or query.stride(2) != 1 or rows.stride(1) != 1:
+        return reference.mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
     num_heads, nope_dim, latent_dim = w_uk.shape
     out = query.new_empty(len(query), num_heads, w_uv.shape[1])
     arguments = _MlaPrefill(

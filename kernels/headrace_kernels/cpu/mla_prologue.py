@@ -1,11 +1,12 @@
-"""What stands before latent attention of decode rows compiled: `src/mla_prologue.cpp`."""
+"""`headrace_kernels.mla_prologue` compiled: `src/mla_prologue.cpp`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, structure
-from headrace_kernels.cpu.library import call
+from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.reference import mla_prologue as reference
 
 _MlaPrologue = structure(
     "_MlaPrologue",
@@ -50,7 +51,21 @@ def mla_prologue(
     eps: float,
     is_interleaved: bool,
 ) -> Tensor:
-    """Return [B, H, D + R] and store the rows' latents: see the family's entry; float32 or bfloat16, no fp8 rows."""
+    """See `headrace_kernels.mla_prologue.mla_prologue`."""
+    if not takes(query.dtype) or cache.dtype != query.dtype or slot_mapping.stride(0) != 1:
+        return reference.mla_prologue(
+            query,
+            w_uk,
+            c_kv,
+            k_pe,
+            norm_weight,
+            cos,
+            sin,
+            cache,
+            slot_mapping,
+            eps=eps,
+            is_interleaved=is_interleaved,
+        )
     num_rows, num_heads, _ = query.shape
     out = query.new_empty(num_rows, num_heads, c_kv.shape[1] + k_pe.shape[1])
     cos, sin = cos.contiguous(), sin.contiguous()

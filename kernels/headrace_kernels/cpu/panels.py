@@ -12,6 +12,17 @@ from torch import Tensor
 LANES = 16
 
 
+def padded(count: int) -> int:
+    """Return `count` outputs and those of zeros that fill their last panel."""
+    return -(-count // LANES) * LANES
+
+
+def packed_shape(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the shape, panels and their size, of a packed weight [O, I]."""
+    pair = 2 if dtype == torch.bfloat16 else 1
+    return padded(num_outputs) // LANES, -(-num_inputs // pair) * pair * LANES
+
+
 def pack(weight: Tensor) -> Tensor:
     """Return `weight` [..., O, I], float32 or bfloat16, packed: [..., panels, panel size], contiguous."""
     pair = 2 if weight.dtype == torch.bfloat16 else 1
@@ -19,12 +30,6 @@ def pack(weight: Tensor) -> Tensor:
     weight = F.pad(weight, (0, -num_inputs % pair, 0, -num_outputs % LANES))
     panels = weight.unflatten(-1, (-1, pair)).unflatten(-3, (-1, LANES))
     return panels.transpose(-3, -2).reshape(*more, panels.shape[-4], -1)
-
-
-def pack_gate_up(weight: Tensor) -> Tensor:
-    """Return `weight` [..., 2 * I, N], gate rows, then up rows, packed with each gate's panel before its up's."""
-    gate, up = weight.chunk(2, dim=-2)
-    return torch.stack((pack(gate), pack(up)), dim=-2).flatten(-3, -2)
 
 
 def unpack(packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:

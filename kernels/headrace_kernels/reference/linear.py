@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace_kernels.rms_norm import rms_norm
+
 _PACKED_FOR_ROWS = 64
 _EXACT_ROWS = 8
 _STEPS_PER_OCTAVE = 4
@@ -22,12 +24,25 @@ def pack(weight: Tensor) -> Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     """See `headrace_kernels.linear.Linear.__call__`."""
     num_rows = len(x)
     padded = pad_rows(x)
     out = torch.ops.mkldnn._linear_pointwise(padded, packed, bias, "none", [], "")
     return out if len(out) == num_rows else out[:num_rows]
+
+
+def packed_norm_linear(
+    x: Tensor, norm_weight: Tensor | None, packed: Tensor, eps: float, bias: Tensor | None, num_outputs: int
+) -> Tensor:
+    """See `headrace_kernels.linear.Linear.after_norm`."""
+    norm_weight = x.new_ones(x.shape[1]) if norm_weight is None else norm_weight
+    return packed_linear(rms_norm(x, norm_weight, eps), packed, bias, num_outputs)
+
+
+def packed_linear_add(x: Tensor, packed: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    """See `headrace_kernels.linear.Linear.added_to`."""
+    return packed_linear(x, packed, bias, residual.shape[1]).add_(residual)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

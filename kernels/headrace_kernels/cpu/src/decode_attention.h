@@ -3,33 +3,12 @@
 // Keys go by in tiles of 64, counted from a sequence's first token whatever its pages, with a running maximum and sum:
 // a head's result depends on its query and its context alone.
 #pragma once
+#include "products.h"
 #include "softmax.h"
 
 namespace HEADRACE_ISA {
 
 constexpr int MAX_HEADS = 6;
-
-// What lanes are terms of: sums[head] = query[head] . row, 16 partial sums each.
-template <int HEADS, class T>
-INLINE void scores_of(const float *query, int64_t query_stride, const T *row, int64_t width, float *scores) {
-    Lanes sum[HEADS];
-    UNROLL for (int h = 0; h < HEADS; h++) sum[h] = all(0.f);
-    int64_t d = 0;
-    for (; d + LANES <= width; d += LANES) {
-        Lanes at = load(row + d);
-        UNROLL for (int h = 0; h < HEADS; h++)
-            UNROLL for (int i = 0; i < PARTS; i++) {
-                vfloat term = vector_at<vfloat>(query + h * query_stride + d + i * WIDTH);
-                sum[h].part[i] = sum[h].part[i] + term * at.part[i];
-            }
-    }
-    if (d < width) {
-        Lanes at = load_some(row + d, (int)(width - d));
-        UNROLL for (int h = 0; h < HEADS; h++)
-            sum[h] = add_product(load_some(query + h * query_stride + d, (int)(width - d)), at, sum[h]);
-    }
-    UNROLL for (int h = 0; h < HEADS; h++) scores[h * TILE] = add_up(sum[h]);
-}
 
 // out[head][d ... d + 16] = out * shrink[head] + sum over keys of weights[head][key] * row[key][d ... d + 16]
 template <int HEADS, class T>
@@ -62,7 +41,8 @@ INLINE void attend_heads(const float *query, int64_t query_stride, int64_t key_w
     for (int64_t first = 0; first < num_keys; first += TILE) {
         int count = (int)(num_keys - first < TILE ? num_keys - first : TILE);
         find(first, count, keys, values);
-        for (int key = 0; key < count; key++) scores_of<HEADS>(query, query_stride, keys[key], key_width, scores + key);
+        for (int key = 0; key < count; key++) 
+            scores_of<HEADS>(query, query_stride, keys[key], key_width, scores + key, TILE);
         for (int h = 0; h < HEADS; h++) shrink[h] = soften(scores + h * TILE, count, scale, greatest_yet[h], total[h]);
         for (int64_t d = 0; d < value_width; d += LANES) {
             int some = (int)(value_width - d < LANES ? value_width - d : LANES);

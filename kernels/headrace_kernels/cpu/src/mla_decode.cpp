@@ -22,7 +22,7 @@ struct MlaDecode {
     void *out;
 };
 
-// values[row] = latents[row] . weight, lanes being terms; rows of one head, two at a time by four outputs.
+// values[row] = latents[row] . weight, lanes being terms; rows of one head, three at a time.
 template <class T>
 void multiply(const float *latents, int64_t stride, int64_t num_rows, const T *weight, int64_t D, int64_t count, T *out,
               int64_t out_stride) {
@@ -30,13 +30,13 @@ void multiply(const float *latents, int64_t stride, int64_t num_rows, const T *w
         const T *at = weight + v * D;
         int64_t row = 0;
         for (; row + 3 <= num_rows; row += 3) {
-            float sums[3 * TILE];
-            scores_of<3>(latents + row * stride, stride, at, D, sums);
-            for (int i = 0; i < 3; i++) from_float(out + (row + i) * out_stride + v, sums[i * TILE]);
+            float sums[3];
+            scores_of<3>(latents + row * stride, stride, at, D, sums, 1);
+            for (int i = 0; i < 3; i++) from_float(out + (row + i) * out_stride + v, sums[i]);
         }
         for (; row < num_rows; row++) {
             float sum;
-            scores_of<1>(latents + row * stride, stride, at, D, &sum);
+            scores_of<1>(latents + row * stride, stride, at, D, &sum, 1);
             from_float(out + row * out_stride + v, sum);
         }
     }

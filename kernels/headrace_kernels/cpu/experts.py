@@ -1,0 +1,79 @@
+"""`headrace_kernels.experts` compiled: packed in panels, gate's beside up's; `src/moe_experts.cpp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace_kernels.cpu import panels
+from headrace_kernels.cpu.arguments import ADDRESS, INT, structure
+from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.reference import experts as reference
+from headrace_kernels.routing_rule import RoutedTokens
+
+_MoeExperts = structure(
+    "_MoeExperts",
+    x=ADDRESS,
+    x_stride=INT,
+    num_tokens=INT,
+    hidden=INT,
+    experts=ADDRESS,
+    weights=ADDRESS,
+    num_per_token=INT,
+    first_local=INT,
+    num_local=INT,
+    gate_up=ADDRESS,
+    down=ADDRESS,
+    width=INT,
+    residual=ADDRESS,
+    residual_stride=INT,
+    y=ADDRESS,
+    y_stride=INT,
+)
+
+
+class PackedExperts:
+    """See `headrace_kernels.experts.Experts`."""
+
+    def __init__(self, count: int, hidden: int, width: int, like: Tensor) -> None:
+        self._width = width
+        self._gate_up = like.new_empty(count, *panels.packed_shape(2 * panels.padded(width), hidden, like.dtype))
+        self._down = like.new_empty(count, *panels.packed_shape(hidden, width, like.dtype))
+
+    def put(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._gate_up[expert] = torch.stack((panels.pack(gate), panels.pack(up)), dim=1).flatten(0, 1)
+        self._down[expert] = panels.pack(down)
+
+    def block_size(self, num_assignments: int) -> int:
+        """See `headrace_kernels.experts.Experts`: the kernel sorts for itself."""
+        return 1
+
+    def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
+        """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
+        x, experts, weights = routed.x, routed.experts.contiguous(), routed.weights.contiguous()
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        arguments = _MoeExperts(
+            x.data_ptr(),
+            x.stride(0),
+            *x.shape,
+            experts.data_ptr(),
+            weights.data_ptr(),
+            experts.shape[1],
+            0,
+            len(self._down),
+            self._gate_up.data_ptr(),
+            self._down.data_ptr(),
+            self._width,
+            residual.data_ptr(),
+            residual.stride(0),
+            y.data_ptr(),
+            x.shape[1],
+        )
+        call("moe_experts", arguments, x.dtype)
+        return y
+
+
+def empty(count: int, hidden: int, width: int, like: Tensor) -> PackedExperts | reference.ListedExperts:
+    """See `headrace_kernels.experts.empty_experts`."""
+    return (PackedExperts if takes(like.dtype) else reference.ListedExperts)(count, hidden, width, like)

@@ -1,0 +1,36 @@
+"""The experts of a layer: weights held as their backend computes with them, and that copy alone.
+
+Shapes: T tokens, N hidden, K experts per token, E experts, I width of an expert. What they compute, and what bounds it,
+says `moe_experts`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from headrace_kernels.dispatch import select
+from headrace_kernels.routing_rule import RoutedTokens
+
+
+class Experts(Protocol):
+    """The experts of one layer; shared ones are among them, as experts that every token passes with weight 1."""
+
+    def put(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Take one expert's `gate` [I, N], `up` [I, N] and `down` [N, I]; the caller drops its own references."""
+        ...
+
+    def block_size(self, num_assignments: int) -> int:
+        """Return the size of blocks to sort so many assignments into, for `route_and_sort`."""
+        ...
+
+    def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
+        """Return [T, N]: `residual` [T, N], and each token's weighted sum over its experts; see `moe_experts`."""
+        ...
+
+
+def empty_experts(count: int, hidden: int, width: int, like: Tensor) -> Experts:
+    """Return memory for `count` experts, of the dtype and on the device of `like`; each is to be `put`."""
+    experts: Experts = select("experts", like).empty(count, hidden, width, like)
+    return experts
