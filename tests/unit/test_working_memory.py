@@ -17,7 +17,6 @@ from headrace_core.model.working_memory import FIXED_BYTES, StepLimits, gpu_work
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 from headrace_kernels import use_backend
 from headrace_kernels.gpu.launch import recording
-from headrace_kernels.rms_norm import rms_norm
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -130,10 +129,8 @@ def counted_bytes(config, num_tokens, num_keys, cache_dtype):
         for layer in layers:
             with MostAtOnce(launches) as counted:
                 x = torch.empty(num_tokens, config.hidden_size, dtype=torch.bfloat16, device="meta")
-                normalised = rms_norm(x, layer.attention_norm, 1e-6)
-                x = x + layer.attention(normalised, angles, step, cache, OFF)
-                normalised = rms_norm(x, layer.feed_forward_norm, 1e-6)
-                x = x + layer.feed_forward(normalised, OFF)
+                x = layer.attention(x, layer.attention_norm, 1e-6, angles, step, cache, OFF)
+                x, _ = layer.feed_forward(x, layer.feed_forward_norm, 1e-6, step.slot_mapping, OFF)
             found.append(counted.most)
     return max(found)
 

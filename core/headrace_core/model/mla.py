@@ -143,7 +143,9 @@ class LatentAttentionLayer:
             eps=_LORA_NORM_EPS,
             is_interleaved=interleaved,
         )
-        timer.mark("latent_norms_and_rope")
+        if first == 0:
+            # Behind decode rows, which have that name, it goes by what follows, next to which it is small.
+            timer.mark("latent_norms_and_rope")
         outputs: list[Tensor] = []
         for group in groups:
             rows = latent_load(

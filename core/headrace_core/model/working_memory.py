@@ -77,17 +77,17 @@ def layer_bytes(config: ModelConfig, itemsize: int, num_tokens: int, num_keys: i
         if isinstance(shape, MlaShape)
         else _grouped_attention_values(shape, config.num_heads, num_tokens)
     )
-    most = max(2 * stream + attention * itemsize, 3 * stream + _expert_bytes(config, itemsize, num_tokens))
+    most = max(stream + attention * itemsize, 3 * stream + _expert_bytes(config, itemsize, num_tokens))
     if all(config.is_moe_layer(layer) for layer in range(config.num_layers)):
         return most
-    # Gate and up, and the activation of the gate, which becomes the product with up.
-    return max(most, 2 * stream + 3 * num_tokens * config.dense_intermediate_size * itemsize)
+    # Gate and up, and the activation of the gate, which becomes the product with up; what was normalised is gone by then.
+    return max(most, stream + 3 * num_tokens * config.dense_intermediate_size * itemsize)
 
 
 def _latent_attention_values(shape: MlaShape, num_heads: int, num_tokens: int, num_keys: int) -> int:
-    """Return how many values queries (or what they are a part of), latents, keys, values and results are."""
+    """Return how many values queries, what was projected with them, latents, keys, values and results are."""
     query_dim, row_dim = num_heads * (shape.nope_dim + shape.rope_dim), shape.kv_lora_rank + shape.rope_dim
-    projected = query_dim if shape.q_lora_rank is not None else query_dim + row_dim
+    projected = query_dim + row_dim + (shape.q_lora_rank or 0)
     expanded = row_dim + num_heads * (shape.nope_dim + shape.value_dim)
     return num_tokens * (projected + num_heads * shape.value_dim) + num_keys * expanded
 

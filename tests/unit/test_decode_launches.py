@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from headrace_core.checkpoint.config import MlaShape
-from headrace_core.model.feed_forward import DenseMlp
-from headrace_core.model.fused_decode import FusedRows
+from headrace_core.model.feed_forward import DenseMlp, MoeMlp
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
-from headrace_core.model.stacked_moe import StackedMoeMlp, StackedMoeWeights
+from headrace_core.model.op_timer import OFF
+from headrace_core.model.step_inputs import DecodeRows, StepInputs
 from headrace_kernels import use_backend
+from headrace_kernels.gpu.experts import StackedExperts
 from headrace_kernels.gpu.launch import recording
 from headrace_kernels.linear import Linear
-from headrace_kernels.routing_rule import RoutingRule
+from headrace_kernels.routing_rule import Router, RoutingRule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NO_LAUNCH = (
@@ -66,11 +67,9 @@ def attention(hidden, heads, q_lora):
 
 def experts(hidden, width, num_experts, num_shared, rule):
     count = num_experts + num_shared
-    router = meta(num_experts, hidden, dtype=torch.float32)
-    bias = meta(num_experts, dtype=torch.float32)
-    return StackedMoeMlp(
-        rule, StackedMoeWeights(router, bias, meta(count, 2 * width, hidden), meta(count, hidden, width))
-    )
+    weight, bias = meta(num_experts, hidden, dtype=torch.float32), meta(num_experts, dtype=torch.float32)
+    stacked = StackedExperts(meta(count, 2 * width, hidden), meta(count, hidden, width))
+    return MoeMlp(Router(weight, bias, rule, num_shared), stacked)
 
 
 V2_LITE = (2048, 16, None, (1408, 64, 2, RoutingRule(6, "softmax")))
@@ -91,18 +90,16 @@ def launches(network, num_rows, *, is_dense=False):
         if is_dense:
             mlp = DenseMlp(Linear(meta(2 * hidden, hidden)), Linear(meta(hidden, hidden)))
         context_lens = meta(num_rows, dtype=torch.int32)
-        rows = FusedRows(
-            angles=(meta(num_rows, 32, dtype=torch.float32), meta(num_rows, 32, dtype=torch.float32)),
-            slot_mapping=meta(num_rows, dtype=torch.int64),
-            block_table=meta(num_rows, 64, dtype=torch.int32),
-            context_lens=context_lens,
-            plan=layer.plan_decode(context_lens, PAGE_SIZE),
-        )
+        angles = (meta(num_rows, 32, dtype=torch.float32), meta(num_rows, 32, dtype=torch.float32))
+        ids = meta(num_rows, dtype=torch.int64)
+        plan = layer.plan_decode(context_lens, PAGE_SIZE)
+        rows = DecodeRows(meta(num_rows, 64, dtype=torch.int32), context_lens, plan=plan)
+        step = StepInputs(ids, ids, ids, rows, [], [])
         cache, norm = meta(1000, PAGE_SIZE, 576), meta(hidden)
 
         def decode():
-            x = layer.decode(meta(num_rows, hidden), norm, 1e-6, rows, cache)
-            return mlp.decode(x, norm, 1e-6, rows.slot_mapping)[0]
+            x = layer(meta(num_rows, hidden), norm, 1e-6, angles, step, cache, OFF)
+            return mlp(x, norm, 1e-6, ids, OFF)[0]
 
         decode()  # makes what is made once a device
         recorded.clear()
