@@ -124,7 +124,7 @@ def bench_model(
 
 
 def _bench_decode(ours: HeadraceEngine, theirs: TransformersEngine, batch: int, vocab_size: int) -> dict[str, float]:
-    prompts = _prompts(batch, DECODE_CONTEXT, vocab_size)
+    prompts = random_prompts(batch, DECODE_CONTEXT, vocab_size)
     ours.prefill(prompts)
     theirs.prefill(prompts)
     tokens = [prompt[0] for prompt in prompts]
@@ -137,7 +137,7 @@ def _bench_decode(ours: HeadraceEngine, theirs: TransformersEngine, batch: int, 
 
 
 def _bench_prefill(ours: HeadraceEngine, theirs: TransformersEngine, length: int, vocab_size: int) -> dict[str, float]:
-    prompts = _prompts(1, length, vocab_size)
+    prompts = random_prompts(1, length, vocab_size)
     ours_s, theirs_s = _take_turns(lambda: ours.prefill(prompts), lambda: theirs.prefill(prompts), PREFILL_ROUNDS)
     return {
         "headrace_tokens_per_s": round(length / ours_s, 1),
@@ -158,7 +158,8 @@ def _take_turns(ours: Callable[[], None], theirs: Callable[[], None], rounds: in
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Return `count` prompts of random tokens, the same each time."""
     generator = torch.Generator().manual_seed(count * length)
     return torch.randint(3, vocab_size, (count, length), generator=generator).tolist()
 
@@ -185,8 +186,8 @@ def _memory_of(engine: str, checkpoint_dir: Path, prompt_length: int) -> dict[st
     num_pages = -(-prompt_length // PAGE_SIZE) + 16 * 5
     runner = HeadraceEngine(checkpoint_dir, num_pages) if engine == "headrace" else TransformersEngine(checkpoint_dir)
     vocab_size = json.loads((checkpoint_dir / "config.json").read_text())["vocab_size"]
-    runner.prefill(_prompts(1, prompt_length, vocab_size))
-    runner.prefill(_prompts(16, DECODE_CONTEXT, vocab_size))
+    runner.prefill(random_prompts(1, prompt_length, vocab_size))
+    runner.prefill(random_prompts(16, DECODE_CONTEXT, vocab_size))
     for _ in range(4):
         runner.decode([5] * 16)
     found = {f"{engine}_peak_mib": round(_peak_bytes() / MIB, 1)}
