@@ -26,7 +26,7 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     "gqa_prefill": ("reference", "cpu", "triton"),
     "grouped_gemm": ("reference", "triton"),
     "latent_load": ("reference", "triton"),
-    "latent_store": ("reference", "triton"),
+    "latent_store": ("reference", "cpu", "triton"),
     "linear": ("reference", "cpu", "triton"),
     "mla_decode": ("reference", "cpu", "triton"),
     "mla_decode_values": ("reference", "cpu", "triton"),

@@ -21,7 +21,7 @@ backend_module = importlib.import_module("headrace_kernels.backend")
 # What the modules of a folder share: no family's.
 SHARED = {
     "triton": {"combine_splits", "configs", "dependent_launch", "fp8", "latent_rows", "launch"},
-    "cpu": {"arguments", "build", "library", "panels"},
+    "cpu": {"agreement", "arguments", "build", "latent_rows", "library", "panels"},
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,30 @@ import torch
 PATH = Path(__file__).with_name("headrace_cpu.so")
 """Where `build` puts the library, and where a wheel carries it."""
 
+_log = logging.getLogger(__name__)
+
+_NARROWER = {"avx512": "avx2"}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
+@functools.cache
 def isa() -> str:
-    """Return the instruction set that kernels run on: "avx512", "avx2", "neon"; "" where none of them can."""
-    return _library().isa
+    """Return the instruction set that kernels run on: "avx512", "avx2", "neon"; "" where none of them can.
+
+    The wider one is compared with the narrower one first, and does not run where they differ.
+    """
+    library = _library()
+    narrower = _NARROWER.get(library.isa)
+    if narrower is not None:
+        from headrace_kernels.cpu.agreement import do_agree
+
+        wider = library.isa
+        if not do_agree(library.use, narrower, wider):
+            _log.error(
+                "compiled kernels for %s and %s disagree here: %s runs; please report it", wider, narrower, narrower
+            )
+            library.use(narrower)
+    return library.isa
 
 
 def is_available() -> bool:
@@ -64,6 +83,10 @@ class _Library:
             entry = self._entries[name] = getattr(self._dll, f"headrace_{name}_{self.isa}")
             entry.argtypes = [ctypes.c_void_p, ctypes.c_int]
         return entry
+
+    def use(self, isa: str) -> None:
+        self.isa = isa
+        self._entries.clear()
 
     def set_num_threads(self, count: int) -> None:
         if count != self._num_threads:
