@@ -102,6 +102,11 @@ class WorkerSettings(ProcessSettings):
         description="what computes; auto: the best that is there; reference: plain torch, anywhere; cpu: compiled for "
         "a CPU; triton: on a GPU; aiter: ROCm/aiter's, on AMD's; a name that can't be had is refused",
     )
+    numerics: Literal["fast", "exact"] = Field(
+        "fast",
+        description="exact: a token's bits do not depend on batch, chunks, pages or kind of worker; compiled CPU "
+        "kernels only, prompts take longer; all workers of a fleet alike",
+    )
     threads: int = Field(0, ge=0, description="CPU threads for compute; 0: all cores")
     page_size: int = Field(64, ge=1, le=1024, description="tokens a page holds")
     kv_pool_mib: int = Field(256, ge=1, description="memory for pages, MiB")

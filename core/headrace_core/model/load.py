@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from headrace_kernels import backend
 from headrace_kernels.experts import Experts, empty_experts
 from headrace_kernels.linear import Linear
 from headrace_kernels.routing_rule import Router, RoutingRule
@@ -26,6 +27,7 @@ from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, Model, ModelIdentity, ModelWeights
+from headrace_core.model.numerics import Numerics, check_exact, exact_fingerprint
 from headrace_core.model.rope_angles import check_angles, softmax_scale
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
@@ -39,6 +41,7 @@ def load_model(
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
     device: str = "cpu",
+    numerics: Numerics = Numerics.FAST,
     kv_pool_bytes: int = 0,
     step_limits: StepLimits | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -50,6 +53,7 @@ def load_model(
         dtype: type of weights and compute: "float32", "bfloat16", "float16", or "auto", the checkpoint's.
         kv_cache_dtype: how latents are kept: "fp8_e4m3", or "auto", as values of `dtype`.
         device: torch's name of where to compute.
+        numerics: how far a token's bits are promised.
         kv_pool_bytes: memory that pages will take; counted when the model is checked against what is available.
         step_limits: of the steps that will run, None: the settings' defaults; counted likewise on a GPU.
         on_progress: called with (bytes read, bytes to read) after every tensor.
@@ -57,12 +61,14 @@ def load_model(
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
-        StartupError: NO_FP8_CACHE, before anything is read but config.json.
+        StartupError: NO_EXACT, NO_FP8_CACHE, before anything is read but config.json.
     """
     config = parse_config(directory)
     check_angles(config)
     dtype = config.checkpoint_dtype if dtype == "auto" else dtype
     cache_dtype = CacheDtype(dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
+    if numerics is Numerics.EXACT:
+        check_exact(backend(torch.empty(0, device=device)), _DTYPES[dtype], cache_dtype)
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
@@ -78,7 +84,8 @@ def load_model(
     weights = build_network(config, reader)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
-    identity = ModelIdentity(reader.fingerprint(), compute_dtype, weight_bytes, cache_dtype)
+    fingerprint = reader.fingerprint() if numerics is Numerics.FAST else exact_fingerprint(reader.fingerprint())
+    identity = ModelIdentity(fingerprint, compute_dtype, weight_bytes, cache_dtype, numerics)
     return Model(config, identity, weights)
 
 

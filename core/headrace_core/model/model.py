@@ -24,6 +24,7 @@ from headrace_core.model.expert_counts import ExpertCounts
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
 from headrace_core.model.host_copies import to_device
 from headrace_core.model.kv_cache import KvCache
+from headrace_core.model.numerics import Numerics
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.step_inputs import DecodeRows, StepInputs, prepare_step
@@ -57,13 +58,15 @@ class ModelWeights:
 class ModelIdentity:
     """What tells one loaded model from another: `fingerprint` is over config, weights and compute type.
 
-    `cache_dtype` is no part of that: it says how its latents are kept. None: as values of the compute type.
+    Exact numerics are part of it, too: pages of others are other bits. `cache_dtype` is no part of that: it says how
+    its latents are kept. None: as values of the compute type.
     """
 
     fingerprint: str
     dtype: torch.dtype
     weight_bytes: int
     cache_dtype: CacheDtype | None = None
+    numerics: Numerics = Numerics.FAST
 
 
 class Model:
@@ -75,8 +78,9 @@ class Model:
         self.dtype = identity.dtype
         self.weight_bytes = identity.weight_bytes
         self.cache_dtype = identity.cache_dtype or CacheDtype(str(identity.dtype).removeprefix("torch."))
-        # Chunks up to this long that have a cached prefix are computed as decode rows.
-        self.max_decode_chunk = 1
+        # Chunks up to this long that have a cached prefix are computed as decode rows; None: all are, so that prompts
+        # go by one formula, and one order of its sums, with what is generated.
+        self.max_decode_chunk: int | None = None if identity.numerics is Numerics.EXACT else 1
         self._weights = weights
         # "cpu" or "cuda": the settings' name, one GPU a process.
         self.device = weights.embedding.device.type

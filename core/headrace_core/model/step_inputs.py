@@ -70,15 +70,17 @@ class StepInputs:
     chunk_rows: list[int]
 
 
-def prepare_step(chunks: Sequence[Chunk], page_size: int, *, max_decode_chunk: int, device: str = "cpu") -> StepInputs:
+def prepare_step(
+    chunks: Sequence[Chunk], page_size: int, *, max_decode_chunk: int | None, device: str = "cpu"
+) -> StepInputs:
     """Return the step's inputs.
 
-    A chunk with a cached prefix and at most `max_decode_chunk` tokens becomes decode rows.
+    A chunk with a cached prefix and at most `max_decode_chunk` tokens becomes decode rows; None: every chunk does.
 
     Raises:
         ValueError: a chunk is empty or its pages do not cover it.
     """
-    decode = [i for i, chunk in enumerate(chunks) if chunk.start > 0 and len(chunk.token_ids) <= max_decode_chunk]
+    decode = [i for i, chunk in enumerate(chunks) if _is_decoded(chunk, max_decode_chunk)]
     is_decode = set(decode)
     prefill = [i for i in range(len(chunks)) if i not in is_decode]
     chunk_rows = [0] * len(chunks)
@@ -102,6 +104,10 @@ def prepare_step(chunks: Sequence[Chunk], page_size: int, *, max_decode_chunk: i
         prefill=_prefill_groups([chunks[i] for i in prefill], page_size, first, device),
         chunk_rows=chunk_rows,
     )
+
+
+def _is_decoded(chunk: Chunk, max_decode_chunk: int | None) -> bool:
+    return max_decode_chunk is None or (chunk.start > 0 and len(chunk.token_ids) <= max_decode_chunk)
 
 
 def _check(chunk: Chunk, page_size: int) -> None:

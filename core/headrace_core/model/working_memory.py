@@ -80,7 +80,7 @@ def layer_bytes(config: ModelConfig, itemsize: int, num_tokens: int, num_keys: i
     most = max(stream + attention * itemsize, 3 * stream + _expert_bytes(config, itemsize, num_tokens))
     if all(config.is_moe_layer(layer) for layer in range(config.num_layers)):
         return most
-    # Gate and up, and the activation of the gate, which becomes the product with up; what was normalised is gone by then.
+    # Gate and up, and the activation of the gate, which becomes the product with up; the normalised input is gone then.
     return max(most, stream + 3 * num_tokens * config.dense_intermediate_size * itemsize)
 
 

@@ -24,6 +24,7 @@ from headrace_core.kv.layout import KvLayout
 from headrace_core.model.kv_cache import TORCH_DTYPES, KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
+from headrace_core.model.numerics import Numerics
 from headrace_core.model.self_check import check_kernels
 from headrace_core.model.working_memory import StepLimits
 from headrace_core.roofline.hardware import find_hardware
@@ -71,7 +72,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     Raises:
         CheckpointError: the checkpoint can't be served.
         StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
-            NO_GPU, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
+            NO_GPU, NO_EXACT, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
     """
     started = time.perf_counter()
     _choose_kernels(settings)
@@ -82,6 +83,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             dtype=settings.dtype,
             kv_cache_dtype=settings.kv_cache_dtype,
             device=settings.device,
+            numerics=Numerics(settings.numerics),
             kv_pool_bytes=pool_bytes,
             step_limits=StepLimits(settings.max_step_tokens, settings.max_step_sequences, settings.max_context_tokens),
             on_progress=on_progress,
@@ -107,6 +109,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             "model": settings.model_name or settings.model.resolve().name,
             "fingerprint": model.fingerprint,
             "kernels": kernels,
+            "numerics": settings.numerics,
             "seconds": time.perf_counter() - started,
             "pages": num_pages,
             "page_bytes": layout.page_bytes,
