@@ -61,6 +61,13 @@ def check_starts(query_starts: Tensor, key_starts: Tensor, num_queries: int, num
     """
     if query_starts.device.type != "cpu" or key_starts.device.type != "cpu":
         raise ValueError("query_starts and key_starts must be on the host: reading them there must not wait for a GPU")
+    if (
+        not query_starts.dtype == key_starts.dtype == torch.int32
+        or not query_starts.stride() == key_starts.stride() == (1,)
+    ):
+        raise ValueError(
+            f"query_starts {query_starts.dtype} and key_starts {key_starts.dtype} must be int32, contiguous"
+        )
     queries, keys = query_starts.tolist(), key_starts.tolist()
     does_fit = len(queries) == len(keys) > 0 and queries[0] == keys[0] == 0
     if not does_fit or queries[-1] != num_queries or keys[-1] != num_keys:

@@ -93,8 +93,10 @@ def _check(x: Tensor, norm_weight: Tensor, router: Router) -> None:
         )
     if x.dtype not in (torch.float32, torch.bfloat16) or norm_weight.dtype != x.dtype:
         raise ValueError(f"x {x.dtype} and norm_weight {norm_weight.dtype} must both be float32 or both bfloat16")
-    if weight.dtype != torch.float32 or (bias is not None and (bias.shape != weight.shape[:1])):
-        raise ValueError(f"the router's weight {tuple(weight.shape)} {weight.dtype} must be float32, its bias [E]")
+    if weight.dtype != torch.float32 or (
+        bias is not None and (bias.shape, bias.dtype) != (weight.shape[:1], weight.dtype)
+    ):
+        raise ValueError(f"the router's weight {tuple(weight.shape)} {weight.dtype} must be float32, its bias [E] too")
     if not weight.is_contiguous() or (x.shape[1] > 1 and x.stride(1) != 1) or router.num_shared < 0:
         raise ValueError(f"rows must be contiguous and num_shared, {router.num_shared}, not negative")
     check_rule(router.rule, len(weight))

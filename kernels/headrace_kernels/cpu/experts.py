@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu import panels
-from headrace_kernels.cpu.arguments import ADDRESS, INT, structure
+from headrace_kernels.cpu.arguments import ADDRESS, INT, check, structure
 from headrace_kernels.cpu.library import call, takes
 from headrace_kernels.reference import experts as reference
 from headrace_kernels.routing_rule import RoutedTokens
@@ -36,7 +36,7 @@ class PackedExperts:
     """See `headrace_kernels.experts.Experts`."""
 
     def __init__(self, count: int, hidden: int, width: int, like: Tensor) -> None:
-        self._width = width
+        self._width, self._hidden = width, hidden
         self._gate_up = like.new_empty(count, *panels.packed_shape(2 * panels.padded(width), hidden, like.dtype))
         self._down = like.new_empty(count, *panels.packed_shape(hidden, width, like.dtype))
 
@@ -52,6 +52,11 @@ class PackedExperts:
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
         x, experts, weights = routed.x, routed.experts.contiguous(), routed.weights.contiguous()
+        num_tokens, num_per_token = len(x), experts.shape[1]
+        check("x", x, (num_tokens, self._hidden), self._down.dtype)
+        check("residual", residual, (num_tokens, self._hidden), x.dtype)
+        check("experts", experts, (num_tokens, num_per_token), torch.int64)
+        check("weights", weights, (num_tokens, num_per_token), torch.float32)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         arguments = _MoeExperts(
             x.data_ptr(),
@@ -59,7 +64,7 @@ class PackedExperts:
             *x.shape,
             experts.data_ptr(),
             weights.data_ptr(),
-            experts.shape[1],
+            num_per_token,
             0,
             len(self._down),
             self._gate_up.data_ptr(),

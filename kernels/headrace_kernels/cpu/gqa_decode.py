@@ -52,6 +52,7 @@ def gqa_decode(
             plan=plan,
             num_splits=num_splits,
         )
+    block_table, context_lens = block_table.contiguous(), context_lens.contiguous()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     arguments = _GqaDecode(
         query.data_ptr(),

@@ -34,6 +34,7 @@ def gqa_prefill(
     """See `headrace_kernels.gqa_prefill.gqa_prefill`."""
     if not takes(query.dtype) or query.stride(2) != 1:
         return reference.gqa_prefill(query, cache, slots, query_starts, key_starts, scale=scale)
+    slots = slots.contiguous()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     arguments = _GqaPrefill(
         query.data_ptr(),

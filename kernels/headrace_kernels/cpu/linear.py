@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from headrace_kernels.cpu import panels
-from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, address, structure
+from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, address, check, structure
 from headrace_kernels.cpu.library import call, takes
 from headrace_kernels.reference import linear as reference
 
@@ -64,8 +64,11 @@ def packed_linear_add(x: Tensor, packed: Tensor, residual: Tensor, bias: Tensor 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `headrace_kernels.linear.linear`."""
-    if not takes(weight.dtype) or x.dtype != weight.dtype or weight.stride(1) != 1:
+    does_fit = x.dtype == weight.dtype and x.shape[1] == weight.shape[1]
+    if not does_fit or not takes(weight.dtype) or weight.stride(1) != 1:
         return reference.linear(x, weight, bias)
+    if bias is not None:
+        check("bias", bias, (len(weight),), x.dtype)
     x = _with_rows(x)
     y = x.new_empty(len(x), len(weight))
     arguments = _PlainLinear(
@@ -91,9 +94,20 @@ def _run(
     norm: tuple[Tensor | None, float] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return `norm(x) @ weight.T + bias + residual`, [T, O], dtype of `x`, summed in float32 and rounded once."""
+    """Return `norm(x) @ weight.T + bias + residual`, [T, O], dtype of `x`, summed in float32 and rounded once.
+
+    Raises:
+        ValueError: a shape, dtype or stride does not fit.
+    """
     x = _with_rows(x)
     y = x.new_empty(len(x), num_outputs)
+    check("weight, packed,", packed, panels.packed_shape(num_outputs, x.shape[1], x.dtype), x.dtype)
+    if bias is not None:
+        check("bias", bias, (num_outputs,), x.dtype)
+    if residual is not None:
+        check("residual", residual, (len(x), num_outputs), x.dtype)
+    if norm is not None and norm[0] is not None:
+        check("norm_weight", norm[0], (x.shape[1],), x.dtype)
     norm_weight, eps = norm or (None, 0.0)
     arguments = _Linear(
         x.data_ptr(),

@@ -80,6 +80,7 @@ def run(
     out: Tensor,
 ) -> None:
     """Compute the latents to `out` [B, H, D] or, with `w_uv`, the values to `out` [B, H * Dv]."""
+    block_table, context_lens = block_table.contiguous(), context_lens.contiguous()
     arguments = _MlaDecode(
         query.data_ptr(),
         query.stride(0),

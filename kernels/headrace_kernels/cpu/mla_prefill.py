@@ -41,7 +41,8 @@ def mla_prefill(
     scale: float,
 ) -> Tensor:
     """See `headrace_kernels.mla_prefill.mla_prefill`."""
-    if not takes(query.dtype) or query.stride(2) != 1 or rows.stride(1) != 1:
+    are_plain = w_uk.is_contiguous() and w_uv.is_contiguous() and query.stride(2) == rows.stride(1) == 1
+    if not are_plain or not takes(query.dtype):
         return reference.mla_prefill(query, rows, w_uk, w_uv, query_starts, key_starts, scale=scale)
     num_heads, nope_dim, latent_dim = w_uk.shape
     out = query.new_empty(len(query), num_heads, w_uv.shape[1])
