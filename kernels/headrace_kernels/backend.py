@@ -42,7 +42,7 @@ def backend(tensor: Tensor) -> Backend:
         return "reference"
     if tensor.is_cuda:
         return "aiter" if _chosen == "aiter" else "triton"
-    return "cpu" if tensor.is_cpu and has_cpu_library() else "reference"
+    return "cpu" if tensor.is_cpu and cpu_problem() is None else "reference"
 
 
 @contextmanager
@@ -81,16 +81,21 @@ def choose_backend(name: Backend | None) -> None:
 
 def what_is_missing(name: Backend) -> str | None:
     """Return what `name` lacks in this installation, whatever the device; None: nothing."""
-    if name == "cpu" and not has_cpu_library():
-        return "the library of compiled CPU kernels is not there"
+    if name == "cpu":
+        return cpu_problem()
     if name in ("triton", "aiter") and find_spec(name) is None:
         return f"the package {name} is not installed"
     return None
 
 
+# Asked at every call of a kernel.
 @cache
-def has_cpu_library() -> bool:
-    """Say whether the compiled CPU kernels can run here: their library is there, for this processor."""
-    if find_spec(_CPU_LIBRARY.rpartition(".")[0]) is None or find_spec(_CPU_LIBRARY) is None:
-        return False
-    return bool(import_module(_CPU_LIBRARY).is_available())
+def cpu_problem() -> str | None:
+    """Return why the compiled CPU kernels can't run here; None: their library is there, for this processor."""
+    problem: str | None = import_module(_CPU_LIBRARY).problem()
+    return problem
+
+
+def instruction_set() -> str:
+    """Return what compiled CPU kernels run on, such as "avx2"; "" where they can't run."""
+    return str(import_module(_CPU_LIBRARY).isa())

@@ -56,6 +56,27 @@ def test_plain_torch_is_had_and_named_in_the_log(folder, caplog):
     assert [record.kernels for record in caplog.records if record.message == "model loaded"] == ["reference"]
 
 
+def test_the_log_names_the_instruction_set(folder, caplog, monkeypatch):
+    monkeypatch.setattr("headrace_core.worker.loading.backend", lambda _: "cpu")
+    monkeypatch.setattr("headrace_core.worker.loading.instruction_set", lambda: "avx2")
+    with caplog.at_level(logging.INFO):
+        load_worker_model(PrefillSettings(model=folder, kv_pool_mib=1))
+    (record,) = [record for record in caplog.records if record.message == "model loaded"]
+    assert (record.kernels, record.isa) == ("cpu", "avx2")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_log_says_why_nothing_is_compiled_unless_that_was_chosen(kernels, folder, caplog, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("headrace_kernels.backend"), "cpu_problem", lambda: "no library")
+    with caplog.at_level(logging.INFO):
+        load_worker_model(PrefillSettings(model=folder, kv_pool_mib=1, kernels=kernels))
+    (record,) = [record for record in caplog.records if record.message == "model loaded"]
+    assert (record.kernels, getattr(record, "not_compiled", None)) == (
+        "reference",
+        "no library" if kernels == "auto" else None,
+    )
+
+
 def test_plain_torch_may_be_chosen_on_a_gpu(folder, caplog):
     with pretend_gpu(), recording() as journal, caplog.at_level(logging.INFO):
         load_worker_model(DecodeSettings(model=folder, kv_pool_mib=1, device="cuda", kernels="reference"))
@@ -75,9 +96,10 @@ def decode_slots():
 
 @pytest.mark.parametrize("lacking", [None, "mla_decode", "gqa_decode"])
 def test_slots_are_planned_where_a_family_of_decoding_gathers(lacking, monkeypatch):
-    with use_backend("reference"):
-        assert decode_slots() is not None
-    monkeypatch.setattr(importlib.import_module("headrace_kernels.backend"), "has_cpu_library", lambda: True)
+    choose_backend("reference")
+    assert decode_slots() is not None
+    choose_backend(None)
+    monkeypatch.setattr(importlib.import_module("headrace_kernels.backend"), "cpu_problem", lambda: None)
     if lacking:
-        monkeypatch.setitem(TABLE, lacking, ("reference", "triton"))
+        monkeypatch.setitem(TABLE, lacking, ("reference",))
     assert (decode_slots() is None) == (lacking is None)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from headrace_kernels import backend, choose_backend
+from headrace_kernels import Backend, backend, choose_backend
+from headrace_kernels.backend import instruction_set, what_is_missing
 from headrace_kernels.dispatch import objection
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -108,7 +109,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         extra={
             "model": settings.model_name or settings.model.resolve().name,
             "fingerprint": model.fingerprint,
-            "kernels": kernels,
+            **_about(kernels, settings),
             "numerics": settings.numerics,
             "seconds": time.perf_counter() - started,
             "pages": num_pages,
@@ -141,6 +142,15 @@ def _choose_kernels(settings: WorkerSettings) -> None:
     if problem:
         raise StartupError("NO_BACKEND", f"--kernels {name} with --device {settings.device}: {problem}; use auto")
     choose_backend(name)
+
+
+def _about(kernels: Backend, settings: WorkerSettings) -> dict[str, str]:
+    """Return what the log says of the kernels: which, on what instructions, and why none are compiled."""
+    about: dict[str, str] = {"kernels": kernels}
+    if kernels == "cpu":
+        about["isa"] = instruction_set()
+    problem = what_is_missing("cpu") if kernels == "reference" and settings.kernels == "auto" else None
+    return {**about, "not_compiled": problem} if problem else about
 
 
 def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int) -> None:

@@ -1,8 +1,8 @@
 """The compiled kernels: found, loaded, called.
 
 The library holds each family once for every instruction set it was built for (`build`); which one runs is decided here,
-once, by what the machine has. Without the library, or on a machine without such instructions, nothing here is called:
-kernels run on plain torch.
+once, by what the machine has. Where there is no library, or one of other sources, or on a machine without such
+instructions, nothing here is called: kernels run on plain torch, and `problem` says why.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-PATH = Path(__file__).with_name("headrace_cpu.so")
-"""Where `build` puts the library, and where a wheel carries it."""
+from headrace_kernels.cpu.build import LIBRARY, is_current
 
 _log = logging.getLogger(__name__)
 
@@ -44,9 +43,10 @@ def isa() -> str:
     return library.isa
 
 
-def is_available() -> bool:
-    """Return whether compiled kernels run here."""
-    return bool(isa())
+def problem() -> str | None:
+    """Return why compiled kernels can't run here; None: they can."""
+    isa()
+    return _library().problem
 
 
 def takes(dtype: torch.dtype) -> bool:
@@ -55,45 +55,54 @@ def takes(dtype: torch.dtype) -> bool:
 
 
 def call(name: str, arguments: ctypes.Structure, dtype: torch.dtype) -> None:
-    """Run entry `name` on as many threads as torch has.
+    """Run entry `name` on as many threads as torch has here; calls of several threads take turns.
 
     Raises:
         MemoryError: there is none for what it works on.
     """
-    library = _library()
-    library.set_num_threads(torch.get_num_threads())
-    if library.entry(name)(ctypes.byref(arguments), _DTYPES[dtype]):
+    entry = _library().entry(name)
+    if entry(ctypes.byref(arguments), _DTYPES[dtype], torch.get_num_threads()):
         raise MemoryError(f"no memory for what kernel {name} works on")
 
 
-class _Library:
-    def __init__(self) -> None:
-        self.isa = ""
-        self._num_threads = 1
+class Library:
+    """The library at `path`, and the instruction set its kernels run on; `isa` None: the best that the machine has."""
+
+    def __init__(self, path: Path, isa: str | None = None) -> None:
+        self.isa, self.problem = "", self._load(path)
         self._entries: dict[str, Any] = {}
-        if not PATH.exists():
-            return
-        self._dll = ctypes.CDLL(str(PATH))
-        self._dll.headrace_isa.restype = ctypes.c_char_p
-        self.isa = self._dll.headrace_isa().decode()
+        if self.problem is None:
+            self._dll.headrace_isa.restype = ctypes.c_char_p
+            self.isa = isa or self._dll.headrace_isa().decode()
+            if not self.isa:
+                self.problem = "this processor has none of the instructions they are compiled for (AVX2, AVX512)"
 
     def entry(self, name: str) -> Any:
+        """Return the function of entry `name`."""
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = getattr(self._dll, f"headrace_{name}_{self.isa}")
-            entry.argtypes = [ctypes.c_void_p, ctypes.c_int]
+            entry.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         return entry
 
     def use(self, isa: str) -> None:
+        """Let kernels called next run on `isa`."""
         self.isa = isa
         self._entries.clear()
 
-    def set_num_threads(self, count: int) -> None:
-        if count != self._num_threads:
-            self._dll.headrace_set_num_threads(count)
-            self._num_threads = count
+    def _load(self, path: Path) -> str | None:
+        if not path.exists():
+            return f"the library of compiled CPU kernels, {path}, is not there: `make setup` builds it"
+        # Arguments are structures that both sides must see alike: another version would read beyond them.
+        if not is_current(path):
+            return f"{path} was built from other sources: `make setup` builds it"
+        try:
+            self._dll = ctypes.CDLL(str(path))
+        except OSError as error:
+            return f"the library of compiled CPU kernels can't be loaded: {error}"
+        return None
 
 
 @functools.cache
-def _library() -> _Library:
-    return _Library()
+def _library() -> Library:
+    return Library(LIBRARY)

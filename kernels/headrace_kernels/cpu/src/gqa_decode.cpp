@@ -52,6 +52,6 @@ void gqa_decode(const GqaDecode &call) {
 using namespace HEADRACE_ISA;
 
 // See cpu/gqa_decode.py. 0: done; 1: no memory.
-EXPORT int ENTRY(gqa_decode)(const GqaDecode *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? gqa_decode<bf16>(*call) : gqa_decode<float>(*call); });
+EXPORT int ENTRY(gqa_decode)(const GqaDecode *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? gqa_decode<bf16>(*call) : gqa_decode<float>(*call); });
 }

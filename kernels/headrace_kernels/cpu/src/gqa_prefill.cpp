@@ -68,6 +68,6 @@ void gqa_prefill(const GqaPrefill &call) {
 using namespace HEADRACE_ISA;
 
 // See cpu/gqa_prefill.py. 0: done; 1: no memory.
-EXPORT int ENTRY(gqa_prefill)(const GqaPrefill *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? gqa_prefill<bf16>(*call) : gqa_prefill<float>(*call); });
+EXPORT int ENTRY(gqa_prefill)(const GqaPrefill *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? gqa_prefill<bf16>(*call) : gqa_prefill<float>(*call); });
 }

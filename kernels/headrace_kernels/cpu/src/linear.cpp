@@ -1,4 +1,6 @@
 // A linear layer with what stands before and after it: y = norm(x) @ weight.T + bias + residual.
+#include <algorithm>
+
 #include "panel.h"
 #include "pool.h"
 #include "rows.h"
@@ -41,7 +43,7 @@ void linear(const Linear &call, int dtype) {
                 widen(x, call.K, padded, scale, (const T *)call.norm_weight, wide + i * padded);
             }
         });
-        int64_t block = CACHED_FLOATS / padded / MAX_ROWS * MAX_ROWS;
+        int64_t block = CACHED_FLOATS / std::max<int64_t>(padded, 1) / MAX_ROWS * MAX_ROWS;
         block = block < MAX_ROWS ? MAX_ROWS : block;
         int64_t num_blocks = (num_rows + block - 1) / block;
         int64_t wanted = TASKS_PER_THREAD * headrace::num_threads();
@@ -81,6 +83,6 @@ void linear(const Linear &call, int dtype) {
 using namespace HEADRACE_ISA;
 
 // See cpu/linear.py. 0: done; 1: no memory.
-EXPORT int ENTRY(linear)(const Linear *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? linear<bf16>(*call, dtype) : linear<float>(*call, dtype); });
+EXPORT int ENTRY(linear)(const Linear *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? linear<bf16>(*call, dtype) : linear<float>(*call, dtype); });
 }

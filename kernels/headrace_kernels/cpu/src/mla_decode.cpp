@@ -88,6 +88,6 @@ void mla_decode(const MlaDecode &call) {
 using namespace HEADRACE_ISA;
 
 // See cpu/mla_decode.py. 0: done; 1: no memory.
-EXPORT int ENTRY(mla_decode)(const MlaDecode *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? mla_decode<bf16>(*call) : mla_decode<float>(*call); });
+EXPORT int ENTRY(mla_decode)(const MlaDecode *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? mla_decode<bf16>(*call) : mla_decode<float>(*call); });
 }

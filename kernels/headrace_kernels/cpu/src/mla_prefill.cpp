@@ -118,6 +118,6 @@ void mla_prefill(const MlaPrefill &call) {
 using namespace HEADRACE_ISA;
 
 // See cpu/mla_prefill.py. 0: done; 1: no memory.
-EXPORT int ENTRY(mla_prefill)(const MlaPrefill *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? mla_prefill<bf16>(*call) : mla_prefill<float>(*call); });
+EXPORT int ENTRY(mla_prefill)(const MlaPrefill *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? mla_prefill<bf16>(*call) : mla_prefill<float>(*call); });
 }

@@ -72,6 +72,6 @@ void mla_prologue(const MlaPrologue &call) {
 using namespace HEADRACE_ISA;
 
 // See cpu/mla_prologue.py. 0: done; 1: no memory.
-EXPORT int ENTRY(mla_prologue)(const MlaPrologue *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? mla_prologue<bf16>(*call) : mla_prologue<float>(*call); });
+EXPORT int ENTRY(mla_prologue)(const MlaPrologue *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? mla_prologue<bf16>(*call) : mla_prologue<float>(*call); });
 }

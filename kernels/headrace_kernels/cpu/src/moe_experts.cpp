@@ -2,7 +2,7 @@
 //
 // Each expert's weights are read once, by the rows of the tokens that chose it; experts nobody chose are not read. Who
 // owns columns of the output adds the experts up in their order, so nothing is scattered and the order of a sum is one.
-#include <cstdlib>
+#include <algorithm>
 
 #include "panel.h"
 #include "pool.h"
@@ -77,7 +77,7 @@ void some_tokens(const MoeExperts &call, int dtype, int64_t first, int64_t count
                   wide + i * padded);
     });
 
-    int64_t size = panel_size(call.N, dtype), block = CACHED_FLOATS / padded / MAX_ROWS * MAX_ROWS;
+    int64_t size = panel_size(call.N, dtype), block = CACHED_FLOATS / std::max<int64_t>(padded, 1) / MAX_ROWS * MAX_ROWS;
     block = block < MAX_ROWS ? MAX_ROWS : block;
     int64_t wanted = 6 * headrace::num_threads(), panels_a_task = hidden_panels * num_active / wanted;
     panels_a_task = panels_a_task < 1 ? 1 : panels_a_task > hidden_panels ? hidden_panels : panels_a_task;
@@ -124,7 +124,7 @@ void some_tokens(const MoeExperts &call, int dtype, int64_t first, int64_t count
 
 template <class T>
 void moe_experts(const MoeExperts &call, int dtype) {
-    int64_t width = (call.I + LANES - 1) / LANES * LANES, most = HIDDEN_FLOATS / width / call.K;
+    int64_t width = (call.I + LANES - 1) / LANES * LANES, most = HIDDEN_FLOATS / std::max<int64_t>(width * call.K, 1);
     most = most < MAX_ROWS ? MAX_ROWS : most > MOST_TOKENS ? MOST_TOKENS : most;
     for (int64_t first = 0; first < call.num_tokens; first += most)
         some_tokens<T>(call, dtype, first, call.num_tokens - first < most ? call.num_tokens - first : most);
@@ -136,7 +136,7 @@ void moe_experts(const MoeExperts &call, int dtype) {
 using namespace HEADRACE_ISA;
 
 // See cpu/moe_experts.py. 0: done; 1: no memory.
-EXPORT int ENTRY(moe_experts)(const MoeExperts *call, int dtype) {
-    return headrace::guarded(
-        [&] { dtype == BFLOAT16 ? moe_experts<bf16>(*call, dtype) : moe_experts<float>(*call, dtype); });
+EXPORT int ENTRY(moe_experts)(const MoeExperts *call, int dtype, int num_threads) {
+    return headrace::in_turn(
+        num_threads, [&] { dtype == BFLOAT16 ? moe_experts<bf16>(*call, dtype) : moe_experts<float>(*call, dtype); });
 }

@@ -102,6 +102,6 @@ void moe_router(const MoeRouter &call) {
 using namespace HEADRACE_ISA;
 
 // See cpu/moe_router.py. 0: done; 1: no memory.
-EXPORT int ENTRY(moe_router)(const MoeRouter *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? moe_router<bf16>(*call) : moe_router<float>(*call); });
+EXPORT int ENTRY(moe_router)(const MoeRouter *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? moe_router<bf16>(*call) : moe_router<float>(*call); });
 }

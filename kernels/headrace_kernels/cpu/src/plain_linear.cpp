@@ -66,6 +66,6 @@ void plain_linear(const PlainLinear &call) {
 using namespace HEADRACE_ISA;
 
 // See cpu/linear.py. 0: done; 1: no memory.
-EXPORT int ENTRY(plain_linear)(const PlainLinear *call, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? plain_linear<bf16>(*call) : plain_linear<float>(*call); });
+EXPORT int ENTRY(plain_linear)(const PlainLinear *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? plain_linear<bf16>(*call) : plain_linear<float>(*call); });
 }

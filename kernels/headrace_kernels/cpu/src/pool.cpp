@@ -1,9 +1,10 @@
 #include "pool.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdlib>
-#include <mutex>
-#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,7 +24,12 @@ constexpr int SPINS = 1500;
 class Pool {
    public:
     explicit Pool(int num_threads) {
-        for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { work(i); });
+        threads_.reserve(num_threads - 1);
+        try {
+            for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { work(i); });
+        } catch (const std::system_error &) {
+            // The system gives no more threads: those that are there do the work.
+        }
     }
 
     ~Pool() {
@@ -107,7 +113,19 @@ class Pool {
 };
 
 std::mutex turn;
+// Never freed when the process ends: its threads sleep until then.
 Pool *pool = nullptr;
+int num_wanted = 1;
+
+// A fork's child has no threads but the one that forked: it makes its own. Nothing runs while a process forks.
+void before_fork() { turn.lock(); }
+void after_fork_in_parent() { turn.unlock(); }
+void after_fork_in_child() {
+    pool = nullptr;
+    num_wanted = 1;
+    new (&turn) std::mutex;
+}
+[[maybe_unused]] const int forks = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 
 struct Block {
     void *memory = nullptr;
@@ -117,6 +135,15 @@ struct Block {
 
 }  // namespace
 
+Turn::Turn(int num_threads) : lock_(turn) {
+    if (num_threads == num_wanted) return;
+    delete pool;
+    pool = nullptr;
+    num_wanted = 1;
+    if (num_threads > 1) pool = new Pool(num_threads);
+    num_wanted = num_threads;
+}
+
 int num_threads() { return pool == nullptr ? 1 : pool->num_threads(); }
 
 void run(int64_t num_tasks, void (*body)(void *, int64_t, int), void *context) {
@@ -124,7 +151,6 @@ void run(int64_t num_tasks, void (*body)(void *, int64_t, int), void *context) {
         for (int64_t task = 0; task < num_tasks; task++) body(context, task, 0);
         return;
     }
-    std::lock_guard<std::mutex> lock(turn);
     pool->run(num_tasks, body, context);
 }
 
@@ -145,13 +171,8 @@ void *scratch(int place, size_t bytes) {
 
 }  // namespace headrace
 
-// Let kernels run on so many threads, the caller among them; not while one runs.
-extern "C" __attribute__((visibility("default"))) void headrace_set_num_threads(int num_threads) {
-    std::lock_guard<std::mutex> lock(headrace::turn);
-    if (num_threads == headrace::num_threads()) return;
-    delete headrace::pool;
-    headrace::pool = num_threads > 1 ? new headrace::Pool(num_threads) : nullptr;
-}
+// A checksum of the sources that this was built from (build.py).
+extern "C" __attribute__((visibility("default"))) const char *headrace_sources() { return HEADRACE_SOURCES; }
 
 // The best instruction set of this machine that the library was built for; "" if there is none.
 extern "C" __attribute__((visibility("default"))) const char *headrace_isa() {

@@ -6,15 +6,27 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <new>
 
 namespace headrace {
 
-// Threads that take tasks, the caller among them.
+// A kernel's turn: calls of several threads take turns, each as a whole, so that what a call has worked out from
+// num_threads() holds until it ends, however many threads the next one wants.
+class Turn {
+   public:
+    // Wait for the turn, and let it run on so many threads, the caller among them; on fewer if there are no more to get.
+    explicit Turn(int num_threads);
+
+   private:
+    std::lock_guard<std::mutex> lock_;
+};
+
+// Threads that take tasks in this turn, the caller among them.
 int num_threads();
 
 // Run `body(context, task, thread)` for every task of 0 ... `num_tasks`, in any order; thread is below num_threads().
-// Calls of several threads take turns.
+// A body throws nothing.
 void run(int64_t num_tasks, void (*body)(void *context, int64_t task, int thread), void *context);
 
 template <class Body>
@@ -31,10 +43,12 @@ T *scratch_of(int place, size_t count) {
     return static_cast<T *>(scratch(place, count * sizeof(T)));
 }
 
-// What an entry returns: 0, or 1 if there is no memory for its scratch. Nothing is thrown across the C interface.
+// What an entry does: `call`, in a turn of its own. It returns 0, or 1 if there is no memory for its scratch. Nothing is
+// thrown across the C interface.
 template <class Call>
-int guarded(Call &&call) {
+int in_turn(int num_threads, Call &&call) {
     try {
+        Turn turn(num_threads);
         call();
         return 0;
     } catch (const std::bad_alloc &) {

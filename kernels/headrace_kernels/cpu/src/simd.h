@@ -21,16 +21,29 @@
 namespace HEADRACE_ISA {
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLED(x, ...) __builtin_shuffle(x, vint{__VA_ARGS__})
+#endif
 
 constexpr int LANES = 16;
-#if defined(__AVX512F__)
+// Tests force a width of 16 where there are no such registers: the compiler makes two of each vector.
+#ifndef HEADRACE_WIDTH
+#ifdef __AVX512F__
 #define HEADRACE_WIDTH 16
+#else
+#define HEADRACE_WIDTH 8
+#endif
+#endif
+#if HEADRACE_WIDTH == 16
 constexpr int MAX_ROWS = 12;  // of a block: their sums fill the registers
 #define MAX_ROWS_IS_12 1
 #else
-#define HEADRACE_WIDTH 8
 constexpr int MAX_ROWS = 6;
+#define MAX_ROWS_IS_12 0
 #endif
 constexpr int WIDTH = HEADRACE_WIDTH;
 constexpr int PARTS = LANES / WIDTH;
@@ -144,13 +157,13 @@ INLINE Lanes add_product(const Lanes &a, const Lanes &b, const Lanes &sum) {
 INLINE float add_up(const Lanes &x) {
 #if HEADRACE_WIDTH == 16
     vfloat sum = x.part[0];
-    sum = sum + __builtin_shuffle(sum, vint{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    sum = sum + __builtin_shuffle(sum, vint{4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15});
-    sum = sum + __builtin_shuffle(sum, vint{2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
+    sum = sum + SHUFFLED(sum, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    sum = sum + SHUFFLED(sum, 4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15);
+    sum = sum + SHUFFLED(sum, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
     vfloat sum = x.part[0] + x.part[1];
-    sum = sum + __builtin_shuffle(sum, vint{4, 5, 6, 7, 0, 1, 2, 3});
-    sum = sum + __builtin_shuffle(sum, vint{2, 3, 0, 1, 4, 5, 6, 7});
+    sum = sum + SHUFFLED(sum, 4, 5, 6, 7, 0, 1, 2, 3);
+    sum = sum + SHUFFLED(sum, 2, 3, 0, 1, 4, 5, 6, 7);
 #endif
     return sum[0] + sum[1];
 }
@@ -162,12 +175,12 @@ INLINE float greatest(const Lanes &x) {
     vfloat out = splat(-INFINITY);
     UNROLL for (int i = 0; i < PARTS; i++) out = greater(x.part[i], out);
 #if HEADRACE_WIDTH == 16
-    out = greater(__builtin_shuffle(out, vint{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}), out);
-    out = greater(__builtin_shuffle(out, vint{4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15}), out);
-    out = greater(__builtin_shuffle(out, vint{2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}), out);
+    out = greater(SHUFFLED(out, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7), out);
+    out = greater(SHUFFLED(out, 4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15), out);
+    out = greater(SHUFFLED(out, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), out);
 #else
-    out = greater(__builtin_shuffle(out, vint{4, 5, 6, 7, 0, 1, 2, 3}), out);
-    out = greater(__builtin_shuffle(out, vint{2, 3, 0, 1, 4, 5, 6, 7}), out);
+    out = greater(SHUFFLED(out, 4, 5, 6, 7, 0, 1, 2, 3), out);
+    out = greater(SHUFFLED(out, 2, 3, 0, 1, 4, 5, 6, 7), out);
 #endif
     return out[1] > out[0] ? out[1] : out[0];
 }
