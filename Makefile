@@ -16,6 +16,9 @@ MUTMUT := build/mutants/tool/.installed
 COMPOSE := build/compose/tool/.installed
 HELM := build/helm/.installed
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
+# Compiled kernels for CPUs: of the sources as they are (kernels/headrace_kernels/cpu/build.py).
+CPU_KERNELS := kernels/headrace_kernels/cpu
+CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -28,7 +31,12 @@ $(STAMP):
 	@tools/setup-venv.sh $(PYTHON) $(VENV)
 	@rm -f $(VENV)/.installed-* && touch $@
 
-setup: $(STAMP) ## Install everything into .venv (done by every other target)
+# Not there without a compiler: then each target says in one line what runs instead, and goes on.
+$(CPU_LIBRARY): $(CPU_KERNELS)/build.py $(wildcard $(CPU_KERNELS)/src/*) | $(STAMP)
+	@$(BIN)/python -P $<
+	@[ ! -e $@ ] || touch $@  # newer than its sources: of a switched branch they may be the same, but younger
+
+setup: $(STAMP) $(CPU_LIBRARY) ## Install everything into .venv (done by every other target)
 
 demo: setup ## Start router, prefill and decode; stream a story; show where its time went
 	@$(BIN)/headrace demo

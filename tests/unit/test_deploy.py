@@ -37,6 +37,16 @@ def test_every_package_of_the_wheel_reaches_the_images(package):
     assert f"!{folder}\n" in (ROOT / ".dockerignore").read_text()
 
 
+def test_the_wheel_of_the_images_carries_the_compiled_kernels():
+    hook = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["path"]
+    assert (ROOT / hook).is_file()
+    assert f"COPY {Path(hook).parent} " in DOCKERFILE
+    (stage,) = re.findall(r"^FROM build AS wheel$(.*?)^FROM", DOCKERFILE, re.M | re.S)
+    assert "install -y --no-install-recommends g++" in stage
+    assert "HEADRACE_REQUIRE_CPU_KERNELS=1 /opt/tool/bin/pip wheel" in stage
+    assert "**/headrace_cpu.so\n" in (ROOT / ".dockerignore").read_text(), "none of another machine's"
+
+
 def test_every_image_can_send_traces():
     command = [sys.executable, "deploy/docker/needs.py", "router"]
     needs = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
