@@ -72,7 +72,7 @@ def test_predictions_are_those_of_the_steps_that_ran(workers, model_dir):
         sum(step.time_s for step in steps) / 8 * 1e6
     )
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
-    assert rows["attention_absorbed"]["bound"] == "memory"
+    assert rows["attention_absorbed+absorb_value"]["bound"] == "memory"
     assert rows["sampling"]["ratio"] is None
     assert all(row["measured_us"] > 0 for row in rows.values())
 

@@ -18,6 +18,6 @@ void store_latents(const LatentRows &rows) {
 using namespace HEADRACE_ISA;
 
 // See cpu/latent_store.py. 0: done; 1: no memory.
-EXPORT int ENTRY(latent_norm_rope_store)(const LatentRows *rows, int dtype) {
-    return headrace::guarded([&] { dtype == BFLOAT16 ? store_latents<bf16>(*rows) : store_latents<float>(*rows); });
+EXPORT int ENTRY(latent_norm_rope_store)(const LatentRows *rows, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? store_latents<bf16>(*rows) : store_latents<float>(*rows); });
 }
