@@ -59,7 +59,9 @@ def test_at_rest_every_query_is_understood_and_gives_numbers(prometheus):
 def test_under_load_every_query_shows_what_its_metric_counts(cluster, prometheus):
     with Client(cluster.router_address) as client, ThreadPoolExecutor(4) as threads:
         params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-        list(threads.map(lambda _: client.generate(PROMPT, params), range(8)))
+        for first_words in ("One day. ", "One night. "):  # what is new in the first is counted on in the second
+            list(threads.map(lambda _, words=first_words: client.generate(words + PROMPT, params), range(8)))
+            prometheus.wait_scraped()
     counted = "sum(headrace_op_sampled_steps_total) > 0"  # once the worker has measured its machine, beside its steps
     deadline_s = time.monotonic() + 4 * WAIT_S
     while not prometheus.query(counted):
