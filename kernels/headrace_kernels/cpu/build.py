@@ -61,9 +61,9 @@ def isas() -> Mapping[str, tuple[str, ...]]:
     Raises:
         NoCompilerError: there is none for this system.
     """
-    machine = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
+    machine = _machine()
     if machine not in _ISAS or sys.platform != "linux":
-        raise NoCompilerError(f"there are no compiled kernels for {sys.platform} on {platform.machine()}")
+        raise NoCompilerError(f"there are no compiled kernels for {sys.platform} on {machine}")
     return _ISAS[machine]
 
 
@@ -111,8 +111,13 @@ def find_compiler() -> list[str]:
     if named:
         raise NoCompilerError(f"no C++ compiler: CXX={named} is not there")
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "c++"]
+        # By itself it compiles for this very processor and C library; the library must run on others, too.
+        return [sys.executable, "-m", "ziglang", "c++", "-target", f"{_machine()}-linux-gnu.2.28"]
     raise NoCompilerError("no C++ compiler: install g++, or `pip install ziglang`")
+
+
+def _machine() -> str:
+    return platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
 
 
 def ensure(library: Path) -> str | None:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define PAUSE() _mm_pause()
 #else
@@ -127,6 +128,23 @@ void after_fork_in_child() {
 }
 [[maybe_unused]] const int forks = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 
+#if defined(__x86_64__)
+// What the processor has and the system saves; asked here, because not every compiler's runtime knows.
+bool has_avx(bool is_512) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+    constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27;
+    if ((c & (FMA | OSXSAVE)) != (FMA | OSXSAVE)) return false;
+    unsigned saved, high, registers = is_512 ? 0xe6 : 0x6;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & registers) != registers) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned AVX2 = 1u << 5, F = 1u << 16, DQ = 1u << 17, BW = 1u << 30, VL = 1u << 31;
+    unsigned wanted = is_512 ? AVX2 | F | DQ | BW | VL : AVX2;
+    return (b & wanted) == wanted;
+}
+#endif
+
 struct Block {
     void *memory = nullptr;
     size_t bytes = 0;
@@ -177,12 +195,7 @@ extern "C" __attribute__((visibility("default"))) const char *headrace_sources()
 // The best instruction set of this machine that the library was built for; "" if there is none.
 extern "C" __attribute__((visibility("default"))) const char *headrace_isa() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        return "avx512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-    return "";
+    return headrace::has_avx(true) ? "avx512" : headrace::has_avx(false) ? "avx2" : "";
 #elif defined(__aarch64__)
     return "neon";
 #else
