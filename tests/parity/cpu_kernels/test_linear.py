@@ -85,6 +85,24 @@ def test_a_row_of_nan_stays_in_its_row(form, dtype):
         assert torch.equal(out[[0, 1, 2, 3, 5, 6, 7, 8]], whole[[0, 1, 2, 3, 5, 6, 7, 8]])
 
 
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("spoilt", ["weight", "bias", "norm", "residual"])
+def test_what_is_not_finite_in_a_weight_shows(spoilt, value, dtype):
+    held = {"weight": plain(35, 37, dtype=dtype), "bias": plain(35, dtype=dtype), "norm": plain(37, dtype=dtype)}
+    held["residual"], x = random(3, 35, dtype=dtype), plain(3, 37, dtype=dtype)
+    held[spoilt][..., -1] = value
+    packed = Linear(held["weight"], held["bias"])
+    results = {
+        "packed": packed(x),
+        "plain": linear(x, held["weight"], held["bias"]),
+        "after_norm": packed.after_norm(x, held["norm"], EPS),
+        "added_to": packed.added_to(held["residual"], x),
+    }
+    only = {"norm": ["after_norm"], "residual": ["added_to"]}.get(spoilt, list(results))
+    for form, result in results.items():
+        assert result[:, -1].isfinite().all() == (form not in only), form
+
+
 def test_what_does_not_fit_is_refused_before_memory_is_read(dtype):
     packed, weight, _ = layer(5, 8, dtype)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32

@@ -109,6 +109,20 @@ def test_experts_nobody_chose_are_not_read_and_a_token_of_nan_stays_alone(dtype)
         assert torch.equal(out[others], whole[others])
 
 
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("spoilt", ["gate", "up", "down", "weights", "residual"])
+def test_what_is_not_finite_in_a_weight_shows(spoilt, value, dtype):
+    layer, inputs = Layer(40, 24, 2, dtype), tokens(3, 40, 2, 2, dtype)
+    gate, up = layer.gate_up[1].to(dtype).chunk(2)
+    held = {"gate": gate, "up": up, "down": layer.down[1].to(dtype), "weights": inputs[2], "residual": inputs[3]}
+    held[spoilt][-1, -1] = value
+    layer.held.put(1, gate, up, held["down"])
+    out = layer(*inputs)
+    assert not out[2, -1].isfinite()
+    if spoilt in ("weights", "residual"):
+        assert out[:2].isfinite().all()
+
+
 def test_tensors_that_do_not_fit_are_refused(dtype):
     layer, (x, experts, weights, residual) = Layer(40, 24, 6, dtype), tokens(9, 40, 6, 3, dtype)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
