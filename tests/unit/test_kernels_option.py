@@ -11,7 +11,7 @@ from headrace_core.model.step_inputs import prepare_step
 from headrace_core.testing.pretend_gpu import pretend_gpu, recording
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_core.worker.loading import load_worker_model
-from headrace_kernels import choose_backend, use_backend
+from headrace_kernels import choose_backend
 from headrace_kernels.dispatch import TABLE
 
 

@@ -86,7 +86,8 @@ def build(to: Path, sets: Mapping[str, tuple[str, ...]], families: frozenset[str
         for name in names:
             jobs += [_job(name, isa, (f"-DHEADRACE_ISA={isa}", *flags), folder) for isa, flags in sets.items()]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(lambda job: subprocess.run([*compiler, *_FLAGS, *job], check=True), jobs))
+            for running in [pool.submit(subprocess.run, [*compiler, *_FLAGS, *job], check=True) for job in jobs]:
+                running.result()
         made = Path(folder) / to.name
         objects = [job[-1] for job in jobs]
         subprocess.run([*compiler, "-shared", "-pthread", *objects, "-o", str(made)], check=True)
