@@ -24,6 +24,7 @@ from torch import Tensor
 Backend = Literal["reference", "cpu", "triton", "aiter"]
 
 _CPU_LIBRARY = "headrace_kernels.cpu.library"
+_CPU_AGREEMENT = "headrace_kernels.cpu.agreement"
 
 _forced: ContextVar[Backend | None] = ContextVar("forced_backend", default=None)
 _chosen: Backend | None = None
@@ -93,6 +94,8 @@ def what_is_missing(name: Backend) -> str | None:
 def cpu_problem() -> str | None:
     """Return why the compiled CPU kernels can't run here; None: their library is there, for this processor."""
     problem: str | None = import_module(_CPU_LIBRARY).problem()
+    if problem is None:
+        import_module(_CPU_AGREEMENT).settle()
     return problem
 
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from headrace_kernels.cpu import build
+import torch
+from headrace_kernels.cpu import agreement, build, library
 from headrace_kernels.cpu.library import Library
 
 
@@ -110,3 +111,24 @@ def test_the_build_needs_nothing_but_python(tmp_path):
     """It runs before anything is installed."""
     code = f"import runpy, sys; runpy.run_path({build.__file__!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("do_agree", [True, False])
+def test_a_wider_set_runs_where_it_gives_the_same_bits_alone(do_agree, monkeypatch, caplog):
+    asked, used = [], []
+    monkeypatch.setattr(agreement.library, "isa", lambda: "avx512")
+    monkeypatch.setattr(agreement.library, "use", used.append)
+    monkeypatch.setattr(agreement, "_results", lambda dtype: asked.append(used[-1]) or [torch.tensor(len(asked) % 2)])
+    monkeypatch.setattr(agreement.torch, "equal", lambda *_: do_agree)
+    agreement.settle()
+    assert asked == ["avx2", "avx2", "avx512", "avx512"]
+    assert used[2:] == ([] if do_agree else ["avx2"])
+    assert ("avx2 runs" in caplog.text) is not do_agree
+
+
+def test_what_is_compared_is_many_numbers_and_no_two_alike(monkeypatch):
+    if library.problem() is not None:
+        pytest.skip(library.problem())
+    results = [tensor for dtype in (torch.float32, torch.bfloat16) for tensor in agreement._results(dtype)]
+    assert len(results) == 22
+    assert all(tensor.isfinite().all() and len(tensor.unique()) > 1 for tensor in results)

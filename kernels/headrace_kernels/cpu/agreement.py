@@ -6,22 +6,37 @@ inputs of each kind of loop tell, in milliseconds, when the library is first ask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from headrace_kernels.cpu import library
 from headrace_kernels.routing_rule import RoutedTokens, Router, RoutingRule
+
+_log = logging.getLogger(__name__)
+
+_NARROWER = {"avx512": "avx2"}
 
 _ROWS, _HIDDEN, _WIDTH, _EXPERTS = 13, 70, 35, 6
 _HEADS, _LATENT, _ROPE, _NOPE, _VALUE, _PAGE = 7, 48, 10, 18, 20, 16
 
 
-def do_agree(use: Callable[[str], None], first: str, second: str) -> bool:
-    """Return whether both give the same bits; `use` lets what is called next run on an instruction set."""
+def settle() -> None:
+    """Let kernels run on the narrower instruction set if the wider one computes anything else here."""
+    wider = library.isa()
+    narrower = _NARROWER.get(wider)
+    if narrower is not None and not do_agree(narrower, wider):
+        _log.error("compiled kernels for %s and %s disagree here: %s runs; please report it", wider, narrower, narrower)
+        library.use(narrower)
+
+
+def do_agree(first: str, second: str) -> bool:
+    """Return whether both instruction sets give the same bits; kernels run on `second` then."""
     found: list[list[Tensor]] = []
     for isa in (first, second):
-        use(isa)
+        library.use(isa)
         found.append([tensor for dtype in (torch.float32, torch.bfloat16) for tensor in _results(dtype)])
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

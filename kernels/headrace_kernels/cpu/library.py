@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +16,21 @@ import torch
 
 from headrace_kernels.cpu.build import LIBRARY, is_current
 
-_log = logging.getLogger(__name__)
-
-_NARROWER = {"avx512": "avx2"}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-@functools.cache
 def isa() -> str:
-    """Return the instruction set that kernels run on: "avx512", "avx2", "neon"; "" where none of them can.
+    """Return the instruction set that kernels run on: "avx512", "avx2", "neon"; "" where none of them can."""
+    return _library().isa
 
-    The wider one is compared with the narrower one first, and does not run where they differ.
-    """
-    library = _library()
-    narrower = _NARROWER.get(library.isa)
-    if narrower is not None:
-        from headrace_kernels.cpu.agreement import do_agree
 
-        wider = library.isa
-        if not do_agree(library.use, narrower, wider):
-            _log.error(
-                "compiled kernels for %s and %s disagree here: %s runs; please report it", wider, narrower, narrower
-            )
-            library.use(narrower)
-    return library.isa
+def use(isa: str) -> None:
+    """Let kernels that are called next run on `isa`, which this machine must have."""
+    _library().use(isa)
 
 
 def problem() -> str | None:
     """Return why compiled kernels can't run here; None: they can."""
-    isa()
     return _library().problem
 
 
@@ -86,7 +71,7 @@ class Library:
         return entry
 
     def use(self, isa: str) -> None:
-        """Let kernels called next run on `isa`."""
+        """See the function of this name."""
         self.isa = isa
         self._entries.clear()
 
