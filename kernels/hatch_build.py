@@ -1,8 +1,7 @@
 """Hatch's hook: a wheel carries the compiled kernels for CPUs, and so is one for this platform.
 
-Without a compiler the wheel is a pure one, with a warning: its kernels run on plain torch.
-HEADRACE_REQUIRE_CPU_KERNELS=1 makes that an error, as where images are built. An editable install has the library that
-`make setup` builds.
+Without a compiler the wheel is a pure one, with a warning: its kernels run on plain torch. That is an error with
+HEADRACE_REQUIRE_CPU_KERNELS=1, as where images are built. An editable install has the library that `make setup` builds.
 """
 
 from __future__ import annotations

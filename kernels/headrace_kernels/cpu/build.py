@@ -90,8 +90,12 @@ def build(to: Path, sets: Mapping[str, tuple[str, ...]], families: frozenset[str
                 running.result()
         made = Path(folder) / to.name
         objects = [job[-1] for job in jobs]
-        subprocess.run([*compiler, "-shared", "-pthread", *objects, "-o", str(made)], check=True)
+        _run([*compiler, "-shared", "-pthread", *objects, "-o", str(made)])
         made.replace(to)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True)
 
 
 def _job(name: str, isa: str, flags: tuple[str, ...], folder: str) -> list[str]:
