@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from headrace_core.testing.async_test import WAIT_S
+from headrace_kernels import use_backend
 from headrace_kernels.gqa_prefill import gqa_prefill
 from headrace_kernels.linear import Linear
 
@@ -61,17 +63,20 @@ def test_threads_of_one_process_may_want_different_numbers_at_once():
 @pytest.fixture
 def busy():
     """Another thread that computes on two threads all the time."""
-    is_over = threading.Event()
+    is_begun, is_over = threading.Event(), threading.Event()
     # Long: what forks holds the interpreter's lock, for which short ones would wait, done.
-    x, linear = plain(300, 1000, dtype=torch.float32), Linear(plain(1000, 1000, dtype=torch.float32))
+    x, linear = plain(600, 2000, dtype=torch.float32), Linear(plain(2000, 2000, dtype=torch.float32))
 
     def work():
         torch.set_num_threads(2)
-        while not is_over.is_set():
-            linear(x)
+        with use_backend("cpu"):
+            while not is_over.is_set():
+                linear(x)
+                is_begun.set()
 
     worker = threading.Thread(target=work)
     worker.start()
+    assert is_begun.wait(WAIT_S)
     yield
     is_over.set()
     worker.join()
@@ -91,7 +96,7 @@ def test_a_child_that_was_forked_while_a_kernel_ran_computes_with_threads_of_its
     queue = context.SimpleQueue()
     child = context.Process(target=in_child, args=(queue, call, threads))
     child.start()
-    child.join(30)
+    child.join(WAIT_S)
     if child.is_alive():
         child.kill()
         child.join()
@@ -115,7 +120,7 @@ def test_threads_that_the_system_does_not_give_are_done_without():
 
     child = context.Process(target=limited, args=(queue,))
     child.start()
-    child.join(60)
+    child.join(WAIT_S)
     assert child.exitcode == 0
     assert torch.equal(torch.tensor(queue.get()), expected)
 
