@@ -11,6 +11,12 @@ from headrace_kernels.cpu import agreement, build, library
 from headrace_kernels.cpu.library import Library
 
 
+@pytest.fixture(autouse=True)
+def nothing_in_the_environment(monkeypatch):
+    for name in ("CXX", "HEADRACE_REQUIRE_CPU_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """The compiler's commands, none of which runs: what they would write holds the sources' checksum."""
@@ -51,7 +57,6 @@ def test_it_is_built_again_when_a_source_or_a_flag_changes(runs, tmp_path, monke
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(build, "is_current", lambda _: False)

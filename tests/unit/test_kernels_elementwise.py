@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_kernels import backend, use_backend
 from headrace_kernels.rms_norm import rms_norm, rms_norm_ref
 from headrace_kernels.rope import rope
 
@@ -65,10 +64,3 @@ def test_rotation_keeps_lengths_and_scores_depend_on_distance_alone():
 def test_rope_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="cos"):
         rope(torch.zeros(2, 1, 8), *angles(2, 6), is_interleaved=False)
-
-
-def test_cpu_tensors_run_on_plain_torch_unless_told_otherwise():
-    assert backend(torch.zeros(1)) == "reference"
-    with use_backend("triton"):
-        assert backend(torch.zeros(1)) == "triton"
-    assert backend(torch.zeros(1)) == "reference"
