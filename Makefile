@@ -193,4 +193,4 @@ lock: setup ## Write requirements.lock from what is installed
 	tools/write-lock.sh
 
 clean: ## Remove what was built; .venv stays
-	rm -rf build .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build .pytest_cache .ruff_cache .import_linter_cache $(CPU_LIBRARY)
