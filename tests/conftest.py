@@ -1,6 +1,7 @@
 """For every test: hypothesis judges results, never wall-clock. For tests of clusters: the demo model and its oracle."""
 
 import collections
+import logging
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests press Ctrl-C. What a shell starts in the background ignores the signal, and so would its children.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What a test set up to log may write to a stream that pytest has closed. A thread of a test before that logs then would
+# put a traceback into what the next one captures.
+logging.raiseExceptions = False
 
 settings.register_profile("headrace", deadline=None)
 # `make mutants` (tests/mutants) runs tests thousands of times: always the same examples, and none made smaller.

@@ -28,7 +28,7 @@ LIBRARY = Path(__file__).with_name("headrace_cpu.so")
 """Where the library is, here and in a wheel."""
 
 SOURCES = Path(__file__).with_name("src")
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread")
+_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-pthread")
 _ISAS = {
     "x86_64": {
         "avx2": ("-mavx2", "-mfma"),

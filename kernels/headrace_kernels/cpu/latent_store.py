@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from headrace_kernels.cpu.arguments import structure
-from headrace_kernels.cpu.latent_rows import FIELDS, does_take, values
+from headrace_kernels.cpu.latent_rows import FIELDS, does_take, plain_rows, values
 from headrace_kernels.cpu.library import call
 from headrace_kernels.reference import latent_store as reference
 
@@ -31,7 +31,9 @@ def latent_norm_rope_store(
 ) -> None:
     """See `headrace_kernels.latent_store.latent_norm_rope_store`."""
     row = (c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping)
-    if does_take(c_kv, cos, sin, cache, slot_mapping):
-        call("latent_norm_rope_store", _LatentRows(*values(*row, eps=eps, is_interleaved=is_interleaved)), c_kv.dtype)
-    else:
+    if not does_take(c_kv, cos, sin, slot_mapping):
         reference.latent_norm_rope_store(*row, eps=eps, is_interleaved=is_interleaved)
+        return
+    with plain_rows(c_kv, k_pe, cache, slot_mapping) as places:
+        arguments = values(c_kv, k_pe, norm_weight, cos, sin, *places, eps=eps, is_interleaved=is_interleaved)
+        call("latent_norm_rope_store", _LatentRows(*arguments), c_kv.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from headrace_kernels.cpu.arguments import ADDRESS, INT, structure
-from headrace_kernels.cpu.latent_rows import FIELDS, does_take, values
+from headrace_kernels.cpu.latent_rows import FIELDS, does_take, plain_rows, values
 from headrace_kernels.cpu.library import call
 from headrace_kernels.reference import mla_prologue as reference
 
@@ -40,21 +40,22 @@ def mla_prologue(
 ) -> Tensor:
     """See `headrace_kernels.mla_prologue.mla_prologue`."""
     row = (c_kv, k_pe, norm_weight, cos, sin, cache, slot_mapping)
-    if not does_take(c_kv, cos, sin, cache, slot_mapping):
+    if not does_take(c_kv, cos, sin, slot_mapping):
         return reference.mla_prologue(query, w_uk, *row, eps=eps, is_interleaved=is_interleaved)
     num_rows, num_heads, _ = query.shape
     out = query.new_empty(num_rows, num_heads, c_kv.shape[1] + k_pe.shape[1])
-    arguments = _MlaPrologue(
-        *values(*row, eps=eps, is_interleaved=is_interleaved),
-        query.data_ptr(),
-        query.stride(0),
-        query.stride(1),
-        num_heads,
-        w_uk.shape[1],
-        w_uk.data_ptr(),
-        w_uk.stride(0),
-        w_uk.stride(1),
-        out.data_ptr(),
-    )
-    call("mla_prologue", arguments, query.dtype)
+    with plain_rows(c_kv, k_pe, cache, slot_mapping) as places:
+        arguments = _MlaPrologue(
+            *values(c_kv, k_pe, norm_weight, cos, sin, *places, eps=eps, is_interleaved=is_interleaved),
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            num_heads,
+            w_uk.shape[1],
+            w_uk.data_ptr(),
+            w_uk.stride(0),
+            w_uk.stride(1),
+            out.data_ptr(),
+        )
+        call("mla_prologue", arguments, query.dtype)
     return out
