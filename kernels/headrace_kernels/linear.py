@@ -31,7 +31,14 @@ class Linear:
         """Take `weight` [O, I] and `bias` [O]; the caller drops its own reference.
 
         With `is_packed` False the weight is shared as it is, and so it is where the backend packs none.
+
+        Raises:
+            ValueError: `bias` does not fit `weight`.
         """
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.stride(0) != 1):
+            raise ValueError(
+                f"bias {tuple(bias.shape)} {bias.dtype} does not fit weight {tuple(weight.shape)} {weight.dtype}"
+            )
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         # What packed a weight is what can read it, whatever backend is in force later.
@@ -54,6 +61,8 @@ class Linear:
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Return `residual` [T, O] and this layer of `x` [T, I]: see `decode_linear.linear_add`."""
+        if residual.shape[1] != self.out_features:
+            raise ValueError(f"residual {tuple(residual.shape)} does not fit {self.out_features} outputs")
         if not self.is_packed:
             return linear_add(x, self.weight, residual, self.bias)
         return self._kernels.packed_linear_add(x, self.weight, residual, self.bias)

@@ -24,7 +24,7 @@ def check(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
     Raises:
         ValueError: `tensor` is not of `shape` and `dtype` with contiguous rows.
     """
-    if tensor.shape != shape or tensor.dtype != dtype or (tensor.stride(-1) != 1 and shape[-1] > 1):
+    if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_contiguous() or tensor.stride(-1) == 1):
         raise ValueError(f"{what} {tuple(tensor.shape)} {tensor.dtype} does not fit {shape} {dtype}, rows contiguous")
 
 

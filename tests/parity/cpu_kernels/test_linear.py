@@ -109,6 +109,9 @@ def test_what_does_not_fit_is_refused_before_memory_is_read(dtype):
     x = plain(2, 8, dtype=dtype)
     for call in (
         lambda: packed(plain(2, 9, dtype=dtype)),
+        lambda: Linear(weight.to(dtype), plain(4, dtype=dtype)),
+        lambda: Linear(weight.to(dtype), plain(5, dtype=other)),
+        lambda: Linear(weight.to(dtype), plain(10, dtype=dtype)[::2]),
         lambda: packed(x.to(other)),
         lambda: packed.after_norm(x, plain(7, dtype=dtype), EPS),
         lambda: packed.added_to(plain(2, 4, dtype=dtype), x),
