@@ -20,14 +20,23 @@ struct MoeRouter {
     float *weights;
 };
 
+// With an exponential of our own: the C library's bits are its version's.
 void score(const MoeRouter &call, float *scores) {
-    if (call.is_sigmoid) {
-        for (int64_t e = 0; e < call.E; e++) scores[e] = 1.f / (1.f + expf(-scores[e]));
-        return;
-    }
     float greatest = -INFINITY, total = 0.f;
     for (int64_t e = 0; e < call.E; e++) greatest = scores[e] > greatest ? scores[e] : greatest;
-    for (int64_t e = 0; e < call.E; e++) total += scores[e] = expf(scores[e] - greatest);
+    for (int64_t e = 0; e < call.E; e += LANES) {
+        int some = (int)(call.E - e < LANES ? call.E - e : LANES);
+        Lanes at = load_some(scores + e, some);
+        if (call.is_sigmoid) {
+            Lanes powers = exponential(at * -1.f);
+            UNROLL for (int i = 0; i < PARTS; i++) at.part[i] = 1.f / (1.f + powers.part[i]);
+        } else {
+            at = exponential(at + all(-greatest));
+        }
+        store_some(scores + e, at, some);
+    }
+    if (call.is_sigmoid) return;
+    for (int64_t e = 0; e < call.E; e++) total += scores[e];
     for (int64_t e = 0; e < call.E; e++) scores[e] /= total;
 }
 
