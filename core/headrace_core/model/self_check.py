@@ -1,8 +1,8 @@
 """Before a worker serves from a GPU: do its kernels compute what plain torch computes there?
 
-A few tokens go through the loaded network three ways: plain torch, the kernels, and the kernels joined as a decode step
-runs them. A kernel that is wrong on some GPU, driver or compiler would give wrong tokens in silence; so the worker does
-not start.
+A few tokens go through the loaded network three ways: plain torch, the kernels, and the kernels from the fixed buffers
+that captured decode steps have. A kernel that is wrong on some GPU, driver or compiler would give wrong tokens in
+silence; so the worker does not start.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
         expected = _logits(model, device, page_size)
     check_finite(expected)
     try:
-        found = [_logits(model, device, page_size), _logits(model, device, page_size, is_fused=True)]
+        found = [_logits(model, device, page_size), _logits(model, device, page_size, is_captured=True)]
     except ValueError as error:
         raise StartupError(
             "NO_KERNEL",
@@ -62,7 +62,7 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
     return worst
 
 
-def _logits(model: Model, device: str, page_size: int, *, is_fused: bool = False) -> Tensor:
+def _logits(model: Model, device: str, page_size: int, *, is_captured: bool = False) -> Tensor:
     """Return logits, [.., V]: after each sequence's prompt, then after a token of all, then after one of a few."""
     num_tokens, pages = page_size + _TOKENS_PAST_A_PAGE, 2
     most, few = _NUM_SEQUENCES
@@ -82,7 +82,7 @@ def _logits(model: Model, device: str, page_size: int, *, is_fused: bool = False
         ]
 
     prompt = model.forward(chunks(most, 0, num_tokens), cache)
-    if is_fused:
+    if is_captured:
         model.prepare_decode(cache, max_rows=most, max_context_tokens=num_tokens + 2, capture=lambda run: run)
     try:
         # A captured step's logits lie where the next one's will.
