@@ -5,7 +5,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from headrace_core.batch.spec import SequenceSpec
+from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import StepResult
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
@@ -96,7 +96,8 @@ class PrefixProduct:
         self.pool = pages.pool
         self.base = self.generations()
         self.commands: list = []
-        model = SimpleNamespace(layout=LAYOUT, fingerprint="fa4e", cache=None)
+        limits = ModelLimits(vocab_size=1 << 20, max_context_tokens=1 << 20, eos_token_ids=())
+        model = SimpleNamespace(layout=LAYOUT, fingerprint="fa4e", cache=None, limits=limits)
         host = SimpleNamespace(
             model=model,
             incarnation=1,
