@@ -59,6 +59,8 @@ class LatentAttentionLayer:
         self._num_heads = num_heads
         self._scale = scale
         self._weights = weights
+        query = "q_proj" if weights.query_b is None else "q_down_proj"
+        self._input_name = f"attention_norm+{query}+kv_down_proj"
 
     def __call__(
         self,
@@ -73,8 +75,7 @@ class LatentAttentionLayer:
         """See `Attention`."""
         shape, weights = self._shape, self._weights
         projected = weights.input_proj.after_norm(x, norm_weight, eps)
-        down = "q_proj" if weights.query_b is None else "q_down_proj"
-        timer.mark(f"attention_norm+{down}+kv_down_proj")
+        timer.mark(self._input_name)
         query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
         query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
         if weights.query_b is not None:
