@@ -21,8 +21,8 @@ class Experts(Protocol):
         """Take one expert's `gate` [I, N], `up` [I, N] and `down` [N, I]; the caller drops its own references."""
         ...
 
-    def block_size(self, num_assignments: int) -> int:
-        """Return the size of blocks to sort so many assignments into, for `route_and_sort`."""
+    def block_size(self, num_assignments: int) -> int | None:
+        """Return the size of blocks for `route_and_sort` to sort so many assignments into; None: it need not."""
         ...
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:

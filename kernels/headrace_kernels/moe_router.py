@@ -26,7 +26,7 @@ def route_and_sort(
     norm_weight: Tensor,
     eps: float,
     router: Router,
-    block_size: int,
+    block_size: int | None,
     *,
     slot_mapping: Tensor | None = None,
     first_local: int = 0,
@@ -42,7 +42,7 @@ def route_and_sort(
         norm_weight: [N], dtype of `x`.
         eps: added to the mean square.
         router: how experts are chosen.
-        block_size: rows of a block, at least 1.
+        block_size: rows of a block, at least 1; None: nothing is sorted, for experts that do so themselves.
         slot_mapping: [T] int64; a token with -1 is padding, as of a CUDA graph's batch: its experts are -1, with weight
             0, so no expert is read or counted for it. None: no token is.
         first_local: see `sort_blocks`; shared experts count, from E on.
@@ -57,7 +57,7 @@ def route_and_sort(
     _check(x, norm_weight, router)
     if slot_mapping is not None and (slot_mapping.shape != x.shape[:1] or slot_mapping.dtype != torch.int64):
         raise ValueError(f"slot_mapping {tuple(slot_mapping.shape)} {slot_mapping.dtype} must be [T] int64")
-    check_local(num_experts, block_size, first_local, num_local)
+    check_local(num_experts, 1 if block_size is None else block_size, first_local, num_local)
     return select("moe_router", x).route_and_sort(
         x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local
     )
@@ -68,7 +68,7 @@ def route_and_sort_ref(
     norm_weight: Tensor,
     eps: float,
     router: Router,
-    block_size: int,
+    block_size: int | None,
     slot_mapping: Tensor | None,
     first_local: int,
     num_local: int,
@@ -80,6 +80,8 @@ def route_and_sort_ref(
     if slot_mapping is not None:
         is_padding = (slot_mapping < 0)[:, None]
         experts, weights = experts.masked_fill(is_padding, -1), weights.masked_fill(is_padding, 0.0)
+    if block_size is None:
+        return RoutedTokens(x, experts, weights, None)
     num_experts = len(router.weight) + router.num_shared
     blocks = sort_blocks(experts, num_experts, block_size, first_local=first_local, num_local=num_local)
     return RoutedTokens(x, experts, weights, blocks)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_kernels import use_backend
+from headrace_kernels.experts import empty_experts
 from headrace_kernels.linear import Linear
+from headrace_kernels.moe_experts import moe_experts_ref
+from headrace_kernels.moe_router import route_and_sort
 from headrace_kernels.moe_routing import moe_routing
 from headrace_kernels.packed_experts import (
     combine,
@@ -15,7 +19,7 @@ from headrace_kernels.packed_experts import (
     prepare_blocks,
 )
 from headrace_kernels.reference.linear import padded_count
-from headrace_kernels.routing_rule import RoutingRule
+from headrace_kernels.routing_rule import Router, RoutingRule
 from headrace_kernels.silu_mul import silu_mul
 from hypothesis import given
 from hypothesis import strategies as st
@@ -145,3 +149,21 @@ def test_rows_are_padded_to_few_counts(count):
     assert count <= padded < count * 1.25 + 1
     assert padded_count(padded) == padded
     assert len({padded_count(n) for n in range(1, 1025)}) <= 36
+
+
+def test_experts_in_plain_torch_sort_for_themselves():
+    x, norm, num_experts, width = torch.randn(9, 16), torch.ones(16), 4, 8
+    gate_up, down = torch.randn(num_experts, 2 * width, 16), torch.randn(num_experts, 16, width)
+    router = Router(torch.randn(num_experts, 16), None, RoutingRule(2, "softmax"))
+    with use_backend("reference"):
+        experts = empty_experts(num_experts, 16, width, x)
+        for expert, (both, out) in enumerate(zip(gate_up, down, strict=True)):
+            experts.put(expert, both[:width], both[width:], out)
+        assert experts.block_size(18) is None
+        routed = route_and_sort(x, norm, 1e-6, router, None)
+        assert routed.blocks is None
+        sorted_too = route_and_sort(x, norm, 1e-6, router, 4)
+        assert sorted_too.blocks is not None
+        assert torch.equal(routed.experts, sorted_too.experts)
+        expected = moe_experts_ref(routed.x, routed.experts, routed.weights, gate_up, down, residual=x)
+        torch.testing.assert_close(experts(routed, x), expected, rtol=1e-4, atol=1e-4)

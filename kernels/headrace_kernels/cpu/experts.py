@@ -45,9 +45,8 @@ class PackedExperts:
         self._gate_up[expert] = torch.stack((panels.pack(gate), panels.pack(up)), dim=1).flatten(0, 1)
         self._down[expert] = panels.pack(down)
 
-    def block_size(self, num_assignments: int) -> int:
-        """See `headrace_kernels.experts.Experts`: the kernel sorts for itself."""
-        return 1
+    def block_size(self, num_assignments: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""

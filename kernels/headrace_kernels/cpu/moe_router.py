@@ -40,7 +40,7 @@ def route_and_sort(
     norm_weight: Tensor,
     eps: float,
     router: Router,
-    block_size: int,
+    block_size: int | None,
     slot_mapping: Tensor | None,
     first_local: int,
     num_local: int,

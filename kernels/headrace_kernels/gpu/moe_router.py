@@ -50,13 +50,13 @@ def route_and_sort(
     norm_weight: Tensor,
     eps: float,
     router: Router,
-    block_size: int,
+    block_size: int | None,
     slot_mapping: Tensor | None,
     first_local: int,
     num_local: int,
 ) -> RoutedTokens:
     """See `headrace_kernels.moe_router.route_and_sort`; for many tokens, and on AMD's GPUs, its four steps."""
-    if len(x) > FUSED_ROWS or target() == "hip":
+    if block_size is None or len(x) > FUSED_ROWS or target() == "hip":
         return route_and_sort_ref(x, norm_weight, eps, router, block_size, slot_mapping, first_local, num_local)
     num_rows, width = x.shape
     num_routed = len(router.weight)

@@ -27,9 +27,8 @@ class ListedExperts:
         self._gate_up[expert] = Linear(torch.cat((gate, up)))
         self._down[expert] = Linear(down)
 
-    def block_size(self, num_assignments: int) -> int:
-        """See `headrace_kernels.experts.Experts`: blocks are made here."""
-        return 1
+    def block_size(self, num_assignments: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`."""
