@@ -27,6 +27,7 @@ import torch
 from headrace_core.batch.step import Chunk
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
+from headrace_core.model.numerics import Numerics
 from headrace_core.testing.paged_sequences import PagedSequences
 
 PAGE_SIZE = 64
@@ -43,8 +44,8 @@ _log = logging.getLogger(__name__)
 class HeadraceEngine:
     """Our model over pages, one step at a time."""
 
-    def __init__(self, directory: Path, num_pages: int) -> None:
-        self.model: Model = load_model(directory)
+    def __init__(self, directory: Path, num_pages: int, numerics: Numerics = Numerics.FAST) -> None:
+        self.model: Model = load_model(directory, numerics=numerics)
         self._num_pages = num_pages
         self._sequences = PagedSequences(self.model, page_size=PAGE_SIZE, num_pages=num_pages, is_poisoned=False)
 

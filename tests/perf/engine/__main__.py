@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from headrace_core.model.numerics import Numerics
 from headrace_core.roofline.communication import ONE_GPU
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.hardware_measure import best_of, cpu_hardware, read_bytes_per_s
@@ -37,6 +38,7 @@ _REPORT = Path("build/bench/engine.json")
 _READ_BYTES = 1 << 29
 _SQUARE = 2048
 _STEPS = 7
+_EXACT = "headrace --numerics exact"
 
 Figures = dict[str, float]
 """Seconds by name: "decode 16" of a step at a batch, "prefill 512" of a prompt."""
@@ -97,7 +99,7 @@ def summary(rounds: dict[str, list[Figures]], least: Figures) -> dict[str, Any]:
     report: dict[str, Any] = {"floor_ms": _ms(least), "engines_ms": {name: _ms(each) for name, each in medians.items()}}
     report["engines_ms"] |= {name: None for name in rounds if name not in medians}
     for what, seconds in ours.items():
-        others = {name: each[what] for name, each in medians.items() if name != "headrace" and what in each}
+        others = {name: each[what] for name, each in medians.items() if name not in ("headrace", _EXACT)}
         key = what.replace("decode ", "decode_b").replace("prefill ", "prefill_")
         report[f"{key}_vs_floor"] = round(seconds / least[what], 2)
         best = min(others, key=lambda name: others[name], default=None)
@@ -105,6 +107,8 @@ def summary(rounds: dict[str, list[Figures]], least: Figures) -> dict[str, Any]:
         ratio = None if best is None else seconds / others[best] if "decode" in what else others[best] / seconds
         report[f"{key}_vs_best"] = None if ratio is None else round(ratio, 3)
         report[f"{key}_best"] = best
+    if _EXACT in medians:
+        report["exact_cost"] = {what: round(medians[_EXACT][what] / seconds, 2) for what, seconds in ours.items()}
     return report
 
 
@@ -121,6 +125,7 @@ def _main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 16, 32])
     parser.add_argument("--prompt-lengths", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--engines", nargs="*", default=["transformers", "llama.cpp"])
+    parser.add_argument("--exact", action="store_true", help="what --numerics exact costs, too: times of ours")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batches, lengths = options.batches, options.prompt_lengths
@@ -128,6 +133,8 @@ def _main() -> None:
     pages = -(-max([*lengths, max(batches, default=1) * (DECODE_CONTEXT + PAGE_SIZE)]) // PAGE_SIZE) + 32
     engines: dict[str, Any] = {"headrace": HeadraceEngine(options.checkpoint, pages)}
     rounds: dict[str, list[Figures]] = {name: [] for name in ["headrace", *options.engines]}
+    if options.exact:
+        engines[_EXACT], rounds[_EXACT] = HeadraceEngine(options.checkpoint, pages, Numerics.EXACT), []
     if "transformers" in options.engines:
         engines["transformers"] = TransformersEngine(options.checkpoint)
     llama = LlamaCpp.find(options.checkpoint, options.threads) if "llama.cpp" in options.engines else None
