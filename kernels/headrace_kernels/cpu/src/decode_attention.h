@@ -9,6 +9,8 @@
 namespace HEADRACE_ISA {
 
 constexpr int MAX_HEADS = 6;
+// Rows come from memory while those before them are computed with.
+constexpr int KEYS_AHEAD = 4;
 
 // out[head][d ... d + 16] = out * shrink[head] + sum over keys of weights[head][key] * row[key][d ... d + 16]
 template <int HEADS, class T>
@@ -41,8 +43,12 @@ INLINE void attend_heads(const float *query, int64_t query_stride, int64_t key_w
     for (int64_t first = 0; first < num_keys; first += TILE) {
         int count = (int)(num_keys - first < TILE ? num_keys - first : TILE);
         find(first, count, keys, values);
-        for (int key = 0; key < count; key++) 
+        for (int key = 0; key < count; key++) {
+            if (key + KEYS_AHEAD < count)
+                for (int64_t d = 0; d < key_width; d += 64 / sizeof(T))
+                    __builtin_prefetch(keys[key + KEYS_AHEAD] + d);
             scores_of<HEADS>(query, query_stride, keys[key], key_width, scores + key, TILE);
+        }
         for (int h = 0; h < HEADS; h++) shrink[h] = soften(scores + h * TILE, count, scale, greatest_yet[h], total[h]);
         for (int64_t d = 0; d < value_width; d += LANES) {
             int some = (int)(value_width - d < LANES ? value_width - d : LANES);
