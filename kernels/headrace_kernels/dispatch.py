@@ -38,10 +38,10 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     "moe_sort": ("reference", "triton"),
     "packed_experts": ("reference",),
     "page_copy": ("reference", "triton"),
-    "rms_norm": ("reference", "triton"),
-    "rope": ("reference", "triton"),
+    "rms_norm": ("reference", "cpu", "triton"),
+    "rope": ("reference", "cpu", "triton"),
     "sampling": ("reference", "triton"),
-    "silu_mul": ("reference",),
+    "silu_mul": ("reference", "cpu"),
     "split_plan": ("reference", "triton"),
 }
 """The backends that each family has kernels on; no family has one of aiter's yet, none was measured."""

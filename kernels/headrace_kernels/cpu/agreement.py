@@ -51,6 +51,8 @@ def _results(dtype: torch.dtype) -> Iterator[Tensor]:
         mla_prefill,
         moe_router,
         panels,
+        rms_norm,
+        silu_mul,
     )
 
     generator = torch.Generator().manual_seed(0)
@@ -64,6 +66,8 @@ def _results(dtype: torch.dtype) -> Iterator[Tensor]:
     yield linear.packed_norm_linear(x, norm, packed, 1e-6, random(_WIDTH), _WIDTH)
     yield linear.packed_linear_add(x, packed, residual, None)
     yield linear.linear(x, weight, None)
+    yield rms_norm.rms_norm(x, norm, 1e-6)
+    yield silu_mul.silu_mul(x)
     rule = RoutingRule(2, "sigmoid", num_groups=3, num_groups_kept=2, is_group_score_top2=True, is_normalised=True)
     router = Router(random(_EXPERTS, _HIDDEN).float(), random(_EXPERTS).float(), rule)
     routed: RoutedTokens = moe_router.route_and_sort(x, norm, 1e-6, router, 1, None, 0, _EXPERTS)

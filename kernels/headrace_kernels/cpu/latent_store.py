@@ -1,20 +1,37 @@
-"""`headrace_kernels.latent_store` compiled: `src/latent_store.cpp`, the same code as decode rows go by."""
+"""`headrace_kernels.latent_store` compiled: `src/latent_store.cpp`; latents by the same code as decode rows go by."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from headrace_kernels.cpu.arguments import structure
+from headrace_kernels.cpu.arguments import ADDRESS, INT, structure
 from headrace_kernels.cpu.latent_rows import FIELDS, does_take, plain_rows, values
-from headrace_kernels.cpu.library import call
+from headrace_kernels.cpu.library import call, takes
 from headrace_kernels.reference import latent_store as reference
 
 _LatentRows = structure("_LatentRows", **FIELDS)
+_CopiedRows = structure(
+    "_CopiedRows", x=ADDRESS, x_stride=INT, num_rows=INT, width=INT, cache=ADDRESS, cache_stride=INT, slots=ADDRESS
+)
 
 
 def latent_store(latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `headrace_kernels.latent_store.latent_store`: a copy, which plain torch makes."""
-    reference.latent_store(latents, cache, slot_mapping)
+    """See `headrace_kernels.latent_store.latent_store`."""
+    are_rows = latents.stride(1) == 1 and cache.stride(1) == 1
+    is_plain = latents.dtype == cache.dtype and slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous()
+    if not takes(latents.dtype) or not are_rows or not is_plain:
+        reference.latent_store(latents, cache, slot_mapping)
+        return
+    arguments = _CopiedRows(
+        latents.data_ptr(),
+        latents.stride(0),
+        *latents.shape,
+        cache.data_ptr(),
+        cache.stride(0),
+        slot_mapping.data_ptr(),
+    )
+    call("latent_store", arguments, latents.dtype)
 
 
 def latent_norm_rope_store(
