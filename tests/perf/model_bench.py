@@ -29,12 +29,14 @@ from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.numerics import Numerics
 from headrace_core.testing.paged_sequences import PagedSequences
+from headrace_kernels.backend import backend
 
 PAGE_SIZE = 64
 CHUNK_TOKENS = 512
 DECODE_CONTEXT = 256
 DECODE_STEPS = 12
 PREFILL_ROUNDS = 5
+MAX_ROWS = 64
 MIB = 1 << 20
 _MARGIN_BYTES = 300 * MIB
 
@@ -48,6 +50,11 @@ class HeadraceEngine:
         self.model: Model = load_model(directory, numerics=numerics)
         self._num_pages = num_pages
         self._sequences = PagedSequences(self.model, page_size=PAGE_SIZE, num_pages=num_pages, is_poisoned=False)
+        if backend(self._sequences.cache.layers[0]) == "cpu":
+            # As a decode worker does.
+            self.model.record_decode(
+                self._sequences.cache, max_rows=MAX_ROWS, max_context_tokens=self.model.config.max_context_tokens
+            )
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Compute prompts in chunks, as a worker does."""

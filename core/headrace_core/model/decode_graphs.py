@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headrace_core.batch.step import Chunk
 from headrace_core.model.decode_batch import DecodeBatch, DecodeBatchBuffers
+from headrace_core.model.op_timer import OFF, OpTimer
 
 _EXACT_BUCKETS = (1, 2, 4)
 _BUCKET_STEP = 8
@@ -83,8 +84,10 @@ class DecodeGraphs:
             batch = self._inputs.device.first(num_rows)
             self._replays[num_rows] = capture(lambda batch=batch: forward(batch))
 
-    def run(self, chunks: Sequence[Chunk]) -> DecodeOutput:
+    def run(self, chunks: Sequence[Chunk], timer: OpTimer = OFF) -> DecodeOutput:
         """Compute a decode step; see `is_decode_step`. Return its output, valid until the next run.
+
+        `timer` is told nothing: launches are all that could be measured.
 
         Raises:
             ValueError: more chunks than the largest bucket, or a chunk's pages do not cover it.

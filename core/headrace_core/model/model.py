@@ -20,6 +20,7 @@ from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_batch import DecodeBatch
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, DecodeOutput, is_decode_step
+from headrace_core.model.decode_tapes import DecodeTapes
 from headrace_core.model.expert_counts import ExpertCounts
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
 from headrace_core.model.host_copies import to_device
@@ -87,7 +88,7 @@ class Model:
         self._angles = RopeAngles(config.rope, self.device)
         self._mixtures = [i for i, layer in enumerate(weights.layers) if isinstance(layer.feed_forward, MoeMlp)]
         self._expert_counts = self._new_counts()
-        self._decode_graphs: DecodeGraphs | None = None
+        self._decode_steps: DecodeGraphs | DecodeTapes | None = None
         self._failures: dict[int, HeadraceError] = {}
 
     def kv_layout(self, page_size: int) -> KvLayout:
@@ -102,7 +103,7 @@ class Model:
         Takes a while: kernels are compiled. `capture` None: CUDA graphs.
         """
         with torch.inference_mode():
-            self._decode_graphs = DecodeGraphs(
+            self._decode_steps = DecodeGraphs(
                 lambda batch: self._decode(batch, cache),
                 max_rows=max_rows,
                 max_pages=cache.layout.num_pages(max_context_tokens),
@@ -111,9 +112,21 @@ class Model:
                 capture=capture,
             )
 
+    def record_decode(self, cache: KvCache, *, max_rows: int, max_context_tokens: int) -> None:
+        """Let decode steps of up to `max_rows` sequences over `cache` be recorded and replayed; compiled CPU kernels.
+
+        The first of each number of sequences is recorded.
+        """
+        self._decode_steps = DecodeTapes(
+            lambda batch, timer: self._decode(batch, cache, timer),
+            max_rows=max_rows,
+            max_pages=cache.layout.num_pages(max_context_tokens),
+            page_size=cache.layout.page_size,
+        )
+
     def forget_decode(self) -> None:
-        """Undo `prepare_decode`."""
-        self._decode_graphs = None
+        """Undo `prepare_decode` or `record_decode`."""
+        self._decode_steps = None
 
     def forward(
         self,
@@ -125,7 +138,8 @@ class Model:
         """Compute a step: write the chunks' tokens to their pages, return the logits to sample from.
 
         `timer` is told what ran, from the step's preparation to the head. `on_layer` is told after each layer how many
-        are done; on a GPU they may only be launched. A captured decode step tells nothing.
+        are done; on a GPU they may only be launched. A captured decode step tells `timer` nothing, neither it nor a
+        recorded one tells `on_layer`.
 
         Returns:
             [L, V] float32, one row for each chunk with `sampling`, in the order of the chunks.
@@ -135,9 +149,11 @@ class Model:
         """
         self._failures = {}
         with torch.inference_mode():
-            graphs = self._decode_graphs
-            if graphs is not None and len(chunks) <= graphs.max_rows and is_decode_step(chunks):
-                return self._replay(graphs, chunks)
+            steps = self._decode_steps
+            if steps is not None and len(chunks) <= steps.max_rows and is_decode_step(chunks):
+                output = steps.run(chunks, timer)
+                self._count(output.experts)
+                return output.logits
             step = self._prepare(chunks, cache)
             hidden, experts = self._run_layers(step, cache, timer, on_layer)
             self._count(experts)
@@ -189,17 +205,12 @@ class Model:
             self._expert_counts.add(experts)
             self._expert_counts.send()
 
-    def _replay(self, graphs: DecodeGraphs, chunks: Sequence[Chunk]) -> Tensor:
-        output = graphs.run(chunks)
-        self._count(output.experts)
-        return output.logits
-
-    def _decode(self, batch: DecodeBatch, cache: KvCache) -> DecodeOutput:
+    def _decode(self, batch: DecodeBatch, cache: KvCache, timer: OpTimer = OFF) -> DecodeOutput:
         """Compute a decode step whose inputs lie on the device; launches only, nothing is brought to the host."""
         rows = DecodeRows(batch.block_table, batch.context_lens)
         step = StepInputs(batch.token_ids, batch.positions, batch.slot_mapping, rows, [], [])
-        hidden, experts = self._run_layers(step, cache, OFF)
-        return DecodeOutput(self._logits(hidden, OFF), experts)
+        hidden, experts = self._run_layers(step, cache, timer)
+        return DecodeOutput(self._logits(hidden, timer), experts)
 
     def _prepare(self, chunks: Sequence[Chunk], cache: KvCache) -> StepInputs:
         return prepare_step(

@@ -104,6 +104,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         _prepare_gpu(settings, model, cache, most)
     else:
         warm_up(model, cache, max_step_tokens=_TRIED_TOKENS)
+        if kernels == "cpu" and isinstance(settings, DecodeSettings):
+            model.record_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=most)
     log.info(
         "model loaded",
         extra={

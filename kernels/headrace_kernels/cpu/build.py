@@ -29,6 +29,8 @@ LIBRARY = Path(__file__).with_name("headrace_cpu.so")
 
 SOURCES = Path(__file__).with_name("src")
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-pthread")
+_PLAIN = ("pool", "tape")
+"""Sources that are no kernels: compiled once."""
 _ISAS = {
     "x86_64": {
         "avx2": ("-mavx2", "-mfma"),
@@ -80,9 +82,9 @@ def build(to: Path, sets: Mapping[str, tuple[str, ...]], families: frozenset[str
         subprocess.CalledProcessError: the compiler refused; its words are on stderr.
     """
     compiler = find_compiler()
-    names = sorted({path.stem for path in SOURCES.glob("*.cpp")} - {"pool"} if families is None else families)
+    names = sorted({path.stem for path in SOURCES.glob("*.cpp")} - set(_PLAIN) if families is None else families)
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        jobs = [_job("pool", "", (f'-DHEADRACE_SOURCES="{checksum()}"',), folder)]
+        jobs = [_job(name, "", (f'-DHEADRACE_SOURCES="{checksum()}"',), folder) for name in _PLAIN]
         for name in names:
             jobs += [_job(name, isa, (f"-DHEADRACE_ISA={isa}", *flags), folder) for isa, flags in sets.items()]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

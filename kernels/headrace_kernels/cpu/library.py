@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,27 @@ def call(name: str, arguments: ctypes.Structure, dtype: torch.dtype) -> None:
     entry = _library().entry(name)
     if entry(ctypes.byref(arguments), _DTYPES[dtype], torch.get_num_threads()):
         raise MemoryError(f"no memory for what kernel {name} works on")
+    if recorder.add is not None:
+        recorder.add(ctypes.cast(entry, ctypes.c_void_p).value, arguments, _DTYPES[dtype])
+
+
+def replay(calls: Any, num_calls: int, ends_ns: Any) -> None:
+    """Make the `calls` of a tape (`tape`) on as many threads as torch has here; `ends_ns` gets when each was done.
+
+    Raises:
+        MemoryError: there is none for what they work on.
+    """
+    if _library().replay(calls, num_calls, torch.get_num_threads(), ends_ns):
+        raise MemoryError("no memory for what the kernels of a step work on")
+
+
+class _Recorder(threading.local):
+    """Who is told of this thread's calls, if anybody is: the entry's address, its arguments and its dtype."""
+
+    add: Callable[[Any, ctypes.Structure, int], None] | None = None
+
+
+recorder = _Recorder()
 
 
 class Library:
@@ -58,6 +81,8 @@ class Library:
         self._entries: dict[str, Any] = {}
         if self.problem is None:
             self._dll.headrace_isa.restype = ctypes.c_char_p
+            self.replay = self._dll.headrace_replay
+            self.replay.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
             self.isa = isa or self._dll.headrace_isa().decode()
             if not self.isa:
                 self.problem = "this processor has none of the instructions they are compiled for (AVX2, AVX512)"
