@@ -22,11 +22,18 @@ struct MlaDecode {
     void *out;
 };
 
-// values[row] = latents[row] . weight, lanes being terms; rows of one head, three at a time.
+// values[row] = latents[row] . weight, lanes being terms; three rows of one head at a time, or four outputs of one row.
 template <class T>
 void multiply(const float *latents, int64_t stride, int64_t num_rows, const T *weight, int64_t D, int64_t count, T *out,
               int64_t out_stride) {
-    for (int64_t v = 0; v < count; v++) {
+    int64_t v = 0;
+    for (; num_rows < 3 && v + 4 <= count; v += 4)
+        for (int64_t row = 0; row < num_rows; row++) {
+            float sums[4];
+            products_of<4>(latents + row * stride, weight + v * D, D, sums);
+            for (int i = 0; i < 4; i++) from_float(out + row * out_stride + v + i, sums[i]);
+        }
+    for (; v < count; v++) {
         const T *at = weight + v * D;
         int64_t row = 0;
         for (; row + 3 <= num_rows; row += 3) {
