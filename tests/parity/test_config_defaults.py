@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from headrace_core.checkpoint.class_defaults import CLASS_DEFAULTS
-from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.errors import CheckpointError
+from headrace_core.families.class_defaults import CLASS_DEFAULTS
+from headrace_core.families.config_json import parse_config
 from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig
 
 CLASSES = {"deepseek_v3": DeepseekV3Config, "deepseek_v2": DeepseekV2Config, "mixtral": MixtralConfig}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.checkpoint.config_json import parse_config
+from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import load_model
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_core.testing.tiny_checkpoints import (

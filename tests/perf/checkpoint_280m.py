@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from headrace_core.checkpoint.config_json import parse_config
-from headrace_core.checkpoint.expected_tensors import expected_tensors
+from headrace_core.families.config_json import parse_config
+from headrace_core.families.expected_tensors import expected_tensors
 from safetensors.torch import save_file
 
 CONFIG = {

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headrace_core.checkpoint.config_json import parse_config
-from headrace_core.checkpoint.expected_tensors import check_tensors, expected_tensors
+from headrace_core.checkpoint.check_tensors import check_tensors
 from headrace_core.checkpoint.safetensors_file import read_headers
 from headrace_core.errors import CheckpointError
+from headrace_core.families.config_json import parse_config
+from headrace_core.families.expected_tensors import expected_tensors
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.checkpoint.config import MlaShape
+from headrace_core.families.config import MlaShape
 from headrace_core.model.feed_forward import DenseMlp, MoeMlp
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.op_timer import OFF

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from headrace_core.checkpoint.config_json import parse_config
-from headrace_core.checkpoint.expected_tensors import expected_tensors
+from headrace_core.families.config_json import parse_config
+from headrace_core.families.expected_tensors import expected_tensors
 from headrace_core.model.load import load_model, num_weight_bytes
 from headrace_core.roofline.model_shape import DEEPSEEK_V2_LITE
 from headrace_core.testing.tiny_checkpoints import write_checkpoint

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from headrace_core.checkpoint.config import GqaShape, MlaShape
-from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.errors import CheckpointError
+from headrace_core.families.config import GqaShape, MlaShape
+from headrace_core.families.config_json import parse_config
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, LatentAttention
 from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.checkpoint.safetensors_file import read_headers
 from headrace_core.checkpoint.weight_reader import WeightReader
 from headrace_core.errors import CheckpointError
+from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import load_model
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,

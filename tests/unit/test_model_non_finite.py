@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 from headrace_core.batch.step import StepPlan
-from headrace_core.checkpoint.config_json import parse_config
 from headrace_core.engine.executor import Executor
 from headrace_core.errors import CheckpointError
+from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import build_network, load_model
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.testing.paged_sequences import PagedSequences

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headrace_core.checkpoint.config_json import parse_config
-from headrace_core.checkpoint.expected_tensors import expected_tensors
+from headrace_core.families.config_json import parse_config
+from headrace_core.families.expected_tensors import expected_tensors
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.kv_cache import TORCH_DTYPES
 from headrace_core.model.load import build_network

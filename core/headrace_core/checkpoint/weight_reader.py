@@ -12,10 +12,10 @@ import xxhash
 from headrace_kernels.finite import is_finite
 from torch import Tensor
 
-from headrace_core.checkpoint.config import ModelConfig
-from headrace_core.checkpoint.expected_tensors import SCALE_SUFFIX
+from headrace_core.checkpoint.check_tensors import SCALE_SUFFIX
 from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
+from headrace_core.families.config import ModelConfig
 
 
 class WeightReader:

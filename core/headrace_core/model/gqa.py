@@ -17,7 +17,7 @@ from headrace_kernels.rope import rope
 from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
-from headrace_core.checkpoint.config import GqaShape
+from headrace_core.families.config import GqaShape
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import StepInputs
 

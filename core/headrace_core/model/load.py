@@ -14,13 +14,14 @@ from headrace_kernels.linear import Linear
 from headrace_kernels.routing_rule import Router, RoutingRule
 from torch import Tensor
 
-from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
-from headrace_core.checkpoint.config_json import parse_config
-from headrace_core.checkpoint.expected_tensors import check_tensors, expected_tensors
+from headrace_core.checkpoint.check_tensors import check_tensors
 from headrace_core.checkpoint.memory import WORKING_BYTES, available_bytes, check_fits
 from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
 from headrace_core.checkpoint.weight_reader import WeightReader
 from headrace_core.errors import CheckpointError, StartupError
+from headrace_core.families.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.families.config_json import parse_config
+from headrace_core.families.expected_tensors import expected_tensors
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp

@@ -14,8 +14,8 @@ from headrace_kernels.linear import Linear
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk, OnLayer
-from headrace_core.checkpoint.config import ModelConfig
 from headrace_core.errors import HeadraceError
+from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_batch import DecodeBatch

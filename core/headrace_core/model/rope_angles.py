@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from headrace_core.checkpoint.config import MlaShape, ModelConfig, RopeShape, YarnScaling
 from headrace_core.errors import CheckpointError
+from headrace_core.families.config import MlaShape, ModelConfig, RopeShape, YarnScaling
 from headrace_core.request import MAX_COUNT
 
 

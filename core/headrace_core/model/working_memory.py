@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from headrace_kernels.expert_blocks import bounds
 from headrace_kernels.moe_experts import best_block_size
 
-from headrace_core.checkpoint.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.families.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.kv.layout import KvLayout
 from headrace_core.model.step_inputs import GROUP_KEY_TOKENS
 

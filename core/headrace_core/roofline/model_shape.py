@@ -1,6 +1,6 @@
 """The sizes of a network that decide what a step costs, for models that Headrace runs and for others to compare with.
 
-`headrace_core.checkpoint.config` refuses what the engine does not compute; this reads any decoder of the usual kinds
+`headrace_core.families` refuses what the engine does not compute; this reads any decoder of the usual kinds
 (MLA, GQA, MHA; dense or mixture of experts), because a plan may well be for a model that is not served yet.
 """
 

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headrace_core.checkpoint.config import ModelConfig
-from headrace_core.checkpoint.config_json import parse_config
-from headrace_core.checkpoint.expected_tensors import expected_tensors
+from headrace_core.families.config import ModelConfig
+from headrace_core.families.config_json import parse_config
+from headrace_core.families.expected_tensors import expected_tensors
 
 Config = dict[str, Any]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from headrace_client import AsyncClient
 from headrace_client.cluster.local_cluster import LocalCluster
-from headrace_core.checkpoint.config import ModelConfig
+from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.load import num_weight_bytes
 from headrace_core.request import SamplingParams

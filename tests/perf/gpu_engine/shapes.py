@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from headrace_core.checkpoint.config import ModelConfig
-from headrace_core.checkpoint.config_json import parse_config
+from headrace_core.families.config import ModelConfig
+from headrace_core.families.config_json import parse_config
 from headrace_core.roofline.model_shape import ModelShape
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, Config, write_config
 

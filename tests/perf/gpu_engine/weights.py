@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from headrace_core.checkpoint.config import ModelConfig
-from headrace_core.checkpoint.expected_tensors import expected_tensors
+from headrace_core.families.config import ModelConfig
+from headrace_core.families.expected_tensors import expected_tensors
 from headrace_core.model.load import build_network, num_weight_bytes
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.testing.tiny_checkpoints import random_tensor

@@ -1,0 +1,88 @@
+"""Parse config.json as Hugging Face checkpoints have it, old spellings and new, and refuse what would be misread.
+
+Of generation_config.json only the end-of-sequence ids are read: where it names any (`eos_token_id`: an id, or a list,
+which may be empty), they replace config.json's, as in transformers. A file that names none (null, or no such field)
+leaves config.json's, where transformers would go on past every end. Its sampling defaults (`temperature`, `top_p`,
+`max_new_tokens` ...) are not applied: a request says what it wants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from headrace_core.errors import CheckpointError
+from headrace_core.families.class_defaults import CLASS_DEFAULTS
+from headrace_core.families.config import ModelConfig
+from headrace_core.families.deepseek import parse_deepseek
+from headrace_core.families.fields import CONFIG, Fields, bad, unsupported
+from headrace_core.families.mixtral import parse_mixtral
+from headrace_core.json_file import UnreadableError, is_there, read_object
+from headrace_core.request import MAX_EOS_TOKEN_IDS
+
+_GENERATION_CONFIG = "generation_config.json"
+_EOS = "eos_token_id"
+# Kimi-K2 is DeepSeek-V3's architecture under a name of its own.
+_FAMILIES = {
+    "deepseek_v3": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+    "deepseek_v2": "deepseek_v2",
+    "mixtral": "mixtral",
+}
+
+
+def parse_config(directory: Path) -> ModelConfig:
+    """Return what `directory`/config.json describes, and which tokens end a text by generation_config.json beside it.
+
+    Raises:
+        CheckpointError: BAD_CONFIG if config.json is missing, or either file is unreadable or inconsistent;
+            UNSUPPORTED_MODEL if it asks for something that Headrace does not compute. The message names file and field.
+    """
+    fields = Fields(_with_defaults(_read(directory / CONFIG)))
+    config = _parse_network(fields)
+    path = directory / _GENERATION_CONFIG
+    generation = Fields(_read(path) if is_there(path) else {}, file=_GENERATION_CONFIG)
+    return replace(config, eos_token_ids=_parse_eos(generation if _EOS in generation else fields, config.vocab_size))
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json, and of those that are left out what the model's class takes."""
+    return {**CLASS_DEFAULTS.get(str(values.get("model_type")), {}), **values}
+
+
+def _parse_network(fields: Fields) -> ModelConfig:
+    family = _FAMILIES.get(fields.text("model_type"))
+    if family is None:
+        unsupported("model_type", fields.text("model_type"), f"one of {', '.join(_FAMILIES)}")
+    if "sliding_window" in fields:
+        # Also where the network has none: transformers' cache forgets what is behind it.
+        unsupported("sliding_window", fields.raw("sliding_window"), "null")
+    kinds: object = fields.raw("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in cast("list[object]", kinds)):
+        unsupported("layer_types", kinds, "full_attention alone")
+    fields.only("hidden_act", "silu", default="silu")
+    return parse_mixtral(fields) if family == "mixtral" else parse_deepseek(fields, family)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not is_there(path):
+        raise CheckpointError("BAD_CONFIG", f"{path} does not exist; give the folder of a Hugging Face checkpoint")
+    try:
+        return read_object(path)
+    except UnreadableError as error:
+        raise CheckpointError("UNREADABLE_FILE", str(error)) from None
+    except ValueError as error:
+        raise CheckpointError("BAD_CONFIG", str(error)) from None
+
+
+def _parse_eos(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    value = fields.raw(_EOS)
+    token_ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            bad(_EOS, value, f"a token id below vocab_size, {vocab_size}, a list of them, or null", file=fields.file)
+    unique = tuple(dict.fromkeys(token_ids))
+    if len(unique) > MAX_EOS_TOKEN_IDS:
+        bad(_EOS, value, f"at most {MAX_EOS_TOKEN_IDS} token ids", file=fields.file)
+    return unique
