@@ -6,8 +6,8 @@ import json
 
 import pytest
 from headrace_core.errors import CheckpointError
-from headrace_core.families.class_defaults import CLASS_DEFAULTS
 from headrace_core.families.config_json import parse_config
+from headrace_core.families.table import FAMILIES
 from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig
 
 CLASSES = {"deepseek_v3": DeepseekV3Config, "deepseek_v2": DeepseekV2Config, "mixtral": MixtralConfig}
@@ -32,7 +32,7 @@ def test_what_is_left_out_is_what_the_class_takes(tmp_path, model_type):
 
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_null_is_not_left_out(tmp_path, model_type):
-    for name in CLASS_DEFAULTS[model_type]:
+    for name in FAMILIES[model_type].defaults:
         if name in (
             "q_lora_rank",
             "n_shared_experts",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from headrace_core.families.config_json import parse_config
-from headrace_core.families.expected_tensors import expected_tensors
+from headrace_core.families.table import weights
 from safetensors.torch import save_file
 
 CONFIG = {
@@ -66,7 +66,8 @@ def write(directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=1))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, shape in expected_tensors(parse_config(directory)):
+    for weight in weights(parse_config(directory)):
+        name, shape = weight.name, weight.shape
         if name.endswith("norm.weight"):
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             continue

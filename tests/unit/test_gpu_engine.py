@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
+from headrace_core.families import table
 from headrace_core.families.config_json import parse_config
-from headrace_core.families.expected_tensors import expected_tensors
 from headrace_core.model.load import load_model, num_weight_bytes
 from headrace_core.roofline.model_shape import DEEPSEEK_V2_LITE
 from headrace_core.testing.tiny_checkpoints import write_checkpoint
@@ -215,7 +215,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path):
 
 
 def test_no_shard_is_larger_than_it_may_be(tmp_path):
-    shapes = dict(expected_tensors(parse_config(_config(tmp_path))))
+    shapes = {weight.name: weight.shape for weight in table.weights(parse_config(_config(tmp_path)))}
     shards = list(weights.shards_of(shapes, 4, 20_000))
     assert [name for names in shards for name in names] == list(shapes)
     sizes = [sum(4 * torch.Size(shapes[name]).numel() for name in names) for names in shards]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from headrace_core.families.config_json import parse_config
-from headrace_core.families.expected_tensors import expected_tensors
+from headrace_core.families.table import weights
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.kv_cache import TORCH_DTYPES
 from headrace_core.model.load import build_network
@@ -77,7 +77,7 @@ class MetaWeights:
     """`WeightSource` of tensors without memory."""
 
     def __init__(self, config):
-        self._shapes = dict(expected_tensors(config))
+        self._shapes = {weight.name: weight.shape for weight in weights(config)}
 
     def take(self, name, dtype=None):
         return self.empty(*self._shapes[name], dtype=dtype or torch.bfloat16)

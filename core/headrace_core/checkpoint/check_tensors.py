@@ -7,7 +7,7 @@ import re
 from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config import ModelConfig
-from headrace_core.families.expected_tensors import expected_tensors
+from headrace_core.families.table import weights
 
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
 _SCALE_DTYPES = (*_FLOAT_DTYPES, "F8_E8M0")
@@ -28,7 +28,8 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
         CheckpointError: MISSING_TENSOR, EXTRA_TENSOR, BAD_TENSOR_SHAPE or UNSUPPORTED_MODEL, naming the tensor.
     """
     names: list[str] = []
-    for name, shape in expected_tensors(config):
+    for weight in weights(config):
+        name, shape = weight.name, weight.shape
         _check_tensor(stored.get(name), name, shape)
         names.append(name)
         if stored[name].dtype == "F8_E4M3":

@@ -16,6 +16,7 @@ from headrace_core.checkpoint.check_tensors import SCALE_SUFFIX
 from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config import ModelConfig
+from headrace_core.families.weights import Shard
 
 
 class WeightReader:
@@ -37,8 +38,10 @@ class WeightReader:
         self._on_progress = on_progress
         self._digests: dict[str, str] = {}
 
-    def take(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def take(self, name: str, dtype: torch.dtype | None = None, shard: Shard | None = None) -> Tensor:
         """Return tensor `name` as `dtype` (default: the compute type), dequantised if it is block-FP8.
+
+        Of a `shard` no more is kept than that; all is read, since a fingerprint is over whole tensors.
 
         Raises:
             CheckpointError: DAMAGED_FILE; NON_FINITE_WEIGHT, a value is NaN or infinite, as stored or as `dtype`.
@@ -49,6 +52,9 @@ class WeightReader:
             assert self._config.fp8_block is not None, "check_tensors lets FP8 pass only with blocks"
             scale = self._read(name + SCALE_SUFFIX)
             tensor = dequantise(tensor, scale.float(), self._config.fp8_block, dtype or self._dtype)
+        if shard is not None:
+            # A copy: a view would hold the whole.
+            tensor = tensor.narrow(shard.axis, shard.start, shard.stop - shard.start).clone()
         tensor = tensor.to(device=self._device, dtype=dtype or self._dtype)
         if not is_finite(tensor):
             _refuse(name, stored, scale, tensor)

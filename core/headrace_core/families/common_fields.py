@@ -11,8 +11,24 @@ from headrace_core.request import MAX_COUNT
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+def refuse_windows(fields: Fields) -> None:
+    """Refuse attention that sees less than the whole context."""
+    if "sliding_window" in fields:
+        # Also where the network has none: transformers' cache forgets what is behind it.
+        unsupported("sliding_window", fields.raw("sliding_window"), "null")
+    refuse_layer_types(fields)
+
+
+def refuse_layer_types(fields: Fields) -> None:
+    """Refuse layers of any other kind than attention to the whole context."""
+    kinds: object = fields.raw("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in cast("list[object]", kinds)):
+        unsupported("layer_types", kinds, "full_attention alone")
+
+
 def parse_common(fields: Fields) -> dict[str, Any]:
     """Return what every family says in the same fields, by `ModelConfig`'s names."""
+    fields.only("hidden_act", "silu", default="silu")
     dtype = fields.text("dtype", fields.raw("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in _DTYPES:
         unsupported("dtype", dtype, f"one of {', '.join(_DTYPES)}")

@@ -10,8 +10,6 @@ from typing import Literal
 
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
 
-Family = Literal["deepseek_v3", "deepseek_v2", "mixtral"]
-
 
 @dataclass(frozen=True, slots=True)
 class MlaShape:
@@ -83,12 +81,13 @@ class MoeShape:
 class ModelConfig:
     """A network that Headrace can run.
 
-    `checkpoint_dtype` is torch's name of the type that weights are meant to have ("bfloat16"; also for block-FP8
-    checkpoints, whose block's sides are `fp8_block`). `max_context_tokens` counts prompt and output. `num_mtp_layers`
-    are in the checkpoint after the others and are not run. A token of `eos_token_ids` ends a text.
+    `family` is the key of `table.FAMILIES` by which its weights are found. `checkpoint_dtype` is torch's name of the
+    type that weights are meant to have ("bfloat16"; also for block-FP8 checkpoints, whose block's sides are
+    `fp8_block`). `max_context_tokens` counts prompt and output. `num_mtp_layers` are in the checkpoint after the others
+    and are not run. A token of `eos_token_ids` ends a text.
     """
 
-    family: Family
+    family: str
     vocab_size: int
     num_layers: int
     hidden_size: int

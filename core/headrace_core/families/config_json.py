@@ -10,26 +10,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from headrace_core.errors import CheckpointError
-from headrace_core.families.class_defaults import CLASS_DEFAULTS
 from headrace_core.families.config import ModelConfig
-from headrace_core.families.deepseek import parse_deepseek
 from headrace_core.families.fields import CONFIG, Fields, bad, unsupported
-from headrace_core.families.mixtral import parse_mixtral
+from headrace_core.families.table import FAMILIES
 from headrace_core.json_file import UnreadableError, is_there, read_object
 from headrace_core.request import MAX_EOS_TOKEN_IDS
 
 _GENERATION_CONFIG = "generation_config.json"
 _EOS = "eos_token_id"
-# Kimi-K2 is DeepSeek-V3's architecture under a name of its own.
-_FAMILIES = {
-    "deepseek_v3": "deepseek_v3",
-    "kimi_k2": "deepseek_v3",
-    "deepseek_v2": "deepseek_v2",
-    "mixtral": "mixtral",
-}
 
 
 def parse_config(directory: Path) -> ModelConfig:
@@ -39,30 +30,16 @@ def parse_config(directory: Path) -> ModelConfig:
         CheckpointError: BAD_CONFIG if config.json is missing, or either file is unreadable or inconsistent;
             UNSUPPORTED_MODEL if it asks for something that Headrace does not compute. The message names file and field.
     """
-    fields = Fields(_with_defaults(_read(directory / CONFIG)))
-    config = _parse_network(fields)
+    values = _read(directory / CONFIG)
+    model_type = Fields(values).text("model_type")
+    family = FAMILIES.get(model_type)
+    if family is None:
+        unsupported("model_type", model_type, f"one of {', '.join(FAMILIES)}")
+    fields = Fields({**family.defaults, **values})
+    config = family.parse(fields)
     path = directory / _GENERATION_CONFIG
     generation = Fields(_read(path) if is_there(path) else {}, file=_GENERATION_CONFIG)
     return replace(config, eos_token_ids=_parse_eos(generation if _EOS in generation else fields, config.vocab_size))
-
-
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of config.json, and of those that are left out what the model's class takes."""
-    return {**CLASS_DEFAULTS.get(str(values.get("model_type")), {}), **values}
-
-
-def _parse_network(fields: Fields) -> ModelConfig:
-    family = _FAMILIES.get(fields.text("model_type"))
-    if family is None:
-        unsupported("model_type", fields.text("model_type"), f"one of {', '.join(_FAMILIES)}")
-    if "sliding_window" in fields:
-        # Also where the network has none: transformers' cache forgets what is behind it.
-        unsupported("sliding_window", fields.raw("sliding_window"), "null")
-    kinds: object = fields.raw("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in cast("list[object]", kinds)):
-        unsupported("layer_types", kinds, "full_attention alone")
-    fields.only("hidden_act", "silu", default="silu")
-    return parse_mixtral(fields) if family == "mixtral" else parse_deepseek(fields, family)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,17 +1,29 @@
-"""DeepSeek-V3 and V2: latent attention, experts of which some are shared."""
+"""DeepSeek-V3 and V2: latent attention, experts of which some are shared.
+
+Source: transformers 5.23 DeepseekV3Config, DeepseekV2Config.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from headrace_core.families.common_fields import checked_moe, parse_common, parse_fp8_block, parse_rope
+from headrace_core.families.common_fields import (
+    checked_moe,
+    parse_common,
+    parse_fp8_block,
+    parse_rope,
+    refuse_windows,
+)
 from headrace_core.families.config import MlaShape, ModelConfig, MoeShape
+from headrace_core.families.family import Family
 from headrace_core.families.fields import Fields, bad, unsupported
+from headrace_core.families.layers import decoder, feed_forward, latent_attention
+from headrace_core.families.weights import Weight, WeightTree
 
 
-def parse_deepseek(fields: Fields, family: str) -> ModelConfig:
-    """Return the network that config.json describes. Raises CheckpointError by field."""
-    is_v3 = family == "deepseek_v3"
+def _parse(fields: Fields, *, is_v3: bool) -> ModelConfig:
+    refuse_windows(fields)
     fields.only("mlp_bias", False, default=False)
     attention = MlaShape(
         q_lora_rank=fields.count("q_lora_rank") if "q_lora_rank" in fields else None,
@@ -95,3 +107,75 @@ def _parse_deepseek_experts(fields: Fields) -> dict[str, Any]:
         "num_first_dense_layers": fields.count("first_k_dense_replace", least=0),
         "layer_stride": fields.count("moe_layer_freq", 1),
     }
+
+
+def _parse_v3(fields: Fields) -> ModelConfig:
+    return _parse(fields, is_v3=True)
+
+
+def _parse_v2(fields: Fields) -> ModelConfig:
+    return _parse(fields, is_v3=False)
+
+
+def _weights(config: ModelConfig) -> WeightTree:
+    shape = config.attention
+    assert isinstance(shape, MlaShape)
+
+    def layer(prefix: str, index: int) -> Iterator[Weight]:
+        yield from latent_attention(prefix + "self_attn.", config, shape)
+        yield from feed_forward(prefix + "mlp.", config, index)
+
+    return decoder(config, layer)
+
+
+DEEPSEEK_V3 = Family(
+    _parse_v3,
+    _weights,
+    defaults={
+        "vocab_size": 129_280,
+        "hidden_size": 7168,
+        "intermediate_size": 18_432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "max_position_embeddings": 4096,
+        "num_nextn_predict_layers": 1,
+        "eos_token_id": 1,
+    },
+)
+DEEPSEEK_V2 = Family(
+    _parse_v2,
+    _weights,
+    defaults={
+        "vocab_size": 102_400,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "moe_intermediate_size": 1407,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "first_k_dense_replace": 0,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 2,
+    },
+)
+KIMI_K2 = Family(_parse_v3, _weights, defaults={})
+"""DeepSeek-V3's architecture under a name of its own."""

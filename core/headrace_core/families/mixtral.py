@@ -1,14 +1,22 @@
-"""Mixtral: grouped-query attention, experts in every layer."""
+"""Mixtral: grouped-query attention, experts in every layer.
+
+Source: transformers 5.23 MixtralConfig.
+"""
 
 from __future__ import annotations
 
-from headrace_core.families.common_fields import checked_moe, parse_common, parse_rope
+from collections.abc import Iterator
+
+from headrace_core.families.common_fields import checked_moe, parse_common, parse_rope, refuse_windows
 from headrace_core.families.config import GqaShape, ModelConfig, MoeShape
+from headrace_core.families.family import Family
 from headrace_core.families.fields import Fields, bad, unsupported
+from headrace_core.families.layers import decoder, grouped_query_attention, mixture
+from headrace_core.families.weights import Weight, WeightTree
 
 
-def parse_mixtral(fields: Fields) -> ModelConfig:
-    """Return the network that config.json describes. Raises CheckpointError by field."""
+def _parse(fields: Fields) -> ModelConfig:
+    refuse_windows(fields)
     if "quantization_config" in fields:
         unsupported("quantization_config", fields.raw("quantization_config"), "null for mixtral")
     num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
@@ -44,3 +52,31 @@ def parse_mixtral(fields: Fields) -> ModelConfig:
         rms_norm_eps=fields.positive("rms_norm_eps", 1e-5),
         **parse_common(fields),
     )
+
+
+def _weights(config: ModelConfig) -> WeightTree:
+    shape = config.attention
+    assert isinstance(shape, GqaShape)
+
+    def layer(prefix: str, index: int) -> Iterator[Weight]:
+        yield from grouped_query_attention(prefix + "self_attn.", config, shape)
+        yield from mixture(prefix + "block_sparse_moe.", config, ("w1", "w3", "w2"))
+
+    return decoder(config, layer)
+
+
+MIXTRAL = Family(
+    _parse,
+    _weights,
+    defaults={
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "max_position_embeddings": 131_072,
+        "eos_token_id": 2,
+    },
+)

@@ -21,7 +21,8 @@ from headrace_core.checkpoint.weight_reader import WeightReader
 from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.families.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.families.config_json import parse_config
-from headrace_core.families.expected_tensors import expected_tensors
+from headrace_core.families.table import weights as weight_tree
+from headrace_core.families.weights import Part, Place, Shard, Weight
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.attention import Attention
 from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp
@@ -100,8 +101,8 @@ def _layout_of_a_token(config: ModelConfig, cache_dtype: CacheDtype) -> KvLayout
 class WeightSource(Protocol):
     """Where a network's weights come from: a checkpoint (`WeightReader`), or whatever has them by name."""
 
-    def take(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return weight `name` as `dtype`, None: the compute type, on the device."""
+    def take(self, name: str, dtype: torch.dtype | None = None, shard: Shard | None = None) -> Tensor:
+        """Return weight `name`, None: all of it, as `dtype`, None: the compute type, on the device."""
         ...
 
     def empty(self, *shape: int) -> Tensor:
@@ -110,7 +111,7 @@ class WeightSource(Protocol):
 
 
 def build_network(config: ModelConfig, source: WeightSource) -> ModelWeights:
-    """Return the network of `config`; each weight in `expected_tensors` is taken once, and held only as packed."""
+    """Return the network of `config`; each weight of its tree is taken once, and held only as packed."""
     with torch.inference_mode():
         return _Builder(config, source).build()
 
@@ -129,14 +130,7 @@ class _Progress:
 
 def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes that the weights of `config` take in compute type `dtype`."""
-    return sum(
-        math.prod(shape) * (4 if is_float32(name) else dtype.itemsize) for name, shape in expected_tensors(config)
-    )
-
-
-def is_float32(name: str) -> bool:
-    """True for the weights that are kept in float32 whatever the compute type: routers."""
-    return name.endswith((".gate.weight", ".e_score_correction_bias"))
+    return sum(math.prod(weight.shape) * (4 if weight.is_float32 else dtype.itemsize) for weight in weight_tree(config))
 
 
 def _check_tied_head(config: ModelConfig, stored: dict[str, StoredTensor], reader: WeightReader) -> None:
@@ -156,85 +150,80 @@ class _Builder:
     def __init__(self, config: ModelConfig, source: WeightSource) -> None:
         self._config = config
         self._source = source
+        self._tree = weight_tree(config)
+        self._places: dict[Place, Weight] = {}
+        """Of what is being built: the weights outside of layers, or those of one layer."""
 
     def build(self) -> ModelWeights:
-        embedding = self._source.take("model.embed_tokens.weight")
-        layers = [self._layer(index) for index in range(self._config.num_layers)]
-        norm = self._source.take("model.norm.weight")
-        if self._config.is_embedding_tied:
-            # Packing would hold the embedding twice.
-            return ModelWeights(embedding, layers, norm, Linear(embedding, is_packed=False))
-        return ModelWeights(embedding, layers, norm, self._linear("lm_head.weight"))
+        self._places = {weight.place: weight for weight in self._tree.outside}
+        embedding, norm = self._take(Part.EMBEDDING), self._take(Part.FINAL_NORM)
+        # Packing would hold a tied embedding twice.
+        is_tied = self._config.is_embedding_tied
+        head = Linear(embedding, is_packed=False) if is_tied else self._linear(Part.HEAD)
+        return ModelWeights(embedding, [self._layer(index) for index in range(self._tree.num_layers)], norm, head)
+
+    def _take(self, part: Part, expert: int | None = None) -> Tensor:
+        weight = self._places[Place(part, expert)]
+        return self._source.take(weight.name, torch.float32 if weight.is_float32 else None)
+
+    def _take_if_there(self, part: Part) -> Tensor | None:
+        return self._take(part) if Place(part) in self._places else None
 
     def _layer(self, index: int) -> Layer:
-        prefix = f"model.layers.{index}."
+        self._places = {weight.place: weight for weight in self._tree.layer(index)}
         # What packing freed lies between what it kept; without this it comes to a quarter of the model.
         release_freed_memory()
         return Layer(
-            attention_norm=self._source.take(prefix + "input_layernorm.weight"),
-            attention=self._attention(prefix + "self_attn."),
-            feed_forward_norm=self._source.take(prefix + "post_attention_layernorm.weight"),
-            feed_forward=self._feed_forward(prefix, index),
+            attention_norm=self._take(Part.ATTENTION_NORM),
+            attention=self._attention(),
+            feed_forward_norm=self._take(Part.FEED_FORWARD_NORM),
+            feed_forward=self._moe() if self._config.is_moe_layer(index) else self._mlp(),
         )
 
-    def _linear(self, *names: str) -> Linear:
+    def _linear(self, *parts: Part) -> Linear:
         """Return one linear layer whose outputs are those of the weights named, one after another."""
-        weights = [self._source.take(name) for name in names]
+        weights = [self._take(part) for part in parts]
         return Linear(weights[0] if len(weights) == 1 else torch.cat(weights))
 
-    def _attention(self, prefix: str) -> Attention:
+    def _attention(self) -> Attention:
         config = self._config
         if isinstance(config.attention, GqaShape):
             weights = GqaWeights(
-                input_proj=self._linear(prefix + "q_proj.weight", prefix + "k_proj.weight", prefix + "v_proj.weight"),
-                output_proj=self._linear(prefix + "o_proj.weight"),
+                input_proj=self._linear(Part.QUERY, Part.KEY, Part.VALUE),
+                output_proj=self._linear(Part.OUTPUT),
             )
             return GroupedQueryAttentionLayer(config.attention, config.num_heads, weights)
-        return self._mla(prefix, config.attention)
+        return self._mla(config.attention)
 
-    def _mla(self, prefix: str, shape: MlaShape) -> Attention:
-        take, num_heads = self._source.take, self._config.num_heads
-        has_lora = shape.q_lora_rank is not None
-        first = "q_a_proj" if has_lora else "q_proj"
-        weight = torch.cat((take(f"{prefix}{first}.weight"), take(prefix + "kv_a_proj_with_mqa.weight")))
-        kv_b = take(prefix + "kv_b_proj.weight").view(num_heads, -1, shape.kv_lora_rank)
+    def _mla(self, shape: MlaShape) -> Attention:
+        num_heads, has_lora = self._config.num_heads, shape.q_lora_rank is not None
+        weight = torch.cat((self._take(Part.QUERY_DOWN if has_lora else Part.QUERY), self._take(Part.LATENT)))
+        latent_up = self._take(Part.LATENT_UP).view(num_heads, -1, shape.kv_lora_rank)
         weights = MlaWeights(
-            input_proj=Linear(weight, self._mla_input_bias(prefix, shape, len(weight))),
-            query_norm=take(prefix + "q_a_layernorm.weight") if has_lora else None,
-            query_b=self._linear(prefix + "q_b_proj.weight") if has_lora else None,
-            kv_norm=take(prefix + "kv_a_layernorm.weight"),
-            w_uk=kv_b[:, : shape.nope_dim].contiguous(),
-            w_uv=kv_b[:, shape.nope_dim :].contiguous(),
-            output_proj=Linear(
-                take(prefix + "o_proj.weight"),
-                take(prefix + "o_proj.bias") if self._config.has_attention_bias else None,
-            ),
+            input_proj=Linear(weight, self._mla_input_bias(len(weight))),
+            query_norm=self._take_if_there(Part.QUERY_NORM),
+            query_b=self._linear(Part.QUERY_UP) if has_lora else None,
+            kv_norm=self._take(Part.LATENT_NORM),
+            w_uk=latent_up[:, : shape.nope_dim].contiguous(),
+            w_uv=latent_up[:, shape.nope_dim :].contiguous(),
+            output_proj=Linear(self._take(Part.OUTPUT), self._take_if_there(Part.OUTPUT_BIAS)),
         )
         scale = softmax_scale(shape, self._config.rope.yarn)
         return LatentAttentionLayer(shape, num_heads, scale, weights)
 
-    def _mla_input_bias(self, prefix: str, shape: MlaShape, width: int) -> Tensor | None:
-        if not self._config.has_attention_bias:
+    def _mla_input_bias(self, width: int) -> Tensor | None:
+        latent_bias = self._take_if_there(Part.LATENT_BIAS)
+        if latent_bias is None:
             return None
-        kv_bias = self._source.take(prefix + "kv_a_proj_with_mqa.bias")
-        if shape.q_lora_rank is None:
-            return torch.cat((kv_bias.new_zeros(width - len(kv_bias)), kv_bias))
-        return torch.cat((self._source.take(prefix + "q_a_proj.bias"), kv_bias))
+        query_bias = self._take_if_there(Part.QUERY_DOWN_BIAS)
+        if query_bias is None:
+            query_bias = latent_bias.new_zeros(width - len(latent_bias))
+        return torch.cat((query_bias, latent_bias))
 
-    def _feed_forward(self, prefix: str, index: int) -> FeedForward:
-        if not self._config.is_moe_layer(index):
-            return self._mlp(prefix + "mlp.")
-        if self._config.family == "mixtral":
-            return self._moe(prefix + "block_sparse_moe.", ("w1", "w3", "w2"))
-        return self._moe(prefix + "mlp.", ("gate_proj", "up_proj", "down_proj"))
+    def _mlp(self) -> DenseMlp:
+        return DenseMlp(self._linear(Part.GATE, Part.UP), self._linear(Part.DOWN))
 
-    def _mlp(self, prefix: str) -> DenseMlp:
-        return DenseMlp(
-            self._linear(prefix + "gate_proj.weight", prefix + "up_proj.weight"),
-            self._linear(prefix + "down_proj.weight"),
-        )
-
-    def _moe(self, prefix: str, expert_names: tuple[str, str, str]) -> FeedForward:
+    def _moe(self) -> FeedForward:
         shape = self._config.moe
         rule = RoutingRule(
             shape.num_experts_per_token,
@@ -245,25 +234,19 @@ class _Builder:
             is_normalised=shape.is_normalised,
             scaling_factor=shape.scaling_factor,
         )
-        router = self._source.take(prefix + "gate.weight", torch.float32)
-        bias = None
-        if shape.has_correction_bias:
-            bias = self._source.take(prefix + "gate.e_score_correction_bias", torch.float32)
-        experts = self._experts(prefix, expert_names)
-        return MoeMlp(Router(router, bias, rule, shape.num_shared_experts), experts)
+        router, bias = self._take(Part.ROUTER), self._take_if_there(Part.ROUTER_BIAS)
+        return MoeMlp(Router(router, bias, rule, shape.num_shared_experts), self._experts())
 
-    def _experts(self, prefix: str, expert_names: tuple[str, str, str]) -> Experts:
+    def _experts(self) -> Experts:
         """Return all experts, shared ones last; one weight at a time is held beside them."""
-        take, shape, hidden = self._source.take, self._config.moe, self._config.hidden_size
+        shape, hidden = self._config.moe, self._config.hidden_size
         count, width = shape.num_experts + shape.num_shared_experts, shape.intermediate_size
         experts = empty_experts(count, hidden, width, self._source.empty(0))
         for expert in range(shape.num_experts):
-            gate, up, down = (take(f"{prefix}experts.{expert}.{name}.weight") for name in expert_names)
-            experts.put(expert, gate, up, down)
+            experts.put(expert, *(self._take(part, expert) for part in (Part.GATE, Part.UP, Part.DOWN)))
         if shape.num_shared_experts:
             # Columns of a network's hidden layer do not meet before its sum: a wide one is several narrow ones.
-            names = (f"{prefix}shared_experts.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
-            gates, ups, downs = (take(name) for name in names)
+            gates, ups, downs = map(self._take, (Part.SHARED_GATE, Part.SHARED_UP, Part.SHARED_DOWN))
             pieces = zip(gates.split(width), ups.split(width), downs.split(width, dim=1), strict=True)
             for expert, (gate, up, down) in enumerate(pieces, shape.num_experts):
                 experts.put(expert, gate, up, down.contiguous())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headrace_core.families.config import ModelConfig
 from headrace_core.families.config_json import parse_config
-from headrace_core.families.expected_tensors import expected_tensors
+from headrace_core.families.table import weights
 
 Config = dict[str, Any]
 
@@ -170,7 +170,7 @@ def random_tensors(config: ModelConfig, variation: Variation) -> dict[str, Tenso
     """Return random weights for `config`, the same ones for the same seed."""
     generator = torch.Generator().manual_seed(variation.seed)
     tensors: dict[str, Tensor] = {}
-    shapes = dict(expected_tensors(config))
+    shapes = {weight.name: weight.shape for weight in weights(config)}
     for layer in range(config.num_layers, config.num_layers + variation.num_mtp_layers):
         shapes[f"model.layers.{layer}.eh_proj.weight"] = (config.hidden_size, 2 * config.hidden_size)
         shapes[f"model.layers.{layer}.enorm.weight"] = (config.hidden_size,)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from headrace_core.families.config import ModelConfig
-from headrace_core.families.expected_tensors import expected_tensors
+from headrace_core.families.table import weights
 from headrace_core.model.load import build_network, num_weight_bytes
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.testing.tiny_checkpoints import random_tensor
@@ -38,7 +38,7 @@ class _Draw:
     """
 
     def __init__(self, config: ModelConfig, device: str) -> None:
-        self.shapes = dict(expected_tensors(config))
+        self.shapes = {weight.name: weight.shape for weight in weights(config)}
         self._generator = torch.Generator(device).manual_seed(0)
         self._scale = 1 / math.sqrt(2 * config.num_layers)
 

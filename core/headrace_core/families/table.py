@@ -1,0 +1,21 @@
+"""Every `model_type` that Headrace runs."""
+
+from __future__ import annotations
+
+from headrace_core.families.config import ModelConfig
+from headrace_core.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
+from headrace_core.families.family import Family
+from headrace_core.families.mixtral import MIXTRAL
+from headrace_core.families.weights import WeightTree
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": KIMI_K2,
+    "deepseek_v2": DEEPSEEK_V2,
+    "mixtral": MIXTRAL,
+}
+
+
+def weights(config: ModelConfig) -> WeightTree:
+    """Return every weight that the network of `config` needs."""
+    return FAMILIES[config.family].weights(config)
