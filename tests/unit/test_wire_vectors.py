@@ -9,8 +9,9 @@ import torch
 import xxhash
 from google.protobuf import descriptor_pool, json_format, message_factory
 from headrace.v1 import decode_service_pb2, hold_service_pb2, transfer_service_pb2, types_pb2
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.kv.layout import LatentAttention
-from headrace_core.model.kv_cache import TORCH_DTYPES, KvCache
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.reasons import REASONS
 from headrace_core.request import hash_tokens
 from headrace_core.testing import vectors
@@ -37,11 +38,11 @@ def test_bytes_and_checksum_of_a_page(vector):
     cache = KvCache(layout, 1)
     page = cache.layers[0][0]
     if isinstance(layout.attention, LatentAttention):
-        rows = torch.tensor(vector["rows"], dtype=TORCH_DTYPES[layout.dtype])
+        rows = torch.tensor(vector["rows"], dtype=TORCH_DTYPES[layout.dtype.element])
         page[: len(rows)] = rows
     else:
         for plane, name in zip(page, ("keys", "values"), strict=True):
-            rows = torch.tensor(vector[name], dtype=TORCH_DTYPES[layout.dtype])
+            rows = torch.tensor(vector[name], dtype=TORCH_DTYPES[layout.dtype.element])
             plane[: len(rows)] = rows
     data = bytes(cache.page_bytes(0, 0))
     assert data.hex() == vector["bytes"]

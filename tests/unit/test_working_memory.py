@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config_json import parse_config
 from headrace_core.families.table import weights
 from headrace_core.kv.layout import CacheDtype
-from headrace_core.model.kv_cache import TORCH_DTYPES
 from headrace_core.model.load import build_network
 from headrace_core.model.op_timer import OFF
 from headrace_core.model.step_inputs import PrefillGroup, StepInputs
@@ -124,7 +124,7 @@ def counted_bytes(config, num_tokens, num_keys, cache_dtype):
     angles = [torch.empty(num_tokens, config.rope.dim // 2, device="meta") for _ in range(2)]
     with torch.inference_mode(), use_backend("triton"), recording("cuda") as launches:
         layers = build_network(config, MetaWeights(config)).layers
-        cache = torch.empty(4096, *layout.page_shape, dtype=TORCH_DTYPES[cache_dtype], device="meta")
+        cache = torch.empty(4096, *layout.page_shape, dtype=TORCH_DTYPES[cache_dtype.element], device="meta")
         found = []
         for layer in layers:
             with MostAtOnce(launches) as counted:

@@ -8,9 +8,9 @@ from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config import ModelConfig
 from headrace_core.families.table import weights
+from headrace_core.scalar import COMPUTE, SAFETENSORS, Scalar
 
-_FLOAT_DTYPES = ("F32", "BF16", "F16")
-_SCALE_DTYPES = (*_FLOAT_DTYPES, "F8_E8M0")
+_SCALES = (*COMPUTE, Scalar.FLOAT8_E8M0)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Buffers that old checkpoints carry and that follow from the config.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -32,7 +32,7 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
         name, shape = weight.name, weight.shape
         _check_tensor(stored.get(name), name, shape)
         names.append(name)
-        if stored[name].dtype == "F8_E4M3":
+        if SAFETENSORS.get(stored[name].dtype) is Scalar.FLOAT8_E4M3:
             names.append(_check_scale(config, stored, name, shape))
         else:
             _check_float(name, stored)
@@ -71,7 +71,7 @@ def _check_tensor(tensor: StoredTensor | None, name: str, shape: tuple[int, ...]
 
 
 def _check_float(name: str, stored: dict[str, StoredTensor]) -> None:
-    if stored[name].dtype not in _FLOAT_DTYPES:
+    if SAFETENSORS.get(stored[name].dtype) not in COMPUTE:
         raise CheckpointError(
             "UNSUPPORTED_MODEL",
             f"tensor {name} is {stored[name].dtype}; Headrace reads F32, BF16, F16 and block-scaled F8_E4M3",
@@ -88,11 +88,11 @@ def _check_scale(config: ModelConfig, stored: dict[str, StoredTensor], name: str
     scale_name = name + SCALE_SUFFIX
     scale = stored.get(scale_name)
     _check_tensor(scale, scale_name, (-(-shape[0] // rows), -(-shape[1] // columns)))
-    if stored[scale_name].dtype not in _SCALE_DTYPES:
+    if SAFETENSORS.get(stored[scale_name].dtype) not in _SCALES:
         raise CheckpointError(
             "UNSUPPORTED_MODEL",
             f"tensor {scale_name} is {stored[scale_name].dtype}; "
-            f"Headrace reads scales that are {', '.join(_SCALE_DTYPES)}",
+            "Headrace reads scales that are F32, BF16, F16 or F8_E8M0",
         )
     return scale_name
 

@@ -16,8 +16,10 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.errors import CheckpointError
 from headrace_core.json_file import UnreadableError, is_there, parse_object, read_object
+from headrace_core.scalar import SAFETENSORS
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_SIDES = 64
@@ -26,20 +28,6 @@ _MAX_NAME = 200
 """Characters of a name or value that a message repeats."""
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 """Files' endings, as weights are published in, too."""
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +60,7 @@ class StoredTensor:
                     done += count
         except OSError as error:
             raise _unreadable(self.path, error) from None
-        return data.view(DTYPES[self.dtype]).view(self.shape)
+        return data.view(TORCH_DTYPES[SAFETENSORS[self.dtype]]).view(self.shape)
 
 
 def damaged(path: Path, problem: str) -> NoReturn:
@@ -182,7 +170,7 @@ def _parse_entry(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
             raise ValueError("its dtype or shape is of no use")
         sides = tuple(map(_count, cast("list[object]", shape)))
         begin, end = _count(begin), _count(end)
-        size = math.prod(sides) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+        size = math.prod(sides) * SAFETENSORS[dtype].itemsize if dtype in SAFETENSORS else end - begin
         if size < 0 or end - begin != size:
             raise ValueError(f"offsets {begin}..{end} do not fit {dtype} {shape}")
     except (KeyError, TypeError, ValueError) as error:

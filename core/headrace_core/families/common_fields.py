@@ -7,8 +7,7 @@ from typing import Any, cast
 from headrace_core.families.config import MoeShape, RopeShape, YarnScaling
 from headrace_core.families.fields import Fields, bad, unsupported
 from headrace_core.request import MAX_COUNT
-
-_DTYPES = ("float32", "bfloat16", "float16")
+from headrace_core.scalar import COMPUTE
 
 
 def refuse_windows(fields: Fields) -> None:
@@ -30,8 +29,9 @@ def parse_common(fields: Fields) -> dict[str, Any]:
     """Return what every family says in the same fields, by `ModelConfig`'s names."""
     fields.only("hidden_act", "silu", default="silu")
     dtype = fields.text("dtype", fields.raw("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if dtype not in _DTYPES:
-        unsupported("dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    known = [scalar.value for scalar in COMPUTE]
+    if dtype not in known:
+        unsupported("dtype", dtype, f"one of {', '.join(known)}")
     return {
         "vocab_size": fields.count("vocab_size"),
         "num_layers": fields.count("num_hidden_layers"),

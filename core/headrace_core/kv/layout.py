@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from headrace_core.scalar import Scalar
+
 _FP8_GROUP = 128
 """Columns of a latent that share a scale."""
 
@@ -23,9 +25,9 @@ class CacheDtype(Enum):
     """Rows of bytes: a latent in float8_e4m3fn, its scales, rope columns in bfloat16 (`LatentAttention`)."""
 
     @property
-    def itemsize(self) -> int:
-        """Bytes that an element of a page's shape takes."""
-        return {CacheDtype.FLOAT32: 4, CacheDtype.FP8_E4M3: 1}.get(self, 2)
+    def element(self) -> Scalar:
+        """What a page's shape counts."""
+        return Scalar.UINT8 if self is CacheDtype.FP8_E4M3 else Scalar(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class KvLayout:
     @property
     def page_layer_bytes(self) -> int:
         """Bytes of one page of one layer; contiguous."""
-        return math.prod(self.page_shape) * self.dtype.itemsize
+        return math.prod(self.page_shape) * self.dtype.element.itemsize
 
     @property
     def page_bytes(self) -> int:

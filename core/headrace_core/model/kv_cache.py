@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from headrace_core.batch.step import Mark
-from headrace_core.kv.layout import CacheDtype, KvLayout
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
+from headrace_core.kv.layout import KvLayout
 from headrace_core.model.host_copies import to_device
 from headrace_core.model.page_ring import PageRing, page_rows
 
 T = TypeVar("T")
-
-TORCH_DTYPES = {
-    CacheDtype.FLOAT32: torch.float32,
-    CacheDtype.BFLOAT16: torch.bfloat16,
-    CacheDtype.FLOAT16: torch.float16,
-    CacheDtype.FP8_E4M3: torch.uint8,
-}
-"""Of a cache's tensors."""
 
 Allocate = Callable[[int, int], Sequence[memoryview]]
 """Gives, for (layers, bytes of each), a buffer for each layer: writable, and zero."""
@@ -57,7 +50,7 @@ class KvCache:
         """
         self.layout = layout
         self.num_pages = num_pages
-        dtype = TORCH_DTYPES[layout.dtype]
+        dtype = TORCH_DTYPES[layout.dtype.element]
         shape = (num_pages, *layout.page_shape)
         has_copy = has_host_copy if has_host_copy is not None else device != "cpu"
         if allocate is not None:

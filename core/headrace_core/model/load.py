@@ -17,6 +17,7 @@ from torch import Tensor
 from headrace_core.checkpoint.check_tensors import check_tensors
 from headrace_core.checkpoint.memory import WORKING_BYTES, available_bytes, check_fits
 from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.checkpoint.weight_reader import WeightReader
 from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.families.config import GqaShape, MlaShape, ModelConfig
@@ -33,8 +34,7 @@ from headrace_core.model.numerics import Numerics, check_exact, exact_fingerprin
 from headrace_core.model.rope_angles import check_angles, softmax_scale
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from headrace_core.scalar import Scalar
 
 
 def load_model(
@@ -68,13 +68,13 @@ def load_model(
     config = parse_config(directory)
     check_angles(config)
     dtype = config.checkpoint_dtype if dtype == "auto" else dtype
+    compute_dtype = TORCH_DTYPES[Scalar(dtype)]
     cache_dtype = CacheDtype(dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
     if numerics is Numerics.EXACT:
-        check_exact(backend(torch.empty(0, device=device)), _DTYPES[dtype], cache_dtype)
+        check_exact(backend(torch.empty(0, device=device)), compute_dtype, cache_dtype)
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
-    compute_dtype = _DTYPES[dtype]
     weight_bytes = num_weight_bytes(config, compute_dtype)
     working_bytes = WORKING_BYTES
     if device == "cuda":

@@ -14,6 +14,7 @@ from headrace_kernels.linear import Linear
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk, OnLayer
+from headrace_core.checkpoint.torch_scalar import scalar_of
 from headrace_core.errors import HeadraceError
 from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype, KvLayout
@@ -78,7 +79,7 @@ class Model:
         self.fingerprint = identity.fingerprint
         self.dtype = identity.dtype
         self.weight_bytes = identity.weight_bytes
-        self.cache_dtype = identity.cache_dtype or CacheDtype(str(identity.dtype).removeprefix("torch."))
+        self.cache_dtype = identity.cache_dtype or CacheDtype(scalar_of(identity.dtype).value)
         # Chunks up to this long that have a cached prefix are computed as decode rows; None: all are, so that prompts
         # go by one formula, and one order of its sums, with what is generated.
         self.max_decode_chunk: int | None = None if identity.numerics is Numerics.EXACT else 1

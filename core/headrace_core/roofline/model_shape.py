@@ -12,6 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from headrace_core.scalar import Scalar
+
 
 class Dtype(Enum):
     """A scalar type that weights, activations or cached values have."""
@@ -24,12 +26,22 @@ class Dtype(Enum):
     @property
     def itemsize(self) -> int:
         """Bytes a value takes; block scales of FP8 weights (below 4 %) are not counted."""
-        return {Dtype.FP32: 4, Dtype.BF16: 2, Dtype.FP16: 2, Dtype.FP8: 1}[self]
+        return self.scalar.itemsize
+
+    @property
+    def scalar(self) -> Scalar:
+        """What it is to the engine."""
+        return _SCALARS[self]
 
     @property
     def activation(self) -> Dtype:
         """The type that activations have when weights have this one."""
         return Dtype.BF16 if self is Dtype.FP8 else self
+
+
+_SCALARS = {
+    Dtype.FP32: Scalar.FLOAT32, Dtype.BF16: Scalar.BFLOAT16, Dtype.FP16: Scalar.FLOAT16, Dtype.FP8: Scalar.FLOAT8_E4M3
+}  # fmt: skip
 
 
 class ModelShapeError(ValueError):

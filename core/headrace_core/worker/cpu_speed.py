@@ -14,6 +14,7 @@ import torch
 from headrace_kernels.linear import Linear
 from headrace_kernels.rms_norm import rms_norm
 
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.hardware_measure import best_of, cpu_hardware, read_bytes_per_s
 from headrace_core.roofline.model_shape import Dtype
@@ -25,13 +26,11 @@ _OVERHEAD_REPEATS = 100
 _LEAST_BYTES = 8 << 20
 _MOST_BYTES = 128 << 20
 
-TORCH_DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
-
 
 def measure_worker_cpu(dtype: Dtype, model_bytes: int) -> Hardware:
     """Return the CPU as hardware named "cpu", as a model of `model_bytes` in `dtype` sees it. Any thread."""
     started = time.perf_counter()
-    torch_dtype, num_threads = TORCH_DTYPES[dtype], torch.get_num_threads()
+    torch_dtype, num_threads = TORCH_DTYPES[dtype.scalar], torch.get_num_threads()
     num_bytes = min(max(model_bytes, _LEAST_BYTES), _MOST_BYTES)
     memory = read_bytes_per_s(num_bytes, num_threads=num_threads, repeats=_REPEATS)
     with torch.inference_mode():

@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from headrace_kernels import Backend, backend, choose_backend
 from headrace_kernels.backend import instruction_set, what_is_missing
 from headrace_kernels.dispatch import objection
@@ -18,11 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headrace_core.batch.spec import ModelLimits
+from headrace_core.checkpoint.torch_scalar import scalar_of
 from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
 from headrace_core.errors import StartupError
-from headrace_core.kv.layout import KvLayout
-from headrace_core.model.kv_cache import TORCH_DTYPES, KvCache
+from headrace_core.kv.layout import CacheDtype, KvLayout
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.numerics import Numerics
@@ -43,9 +43,7 @@ _LOG_INTERVAL_S = 5.0
 _TRIED_TOKENS = 2
 """What a worker without a GPU's kernels computes before it serves: one token, then two, so that a network that can't is
 told at once."""
-_ROOFLINE_DTYPES = {
-    torch.float32: Dtype.FP32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.FP16, torch.uint8: Dtype.FP8
-}  # fmt: skip
+_ROOFLINE_DTYPES = {dtype.scalar: dtype for dtype in Dtype}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +177,8 @@ def _prediction(settings: WorkerSettings, model: Model) -> Prediction | None:
     except ModelShapeError as error:
         log.warning("no roofline", extra={"problem": str(error)})
         return None
-    dtype, kv_dtype = _ROOFLINE_DTYPES[model.dtype], _ROOFLINE_DTYPES[TORCH_DTYPES[model.cache_dtype]]
+    dtype, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype
+    kv_dtype = Dtype.FP8 if cached is CacheDtype.FP8_E4M3 else _ROOFLINE_DTYPES[cached.element]
     if settings.hardware == "cpu":
         return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, model.weight_bytes), kv_dtype)
     return Prediction(shape, dtype, partial(find_hardware, settings.hardware), kv_dtype)

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from headrace_client import AsyncClient
 from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.load import num_weight_bytes
 from headrace_core.request import SamplingParams
+from headrace_core.scalar import Scalar
 from headrace_router.testing import write_tokenizer
 
 from tests.perf.gpu_engine.shapes import Shape
-from tests.perf.gpu_engine.weights import DTYPES, NotPossibleError, OnBytes, write_random_checkpoint
+from tests.perf.gpu_engine.weights import NotPossibleError, OnBytes, write_random_checkpoint
 
 PERCENTILES = (25, 50, 99)
 _START_S = 1800.0
@@ -68,7 +70,7 @@ def measure_cluster(
         HeadraceError: the cluster does not start, or a request fails.
     """
     config = shape.model_config(folder)
-    dtype = DTYPES[config.checkpoint_dtype]
+    dtype = TORCH_DTYPES[Scalar(config.checkpoint_dtype)]
     cache_dtype = CacheDtype.BFLOAT16 if dtype == torch.bfloat16 else CacheDtype.FLOAT32
     pool_mib = pool_size_mib(shape, config.kv_layout(shape.page_size, cache_dtype))
     weight_bytes = num_weight_bytes(config, dtype)

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config import ModelConfig
 from headrace_core.families.table import weights
 from headrace_core.model.load import build_network, num_weight_bytes
 from headrace_core.model.model import Model, ModelIdentity
+from headrace_core.scalar import Scalar
 from headrace_core.testing.tiny_checkpoints import random_tensor
 from safetensors.torch import save_file
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 4 << 30
 _SPARE_BYTES = 1 << 30
 _ADDED_TO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
@@ -52,7 +53,7 @@ class RandomWeights:
 
     def __init__(self, config: ModelConfig, *, device: str, on_bytes: OnBytes) -> None:
         self._draw = _Draw(config, device)
-        self._dtype = DTYPES[config.checkpoint_dtype]
+        self._dtype = TORCH_DTYPES[Scalar(config.checkpoint_dtype)]
         self._device = device
         self._on_bytes = on_bytes
         self._done, self._total = 0, num_weight_bytes(config, self._dtype)
@@ -72,7 +73,7 @@ class RandomWeights:
 def random_model(config: ModelConfig, *, device: str, on_bytes: OnBytes) -> Model:
     """Return a network of random weights that never were on a disk."""
     source = RandomWeights(config, device=device, on_bytes=on_bytes)
-    dtype = DTYPES[config.checkpoint_dtype]
+    dtype = TORCH_DTYPES[Scalar(config.checkpoint_dtype)]
     identity = ModelIdentity("random", dtype, num_weight_bytes(config, dtype))
     return Model(config, identity, build_network(config, source))
 
@@ -85,7 +86,7 @@ def write_random_checkpoint(
     Raises:
         NotPossibleError: the disk has too little room.
     """
-    dtype = DTYPES[config.checkpoint_dtype]
+    dtype = TORCH_DTYPES[Scalar(config.checkpoint_dtype)]
     total = num_weight_bytes(config, dtype)
     check_disk(folder, total)
     draw = _Draw(config, device)
