@@ -55,7 +55,7 @@ def test_absorbed_equals_naive(name, checkpoint, random_tokens):
     torch.testing.assert_close(absorbed, naive, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["v3", "v2-lite", "mixtral"])
+@pytest.mark.parametrize("name", ["v3", "v2-lite", "mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("batch", range(1, 9))
 def test_mixed_batches_equal_each_sequence_alone(name, batch, checkpoint, oracle, random_tokens):
     """Prompts, continued prompts and single tokens share steps; lengths differ; pages are scattered among NaN."""
@@ -78,7 +78,7 @@ def test_mixed_batches_equal_each_sequence_alone(name, batch, checkpoint, oracle
         torch.testing.assert_close(torch.cat(pieces), expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["v3", "mixtral"])
+@pytest.mark.parametrize("name", ["v3", "mixtral", "qwen3-moe"])
 def test_a_cached_prefix_continues_like_the_whole_prompt(name, checkpoint, oracle, random_tokens):
     model = load_model(checkpoint(name))
     sequences = PagedSequences(model, page_size=4, num_pages=64)

@@ -51,6 +51,9 @@ OPTIONAL = (
     "torch_dtype",
     "head_dim",
     "mlp_bias",
+    "num_local_experts",
+    "mlp_only_layers",
+    "use_sliding_window",
     *NESTED,
 )
 

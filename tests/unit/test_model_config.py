@@ -98,6 +98,66 @@ def test_mixtral_head_dim_follows_from_hidden_size_unless_given(read):
     assert config.kv_layout(4, CacheDtype.FLOAT32).attention == KeyValueAttention(2, 24)
 
 
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def test_qwen3_30b_is_read_as_published(read):
+    config = read(QWEN3_30B)
+    assert (config.family, config.attention) == ("qwen3_moe", GqaShape(4, 128, has_head_norms=True))
+    assert (config.moe.num_experts, config.moe.num_experts_per_token, config.moe.is_normalised) == (128, 8, True)
+    assert all(config.is_moe_layer(layer) for layer in range(48))
+    assert (config.rope.theta, config.max_context_tokens, config.eos_token_ids) == (1e6, 40_960, (151_645,))
+
+
+def test_qwen3s_layers_with_experts_are_every_so_many_th_but_those_named(read):
+    config = read(QWEN3_30B, decoder_sparse_step=3, mlp_only_layers=[5, 5, 99], num_hidden_layers=12)
+    assert [layer for layer in range(12) if config.is_moe_layer(layer)] == [2, 8, 11]
+
+
+def test_qwen3s_window_counts_only_where_it_is_used(read):
+    assert read(QWEN3_30B, sliding_window=4096) == read(QWEN3_30B)
+    assert read(QWEN3_30B, use_sliding_window=True, sliding_window=None) == read(QWEN3_30B)
+
+
+def test_qwen3s_experts_are_counted_under_either_name(read):
+    theirs = {key: value for key, value in QWEN3_30B.items() if key != "num_experts"}
+    assert read(theirs, num_local_experts=128) == read(QWEN3_30B)
+
+
 def test_old_and_new_spellings_of_rope_agree(read):
     yarn = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}
     old = read(TINY_CONFIGS["v3"], rope_theta=500.0, rope_scaling={"type": "yarn", **yarn})
@@ -213,6 +273,15 @@ def test_every_second_layer_may_have_experts(read):
         ("v2", {"mlp_bias": True}, "mlp_bias"),
         ("mixtral", {"sliding_window": 4096}, "sliding_window"),
         ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("qwen3-moe", {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+        ("qwen3-moe", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ("qwen3-moe", {"attention_bias": True}, "attention_bias"),
+        ("qwen3-moe", {"hidden_act": "gelu"}, "hidden_act"),
+        ("qwen3-moe", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("qwen3-moe", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type"),
+        ("qwen3-moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("qwen3-moe", {"quantization_config": {"quant_method": "awq"}}, "quant_method"),
+        ("qwen3-moe", {"quantization_config": {"quant_method": "compressed-tensors"}}, "quant_method"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(read, name, changes, field):
@@ -250,6 +319,13 @@ def test_what_is_not_computed_is_refused_by_name(read, name, changes, field):
         ("v3", {"rope_scaling": "yarn"}, "rope_scaling"),
         ("mixtral", {"num_key_value_heads": 3}, "num_key_value_heads"),
         ("mixtral", {"hidden_size": 30}, "hidden_size"),
+        ("qwen3-moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("qwen3-moe", {"mlp_only_layers": [1, "2"]}, "mlp_only_layers"),
+        ("qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3-moe", {"num_experts": 0}, "num_experts"),
+        ("qwen3-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ("qwen3-moe", {"num_key_value_heads": 3}, "num_key_value_heads"),
+        ("qwen3-moe", {"head_dim": 7}, "rotary"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(read, name, changes, field):

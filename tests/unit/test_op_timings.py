@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 H200 = HARDWARE["h200"]
 SHAPE = MODELS["deepseek-v2-lite"]
 MIXED = StepLoad.prefill(7) + StepLoad.decode(1, 5)
-NETWORKS = ["v3", "v3-no-q-lora", "v2", "mixtral"]
+NETWORKS = ["v3", "v3-no-q-lora", "v2", "mixtral", "qwen3-moe"]
 
 
 @pytest.fixture(params=NETWORKS)

@@ -58,7 +58,7 @@ def test_building_takes_each_weight_of_the_tree_once(name, tmp_path):
     assert source.taken == Counter(weight.name for weight in weights(config))
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "mixtral"])
+@pytest.mark.parametrize("name", ["v3", "v2", "mixtral", "qwen3-moe"])
 def test_the_shards_of_all_ranks_are_the_weight(name, tmp_path):
     tensors = write_checkpoint(tmp_path, TINY_CONFIGS[name])
     config = parse_config(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from headrace_core.families.config import MoeShape, RopeShape, YarnScaling
+from headrace_core.families.config import GqaShape, MoeShape, RopeShape, YarnScaling
 from headrace_core.families.fields import Fields, bad, unsupported
 from headrace_core.request import MAX_COUNT
 from headrace_core.scalar import COMPUTE
@@ -41,6 +41,18 @@ def parse_common(fields: Fields) -> dict[str, Any]:
         "checkpoint_dtype": dtype,
         "is_embedding_tied": fields.flag("tie_word_embeddings", False),
     }
+
+
+def parse_grouped_query(fields: Fields, *, has_head_norms: bool = False) -> GqaShape:
+    """Return attention by keys and values; a head is as wide as said, or its share of the hidden size."""
+    num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
+    num_kv_heads = fields.count("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        bad("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
+    if "head_dim" not in fields and hidden_size % num_heads:
+        bad("hidden_size", hidden_size, f"a multiple of num_attention_heads, {num_heads}, or head_dim given")
+    head_dim = fields.count("head_dim", hidden_size // num_heads, least=2)
+    return GqaShape(num_kv_heads, head_dim, has_head_norms)
 
 
 def checked_moe(moe: MoeShape) -> MoeShape:

@@ -25,10 +25,11 @@ class MlaShape:
 
 @dataclass(frozen=True, slots=True)
 class GqaShape:
-    """Grouped-query attention."""
+    """Grouped-query attention. `has_head_norms`: each head's query and key are normalised before they are rotated."""
 
     num_kv_heads: int
     head_dim: int
+    has_head_norms: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,9 @@ class RopeShape:
 class MoeShape:
     """Mixture of experts of the layers that have one.
 
-    A layer is dense if its index is below `num_first_dense_layers` or no multiple of `layer_stride`. The rest is
-    `headrace_kernels.routing_rule.RoutingRule`, and whether a correction bias joins the choice.
+    A layer is dense if its index is below `num_first_dense_layers`, leaves another remainder by `layer_stride` than
+    `layer_remainder`, or is one of `dense_layers`. The rest is `headrace_kernels.routing_rule.RoutingRule`, and whether
+    a correction bias joins the choice.
     """
 
     num_experts: int
@@ -75,6 +77,8 @@ class MoeShape:
     is_normalised: bool
     scaling_factor: float
     has_correction_bias: bool
+    layer_remainder: int = 0
+    dense_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,9 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         """True if the layer has routed experts; dense otherwise."""
         moe = self.moe
-        return layer >= moe.num_first_dense_layers and layer % moe.layer_stride == 0
+        if layer < moe.num_first_dense_layers or layer in moe.dense_layers:
+            return False
+        return layer % moe.layer_stride == moe.layer_remainder
 
     def kv_layout(self, page_size: int, dtype: CacheDtype) -> KvLayout:
         """Return what a page of this network's cache holds."""

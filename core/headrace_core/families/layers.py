@@ -42,6 +42,9 @@ def grouped_query_attention(prefix: str, config: ModelConfig, shape: GqaShape) -
     yield Weight(prefix + "k_proj.weight", (groups * width, hidden), Place(Part.KEY), Split(0, groups))
     yield Weight(prefix + "v_proj.weight", (groups * width, hidden), Place(Part.VALUE), Split(0, groups))
     yield Weight(prefix + "o_proj.weight", (hidden, heads * width), Place(Part.OUTPUT), Split(1, heads))
+    if shape.has_head_norms:
+        yield Weight(prefix + "q_norm.weight", (width,), Place(Part.QUERY_NORM))
+        yield Weight(prefix + "k_norm.weight", (width,), Place(Part.KEY_NORM))
 
 
 def latent_attention(prefix: str, config: ModelConfig, shape: MlaShape) -> Iterator[Weight]:

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headrace_core.families.common_fields import checked_moe, parse_common, parse_rope, refuse_windows
+from headrace_core.families.common_fields import (
+    checked_moe,
+    parse_common,
+    parse_grouped_query,
+    parse_rope,
+    refuse_windows,
+)
 from headrace_core.families.config import GqaShape, ModelConfig, MoeShape
 from headrace_core.families.family import Family
-from headrace_core.families.fields import Fields, bad, unsupported
+from headrace_core.families.fields import Fields, unsupported
 from headrace_core.families.layers import decoder, grouped_query_attention, mixture
 from headrace_core.families.weights import Weight, WeightTree
 
@@ -19,13 +25,7 @@ def _parse(fields: Fields) -> ModelConfig:
     refuse_windows(fields)
     if "quantization_config" in fields:
         unsupported("quantization_config", fields.raw("quantization_config"), "null for mixtral")
-    num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
-    num_kv_heads = fields.count("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        bad("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
-    if "head_dim" not in fields and hidden_size % num_heads:
-        bad("hidden_size", hidden_size, f"a multiple of num_attention_heads, {num_heads}, or head_dim given")
-    head_dim = fields.count("head_dim", hidden_size // num_heads, least=2)
+    attention = parse_grouped_query(fields)
     moe = MoeShape(
         num_experts=fields.count("num_local_experts"),
         num_experts_per_token=fields.count("num_experts_per_tok", 2),
@@ -45,10 +45,10 @@ def _parse(fields: Fields) -> ModelConfig:
         family="mixtral",
         dense_intermediate_size=fields.count("intermediate_size"),
         has_attention_bias=False,
-        attention=GqaShape(num_kv_heads, head_dim),
-        rope=parse_rope(fields, head_dim, default_theta=1_000_000.0),
+        attention=attention,
+        rope=parse_rope(fields, attention.head_dim, default_theta=1_000_000.0),
         moe=checked_moe(moe),
-        num_heads=num_heads,
+        num_heads=fields.count("num_attention_heads"),
         rms_norm_eps=fields.positive("rms_norm_eps", 1e-5),
         **parse_common(fields),
     )

@@ -13,6 +13,7 @@ from headrace_kernels.gqa_decode import gqa_decode, plan_gqa_decode
 from headrace_kernels.gqa_prefill import gqa_prefill
 from headrace_kernels.latent_store import latent_store
 from headrace_kernels.linear import Linear
+from headrace_kernels.rms_norm import rms_norm
 from headrace_kernels.rope import rope
 from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
@@ -24,10 +25,15 @@ from headrace_core.model.step_inputs import StepInputs
 
 @dataclass(frozen=True, slots=True)
 class GqaWeights:
-    """Weights of one layer; `input_proj` [(H + 2 * G) * D, N] yields queries, keys and values at once."""
+    """Weights of one layer; `input_proj` [(H + 2 * G) * D, N] yields queries, keys and values at once.
+
+    `query_norm` and `key_norm` [D] are of the heads; None: they are not normalised.
+    """
 
     input_proj: Linear
     output_proj: Linear
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
 
 
 class GroupedQueryAttentionLayer:
@@ -53,8 +59,7 @@ class GroupedQueryAttentionLayer:
         groups, weights = self._shape.num_kv_heads, self._weights
         heads = weights.input_proj.after_norm(x, norm_weight, eps).unflatten(1, (-1, self._shape.head_dim))
         timer.mark("attention_norm+qkv_proj")
-        rotated = rope(heads[:, :-groups], *angles, is_interleaved=False)
-        query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
+        query, key = self._rotated(heads[:, :-groups], eps, angles)
         _store(cache, key, heads[:, -groups:], key_value_rows(step.slot_mapping, cache.shape[2]))
         timer.mark("rope_and_cache")
         outputs: list[Tensor] = []
@@ -85,6 +90,17 @@ class GroupedQueryAttentionLayer:
         out = weights.output_proj.added_to(x, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         timer.mark("output_proj")
         return out
+
+    def _rotated(self, heads: Tensor, eps: float, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, D] and keys [T, G, D] of `heads` [T, H + G, D], normalised if they are, and rotated."""
+        query_norm, key_norm = self._weights.query_norm, self._weights.key_norm
+        if query_norm is not None and key_norm is not None:
+            query, key = heads[:, : self._num_heads], heads[:, self._num_heads :]
+            query = rms_norm(query.reshape(-1, self._shape.head_dim), query_norm, eps).view(query.shape)
+            key = rms_norm(key.reshape(-1, self._shape.head_dim), key_norm, eps).view(key.shape)
+            return rope(query, *angles, is_interleaved=False), rope(key, *angles, is_interleaved=False)
+        rotated = rope(heads, *angles, is_interleaved=False)
+        return rotated[:, : self._num_heads], rotated[:, self._num_heads :]
 
     def plan_decode(self, context_lens: Tensor, page_size: int) -> SplitPlan | None:
         """See `Attention`."""

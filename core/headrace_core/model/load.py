@@ -191,6 +191,8 @@ class _Builder:
             weights = GqaWeights(
                 input_proj=self._linear(Part.QUERY, Part.KEY, Part.VALUE),
                 output_proj=self._linear(Part.OUTPUT),
+                query_norm=self._take_if_there(Part.QUERY_NORM),
+                key_norm=self._take_if_there(Part.KEY_NORM),
             )
             return GroupedQueryAttentionLayer(config.attention, config.num_heads, weights)
         return self._mla(config.attention)

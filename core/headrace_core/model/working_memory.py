@@ -75,7 +75,7 @@ def layer_bytes(config: ModelConfig, itemsize: int, num_tokens: int, num_keys: i
     attention = (
         _latent_attention_values(shape, config.num_heads, num_tokens, num_keys)
         if isinstance(shape, MlaShape)
-        else _grouped_attention_values(shape, config.num_heads, num_tokens)
+        else _grouped_attention_values(config, shape, num_tokens)
     )
     most = max(stream + attention * itemsize, 3 * stream + _expert_bytes(config, itemsize, num_tokens))
     if all(config.is_moe_layer(layer) for layer in range(config.num_layers)):
@@ -92,10 +92,14 @@ def _latent_attention_values(shape: MlaShape, num_heads: int, num_tokens: int, n
     return num_tokens * (projected + num_heads * shape.value_dim) + num_keys * expanded
 
 
-def _grouped_attention_values(shape: GqaShape, num_heads: int, num_tokens: int) -> int:
-    """Return how many values queries, keys and values, the first two rotated, and results are."""
-    projected, rotated = num_heads + 2 * shape.num_kv_heads, num_heads + shape.num_kv_heads
-    return num_tokens * shape.head_dim * (projected + rotated + num_heads)
+def _grouped_attention_values(config: ModelConfig, shape: GqaShape, num_tokens: int) -> int:
+    """Return how many values queries, keys and values, the first two rotated, are, and what there is beside them.
+
+    That is the results, what is projected of them and its sum with the stream, or before that the normalised heads.
+    """
+    heads, groups = config.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    normalised = heads + groups if shape.has_head_norms else 0
+    return num_tokens * (2 * heads + 3 * groups + max(heads + 2 * config.hidden_size, normalised))
 
 
 def _expert_bytes(config: ModelConfig, itemsize: int, num_tokens: int) -> int:

@@ -101,6 +101,26 @@ _MIXTRAL: Config = {
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-5,
 }
+_QWEN3: Config = {
+    **_COMMON,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 2,
+    "rope_theta": 1e6,
+    "rope_scaling": None,
+}
 TINY_CONFIGS: dict[str, Config] = {
     "v3": _V3,
     "v3-no-q-lora": {**_V3, "q_lora_rank": None},
@@ -136,6 +156,19 @@ TINY_CONFIGS: dict[str, Config] = {
     },
     "mixtral": _MIXTRAL,
     "mixtral-head-dim": {**_MIXTRAL, "head_dim": 12, "num_key_value_heads": 1},
+    "qwen3-moe": _QWEN3,
+    "qwen3-moe-dense-layers": {
+        **_QWEN3,
+        "num_hidden_layers": 5,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        "norm_topk_prob": False,
+        "num_key_value_heads": 1,
+    },
+    "qwen3-moe-yarn": {
+        **_QWEN3,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ CONFIGS = {
     "v3": {**TINY_CONFIGS["v3"], **WIDTHS, "num_hidden_layers": 2},
     "v2": {**TINY_CONFIGS["v2"], **WIDTHS, "q_lora_rank": None, "num_hidden_layers": 2, "first_k_dense_replace": 0},
     "mixtral": {**TINY_CONFIGS["mixtral"], "head_dim": 16},
+    "qwen3-moe": TINY_CONFIGS["qwen3-moe"],
 }
 ONE_LAYER = {**CONFIGS["v2"], "num_hidden_layers": 1}
 PAGE_SIZE = 16
