@@ -1,7 +1,11 @@
 import dataclasses
 import json
+import math
 
 import pytest
+from headrace_core.families.config_json import parse_config
+from headrace_core.families.roofline_shape import shape_of
+from headrace_core.families.table import weights
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, LatentAttention
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.memory import kv_bytes_per_gpu, parameters, weight_bytes_per_gpu
@@ -17,6 +21,7 @@ from headrace_core.roofline.model_shape import (
     ModelShapeError,
     MoeShape,
 )
+from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 
 _DEMO = {
     "model_type": "deepseek_v3", "num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 6,
@@ -124,9 +129,22 @@ def test_configs_of_other_families_are_read(tmp_path):
     assert dense.attention == GqaShape(32, 128)
 
 
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_the_engines_networks_have_the_rooflines_shapes(name, tmp_path):
+    """The engine's reading of a config.json, its weights and the roofline's reading are of one network."""
+    write_config(tmp_path, TINY_CONFIGS[name])
+    config = parse_config(tmp_path)
+    shape = shape_of(config, "tiny")
+    assert shape == ModelShape.from_config(TINY_CONFIGS[name], "tiny")
+    # Norms, biases and correction biases are not counted.
+    assert parameters(shape) == sum(math.prod(weight.shape) for weight in weights(config) if len(weight.shape) == 2)
+
+
 def test_unusable_configs_are_refused_by_the_name_of_the_field(tmp_path):
     with pytest.raises(ModelShapeError, match="hidden_size"):
         ModelShape.from_config({**_DEMO, "hidden_size": None})
+    with pytest.raises(ModelShapeError, match="num_hidden_layers must be at most"):
+        ModelShape.from_config({**_DEMO, "num_hidden_layers": 10**12})
     with pytest.raises(ModelShapeError, match="v_head_dim"):
         ModelShape.from_config({**_DEMO, "v_head_dim": "32"})
     with pytest.raises(ModelShapeError, match="neither"):

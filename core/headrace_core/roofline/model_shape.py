@@ -85,7 +85,7 @@ class MoeShape:
     num_experts_per_token: int
     intermediate_size: int
     shared_intermediate_size: int = 0
-    num_first_dense_layers: int = 0
+    num_dense_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class ModelShape:
     @property
     def num_moe_layers(self) -> int:
         """Layers with routed experts."""
-        return self.num_layers - self.moe.num_first_dense_layers if self.moe else 0
+        return self.num_layers - self.moe.num_dense_layers if self.moe else 0
 
     @property
     def num_dense_layers(self) -> int:
@@ -199,7 +199,24 @@ def _moe(config: dict[str, Any]) -> MoeShape | None:
         num_experts_per_token=_count(config, "num_experts_per_tok"),
         intermediate_size=width,
         shared_intermediate_size=shared or _count(config, "n_shared_experts", default=0) * width,
-        num_first_dense_layers=_count(config, "first_k_dense_replace", default=0),
+        num_dense_layers=_num_dense_layers(config),
+    )
+
+
+_MOST_LAYERS = 1 << 20
+"""They are counted one by one."""
+
+
+def _num_dense_layers(config: dict[str, Any]) -> int:
+    """Return how many layers have no experts, by the fields that families have for it."""
+    first, every = _count(config, "first_k_dense_replace", default=0), _count(config, "moe_layer_freq", default=1)
+    step, named = _count(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or ()
+    num_layers = _count(config, "num_hidden_layers")
+    if num_layers > _MOST_LAYERS:
+        raise ModelShapeError(f"config.json: num_hidden_layers must be at most {_MOST_LAYERS}, it is {num_layers}")
+    return sum(
+        layer < first or layer % max(1, every) != 0 or (layer + 1) % max(1, step) != 0 or layer in named
+        for layer in range(num_layers)
     )
 
 

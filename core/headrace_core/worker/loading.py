@@ -21,6 +21,7 @@ from headrace_core.checkpoint.torch_scalar import scalar_of
 from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
 from headrace_core.errors import StartupError
+from headrace_core.families.roofline_shape import shape_of
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
@@ -29,7 +30,7 @@ from headrace_core.model.numerics import Numerics
 from headrace_core.model.self_check import check_kernels
 from headrace_core.model.working_memory import StepLimits
 from headrace_core.roofline.hardware import find_hardware
-from headrace_core.roofline.model_shape import Dtype, ModelShape, ModelShapeError
+from headrace_core.roofline.model_shape import Dtype
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.transfer.memory import new_memory
 from headrace_core.transfer.transports import memory_kind, usable
@@ -50,7 +51,7 @@ _ROOFLINE_DTYPES = {dtype.scalar: dtype for dtype in Dtype}
 class LoadedModel:
     """A model ready to step, and what others must know of it.
 
-    `prediction` None: the roofline does not know such a network.
+    `prediction` None: its operations are not timed.
     """
 
     name: str
@@ -172,11 +173,7 @@ def _prediction(settings: WorkerSettings, model: Model) -> Prediction | None:
         # Times are measured between calls, which on a GPU return before their work is done (model/op_timer.py).
         log.info("operations are not timed on a GPU")
         return None
-    try:
-        shape = ModelShape.load(settings.model / "config.json")
-    except ModelShapeError as error:
-        log.warning("no roofline", extra={"problem": str(error)})
-        return None
+    shape = shape_of(model.config, settings.model.resolve().name)
     dtype, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype
     kv_dtype = Dtype.FP8 if cached is CacheDtype.FP8_E4M3 else _ROOFLINE_DTYPES[cached.element]
     if settings.hardware == "cpu":
