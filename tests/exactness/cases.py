@@ -21,7 +21,7 @@ from headrace_core.testing.paged_sequences import GREEDY_ROW
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from torch import Tensor
 
-FAMILIES = ("v3", "v2", "mixtral", "qwen3-moe")
+FAMILIES = ("v3", "v2", "glm4-moe-lite", "mixtral", "qwen3-moe")
 DTYPES = ("float32", "bfloat16")
 _MOST_TOKENS = 40
 

@@ -8,11 +8,12 @@ import pytest
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config_json import parse_config
 from headrace_core.families.table import FAMILIES
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, MixtralConfig, Qwen3MoeConfig
 
 CLASSES = {
     "deepseek_v3": DeepseekV3Config,
     "deepseek_v2": DeepseekV2Config,
+    "glm4_moe_lite": Glm4MoeLiteConfig,
     "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig,
 }
@@ -49,6 +50,7 @@ def test_null_is_not_left_out(tmp_path, model_type):
             "eos_token_id",
             "num_key_value_heads",
             "num_nextn_predict_layers",
+            "rms_norm_eps",
         ):
             continue  # null has a meaning there
         values = {"model_type": model_type, **NEEDED.get(model_type, {}), name: None}

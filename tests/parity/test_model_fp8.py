@@ -17,7 +17,7 @@ from headrace_core.testing.tiny_checkpoints import (
 )
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["v3", "v2", "glm4-moe-lite", "qwen3-moe"])
 @pytest.mark.parametrize("block", [(128, 128), (16, 10)], ids=["larger", "partial"])
 def test_block_fp8_weights_are_dequantised(name, block, tmp_path, oracle, random_tokens):
     config = TINY_CONFIGS[name]

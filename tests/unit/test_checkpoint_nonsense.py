@@ -53,6 +53,7 @@ OPTIONAL = (
     "mlp_bias",
     "num_local_experts",
     "mlp_only_layers",
+    "mlp_layer_types",
     "use_sliding_window",
     *NESTED,
 )

@@ -22,31 +22,30 @@ from headrace_core.families.layers import decoder, feed_forward, latent_attentio
 from headrace_core.families.weights import Weight, WeightTree
 
 
-def _parse(fields: Fields, *, is_v3: bool) -> ModelConfig:
+def parse_v3(fields: Fields, num_first_dense_layers: int | None = None) -> ModelConfig:
+    """Return the network; `num_first_dense_layers` None: as `first_k_dense_replace` says. Raises CheckpointError."""
+    if num_first_dense_layers is None:
+        num_first_dense_layers = fields.count("first_k_dense_replace", least=0)
+    attention = _parse_attention(fields, is_rope_interleaved=fields.flag("rope_interleave", True))
+    return _parse(fields, "deepseek_v3", attention, _parse_v3_moe(fields, num_first_dense_layers))
+
+
+def _parse_v2(fields: Fields) -> ModelConfig:
+    attention = _parse_attention(fields, is_rope_interleaved=True)
+    return _parse(fields, "deepseek_v2", attention, _parse_v2_moe(fields))
+
+
+def _parse(fields: Fields, family: str, attention: MlaShape, moe: MoeShape) -> ModelConfig:
     refuse_windows(fields)
     fields.only("mlp_bias", False, default=False)
-    attention = MlaShape(
-        q_lora_rank=fields.count("q_lora_rank") if "q_lora_rank" in fields else None,
-        kv_lora_rank=fields.count("kv_lora_rank"),
-        nope_dim=fields.count("qk_nope_head_dim"),
-        rope_dim=fields.count("qk_rope_head_dim", least=2),
-        value_dim=fields.count("v_head_dim"),
-        is_rope_interleaved=fields.flag("rope_interleave", True) if is_v3 else True,
-    )
-    num_heads = fields.count("num_attention_heads")
-    if fields.count("num_key_value_heads", num_heads) != num_heads:
-        bad("num_key_value_heads", fields.raw("num_key_value_heads"), "num_attention_heads with latent attention")
-    if attention.value_dim > attention.nope_dim + attention.rope_dim:
-        unsupported("v_head_dim", attention.value_dim, "at most qk_nope_head_dim + qk_rope_head_dim")
-    moe = _parse_v3_moe(fields) if is_v3 else _parse_v2_moe(fields)
     return ModelConfig(
-        family="deepseek_v3" if is_v3 else "deepseek_v2",
+        family=family,
         dense_intermediate_size=fields.count("intermediate_size"),
         has_attention_bias=fields.flag("attention_bias", False),
         attention=attention,
         rope=parse_rope(fields, attention.rope_dim, default_theta=10_000.0),
         moe=moe,
-        num_heads=num_heads,
+        num_heads=fields.count("num_attention_heads"),
         rms_norm_eps=fields.positive("rms_norm_eps", 1e-6),
         num_mtp_layers=fields.count("num_nextn_predict_layers", 0, least=0),
         fp8_block=parse_fp8_block(fields),
@@ -54,7 +53,24 @@ def _parse(fields: Fields, *, is_v3: bool) -> ModelConfig:
     )
 
 
-def _parse_v3_moe(fields: Fields) -> MoeShape:
+def _parse_attention(fields: Fields, *, is_rope_interleaved: bool) -> MlaShape:
+    attention = MlaShape(
+        q_lora_rank=fields.count("q_lora_rank") if "q_lora_rank" in fields else None,
+        kv_lora_rank=fields.count("kv_lora_rank"),
+        nope_dim=fields.count("qk_nope_head_dim"),
+        rope_dim=fields.count("qk_rope_head_dim", least=2),
+        value_dim=fields.count("v_head_dim"),
+        is_rope_interleaved=is_rope_interleaved,
+    )
+    num_heads = fields.count("num_attention_heads")
+    if fields.count("num_key_value_heads", num_heads) != num_heads:
+        bad("num_key_value_heads", fields.raw("num_key_value_heads"), "num_attention_heads with latent attention")
+    if attention.value_dim > attention.nope_dim + attention.rope_dim:
+        unsupported("v_head_dim", attention.value_dim, "at most qk_nope_head_dim + qk_rope_head_dim")
+    return attention
+
+
+def _parse_v3_moe(fields: Fields, num_first_dense_layers: int) -> MoeShape:
     fields.only("topk_method", "noaux_tc", default="noaux_tc")
     fields.only("scoring_func", "sigmoid", default="sigmoid")
     num_experts = fields.count("n_routed_experts")
@@ -70,7 +86,8 @@ def _parse_v3_moe(fields: Fields) -> MoeShape:
             is_normalised=fields.flag("norm_topk_prob", True),
             scaling_factor=fields.number("routed_scaling_factor"),
             has_correction_bias=True,
-            **_parse_deepseek_experts(fields),
+            num_first_dense_layers=num_first_dense_layers,
+            **_parse_experts(fields),
         )
     )
 
@@ -93,31 +110,24 @@ def _parse_v2_moe(fields: Fields) -> MoeShape:
             is_normalised=False,
             scaling_factor=fields.number("routed_scaling_factor", 1.0),
             has_correction_bias=False,
-            **_parse_deepseek_experts(fields),
+            num_first_dense_layers=fields.count("first_k_dense_replace", least=0),
+            **_parse_experts(fields),
         )
     )
 
 
-def _parse_deepseek_experts(fields: Fields) -> dict[str, Any]:
+def _parse_experts(fields: Fields) -> dict[str, Any]:
     return {
         "num_experts": fields.count("n_routed_experts"),
         "num_experts_per_token": fields.count("num_experts_per_tok"),
         "intermediate_size": fields.count("moe_intermediate_size"),
         "num_shared_experts": 0 if fields.is_null("n_shared_experts") else fields.count("n_shared_experts", least=0),
-        "num_first_dense_layers": fields.count("first_k_dense_replace", least=0),
         "layer_stride": fields.count("moe_layer_freq", 1),
     }
 
 
-def _parse_v3(fields: Fields) -> ModelConfig:
-    return _parse(fields, is_v3=True)
-
-
-def _parse_v2(fields: Fields) -> ModelConfig:
-    return _parse(fields, is_v3=False)
-
-
-def _weights(config: ModelConfig) -> WeightTree:
+def weights(config: ModelConfig) -> WeightTree:
+    """Return the weights of a decoder with latent attention."""
     shape = config.attention
     assert isinstance(shape, MlaShape)
 
@@ -129,8 +139,8 @@ def _weights(config: ModelConfig) -> WeightTree:
 
 
 DEEPSEEK_V3 = Family(
-    _parse_v3,
-    _weights,
+    parse_v3,
+    weights,
     defaults={
         "vocab_size": 129_280,
         "hidden_size": 7168,
@@ -157,7 +167,7 @@ DEEPSEEK_V3 = Family(
 )
 DEEPSEEK_V2 = Family(
     _parse_v2,
-    _weights,
+    weights,
     defaults={
         "vocab_size": 102_400,
         "hidden_size": 4096,
@@ -177,5 +187,5 @@ DEEPSEEK_V2 = Family(
         "eos_token_id": 2,
     },
 )
-KIMI_K2 = Family(_parse_v3, _weights, defaults={})
+KIMI_K2 = Family(parse_v3, weights, defaults={})
 """DeepSeek-V3's architecture under a name of its own."""

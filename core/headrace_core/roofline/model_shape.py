@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from headrace_core.scalar import Scalar
 
@@ -209,6 +209,8 @@ _MOST_LAYERS = 1 << 20
 
 def _num_dense_layers(config: dict[str, Any]) -> int:
     """Return how many layers have no experts, by the fields that families have for it."""
+    if isinstance(kinds := config.get("mlp_layer_types"), list):
+        return cast("list[object]", kinds).count("dense")
     first, every = _count(config, "first_k_dense_replace", default=0), _count(config, "moe_layer_freq", default=1)
     step, named = _count(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or ()
     num_layers = _count(config, "num_hidden_layers")

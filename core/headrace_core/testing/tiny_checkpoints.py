@@ -121,6 +121,17 @@ _QWEN3: Config = {
     "rope_theta": 1e6,
     "rope_scaling": None,
 }
+_GLM: Config = {
+    **{name: value for name, value in _V3.items() if name not in ("scoring_func", "moe_layer_freq")},
+    "model_type": "glm4_moe_lite",
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-5,
+    "v_head_dim": 16,
+    "partial_rotary_factor": 1.0,
+}
 TINY_CONFIGS: dict[str, Config] = {
     "v3": _V3,
     "v3-no-q-lora": {**_V3, "q_lora_rank": None},
@@ -153,6 +164,14 @@ TINY_CONFIGS: dict[str, Config] = {
         "aux_loss_alpha": 0.001,
         "seq_aux": True,
         "ep_size": 1,
+    },
+    "glm4-moe-lite": _GLM,
+    "glm4-moe-lite-listed": {
+        **{name: value for name, value in _GLM.items() if name != "first_k_dense_replace"},
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_interleave": False,
     },
     "mixtral": _MIXTRAL,
     "mixtral-head-dim": {**_MIXTRAL, "head_dim": 12, "num_key_value_heads": 1},

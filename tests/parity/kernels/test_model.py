@@ -17,6 +17,7 @@ WIDTHS = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v
 CONFIGS = {
     "v3": {**TINY_CONFIGS["v3"], **WIDTHS, "num_hidden_layers": 2},
     "v2": {**TINY_CONFIGS["v2"], **WIDTHS, "q_lora_rank": None, "num_hidden_layers": 2, "first_k_dense_replace": 0},
+    "glm4-moe-lite": {**TINY_CONFIGS["glm4-moe-lite"], **WIDTHS, "num_hidden_layers": 2},
     "mixtral": {**TINY_CONFIGS["mixtral"], "head_dim": 16},
     "qwen3-moe": TINY_CONFIGS["qwen3-moe"],
 }
