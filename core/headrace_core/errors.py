@@ -16,8 +16,8 @@
     └── StartupError             (start-up only)      the process does not start: its settings, this machine
 
 A handler raises one of these; `rpc.py` turns it into a status whose reason travels in trailing metadata, and back into
-the error on the other side. Nothing else maps. The reactions are code in `headrace_router/flow.py`; every reason is in
-`reasons.py`.
+the error on the other side. Nothing else maps. The reactions are code in `headrace_router/requests/flow.py`; every
+reason is in `reasons.py`.
 """
 
 from __future__ import annotations

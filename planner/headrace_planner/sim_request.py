@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from headrace_router.capacity import Waiting
-from headrace_router.policy import EXPECTED_OUTPUT_TOKENS, prefix_key
+from headrace_router.placement.capacity import Waiting
+from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS, prefix_key
 
 from headrace_planner.trace import Workload
 
@@ -71,7 +71,7 @@ class SimRequest:
         return self.num_output - self.num_done
 
     def describe(self) -> None:
-        """Set `waiting` anew, as `headrace_router.sample` does: when queued, and when overtaken."""
+        """Set `waiting` anew, as `headrace_router.requests.sample` does: when queued, and when overtaken."""
         num_tokens, expected = self.num_tokens, self.num_left
         if not self.attempt and expected > EXPECTED_OUTPUT_TOKENS:
             expected = EXPECTED_OUTPUT_TOKENS

@@ -1,7 +1,8 @@
-"""The router's queue and its book of workers, around the product's own placement (`headrace_router.policy.plan`).
+"""The router's queue and its book of workers, around the product's own placement (`headrace_router.placement.policy`).
 
-What `headrace_router.dispatch` and `headrace_router.worker` do with sockets is done here with numbers: a reservation
-for every placement, load reports, a planning round whenever something changed, retried requests at their old place.
+What `headrace_router.requests.dispatch` and `headrace_router.fleet.worker` do with sockets is done here with numbers: a
+reservation for every placement, load reports, a planning round whenever something changed, retried requests at their
+old place.
 
 Placement looks at every worker for every request; in Python that is about a millisecond for a thousand of them. With a
 `shortlist` of n, fast fidelity shows it only the n least loaded workers of each kind, and n prefill workers that
@@ -17,15 +18,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from headrace_router import policy
-from headrace_router.capacity import Capacity, WorkerView
-from headrace_router.policy import Assignment
+from headrace_router.placement import policy
+from headrace_router.placement.capacity import Capacity, WorkerView
+from headrace_router.placement.policy import Assignment
 
 from headrace_planner.sim_config import WorkerSpec
 from headrace_planner.sim_request import SimRequest
 
 _BUDGET_STEPS = 2
-"""As `headrace_router.worker`: one step's tokens computing, one step's waiting."""
+"""As `headrace_router.fleet.worker`: one step's tokens computing, one step's waiting."""
 _LOAD_STEPS = 4
 _MOST_PAGES = 1 << 28
 _FULL = 1 << 29
@@ -314,7 +315,7 @@ class Router:
         return found
 
     def _count_overtaken(self, assignments: list[Assignment], views: list[WorkerView]) -> None:
-        """As `headrace_router.dispatch`."""
+        """As `headrace_router.requests.dispatch`."""
         queue = [request.waiting for request in self._queue[: assignments[-1].index]]
         for index, count in policy.overtaken(queue, assignments, views, self._up):
             self._queue[index].num_overtaken += count

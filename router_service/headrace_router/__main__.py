@@ -14,7 +14,7 @@ def main() -> None:
     from headrace_core import process
     from headrace_core.config import RouterSettings, parse
 
-    from headrace_router.server import RouterService
+    from headrace_router.service import RouterService
 
     settings = parse(RouterSettings)
     process.run(lambda: RouterService(settings), settings, role="router")

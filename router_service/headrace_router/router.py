@@ -21,19 +21,19 @@ from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
 from headrace_core.tracing.span import Tracer
 
-from headrace_router.admission import Admission, RequestSpec, Tokenized
-from headrace_router.answers import ROLE_NAMES
-from headrace_router.dispatch import Dispatcher
-from headrace_router.flow import Flow
-from headrace_router.keys import Keys
-from headrace_router.link import Link
+from headrace_router.callers.keys import Keys
+from headrace_router.fleet.answers import ROLE_NAMES
+from headrace_router.fleet.link import Link
+from headrace_router.fleet.registry import Registry
 from headrace_router.metrics import RouterMetrics
-from headrace_router.prompts import Prompts
-from headrace_router.registry import Registry
-from headrace_router.running import RunningRequest, deadline_error, outcome_of, outcome_of_leaving
-from headrace_router.tokenizer import Tokenizer
-from headrace_router.tracing import Metadata, begin_request
-from headrace_router.waiting import Seat, WaitingRoom
+from headrace_router.requests.admission import Admission, RequestSpec, Tokenized
+from headrace_router.requests.dispatch import Dispatcher
+from headrace_router.requests.flow import Flow
+from headrace_router.requests.running import RunningRequest, deadline_error, outcome_of, outcome_of_leaving
+from headrace_router.requests.tracing import Metadata, begin_request
+from headrace_router.requests.waiting import Seat, WaitingRoom
+from headrace_router.text.prompts import Prompts
+from headrace_router.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

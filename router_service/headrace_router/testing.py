@@ -20,7 +20,7 @@ from headrace_core.testing.fake_script import mixed, scripted
 from headrace_core.testing.fake_worker import FakeRole, FakeWorker
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258

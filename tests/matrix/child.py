@@ -22,7 +22,7 @@ from headrace_core.transfer.memory import new_memory
 from headrace_core.transfer.transports import memory_kind
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 
 from tests.matrix import leftovers
 from tests.matrix.stage import DecodeStage, PrefillStage, RouterStage, Stage

@@ -23,7 +23,7 @@ from headrace_core.worker.host import HostState
 from headrace_decode.service import DecodeService
 from headrace_decode.session import Session
 from headrace_prefill.service import PrefillService
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 
 from tests.matrix.held_taker import HeldTaker
 

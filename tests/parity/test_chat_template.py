@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from headrace_router.chat_protocol import TemplateSource
-from headrace_router.chat_template import ChatTemplate
+from headrace_router.text.chat_protocol import TemplateSource
+from headrace_router.text.chat_template import ChatTemplate
 from transformers.utils.chat_template_utils import render_jinja_template
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}

@@ -36,7 +36,7 @@ from headrace_core import rpc
 from headrace_core.api_keys import ApiKey, write_entry
 from headrace_core.config import RouterSettings
 from headrace_core.telemetry import serve_metrics
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 from headrace_router.testing import text_request, write_tokenizer
 
 _BEAT_S = 0.005

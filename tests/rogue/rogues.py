@@ -27,7 +27,7 @@ from headrace_core.testing.mini_taker import MiniTaker, Ordered
 from headrace_core.transfer import grpc as transport
 from headrace_core.transfer import hold
 from headrace_core.transfer.lease import LeaseTable
-from headrace_router.keys import Keys
+from headrace_router.callers.keys import Keys
 from headrace_router.testing import text_request, tokens_request
 
 from tests.rogue.stage import PROMPT, Stage, outcome

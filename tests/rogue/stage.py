@@ -24,7 +24,7 @@ from headrace_core.testing.worker_pair import running
 from headrace_core.worker.loading import LoadedModel
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 from headrace_router.testing import write_tokenizer
 
 PROMPT = list(range(1, 40))

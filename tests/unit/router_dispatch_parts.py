@@ -14,10 +14,10 @@ from headrace.v1 import types_pb2, worker_service_pb2
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import eventually
-from headrace_router.dispatch import Dispatcher, Placement
-from headrace_router.fair_queue import Turn
-from headrace_router.policy import Waiting
-from headrace_router.worker import Worker
+from headrace_router.fleet.worker import Worker
+from headrace_router.placement.fair_queue import Turn
+from headrace_router.placement.policy import Waiting
+from headrace_router.requests.dispatch import Dispatcher, Placement
 
 PAGE = 16
 

@@ -10,7 +10,7 @@ from headrace_core.api_keys import ApiKey, find, new_key, read_keys, write_entry
 from headrace_core.errors import InvalidRequestError, OverloadedError, StartupError, UnauthenticatedError
 from headrace_core.shares import Caller
 from headrace_core.testing.api_keys import make_keys
-from headrace_router.keys import Bucket, Keys
+from headrace_router.callers.keys import Bucket, Keys
 from headrace_router.testing import RouterUnderTest, scripted_worker, text_request, wait_until
 from typer.testing import CliRunner
 

@@ -33,7 +33,7 @@ from headrace_core.testing.worker_pair import running
 from headrace_core.worker.worker_service import LoadBoard, WorkerServicer
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 from headrace_router.testing import write_tokenizer
 
 FILES = (decode_service_pb2, generation_service_pb2, hold_service_pb2, transfer_service_pb2, worker_service_pb2)

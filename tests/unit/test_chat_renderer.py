@@ -13,9 +13,9 @@ import pytest
 from headrace_core.errors import DeadlineError, InvalidRequestError, UnavailableError
 from headrace_core.shares import Caller
 from headrace_core.testing.async_test import WAIT_S, eventually
-from headrace_router import chat_renderer
-from headrace_router.chat_protocol import TemplateSource
-from headrace_router.chat_renderer import ChatRenderer
+from headrace_router.text import chat_renderer
+from headrace_router.text.chat_protocol import TemplateSource
+from headrace_router.text.chat_renderer import ChatRenderer
 
 LARGE = 1 << 20
 
@@ -85,7 +85,7 @@ def children():
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "headrace_router.chat_process" in child.cmdline():
+            if "headrace_router.text.chat_process" in child.cmdline():
                 found.append(child)
     return found
 

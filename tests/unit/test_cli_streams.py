@@ -134,7 +134,7 @@ def test_a_signal_while_the_command_imports_ends_it_in_silence(point, number, co
     ("module", "point"),
     [
         ("headrace_router", "headrace_core.config"),
-        ("headrace_router", "headrace_router.server"),
+        ("headrace_router", "headrace_router.service"),
         ("headrace_prefill", "headrace_prefill.service"),
         ("headrace_decode", "headrace_core.config"),
         ("headrace_decode", "torch"),

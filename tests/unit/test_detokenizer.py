@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from headrace_router.detokenizer import Detokenizer, Vocabulary
+from headrace_router.text.detokenizer import Detokenizer, Vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -20,7 +20,7 @@ from headrace_core.testing.worker_pair import running
 from headrace_core.transfer.values import CachedPrefix
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 from headrace_router.testing import write_tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=4, ignore_eos=True)

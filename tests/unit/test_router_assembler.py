@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
-from headrace_router.assembler import Assembler
 from headrace_router.testing import EOS, VOCAB_SIZE, byte_ids, run_router, scripted_worker, text_request
+from headrace_router.text.assembler import Assembler
 
 from tests.unit.test_router_flow import STOP
 

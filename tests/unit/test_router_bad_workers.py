@@ -10,7 +10,7 @@ from headrace.v1 import worker_service_pb2
 from headrace_core.errors import HandoffLostError, InvalidRequestError
 from headrace_core.reasons import label
 from headrace_core.testing.garbler import no_message, rewriting
-from headrace_router import link
+from headrace_router.fleet import link
 from headrace_router.testing import (
     VOCAB_SIZE,
     remembered,

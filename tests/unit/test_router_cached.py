@@ -6,7 +6,7 @@ from headrace_core.request import hash_tokens
 from headrace_core.testing.async_test import async_test
 from headrace_core.testing.worker_pair import running
 from headrace_core.wire import encode_sampling
-from headrace_router.cached import Cached, Finished
+from headrace_router.requests.cached import Cached, Finished
 from headrace_router.testing import BOS, RouterUnderTest, byte_ids, run_router, tokens_request
 
 from tests.unit.test_router_samples import IDS, SAMPLED, At, counted, fleet, real_fleet

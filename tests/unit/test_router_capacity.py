@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 from headrace_core.errors import OverloadedError, UnavailableError
-from headrace_router import policy
-from headrace_router.capacity import Capacity, Route, Waiting, WorkerView
-from headrace_router.policy import MAX_OVERTAKEN, Assignment, overtaken, plan
+from headrace_router.placement import policy
+from headrace_router.placement.capacity import Capacity, Route, Waiting, WorkerView
+from headrace_router.placement.policy import MAX_OVERTAKEN, Assignment, overtaken, plan
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -7,9 +7,10 @@ import asyncio
 from headrace.v1 import worker_service_pb2
 from headrace_core.errors import OverloadedError, UnavailableError
 from headrace_core.testing.async_test import async_test, eventually
-from headrace_router import dispatch, policy
-from headrace_router.policy import MAX_OVERTAKEN
-from headrace_router.session import LastTransfer
+from headrace_router.fleet.session import LastTransfer
+from headrace_router.placement import policy
+from headrace_router.placement.policy import MAX_OVERTAKEN
+from headrace_router.requests import dispatch
 
 from tests.unit.router_dispatch_parts import PAGE, StubSample, a_queue, failure, reserved
 

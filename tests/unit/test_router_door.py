@@ -21,10 +21,10 @@ from headrace_core.shares import Caller
 from headrace_core.testing.api_keys import make_keys
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
-from headrace_router import server
-from headrace_router.caller import caller_of
+from headrace_router import service
+from headrace_router.callers.caller import caller_of
+from headrace_router.requests.waiting import WaitingRoom
 from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, scripted_worker, text_request, wait_until
-from headrace_router.waiting import WaitingRoom
 
 from tests.unit.raw_http2 import call_without_window, wait_idle_close
 
@@ -167,8 +167,8 @@ def test_a_request_that_a_worker_has_is_not_put_out(tmp_path):
 
 
 def test_calls_that_send_no_message_do_not_keep_a_full_queue_full(tmp_path, monkeypatch):
-    limits = server.generate_limits
-    monkeypatch.setattr(server, "generate_limits", lambda settings: replace(limits(settings), patience_s=1.0))
+    limits = service.generate_limits
+    monkeypatch.setattr(service, "generate_limits", lambda settings: replace(limits(settings), patience_s=1.0))
 
     async def test(router):
         calls = []

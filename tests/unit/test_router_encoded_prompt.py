@@ -3,8 +3,8 @@
 import pytest
 from headrace.v1 import decode_service_pb2
 from headrace_core.request import hash_tokens
-from headrace_router import admission, encoded_prompt
-from headrace_router.encoded_prompt import EncodedPrompt
+from headrace_router.requests import admission, encoded_prompt
+from headrace_router.requests.encoded_prompt import EncodedPrompt
 from headrace_router.testing import remembered, remembering_worker, run_router, text_request
 
 PROMPTS = {

@@ -4,8 +4,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-from headrace_router import fair_queue
-from headrace_router.fair_queue import FairQueue, Turn
+from headrace_router.placement import fair_queue
+from headrace_router.placement.fair_queue import FairQueue, Turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

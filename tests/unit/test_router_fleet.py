@@ -11,7 +11,7 @@ from headrace_core.errors import InvalidRequestError
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_core.testing.garbler import no_message
-from headrace_router.link import Backoff
+from headrace_router.fleet.link import Backoff
 from headrace_router.testing import (
     EOS,
     VOCAB_SIZE,

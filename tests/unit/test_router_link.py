@@ -4,7 +4,7 @@ import asyncio
 
 from headrace_core.errors import UnavailableError
 from headrace_core.testing.async_test import async_test
-from headrace_router.link import Link
+from headrace_router.fleet.link import Link
 
 
 class NoFleet:

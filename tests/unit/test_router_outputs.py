@@ -11,7 +11,6 @@ from headrace_core.errors import (
 )
 from headrace_core.rpc import raised_from
 from headrace_core.testing.async_test import WAIT_S
-from headrace_router.detokenizer import Detokenizer
 from headrace_router.testing import (
     byte_ids,
     remembered,
@@ -21,6 +20,7 @@ from headrace_router.testing import (
     text_request,
     wait_until,
 )
+from headrace_router.text.detokenizer import Detokenizer
 
 LENGTH = types_pb2.FINISH_REASON_LENGTH
 LOGPROB = types_pb2.TokenLogprobs(logprob=-0.5)
@@ -220,7 +220,7 @@ def test_what_a_reader_left_lying_comes_in_messages_of_bounded_size(tmp_path):
 
 
 def test_a_client_that_never_reads_its_log_probabilities_is_told_to_read_faster(tmp_path, monkeypatch):
-    monkeypatch.setattr("headrace_router.running._MOST_UNREAD_LOGPROBS", 100)
+    monkeypatch.setattr("headrace_router.requests.running._MOST_UNREAD_LOGPROBS", 100)
 
     async def test(router):
         _, decode = router.workers

@@ -6,7 +6,7 @@ import pytest
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.testing.fake_script import mixed
 from headrace_core.testing.fake_worker import FakeWorker
-from headrace_router.caller import caller_of
+from headrace_router.callers.caller import caller_of
 from headrace_router.testing import (
     VOCAB_SIZE,
     remembered,

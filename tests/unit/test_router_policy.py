@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from headrace_router.capacity import Waiting, WorkerView, could_decode
-from headrace_router.policy import (
+from headrace_router.placement.capacity import Waiting, WorkerView, could_decode
+from headrace_router.placement.policy import (
     MAX_OVERTAKEN,
     Assignment,
     decode_pages,

@@ -11,7 +11,6 @@ from headrace_core.errors import DeadlineError
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
-from headrace_router import chat_renderer
 from headrace_router.testing import (
     BOS,
     VOCAB_SIZE,
@@ -21,6 +20,7 @@ from headrace_router.testing import (
     wait_until,
     write_tokenizer,
 )
+from headrace_router.text import chat_renderer
 
 SHORT = {"max_tokens": 1}
 

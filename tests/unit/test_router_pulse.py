@@ -11,8 +11,8 @@ import pytest
 from headrace_core.errors import UnavailableError
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_worker import FakeWorker
-from headrace_router import pulse
-from headrace_router.pulse import ANSWER_TURNS, SUSPECT_TURNS, Pulse
+from headrace_router.fleet import pulse
+from headrace_router.fleet.pulse import ANSWER_TURNS, SUSPECT_TURNS, Pulse
 from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, text_request
 
 TURN_S = 0.01

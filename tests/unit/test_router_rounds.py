@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from headrace_router.capacity import Capacity
-from headrace_router.policy import (
+from headrace_router.placement.capacity import Capacity
+from headrace_router.placement.policy import (
     MAX_OVERTAKEN,
     Assignment,
     Waiting,

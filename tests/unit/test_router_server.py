@@ -17,7 +17,7 @@ from headrace_core.errors import CheckpointError, StartupError, UnavailableError
 from headrace_core.identity import ChannelTls
 from headrace_core.testing.api_keys import make_keys
 from headrace_core.testing.async_test import WAIT_S
-from headrace_router.server import RouterService
+from headrace_router.service import RouterService
 from headrace_router.testing import (
     BOS,
     RouterUnderTest,

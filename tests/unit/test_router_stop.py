@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from headrace_router.stop import StopMatcher
+from headrace_router.text.stop import StopMatcher
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import os
 import pytest
 from headrace_core.errors import CheckpointError
 from headrace_router.testing import BOS, EOS, byte_ids, write_tokenizer
-from headrace_router.tokenizer import Tokenizer
+from headrace_router.text.tokenizer import Tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast

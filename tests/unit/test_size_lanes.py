@@ -8,8 +8,8 @@ import pytest
 from headrace_core.errors import DeadlineError
 from headrace_core.shares import Caller
 from headrace_core.testing.async_test import WAIT_S
-from headrace_router.size_lanes import SizeLanes
 from headrace_router.testing import wait_until
+from headrace_router.text.size_lanes import SizeLanes
 
 CALLER = Caller("a", "one")
 

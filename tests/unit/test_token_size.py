@@ -5,8 +5,8 @@ import string
 import pytest
 from headrace_core.errors import InvalidRequestError
 from headrace_router.testing import write_tokenizer
-from headrace_router.token_size import longest_token_bytes
-from headrace_router.tokenizer import Tokenizer
+from headrace_router.text.token_size import longest_token_bytes
+from headrace_router.text.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers

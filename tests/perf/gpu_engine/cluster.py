@@ -104,7 +104,7 @@ def _worker_options(shape: Shape, device: str, pool_mib: int) -> dict[str, str |
         "kv-pool-mib": pool_mib,
         "max-context-tokens": longest(shape),
         "max-step-tokens": _MAX_STEP_TOKENS,
-        # One more, and one in 15: a router keeps slots for other clients (`headrace_router.policy`).
+        # One more, and one in 15: a router keeps slots for other clients (`headrace_router.placement.policy`).
         "max-step-sequences": max(shape.concurrencies) * 16 // 15 + 1,
     }
 

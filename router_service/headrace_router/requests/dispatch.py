@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 
 from headrace_core.errors import HeadraceError, UnavailableError
 
-from headrace_router import policy
-from headrace_router.capacity import Capacity, Kind, Waiting
-from headrace_router.fair_queue import FairQueue, Turn
-from headrace_router.registry import Registry
-from headrace_router.sample import Sample
-from headrace_router.session import LastTransfer
-from headrace_router.worker import Reservation, Worker
+from headrace_router.fleet.registry import Registry
+from headrace_router.fleet.session import LastTransfer
+from headrace_router.fleet.worker import Reservation, Worker
+from headrace_router.placement import policy
+from headrace_router.placement.capacity import Capacity, Kind, Waiting
+from headrace_router.placement.fair_queue import FairQueue, Turn
+from headrace_router.requests.sample import Sample
 
 _MISSING_CHECK_S = 0.25
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 from headrace_core.errors import DeadlineError
 from headrace_core.shares import Caller
 
-from headrace_router.fair_queue import FairQueue, Turn
+from headrace_router.placement.fair_queue import FairQueue, Turn
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: `python -m headrace_router.chat_process`, a socket as standard input.
+"""The process that renders chat templates: `python -m headrace_router.text.chat_process`, a socket as standard input.
 
 A template is a program that came with the model, run on whatever a client sends: it can loop, recurse, and ask for
 any amount of memory in one expression (`'a' * 10 ** 9`, `2 ** 10 ** 9`). Nothing inside an interpreter bounds all of
@@ -21,8 +21,8 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from headrace_router.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup
-from headrace_router.chat_template import ChatTemplate
+from headrace_router.text.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup
+from headrace_router.text.chat_template import ChatTemplate
 
 _MAX_PROBLEM_CHARS = 300
 """A status of gRPC has little room, and a template may quote a whole conversation."""

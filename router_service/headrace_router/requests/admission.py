@@ -25,10 +25,10 @@ from headrace_core.request import (
 from headrace_core.shares import Caller
 from headrace_core.wire import decode_sampling, encode_sampling
 
-from headrace_router.encoded_prompt import EncodedPrompt
-from headrace_router.prompts import Prompt, PromptLimits, Prompts
-from headrace_router.registry import FleetModel
-from headrace_router.tokenizer import check_num_tokens
+from headrace_router.fleet.registry import FleetModel
+from headrace_router.requests.encoded_prompt import EncodedPrompt
+from headrace_router.text.prompts import Prompt, PromptLimits, Prompts
+from headrace_router.text.tokenizer import check_num_tokens
 
 _ID_BYTES = 12
 

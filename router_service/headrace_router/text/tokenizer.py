@@ -17,9 +17,9 @@ from headrace_core.json_file import UnreadableError, is_there, read_text
 from headrace_core.process import release_freed_memory
 from tokenizers import Tokenizer as FastTokenizer
 
-from headrace_router.detokenizer import Detokenizer, Vocabulary
-from headrace_router.token_size import longest_token_bytes
-from headrace_router.tokenizer_config import read_tokenizer_config
+from headrace_router.text.detokenizer import Detokenizer, Vocabulary
+from headrace_router.text.token_size import longest_token_bytes
+from headrace_router.text.tokenizer_config import read_tokenizer_config
 
 _OTHER_FORMATS = ("tiktoken.model", "tokenizer.model")
 _PROBES = ("a", "0", ".", "\N{CJK UNIFIED IDEOGRAPH-4E00}")

@@ -19,15 +19,15 @@ from headrace.v1 import generation_service_pb2
 from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
 from headrace_core.tracing.span import NOT_TRACED, Span
 
-from headrace_router import policy
-from headrace_router.admission import RequestSpec
-from headrace_router.cached import Cached
-from headrace_router.flow import Flow
 from headrace_router.metrics import RouterMetrics
-from headrace_router.sample import Sample, SampleState
-from headrace_router.tokenizer import Tokenizer
-from headrace_router.tracing import SampleTrace, end_request
-from headrace_router.waiting import Seat
+from headrace_router.placement import policy
+from headrace_router.requests.admission import RequestSpec
+from headrace_router.requests.cached import Cached
+from headrace_router.requests.flow import Flow
+from headrace_router.requests.sample import Sample, SampleState
+from headrace_router.requests.tracing import SampleTrace, end_request
+from headrace_router.requests.waiting import Seat
+from headrace_router.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

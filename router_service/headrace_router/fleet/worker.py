@@ -19,10 +19,10 @@ from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_R
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import KvLayout
 
-from headrace_router.capacity import Waiting, WorkerView
-from headrace_router.fair_queue import Client
-from headrace_router.policy import decode_pages, prefill_pages
-from headrace_router.session import LastTransfer, StepSession
+from headrace_router.fleet.session import LastTransfer, StepSession
+from headrace_router.placement.capacity import Waiting, WorkerView
+from headrace_router.placement.fair_queue import Client
+from headrace_router.placement.policy import decode_pages, prefill_pages
 
 _BUDGET_STEPS = 2
 """Steps of prompt tokens that a worker may have in flight: one computing, one waiting."""

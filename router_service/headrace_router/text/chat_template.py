@@ -20,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from headrace_router.chat_protocol import TemplateSource
+from headrace_router.text.chat_protocol import TemplateSource
 
 
 class ChatTemplate:

@@ -17,10 +17,10 @@ from headrace.v1 import generation_service_pb2
 from headrace_core.errors import InvalidRequestError
 from headrace_core.shares import Caller
 
-from headrace_router.chat_protocol import TemplateSource
-from headrace_router.chat_renderer import ChatRenderer
-from headrace_router.size_lanes import SizeLanes
-from headrace_router.tokenizer import Tokenizer, check_num_tokens
+from headrace_router.text.chat_protocol import TemplateSource
+from headrace_router.text.chat_renderer import ChatRenderer
+from headrace_router.text.size_lanes import SizeLanes
+from headrace_router.text.tokenizer import Tokenizer, check_num_tokens
 
 CHAT_ROLES = ("system", "user", "assistant")
 MAX_CHAT_MESSAGES = 4096

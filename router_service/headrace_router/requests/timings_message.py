@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from headrace.v1 import generation_service_pb2
 
 if TYPE_CHECKING:
-    from headrace_router.sample import Sample
+    from headrace_router.requests.sample import Sample
 
 
 def encode_timings(sample: Sample) -> generation_service_pb2.Timings:

@@ -13,10 +13,10 @@ import time
 
 from headrace_core.errors import HeadraceError
 
-from headrace_router.cached import Kept, cached_at
-from headrace_router.dispatch import Dispatcher, Placement
-from headrace_router.sample import Sample, SampleState
-from headrace_router.session import Ended, Side
+from headrace_router.fleet.session import Ended, Side
+from headrace_router.requests.cached import Kept, cached_at
+from headrace_router.requests.dispatch import Dispatcher, Placement
+from headrace_router.requests.sample import Sample, SampleState
 
 log = logging.getLogger(__name__)
 

@@ -56,14 +56,14 @@ from headrace_core.errors import (
 )
 from headrace_core.reasons import label
 
-from headrace_router.cached import FIRST_TOKENS, Finished, cached_at
-from headrace_router.dispatch import Dispatcher, Placement
+from headrace_router.fleet.session import Ended, Side, Whose
+from headrace_router.fleet.worker import Worker
 from headrace_router.metrics import RouterMetrics
-from headrace_router.move import Move
-from headrace_router.sample import Sample, SampleState
-from headrace_router.session import Ended, Side, Whose
-from headrace_router.tracing import SampleTrace
-from headrace_router.worker import Worker
+from headrace_router.requests.cached import FIRST_TOKENS, Finished, cached_at
+from headrace_router.requests.dispatch import Dispatcher, Placement
+from headrace_router.requests.move import Move
+from headrace_router.requests.sample import Sample, SampleState
+from headrace_router.requests.tracing import SampleTrace
 
 log = logging.getLogger(__name__)
 

@@ -27,19 +27,19 @@ from headrace_core.errors import HeadraceError, ProtocolError
 from headrace_core.request import FinishReason
 from headrace_core.wire import decode_failure, decode_finish, encode_finish
 
-from headrace_router.admission import RequestSpec
-from headrace_router.answers import check_tokens_computed
-from headrace_router.assembler import Assembler
-from headrace_router.cached import Cached, Kept, cached_at
-from headrace_router.capacity import Waiting
-from headrace_router.detokenizer import Detokenizer
-from headrace_router.fair_queue import Client, Turn
+from headrace_router.fleet.answers import check_tokens_computed
+from headrace_router.fleet.session import Ended, LastTransfer, Progress, Side, Whose
+from headrace_router.fleet.worker import Worker
 from headrace_router.metrics import TokenMetrics, TracedTokens
-from headrace_router.policy import EXPECTED_OUTPUT_TOKENS
-from headrace_router.session import Ended, LastTransfer, Progress, Side, Whose
+from headrace_router.placement.capacity import Waiting
+from headrace_router.placement.fair_queue import Client, Turn
+from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
+from headrace_router.requests.admission import RequestSpec
+from headrace_router.requests.cached import Cached, Kept, cached_at
+from headrace_router.requests.timings_message import encode_timings
+from headrace_router.text.assembler import Assembler
+from headrace_router.text.detokenizer import Detokenizer
 from headrace_router.timings import Waterfall
-from headrace_router.timings_message import encode_timings
-from headrace_router.worker import Worker
 
 _MOST_TOKENS, _MOST_CHARS = 4096, 1 << 20
 """What one message to the client holds at most: with 20 log-probabilities a token, about a megabyte of 8 MiB."""

@@ -36,10 +36,10 @@ from headrace_core.errors import (
 )
 from headrace_core.kv.layout import KvLayout
 
-from headrace_router.answers import check_health, check_info, check_load
-from headrace_router.pace import Pace
-from headrace_router.pulse import Pulse
-from headrace_router.worker import Worker
+from headrace_router.fleet.answers import check_health, check_info, check_load
+from headrace_router.fleet.pace import Pace
+from headrace_router.fleet.pulse import Pulse
+from headrace_router.fleet.worker import Worker
 
 if TYPE_CHECKING:
     from headrace.v1.worker_service_pb2_grpc import WorkerServiceAsyncStub

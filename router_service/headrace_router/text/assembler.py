@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from headrace_router.detokenizer import Detokenizer
-from headrace_router.stop import StopMatcher
+from headrace_router.text.detokenizer import Detokenizer
+from headrace_router.text.stop import StopMatcher
 
 
 class Assembler:

@@ -24,8 +24,8 @@ from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.kv.layout import KvLayout
 from headrace_core.rpc import answered, raised_from
 
-from headrace_router.answers import check_entry
-from headrace_router.pace import Pace
+from headrace_router.fleet.answers import check_entry
+from headrace_router.fleet.pace import Pace
 
 if TYPE_CHECKING:
     from headrace.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub

@@ -23,8 +23,8 @@ from headrace_core.discovery import Discovery
 from headrace_core.kv.layout import KvLayout
 from headrace_core.rpc import Connect, channel
 
-from headrace_router.link import Link
-from headrace_router.worker import Worker
+from headrace_router.fleet.link import Link
+from headrace_router.fleet.worker import Worker
 
 _FILE_CHECK_S = 0.5
 _MOST_SHOWN_IDS = 16

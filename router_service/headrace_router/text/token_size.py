@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from headrace_router.detokenizer import BYTE_ALPHABET, byte_level_bytes
+from headrace_router.text.detokenizer import BYTE_ALPHABET, byte_level_bytes
 
 _Part = dict[str, Any]
 

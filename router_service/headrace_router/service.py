@@ -17,9 +17,9 @@ from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.identity import Identity, Role
 from headrace_core.tracing.start import open_tracer
 
-from headrace_router.auth import front
-from headrace_router.caller import caller_of
-from headrace_router.keys import Keys
+from headrace_router.callers.auth import front
+from headrace_router.callers.caller import caller_of
+from headrace_router.callers.keys import Keys
 from headrace_router.metrics import Gauges, Objectives, RouterMetrics
 from headrace_router.router import Router
 

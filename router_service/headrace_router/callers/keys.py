@@ -21,7 +21,7 @@ from headrace_core.door import Call
 from headrace_core.errors import OverloadedError, StartupError, UnauthenticatedError
 from headrace_core.shares import Caller
 
-from headrace_router.caller import authorization_of, caller_of
+from headrace_router.callers.caller import authorization_of, caller_of
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 
-from headrace_router.fair_queue import Client
+from headrace_router.placement.fair_queue import Client
 
 NO_LIMIT = 1 << 62
 """A context that never ends."""

@@ -27,8 +27,17 @@ from itertools import islice
 
 import xxhash
 
-from headrace_router.capacity import Capacity, Kind, Needs, Route, Waiting, WorkerView, could_decode, could_prefill
-from headrace_router.fair_queue import Client
+from headrace_router.placement.capacity import (
+    Capacity,
+    Kind,
+    Needs,
+    Route,
+    Waiting,
+    WorkerView,
+    could_decode,
+    could_prefill,
+)
+from headrace_router.placement.fair_queue import Client
 
 EXPECTED_OUTPUT_TOKENS = 512
 """Most output that pages are reserved for at a time; a sequence that ran out of pages reserves all it may produce."""

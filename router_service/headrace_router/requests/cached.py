@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from headrace_core.request import token_words
 
-from headrace_router.worker import Worker
+from headrace_router.fleet.worker import Worker
 
 MOST_FINISHED = 1024
 """Sequences that are remembered, the last ones."""

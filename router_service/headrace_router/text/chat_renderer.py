@@ -19,8 +19,8 @@ import sys
 from headrace_core.errors import InvalidRequestError, UnavailableError
 from headrace_core.shares import Caller
 
-from headrace_router.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup, TemplateSource
-from headrace_router.size_lanes import SizeLanes
+from headrace_router.text.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup, TemplateSource
+from headrace_router.text.size_lanes import SizeLanes
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class _Process:
                 ours.settimeout(_SILENCE_S)
                 # A session of its own: Ctrl-C at the terminal is for the router, which needs this process to drain.
                 self._child = subprocess.Popen(
-                    [sys.executable, "-m", "headrace_router.chat_process"],
+                    [sys.executable, "-m", "headrace_router.text.chat_process"],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     start_new_session=True,

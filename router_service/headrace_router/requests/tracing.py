@@ -19,8 +19,8 @@ from headrace.v1 import generation_service_pb2
 from headrace_core.errors import HeadraceError
 from headrace_core.tracing.span import NOT_TRACED, Kind, Span, Tracer
 
-from headrace_router.admission import RequestSpec
-from headrace_router.sample import Sample, SampleState
+from headrace_router.requests.admission import RequestSpec
+from headrace_router.requests.sample import Sample, SampleState
 from headrace_router.timings import Waterfall
 
 Metadata = Iterable[tuple[str, str | bytes]]
