@@ -7,9 +7,11 @@ from typing import Any
 
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
 from headrace_core.door import Door
+from headrace_core.wire import encode_finish
 
 from headrace_router.callers.caller import caller_of
 from headrace_router.callers.keys import Keys
+from headrace_router.requests.piece import Piece
 from headrace_router.router import Router
 
 
@@ -39,8 +41,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
         context.add_done_callback(on_done)
         try:
-            async for response in running.responses():
-                yield response
+            async for piece in running.pieces():
+                yield encode_piece(piece, running.spec.request_id)
         finally:
             self._router.close(running)
 
@@ -50,3 +52,23 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         """Say what is served and by whom."""
         del request, context
         return self._router.info()
+
+
+def encode_piece(piece: Piece, request_id: str) -> generation_service_pb2.GenerateResponse:
+    """Return the message."""
+    message = generation_service_pb2.GenerateResponse(
+        sample_index=piece.sample_index, text=piece.text, token_ids=piece.token_ids
+    )
+    if piece.logprobs:
+        message.logprobs.extend(piece.logprobs)
+    if piece.is_first:
+        message.request_id = request_id
+    if ending := piece.ending:
+        message.finish_reason = encode_finish(ending.finish_reason)
+        message.matched_stop_string = ending.matched_stop_string
+        message.usage.num_prompt_tokens = ending.num_prompt_tokens
+        message.usage.num_output_tokens = ending.num_output_tokens
+        message.usage.num_cached_tokens = ending.num_cached_tokens
+        if ending.timings is not None:
+            message.timings.CopyFrom(ending.timings)
+    return message

@@ -1,4 +1,4 @@
-"""One client request under way: its samples, their tasks, and the stream of messages to the client.
+"""One client request under way: its samples, their tasks, and the pieces that its client is told.
 
     RUNNING ──► OK | FAILED (one error, all samples end) | CANCELLED (the client left)
 Nothing waits for the client but its own stream: samples go on, and what piles up leaves in one message. A request that
@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from headrace.v1 import generation_service_pb2
 from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
 from headrace_core.tracing.span import NOT_TRACED, Span
 
@@ -24,6 +23,7 @@ from headrace_router.placement import policy
 from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached
 from headrace_router.requests.flow import Flow
+from headrace_router.requests.piece import Piece
 from headrace_router.requests.sample import Sample, SampleState
 from headrace_router.requests.tracing import SampleTrace, end_request
 from headrace_router.requests.waiting import Seat
@@ -101,6 +101,7 @@ class RunningRequest:
         self._error: HeadraceError | None = None
         self._wake: asyncio.Future[None] | None = None
         """What the client's stream waits for; a bare future, because an Event costs twice as much per token."""
+        self._on_told: Callable[[], None] = _nothing
         self._news: deque[Sample] = deque()
         self._num_open = spec.num_samples
         self._is_closed = False
@@ -118,34 +119,55 @@ class RunningRequest:
         self._timer = loop.call_later(max(0.0, spec.deadline_s - time.monotonic()), self._on_deadline)
         self._tasks = [asyncio.create_task(self._run(sample)) for sample in self.samples]
 
-    async def responses(self) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
-        """Yield the client's messages until every sample is finished.
+    @property
+    def is_told(self) -> bool:
+        """True when the client has been told everything."""
+        return not self._num_open
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield what the client is told until every sample is finished.
 
         Raises:
             HeadraceError: the request failed; nothing follows.
         """
         while self._num_open:
-            response = await self._next()
-            if response is not None:
-                yield response
+            piece = self.take()
+            if piece is not None:
+                yield piece
+            else:
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
         if self._error is not None:
             raise self._error
 
-    async def _next(self) -> generation_service_pb2.GenerateResponse | None:
-        """Return a sample's news, if it has not closed meanwhile; a stream that is held up holds nothing but them."""
-        if not self._news and self._error is None:
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
+    def take(self) -> Piece | None:
+        """Return the next piece, which counts as told; None if there is none now.
+
+        Raises:
+            HeadraceError: the request failed; nothing follows.
+        """
         if self._error is not None:
             raise self._error
-        sample = self._news.popleft()
-        if sample.is_closed:
-            return None
-        response = sample.take()
-        self._num_open -= sample.is_closed
-        if sample.has_unsent:
-            self._on_news(sample)
-        return response
+        while self._news:
+            sample = self._news.popleft()
+            if sample.is_closed:
+                continue
+            piece = sample.take()
+            self._num_open -= sample.is_closed
+            if sample.has_unsent:
+                self._news.append(sample)
+            return piece
+        return None
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Call `on_news` now and whenever `take` has something, or raises, in the very call that brought it."""
+        self._on_told = on_news
+        on_news()
+
+    async def settle(self) -> None:
+        """Wait until nothing runs any more of a request whose client was told everything: then `close` cuts nothing."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def fail(self, error: HeadraceError) -> None:
         """End the request with `error`; only the first error counts."""
@@ -241,6 +263,7 @@ class RunningRequest:
         wake, self._wake = self._wake, None
         if wake is not None and not wake.done():
             wake.set_result(None)
+        self._on_told()
 
     def _on_deadline(self) -> None:
         self.fail(deadline_error(self.spec.deadline_s - self.spec.arrival_s))
@@ -291,6 +314,10 @@ class RunningRequest:
 
 
 def _ignore(_: Cached) -> None:
+    pass
+
+
+def _nothing() -> None:
     pass
 
 

@@ -22,10 +22,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from headrace.v1 import decode_service_pb2, generation_service_pb2, types_pb2
+from headrace.v1 import decode_service_pb2, types_pb2
 from headrace_core.errors import HeadraceError, ProtocolError
 from headrace_core.request import FinishReason
-from headrace_core.wire import decode_failure, decode_finish, encode_finish
+from headrace_core.wire import decode_failure, decode_finish
 
 from headrace_router.fleet.answers import check_tokens_computed
 from headrace_router.fleet.session import Ended, LastTransfer, Progress, Side, Whose
@@ -36,6 +36,7 @@ from headrace_router.placement.fair_queue import Client, Turn
 from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached, Kept, cached_at
+from headrace_router.requests.piece import Ending, Piece
 from headrace_router.requests.timings_message import encode_timings
 from headrace_router.text.assembler import Assembler
 from headrace_router.text.detokenizer import Detokenizer
@@ -243,25 +244,19 @@ class Sample:
         """Tokens whose log-probabilities wait to be sent."""
         return len(self._logprobs)
 
-    def take(self) -> generation_service_pb2.GenerateResponse:
+    def take(self) -> Piece:
         """Return what the client has not been sent yet, as much as a message may hold; it counts as sent."""
         end = self._num_sent + _MOST_TOKENS
-        message = generation_service_pb2.GenerateResponse(
-            sample_index=self.sample_index,
-            text=self._text[:_MOST_CHARS],
-            token_ids=self.output_ids[self._num_sent : end],
-        )
+        text, token_ids = self._text[:_MOST_CHARS], self.output_ids[self._num_sent : end]
         self._text = self._text[_MOST_CHARS:]
         self._num_sent = min(end, len(self.output_ids))
-        if self._logprobs:
-            message.logprobs.extend(self._logprobs[:_MOST_TOKENS])
-            del self._logprobs[:_MOST_TOKENS]
-        if not self._is_introduced:
-            message.request_id = self.spec.request_id
-            self._is_introduced = True
+        logprobs = self._logprobs[:_MOST_TOKENS]
+        del self._logprobs[:_MOST_TOKENS]
+        is_first, self._is_introduced = not self._is_introduced, True
+        ending = None
         if self.finish_reason is not None and not self.has_unsent:
-            self._close(message)
-        return message
+            ending = self._close(self.finish_reason)
+        return Piece(self.sample_index, text, token_ids, logprobs, is_first, ending)
 
     def _on_prefilled(self, prefilled: decode_service_pb2.Prefilled, now_s: float) -> None:
         """Take the prefill worker's token, and the time it took."""
@@ -377,15 +372,16 @@ class Sample:
             self._tokens.more(now_s - self.last_token_s, num_new)
         self.last_token_s = now_s
 
-    def _close(self, message: generation_service_pb2.GenerateResponse) -> None:
+    def _close(self, finish_reason: FinishReason) -> Ending:
         self.is_closed = True
-        message.finish_reason = encode_finish(self.finish_reason)
-        message.matched_stop_string = self.matched_stop_string
-        message.usage.num_prompt_tokens = len(self.spec.prompt_ids)
-        message.usage.num_output_tokens = len(self.output_ids)
-        message.usage.num_cached_tokens = self.num_cached_tokens
-        if self.spec.include_timings:
-            message.timings.CopyFrom(encode_timings(self))
+        return Ending(
+            finish_reason,
+            self.matched_stop_string,
+            num_prompt_tokens=len(self.spec.prompt_ids),
+            num_output_tokens=len(self.output_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            timings=encode_timings(self) if self.spec.include_timings else None,
+        )
 
 
 def _own(logprobs: types_pb2.TokenLogprobs) -> types_pb2.TokenLogprobs:
