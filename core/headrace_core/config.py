@@ -24,6 +24,10 @@ def _listen(text: str) -> str:
     return text
 
 
+def _listen_or_not(text: str) -> str:
+    return _listen(text) if text else text
+
+
 def _reachable(text: str) -> str:
     if text:
         parse_address(text)
@@ -166,6 +170,9 @@ class RouterSettings(ProcessSettings):
     )
     workers_file: Path | None = Field(
         None, description="one worker address per line, # begins a comment; read again when it changes"
+    )
+    http_listen: Annotated[str, AfterValidator(_listen_or_not)] = Field(
+        "", description="host:port to serve OpenAI's API on, over HTTP; port 0 lets the kernel choose; none: not served"
     )
     max_queued_requests: int = Field(1024, ge=1, description="queue length at which requests are refused")
     max_open_requests: int = Field(

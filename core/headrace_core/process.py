@@ -18,7 +18,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -46,6 +46,8 @@ class Service(Protocol):
     """Its metrics; served from before `start`."""
     metrics_port: int
     """Where they are served; set before `start`."""
+    addresses: Mapping[str, str]
+    """Where else it serves, by the name of the ready file; read after `start`."""
     failed: asyncio.Future[None]
     """Done when the process can't go on; a result or an exception, either ends it with exit code 1."""
 
@@ -130,12 +132,14 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
             await _stop(service, settings)
             return 0
         if settings.ready_file:
-            _write_ready(settings.ready_file, role, address, metrics_address)
+            addresses = {"address": address, "metrics_address": metrics_address, **service.addresses}
+            _write_ready(settings.ready_file, role, addresses)
     except HeadraceError as error:
         code = _refuse(error)  # first: to stop may take as long as it may
         await _stop(service, settings)
         return code
-    log.info("serving", extra={"role": role, "address": address, "metrics": metrics_address, "version": __version__})
+    where = {"address": address, "metrics": metrics_address, **service.addresses}
+    log.info("serving", extra={"role": role, **where, "version": __version__})
     await asyncio.wait([service.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
     if service.failed.done():
         log.error("failed", exc_info=service.failed.exception())
@@ -201,10 +205,9 @@ def _try_ready(path: Path) -> None:
     _in_one_piece(path, "", is_trial=True)
 
 
-def _write_ready(path: Path, role: str, address: str, metrics_address: str) -> None:
+def _write_ready(path: Path, role: str, addresses: Mapping[str, str]) -> None:
     """Write the ready file in one piece, so that a reader never sees half of it. Raises as `_try_ready` does."""
-    content = {"role": role, "address": address, "metrics_address": metrics_address, "pid": os.getpid()}
-    _in_one_piece(path, json.dumps(content))
+    _in_one_piece(path, json.dumps({"role": role, **addresses, "pid": os.getpid()}))
 
 
 def _in_one_piece(path: Path, text: str, *, is_trial: bool = False) -> None:

@@ -101,6 +101,13 @@ class _WithRole(Collector):
             yield metric
 
 
+def with_role(registry: CollectorRegistry, role: str) -> CollectorRegistry:
+    """Return a registry that shows what `registry` has, every sample with the label `role`."""
+    labelled = CollectorRegistry()
+    labelled.register(_WithRole(registry, role))
+    return labelled
+
+
 def serve_metrics(address: str, registry: CollectorRegistry, role: str) -> str:
     """Serve `registry` over HTTP at `host:port` from daemon threads; return the address with the kernel's port.
 
@@ -116,9 +123,7 @@ def serve_metrics(address: str, registry: CollectorRegistry, role: str) -> str:
     host, _, port = address.rpartition(":")
     try:
         ProcessCollector(registry=registry)
-        labelled = CollectorRegistry()
-        labelled.register(_WithRole(registry, role))
-        server = _MetricsServer(host.strip("[]"), int(port), labelled)
+        server = _MetricsServer(host.strip("[]"), int(port), with_role(registry, role))
     except (OSError, ValueError, OverflowError) as error:
         raise StartupError("BIND", f"can't serve metrics on {address}: {error}") from error
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

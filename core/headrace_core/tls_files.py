@@ -99,6 +99,35 @@ class TlsFiles:
             configuration(), newer, require_client_authentication=self._roots is not None
         )
 
+    def server_context(self) -> ssl.SSLContext:
+        """Return what `ssl` serves with, which follows the files and asks for certificates as the credentials do."""
+        used, context = self.current(), self._context()
+
+        def follow(connection: Any, name: str | None, first: ssl.SSLContext) -> None:
+            nonlocal used, context
+            del name, first
+            pems = self.current()
+            if pems is not used:
+                with contextlib.suppress(
+                    OSError, ssl.SSLError
+                ):  # replaced once more meanwhile: the next one's business
+                    context, used = self._context(), pems
+            connection.context = context
+
+        outer = self._context()
+        outer.sni_callback = follow  # called in every handshake, with a name or without
+        return outer
+
+    def _context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_cert_chain(self._cert, self._key, password=_no_passphrase)
+        if self._roots is not None:
+            context.load_verify_locations(self._roots)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
     def _look(self) -> tuple[Any, ...]:
         """Return what changes when a file does."""
         stamps: list[Any] = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 from headrace.v1 import decode_service_pb2 as pb
@@ -69,6 +70,7 @@ class DecodeService:
     ) -> None:
         self.registry = CollectorRegistry()
         self.metrics_port = 0
+        self.addresses: Mapping[str, str] = {}
         self._metrics = DecodeMetrics(self.registry)
         self._settings = settings
         self._loader = loader

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.v1 import hold_service_pb2 as pb
@@ -62,6 +62,7 @@ class PrefillService:
         transports = transports or usable(settings.transport, has_tls=settings.tls is not None)
         self.registry = CollectorRegistry()
         self.metrics_port = 0
+        self.addresses: Mapping[str, str] = {}
         self._metrics = PrefillMetrics(self.registry)
         self._settings = settings
         self._loader = loader

@@ -67,14 +67,15 @@ class Router:
         self._metrics_port = metrics_port
         self._metrics = metrics
         self._keys = keys
-        self._model_name = settings.model_name or settings.model.resolve().name
+        self.model_name = settings.model_name or settings.model.resolve().name
+        """Of the one model that is served."""
         self._tokenizer = Tokenizer(settings.model)
         dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=settings.no_workers_timeout_s)
         self._flow = Flow(
             dispatcher, metrics, max_attempts=settings.max_attempts, local_below=settings.local_below_tokens
         )
         self._prompts = Prompts(self._tokenizer, max_bytes=settings.max_prompt_bytes)
-        self._admission = Admission(self._prompts, model_name=self._model_name, specials=self._tokenizer.specials)
+        self._admission = Admission(self._prompts, model_name=self.model_name, specials=self._tokenizer.specials)
         self._waiting = WaitingRoom(settings.max_queued_requests)
         self._running: dict[str, RunningRequest] = {}
         self._num_entering = 0
@@ -154,7 +155,7 @@ class Router:
         allowed_s = self._settings.request_timeout_s if remaining_s is None else remaining_s
         deadline_s = arrival_s + min(allowed_s, MOST_TIMEOUT_S)
         seat: Seat | None = None
-        span = begin_request(self._tracer, message, metadata, model=self._model_name, arrival_s=arrival_s)
+        span = begin_request(self._tracer, message, metadata, model=self.model_name, arrival_s=arrival_s)
         try:
             self._check_open()
             wait = EndableWait()
@@ -190,6 +191,25 @@ class Router:
             self._num_entering -= 1
             self._check_idle()
 
+    async def tokenize(self, message: generation_service_pb2.GenerateRequest, caller: Caller) -> list[int]:
+        """Return the tokens of a request's prompt, whose other fields are not looked at.
+
+        Raises:
+            HeadraceError: as `open`, of a prompt.
+        """
+        self._check_open()
+        self._admission.check_model(message.model)
+        deadline_s = time.monotonic() + self._settings.request_timeout_s
+        return await self._admission.prompt_ids(message, self.fleet.model, caller, deadline_s=deadline_s)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token stands for, alone; see `Tokenizer.token_bytes`."""
+        return self._tokenizer.token_bytes(token_id)
+
+    def text_of(self, token_ids: list[int]) -> str:
+        """Return the text of these tokens, without the special ones'."""
+        return self._tokenizer.text_of(token_ids)
+
     def count_refused(self, error: HeadraceError | None) -> None:
         """Count a request that was not opened; None: its client left."""
         self._metrics.requests.labels("cancelled" if error is None else outcome_of(error)).inc()
@@ -206,7 +226,7 @@ class Router:
         """Return what is served and by whom."""
         model = self.fleet.model
         return generation_service_pb2.GetServerInfoResponse(
-            model_name=self._model_name,
+            model_name=self.model_name,
             model_fingerprint=self.fleet.fingerprint,
             max_context_tokens=model.max_context_tokens if model else 0,
             workers=[_worker_status(link) for link in self.fleet.links],

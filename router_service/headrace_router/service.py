@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import grpc.aio
@@ -13,12 +14,15 @@ from headrace_core.config import RouterSettings
 from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.identity import Identity, Role
+from headrace_core.telemetry import with_role
 from headrace_core.tracing.start import open_tracer
 
 from headrace_router.callers.auth import front
 from headrace_router.callers.caller import caller_of
 from headrace_router.callers.keys import Keys
 from headrace_router.face.grpc import GenerationServicer
+from headrace_router.face.http.server import HttpServer
+from headrace_router.face.openai.app import OpenAiApp
 from headrace_router.metrics import Gauges, Objectives, RouterMetrics
 from headrace_router.router import Router
 
@@ -52,6 +56,7 @@ class RouterService:
         self.metrics = RouterMetrics.create(Objectives.of(settings))
         self.registry = self.metrics.registry
         self.metrics_port = 0
+        self.addresses: Mapping[str, str] = {}
         self._settings = settings
         self._tracer = open_tracer(settings.trace_sample, "router")
         self._router: Router | None = None
@@ -60,13 +65,16 @@ class RouterService:
         self._tls = front(settings, self._identity)
         self._keys = Keys(settings.keys_file) if settings.keys_file else None
         guards: list[Guard] = [self._keys.guard] if self._keys else []
+        self._caller_of = self._keys.caller_of if self._keys else caller_of
         self._door = Door(
             _SMALL,
             methods={_GENERATE: generate_limits(settings)},
             guards=[*guards, self._arriving],
-            caller_of=self._keys.caller_of if self._keys else caller_of,
+            caller_of=self._caller_of,
             on_refused=self._on_refused,
         )
+        self._app: OpenAiApp | None = None
+        self._http: HttpServer | None = None
         self._server = rpc.Server(["headrace.v1.GenerationService"], door=self._door, tls=self._tls)
 
     async def start(self) -> str:
@@ -91,14 +99,16 @@ class RouterService:
         address = self._server.bind(settings.listen)
         router.start()
         await self._server.start()
+        if settings.http_listen:
+            await self._start_http(router, settings.http_listen)
         self._following = asyncio.create_task(router.fleet.run(), name="registry")
         self._following.add_done_callback(self._on_registry_end)
-        await self._server.set_ready(True)
+        await self._set_ready(True)
         return address
 
     async def drain(self) -> None:
         """Say NOT_SERVING, refuse new requests, wait for those under way."""
-        await self._server.set_ready(False)
+        await self._set_ready(False)
         if self._router is not None:
             await self._router.drain()
 
@@ -106,6 +116,8 @@ class RouterService:
         """End what is under way with UNAVAILABLE, tell the workers, leave them."""
         if self._router is not None:
             self._router.fail_all(UnavailableError("DRAINING", "the router stops"))
+        if self._http is not None:
+            await self._http.stop(_STOP_GRACE_S)
         await self._server.stop(_STOP_GRACE_S)
         if self._router is not None:
             await self._router.shut_down()
@@ -113,6 +125,19 @@ class RouterService:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await self._tracer.close()
+
+    async def _start_http(self, router: Router, listen: str) -> None:
+        metrics = with_role(self.registry, "router")
+        self._app = OpenAiApp(router, self._door, self._caller_of, metrics)
+        self._http = HttpServer(self._app, tls=self._tls)
+        self.addresses = {"http_address": await self._http.start(listen)}
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        await self._server.set_ready(is_ready)
+        if self._app is not None:
+            self._app.is_ready = is_ready
+        if self._http is not None and not is_ready:
+            self._http.drain()
 
     def _connect(self, address: str) -> grpc.aio.Channel:
         return rpc.channel(address, tls=self._identity and self._identity.to_worker())

@@ -26,6 +26,7 @@ SERVICE = textwrap.dedent("""
     class Fake:
         def __init__(self):
             self.registry = CollectorRegistry()
+            self.addresses = {}
             self.failed = asyncio.get_running_loop().create_future()
         async def start(self):
             if mode.startswith("bad"):

@@ -49,6 +49,8 @@ class ClusterProcess:
         self.address = ""
         """`host:port` that it serves; empty while it starts."""
         self.metrics_address = ""
+        self.http_address = ""
+        """Of a router that serves OpenAI's API."""
         """`host:port` of its Prometheus metrics; empty while it starts."""
         self._ready_file = ready_file
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
@@ -120,6 +122,7 @@ class ClusterProcess:
         ready: dict[str, Any] = json.loads(self._ready_file.read_text())
         self.address = ready["address"]
         self.metrics_address = ready["metrics_address"]
+        self.http_address = ready.get("http_address", "")
         return True
 
     def close(self) -> None:

@@ -111,13 +111,11 @@ class Admission:
         """
         if message.request_id:
             check_request_id(message.request_id)
-        if message.model and message.model != self._model_name:
-            raise NotFoundError("UNKNOWN_MODEL", f"model {message.model[:80]!r} is not served; {self._model_name!r} is")
+        self.check_model(message.model)
         if message.HasField("n") and not 1 <= message.n <= MAX_SAMPLES:
             raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
         params = decode_sampling(message.sampling)
-        max_tokens = model.max_context_tokens - 1 if model else sys.maxsize
-        prompt = await self._prompts.read(message, PromptLimits(caller, deadline_s, max_tokens))
+        prompt = await self._read(message, model, caller, deadline_s=deadline_s)
         sent_id = _sent_id(message.request_id)
         return Tokenized(
             message=message,
@@ -129,6 +127,37 @@ class Admission:
             deadline_s=deadline_s,
             tokenized_s=time.monotonic(),
         )
+
+    def check_model(self, name: str) -> None:
+        """Check that a model is the one that is served, or none is named.
+
+        Raises:
+            NotFoundError: UNKNOWN_MODEL.
+        """
+        if name and name != self._model_name:
+            raise NotFoundError("UNKNOWN_MODEL", f"model {name[:80]!r} is not served; {self._model_name!r} is")
+
+    async def prompt_ids(
+        self,
+        message: generation_service_pb2.GenerateRequest,
+        model: FleetModel | None,
+        caller: Caller,
+        *,
+        deadline_s: float,
+    ) -> list[int]:
+        """Return the tokens of a prompt; raises as `tokenize` does for one."""
+        return (await self._read(message, model, caller, deadline_s=deadline_s)).token_ids
+
+    async def _read(
+        self,
+        message: generation_service_pb2.GenerateRequest,
+        model: FleetModel | None,
+        caller: Caller,
+        *,
+        deadline_s: float,
+    ) -> Prompt:
+        max_tokens = model.max_context_tokens - 1 if model else sys.maxsize
+        return await self._prompts.read(message, PromptLimits(caller, deadline_s, max_tokens))
 
     def admit(self, tokenized: Tokenized, model: FleetModel) -> RequestSpec:
         """Check against what the fleet serves and fill in what the client left to us.

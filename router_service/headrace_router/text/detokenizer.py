@@ -52,6 +52,18 @@ class Vocabulary:
         elif steps is not None:
             replace, self.num_strip = steps
             self.token_pieces = {token_id: _fallback_piece(text, replace) for token_id, text in texts.items()}
+        self._special_texts = {token_id: text for text, token_id in specials}
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return what a token stands for, alone; of a special token its text. Empty if there is no such token."""
+        if token_id in self._special_texts:
+            return self._special_texts[token_id].encode()
+        if self.token_bytes is not None:
+            return self.token_bytes.get(token_id, b"")
+        if self.token_pieces is not None:
+            piece = self.token_pieces.get(token_id, "")
+            return bytes([piece]) if isinstance(piece, int) else piece.encode()
+        return self.decode([token_id]).encode()
 
 
 class Detokenizer:

@@ -107,6 +107,15 @@ class Tokenizer:
         """
         return Detokenizer(self._vocabulary, silent_ids=silent_ids, is_continuation=is_continuation)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token stands for, alone; of a special token its text. Empty if there is no such token."""
+        return self._vocabulary.bytes_of(token_id)
+
+    def text_of(self, token_ids: list[int]) -> str:
+        """Return the text of these tokens, without the special ones'."""
+        detokenizer = self.detokenizer(silent_ids=frozenset(), is_continuation=False)
+        return "".join(map(detokenizer.push, token_ids)) + detokenizer.finish()
+
     def _around(self, name: str, added: list[int]) -> list[int]:
         """Return `added`, the post-processor's ids on one side of a text, corrected by the config's word on `name`."""
         is_added = self.config.is_added.get(name)

@@ -1,0 +1,99 @@
+"""An answer as server-sent events: what does not change is made once, and a token is a few texts joined.
+
+    data: {"id":…,"object":…,"created":…,"model":…,"choices":[{"index":0,"delta":{"content":"…"},…}]}
+    data: {…,"choices":[],"usage":{…}}       if `stream_options.include_usage`
+    data: [DONE]
+
+A piece without text has no event, unless counts, log-probabilities or token ids are wanted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from headrace_core.errors import HeadraceError
+
+from headrace_router.face.http.errors import body_of
+from headrace_router.face.openai.about import About
+from headrace_router.face.openai.parts import CompletionLogprobs, Counts, chat_logprobs, quoted
+from headrace_router.requests.piece import Piece
+
+_DONE = "data: [DONE]\n\n"
+
+
+class Events:
+    """One answer's. `take` each piece in order, then `last` once."""
+
+    def __init__(self, about: About, num_samples: int) -> None:
+        self._about = about
+        self._is_chat = about.wanted.is_chat
+        self._counts = Counts(len(about.prompt_ids))
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        self._head = (
+            f'data: {{"id":{quoted(about.answer_id)},"object":"{kind}","created":{about.created_s},'
+            f'"model":{quoted(about.model)},"choices":['
+        )
+        text = '"delta":{"content":' if self._is_chat else '"text":'
+        self._heads = [f'{self._head}{{"index":{index},{text}' for index in range(num_samples)]
+        self._first_heads = [each.replace('{"content"', '{"role":"assistant","content"') for each in self._heads]
+        self._middle = "}," if self._is_chat else ","
+        options = about.wanted.options
+        self._is_counted_always = options.continuous_usage_stats
+        self._tail = ',"usage":null}\n\n' if options.include_usage else "}\n\n"
+        self._plain = f'{self._middle}"logprobs":null,"finish_reason":null}}]{self._tail}'
+        """What follows the text of most pieces."""
+        self._is_plain = not (self._is_counted_always or about.wanted.has_logprobs or about.wanted.has_token_ids)
+        self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(num_samples)]
+
+    def take(self, piece: Piece) -> str:
+        """Return the events of a piece; empty if it has none."""
+        ending, index = piece.ending, piece.sample_index
+        self._counts.add(index, len(piece.token_ids), ending)
+        if piece.is_first:
+            return self._rest(piece, self._first_heads[index], self._about.prompt_text + piece.text)
+        if ending is not None or not self._is_plain:
+            return self._rest(piece, self._heads[index], piece.text)
+        if not piece.text:
+            return ""
+        return f"{self._heads[index]}{quoted(piece.text)}{self._plain}"
+
+    def last(self) -> str:
+        """Return the events after the last piece."""
+        if not self._about.wanted.options.include_usage:
+            return _DONE
+        return f'{self._head}],"usage":{self._counts.usage()}}}\n\n{_DONE}'
+
+    def _rest(self, piece: Piece, head: str, text: str) -> str:
+        about, ending = self._about, piece.ending
+        parts = [head, quoted(text), self._middle, '"logprobs":', self._logprobs_of(piece)]
+        if ending is None:
+            parts.append(',"finish_reason":null')
+        else:
+            parts.append(f',"finish_reason":"{ending.finish_reason.value}"')
+            if ending.matched_stop_string:
+                parts.append(f',"stop_reason":{quoted(ending.matched_stop_string)}')
+        if about.wanted.has_token_ids:
+            parts.append(f',"token_ids":{_ids(piece.token_ids)}')
+        has_prompt_ids = about.wanted.has_token_ids and piece.is_first
+        prompt_ids = f',"prompt_token_ids":{_ids(about.prompt_ids)}' if has_prompt_ids else ""
+        parts.append(f"}}]{prompt_ids}" if self._is_chat else f"{prompt_ids}}}]")
+        parts.append(f',"usage":{self._counts.usage()}}}\n\n' if self._is_counted_always else self._tail)
+        return "".join(parts)
+
+    def _logprobs_of(self, piece: Piece) -> str:
+        if not piece.logprobs:
+            return "null"
+        if not self._is_chat:
+            return json.dumps(self._logprobs[piece.sample_index].take(piece.token_ids, piece.logprobs))
+        content = chat_logprobs(piece.token_ids, piece.logprobs, self._about.token_bytes)
+        return json.dumps({"content": content, "refusal": None})
+
+
+def error_event(error: HeadraceError) -> str:
+    """Return the event that an answer ends with which `error` cut short."""
+    return f"event: error\ndata: {body_of(error)}\n\n"
+
+
+def _ids(token_ids: Sequence[int]) -> str:
+    return f"[{','.join(map(str, token_ids))}]"

@@ -1,0 +1,170 @@
+"""From OpenAI's fields to the request that gRPC's clients send, and how its answer is wanted.
+
+What OpenAI leaves out it defines: a completion has 16 tokens at most, a conversation's answer what the context leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.v1 import generation_service_pb2, types_pb2
+from headrace_core.request import MAX_COUNT, check_num_entries
+
+from headrace_router.face.http.errors import HttpError
+from headrace_router.face.openai.parse import parse_body
+from headrace_router.face.openai.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    StreamOptions,
+    TokenizeRequest,
+)
+
+_DEFAULT_COMPLETION_TOKENS = 16
+_ROLES = {"developer": "system"}
+_SAME_NAME = (
+    "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty",
+    "min_tokens", "ignore_eos",
+)  # fmt: skip
+"""Fields that gRPC's `SamplingParams` calls alike."""
+_MOST_FLOAT32 = 3.4028235e38
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How an answer is to look."""
+
+    is_chat: bool
+    is_streamed: bool
+    options: StreamOptions
+    has_logprobs: bool
+    has_token_ids: bool
+    echo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A body, understood."""
+
+    message: generation_service_pb2.GenerateRequest
+    wanted: Wanted
+
+
+def read_chat(body: bytes, request_id: str) -> Asked:
+    """Return what a body of /v1/chat/completions asks for.
+
+    Raises:
+        InvalidRequestError: it can't be served as written; an `HttpError` names the field.
+    """
+    fields = parse_body(ChatRequest, body)
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise HttpError("`top_logprobs` needs `logprobs`", param="top_logprobs")
+    max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    top_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    message = _message(fields, request_id, MAX_COUNT if max_tokens is None else max_tokens, top_logprobs)
+    _put_messages(message, fields.messages)
+    return Asked(message, _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False))
+
+
+def read_completion(body: bytes, request_id: str) -> Asked:
+    """Return what a body of /v1/completions asks for. Raises as `read_chat` does."""
+    fields = parse_body(CompletionRequest, body)
+    has_logprobs, echo = fields.logprobs is not None, bool(fields.echo)
+    if echo and has_logprobs:
+        raise HttpError("`echo` is not served with `logprobs`: prompts have none", param="echo")
+    max_tokens = _DEFAULT_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
+    message = _message(fields, request_id, max_tokens, fields.logprobs)
+    prompt = fields.prompt if fields.prompt_token_ids is None else fields.prompt_token_ids
+    if fields.prompt is not None and fields.prompt_token_ids is not None:
+        raise HttpError("send one of `prompt` and `prompt_token_ids`", param="prompt")
+    _put_prompt(message, prompt)
+    return Asked(message, _wanted(fields, is_chat=False, has_logprobs=has_logprobs, echo=echo))
+
+
+def read_tokenize(body: bytes) -> generation_service_pb2.GenerateRequest:
+    """Return a request that has the prompt that a body of /tokenize asks for. Raises as `read_chat` does."""
+    fields = parse_body(TokenizeRequest, body)
+    if (fields.prompt is None) == (fields.messages is None):
+        raise HttpError("send one of `prompt` and `messages`", param="prompt")
+    message = generation_service_pb2.GenerateRequest(model=fields.model)
+    if fields.messages is not None:
+        _put_messages(message, fields.messages)
+    else:
+        message.text.text = fields.prompt or ""
+    return message
+
+
+def _wanted(fields: ChatRequest | CompletionRequest, *, is_chat: bool, has_logprobs: bool, echo: bool) -> Wanted:
+    if fields.stream_options is not None and not fields.stream:
+        raise HttpError("`stream_options` needs `stream`", param="stream_options")
+    return Wanted(
+        is_chat=is_chat,
+        is_streamed=bool(fields.stream),
+        options=fields.stream_options or StreamOptions(),
+        has_logprobs=has_logprobs,
+        has_token_ids=bool(fields.return_token_ids),
+        echo=echo,
+    )
+
+
+def _message(
+    fields: ChatRequest | CompletionRequest, request_id: str, max_tokens: int, top_logprobs: int | None
+) -> generation_service_pb2.GenerateRequest:
+    stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+    check_num_entries("stop_strings", len(stop))
+    check_num_entries("stop_token_ids", len(fields.stop_token_ids or ()))
+    check_num_entries("logit_bias", len(fields.logit_bias or ()))
+    sampling = types_pb2.SamplingParams(
+        max_tokens=max_tokens,
+        stop_strings=stop,
+        stop_token_ids=fields.stop_token_ids,
+        logit_bias=[_bias(token, bias) for token, bias in (fields.logit_bias or {}).items()],
+        top_logprobs=top_logprobs,
+    )
+    for name in _SAME_NAME:
+        value = getattr(fields, name)
+        if value is not None:
+            setattr(sampling, name, _float32(value) if isinstance(value, float) else value)
+    if fields.top_k is not None:
+        sampling.top_k = max(0, fields.top_k)
+    message = generation_service_pb2.GenerateRequest(request_id=request_id, model=fields.model, sampling=sampling)
+    if fields.n is not None:
+        message.n = fields.n
+    return message
+
+
+def _bias(token: str, bias: float) -> types_pb2.LogitBias:
+    if not (token.isascii() and token.isdecimal() and len(token) <= len(str(MAX_COUNT)) and int(token) <= MAX_COUNT):
+        raise HttpError(f"`logit_bias`: {token[:32]!r} is no token id", param="logit_bias")
+    return types_pb2.LogitBias(token_id=int(token), bias=_float32(bias))
+
+
+def _float32(value: float) -> float:
+    """Return what protobuf takes: it refuses numbers that float32 has not, with an error of its own."""
+    return min(max(value, -_MOST_FLOAT32), _MOST_FLOAT32)
+
+
+def _put_prompt(
+    message: generation_service_pb2.GenerateRequest,
+    prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | None,
+) -> None:
+    if prompt is None:
+        raise HttpError("`prompt` is missing", param="prompt")
+    if isinstance(prompt, str):
+        message.text.text = prompt
+        return
+    first = prompt[0] if prompt else ()
+    if isinstance(first, int):
+        message.tokens.token_ids.extend(prompt)  # pyright: ignore[reportArgumentType]
+        return
+    if len(prompt) > 1:
+        raise HttpError("`prompt`: a request has one; send a request for each", param="prompt")
+    _put_prompt(message, first)
+
+
+def _put_messages(message: generation_service_pb2.GenerateRequest, messages: Sequence[Message]) -> None:
+    message.chat.SetInParent()
+    for each in messages:
+        text = each.content if isinstance(each.content, str) else "".join(part.text for part in each.content)
+        message.chat.messages.add(role=_ROLES.get(each.role, each.role), content=text)

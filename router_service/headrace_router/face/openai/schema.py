@@ -1,0 +1,174 @@
+"""What OpenAI's clients may ask for, as they write it: every field, and of those that are not served which values pass.
+
+A field is served, or its values are those that ask for nothing (`_neutral`); then anything else is refused by its name,
+as is a field that is not here. Values are checked for their types here and for their ranges where gRPC's are
+(`SamplingParams.validate`). `fields.py` writes the table of docs/http.md from these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from headrace_core.request import MAX_COUNT
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Marks a field of which only the values pass that ask for nothing."""
+
+    why: str
+
+
+_NO_GRAMMAR = "answers are not held to a grammar yet"
+_NO_TOOLS = "tools are not called yet"
+_TEXT_ONLY = "text only"
+_WHOLE_PROMPT = "prompts are not changed; one that is too long is refused"
+_AS_IT_IS = "the model's template and tokenizer are used as they are"
+_NOTHING = Annotated[list[Any], Field(max_length=0)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class StreamOptions(_Body):
+    """Of a streamed answer."""
+
+    include_usage: bool = Field(default=False, description="a last event with the counts of tokens")
+    continuous_usage_stats: bool = Field(default=False, description="the counts so far in every event")
+
+
+class _Generating(_Body):
+    """What both endpoints have."""
+
+    model: str = Field("", description="as /v1/models names it; empty: the one served")
+    stream: bool | None = Field(None, description="answer in server-sent events, as tokens come")
+    stream_options: StreamOptions | None = Field(None, description="only with `stream`")
+    max_tokens: Count | None = Field(None, description="most tokens of each choice")
+    temperature: float | None = Field(None, description="0 is greedy; default 1")
+    top_p: float | None = Field(None, description="nucleus mass; default 1")
+    n: Count | None = Field(None, description="choices, 1 to 16")
+    seed: int | None = Field(None, ge=0, lt=1 << 64, description="the same seed gives the same choices")
+    stop: str | list[str] | None = Field(
+        None, description="a text that ends a choice and is no part of it, or up to 16"
+    )
+    presence_penalty: float | None = Field(None, description="-2 to 2")
+    frequency_penalty: float | None = Field(None, description="-2 to 2")
+    logit_bias: dict[str, float] | None = Field(
+        None, description="an object of up to 1,024 token ids with -100 to 100 for each"
+    )
+    user: str | None = Field(None, description="taken, and used for nothing: a key says whose a request is")
+    top_k: int | None = Field(None, ge=-1, le=MAX_COUNT, description="the most probable so many; 0 or -1: all")
+    min_p: float | None = Field(None, description="drops what is less probable than this times the most probable")
+    repetition_penalty: float | None = Field(None, description="0.01 to 100; default 1")
+    min_tokens: Count | None = Field(None, description="tokens before an end may come")
+    ignore_eos: bool | None = Field(None, description="goes on past the model's end of text")
+    stop_token_ids: TokenIds | None = Field(None, description="tokens that end a choice")
+    return_token_ids: bool | None = Field(None, description="`token_ids` in every choice, `prompt_token_ids` once")
+    store: Annotated[Literal[False] | None, Refused("nothing is kept")] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, Refused("there is one")] = None
+    metadata: Annotated[None, Refused("nothing is kept")] = None
+    priority: Annotated[Literal[0] | None, Refused("callers share fairly")] = None
+    response_format: Annotated[TextFormat | None, Refused(_NO_GRAMMAR)] = None
+    structured_outputs: Annotated[None, Refused(_NO_GRAMMAR)] = None
+    guided_json: Annotated[None, Refused(_NO_GRAMMAR)] = None
+    guided_regex: Annotated[None, Refused(_NO_GRAMMAR)] = None
+    guided_choice: Annotated[None, Refused(_NO_GRAMMAR)] = None
+    guided_grammar: Annotated[None, Refused(_NO_GRAMMAR)] = None
+    use_beam_search: Annotated[Literal[False] | None, Refused("answers are sampled")] = None
+    length_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, Refused("answers are sampled")] = None
+    truncate_prompt_tokens: Annotated[None, Refused(_WHOLE_PROMPT)] = None
+    skip_special_tokens: Annotated[Literal[True] | None, Refused("special tokens have no text")] = None
+    spaces_between_special_tokens: Annotated[Literal[True] | None, Refused("special tokens have no text")] = None
+    include_stop_str_in_output: Annotated[Literal[False] | None, Refused("a choice ends before it")] = None
+    prompt_logprobs: Annotated[None, Refused("prompts have none")] = None
+
+
+class TextFormat(_Body):
+    """`{"type": "text"}`."""
+
+    type: Literal["text"]
+
+
+class CompletionRequest(_Generating):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+        | None,
+        Field(description="a text, a list of token ids, or a list of one of these"),
+    ] = None
+    prompt_token_ids: TokenIds | None = Field(None, description="in place of `prompt`")
+    echo: bool | None = Field(None, description="the prompt's text first; not with `logprobs`")
+    logprobs: Count | None = Field(None, description="of the chosen token and of so many most probable ones, 0 to 20")
+    add_special_tokens: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
+    best_of: Annotated[Literal[1] | None, Refused("all `n` choices are returned")] = None
+    suffix: Annotated[Literal[""] | None, Refused("text is continued, not filled in")] = None
+
+
+class TextPart(_Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="`developer` is `system`")
+    content: str | list[TextPart] = Field(description="a text, or parts of type `text`, which are joined")
+    name: Annotated[None, Refused(_AS_IT_IS)] = None
+    tool_calls: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
+    tool_call_id: Annotated[None, Refused(_NO_TOOLS)] = None
+    function_call: Annotated[None, Refused(_NO_TOOLS)] = None
+    refusal: Annotated[None, Refused(_TEXT_ONLY)] = None
+    audio: Annotated[None, Refused(_TEXT_ONLY)] = None
+    annotations: Annotated[_NOTHING | None, Refused(_TEXT_ONLY)] = None
+
+
+class ChatRequest(_Generating):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(description="at least one, at most 4,096")
+    max_completion_tokens: Count | None = Field(None, description="as `max_tokens`, before which it counts")
+    logprobs: bool | None = Field(None, description="of every chosen token")
+    top_logprobs: Count | None = Field(None, description="and of so many most probable ones, 0 to 20; needs `logprobs`")
+    tools: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, Refused(_NO_TOOLS)] = None
+    parallel_tool_calls: Annotated[bool | None, Refused(_NO_TOOLS)] = None
+    functions: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
+    function_call: Annotated[Literal["none", "auto"] | None, Refused(_NO_TOOLS)] = None
+    modalities: Annotated[list[Literal["text"]] | None, Refused(_TEXT_ONLY)] = None
+    audio: Annotated[None, Refused(_TEXT_ONLY)] = None
+    prediction: Annotated[None, Refused("answers are not predicted")] = None
+    reasoning_effort: Annotated[None, Refused(_AS_IT_IS)] = None
+    verbosity: Annotated[None, Refused(_AS_IT_IS)] = None
+    web_search_options: Annotated[None, Refused(_NO_TOOLS)] = None
+    add_generation_prompt: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
+    continue_final_message: Annotated[Literal[False] | None, Refused(_AS_IT_IS)] = None
+    add_special_tokens: Annotated[Literal[False] | None, Refused(_AS_IT_IS)] = None
+    chat_template: Annotated[None, Refused(_AS_IT_IS)] = None
+    chat_template_kwargs: Annotated[None, Refused(_AS_IT_IS)] = None
+    documents: Annotated[_NOTHING | None, Refused(_AS_IT_IS)] = None
+    echo: Annotated[Literal[False] | None, Refused("answers only")] = None
+
+
+class TokenizeRequest(_Body):
+    """`POST /tokenize`."""
+
+    model: str = Field("", description="as /v1/models names it; empty: the one served")
+    prompt: str | None = Field(None, description="a text, as /v1/completions takes it")
+    messages: list[Message] | None = Field(None, description="or a conversation, as /v1/chat/completions takes it")
+    add_special_tokens: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
+    add_generation_prompt: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
+    return_token_strs: Annotated[Literal[False] | None, Refused("ids only")] = None
