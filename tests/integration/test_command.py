@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def up(model_dir):
     process = subprocess.Popen(
         command(
             "up", "--model", str(model_dir), "--prefill", "2", "--decode", "2", "--dtype", "float32",
-            "--listen", "127.0.0.1:0",
+            "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0",
         ),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True,
     )  # fmt: skip
@@ -87,6 +88,11 @@ def test_32_generates_equal_transformers_while_a_prefill_worker_is_killed(up, re
 
     for prompt, max_tokens, result in zip(prompts, most, asyncio.run(main()), strict=True):
         assert result["samples"][0]["token_ids"] == reference.greedy(reference.tokenize(prompt), max_tokens)
+
+    if shutil.which("curl"):
+        (line,) = [line for line in lines if line.startswith("  curl ")]
+        told = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True, timeout=WAIT_S).stdout
+        assert told.endswith("data: [DONE]\n\n")
 
     status = subprocess.run(command("status", "--server", address, "--json"), capture_output=True, env=ENV, check=True)
     ready = [worker for worker in json.loads(status.stdout)["workers"] if worker["state"] == "ready"]

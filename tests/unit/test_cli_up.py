@@ -45,7 +45,8 @@ print("loading", flush=True)
 if "--kv-cache-dtype" in options:
     print("cache in " + options["--kv-cache-dtype"], flush=True)
 with open(options["--ready-file"] + ".new", "w") as file:
-    json.dump({"address": address, "metrics_address": "127.0.0.1:9"}, file)
+    http = {"http_address": options["--http-listen"]} if "--http-listen" in options else {}
+    json.dump({"address": address, "metrics_address": "127.0.0.1:9", **http}, file)
 os.replace(options["--ready-file"] + ".new", options["--ready-file"])
 while True:
     time.sleep(0.05)
@@ -97,6 +98,22 @@ def test_up_starts_explains_and_ends_everything_on_a_signal(folder, number):
         assert any(line.split() == [name, "|", "loading"] for line in [*lines, *rest.splitlines()])
         assert f"{name} | drained" in rest
     assert any("headrace generate --server 127.0.0.1:" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "curl -N http://127.0.0.1:8000/v1/completions "),
+        (("--http-listen", "127.0.0.1:8123"), "curl -N http://127.0.0.1:8123/v1/completions "),
+        (("--http-listen", ""), ""),
+    ],
+)
+def test_up_shows_how_to_ask_over_http(folder, arguments, line):
+    with start_up(folder, *arguments) as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        up.communicate(timeout=WAIT_S)
+    assert [each.strip()[: len(line)] for each in lines if "curl" in each] == [line] * bool(line)
 
 
 def test_up_reports_a_worker_that_dies_and_goes_on(folder):

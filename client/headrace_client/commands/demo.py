@@ -16,6 +16,7 @@ from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_client.codec import Collector
 from headrace_client.commands.terminal import stdout, write_text
+from headrace_client.commands.up import DEFAULT_HTTP_ADDRESS, curl_line
 from headrace_client.commands.waterfall import waterfall
 from headrace_client.results import Generation
 
@@ -98,6 +99,7 @@ def _suggest(folder: Path) -> None:
     for line in (
         f"  headrace up --model {folder} --prefill 1 --decode 2",
         '  headrace generate "Once upon a time" --timings      (in another terminal)',
+        f"  {curl_line(DEFAULT_HTTP_ADDRESS)}",
         "  headrace status --watch                             (and kill a worker: the story goes on)",
     ):
         stdout.print(Text(line), soft_wrap=True)

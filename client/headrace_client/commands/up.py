@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from headrace_core.identity import ROOTS, Role
+from headrace_core.identity import CERT, KEY, ROOTS, Role
 from rich.text import Text
 
 from headrace_client.cluster.cluster_process import ClusterProcess
@@ -29,6 +29,7 @@ Examples:
   headrace up --model DIR --both 1                (one worker, no hand-off)
   headrace up --model DIR --worker-option max-step-tokens=512
   headrace up --model DIR --tls build/certs       (every hop encrypted, every caller known)
+  headrace up --model DIR --http-listen ''       (no HTTP)
 
 The cores are divided among the workers. A worker that dies is reported and not started again; its requests go on \
 elsewhere if another worker can take them. If the router dies, everything stops.
@@ -38,6 +39,8 @@ Options of the processes:
   python -m headrace_prefill --help
   python -m headrace_decode --help
 """
+
+DEFAULT_HTTP_ADDRESS = "127.0.0.1:8000"
 
 _LOOK_S = 0.2
 _STYLES = {"router": "magenta", "prefill": "cyan", "decode": "green", "both": "blue"}
@@ -64,6 +67,9 @@ def up(  # the signature is the command line
         int, typer.Option("--both", "-b", min=0, max=_MOST_WORKERS, help="Workers that prefill and decode.")
     ] = 0,
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = DEFAULT_ADDRESS,
+    http_listen: Annotated[
+        str, typer.Option(help="HOST:PORT for OpenAI's clients, over HTTP; empty: none.")
+    ] = DEFAULT_HTTP_ADDRESS,
     metrics_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the router's Prometheus metrics; 0: any.")
     ] = 0,
@@ -90,6 +96,7 @@ def up(  # the signature is the command line
         num_both=both,
         router_options={
             "listen": listen,
+            **({"http-listen": http_listen} if http_listen else {}),
             "metrics-listen": f"127.0.0.1:{metrics_port}",
             **parse_settings(router_option),
         },
@@ -157,10 +164,23 @@ def _explain(cluster: LocalCluster) -> None:
         Text(f'  headrace generate{server} "Once upon a time"'),
         Text(f"  headrace chat{server}"),
         Text(f"  headrace status{server} --watch"),
+        *([Text(f"  {curl_line(cluster.router.http_address, cluster.tls)}")] if cluster.router.http_address else []),
         Text(f"Metrics: http://{cluster.router.metrics_address}/metrics. Ctrl-C stops everything.\n"),
     ]
     for line in lines:
         stdout.print(line, soft_wrap=True)
+
+
+def curl_line(address: str, tls: Path | None = None) -> str:
+    """Return a command that asks a router over HTTP, to be pasted; `tls` is a folder of identities."""
+    url = f"http://{address}"
+    if tls:
+        folder = tls / Role.CLIENT.value
+        name = f"{Role.ROUTER.server_name}:{address.rpartition(':')[2]}"
+        url = f"--cacert {folder / ROOTS} --cert {folder / CERT} --key {folder / KEY} "
+        url += f"--connect-to {name}:{address} https://{name}"
+    body = '{"prompt": "Once upon a time", "max_tokens": 40, "stream": true}'
+    return f"curl -N {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
 
 
 def _say_ready(process: ClusterProcess) -> None:
