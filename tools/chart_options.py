@@ -18,7 +18,7 @@ ROLES: dict[str, type[ProcessSettings]] = {
     "prefill": PrefillSettings,
     "decode": DecodeSettings,
 }
-_OF_THE_CHART = {"listen", "metrics_listen", "model", "advertise", "workers", "peers", "trace_sample"}
+_OF_THE_CHART = {"listen", "http_listen", "metrics_listen", "model", "advertise", "workers", "peers", "trace_sample"}
 
 
 def options(settings: type[ProcessSettings]) -> dict[str, Any]:

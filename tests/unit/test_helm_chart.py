@@ -105,7 +105,9 @@ def test_processes_understand_their_arguments_and_listen_where_kubernetes_asks(c
         read, given = settings(role, workload), container(workload)
         ports = {each["name"]: each["containerPort"] for each in given["ports"]}
         assert (port(read.listen), port(read.metrics_listen)) == (ports["grpc"], ports["metrics"])
-        if role != "router":
+        if role == "router":
+            assert port(read.http_listen) == ports["http"]
+        else:
             assert port(read.advertise) == ports["grpc"]
             has_certificate = CASES[case].get("tls", {}).get("enabled", False)
             workers = settings("router", workloads(objects)["router"]).workers
@@ -240,7 +242,7 @@ def test_a_policy_for_clients_is_what_was_said():
     (rule,) = [
         each
         for each in named(objects, "NetworkPolicy", "router")["spec"]["ingress"]
-        if each["ports"] == [{"port": "grpc"}]
+        if each["ports"] == [{"port": "grpc"}, {"port": "http"}]
     ]
     assert rule["from"] == [{"podSelector": {}}]
 

@@ -132,6 +132,9 @@ image: {{ include "headrace.image" . | quote }}
 imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 ports:
   - {name: grpc, containerPort: {{ include "headrace.grpcPort" $role }}}
+  {{- if eq $role "router" }}
+  - {name: http, containerPort: 8000}
+  {{- end }}
   - {name: metrics, containerPort: 9100}
 {{ include "headrace.probes" . }}
 securityContext:
