@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, ForwardPlan, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, FetchReady, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
@@ -199,7 +199,8 @@ class DecodeScheduler:
         chunks = self._choose(now)
         while not chunks and self._has_made_room:
             chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
-        return self._book.plan(chunks)
+        sampling = {c.key: self._sampling(self._sequences[c.key]) for c in chunks if c.is_sampled}
+        return self._book.plan(ForwardPlan(chunks), sampling)
 
     def apply(self, result: StepResult, now: float) -> None:
         """Advance the planned sequences by what was computed and sampled; end those that failed."""
@@ -212,7 +213,7 @@ class DecodeScheduler:
                 continue
             sequence.num_computed += len(chunk.token_ids)
             self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed)
-            if chunk.sampling is not None:
+            if chunk.is_sampled:
                 self._emit(sequence, result.tokens[chunk.key])
 
     def take_events(self) -> Sequence[DecodeEvent]:
@@ -314,35 +315,38 @@ class DecodeScheduler:
 
     def _chunk(self, sequence: Scheduled, end: int) -> Chunk:
         start = sequence.num_computed
-        sampling = None
-        if end == len(sequence.token_ids):
-            sampling = SamplingRow(
-                params=sequence.spec.params,
-                prompt_token_ids=sequence.prompt_ids,
-                output_token_ids=sequence.output_ids,
-                sample_index=sequence.spec.sample_index,
-                position=end,
-                eos_token_ids=self._limits.eos_token_ids,
-                memo=sequence.memo,
-            )
         return Chunk(
             key=sequence.key,
             token_ids=sequence.token_ids[start:end],
             start=start,
             page_ids=sequence.pages.page_ids,
-            sampling=sampling,
+            is_sampled=end == len(sequence.token_ids),
             request_id=sequence.spec.request_id,
         )
 
-    def _emit(self, sequence: Scheduled, token: SampledToken) -> None:
-        sequence.token_ids.append(token.token_id)
-        sequence.output_ids.append(token.token_id)
-        finish = sequence.finish.reason(
-            token.token_id, num_output_tokens=len(sequence.output_ids), num_tokens=len(sequence.token_ids)
+    def _sampling(self, sequence: Scheduled) -> SamplingRow:
+        return SamplingRow(
+            params=sequence.spec.params,
+            prompt_token_ids=sequence.prompt_ids,
+            output_token_ids=sequence.output_ids,
+            sample_index=sequence.spec.sample_index,
+            position=len(sequence.token_ids),
+            eos_token_ids=self._limits.eos_token_ids,
+            memo=sequence.memo,
         )
-        self._book.tell(Output(sequence.key, token, finish))
-        if finish:
-            self._free(sequence)
+
+    def _emit(self, sequence: Scheduled, tokens: Sequence[SampledToken]) -> None:
+        """Tell of the tokens up to one that ends the sequence, if there is one; what follows it never was."""
+        for token in tokens:
+            sequence.token_ids.append(token.token_id)
+            sequence.output_ids.append(token.token_id)
+            finish = sequence.finish.reason(
+                token.token_id, num_output_tokens=len(sequence.output_ids), num_tokens=len(sequence.token_ids)
+            )
+            self._book.tell(Output(sequence.key, token, finish))
+            if finish:
+                self._free(sequence)
+                return
 
     def _fail(self, sequence: Scheduled, error: HeadraceError) -> None:
         self._free(sequence)

@@ -138,7 +138,7 @@ class Engine(Generic[S]):
         self.busy_s += duration_s
         self.num_steps += 1
         self.num_tokens += plan.num_tokens
-        tokens = {chunk.key: _TOKEN for chunk in plan.chunks if chunk.sampling is not None}
+        tokens = {chunk.key: [_TOKEN] for chunk in plan.chunks if chunk.is_sampled}
         self._is_looping = True
         self.scheduler.apply(StepResult(tokens, duration_s), self._clock.now_s)
         self._publish()
@@ -316,4 +316,4 @@ def _params(num_output: int) -> SamplingParams:
 
 
 def _is_row(chunk: Chunk) -> bool:
-    return len(chunk.token_ids) == 1 and chunk.start > 0 and chunk.sampling is not None
+    return len(chunk.token_ids) == 1 and chunk.start > 0 and chunk.is_sampled

@@ -24,7 +24,7 @@ from enum import Enum
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, Mark, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, ForwardPlan, Mark, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, FetchReady, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HandoffLostError, OverloadedError
@@ -190,7 +190,8 @@ class PrefillScheduler:
             zero_page_ids += self._to_zero(sequence)
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
-        return self._book.plan(chunks, zero_page_ids, self._stops(chunks))
+        sampling = {c.key: self._sampling(self._sequences[c.key].spec) for c in chunks if c.is_sampled}
+        return self._book.plan(ForwardPlan(chunks, zero_page_ids, self._stops(chunks)), sampling)
 
     def layers_done(self, num_layers: int, mark: Mark | None) -> None:
         """See `LayerWatch`: seal what is worth a run in these layers."""
@@ -232,7 +233,7 @@ class PrefillScheduler:
             elif sequence.num_left:
                 self._seal(sequence, sequence.pages, sequence.num_computed // self.pages.page_size)
             else:
-                self._publish(sequence, sequence.pages, result.tokens[chunk.key], now)
+                self._publish(sequence, sequence.pages, result.tokens[chunk.key][0], now)
 
     def take_events(self) -> Sequence[PrefillEvent]:
         """Return what happened since the last call."""
@@ -301,7 +302,7 @@ class PrefillScheduler:
             token_ids=spec.token_ids[start:end],
             start=start,
             page_ids=sequence.pages.page_ids,
-            sampling=self._sampling(spec) if end == sequence.num_tokens else None,
+            is_sampled=end == sequence.num_tokens,
             request_id=spec.request_id,
         )
 

@@ -17,7 +17,6 @@ from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.numerics import Numerics
-from headrace_core.testing.paged_sequences import GREEDY_ROW
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from torch import Tensor
 
@@ -92,7 +91,7 @@ def compute(
         chunks: list[Chunk] = []
         for i in chosen:
             end = done[i] + left[i].pop(0)
-            chunks.append(Chunk(i, sequences[i][done[i] : end], done[i], pages[i], GREEDY_ROW))
+            chunks.append(Chunk(i, sequences[i][done[i] : end], done[i], pages[i], True))
             done[i] = end
         for i, found in zip(chosen, model.all_logits(chunks, cache), strict=True):
             logits[i].append(found)

@@ -56,7 +56,7 @@ class Engine:
         plan, self.planned = self.planned, None
         assert plan is not None
         (chunk,) = plan.chunks
-        tokens = {chunk.key: SampledToken(9)} if chunk.sampling else {}
+        tokens = {chunk.key: [SampledToken(9)]} if chunk.is_sampled else {}
         failures = {chunk.key: error} if error else {}
         self.scheduler.apply(StepResult({} if error else tokens, 0.0, failures=failures), 0.0)
 

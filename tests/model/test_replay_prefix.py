@@ -48,7 +48,7 @@ def spec(token_ids: list[int]) -> SequenceSpec:
 def run_to_end(scheduler) -> None:
     plan = scheduler.plan(0.0)
     while plan is not None:
-        scheduler.apply(StepResult({c.key: SampledToken(9) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+        scheduler.apply(StepResult({c.key: [SampledToken(9)] for c in plan.chunks if c.is_sampled}, 0.0), 0.0)
         plan = scheduler.plan(0.0)
 
 

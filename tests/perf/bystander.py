@@ -49,7 +49,7 @@ class WideModel:
         self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF, on_layer: OnLayer | None = None
     ) -> torch.Tensor:
         """See `StepModel`."""
-        return self._logits[: sum(chunk.sampling is not None for chunk in chunks)]
+        return self._logits[: sum(chunk.is_sampled for chunk in chunks)]
 
     def take_failures(self) -> dict[int, HeadraceError]:
         """See `StepModel`."""

@@ -12,11 +12,10 @@ import timeit
 from pathlib import Path
 
 import torch
-from headrace_core.batch.step import StepPlan
 from headrace_core.engine.executor import Executor
 from headrace_core.model.load import load_model
 from headrace_core.model.op_timer import OFF, OpTimer
-from headrace_core.testing.paged_sequences import PagedSequences
+from headrace_core.testing.paged_sequences import PagedSequences, greedy_plan
 
 _ROOT = Path(__file__).parents[2]
 _NUM_PAIRS = 400
@@ -36,10 +35,10 @@ def main() -> None:
     model = load_model(_ROOT / "demo" / "model")
     sequences = PagedSequences(model, page_size=16, num_pages=_NUM_SEQUENCES * (2 * _NUM_PAIRS + 200) // 16)
     run = Executor(model, sequences.cache, timing_period=2)
-    run.step(StepPlan([sequences.chunk(key, range(3, 103)) for key in range(_NUM_SEQUENCES)]))
+    run.step(greedy_plan([sequences.chunk(key, range(3, 103)) for key in range(_NUM_SEQUENCES)]))
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(2 * _NUM_PAIRS):
-        result = run.step(StepPlan([sequences.chunk(key, [5]) for key in range(_NUM_SEQUENCES)]))
+        result = run.step(greedy_plan([sequences.chunk(key, [5]) for key in range(_NUM_SEQUENCES)]))
         seconds[result.timing is not None].append(result.duration_s)
     off_s, on_s = statistics.median(seconds[False]), statistics.median(seconds[True])
     counting = _CountingTimer()

@@ -37,7 +37,7 @@ def step(s: DecodeScheduler, *, now=0.0, token=5) -> StepPlan:
     """Plan and answer a step; every token sampled is `token`."""
     plan = s.plan(now)
     assert plan is not None, "nothing to compute"
-    s.apply(StepResult({c.key: SampledToken(token) for c in plan.chunks if c.sampling}, 0.0), now)
+    s.apply(StepResult({c.key: [SampledToken(token)] for c in plan.chunks if c.is_sampled}, 0.0), now)
     return plan
 
 

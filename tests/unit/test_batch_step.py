@@ -1,8 +1,10 @@
 """What a step is asked, what it costs, and the book that both schedulers keep of it."""
 
+from dataclasses import replace
+
 import pytest
 from headrace_core.batch.scheduler import Load
-from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, step_load
+from headrace_core.batch.step import Chunk, ForwardPlan, SamplingRow, StepPlan, step_load
 from headrace_core.batch.step_book import Failed, StepBook
 from headrace_core.errors import OverloadedError
 from headrace_core.kv.page_pool import PageState
@@ -13,8 +15,8 @@ from headrace_core.roofline.operations import StepLoad
 ROW = SamplingRow(SamplingParams(seed=1), [1], [], 0, 1, (0,))
 
 
-def chunk(count: int, start: int, sampling: SamplingRow | None = None) -> Chunk:
-    return Chunk(1, [5] * count, start, [0], sampling)
+def chunk(count: int, start: int, is_sampled: bool = False) -> Chunk:
+    return Chunk(1, [5] * count, start, [0], is_sampled)
 
 
 def book(num_pages=4, max_waiting=2) -> StepBook[str]:
@@ -22,37 +24,41 @@ def book(num_pages=4, max_waiting=2) -> StepBook[str]:
 
 
 def test_a_plan_counts_the_tokens_of_all_its_chunks():
-    assert StepPlan([chunk(3, 0), chunk(1, 7)]).num_tokens == 4
-    assert StepPlan([chunk(1, 0)]).zero_page_ids == []
+    assert StepPlan(ForwardPlan([chunk(3, 0), chunk(1, 7)])).num_tokens == 4
+    assert ForwardPlan([chunk(1, 0)]).zero_page_ids == []
 
 
 @pytest.mark.parametrize(("num_chunks", "sizes"), [(1, (0, 1)), (2, (1, 1)), (3, (1, 2)), (4, (2, 2)), (5, (2, 3))])
 def test_two_halves_do_what_the_whole_does_and_each_zeroes_its_own_pages(num_chunks, sizes):
-    chunks = [Chunk(key, [5], 0, [10 * key, 10 * key + 1], None) for key in range(num_chunks)]
+    chunks = [Chunk(key, [5], 0, [10 * key, 10 * key + 1], key != 1) for key in range(num_chunks)]
     zeroed = [10 * key + 1 for key in range(num_chunks)]
-    first, second = StepPlan(chunks, zeroed).halves()
+    sampling = {chunk.key: replace(ROW, position=chunk.key) for chunk in chunks if chunk.is_sampled}
+    first, second = StepPlan(ForwardPlan(chunks, zeroed, (1,)), sampling).halves()
     assert (len(first.chunks), len(second.chunks)) == sizes
     assert first.chunks + second.chunks == chunks
     for half in (first, second):
-        assert half.zero_page_ids == [chunk.page_ids[1] for chunk in half.chunks]
+        assert half.forward.zero_page_ids == [chunk.page_ids[1] for chunk in half.chunks]
+        assert half.sampling == {c.key: sampling[c.key] for c in half.chunks if c.is_sampled}
+        assert half.forward.stops == ()
 
 
 def test_a_booked_step_is_of_its_chunks_with_what_is_zeroed_before_and_where_it_stops():
     steps = book()
-    assert steps.plan([], [3], (1, 2)) is None
-    plan = steps.plan([chunk(3, 0)], [3], (1, 2))
-    assert plan == StepPlan([chunk(3, 0)], [3], (1, 2))
+    assert steps.plan(ForwardPlan([], [3], (1, 2)), {}) is None
+    forward = ForwardPlan([chunk(3, 0, True)], [3], (1, 2))
+    plan = steps.plan(forward, {1: ROW})
+    assert plan == StepPlan(forward, {1: ROW})
     assert steps.planned is plan
 
 
 def test_a_chunks_error_names_its_request():
-    error = Chunk(1, [5], 0, [0], None, "r-7").error(OverloadedError("NO_FREE_PAGES", "try again"))
+    error = Chunk(1, [5], 0, [0], False, "r-7").error(OverloadedError("NO_FREE_PAGES", "try again"))
     assert isinstance(error, OverloadedError)
     assert (error.reason, str(error)) == ("NO_FREE_PAGES", "request r-7: try again")
 
 
 def test_one_token_after_a_cached_prefix_is_decode():
-    assert step_load([chunk(1, 9, ROW)]) == StepLoad(
+    assert step_load([chunk(1, 9, True)]) == StepLoad(
         num_sequences=1, num_logits=1, decode_tokens=1, decode_context=10, decode_pairs=10
     )
 
@@ -70,7 +76,7 @@ def test_one_token_after_one_cached_token_is_decode():
 
 
 def test_a_step_costs_the_sum_of_its_chunks_and_logits_only_where_it_samples():
-    load = step_load([chunk(1, 9, ROW), chunk(4, 2), chunk(1, 3, ROW)])
+    load = step_load([chunk(1, 9, True), chunk(4, 2), chunk(1, 3, True)])
     assert (load.num_sequences, load.num_logits) == (3, 2)
     assert (load.decode_tokens, load.decode_context) == (2, 14)
     assert (load.prefill_tokens, load.prefill_context) == (4, 6)
@@ -114,8 +120,8 @@ def test_a_planned_step_is_taken_once():
     b = book()
     with pytest.raises(AssertionError, match="no step is planned"):
         b.take_planned()
-    plan = b.plan([chunk(1, 0)], [3])
-    assert plan == StepPlan([chunk(1, 0)], [3])
+    plan = b.plan(ForwardPlan([chunk(1, 0)], [3]), {})
+    assert plan == StepPlan(ForwardPlan([chunk(1, 0)], [3]))
     assert b.take_planned() is plan
     with pytest.raises(AssertionError, match="no step is planned"):
         b.take_planned()
@@ -123,8 +129,8 @@ def test_a_planned_step_is_taken_once():
 
 def test_a_step_without_chunks_is_none_and_replaces_what_was_planned():
     b = book()
-    b.plan([chunk(1, 0)])
-    assert b.plan([]) is None
+    b.plan(ForwardPlan([chunk(1, 0)]), {})
+    assert b.plan(ForwardPlan([]), {}) is None
     with pytest.raises(AssertionError, match="no step is planned"):
         b.take_planned()
 

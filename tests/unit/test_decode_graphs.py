@@ -6,13 +6,12 @@ import pytest
 import torch
 from headrace_core.batch.step import Chunk
 from headrace_core.model.decode_graphs import DecodeGraphs, DecodeOutput, buckets, is_decode_step
-from headrace_core.testing.paged_sequences import GREEDY_ROW
 
 PAGE_SIZE = 4
 
 
 def chunk(key, token, start, pages, *, is_sampled=True):
-    return Chunk(key, [token], start, pages, GREEDY_ROW if is_sampled else None)
+    return Chunk(key, [token], start, pages, is_sampled)
 
 
 class Recorder:
@@ -89,7 +88,7 @@ def test_only_single_sampled_tokens_behind_others_make_a_decode_step():
     assert is_decode_step([decode, decode])
     assert not is_decode_step([decode, chunk(0, 1, 0, [1])])
     assert not is_decode_step([decode, chunk(0, 1, 3, [1], is_sampled=False)])
-    assert not is_decode_step([Chunk(0, [1, 2], 3, [1, 2], GREEDY_ROW)])
+    assert not is_decode_step([Chunk(0, [1, 2], 3, [1, 2], True)])
 
 
 @pytest.mark.parametrize("has_experts", [True, False])

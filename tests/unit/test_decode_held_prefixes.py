@@ -28,7 +28,7 @@ def run(s: DecodeScheduler, key: int, tokens: list[int], max_tokens: int = 3) ->
 def step(s: DecodeScheduler) -> bool:
     plan = s.plan(0.0)
     if plan:
-        s.apply(StepResult({c.key: SampledToken(5) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+        s.apply(StepResult({c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled}, 0.0), 0.0)
     return plan is not None
 
 

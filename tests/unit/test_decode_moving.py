@@ -31,7 +31,7 @@ def step(s: DecodeScheduler) -> list[tuple[int, int, int]]:
     plan = s.plan(0.0)
     if plan is None:
         return []
-    s.apply(StepResult({c.key: SampledToken(5) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+    s.apply(StepResult({c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled}, 0.0), 0.0)
     s.check_integrity()
     return [(c.key, c.start, len(c.token_ids)) for c in plan.chunks]
 

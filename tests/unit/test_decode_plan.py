@@ -1,7 +1,7 @@
 """Which sequences a decode step advances, and what is told of them, rule by rule."""
 
 import pytest
-from headrace_core.batch.step import SamplingRow
+from headrace_core.batch.step import SamplingRow, StepResult
 from headrace_core.batch.step_book import Failed
 from headrace_core.kv.page_pool import PageState
 from headrace_core.request import FinishReason, SampledToken, SamplingParams
@@ -150,7 +150,7 @@ def test_a_handed_off_sequence_says_how_long_it_waited_and_starts_with_its_first
     assert plan is not None
     (chunk,) = plan.chunks
     assert (chunk.token_ids, chunk.start, chunk.page_ids[:2]) == ([43], 3, list(ready.page_ids))
-    assert chunk.sampling == SamplingRow(
+    assert plan.sampling[8] == SamplingRow(
         params=SamplingParams(seed=1, max_tokens=50),
         prompt_token_ids=[4, 5, 6],
         output_token_ids=[43],
@@ -169,7 +169,7 @@ def test_a_chunk_names_its_request():
 def test_the_sampler_finds_what_it_kept_of_a_sequence_and_of_no_other():
     s = scheduler()
     running(s, 1, 1)
-    first, second = ({chunk.key: chunk.sampling.memo for chunk in step(s).chunks if chunk.sampling} for _ in range(2))
+    first, second = ({key: row.memo for key, row in step(s).sampling.items()} for _ in range(2))
     assert [first[key] is second[key] for key in (1, 2)] == [True, True]
     assert first[1] is not first[2]
     assert first[1] is not None
@@ -180,8 +180,7 @@ def test_tokens_of_earlier_attempts_are_output_and_not_prompt():
     s.add(1, spec([1, 2, 3, 4], num_output=2, sample_index=3), 0.0)
     plan = s.plan(0.0)
     assert plan is not None
-    row = plan.chunks[0].sampling
-    assert row is not None
+    row = plan.sampling[1]
     assert (row.prompt_token_ids, row.output_token_ids, row.sample_index, row.position) == ([1, 2], [3, 4], 3, 4)
 
 
@@ -337,3 +336,15 @@ def test_books_that_do_not_fit_are_noticed():
     s.pages.pool.allocate(1, 9)
     with pytest.raises(AssertionError, match="pages without a sequence"):
         s.check_integrity()
+
+
+def test_a_step_may_give_a_sequence_several_tokens_and_those_behind_its_last_never_were():
+    s = scheduler()
+    s.add(1, spec([1, 2, 3], max_tokens=3), 0.0)
+    step(s, token=7)
+    list(s.take_events())
+    assert s.plan(0.0) is not None
+    s.apply(StepResult({1: [SampledToken(8), SampledToken(9), SampledToken(10)]}, 0.0), 0.0)
+    outputs = [event for event in s.take_events() if isinstance(event, Output)]
+    assert [(event.token.token_id, event.finish) for event in outputs] == [(8, None), (9, FinishReason.LENGTH)]
+    s.check_integrity()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import StepPlan, StepResult
+from headrace_core.batch.step import ForwardPlan, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.page_pool import PageState
@@ -40,9 +40,9 @@ def answer(s: DecodeScheduler, plan: StepPlan, *, failing: Iterable[int] = ()) -
     """Compute a plan, reading each sequence's tokens as a model would: prompt and output of its sampling row."""
     failures = {key: HeadraceError("BAD_LOGITS", "x") for key in failing}
     tokens = {
-        c.key: SampledToken(next_token(c.sampling.prompt_token_ids + c.sampling.output_token_ids))
-        for c in plan.chunks
-        if c.sampling and c.key not in failures
+        key: [SampledToken(next_token(row.prompt_token_ids + row.output_token_ids))]
+        for key, row in plan.sampling.items()
+        if key not in failures
     }
     s.apply(StepResult(tokens, 0.0, failures=failures), 0.0)
 
@@ -195,7 +195,7 @@ def test_end_of_sequence_counts_only_after_min_tokens():
         s.add(1, spec([1], min_tokens=min_tokens), 0.0)
         got = []
         while plan := s.plan(0.0):
-            s.apply(StepResult({c.key: SampledToken(0) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+            s.apply(StepResult({c.key: [SampledToken(0)] for c in plan.chunks if c.is_sampled}, 0.0), 0.0)
             got += [event.finish for event in s.take_events() if isinstance(event, Output)]
         assert got == finishes
 
@@ -240,14 +240,14 @@ def test_what_a_failed_sequence_computed_is_not_found_again_and_what_others_use_
     s = scheduler(num_pages=32, max_step_tokens=20)
     shared = [1, 2, 3, 4]
     s.add(1, spec([*shared, 5]), 0.0)
-    answer(s, s.plan(0.0) or StepPlan([]))
+    answer(s, s.plan(0.0) or StepPlan(ForwardPlan([])))
     s.add(2, spec([*shared, 6, 7, 8]), 0.0)
     s.add(3, spec([9, 9, 9, 9, 9]), 0.0)
     plan = s.plan(0.0)
     assert plan is not None
     assert [(c.key, c.start) for c in plan.chunks] == [(1, 5), (2, 4), (3, 0)]
     answer(s, plan)
-    answer(s, s.plan(0.0) or StepPlan([]), failing=[2, 3])
+    answer(s, s.plan(0.0) or StepPlan(ForwardPlan([])), failing=[2, 3])
     s.add(4, spec([*shared, 6, 7, 8]), 0.0)
     s.add(5, spec([9, 9, 9, 9, 9]), 0.0)
     plan = s.plan(0.0)
@@ -267,10 +267,8 @@ def test_a_step_copies_no_list_of_a_sequence():
     again = s.plan(0.0)
     assert again is not None
     assert again.chunks[0].page_ids is chunk.page_ids
-    assert again.chunks[0].sampling is not None
-    assert chunk.sampling is not None
-    assert again.chunks[0].sampling.output_token_ids is chunk.sampling.output_token_ids
-    assert again.chunks[0].sampling.memo is chunk.sampling.memo
+    assert again.sampling[1].output_token_ids is plan.sampling[1].output_token_ids
+    assert again.sampling[1].memo is plan.sampling[1].memo
 
 
 OPERATIONS = st.lists(
@@ -324,7 +322,7 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
             known = prompts[chunk.key] + outputs[chunk.key]
             end = chunk.start + len(chunk.token_ids)
             assert chunk.token_ids == known[chunk.start : end]
-            assert (chunk.sampling is not None) == (end == len(known))
+            assert (chunk.is_sampled) == (end == len(known))
             assert len(chunk.page_ids) >= s.pages.pages_for(end)
         answer(s, plan, failing=[chunk.key for chunk in plan.chunks[:num_failing]])
         take_events()

@@ -4,11 +4,12 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from headrace_core.batch.scheduler import Load
-from headrace_core.batch.step import Chunk, OnStop, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, ForwardPlan, OnStop, StepPlan, StepResult
 from headrace_core.engine.engine import Engine, FatalStepError, News
 from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken
@@ -31,8 +32,8 @@ class CountingScheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         self.num_plans += 1
-        chunks = [Chunk(key, [1, 2], 0, [key], None, f"r{key}") for key in range(self.num_rows)]
-        return StepPlan(chunks, [0, self.num_rows - 1]) if self.num_wanted else None
+        chunks = [Chunk(key, [1, 2], 0, [key], False, f"r{key}") for key in range(self.num_rows)]
+        return StepPlan(ForwardPlan(chunks, [0, self.num_rows - 1])) if self.num_wanted else None
 
     def apply(self, result: StepResult, now: float) -> None:
         self.num_wanted -= 1
@@ -121,7 +122,7 @@ class Steps:
         keys = {chunk.key for chunk in plan.chunks}
         if any(group <= keys for group in self.groups):
             raise RuntimeError("broken")
-        return StepResult({key: SampledToken(100 + key) for key in keys}, 0.5, {1: [len(keys), 1]})
+        return StepResult({key: [SampledToken(100 + key)] for key in keys}, 0.5, {1: [len(keys), 1]})
 
     def num_runs(self, key: int) -> int:
         return sum(key in {chunk.key for chunk in plan.chunks} for plan in self.runs)
@@ -153,7 +154,7 @@ async def test_only_what_raises_alone_fails_and_nobody_is_computed_too_often(gro
     step = Steps(*groups)
     result = await result_of(step, 7)
     assert set(result.failures) == failed
-    assert {key: token.token_id for key, token in result.tokens.items()} == {
+    assert {key: token.token_id for key, (token,) in result.tokens.items()} == {
         key: 100 + key for key in range(7) if key not in failed
     }
     assert all(str(error).startswith(f"request r{key}: ") for key, error in result.failures.items())
@@ -175,7 +176,7 @@ async def test_each_half_zeroes_the_pages_of_its_own_chunks():
     await result_of(step, 8)
     for plan in step.runs:
         own = {page_id for chunk in plan.chunks for page_id in chunk.page_ids}
-        assert plan.zero_page_ids == [page_id for page_id in (0, 7) if page_id in own]
+        assert plan.forward.zero_page_ids == [page_id for page_id in (0, 7) if page_id in own]
 
 
 @async_test
@@ -211,7 +212,7 @@ class Watching(CountingScheduler):
 
     def plan(self, now: float) -> StepPlan | None:
         plan = super().plan(now)
-        return StepPlan(plan.chunks, plan.zero_page_ids, (1, 2)) if plan else None
+        return StepPlan(replace(plan.forward, stops=(1, 2))) if plan else None
 
     def layers_done(self, num_layers: int, mark: object) -> None:
         self._events.append(f"{num_layers} layers, {mark}")
@@ -227,7 +228,7 @@ async def test_what_is_told_at_a_stop_goes_out_while_the_step_runs():
 
     def step(plan: StepPlan, on_stop: OnStop | None) -> StepResult:
         assert on_stop is not None
-        for stop in plan.stops:
+        for stop in plan.forward.stops:
             on_stop(stop, "m")
         assert may_end.wait(WAIT_S)
         return fine(plan)
@@ -256,7 +257,7 @@ async def test_who_watches_is_told_before_a_step_that_raised_is_run_again_and_of
     scheduler.num_rows = 2
 
     def step(plan: StepPlan, on_stop: OnStop | None) -> StepResult:
-        ran.append((len(plan.chunks), plan.stops, list(scheduler._events)))
+        ran.append((len(plan.chunks), plan.forward.stops, list(scheduler._events)))
         if len(plan.chunks) == 2:
             raise RuntimeError("broken")
         return fine(plan)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headrace_core.batch.step import Chunk, SamplingRow, StepPlan
+from headrace_core.batch.step import Chunk
 from headrace_core.engine.engine import FatalStepError
 from headrace_core.engine.executor import Executor
-from headrace_core.request import SamplingParams
+from headrace_core.testing.paged_sequences import greedy_plan
 
 
 class LostDevice:
@@ -41,7 +41,7 @@ class LostDevice:
 def test_a_lost_device_is_fatal_wherever_a_step_notices(failing):
     device = LostDevice(failing)
     with pytest.raises(FatalStepError, match="illegal memory access"):
-        Executor(device, device).step(StepPlan([Chunk(0, [1], 0, [0], None)], [0]))
+        Executor(device, device).step(greedy_plan([Chunk(0, [1], 0, [0], False)], [0]))
 
 
 class StandInModel:
@@ -55,7 +55,7 @@ class StandInModel:
         self.counts += len(chunks)
         if self.failure is not None:
             raise self.failure
-        rows = [chunk.token_ids[-1] for chunk in chunks if chunk.sampling is not None]
+        rows = [chunk.token_ids[-1] for chunk in chunks if chunk.is_sampled]
         return torch.stack([torch.full((8,), float("nan")) if t == 0 else torch.eye(8)[t] for t in rows])
 
     def take_failures(self):
@@ -67,14 +67,13 @@ class StandInModel:
 
 
 def chunk(key, token_id):
-    row = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 5, ())
-    return Chunk(key, [token_id], 5, [0], row, request_id=f"r{key}")
+    return Chunk(key, [token_id], 5, [0], True, request_id=f"r{key}")
 
 
 def test_rows_without_a_token_are_failures_that_name_their_requests():
     step = Executor(StandInModel(), None).step
-    result = step(StepPlan([chunk(1, 3), chunk(2, 0), replace(chunk(3, 4), sampling=None), chunk(4, 5)]))
-    assert {key: token.token_id for key, token in result.tokens.items()} == {1: 3, 4: 5}
+    result = step(greedy_plan([chunk(1, 3), chunk(2, 0), replace(chunk(3, 4), is_sampled=False), chunk(4, 5)]))
+    assert {key: [token.token_id for token in tokens] for key, tokens in result.tokens.items()} == {1: [3], 4: [5]}
     assert list(result.failures) == [2]
     assert result.failures[2].reason == "BAD_LOGITS"
     assert str(result.failures[2]).startswith("request r2: ")
@@ -86,9 +85,9 @@ def test_what_a_run_that_raised_has_counted_is_not_counted_again():
     step = Executor(model, None).step
     model.failure = RuntimeError("broken")
     with pytest.raises(RuntimeError, match="broken"):
-        step(StepPlan([chunk(1, 3), chunk(2, 4)]))
+        step(greedy_plan([chunk(1, 3), chunk(2, 4)]))
     model.failure = None
-    assert step(StepPlan([chunk(1, 3)])).expert_counts == {1: [1]}
+    assert step(greedy_plan([chunk(1, 3)])).expert_counts == {1: [1]}
 
 
 class LayeredModel(StandInModel):
@@ -119,7 +118,7 @@ class MarkedCache:
 def test_the_cache_is_marked_at_the_plans_stops_and_nowhere_else():
     model, stops = LayeredModel(), []
     step = Executor(model, MarkedCache()).step
-    step(StepPlan([chunk(1, 3)], stops=(2, 3)), lambda num_layers, mark: stops.append((num_layers, mark)))
+    step(greedy_plan([chunk(1, 3)], stops=(2, 3)), lambda num_layers, mark: stops.append((num_layers, mark)))
     assert stops == [(2, "mark 1"), (3, "mark 2")]
 
 
@@ -127,6 +126,6 @@ def test_a_model_is_not_even_asked_to_tell_of_layers_when_nobody_wants_to_know()
     """Decode steps, and those of a worker that computes prompts for itself."""
     model = LayeredModel()
     step = Executor(model, None).step
-    step(StepPlan([chunk(1, 3)]), lambda num_layers, mark: None)
-    step(StepPlan([chunk(1, 3)], stops=(2,)))
+    step(greedy_plan([chunk(1, 3)]), lambda num_layers, mark: None)
+    step(greedy_plan([chunk(1, 3)], stops=(2,)))
     assert model.told == [None, None]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headrace_core.batch.step import StepPlan
 from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.engine.executor import Executor
 from headrace_core.errors import StartupError
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.load import load_model
 from headrace_core.roofline.model_shape import Dtype
-from headrace_core.testing.paged_sequences import PagedSequences
+from headrace_core.testing.paged_sequences import PagedSequences, greedy_plan
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_core.worker.loading import load_worker_model
 from headrace_kernels.latent_fp8 import pack_latents, unpack_latents
@@ -92,7 +91,7 @@ def test_a_row_that_is_not_finite_gives_no_token(models, part):
     page = sequences.chunk(0, [7]).page_ids[1]
     first = {"latent": 3, "scale": WIDTHS[0], "rope": WIDTHS[0] + 4}[part]
     sequences.cache.layers[1][page, 2, first : first + 4] = 0xFF
-    result = Executor(model, sequences.cache).step(StepPlan([sequences.chunk(0, [9])]))
+    result = Executor(model, sequences.cache).step(greedy_plan([sequences.chunk(0, [9])]))
     assert result.failures[0].reason == "BAD_LOGITS"
 
 

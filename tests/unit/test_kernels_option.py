@@ -91,7 +91,7 @@ def test_a_name_that_is_none_is_refused_by_the_command_line(capsys, tmp_path):
 
 
 def decode_slots():
-    return prepare_step([Chunk(0, [7], 3, [5], None)], page_size=4, max_decode_chunk=1).decode.slots
+    return prepare_step([Chunk(0, [7], 3, [5], False)], page_size=4, max_decode_chunk=1).decode.slots
 
 
 @pytest.mark.parametrize("lacking", [None, "mla_decode", "gqa_decode"])

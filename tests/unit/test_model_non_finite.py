@@ -6,13 +6,12 @@ import re
 
 import pytest
 import torch
-from headrace_core.batch.step import StepPlan
 from headrace_core.engine.executor import Executor
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import build_network, load_model
 from headrace_core.model.model import Model, ModelIdentity
-from headrace_core.testing.paged_sequences import PagedSequences
+from headrace_core.testing.paged_sequences import PagedSequences, greedy_plan
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,
     Variation,
@@ -145,8 +144,8 @@ def kinds(tensors):
 
 
 def outcome(model, chunk, sequences):
-    result = Executor(model, sequences.cache).step(StepPlan([chunk]))
-    return result.failures[chunk.key].reason if result.failures else result.tokens[chunk.key].token_id
+    result = Executor(model, sequences.cache).step(greedy_plan([chunk]))
+    return result.failures[chunk.key].reason if result.failures else result.tokens[chunk.key][0].token_id
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -179,8 +178,8 @@ def test_a_part_of_a_prompt_that_is_not_finite_fails_alone_in_one_run_of_its_ste
     good = sequences.chunk(1, [5, 6, 9])
     unsampled = sequences.chunk(2, [5, 6, 9], is_sampled=False)
     step = Executor(model, sequences.cache).step
-    result = step(StepPlan([bad, good, unsampled]))
+    result = step(greedy_plan([bad, good, unsampled]))
     assert {key: error.reason for key, error in result.failures.items()} == {0: "BAD_LOGITS"}
     assert "positions 0 to 2" in str(result.failures[0])
     assert list(result.tokens) == [1]
-    assert not step(StepPlan([sequences.chunk(1, [3])])).failures, "it is told once"
+    assert not step(greedy_plan([sequences.chunk(1, [3])])).failures, "it is told once"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headrace_core.batch.step import Chunk, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, ForwardPlan, SamplingRow, StepPlan, StepResult
 from headrace_core.engine.executor import Executor
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model import step_inputs
@@ -14,13 +14,13 @@ from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.step_inputs import prepare_step
 from headrace_core.request import SamplingParams
-from headrace_core.testing.paged_sequences import GREEDY_ROW, PagedSequences
+from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_core.worker.warm_up import warm_up
 
 
 def chunk(key, count, start, pages):
-    return Chunk(key, list(range(10, 10 + count)), start, pages, GREEDY_ROW)
+    return Chunk(key, list(range(10, 10 + count)), start, pages, True)
 
 
 def test_decode_rows_come_first_and_chunks_know_their_place():
@@ -153,9 +153,15 @@ def test_warming_up_leaves_nothing_behind(tmp_path):
 
 
 def sampled(key, token_ids, start, pages):
-    params = SamplingParams(temperature=0.9, seed=key, top_logprobs=5)
-    row = SamplingRow(params, [], [], 0, start + len(token_ids), ())
-    return Chunk(key, token_ids, start, pages, row, f"r{key}")
+    return Chunk(key, token_ids, start, pages, True, f"r{key}")
+
+
+def sampled_plan(chunks):
+    def row(chunk):
+        params = SamplingParams(temperature=0.9, seed=chunk.key, top_logprobs=5)
+        return SamplingRow(params, [], [], 0, chunk.start + len(chunk.token_ids), ())
+
+    return StepPlan(ForwardPlan(chunks), {chunk.key: row(chunk) for chunk in chunks})
 
 
 def top_logprobs(token):
@@ -177,9 +183,9 @@ def test_a_token_of_a_damaged_embedding_spoils_no_other_row(tmp_path, kind):
         prompts = [sampled(key, list(range(20 + key, 23 + 5 * key)), 0, pages[key]) for key in (1, 2, 3)]
         bad = sampled(0, [30, token_id, 31, 32, 33, 34], 0, pages[0])
         alone = replace(bad, token_ids=[30, 35, 31, 32, 33, 34], key=4, page_ids=pages[4])
-        first = step(StepPlan([prompts[0], bad, *prompts[1:], alone]))
+        first = step(sampled_plan([prompts[0], bad, *prompts[1:], alone]))
         rows = [sampled(c.key, [40 + c.key], len(c.token_ids), c.page_ids) for c in prompts]
-        second = step(StepPlan([*rows[:2], sampled(4, [token_id], 6, alone.page_ids), rows[2]]))
+        second = step(sampled_plan([*rows[:2], sampled(4, [token_id], 6, alone.page_ids), rows[2]]))
         return [first, second]
 
     found, expected = tokens_beside(7), tokens_beside(8)
@@ -187,6 +193,6 @@ def test_a_token_of_a_damaged_embedding_spoils_no_other_row(tmp_path, kind):
     assert not any(result.failures for result in expected)
     for one, other in zip(found, expected, strict=True):
         assert set(one.tokens) == set(other.tokens) - set(one.failures)
-        for key, token in one.tokens.items():
-            assert token.token_id == other.tokens[key].token_id
-            assert top_logprobs(token) == pytest.approx(top_logprobs(other.tokens[key]), abs=1e-5)
+        for key, (token,) in one.tokens.items():
+            assert token.token_id == other.tokens[key][0].token_id
+            assert top_logprobs(token) == pytest.approx(top_logprobs(other.tokens[key][0]), abs=1e-5)

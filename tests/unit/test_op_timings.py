@@ -5,7 +5,7 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from headrace_core.batch.step import Chunk, StepPlan, StepTiming, step_load
+from headrace_core.batch.step import Chunk, StepTiming, step_load
 from headrace_core.config import DecodeSettings
 from headrace_core.engine import executor
 from headrace_core.engine.executor import Executor
@@ -20,7 +20,7 @@ from headrace_core.roofline.roofline import predict_step
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_model import loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter
-from headrace_core.testing.paged_sequences import GREEDY_ROW, PagedSequences
+from headrace_core.testing.paged_sequences import PagedSequences, greedy_plan
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_core.testing.worker_pair import running
 from headrace_core.worker import op_metrics
@@ -45,9 +45,9 @@ def engine(request, tmp_path):
 
 def steps(sequences):
     """Yield a prefill, a decode and a mixed step."""
-    yield StepPlan([sequences.chunk(0, range(10, 19)), sequences.chunk(1, range(20, 23))])
-    yield StepPlan([sequences.chunk(0, [5]), sequences.chunk(1, [6])])
-    yield StepPlan([sequences.chunk(0, [7]), sequences.chunk(2, range(30, 35))])
+    yield greedy_plan([sequences.chunk(0, range(10, 19)), sequences.chunk(1, range(20, 23))])
+    yield greedy_plan([sequences.chunk(0, [5]), sequences.chunk(1, [6])])
+    yield greedy_plan([sequences.chunk(0, [7]), sequences.chunk(2, range(30, 35))])
 
 
 def test_operations_add_up_to_the_step(engine, monkeypatch):
@@ -81,17 +81,17 @@ def test_only_every_so_many_steps_is_measured(tmp_path):
     sequences = PagedSequences(model, page_size=4, num_pages=32)
     for period, expected in ((0, [False] * 6), (3, [False, False, True] * 2)):
         run = Executor(model, sequences.cache, timing_period=period)
-        results = [run.step(StepPlan([sequences.chunk(0, [5])])) for _ in range(6)]
+        results = [run.step(greedy_plan([sequences.chunk(0, [5])])) for _ in range(6)]
         assert [result.timing is not None for result in results] == expected
 
 
 def test_load_is_what_the_chunks_ask():
-    def chunk(num_tokens, start, sampling):
-        return Chunk(0, [1] * num_tokens, start, [], sampling)
+    def chunk(num_tokens, start, is_sampled):
+        return Chunk(0, [1] * num_tokens, start, [], is_sampled)
 
-    assert step_load([chunk(1, 40, GREEDY_ROW), chunk(1, 9, GREEDY_ROW)]) == StepLoad.decode(2, 51)
-    assert step_load([chunk(5, 8, None)]) == dataclasses.replace(StepLoad.prefill(5, 8), num_logits=0)
-    mixed = step_load([chunk(1, 40, GREEDY_ROW), chunk(1, 0, GREEDY_ROW), chunk(7, 0, GREEDY_ROW)])
+    assert step_load([chunk(1, 40, True), chunk(1, 9, True)]) == StepLoad.decode(2, 51)
+    assert step_load([chunk(5, 8, False)]) == dataclasses.replace(StepLoad.prefill(5, 8), num_logits=0)
+    mixed = step_load([chunk(1, 40, True), chunk(1, 0, True), chunk(7, 0, True)])
     assert mixed == StepLoad.decode(1, 41) + StepLoad.prefill(1) + StepLoad.prefill(7)
 
 

@@ -32,7 +32,7 @@ def spec(tokens: list[int]) -> SequenceSpec:
 def run(s: PrefillScheduler) -> StepPlan | None:
     plan = s.plan(0.0)
     if plan:
-        s.apply(StepResult({c.key: SampledToken(5) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+        s.apply(StepResult({c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled}, 0.0), 0.0)
     return plan
 
 
@@ -60,7 +60,7 @@ def test_what_was_fetched_is_not_computed_and_is_sealed_and_cached_as_if_it_were
     plan = run(s)
     assert starts(plan) == [(1, 12)]
     assert plan is not None
-    assert plan.zero_page_ids == plan.chunks[0].page_ids[-1:], "the page with unused slots"
+    assert plan.forward.zero_page_ids == plan.chunks[0].page_ids[-1:], "the page with unused slots"
     events = s.take_events()
     admitted, first, second = [event for event in events if isinstance(event, Admitted | Sealed)]
     assert isinstance(admitted, Admitted)
@@ -115,7 +115,7 @@ def test_those_that_were_fetched_share_the_token_budget_oldest_first():
     plan = run(s)
     assert starts(plan) == [(1, 4), (2, 4)], "nothing is left for the third"
     assert plan is not None
-    assert plan.zero_page_ids == [chunk.page_ids[-1] for chunk in plan.chunks], "the pages with unused slots"
+    assert plan.forward.zero_page_ids == [chunk.page_ids[-1] for chunk in plan.chunks], "the pages with unused slots"
     assert starts(run(s)) == [(3, 4)]
 
 
@@ -185,7 +185,7 @@ def test_whatever_comes_or_not_every_prompt_is_computed_once_and_every_page_come
             assert chunk.token_ids == prompts[chunk.key][chunk.start : end] != []
             assert chunk.start >= reached.get(chunk.key, 0)
             reached[chunk.key] = end
-        s.apply(StepResult({c.key: SampledToken(5) for c in plan.chunks if c.sampling}, 0.0), 0.0)
+        s.apply(StepResult({c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled}, 0.0), 0.0)
         take_events()
         return True
 

@@ -42,7 +42,7 @@ def add(s: PrefillScheduler, key: int, tokens: list[int]) -> None:
 
 def answer(s: PrefillScheduler, plan: StepPlan, *, failing: int | None = None) -> None:
     failures = {failing: HeadraceError("ENGINE_FAILED", "x")} if failing is not None else {}
-    tokens = {c.key: SampledToken(5) for c in plan.chunks if c.sampling and c.key not in failures}
+    tokens = {c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled and c.key not in failures}
     s.apply(StepResult(tokens, 0.0, failures=failures), 0.0)
 
 
@@ -50,7 +50,7 @@ def run(s: PrefillScheduler) -> StepPlan:
     """Run a step with all its stops."""
     plan = s.plan(0.0)
     assert plan is not None
-    for stop in plan.stops:
+    for stop in plan.forward.stops:
         s.layers_done(stop, f"mark {stop}")
     answer(s, plan)
     return plan
@@ -73,7 +73,7 @@ def test_a_step_is_cut_where_half_of_what_is_left_is_done_and_in_four_at_most(nu
 def test_a_prompt_of_one_chunk_is_sealed_layer_by_layer_with_its_last_page():
     s = scheduler()
     add(s, 1, list(range(1, 11)))
-    assert run(s).stops == (4, 6, 7)
+    assert run(s).forward.stops == (4, 6, 7)
     assert sealed(s, 1) == [
         (0, 3, 0, 4, "mark 4"),
         (0, 3, 4, 6, "mark 6"),
@@ -103,7 +103,7 @@ def test_a_chunk_that_does_not_end_its_prompt_seals_its_full_pages_alone():
 def test_a_small_prompt_is_not_cut_to_dust(least_bytes: int, stops: tuple[int, ...], layers: list):
     s = scheduler(least_bytes=least_bytes)
     add(s, 1, list(range(1, 11)))
-    assert run(s).stops == stops
+    assert run(s).forward.stops == stops
     assert [(first, end) for _, _, first, end, _ in sealed(s, 1)] == layers
 
 
@@ -121,7 +121,7 @@ def test_without_stops_nothing_is_asked_of_a_step():
         PageAllocator(8, PAGE), LIMITS, max_step_tokens=64, max_step_sequences=3, max_waiting_sequences=9
     )
     add(s, 1, list(range(1, 11)))
-    assert run(s).stops == ()
+    assert run(s).forward.stops == ()
 
 
 def test_rule_3_what_a_step_that_raised_had_sealed_is_another_page_before_it_is_written_again():
@@ -179,7 +179,7 @@ def test_every_layer_of_every_page_is_sealed_once(lengths, num_layers, max_step_
         add(s, key, [key % 2 + 1] * length)
     cells: dict[int, dict[tuple[int, int], tuple[int, int]]] = {key: {} for key in range(len(lengths))}
     while (plan := s.plan(0.0)) is not None:
-        for stop in plan.stops[: data.draw(st.integers(0, 3))]:
+        for stop in plan.forward.stops[: data.draw(st.integers(0, 3))]:
             s.layers_done(stop, None)
         answer(s, plan)
         for event in s.take_events():

@@ -37,7 +37,7 @@ def prompt(key: int, length: int) -> list[int]:
 def step(s: PrefillScheduler, *, planned_s=0.0, done_s=0.0, token=5) -> StepPlan:
     plan = s.plan(planned_s)
     assert plan is not None, "nothing to compute"
-    s.apply(StepResult({c.key: SampledToken(token) for c in plan.chunks if c.sampling}, done_s - planned_s), done_s)
+    s.apply(StepResult({c.key: [SampledToken(token)] for c in plan.chunks if c.is_sampled}, done_s - planned_s), done_s)
     return plan
 
 
@@ -139,7 +139,7 @@ def test_the_last_page_is_zeroed_when_it_has_unused_slots(length, is_zeroed):
     s = scheduler()
     s.add(1, spec(prompt(1, length)), 0.0)
     plan = step(s)
-    assert plan.zero_page_ids == plan.chunks[0].page_ids[-1:] * is_zeroed
+    assert plan.forward.zero_page_ids == plan.chunks[0].page_ids[-1:] * is_zeroed
 
 
 def test_the_last_page_of_every_prompt_in_a_step_is_zeroed():
@@ -147,21 +147,21 @@ def test_the_last_page_of_every_prompt_in_a_step_is_zeroed():
     s.add(1, spec(prompt(1, 5)), 0.0)
     s.add(2, spec(prompt(2, 2)), 0.0)
     plan = step(s)
-    assert plan.zero_page_ids == [chunk.page_ids[-1] for chunk in plan.chunks]
-    assert len(plan.zero_page_ids) == 2
+    assert plan.forward.zero_page_ids == [chunk.page_ids[-1] for chunk in plan.chunks]
+    assert len(plan.forward.zero_page_ids) == 2
 
 
 def test_a_page_is_zeroed_once_however_many_steps_the_prompt_takes():
     s = scheduler(max_step_tokens=4)
     s.add(1, spec(prompt(1, 6)), 0.0)
-    assert [len(step(s).zero_page_ids) for _ in range(2)] == [1, 0]
+    assert [len(step(s).forward.zero_page_ids) for _ in range(2)] == [1, 0]
 
 
 def test_the_last_chunk_asks_for_the_token_after_everything_known():
     s = scheduler(max_step_tokens=4)
     s.add(1, spec([1, 2, 3, 4, 5, 6], num_output=2, sample_index=3, max_tokens=9), 0.0)
-    assert step(s).chunks[0].sampling is None
-    assert step(s).chunks[0].sampling == SamplingRow(
+    assert step(s).sampling == {}
+    assert step(s).sampling[1] == SamplingRow(
         params=SamplingParams(seed=1, max_tokens=9),
         prompt_token_ids=[1, 2, 3, 4],
         output_token_ids=[5, 6],
@@ -215,7 +215,7 @@ def test_rule_12_groups_take_turns_at_admission_and_within_one_the_oldest_goes_f
     order = []
     while (plan := s.plan(0.0)) is not None:
         order += [chunk.key for chunk in plan.chunks]
-        s.apply(StepResult({chunk.key: SampledToken(5) for chunk in plan.chunks}, 0.0), 0.0)
+        s.apply(StepResult({chunk.key: [SampledToken(5)] for chunk in plan.chunks}, 0.0), 0.0)
     assert order == [1, 4, 2, 5, 3]
 
 

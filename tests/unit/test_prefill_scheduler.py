@@ -33,7 +33,7 @@ def spec(tokens: list[int], **params) -> SequenceSpec:
 
 def answer(s: PrefillScheduler, plan: StepPlan, *, failing: Iterable[int] = ()) -> None:
     failures = {key: HeadraceError("BAD_LOGITS", "x") for key in failing}
-    tokens = {c.key: SampledToken(5) for c in plan.chunks if c.sampling and c.key not in failures}
+    tokens = {c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled and c.key not in failures}
     s.apply(StepResult(tokens, 0.0, failures=failures), 0.0)
 
 
@@ -48,7 +48,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_sampled_once():
     s = scheduler()
     s.add(1, spec(list(range(1, 20))), 0.0)
     plans = [run(s) for _ in range(4)]
-    assert [(c.start, len(c.token_ids), c.sampling is not None) for p in plans if p for c in p.chunks] == [
+    assert [(c.start, len(c.token_ids), c.is_sampled) for p in plans if p for c in p.chunks] == [
         (0, 8, False), (8, 8, False), (16, 3, True)
     ]  # fmt: skip
     events = s.take_events()
@@ -160,11 +160,11 @@ def test_only_the_partial_last_page_is_zeroed():
     s.add(1, spec([1] * 5), 0.0)
     plan = run(s)
     assert plan is not None
-    assert plan.zero_page_ids == [plan.chunks[0].page_ids[1]]
+    assert plan.forward.zero_page_ids == [plan.chunks[0].page_ids[1]]
     s.add(2, spec([2] * 8), 0.0)
     plan = run(s)
     assert plan is not None
-    assert plan.zero_page_ids == []
+    assert plan.forward.zero_page_ids == []
 
 
 def test_published_pages_are_held_until_freed():
@@ -200,7 +200,7 @@ def test_a_first_token_that_ends_the_sequence_says_why():
     s.add(2, spec([1, 2], max_tokens=1), 0.0)
     plan = s.plan(0.0)
     assert plan is not None
-    s.apply(StepResult({1: SampledToken(0), 2: SampledToken(9)}, 0.0), 0.0)
+    s.apply(StepResult({1: [SampledToken(0)], 2: [SampledToken(9)]}, 0.0), 0.0)
     assert [e.finish for e in s.take_events() if isinstance(e, Prefilled)] == [FinishReason.STOP, FinishReason.LENGTH]
 
 
@@ -267,7 +267,7 @@ def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, num
             assert chunk.token_ids == prompts[chunk.key][chunk.start : chunk.start + len(chunk.token_ids)]
             assert chunk.start >= computed.get(chunk.key, 0)
             computed[chunk.key] = chunk.start + len(chunk.token_ids)
-            assert (chunk.sampling is not None) == (computed[chunk.key] == len(prompts[chunk.key]))
+            assert (chunk.is_sampled) == (computed[chunk.key] == len(prompts[chunk.key]))
             assert len(chunk.page_ids) == s.pages.pages_for(len(prompts[chunk.key]))
         answer(s, plan, failing=[chunk.key for chunk in plan.chunks[:num_failing]])
         return True

@@ -51,11 +51,12 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One sequence's share of a step: compute `token_ids` at positions `start` ... and, at the end, maybe sample.
+    """One sequence's share of a step: compute `token_ids` at positions `start` ... and, if `is_sampled`, the logits.
 
     `page_ids` are the sequence's pages, in order, covering at least `start + len(token_ids)` tokens; positions before
-    `start` are already in them. The list is the sequence's own, as it is until the step is applied. `sampling` is None
-    when the chunk does not reach the end of what is known. `request_id` is for messages.
+    `start` are already in them. The list is the sequence's own, as it is until the step is applied. `is_sampled` when
+    the chunk reaches the end of what is known, so that the next token is chosen from the logits at its last token.
+    `request_id` is for messages.
 
     Computing a chunk again, in whatever company, writes the same to the same places.
     """
@@ -64,7 +65,7 @@ class Chunk:
     token_ids: list[int]
     start: int
     page_ids: list[int]
-    sampling: SamplingRow | None
+    is_sampled: bool
     request_id: str = ""
 
     def error(self, error: HeadraceError) -> HeadraceError:
@@ -73,8 +74,8 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One forward pass of one ragged batch; never empty.
+class ForwardPlan:
+    """What every rank of a model computes in a step.
 
     `zero_page_ids` are filled with zeros before it: pages that will be handed off with unused slots, which are zero on
     the wire. `stops` are numbers of layers, rising: the scheduler is told when so many are done (`LayerWatch`).
@@ -83,6 +84,27 @@ class StepPlan:
     chunks: list[Chunk]
     zero_page_ids: list[int] = field(default_factory=list[int])
     stops: tuple[int, ...] = ()
+
+    def part(self, chunks: list[Chunk]) -> ForwardPlan:
+        """Return the plan of some of the chunks alone, with their own pages to zero, and without stops."""
+        page_ids = set[int]().union(*(chunk.page_ids for chunk in chunks))
+        return ForwardPlan(chunks, [page_id for page_id in self.zero_page_ids if page_id in page_ids])
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass of one ragged batch, never empty, and what the one rank that samples needs besides.
+
+    `sampling` has a row for each chunk that `is_sampled`, by `Chunk.key`.
+    """
+
+    forward: ForwardPlan
+    sampling: dict[int, SamplingRow] = field(default_factory=dict[int, SamplingRow])
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The forward pass's chunks."""
+        return self.forward.chunks
 
     @property
     def num_tokens(self) -> int:
@@ -95,8 +117,8 @@ class StepPlan:
         return self._part(self.chunks[:middle]), self._part(self.chunks[middle:])
 
     def _part(self, chunks: list[Chunk]) -> StepPlan:
-        page_ids = set[int]().union(*(chunk.page_ids for chunk in chunks))
-        return StepPlan(chunks, [page_id for page_id in self.zero_page_ids if page_id in page_ids])
+        sampling = {chunk.key: self.sampling[chunk.key] for chunk in chunks if chunk.is_sampled}
+        return StepPlan(self.forward.part(chunks), sampling)
 
 
 class LayerWatch(Protocol):
@@ -123,7 +145,7 @@ def step_load(chunks: Sequence[Chunk]) -> StepLoad:
             load += StepLoad.decode(1, chunk.start + 1)
         else:
             load += StepLoad.prefill(count, chunk.start)
-    return replace(load, num_logits=sum(chunk.sampling is not None for chunk in chunks))
+    return replace(load, num_logits=sum(chunk.is_sampled for chunk in chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +158,14 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of each chunk, by `Chunk.key`: a token if it asked for one, or why its sequence can't go on.
+    """What came of each chunk, by `Chunk.key`: the tokens that follow it if it is sampled, or why it can't go on.
 
-    A chunk has a token, a failure or, if it asked for none, neither; what a failed one left in its pages is unknown.
+    A sampled chunk has one token at least, or a failure; what a failed one left in its pages is unknown.
     `duration_s` is on the engine's clock. `expert_counts` are the tokens each routed expert got, by layer. `timing` is
     there if the step was measured.
     """
 
-    tokens: dict[int, SampledToken]
+    tokens: dict[int, list[SampledToken]]
     duration_s: float
     expert_counts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     timing: StepTiming | None = None

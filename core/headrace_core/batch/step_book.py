@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from headrace_core.batch.scheduler import Load
-from headrace_core.batch.step import Chunk, StepPlan
+from headrace_core.batch.step import ForwardPlan, SamplingRow, StepPlan
 from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
@@ -82,11 +82,9 @@ class StepBook(Generic[E]):
         assert self._planned is not None, "no step is planned"
         return self._planned
 
-    def plan(
-        self, chunks: list[Chunk], zero_page_ids: Sequence[int] = (), stops: tuple[int, ...] = ()
-    ) -> StepPlan | None:
-        """Return the step of these chunks and remember it until `take_planned`; None if there are none."""
-        self._planned = StepPlan(chunks, list(zero_page_ids), stops) if chunks else None
+    def plan(self, forward: ForwardPlan, sampling: dict[int, SamplingRow]) -> StepPlan | None:
+        """Return the step and remember it until `take_planned`; None if it has no chunks."""
+        self._planned = StepPlan(forward, sampling) if forward.chunks else None
         return self._planned
 
     def take_planned(self) -> StepPlan:

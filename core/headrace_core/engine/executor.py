@@ -24,14 +24,14 @@ class StepModel(Protocol):
     def forward(
         self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF, on_layer: OnLayer | None = None
     ) -> torch.Tensor:
-        """Compute the chunks, writing their cache; return [chunks with sampling, V] float32 logits, in order.
+        """Compute the chunks, writing their cache; return [chunks that are sampled, V] float32 logits, in order.
 
         `on_layer` may be told after each layer how many are done: nothing more is written to those.
         """
         ...
 
     def take_failures(self) -> dict[int, HeadraceError]:
-        """Return, by key, why chunks without `sampling` of the last step can't be gone on with."""
+        """Return, by key, why chunks that are not sampled of the last step can't be gone on with."""
         ...
 
     def take_expert_counts(self) -> dict[int, list[int]]:
@@ -72,12 +72,12 @@ class Executor:
                 raise
             failures = self._model.take_failures()
             expert_counts = self._model.take_expert_counts()
-        chunks = [chunk for chunk in plan.chunks if chunk.sampling is not None]
+        chunks = [chunk for chunk in plan.chunks if chunk.is_sampled]
         pairs = list(zip(chunks, outcomes, strict=True))
         failed = [(chunk, failures[chunk.key]) for chunk in plan.chunks if chunk.key in failures]
         failed += [(chunk, error) for chunk, error in pairs if isinstance(error, HeadraceError)]
         return StepResult(
-            tokens={chunk.key: token for chunk, token in pairs if isinstance(token, SampledToken)},
+            tokens={chunk.key: [token] for chunk, token in pairs if isinstance(token, SampledToken)},
             failures={chunk.key: chunk.error(error) for chunk, error in failed},
             duration_s=time.perf_counter() - started,
             expert_counts=expert_counts,
@@ -85,12 +85,13 @@ class Executor:
         )
 
     def _compute(self, plan: StepPlan, timer: OpTimer, on_stop: OnStop | None) -> list[SampledToken | HeadraceError]:
-        rows = [chunk.sampling for chunk in plan.chunks if chunk.sampling is not None]
-        if plan.zero_page_ids:
-            self._cache.zero_pages(plan.zero_page_ids)
+        forward = plan.forward
+        rows = [plan.sampling[chunk.key] for chunk in forward.chunks if chunk.is_sampled]
+        if forward.zero_page_ids:
+            self._cache.zero_pages(forward.zero_page_ids)
         timer.mark(OTHER)
-        on_layer = self._at_stops(plan.stops, on_stop) if on_stop and plan.stops else None
-        logits = self._model.forward(plan.chunks, self._cache, timer, on_layer)
+        on_layer = self._at_stops(forward.stops, on_stop) if on_stop and forward.stops else None
+        logits = self._model.forward(forward.chunks, self._cache, timer, on_layer)
         outcomes = sample(logits, rows) if rows else []
         timer.mark(SAMPLING)
         return outcomes

@@ -47,7 +47,7 @@ Capture = Callable[[Callable[[], DecodeOutput]], Callable[[], DecodeOutput]]
 
 def is_decode_step(chunks: Sequence[Chunk]) -> bool:
     """True when every chunk computes one token behind others and samples from it."""
-    return all(chunk.start > 0 and len(chunk.token_ids) == 1 and chunk.sampling is not None for chunk in chunks)
+    return all(chunk.start > 0 and len(chunk.token_ids) == 1 and chunk.is_sampled for chunk in chunks)
 
 
 def buckets(max_rows: int) -> list[int]:

@@ -143,7 +143,7 @@ class Model:
         recorded one tells `on_layer`.
 
         Returns:
-            [L, V] float32, one row for each chunk with `sampling`, in the order of the chunks.
+            [L, V] float32, one row for each chunk that `is_sampled`, in the order of the chunks.
 
         Raises:
             ValueError: a chunk is empty or its pages do not cover it.
@@ -162,7 +162,7 @@ class Model:
             rows = [
                 row + len(chunk.token_ids) - 1
                 for row, chunk in zip(step.chunk_rows, chunks, strict=True)
-                if chunk.sampling is not None
+                if chunk.is_sampled
             ]
             timer.mark(OTHER)
             if not rows:
@@ -180,7 +180,7 @@ class Model:
             ]
 
     def take_failures(self) -> dict[int, HeadraceError]:
-        """Return, by key, why chunks without `sampling` of the last step failed: BAD_LOGITS, they are not finite.
+        """Return, by key, why chunks that are not sampled of the last step failed: BAD_LOGITS, they are not finite.
 
         Nobody would look at them before their pages are others' to find. Logits are for the caller to look at.
         """
@@ -258,7 +258,7 @@ class Model:
 def _not_finite(hidden: Tensor, chunk_rows: Sequence[int], chunks: Sequence[Chunk]) -> dict[int, HeadraceError]:
     failures: dict[int, HeadraceError] = {}
     for row, chunk in zip(chunk_rows, chunks, strict=True):
-        if chunk.sampling is None and not is_finite(hidden[row : row + len(chunk.token_ids)]):
+        if not chunk.is_sampled and not is_finite(hidden[row : row + len(chunk.token_ids)]):
             end = chunk.start + len(chunk.token_ids)
             failures[chunk.key] = HeadraceError(
                 "BAD_LOGITS",

@@ -12,12 +12,11 @@ from headrace_kernels import use_backend
 from headrace_kernels.finite import is_finite
 from torch import Tensor
 
-from headrace_core.batch.step import Chunk, SamplingRow
+from headrace_core.batch.step import Chunk
 from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
-from headrace_core.request import SamplingParams
 
 # Relative to the logits' norm. Types round differently in different orders, and an expert that was nearly tied may be
 # chosen here and not there: 27 layers of random bfloat16 weights differ from their own float32 by 0.125. Logits of a
@@ -28,7 +27,6 @@ _FP8_LIMIT = 0.25
 _TOKENS_PAST_A_PAGE = 4
 # More rows than go by their experts without sorting; then fewer.
 _NUM_SEQUENCES = (6, 2)
-_GREEDY = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
 
 
 def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
@@ -76,7 +74,7 @@ def _logits(model: Model, device: str, page_size: int, *, is_captured: bool = Fa
                 [(7919 * (key + 1) * (position + 1)) % vocab_size for position in range(start, start + count)],
                 start,
                 list(range(key * pages, (key + 1) * pages)),
-                _GREEDY,
+                is_sampled=True,
             )
             for key in range(num_sequences)
         ]

@@ -78,7 +78,7 @@ class FakeModel:
                 on_layer(layer + 1)
                 self.between_layers(layer + 1)
         pairs = zip(computed, slots, strict=True)
-        rows = [self._logits(its_slots, cache) for chunk, its_slots in pairs if chunk.sampling is not None]
+        rows = [self._logits(its_slots, cache) for chunk, its_slots in pairs if chunk.is_sampled]
         return torch.stack(rows) if rows else _NONE
 
     def take_failures(self) -> dict[int, HeadraceError]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from headrace_core.batch.step import Chunk, SamplingRow
+from headrace_core.batch.step import Chunk, ForwardPlan, SamplingRow, StepPlan
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
 
-GREEDY_ROW = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
+_GREEDY_ROW = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
+
+
+def greedy_plan(chunks: list[Chunk], zero_page_ids: Sequence[int] = (), stops: tuple[int, ...] = ()) -> StepPlan:
+    """Return the step of these chunks, in which those that are sampled take the likeliest token."""
+    return StepPlan(
+        ForwardPlan(chunks, list(zero_page_ids), stops), {c.key: _GREEDY_ROW for c in chunks if c.is_sampled}
+    )
 
 
 class PagedSequences:
@@ -47,7 +54,7 @@ class PagedSequences:
         while len(pages) * self._page_size < end:
             pages.append(self._free.pop())
         self._lengths[key] = end
-        return Chunk(key, list(token_ids), start, list(pages), GREEDY_ROW if is_sampled else None)
+        return Chunk(key, list(token_ids), start, list(pages), is_sampled)
 
     def share_pages(self, source: int, key: int, num_tokens: int) -> None:
         """Start sequence `key` with the first `num_tokens` of `source`: whole pages only."""
@@ -87,7 +94,7 @@ def generate_greedy(
             elif len(output) < num_tokens:
                 chunks.append(sequences.chunk(key, output[-1:]))
         tokens = model.forward(chunks, sequences.cache).argmax(dim=-1).tolist()
-        sampled = [chunk.key for chunk in chunks if chunk.sampling is not None]
+        sampled = [chunk.key for chunk in chunks if chunk.is_sampled]
         for key, token in zip(sampled, tokens, strict=True):
             outputs[key].append(token)
     return outputs

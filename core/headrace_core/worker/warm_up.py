@@ -31,7 +31,7 @@ def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
     sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     for num_tokens in (*sizes, most):
         row = SamplingRow(_PARAMS, [0] * num_tokens, [], 0, num_tokens, ())
-        logits = model.forward([Chunk(0, [0] * num_tokens, 0, pages, row)], cache)
+        logits = model.forward([Chunk(0, [0] * num_tokens, 0, pages, True)], cache)
         check_finite(logits)
         sample(logits, [row])
     cache.copy_to_host(pages[:1])

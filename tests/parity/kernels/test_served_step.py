@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow, StepPlan
+from headrace_core.batch.step import Chunk, ForwardPlan, SamplingMemo, SamplingRow, StepPlan
 from headrace_core.engine.executor import Executor
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
@@ -60,17 +60,16 @@ class Sequences:
 
     def step(self, keys):
         """Run the next step of the sequences `keys`; return its result."""
-        chunks = []
+        chunks, rows = [], {}
         for key in keys:
             row = self.rows[key]
             position = PROMPT_TOKENS + len(row.output_token_ids)
             token_ids = row.output_token_ids[-1:] or row.prompt_token_ids
             pages = [2 * key, 2 * key + 1]
-            chunks.append(
-                Chunk(key, token_ids, position - len(token_ids), pages, replace(row, position=position), f"r{key}")
-            )
-        result = self._step(StepPlan(chunks))
-        for key, token in result.tokens.items():
+            chunks.append(Chunk(key, token_ids, position - len(token_ids), pages, True, f"r{key}"))
+            rows[key] = replace(row, position=position)
+        result = self._step(StepPlan(ForwardPlan(chunks), rows))
+        for key, (token,) in result.tokens.items():
             self.rows[key].output_token_ids.append(token.token_id)
         return result
 
@@ -134,7 +133,7 @@ def test_a_served_step_has_the_tokens_failures_and_counts_of_a_cpu(served):
         # Which experts a row that is no number chooses means nothing.
         assert there.failures or there.expert_counts == here.expert_counts
         assert list(there.tokens) == list(here.tokens)
-        for token, other in zip(there.tokens.values(), here.tokens.values(), strict=True):
+        for (token,), (other,) in zip(there.tokens.values(), here.tokens.values(), strict=True):
             assert token.token_id == other.token_id
             assert (token.logprobs is None) == (other.logprobs is None)
             if token.logprobs is not None:

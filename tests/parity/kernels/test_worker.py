@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from headrace_core.batch.step import Chunk, StepPlan
+from headrace_core.batch.step import Chunk
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.executor import Executor
 from headrace_core.model import decode_graphs
-from headrace_core.testing.paged_sequences import GREEDY_ROW
+from headrace_core.testing.paged_sequences import greedy_plan
 from headrace_core.testing.tiny_checkpoints import write_checkpoint
 from headrace_core.worker import loading
 from headrace_core.worker.loading import load_worker_model
@@ -43,11 +43,11 @@ def generated(loaded):
     inputs, starts = dict(PROMPTS), {0: 0, 1: 0}
     for number in range(NUM_STEPS):
         keys = [0, 1] if number < NUM_STEPS - 1 else [1]
-        chunks = [Chunk(key, inputs[key], starts[key], PAGES[key], GREEDY_ROW) for key in keys]
-        result = executor.step(StepPlan(chunks, PAGES[0] + PAGES[1] if number == 0 else []))
+        chunks = [Chunk(key, inputs[key], starts[key], PAGES[key], True) for key in keys]
+        result = executor.step(greedy_plan(chunks, PAGES[0] + PAGES[1] if number == 0 else []))
         assert not result.failures
         counts.append(result.expert_counts)
-        for key, token in result.tokens.items():
+        for key, (token,) in result.tokens.items():
             tokens[key].append(token.token_id)
             starts[key] += len(inputs[key])
             inputs[key] = [token.token_id]

@@ -22,7 +22,6 @@ from headrace_core.roofline.model_shape import Dtype, ModelShape
 from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline, predict_step
 from headrace_core.roofline.routing import UNIFORM, expected_distinct
-from headrace_core.testing.paged_sequences import GREEDY_ROW
 
 from tests.perf.gpu_engine.shapes import Shape
 from tests.perf.kernels.ceilings import Ceilings
@@ -103,7 +102,7 @@ def decode_chunks(batch: int, context: int, pages_each: int, vocab_size: int) ->
     generator = torch.Generator().manual_seed(batch)
     tokens: list[int] = torch.randint(vocab_size, (batch,), generator=generator).tolist()
     return [
-        Chunk(key, [token], context - 1, list(range(key, batch * pages_each, batch)), GREEDY_ROW)
+        Chunk(key, [token], context - 1, list(range(key, batch * pages_each, batch)), is_sampled=True)
         for key, token in enumerate(tokens)
     ]
 
