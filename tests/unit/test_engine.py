@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from headrace_core.batch.scheduler import Load
-from headrace_core.batch.step import Chunk, ForwardPlan, OnStop, StepPlan, StepResult
-from headrace_core.engine.engine import Engine, FatalStepError, News
+from headrace_core.batch.step import Chunk, FatalStepError, ForwardPlan, OnStop, StepPlan, StepResult
+from headrace_core.engine.engine import Engine, News
 from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headrace_core.batch.step import Chunk
-from headrace_core.engine.engine import FatalStepError
+from headrace_core.batch.step import Chunk, FatalStepError
 from headrace_core.engine.executor import Executor
 from headrace_core.testing.paged_sequences import greedy_plan
 

@@ -20,6 +20,10 @@ OnStop = Callable[[int, Mark | None], None]
 """Told of layers as well, and with what mark their writing is done on the device."""
 
 
+class FatalStepError(Exception):
+    """A step failed in a way that no later step can survive, as a sticky device error; the process must end."""
+
+
 @dataclass(slots=True, eq=False)
 class SamplingMemo:
     """What the sampler keeps of one sequence from token to token, so that it need not look at all of it each time.

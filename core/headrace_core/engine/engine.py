@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from headrace_core.batch.scheduler import Load, Scheduler
-from headrace_core.batch.step import Chunk, LayerWatch, Mark, OnStop, StepPlan, StepResult, StepTiming
+from headrace_core.batch.step import Chunk, FatalStepError, LayerWatch, Mark, OnStop, StepPlan, StepResult, StepTiming
 from headrace_core.errors import HeadraceError
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,6 @@ class News(Generic[E_co]):
     events: Sequence[E_co]
     report: StepReport | None
     load: Load
-
-
-class FatalStepError(Exception):
-    """A step failed in a way that no later step can survive, as a sticky device error; the process must end."""
 
 
 S = TypeVar("S", bound=Scheduler[Any])

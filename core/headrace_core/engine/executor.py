@@ -9,8 +9,7 @@ from typing import Protocol
 
 import torch
 
-from headrace_core.batch.step import Chunk, OnLayer, OnStop, StepPlan, StepResult, StepTiming, step_load
-from headrace_core.engine.engine import FatalStepError
+from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, OnStop, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.errors import HeadraceError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
