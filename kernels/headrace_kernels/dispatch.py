@@ -40,7 +40,7 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     "page_copy": ("reference", "triton"),
     "rms_norm": ("reference", "cpu", "triton"),
     "rope": ("reference", "cpu", "triton"),
-    "sampling": ("reference", "triton"),
+    "sampling": ("reference", "cpu", "triton"),
     "silu_mul": ("reference", "cpu"),
     "split_plan": ("reference", "triton"),
 }

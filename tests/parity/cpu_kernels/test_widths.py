@@ -11,12 +11,14 @@ import torch
 from headrace_kernels.cpu import build, library
 from headrace_kernels.gqa_decode import gqa_decode
 from headrace_kernels.linear import Linear
+from headrace_kernels.sampling import sample_tokens
 
 from tests.parity.cpu_kernels.inputs import plain, random
 from tests.parity.cpu_kernels.test_decode_attention import Grouped, contexts_of, laid_out
+from tests.parity.cpu_kernels.test_sampling import draws
 
-# A family whose lanes are outputs, in blocks of twelve rows; one whose lanes are terms, with a softmax.
-FAMILIES = frozenset({"linear", "gqa_decode"})
+# A family whose lanes are outputs, in blocks of twelve rows; one whose lanes are terms, with a softmax; one in float64.
+FAMILIES = frozenset({"linear", "gqa_decode", "sampling"})
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,10 @@ def test_attention_is_the_same(shape, wide, monkeypatch, dtype):
 def test_the_best_set_of_the_machine_is_taken(wide):
     assert library.isa() in build.isas()
     assert wide.isa == "wide"
+
+
+def test_tokens_are_the_same(wide, monkeypatch):
+    logits, columns = random(16, 5001, dtype=torch.float32), draws(5001)
+    assert torch.equal(
+        on_library(monkeypatch, wide, lambda: sample_tokens(logits, columns)), sample_tokens(logits, columns)
+    )
