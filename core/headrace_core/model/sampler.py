@@ -51,7 +51,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | H
     if not rows:
         return []
     # A NaN wins both comparisons. Times 0 it stays one, an infinity becomes one, and neither equals anything.
-    lowest, highest = logits.aminmax(dim=-1)
+    # Apart: on a CPU aminmax takes ten times as long as both.
+    lowest, highest = logits.amin(dim=-1), logits.amax(dim=-1)
     is_bad = lowest * 0 != highest * 0
     changed = _changed(logits, rows)
     tokens = sample_tokens(changed, _draws(rows, logits.device)).masked_fill_(is_bad, _NOT_FINITE)
