@@ -112,6 +112,11 @@ class WorkerSettings(ProcessSettings):
         "kernels only, prompts take longer; all workers of a fleet alike",
     )
     threads: int = Field(0, ge=0, description="CPU threads for compute; 0: all cores")
+    lend_threads: Path | None = Field(
+        None,
+        description="folder that workers of this machine share: who computes there has the --threads of those that do "
+        "not; compiled CPU kernels only; none: each keeps to its own",
+    )
     page_size: int = Field(64, ge=1, le=1024, description="tokens a page holds")
     kv_pool_mib: int = Field(256, ge=1, description="memory for pages, MiB")
     max_context_tokens: int = Field(0, ge=0, description="longest sequence; 0: the model's own limit")

@@ -133,6 +133,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BIND": "an address can't be listened on",
         "KERNELS_DISAGREE": "on this GPU the kernels and plain torch disagree",
         "NO_BACKEND": "the kernels that --kernels names can't be had here; says why",
+        "NO_LENDING": "threads can't be lent: the folder can't be used, or how many there are is not said",
         "NO_EXACT": "exact numerics can't be held with these kernels or types; says which",
         "NO_FP8_CACHE": "the cache of this network can't be kept in 8 bits",
         "NO_GPU": "torch sees no GPU",

@@ -350,3 +350,22 @@ async def test_what_fails_at_once_is_fatal_as_it_is_between_steps():
     harness.engine.submit_at_once(lambda scheduler: scheduler.missing)  # pyright: ignore
     assert isinstance(harness.fatal[0], AttributeError)
     await harness.engine.stop()
+
+
+@async_test
+async def test_it_says_when_it_has_nothing_to_compute_and_not_between_steps():
+    told: list[str] = []
+    scheduler = CountingScheduler()
+
+    def step(plan: StepPlan, on_stop: OnStop | None) -> StepResult:
+        told.append("step")
+        return fine(plan)
+
+    engine: Engine[CountingScheduler] = Engine(
+        scheduler, step, deliver=lambda news: None, on_fatal=lambda error: None, rest=lambda: told.append("rest")
+    )
+    engine.submit(lambda scheduler: scheduler.want(3))
+    engine.start()
+    await eventually(lambda: told[-1:] == ["rest"], "it waits")
+    await engine.stop()
+    assert told == ["step", "step", "step", "rest"]

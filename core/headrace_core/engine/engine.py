@@ -61,7 +61,7 @@ S = TypeVar("S", bound=Scheduler[Any])
 class Engine(Generic[S]):
     """Runs a scheduler against a model on a thread of its own.
 
-    `deliver` and `on_fatal` are called on the event loop.
+    `deliver` and `on_fatal` are called on the event loop, `rest` on the engine thread before it waits for work.
     """
 
     def __init__(
@@ -72,11 +72,13 @@ class Engine(Generic[S]):
         deliver: Callable[[News[Any]], None],
         on_fatal: Callable[[BaseException], None],
         watch: LayerWatch | None = None,
+        rest: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._watch = watch
         self._step_model = step
+        self._rest = rest
         self._deliver = deliver
         self._on_fatal = on_fatal
         self._clock = clock
@@ -127,6 +129,8 @@ class Engine(Generic[S]):
                 if plan:
                     self._step(plan)
                 is_idle = plan is None
+                if is_idle and self._rest:
+                    self._rest()
         except BaseException as error:  # noqa: BLE001 - the boundary: the process ends on it
             self._loop.call_soon_threadsafe(self._on_fatal, error)
 

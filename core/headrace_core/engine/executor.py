@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -41,13 +41,22 @@ class StepModel(Protocol):
 class Executor:
     """Owns the model and its cache; engine thread only.
 
-    Every `timing_period`-th step is measured operation by operation; 0: none.
+    Every `timing_period`-th step is measured operation by operation; 0: none. `num_threads` is asked before each step,
+    and after each layer, on how many CPU threads to compute; None: as many as torch has.
     """
 
-    def __init__(self, model: StepModel, cache: KvCache, *, timing_period: int = 0) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        cache: KvCache,
+        *,
+        timing_period: int = 0,
+        num_threads: Callable[[], int] | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._timing_period = timing_period
+        self._num_threads = num_threads
         self._num_steps = 0
 
     def step(self, plan: StepPlan, on_stop: OnStop | None = None) -> StepResult:
@@ -59,6 +68,7 @@ class Executor:
                 is counted, and what it wrote is written again.
         """
         started = time.perf_counter()
+        self._set_threads()
         running = self._running_timer()
         timer = running or OFF
         with torch.inference_mode(), _lost_device_is_fatal():
@@ -89,18 +99,25 @@ class Executor:
         if forward.zero_page_ids:
             self._cache.zero_pages(forward.zero_page_ids)
         timer.mark(OTHER)
-        on_layer = self._at_stops(forward.stops, on_stop) if on_stop and forward.stops else None
+        on_layer = self._on_layer(forward.stops, on_stop)
         logits = self._model.forward(forward.chunks, self._cache, timer, on_layer)
         outcomes = sample(logits, rows) if rows else []
         timer.mark(SAMPLING)
         return outcomes
 
-    def _at_stops(self, stops: Sequence[int], on_stop: OnStop) -> OnLayer:
+    def _on_layer(self, stops: Sequence[int], on_stop: OnStop | None) -> OnLayer | None:
         def on_layer(num_layers: int) -> None:
-            if num_layers in stops:
+            if on_stop and num_layers in stops:
                 on_stop(num_layers, self._cache.mark())
+            self._set_threads()
 
-        return on_layer
+        return on_layer if (on_stop and stops) or self._num_threads else None
+
+    def _set_threads(self) -> None:
+        if self._num_threads is not None:
+            count = self._num_threads()
+            if count != torch.get_num_threads():
+                torch.set_num_threads(count)
 
     def _running_timer(self) -> RunningOpTimer | None:
         self._num_steps += 1

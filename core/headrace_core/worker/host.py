@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc.aio
 from headrace.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
+from headrace_kernels import backend
 
 from headrace_core import __version__
 from headrace_core.authority import ServerTls
@@ -32,6 +33,7 @@ from headrace_core.peers import Peers
 from headrace_core.rpc import Server, own_channel
 from headrace_core.tracing.start import open_tracer
 from headrace_core.wire import encode_layout
+from headrace_core.worker.lent_threads import LentThreads
 from headrace_core.worker.loading import LoadedModel
 from headrace_core.worker.metrics import WorkerMetrics
 from headrace_core.worker.worker_service import LoadBoard, WorkerServicer
@@ -92,6 +94,7 @@ class WorkerHost(Generic[S]):
         self.metrics_port = 0
         self._model: LoadedModel | None = None
         self._engine: Engine[S] | None = None
+        self._lent: LentThreads | None = None
         self._draining: asyncio.Task[None] | None = None
         worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(
             WorkerServicer(self.info, self.board, self.begin_drain), self.server.grpc
@@ -170,9 +173,19 @@ class WorkerHost(Generic[S]):
         timing_period = self._settings.roofline_every_steps if model.prediction else 0
         if model.prediction and timing_period:
             self._metrics.show_operations(model.prediction)
-        executor = Executor(model.model, model.cache, timing_period=timing_period)
+        lent = self._lent = self._lent_threads(model)
+        executor = Executor(
+            model.model, model.cache, timing_period=timing_period, num_threads=lent.take if lent else None
+        )
         self._model = model
-        self._engine = Engine(scheduler, executor.step, deliver=deliver, on_fatal=self._on_fatal, watch=watch)
+        self._engine = Engine(
+            scheduler,
+            executor.step,
+            deliver=deliver,
+            on_fatal=self._on_fatal,
+            watch=watch,
+            rest=lent.rest if lent else None,
+        )
         self._engine.start()
         self._engine.submit(lambda _: None)  # makes the first load report
         self.state = HostState.READY
@@ -211,6 +224,8 @@ class WorkerHost(Generic[S]):
             await self._draining
         if self._engine:
             await self._engine.stop()
+        if self._lent:
+            self._lent.close()
         await self._peers.close()
         self._metrics.close()
         await self.tracer.close()
@@ -238,6 +253,16 @@ class WorkerHost(Generic[S]):
             version=__version__,
             metrics_port=self.metrics_port,
         )
+
+    def _lent_threads(self, model: LoadedModel) -> LentThreads | None:
+        """Return what the worker has of the others' threads; None where it keeps to its own.
+
+        Plain torch may sum in another order on another number of threads, so that a seed would not give its tokens.
+        """
+        folder = self._settings.lend_threads
+        if folder is None or backend(model.cache.layers[0]) != "cpu":
+            return None
+        return LentThreads(folder, self._settings.threads)
 
     def _on_fatal(self, error: BaseException) -> None:
         self.state = HostState.FAILED
