@@ -6,10 +6,8 @@ steps. Outwards: the scheduler's events, handed to the loop once per step. An id
 While a step is computed nobody uses the scheduler. What need not wait for the step, and changes nothing that the step
 uses, may be run meanwhile by whoever wants it: `_books` is the lock that one has who uses the scheduler.
 
-A step that raises is run again in halves, and they in theirs, until what raises is alone in its step: that sequence
-fails, the others have their tokens. So n sequences are computed at most log2 n + 1 times each. Only a lost device ends
-more. Anything raised outside a step means that our own books can't be trusted: the thread ends, and the process with
-it.
+A step that raises is run again in halves (`halves`). Only a lost device ends more than a sequence. Anything raised
+outside a step means that our own books can't be trusted: the thread ends, and the process with it.
 
 A scheduler that hands on pages of a step's first layers while the later ones are computed is the engine's `watch` as
 well: it is told where the step is, and what it tells of that goes out at once.
@@ -27,8 +25,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from headrace_core.batch.scheduler import Load, Scheduler
-from headrace_core.batch.step import Chunk, FatalStepError, LayerWatch, Mark, OnStop, StepPlan, StepResult, StepTiming
-from headrace_core.errors import HeadraceError
+from headrace_core.batch.step import LayerWatch, Mark, OnStop, StepPlan, StepResult, StepTiming
+from headrace_core.engine.halves import Halves
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +75,6 @@ class Engine(Generic[S]):
     ) -> None:
         self._scheduler = scheduler
         self._watch = watch
-        self._step_model = step
         self._rest = rest
         self._deliver = deliver
         self._on_fatal = on_fatal
@@ -87,6 +84,7 @@ class Engine(Generic[S]):
         self._books = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._load = Load()
+        self._halves = Halves(lambda plan: step(plan, self._on_stop if watch else None), self._step_raised, clock=clock)
 
     def start(self) -> None:
         """Start the thread."""
@@ -146,7 +144,7 @@ class Engine(Generic[S]):
         return True
 
     def _step(self, plan: StepPlan) -> None:
-        result = self._run_plan(plan)
+        result = self._halves.run(plan)
         for chunk in plan.chunks:
             error = result.failures.get(chunk.key)
             if error is not None:
@@ -156,24 +154,10 @@ class Engine(Generic[S]):
             self._scheduler.apply(result, self._clock())
             self._publish(StepReport(plan.num_tokens, result.duration_s, result.expert_counts, result.timing))
 
-    def _run_plan(self, plan: StepPlan) -> StepResult:
-        """Run the plan, or what of it can be run."""
-        started = self._clock()
-        try:
-            return self._step_model(plan, self._on_stop if self._watch else None)
-        except FatalStepError:
-            raise
-        except Exception as cause:  # noqa: BLE001 - the boundary: what fails is a sequence, not the process
-            if len(plan.chunks) == 1:
-                return _failed(plan.chunks[0], cause, self._clock() - started)
-            log.warning(
-                "a step raised; its halves are run", extra={"sequences": len(plan.chunks), "problem": repr(cause)}
-            )
+    def _step_raised(self) -> None:
         if self._watch:
             with self._books:
                 self._watch.step_raised()
-        first, second = (self._run_plan(half) for half in plan.halves())
-        return _joined(first, second, self._clock() - started)
 
     def _on_stop(self, num_layers: int, mark: Mark | None) -> None:
         assert self._watch is not None, "somebody watches"
@@ -190,31 +174,3 @@ class Engine(Generic[S]):
 
 def _look(scheduler: object) -> None:
     """Let an idle engine see whether there is something to plan."""
-
-
-def _failed(chunk: Chunk, cause: Exception, duration_s: float) -> StepResult:
-    error = cause if isinstance(cause, HeadraceError) else _engine_failed(cause)
-    error = chunk.error(error)
-    error.__cause__ = cause
-    return StepResult({}, duration_s, failures={chunk.key: error})
-
-
-def _engine_failed(cause: Exception) -> HeadraceError:
-    return HeadraceError(
-        "ENGINE_FAILED",
-        f"computing its next token raised {type(cause).__name__}, also alone; the worker's log has the traceback, and "
-        "the checkpoint may be damaged",
-    )
-
-
-def _joined(first: StepResult, second: StepResult, duration_s: float) -> StepResult:
-    """Return what two halves of a step amount to; it was not measured as one."""
-    counts = dict(first.expert_counts)
-    for layer, added in second.expert_counts.items():
-        counts[layer] = [a + b for a, b in zip(counts.get(layer, [0] * len(added)), added, strict=True)]
-    return StepResult(
-        tokens=first.tokens | second.tokens,
-        duration_s=duration_s,
-        expert_counts=counts,
-        failures=first.failures | second.failures,
-    )
