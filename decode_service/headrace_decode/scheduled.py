@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from headrace_core.batch.finish import FinishRule
-from headrace_core.batch.spec import SequenceSpec
-from headrace_core.batch.step import SamplingMemo
+from headrace_core.batch.spec import ModelLimits, SequenceSpec
+from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow
 from headrace_core.kv.sequence_pages import SequencePages
 
 
@@ -54,3 +54,26 @@ class Scheduled:
     def num_left(self) -> int:
         """Tokens to compute."""
         return len(self.token_ids) - self.num_computed
+
+    def chunk(self, end: int) -> Chunk:
+        """Return its share of a step that computes its tokens up to `end`."""
+        return Chunk(
+            key=self.key,
+            token_ids=self.token_ids[self.num_computed : end],
+            start=self.num_computed,
+            page_ids=self.pages.page_ids,
+            is_sampled=end == len(self.token_ids),
+            request_id=self.spec.request_id,
+        )
+
+    def sampling(self, limits: ModelLimits) -> SamplingRow:
+        """Return what its next token is chosen by."""
+        return SamplingRow(
+            params=self.spec.params,
+            prompt_token_ids=self.prompt_ids,
+            output_token_ids=self.output_ids,
+            sample_index=self.spec.sample_index,
+            position=len(self.token_ids),
+            eos_token_ids=limits.eos_token_ids,
+            memo=self.memo,
+        )

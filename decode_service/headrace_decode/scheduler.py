@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, ForwardPlan, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, ForwardPlan, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, FetchReady, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
@@ -199,7 +199,7 @@ class DecodeScheduler:
         chunks = self._choose(now)
         while not chunks and self._has_made_room:
             chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
-        sampling = {c.key: self._sampling(self._sequences[c.key]) for c in chunks if c.is_sampled}
+        sampling = {c.key: self._sequences[c.key].sampling(self._limits) for c in chunks if c.is_sampled}
         return self._book.plan(ForwardPlan(chunks), sampling)
 
     def apply(self, result: StepResult, now: float) -> None:
@@ -252,7 +252,7 @@ class DecodeScheduler:
             end = sequence.num_computed + min(sequence.num_left, budget)
             if not self._make_room(sequence, end, chunks):
                 continue
-            chunks.append(self._chunk(sequence, end))
+            chunks.append(sequence.chunk(end))
             budget -= len(chunks[-1].token_ids)
         return chunks
 
@@ -312,28 +312,6 @@ class DecodeScheduler:
         sequence.state, sequence.num_computed = State.WAITING, 0
         self._waiting.add(sequence)
         self._book.tell(Preempted(sequence.key))
-
-    def _chunk(self, sequence: Scheduled, end: int) -> Chunk:
-        start = sequence.num_computed
-        return Chunk(
-            key=sequence.key,
-            token_ids=sequence.token_ids[start:end],
-            start=start,
-            page_ids=sequence.pages.page_ids,
-            is_sampled=end == len(sequence.token_ids),
-            request_id=sequence.spec.request_id,
-        )
-
-    def _sampling(self, sequence: Scheduled) -> SamplingRow:
-        return SamplingRow(
-            params=sequence.spec.params,
-            prompt_token_ids=sequence.prompt_ids,
-            output_token_ids=sequence.output_ids,
-            sample_index=sequence.spec.sample_index,
-            position=len(sequence.token_ids),
-            eos_token_ids=self._limits.eos_token_ids,
-            memo=sequence.memo,
-        )
 
     def _emit(self, sequence: Scheduled, tokens: Sequence[SampledToken]) -> None:
         """Tell of the tokens up to one that ends the sequence, if there is one; what follows it never was."""
