@@ -128,8 +128,8 @@ bench-lending: setup ## A cluster whose workers lend each other threads beside o
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m
 	$(BIN)/python -m tests.perf.lending build/checkpoint-280m
 
-exactness: setup ## 10,000 random cases of every family and type: are the bits the same however they are computed?
-	$(BIN)/python -m tests.exactness
+exactness: setup ## 10,000 random cases of every family and type, half an hour: the same bits however computed? CASES=100 (build/exactness.json)
+	$(BIN)/python -m tests.exactness $(addprefix --cases ,$(CASES))
 
 bench-transfer: setup ## What moving pages costs, beside raw gRPC, a socket and memcpy; writes build/bench/transfer.json
 	$(BIN)/python -m tests.perf.transfer

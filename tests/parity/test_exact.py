@@ -10,6 +10,7 @@ from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoin
 from headrace_kernels import backend, use_backend
 
 from tests.exactness.cases import DTYPES, FAMILIES, check, tiny_model
+from tests.exactness.holder import Holder
 
 _CASES = 12
 
@@ -32,6 +33,14 @@ def test_bits_depend_on_the_tokens_before_alone(family, dtype, tmp_path):
 def test_fast_numerics_differ_somewhere(family, tmp_path):
     """Else the cases would tell nothing."""
     model = tiny_model(family, "float32", tmp_path, Numerics.FAST)
+    assert any(not check(model, seed) for seed in range(_CASES))
+
+
+@needs_library
+def test_a_page_that_is_lost_on_the_way_to_another_worker_is_seen(tmp_path, monkeypatch):
+    """Else the cases would tell nothing of a hand-off."""
+    model = tiny_model("v3", "float32", tmp_path)
+    monkeypatch.setattr(Holder, "take", lambda *_: None)
     assert any(not check(model, seed) for seed in range(_CASES))
 
 
