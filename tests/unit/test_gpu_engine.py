@@ -12,6 +12,7 @@ from headrace_core.roofline.model_shape import DEEPSEEK_V2_LITE
 from headrace_core.testing.tiny_checkpoints import write_checkpoint
 
 from tests.perf import report_file
+from tests.perf.closed_loop import RequestTimes, cell_figures
 from tests.perf.gpu_engine import __main__ as command
 from tests.perf.gpu_engine import cluster, step, weights
 from tests.perf.gpu_engine.shapes import SHAPES
@@ -174,14 +175,14 @@ def test_transformers_experts_need_no_grouped_product_in_float32(name, tmp_path,
 
 
 def test_tokens_that_arrive_together_share_their_gap():
-    request = cluster.RequestTimes([(1.0, 1), (1.5, 2), (1.8, 1)])
+    request = RequestTimes([(1.0, 1), (1.5, 2), (1.8, 1)])
     assert request.num_tokens == 4
     assert request.gaps_s() == pytest.approx([0.25, 0.25, 0.3])
 
 
 def test_a_cell_has_percentiles_of_what_clients_saw():
-    times = [cluster.RequestTimes([(0.1, 1), (0.2, 1)]), cluster.RequestTimes([(0.3, 1), (0.5, 1)])]
-    figures = cluster.cell_figures((16, 2), 2, times, wall_s=0.5)
+    times = [RequestTimes([(0.1, 1), (0.2, 1)]), RequestTimes([(0.3, 1), (0.5, 1)])]
+    figures = cell_figures((16, 2), 2, times, wall_s=0.5)
     assert figures["ttft_ms"] == pytest.approx({"p25": 150.0, "p50": 200.0, "p99": 298.0})
     assert figures["itl_ms"]["p50"] == pytest.approx(150.0)
     assert figures["request_tokens_per_s"]["p99"] == pytest.approx(9.94)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from headrace_client import AsyncClient
 from headrace_client.cluster.local_cluster import LocalCluster
@@ -23,10 +20,10 @@ from headrace_core.request import SamplingParams
 from headrace_core.scalar import Scalar
 from headrace_router.testing import write_tokenizer
 
+from tests.perf.closed_loop import RequestTimes, cell_figures
 from tests.perf.gpu_engine.shapes import Shape
 from tests.perf.gpu_engine.weights import NotPossibleError, OnBytes, write_random_checkpoint
 
-PERCENTILES = (25, 50, 99)
 _START_S = 1800.0
 _REQUEST_S = 600.0
 _MAX_STEP_TOKENS = 4096
@@ -34,22 +31,6 @@ _POOL_SPARE = 1.25
 # What a worker's process takes beside weights and pages: CUDA's context, activations, captured steps.
 _WORKER_BYTES = 4 << 30
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class RequestTimes:
-    """One request as its client saw it: seconds from asking to each delta, and how many tokens it brought."""
-
-    deltas: Sequence[tuple[float, int]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens it brought."""
-        return sum(count for _, count in self.deltas)
-
-    def gaps_s(self) -> list[float]:
-        """Return the gap before each token after the first delta's; tokens read together share theirs evenly."""
-        return [gap for (last, _), (at, count) in pairwise(self.deltas) for gap in [(at - last) / count] * count]
 
 
 def measure_cluster(
@@ -183,23 +164,3 @@ async def _request(client: AsyncClient, prompt: list[int], num_out: int) -> Requ
             if delta.token_ids:
                 deltas.append((time.monotonic() - sent_s, len(delta.token_ids)))
     return RequestTimes(deltas)
-
-
-def cell_figures(load: tuple[int, int], clients: int, times: Sequence[RequestTimes], wall_s: float) -> dict[str, Any]:
-    """Return a cell's percentiles: TTFT and each request's tokens per second over requests, ITL over all gaps."""
-    return {
-        "tokens_in": load[0],
-        "tokens_out": load[1],
-        "clients": clients,
-        "requests": len(times),
-        "ttft_ms": percentiles([request.deltas[0][0] * 1e3 for request in times]),
-        "itl_ms": percentiles([gap * 1e3 for request in times for gap in request.gaps_s()]),
-        "request_tokens_per_s": percentiles([request.num_tokens / request.deltas[-1][0] for request in times]),
-        "tokens_per_s": sum(request.num_tokens for request in times) / wall_s,
-    }
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Return p25, p50 and p99."""
-    found: list[float] = np.percentile(list(values), PERCENTILES).tolist()
-    return {f"p{percent}": value for percent, value in zip(PERCENTILES, found, strict=True)}
