@@ -16,17 +16,21 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def machine() -> dict[str, Any]:
     """Return it by name."""
-    fields = _cpuinfo()
-    flags = fields.get("flags", "").split()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": fields.get("model name", platform.processor()),
-        "cpu_flags": " ".join(flag for flag in _FLAGS if flag in flags),
+        "cpu": _cpuinfo().get("model name", platform.processor()),
+        "cpu_flags": " ".join(cpu_flags()),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "commit": _commit(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def cpu_flags() -> list[str]:
+    """Return which of the flags that decide a CPU's speed here it has."""
+    flags = _cpuinfo().get("flags", "").split()
+    return [flag for flag in _FLAGS if flag in flags]
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -79,9 +79,9 @@ class HeadraceEngine:
 
 
 class TransformersEngine:
-    """transformers' model with its own cache."""
+    """transformers' model with its own cache; `dtype` "auto": the checkpoint's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: str = "auto") -> None:
         os.environ["TRANSFORMERS_OFFLINE"] = "1"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -89,7 +89,7 @@ class TransformersEngine:
 
             transformers.logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
-            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         self._model.eval()
         self._cache: Any = None
 

@@ -2,10 +2,11 @@
 
     python -m tests.perf.engine build/checkpoint-280m
 
-Writes build/bench/engine.json and prints a table. A round measures every engine once, one after the other; the median
-of the rounds counts. The floor is the roofline's: bytes at the speed at which this machine reads memory now, or FLOPs
-at the speed at which torch multiplies large matrices now, whichever takes longer, operation by operation. An engine
-that is not to be had here is null: llama.cpp is what lies in .peers/llama.cpp (`llama_cpp`).
+Writes build/bench/engine.json, every sample in it, and prints a table. A round measures every engine once, one after
+the other; the median of all samples counts. The floor is the roofline's: bytes at the speed at which this machine reads
+memory now, or FLOPs at the speed at which torch multiplies large matrices now, whichever takes longer, operation by
+operation. Which other engines there are and where they are looked for: `peer`. Of our own a round also measures decode
+steps while another process on each core wants 70 % of it.
 """
 
 from __future__ import annotations
@@ -13,107 +14,91 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from headrace_core.model.numerics import Numerics
-from headrace_core.roofline.communication import ONE_GPU
 from headrace_core.roofline.hardware import Hardware
-from headrace_core.roofline.hardware_measure import best_of, cpu_hardware, read_bytes_per_s
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.roofline import decode_step_s, prefill_s
 from headrace_kernels.cpu import library
 
+from tests.load.burners import burning
+from tests.perf.engine import moe_layer
+from tests.perf.engine.hardware import faster_of, measured_hardware
 from tests.perf.engine.llama_cpp import LlamaCpp
+from tests.perf.engine.peer import CONTEXT, STEPS, Engine, InProcess, NoPeerError, Samples, Task, medians, peers_dtype
+from tests.perf.engine.summary import EXACT, LOADED, OURS, floors, summary
+from tests.perf.engine.table import table
+from tests.perf.engine.vllm_cpu import VllmCpu
 from tests.perf.machine import machine
-from tests.perf.model_bench import DECODE_CONTEXT, PAGE_SIZE, HeadraceEngine, TransformersEngine, random_prompts
+from tests.perf.model_bench import PAGE_SIZE, HeadraceEngine, TransformersEngine
 
 _log = logging.getLogger(__name__)
 _REPORT = Path("build/bench/engine.json")
-_READ_BYTES = 1 << 29
-_SQUARE = 2048
-_STEPS = 7
-_EXACT = "headrace --numerics exact"
-
-Figures = dict[str, float]
-"""Seconds by name: "decode 16" of a step at a batch, "prefill 512" of a prompt."""
+_FOREIGN_SHARE = 0.7
 
 
-def measured_hardware(threads: int) -> Hardware:
-    """Return what this machine does now, on so many threads."""
-    squares = [torch.randn(_SQUARE, _SQUARE).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    flops = 2 * _SQUARE**3 / min(best_of(lambda each=each: each @ each, 2) for each in squares[: _num_fast_dtypes()])
-    read = read_bytes_per_s(_READ_BYTES, num_threads=threads, repeats=3)
-    return cpu_hardware({Dtype.BF16: flops}, memory_bytes_per_s=read, copy_bytes_per_s=read / 2, source="measured now")
-
-
-def _num_fast_dtypes() -> int:
-    # Where the processor has no bfloat16, torch multiplies it a hundred times slower than float32.
-    return 2 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1
-
-
-def floor(shape: ModelShape, hardware: Hardware, batches: Sequence[int], lengths: Sequence[int]) -> Figures:
-    """Return the least seconds that each thing measured can take."""
-    tokens = DECODE_CONTEXT + 2
-    decode = {
-        f"decode {batch}": decode_step_s(shape, hardware, ONE_GPU, batch=batch, context_tokens_total=batch * tokens)
-        for batch in batches
+def _engines(task: Task, peers: Path, options: argparse.Namespace) -> tuple[dict[str, Engine], dict[str, str]]:
+    """Return ours and those of the others that are to be had, and why the rest are not."""
+    pages = -(-max(task.most_tokens, max(task.batches, default=1) * (CONTEXT + PAGE_SIZE)) // PAGE_SIZE) + 32
+    ours = f"{sys.executable} {' '.join(sys.argv)}"
+    engines: dict[str, Engine] = {OURS: InProcess(HeadraceEngine(task.checkpoint, pages), ours)}
+    if options.exact:
+        engines[EXACT] = InProcess(HeadraceEngine(task.checkpoint, pages, Numerics.EXACT), ours)
+    others: dict[str, Callable[[], Engine]] = {
+        "transformers": lambda: InProcess(
+            TransformersEngine(task.checkpoint, peers_dtype()), f"transformers in this process, {peers_dtype()}"
+        ),
+        "llama.cpp": lambda: LlamaCpp(peers, task),
+        "vllm": lambda: VllmCpu(peers, task),
     }
-    return decode | {f"prefill {length}": prefill_s(shape, hardware, ONE_GPU, new_tokens=length) for length in lengths}
+    why_not: dict[str, str] = {}
+    for name in options.engines:
+        try:
+            engines[name] = others[name]()
+        except NoPeerError as error:
+            _leave_out(name, error, why_not)
+    return engines, why_not
 
 
-def one_round(engine: Any, batches: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Figures:
-    """Return the seconds that `engine` takes now; a decode step's are the median of some."""
-    found: Figures = {}
-    for batch in batches:
-        prompts = random_prompts(batch, DECODE_CONTEXT, vocab_size)
-        tokens = [prompt[0] for prompt in prompts]
-        engine.prefill(prompts)
-        engine.decode(tokens)
-        found[f"decode {batch}"] = statistics.median(_seconds(engine.decode, tokens) for _ in range(_STEPS))
-    for length in lengths:
-        prompts = random_prompts(1, length, vocab_size)
-        found[f"prefill {length}"] = _seconds(engine.prefill, prompts)
-    return found
+def _measure(
+    engines: dict[str, Engine], why_not: dict[str, str], task: Task, options: argparse.Namespace
+) -> tuple[dict[str, list[Samples]], Hardware]:
+    """Return samples of every engine by round, and the most that the machine did in any of them.
+
+    A peer that can't do what it is asked leaves `engines` for `why_not`, with all that it had done.
+    """
+    rounds: dict[str, list[Samples]] = {}
+    hardware = measured_hardware(task.threads)
+    for number in range(options.rounds):
+        for name, engine in list(engines.items()):
+            try:
+                _one_round(rounds, name, engine, task, number)
+            except NoPeerError as error:
+                _leave_out(name, error, why_not)
+                del engines[name]
+                rounds.pop(name, None)
+        if options.loaded and task.batches:
+            decode_only = Task(task.checkpoint, task.threads, task.batches, [], task.vocab_size)
+            with burning(task.threads, share=_FOREIGN_SHARE):
+                _one_round(rounds, LOADED, engines[OURS], decode_only, number)
+        hardware = faster_of(hardware, measured_hardware(task.threads))
+    return rounds, hardware
 
 
-def _seconds(run: Callable[[Any], None], argument: object) -> float:
-    begin = time.perf_counter()
-    run(argument)
-    return time.perf_counter() - begin
+def _leave_out(name: str, error: NoPeerError, why_not: dict[str, str]) -> None:
+    why_not[name] = str(error)
+    _log.info("%s is not measured: %s", name, error)
 
 
-def summary(rounds: dict[str, list[Figures]], least: Figures) -> dict[str, Any]:
-    """Return medians by engine, and how ours stand to the best of the others and to the floor."""
-    medians = {
-        name: {what: statistics.median(each[what] for each in found) for what in found[0]}
-        for name, found in rounds.items()
-        if found
-    }
-    ours = medians["headrace"]
-    report: dict[str, Any] = {"floor_ms": _ms(least), "engines_ms": {name: _ms(each) for name, each in medians.items()}}
-    report["engines_ms"] |= {name: None for name in rounds if name not in medians}
-    for what, seconds in ours.items():
-        others = {name: each[what] for name, each in medians.items() if name not in ("headrace", _EXACT)}
-        key = what.replace("decode ", "decode_b").replace("prefill ", "prefill_")
-        report[f"{key}_vs_floor"] = round(seconds / least[what], 2)
-        best = min(others, key=lambda name: others[name], default=None)
-        # In decode the ratio of times, in prefill of rates: below 1 and above 1 is ahead.
-        ratio = None if best is None else seconds / others[best] if "decode" in what else others[best] / seconds
-        report[f"{key}_vs_best"] = None if ratio is None else round(ratio, 3)
-        report[f"{key}_best"] = best
-    if _EXACT in medians:
-        report["exact_cost"] = {what: round(medians[_EXACT][what] / seconds, 2) for what, seconds in ours.items()}
-    return report
-
-
-def _ms(figures: Figures) -> Figures:
-    return {name: round(seconds * 1e3, 2) for name, seconds in figures.items()}
+def _one_round(rounds: dict[str, list[Samples]], name: str, engine: Engine, task: Task, number: int) -> None:
+    found = engine.one_round(task)
+    rounds.setdefault(name, []).append(found)
+    shown = {what: round(seconds * 1e3, 2) for what, seconds in medians([found]).items()}
+    _log.info("round %d, %s: %s ms", number + 1, name, shown)
 
 
 def _main() -> None:
@@ -124,42 +109,41 @@ def _main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 16, 32])
     parser.add_argument("--prompt-lengths", type=int, nargs="*", default=[512, 2048])
-    parser.add_argument("--engines", nargs="*", default=["transformers", "llama.cpp"])
+    parser.add_argument("--engines", nargs="*", choices=["transformers", "llama.cpp", "vllm"],
+                        default=["transformers", "llama.cpp", "vllm"])  # fmt: skip
+    parser.add_argument("--peers", type=Path, default=Path(".peers"), help="folder of others' engines")
     parser.add_argument("--exact", action="store_true", help="what --numerics exact costs, too: times of ours")
+    parser.add_argument("--loaded", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--moe-layer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path, default=_REPORT, help="where the report goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    batches, lengths = options.batches, options.prompt_lengths
     shape = ModelShape.load(options.checkpoint)
-    pages = -(-max([*lengths, max(batches, default=1) * (DECODE_CONTEXT + PAGE_SIZE)]) // PAGE_SIZE) + 32
-    engines: dict[str, Any] = {"headrace": HeadraceEngine(options.checkpoint, pages)}
-    rounds: dict[str, list[Figures]] = {name: [] for name in ["headrace", *options.engines]}
-    if options.exact:
-        engines[_EXACT], rounds[_EXACT] = HeadraceEngine(options.checkpoint, pages, Numerics.EXACT), []
-    if "transformers" in options.engines:
-        engines["transformers"] = TransformersEngine(options.checkpoint)
-    llama = LlamaCpp.find(options.checkpoint, options.threads) if "llama.cpp" in options.engines else None
-    hardware: list[Hardware] = []
-    for number in range(options.rounds):
-        hardware.append(measured_hardware(options.threads))
-        for name, engine in engines.items():
-            rounds[name].append(one_round(engine, batches, lengths, shape.vocab_size))
-            _log.info("round %d, %s: %s ms", number + 1, name, _ms(rounds[name][-1]))
-        if llama is not None:
-            rounds["llama.cpp"].append(llama.one_round(batches, lengths, DECODE_CONTEXT))
-            _log.info("round %d, llama.cpp: %s ms", number + 1, _ms(rounds["llama.cpp"][-1]))
-    best = max(hardware, key=lambda each: each.memory_bytes_per_s)
-    report = {
+    task = Task(options.checkpoint, options.threads, options.batches, options.prompt_lengths, shape.vocab_size)
+    engines, why_not = _engines(task, options.peers, options)
+    rounds, hardware = _measure(engines, why_not, task, options)
+    commands = {name: engine.command for name, engine in engines.items()}
+    for engine in engines.values():
+        engine.close()
+    report: dict[str, Any] = {
         "machine": machine(),
         "isa": library.isa() or "none: plain torch",
         "threads": options.threads,
         "rounds": options.rounds,
-        "read_gb_per_s": round(best.memory_bytes_per_s / 1e9, 1),
-        "gflop_per_s": round(max(each.flops[Dtype.BF16] for each in hardware) / 1e9),
-        **summary(rounds, floor(shape, best, batches, lengths)),
+        "steps_a_round": STEPS,
+        "read_gb_per_s": round(hardware.memory_bytes_per_s / 1e9, 1),
+        "gflop_per_s": round(hardware.flops[Dtype.BF16] / 1e9),
+        "peers_dtype": {"llama.cpp": "bfloat16"} | dict.fromkeys(("vllm", "transformers"), peers_dtype()),
+        **summary(rounds, floors(shape, hardware, task.batches, task.lengths), why_not),
+        "commands": commands,
+        "samples_s": rounds,
     }
-    _REPORT.parent.mkdir(parents=True, exist_ok=True)
-    _REPORT.write_text(json.dumps(report, indent=1) + "\n")
-    _log.info(json.dumps(report, indent=1))
+    if options.moe_layer:
+        report["moe_layer"] = moe_layer.measure(shape, hardware, options.threads, options.peers, options.rounds)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    _log.info("%s", table(report))
+    _log.info("written to %s", options.json)
 
 
 if __name__ == "__main__":
