@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +15,14 @@ from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.load import num_weight_bytes
-from headrace_core.request import SamplingParams
 from headrace_core.scalar import Scalar
 from headrace_router.testing import write_tokenizer
 
-from tests.perf.closed_loop import RequestTimes, cell_figures
+from tests.perf.closed_loop import asking, cell_figures, closed_loop, random_prompts
 from tests.perf.gpu_engine.shapes import Shape
 from tests.perf.gpu_engine.weights import NotPossibleError, OnBytes, write_random_checkpoint
 
 _START_S = 1800.0
-_REQUEST_S = 600.0
 _MAX_STEP_TOKENS = 4096
 _POOL_SPARE = 1.25
 # What a worker's process takes beside weights and pages: CUDA's context, activations, captured steps.
@@ -127,40 +124,14 @@ async def _measure_cells(
     cells: list[dict[str, Any]] = []
     async with AsyncClient(address) as client:
         for load in shape.loads:
+            ask = asking(client, load[1])
             for clients in shape.concurrencies:
                 report(f"{load[0]}/{load[1]}, {clients} clients")
                 # Kernels are compiled for what they have not met yet: the first round does not count.
-                await _serve(client, load, config.vocab_size, clients, 1, seed=-1)
+                await closed_loop(ask, random_prompts(load, config.vocab_size, clients, seed=-1), clients)
+                prompts = random_prompts(load, config.vocab_size, clients * shape.requests_per_client, seed=clients)
                 began_s = time.monotonic()
-                times = await _serve(client, load, config.vocab_size, clients, shape.requests_per_client, seed=clients)
+                times = await closed_loop(ask, prompts, clients)
                 cells.append(cell_figures(load, clients, times, time.monotonic() - began_s))
                 keep({"cells": cells})
     return cells
-
-
-async def _serve(
-    client: AsyncClient, load: tuple[int, int], vocab_size: int, clients: int, requests_each: int, *, seed: int
-) -> list[RequestTimes]:
-    """Serve a closed loop of `clients`; prompts are random, so that none shares a prefix with another."""
-    num_in, num_out = load
-    rng = random.Random(f"{load} {seed}")
-    prompts = iter([rng.choices(range(3, vocab_size), k=num_in) for _ in range(clients * requests_each)])
-    times: list[RequestTimes] = []
-
-    async def one_client() -> None:
-        for prompt in prompts:
-            times.append(await _request(client, prompt, num_out))
-
-    await asyncio.gather(*(one_client() for _ in range(clients)))
-    return times
-
-
-async def _request(client: AsyncClient, prompt: list[int], num_out: int) -> RequestTimes:
-    sampling = SamplingParams(max_tokens=num_out, temperature=0.0, ignore_eos=True)
-    deltas: list[tuple[float, int]] = []
-    sent_s = time.monotonic()
-    async with client.stream(prompt, sampling, timeout_s=_REQUEST_S) as stream:
-        async for delta in stream:
-            if delta.token_ids:
-                deltas.append((time.monotonic() - sent_s, len(delta.token_ids)))
-    return RequestTimes(deltas)
