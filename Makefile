@@ -22,7 +22,7 @@ CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-served bench-scheduling bench-plan bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-served profile bench-scheduling bench-plan bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -132,6 +132,10 @@ bench-lending: setup ## A cluster whose workers lend each other threads beside o
 bench-served: setup ## The whole system beside vLLM's server on the same cores, in turns (build/bench/served.json)
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m
 	$(BIN)/python -m tests.perf.served build/checkpoint-280m $(ARGS)
+
+profile: setup ## Where a step's time goes on a CPU, per operation beside its floor: ARGS="--decode 1 16 --prefill 512 --json"
+	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m
+	@$(BIN)/python -m tests.perf.step_profile $(or $(MODEL),build/checkpoint-280m) $(ARGS)
 
 exactness: setup ## 10,000 random cases of every family and type, half an hour: the same bits however computed? CASES=100 (build/exactness.json)
 	$(BIN)/python -m tests.exactness $(addprefix --cases ,$(CASES))

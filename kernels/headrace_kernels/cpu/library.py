@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,28 @@ def use(isa: str) -> None:
 def problem() -> str | None:
     """Return why compiled kernels can't run here; None: they can."""
     return _library().problem
+
+
+class Counters(NamedTuple):
+    """What compiled kernels have done since the process began, or between two moments (`since`)."""
+
+    calls: int
+    """Kernels called."""
+    stages: int
+    """Parts of them that threads share out; a thread that has nothing left to do waits for the end of each."""
+    call_ns: int
+    """Nanoseconds that callers spent in them, without waiting for others' calls."""
+    busy_ns: int
+    """Nanoseconds that all threads spent on their parts."""
+
+    def since(self, before: Counters) -> Counters:
+        """Return what was counted after `before`."""
+        return Counters(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def counters() -> Counters:
+    """Return what was counted so far; zeros where there is no library."""
+    return _library().counters()
 
 
 def takes(dtype: torch.dtype) -> bool:
@@ -94,6 +116,13 @@ class Library:
             entry = self._entries[name] = getattr(self._dll, f"headrace_{name}_{self.isa}")
             entry.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         return entry
+
+    def counters(self) -> Counters:
+        """See the function of this name."""
+        found = (ctypes.c_int64 * len(Counters._fields))()
+        if self.problem is None:
+            self._dll.headrace_counters(found)
+        return Counters(*found)
 
     def use(self, isa: str) -> None:
         """See the function of this name."""

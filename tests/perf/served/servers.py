@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,10 +111,22 @@ def vllm(peers: Path) -> Callable[[Load], contextlib.AbstractAsyncContextManager
         # It keeps one core for itself unless told which it may have.
         own = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{load.cores - 1}" if load.cores > 1 else "0"}
         own |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        with _serving(words, threads_of(load.cores) | own, port) as process:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            _serving(
+                [*words, "--tokenizer", _tokenizer(load, Path(folder))], threads_of(load.cores) | own, port
+            ) as process,
+        ):
             yield Server(openai_asking("127.0.0.1", port, load), " ".join(words), lambda: [process.pid])
 
     return serve
+
+
+def _tokenizer(load: Load, folder: Path) -> str:
+    """Return a folder with the checkpoint's tokenizer as transformers reads one, too."""
+    shutil.copy(load.checkpoint / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return str(folder)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <system_error>
 #include <thread>
@@ -21,6 +22,16 @@ namespace {
 
 // About 30 us: the time between two kernels of a step. Longer would take cores from whoever could use them.
 constexpr int SPINS = 1500;
+
+int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Of all calls since the process began: how many, how many stages, the callers' time in them once they had their turn,
+// and all threads' time in tasks. A thread reads the clock once a task and once a stage.
+struct {
+    std::atomic<int64_t> calls{0}, stages{0}, call_ns{0}, busy_ns{0};
+} counters;
 
 class Pool {
    public:
@@ -43,11 +54,6 @@ class Pool {
     int num_threads() const { return 1 + (int)threads_.size(); }
 
     void run(int64_t num_tasks, void (*body)(void *, int64_t, int), void *context) {
-        if (num_tasks <= 0) return;
-        if (threads_.empty() || num_tasks == 1) {
-            for (int64_t task = 0; task < num_tasks; task++) body(context, task, 0);
-            return;
-        }
         body_ = body;
         context_ = context;
         num_tasks_ = num_tasks;
@@ -78,10 +84,16 @@ class Pool {
 
     void take_tasks(int thread) {
         int64_t left = left_.load(std::memory_order_acquire);
+        if (left <= 0) return;
+        int64_t began_ns = now_ns();
         while (left > 0) {
             // A task taken is a task of the stage that runs now, which can't end before it: what it reads holds.
             if (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) continue;
             body_(context_, num_tasks_ - left, thread);
+            // Before the task counts as done: who reads the counters after the stage sees all of it.
+            int64_t ended_ns = now_ns();
+            counters.busy_ns.fetch_add(ended_ns - began_ns, std::memory_order_relaxed);
+            began_ns = ended_ns;
             done_.fetch_add(1);
             if (is_waited_for_.load()) done_.notify_one();
             left = left_.load(std::memory_order_acquire);
@@ -153,7 +165,7 @@ struct Block {
 
 }  // namespace
 
-Turn::Turn(int num_threads) : lock_(turn) {
+Turn::Turn(int num_threads) : lock_(turn), began_ns_(now_ns()) {
     if (num_threads == num_wanted) return;
     delete pool;
     pool = nullptr;
@@ -162,14 +174,19 @@ Turn::Turn(int num_threads) : lock_(turn) {
     num_wanted = num_threads;
 }
 
+Turn::~Turn() {
+    counters.calls.fetch_add(1, std::memory_order_relaxed);
+    counters.call_ns.fetch_add(now_ns() - began_ns_, std::memory_order_relaxed);
+}
+
 int num_threads() { return pool == nullptr ? 1 : pool->num_threads(); }
 
 void run(int64_t num_tasks, void (*body)(void *, int64_t, int), void *context) {
-    if (pool == nullptr) {
-        for (int64_t task = 0; task < num_tasks; task++) body(context, task, 0);
-        return;
-    }
-    pool->run(num_tasks, body, context);
+    counters.stages.fetch_add(1, std::memory_order_relaxed);
+    if (pool != nullptr && pool->num_threads() > 1 && num_tasks > 1) return pool->run(num_tasks, body, context);
+    int64_t began_ns = now_ns();
+    for (int64_t task = 0; task < num_tasks; task++) body(context, task, 0);
+    counters.busy_ns.fetch_add(now_ns() - began_ns, std::memory_order_relaxed);
 }
 
 void *scratch(int place, size_t bytes) {
@@ -201,4 +218,12 @@ extern "C" __attribute__((visibility("default"))) const char *headrace_isa() {
 #else
     return "";
 #endif
+}
+
+// calls, stages, call_ns, busy_ns: see `counters`. What runs meanwhile may be counted in part.
+extern "C" __attribute__((visibility("default"))) void headrace_counters(int64_t *four) {
+    four[0] = headrace::counters.calls.load(std::memory_order_relaxed);
+    four[1] = headrace::counters.stages.load(std::memory_order_relaxed);
+    four[2] = headrace::counters.call_ns.load(std::memory_order_relaxed);
+    four[3] = headrace::counters.busy_ns.load(std::memory_order_relaxed);
 }

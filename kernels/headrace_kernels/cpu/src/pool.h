@@ -17,9 +17,12 @@ class Turn {
    public:
     // Wait for the turn, and let it run on so many threads, the caller among them; on fewer if there are no more to get.
     explicit Turn(int num_threads);
+    // Count the call (headrace_counters).
+    ~Turn();
 
    private:
     std::lock_guard<std::mutex> lock_;
+    int64_t began_ns_;
 };
 
 // Threads that take tasks in this turn, the caller among them.
