@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from headrace_core.batch.step import Chunk
+from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.numerics import Numerics
@@ -50,11 +51,7 @@ class HeadraceEngine:
         self.model: Model = load_model(directory, numerics=numerics)
         self._num_pages = num_pages
         self._sequences = PagedSequences(self.model, page_size=PAGE_SIZE, num_pages=num_pages, is_poisoned=False)
-        if backend(self._sequences.cache.layers[0]) == "cpu":
-            # As a decode worker does.
-            self.model.record_decode(
-                self._sequences.cache, max_rows=MAX_ROWS, max_context_tokens=self.model.config.max_context_tokens
-            )
+        record_decode(self.model, self._sequences.cache)
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Compute prompts in chunks, as a worker does."""
@@ -76,6 +73,12 @@ class HeadraceEngine:
 
     def _forward(self, chunks: list[Chunk]) -> None:
         self.model.forward(chunks, self._sequences.cache).argmax(dim=-1).tolist()
+
+
+def record_decode(model: Model, cache: KvCache) -> None:
+    """Let decode steps be recorded, as a decode worker does where it computes with compiled kernels."""
+    if backend(cache.layers[0]) == "cpu":
+        model.record_decode(cache, max_rows=MAX_ROWS, max_context_tokens=model.config.max_context_tokens)
 
 
 class TransformersEngine:

@@ -30,7 +30,7 @@ from headrace_core.model.sampler import sample
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import ModelShape
 from headrace_core.roofline.roofline import predict_step
-from headrace_core.testing.paged_sequences import PagedSequences
+from headrace_core.testing.paged_sequences import PagedSequences, greedy_plan
 from headrace_kernels.cpu.library import counters
 from rich import box
 from rich.console import Console
@@ -38,11 +38,10 @@ from rich.table import Table
 
 from tests.perf.engine.hardware import measured_hardware
 from tests.perf.machine import machine
-from tests.perf.model_bench import CHUNK_TOKENS, PAGE_SIZE, random_prompts
+from tests.perf.model_bench import CHUNK_TOKENS, PAGE_SIZE, random_prompts, record_decode
 
 _BAR_WIDTH = 20
 _LEAST_WIDTH = 112
-_COLUMNS = ("operation", "ms", "share", "of the step", "floor ms", "× floor", "kernels", "busy", "calls")
 _WARM_UP_STEPS = 2
 _COLUMNS = ("operation", "ms", "share", "of the step", "floor ms", "× floor", "kernels", "busy", "calls")
 
@@ -90,6 +89,7 @@ class Profile:
         self._model: Model = load_model(checkpoint)
         self._shape, self._hardware = ModelShape.load(checkpoint), hardware
         self._sequences = PagedSequences(self._model, page_size=PAGE_SIZE, num_pages=num_pages, is_poisoned=False)
+        record_decode(self._model, self._sequences.cache)
 
     def decode(self, batch: int, context: int, steps: int) -> list[Row]:
         """Return the operations of a decode step of `batch` sequences behind `context` tokens."""
@@ -130,7 +130,7 @@ class Profile:
             timer = CountingOpTimer()
             timer.mark(OTHER)
             logits = self._model.forward(chunks, self._sequences.cache, timer)
-            sample(logits, [chunk.sampling for chunk in chunks if chunk.sampling is not None])
+            sample(logits, list(greedy_plan(chunks).sampling.values()))
             timer.mark(SAMPLING)
         floors = self._floors(chunks)
         rows: list[Row] = []

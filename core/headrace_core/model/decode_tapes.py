@@ -49,7 +49,7 @@ class DecodeTapes:
         if known is None:
             return self._record(num_rows, timer)
         tape, output = known
-        tape.replay(None if timer is OFF else timer.mark_at)
+        tape.replay(None if timer is OFF else timer.mark)
         return output
 
     def _record(self, num_rows: int, timer: OpTimer) -> DecodeOutput:

@@ -26,9 +26,6 @@ class OpTimer:
     def mark(self, op: str) -> None:
         """Say that what was computed since the last mark was `op`."""
 
-    def mark_at(self, op: str, now_s: float) -> None:
-        """Say so of what was done by `now_s` of `time.perf_counter`."""
-
 
 class RunningOpTimer(OpTimer):
     """Measures from when it is made. One step, engine thread only. `seconds` by operation."""
@@ -41,10 +38,7 @@ class RunningOpTimer(OpTimer):
 
     def mark(self, op: str) -> None:
         """See `OpTimer`."""
-        self.mark_at(op, time.perf_counter())
-
-    def mark_at(self, op: str, now_s: float) -> None:
-        """See `OpTimer`."""
+        now_s = time.perf_counter()
         self.seconds[op] += now_s - self._last_s
         self._last_s = now_s
 

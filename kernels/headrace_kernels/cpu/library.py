@@ -76,13 +76,14 @@ def call(name: str, arguments: ctypes.Structure, dtype: torch.dtype) -> None:
         recorder.add(ctypes.cast(entry, ctypes.c_void_p).value, arguments, _DTYPES[dtype])
 
 
-def replay(calls: Any, num_calls: int, ends_ns: Any) -> None:
-    """Make the `calls` of a tape (`tape`) on as many threads as torch has here; `ends_ns` gets when each was done.
+def replay(calls: ctypes.Array[Any], first: int, end: int) -> None:
+    """Make calls `first` ... `end` of a tape (`tape`) on as many threads as torch has here.
 
     Raises:
         MemoryError: there is none for what they work on.
     """
-    if _library().replay(calls, num_calls, torch.get_num_threads(), ends_ns):
+    at = ctypes.byref(calls, first * ctypes.sizeof(calls) // len(calls))
+    if _library().replay(at, end - first, torch.get_num_threads()):
         raise MemoryError("no memory for what the kernels of a step work on")
 
 
@@ -104,7 +105,7 @@ class Library:
         if self.problem is None:
             self._dll.headrace_isa.restype = ctypes.c_char_p
             self.replay = self._dll.headrace_replay
-            self.replay.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+            self.replay.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
             self.isa = isa or self._dll.headrace_isa().decode()
             if not self.isa:
                 self.problem = "this processor has none of the instructions they are compiled for (AVX2, AVX512)"

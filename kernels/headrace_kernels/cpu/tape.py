@@ -11,7 +11,6 @@ Nothing recorded may depend on values: a kernel reads them when it runs, Python 
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headrace_kernels.cpu import library
 from headrace_kernels.cpu.arena import Arena
 
-Mark = Callable[[str, float], None]
-"""Told that what was computed since the last mark was the operation of this name, and when it ended, in
-`time.perf_counter`'s seconds."""
+Mark = Callable[[str], None]
+"""Told that what was computed since the last mark was the operation of this name."""
 
 T = TypeVar("T")
 _aten = torch.ops.aten
@@ -59,7 +57,7 @@ class Tape:
         self._parts: list[_Kernels | _Operation] = []
 
     def replay(self, mark: Mark | None = None) -> None:
-        """Make the calls again; `mark` is told what was marked when they were recorded.
+        """Make the calls again; `mark` is told what was marked when they were recorded, which takes a while longer.
 
         Raises:
             MemoryError: there is none for what a kernel works on.
@@ -100,11 +98,12 @@ class _Kernels:
         if self._table is None:
             rows = [_Call(entry, ctypes.addressof(arguments), dtype) for entry, arguments, dtype in self._calls]
             self._table = (_Call * self.count)(*rows)
-        ends_ns = None if mark is None else (ctypes.c_int64 * self.count)()
-        library.replay(self._table, self.count, ends_ns)
-        if mark is not None and ends_ns is not None:
-            for count, name in self.names.items():
-                mark(name, ends_ns[count - 1] * 1e-9)
+        first = 0
+        for end, name in self.names.items() if mark is not None else ():
+            library.replay(self._table, first, end)
+            mark(name)
+            first = end
+        library.replay(self._table, first, self.count)
 
 
 class _Operation:
@@ -119,7 +118,7 @@ class _Operation:
         self._again()
         if mark is not None:
             for name in self.names.values():
-                mark(name, time.perf_counter())
+                mark(name)
 
 
 def record(run: Callable[[Tape], T], arena: Arena) -> tuple[T, Tape]:
