@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         OverloadedError,
         UnavailableError,
     )
-    from headrace_core.request import FinishReason, SamplingParams, TokenLogprobs
+    from headrace_core.request import FinishReason, TokenLogprobs
 
     from headrace_client.async_client import AsyncClient, AsyncStream
     from headrace_client.client import Client, Stream
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Worker,
     )
     from headrace_client.retry import RetryPolicy
+    from headrace_client.sampling import SamplingParams
 
 __all__ = [
     "AsyncClient",
@@ -71,7 +72,8 @@ _HOMES = {
         "OverloadedError",
         "UnavailableError",
     ),
-    "headrace_core.request": ("FinishReason", "SamplingParams", "TokenLogprobs"),
+    "headrace_client.sampling": ("SamplingParams",),
+    "headrace_core.request": ("FinishReason", "TokenLogprobs"),
     "headrace_client.async_client": ("AsyncClient", "AsyncStream"),
     "headrace_client.client": ("Client", "Stream"),
     "headrace_client.connection": ("ConnectionOptions",),

@@ -17,6 +17,7 @@ from headrace_core.errors import InvalidRequestError
 from headrace_core.request import SamplingParams
 
 from headrace_client.results import ChatMessage
+from headrace_client.sampling import SamplingParams as AskedParams
 
 _MAX_SHOWN = 60
 _MOST_TIMEOUT_S = 1e9
@@ -48,15 +49,17 @@ def prompt_of(prompt: object) -> str | list[int] | list[ChatMessage]:
     return [whole(f"part {index} of the prompt", part, "a token id") for index, part in enumerate(parts)]
 
 
-def sampling_of(sampling: object) -> SamplingParams:
-    """Return sampling parameters whose fields have the types that `SamplingParams` declares.
+def sampling_of(sampling: object) -> tuple[SamplingParams, tuple[str, ...]]:
+    """Return sampling parameters whose fields have the types that `SamplingParams` declares, and what is the model's.
+
+    The latter are the names of fields that were left to the model's own defaults.
 
     Raises:
         InvalidRequestError: BAD_SAMPLING, a field is of no such type.
     """
     if sampling is None:
-        return SamplingParams()
-    if not isinstance(sampling, SamplingParams):
+        return _DEFAULTS, OF_THE_MODEL
+    if not isinstance(sampling, SamplingParams | AskedParams):
         _refuse("sampling", sampling, "SamplingParams", "BAD_SAMPLING")
     changed: dict[str, Any] = {}
     for field in fields(SamplingParams):
@@ -65,7 +68,8 @@ def sampling_of(sampling: object) -> SamplingParams:
             changed[field.name] = _FIELDS[field.name](field.name, value)
         elif field.name not in ("max_tokens", "seed", "top_logprobs"):
             changed[field.name] = getattr(_DEFAULTS, field.name)
-    return replace(sampling, **changed)
+    left = tuple(name for name in OF_THE_MODEL if getattr(sampling, name) is None)
+    return replace(_DEFAULTS, **changed), left
 
 
 def text_of(name: str, value: object) -> str:
@@ -173,6 +177,8 @@ def _biases(name: str, value: object) -> dict[int, float]:
 
 
 _DEFAULTS = SamplingParams()
+OF_THE_MODEL = ("temperature", "top_p", "top_k", "repetition_penalty")
+"""What generation_config.json may say; not sent where the caller does not say it."""
 _FIELDS: dict[str, Callable[[str, object], Any]] = {
     "max_tokens": _count,
     "temperature": _number,

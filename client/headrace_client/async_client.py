@@ -11,7 +11,6 @@ import grpc
 import grpc.aio
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1 import generation_service_pb2_grpc as pb_grpc
-from headrace_core.request import SamplingParams
 from headrace_core.rpc import channel
 
 from headrace_client.arguments import timeout_of
@@ -19,6 +18,7 @@ from headrace_client.codec import Collector, Reader, decode_server_info, encode_
 from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, Connection, ConnectionOptions
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
 from headrace_client.retry import Attempts
+from headrace_client.sampling import SamplingParams
 
 
 class AsyncClient:

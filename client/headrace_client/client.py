@@ -10,7 +10,6 @@ from typing import Any, Self
 import grpc
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1 import generation_service_pb2_grpc as pb_grpc
-from headrace_core.request import SamplingParams
 from headrace_core.rpc import blocking_channel
 
 from headrace_client.arguments import timeout_of
@@ -18,6 +17,7 @@ from headrace_client.codec import Reader, collect, decode_server_info, encode_re
 from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, Connection, ConnectionOptions
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
 from headrace_client.retry import Attempts
+from headrace_client.sampling import SamplingParams
 
 
 class Client:

@@ -17,9 +17,9 @@ from headrace_core.request import (
     check_request_id,
 )
 from headrace_core.rpc import MAX_MESSAGE_BYTES, answered
-from headrace_core.wire import decode_finish, decode_logprobs, encode_sampling
+from headrace_core.wire import decode_finish, decode_logprobs, encode_sampling, without_float32
 
-from headrace_client.arguments import prompt_of, sampling_of, text_of, whole
+from headrace_client.arguments import OF_THE_MODEL, prompt_of, sampling_of, text_of, whole
 from headrace_client.results import (
     ChatMessage,
     Delta,
@@ -49,21 +49,23 @@ def encode_request(
         InvalidRequestError: what can be seen to be wrong without the model: EMPTY_PROMPT, PROMPT_TOO_LONG (for one
             message), BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST (request id, `n`, text that is not Unicode, another type).
     """
-    sampling, request_id = sampling_of(sampling), text_of("request_id", request_id)
+    (params, left), request_id = sampling_of(sampling), text_of("request_id", request_id)
     if request_id:
         check_request_id(request_id)
     n = whole("n", n)
     if not 1 <= n <= MAX_COUNT:
         raise InvalidRequestError("BAD_REQUEST", f"n is {n}; it must be at least 1, and a router takes {MAX_SAMPLES}")
-    sampling.validate()
+    params.validate()
     request = pb.GenerateRequest(request_id=request_id, n=n, include_timings=bool(include_timings))
     try:
         request.model = text_of("model", model)
-        request.sampling.CopyFrom(encode_sampling(sampling))
+        request.sampling.CopyFrom(encode_sampling(params))
     except UnicodeEncodeError:
         raise InvalidRequestError("BAD_REQUEST", "model or stop_strings is not valid Unicode text") from None
     except ValueError as error:
         raise InvalidRequestError("BAD_SAMPLING", f"a sampling parameter does not fit the wire: {error}") from None
+    for name in left:
+        request.sampling.ClearField(name)  # pyright: ignore[reportArgumentType]
     _set_prompt(request, prompt)
     size_bytes = request.ByteSize()
     if size_bytes > MAX_MESSAGE_BYTES:
@@ -213,7 +215,13 @@ def decode_server_info(info: pb.GetServerInfoResponse) -> ServerInfo:
         num_running=info.num_running,
         version=info.version,
         metrics_port=info.metrics_port,
+        default_sampling=_decode_default_sampling(info.default_sampling),
     )
+
+
+def _decode_default_sampling(message: types_pb2.SamplingParams) -> dict[str, float]:
+    known = (name for name in OF_THE_MODEL if message.HasField(name))  # pyright: ignore[reportArgumentType]
+    return {name: without_float32(getattr(message, name)) for name in known}
 
 
 def _decode_worker(worker: Any) -> Worker:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from headrace_core.request import FinishReason, TokenLogprobs
 
@@ -173,3 +173,5 @@ class ServerInfo:
     num_running: int
     version: str
     metrics_port: int = 0
+    default_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What a request gets that does not say it, by field: the model's own, where the router reads it."""

@@ -169,6 +169,11 @@ class RouterSettings(ProcessSettings):
     )
     model: Path = Field(description="folder with tokenizer.json and config.json; weights are not read")
     model_name: str = Field("", description="name clients may ask for; default: the folder's name")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto: what a request leaves open of temperature, top_p, top_k and repetition_penalty is as the "
+        "model's generation_config.json says; none: off, temperature 1",
+    )
     workers: str = Field(
         "",
         description="workers, host:port; a DNS name stands for all its addresses; comma-separated",

@@ -5,6 +5,7 @@ Decoding checks; encoding can't fail.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -43,8 +44,10 @@ _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def decode_sampling(message: types_pb2.SamplingParams) -> SamplingParams:
-    """Return the checked parameters; an unset field takes its default, of a token named twice the last entry counts.
+def decode_sampling(message: types_pb2.SamplingParams, defaults: SamplingParams | None = None) -> SamplingParams:
+    """Return the checked parameters; of a token named twice the last entry counts.
+
+    An unset scalar is that of `defaults`, None: the wire's own.
 
     Raises:
         InvalidRequestError: BAD_SAMPLING.
@@ -52,11 +55,12 @@ def decode_sampling(message: types_pb2.SamplingParams) -> SamplingParams:
     for name in MAX_ENTRIES:
         check_num_entries(name, len(getattr(message, name)))  # before anything is made of them
     scalars: dict[str, Any] = {
-        name: _float32(getattr(message, name))
+        name: without_float32(getattr(message, name))
         for name in _OPTIONAL_SCALARS
         if message.HasField(name)  # pyright: ignore[reportArgumentType]
     }
-    params = SamplingParams(
+    params = replace(
+        defaults or SamplingParams(),
         **scalars,
         stop_token_ids=tuple(dict.fromkeys(message.stop_token_ids)),
         stop_strings=tuple(message.stop_strings),
@@ -66,7 +70,7 @@ def decode_sampling(message: types_pb2.SamplingParams) -> SamplingParams:
     return params
 
 
-def _float32(value: float) -> float:
+def without_float32(value: float) -> float:
     """Undo what float32 did to a short decimal, so that 0.7 is 0.7 in every process and message."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 

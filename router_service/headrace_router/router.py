@@ -16,10 +16,12 @@ from headrace_core.discovery import Discovery
 from headrace_core.door import Call
 from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, UnavailableError
-from headrace_core.request import MOST_TIMEOUT_S
+from headrace_core.families.generation_config import read_sampling_defaults
+from headrace_core.request import MOST_TIMEOUT_S, SamplingParams
 from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
 from headrace_core.tracing.span import Tracer
+from headrace_core.wire import encode_sampling
 
 from headrace_router.callers.keys import Keys
 from headrace_router.fleet.answers import ROLE_NAMES
@@ -75,7 +77,14 @@ class Router:
             dispatcher, metrics, max_attempts=settings.max_attempts, local_below=settings.local_below_tokens
         )
         self._prompts = Prompts(self._tokenizer, max_bytes=settings.max_prompt_bytes)
-        self._admission = Admission(self._prompts, model_name=self.model_name, specials=self._tokenizer.specials)
+        has_defaults = settings.generation_config == "auto"
+        self._sampling = read_sampling_defaults(settings.model) if has_defaults else SamplingParams()
+        self._admission = Admission(
+            self._prompts,
+            model_name=self.model_name,
+            specials=self._tokenizer.specials,
+            sampling=self._sampling,
+        )
         self._waiting = WaitingRoom(settings.max_queued_requests)
         self._running: dict[str, RunningRequest] = {}
         self._num_entering = 0
@@ -234,6 +243,7 @@ class Router:
             num_running=self.num_running,
             version=__version__,
             metrics_port=self._metrics_port,
+            default_sampling=encode_sampling(self._sampling),
         )
 
     async def _admit(

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 from headrace_core.errors import HeadraceError, InvalidRequestError
-from headrace_core.request import SamplingParams
 
+from headrace_client.arguments import sampling_of
 from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.terminal import exit_code, report, stdout, write_text
 from headrace_client.commands.waiting import Waiting
 from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage
+from headrace_client.sampling import SamplingParams
 
 HELP = """Talk to the model; it remembers the conversation.
 
@@ -36,11 +37,11 @@ def chat(  # the signature is the command line
     timeout: options.Timeout = None,
     wait: options.Wait = options.WAIT_S,
     max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
     min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     server: options.Server = DEFAULT_ADDRESS,
     api_key_file: options.ApiKeyFile = None,
@@ -58,7 +59,7 @@ def chat(  # the signature is the command line
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    sampling.validate()
+    sampling_of(sampling)[0].validate()
     with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity, wait_s=wait) as client:
         info = client.server_info()
         stdout.print(f"{info.model_name} at {server}; /reset forgets, /exit ends", style="dim", markup=False)

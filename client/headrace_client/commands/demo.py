@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from headrace_core.errors import InvalidRequestError
-from headrace_core.request import SamplingParams
 from rich.text import Text
 
 from headrace_client.client import Client
@@ -19,6 +18,7 @@ from headrace_client.commands.terminal import stdout, write_text
 from headrace_client.commands.up import DEFAULT_HTTP_ADDRESS, curl_line
 from headrace_client.commands.waterfall import waterfall
 from headrace_client.results import Generation
+from headrace_client.sampling import SamplingParams
 
 HELP = """Start a small cluster, stream a story, show where its time went, stop.
 

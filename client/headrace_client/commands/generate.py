@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from headrace_core.errors import InvalidRequestError
-from headrace_core.request import SamplingParams
 
 from headrace_client.client import Client
 from headrace_client.codec import Collector
@@ -19,6 +18,7 @@ from headrace_client.commands.waiting import Waiting
 from headrace_client.commands.waterfall import waterfall
 from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage, Generation, Prompt
+from headrace_client.sampling import SamplingParams
 
 HELP = """Generate text from a prompt and stream it to standard output.
 
@@ -52,11 +52,11 @@ def generate(  # the signature is the command line
     timeout: options.Timeout = None,
     wait: options.Wait = options.WAIT_S,
     max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
     min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    repetition_penalty: options.RepetitionPenalty = None,
     presence_penalty: options.PresencePenalty = 0.0,
     frequency_penalty: options.FrequencyPenalty = 0.0,
     seed: options.Seed = None,

@@ -86,19 +86,28 @@ MaxTokens = Annotated[
     typer.Option("--max-tokens", "-m", help="Most tokens to generate. Default: 256.", rich_help_panel=_SAMPLING),
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING)
+    float | None,
+    typer.Option(
+        "--temperature",
+        "-t",
+        help="0 always takes the likeliest token. Default, here and of top-p, top-k and the repetition penalty: as the "
+        "model's authors say, shown by `headrace status`.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TopP = Annotated[
-    float,
+    float | None,
     typer.Option(help="Choose among the likeliest tokens with this total probability.", rich_help_panel=_SAMPLING),
 ]
-TopK = Annotated[int, typer.Option(help="Choose among this many likeliest tokens; 0: all.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[
+    int | None, typer.Option(help="Choose among this many likeliest tokens; 0: all.", rich_help_panel=_SAMPLING)
+]
 MinP = Annotated[
     float,
     typer.Option(help="Drop tokens less likely than this times the likeliest.", rich_help_panel=_SAMPLING),
 ]
 RepetitionPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(help="Above 1, tokens seen in prompt or output become less likely.", rich_help_panel=_SAMPLING),
 ]
 PresencePenalty = Annotated[

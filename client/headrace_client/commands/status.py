@@ -78,6 +78,8 @@ def _render(info: ServerInfo) -> RenderableType:
     context = f"context {info.max_context_tokens} tokens" if info.max_context_tokens else "no worker is ready yet"
     head = Text.assemble((info.model_name, "bold"), f"  {info.model_fingerprint[:12]}  {context}")
     load = Text(f"{info.num_running} requests running, {info.num_queued} queued; headrace {info.version}", style="dim")
+    said = ", ".join(f"{name} {value:g}" for name, value in info.default_sampling.items())
+    sampling = Text(f"unless a request says otherwise: {said}" if said else "", style="dim")
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("worker", "role", "state", "transport"):
         table.add_column(name)
@@ -86,7 +88,7 @@ def _render(info: ServerInfo) -> RenderableType:
     for worker in info.workers:
         table.add_row(*_row(worker))
     details = [Text(f"{worker.address}: {cause_of(worker.detail)}") for worker in info.workers if worker.detail]
-    return Group(head, load, "", table if info.workers else Text("no workers"), *details)
+    return Group(head, load, *([sampling] if said else []), "", table if info.workers else Text("no workers"), *details)
 
 
 def _row(worker: Worker) -> tuple[RenderableType, ...]:

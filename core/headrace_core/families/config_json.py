@@ -1,9 +1,9 @@
 """Parse config.json as Hugging Face checkpoints have it, old spellings and new, and refuse what would be misread.
 
-Of generation_config.json only the end-of-sequence ids are read: where it names any (`eos_token_id`: an id, or a list,
+Of generation_config.json the end-of-sequence ids are read: where it names any (`eos_token_id`: an id, or a list,
 which may be empty), they replace config.json's, as in transformers. A file that names none (null, or no such field)
-leaves config.json's, where transformers would go on past every end. Its sampling defaults (`temperature`, `top_p`,
-`max_new_tokens` ...) are not applied: a request says what it wants.
+leaves config.json's, where transformers would go on past every end. What it says of sampling, the router reads
+(`generation_config`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config import ModelConfig
 from headrace_core.families.fields import CONFIG, Fields, bad, unsupported
+from headrace_core.families.generation_config import GENERATION_CONFIG, read_generation_config
 from headrace_core.families.table import FAMILIES
 from headrace_core.json_file import UnreadableError, is_there, read_object
 from headrace_core.request import MAX_EOS_TOKEN_IDS
 
-_GENERATION_CONFIG = "generation_config.json"
 _EOS = "eos_token_id"
 
 
@@ -37,8 +37,7 @@ def parse_config(directory: Path) -> ModelConfig:
         unsupported("model_type", model_type, f"one of {', '.join(FAMILIES)}")
     fields = Fields({**family.defaults, **values})
     config = family.parse(fields)
-    path = directory / _GENERATION_CONFIG
-    generation = Fields(_read(path) if is_there(path) else {}, file=_GENERATION_CONFIG)
+    generation = Fields(read_generation_config(directory), file=GENERATION_CONFIG)
     return replace(config, eos_token_ids=_parse_eos(generation if _EOS in generation else fields, config.vocab_size))
 
 

@@ -54,13 +54,13 @@ class Fields:
     def text(self, name: str, default: str | None = None) -> str:
         """Return a string."""
         value = self._value(name, default)
-        return value if isinstance(value, str) else bad(self._prefix + name, value, "a string")
+        return value if isinstance(value, str) else self._bad(name, value, "a string")
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
         """Return a whole number from `least` to what a request may count."""
         value = self._value(name, default)
         if type(value) is not int or not least <= value <= MAX_COUNT:
-            bad(self._prefix + name, value, f"a whole number, {least} to {MAX_COUNT}")
+            self._bad(name, value, f"a whole number, {least} to {MAX_COUNT}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -68,20 +68,20 @@ class Fields:
         value = self._value(name, default)
         # Whole numbers are compared as they are: one of 400 digits is no float. NaN is in no range.
         if isinstance(value, bool) or not isinstance(value, int | float) or not -_MAX_FLOAT <= value <= _MAX_FLOAT:
-            bad(self._prefix + name, value, f"a number in the range of float32, {-_MAX_FLOAT:g} to {_MAX_FLOAT:g}")
+            self._bad(name, value, f"a number in the range of float32, {-_MAX_FLOAT:g} to {_MAX_FLOAT:g}")
         return float(value)
 
     def positive(self, name: str, default: float | None = None) -> float:
         """Return a number above 0 that float32 can hold."""
         value = self.number(name, default)
-        return value if value > 0 else bad(self._prefix + name, value, "greater than 0")
+        return value if value > 0 else self._bad(name, value, "greater than 0")
 
     def flag(self, name: str, default: bool) -> bool:
         """Return a field of true and false; null is false whatever the default, as where Python asks if it is true."""
         if self.is_null(name):
             return False
         value = self._value(name, default)
-        return value if isinstance(value, bool) else bad(self._prefix + name, value, "true or false")
+        return value if isinstance(value, bool) else self._bad(name, value, "true or false")
 
     def only(self, name: str, supported: object, default: object) -> None:
         """Refuse any value but `supported`: UNSUPPORTED_MODEL."""
@@ -95,8 +95,11 @@ class Fields:
         if value is None or value == {}:
             return None
         if not isinstance(value, dict):
-            bad(self._prefix + name, value, "an object or null")
+            self._bad(name, value, "an object or null")
         return Fields(value, f"{self._prefix}{name}.")
+
+    def _bad(self, name: str, value: object, expected: str) -> NoReturn:
+        bad(self._prefix + name, value, expected, file=self.file)
 
     def _value(self, name: str, default: Any) -> Any:
         value = self._values.get(name)

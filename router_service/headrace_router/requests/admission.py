@@ -84,8 +84,11 @@ class Tokenized:
 class Admission:
     """Checks and tokenizes. Event loop only."""
 
-    def __init__(self, prompts: Prompts, *, model_name: str, specials: Mapping[str, int]) -> None:
-        """Args: `specials` are the model's special tokens, by text."""
+    def __init__(
+        self, prompts: Prompts, *, model_name: str, specials: Mapping[str, int], sampling: SamplingParams
+    ) -> None:
+        """Args: `specials` are the model's special tokens, by text; `sampling` is for what requests leave open."""
+        self._sampling = sampling
         self._prompts = prompts
         self._model_name = model_name
         self._specials = specials
@@ -114,7 +117,7 @@ class Admission:
         self.check_model(message.model)
         if message.HasField("n") and not 1 <= message.n <= MAX_SAMPLES:
             raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
-        params = decode_sampling(message.sampling)
+        params = decode_sampling(message.sampling, self._sampling)
         prompt = await self._read(message, model, caller, deadline_s=deadline_s)
         sent_id = _sent_id(message.request_id)
         return Tokenized(

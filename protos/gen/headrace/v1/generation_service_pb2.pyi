@@ -403,6 +403,7 @@ class GetServerInfoResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     METRICS_PORT_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model."""
     model_fingerprint: _builtins.str
@@ -421,6 +422,10 @@ class GetServerInfoResponse(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Every worker the router knows."""
 
+    @_builtins.property
+    def default_sampling(self) -> _types_pb2.SamplingParams:
+        """What a request gets that says nothing of sampling; every scalar that has a value is set."""
+
     def __init__(
         self,
         *,
@@ -432,10 +437,11 @@ class GetServerInfoResponse(_message.Message):
         num_running: _builtins.int = ...,
         version: _builtins.str = ...,
         metrics_port: _builtins.int = ...,
+        default_sampling: _types_pb2.SamplingParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_queued", b"num_queued", "num_running", b"num_running", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling", "max_context_tokens", b"max_context_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_queued", b"num_queued", "num_running", b"num_running", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -112,10 +112,11 @@ Global___CacheDtype: _TypeAlias = CacheDtype  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """Token sampling. Every scalar is optional because proto3's zero is a legal value that may differ from the default;
-    an unset field means the default written beside it. Ranges include their ends; a value outside one, or a NaN, is
-    refused with INVALID_ARGUMENT / BAD_SAMPLING, which names the field. Inside them every combination has an answer,
-    but for the one that `min_tokens` names.
+    """Token sampling. Every scalar is optional because proto3's zero is a legal value that may differ from the default; an
+    unset field means the default written beside it; of `temperature`, `top_p`, `top_k` and `repetition_penalty`, in a
+    client's request, the model's own (GetServerInfoResponse.default_sampling). Ranges include their ends; a value
+    outside one, or a NaN, is refused with INVALID_ARGUMENT / BAD_SAMPLING, which names the field. Inside them every
+    combination has an answer, but for the one that `min_tokens` names.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

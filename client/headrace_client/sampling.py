@@ -1,0 +1,31 @@
+"""What a caller asks of sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; docs/client.md says what each field means and may be.
+
+    `temperature`, `top_p`, `top_k` and `repetition_penalty` None: as the model's generation_config.json says, else off
+    (temperature 1). `max_tokens` None: the router's default, cut to what the context leaves. `seed` None: the router
+    draws one. `top_logprobs` None: no log-probabilities.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    logit_bias: dict[int, float] = field(default_factory=dict[int, float])
+    top_logprobs: int | None = None
