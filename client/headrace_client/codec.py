@@ -12,7 +12,6 @@ from headrace_core.request import (
     MAX_COUNT,
     MAX_SAMPLES,
     FinishReason,
-    SamplingParams,
     TokenLogprobs,
     check_request_id,
 )
@@ -32,6 +31,7 @@ from headrace_client.results import (
     Usage,
     Worker,
 )
+from headrace_client.sampling import SamplingParams
 
 _ROLES: dict[types_pb2.WorkerRole.ValueType, str] = {
     types_pb2.WORKER_ROLE_PREFILL: "prefill",
