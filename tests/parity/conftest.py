@@ -39,7 +39,11 @@ class Oracle:
     def __init__(self, directory: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            config = transformers.AutoConfig.from_pretrained(directory)
+            # One that sees is no causal language model to transformers.
+            sees = hasattr(config, "vision_config")
+            auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+            self._model = auto.from_pretrained(directory, dtype=torch.float32)
         self._model.eval()
         # generate() would fill an unset end from here.
         self._model.generation_config.eos_token_id = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from headrace_core.errors import CheckpointError
@@ -158,6 +159,12 @@ def test_qwen3s_experts_are_counted_under_either_name(read):
     assert read(theirs, num_local_experts=128) == read(QWEN3_30B)
 
 
+def test_kimi_k25s_text_part_is_deepseek_v3(read):
+    text = {**TINY_CONFIGS["v3"], "model_type": "kimi_k2", "eos_token_id": 7}
+    config = read(TINY_CONFIGS["kimi-k25"], text_config=text, eos_token_id=3)
+    assert replace(config, family="deepseek_v3") == read(text)
+
+
 def test_old_and_new_spellings_of_rope_agree(read):
     yarn = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}
     old = read(TINY_CONFIGS["v3"], rope_theta=500.0, rope_scaling={"type": "yarn", **yarn})
@@ -278,6 +285,13 @@ def test_every_second_layer_may_have_experts(read):
         ("glm4-moe-lite", {"sliding_window": 64}, "sliding_window"),
         ("glm4-moe-lite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("glm4-moe-lite", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_type"),
+        ("kimi-k25", {"text_config": {**TINY_CONFIGS["v3"], "model_type": "llama"}}, "text_config.model_type"),
+        ("kimi-k25", {"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config"),
+        (
+            "kimi-k25",
+            {"text_config": {**TINY_CONFIGS["v3"], "quantization_config": {"quant_method": "compressed-tensors"}}},
+            "text_config.quantization_config.quant_method",
+        ),
         ("qwen3-moe", {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
         ("qwen3-moe", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ("qwen3-moe", {"attention_bias": True}, "attention_bias"),
@@ -328,6 +342,10 @@ def test_what_is_not_computed_is_refused_by_name(read, name, changes, field):
         ("glm4-moe-lite", {"mlp_layer_types": ["dense", "sparse", "moe"]}, "mlp_layer_types"),
         ("glm4-moe-lite", {"mlp_layer_types": ["dense", "sparse", "dense"]}, "first_k_dense_replace"),
         ("glm4-moe-lite", {"first_k_dense_replace": 2}, "first_k_dense_replace"),
+        ("kimi-k25", {"text_config": None}, "text_config"),
+        ("kimi-k25", {"text_config": []}, "text_config"),
+        ("kimi-k25", {"text_config": {**TINY_CONFIGS["v3"], "n_group": 3}}, "n_group"),
+        ("kimi-k25", {"text_config": {**TINY_CONFIGS["v3"], "vocab_size": 0}}, "text_config.vocab_size"),
         ("qwen3-moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
         ("qwen3-moe", {"mlp_only_layers": [1, "2"]}, "mlp_only_layers"),
         ("qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),

@@ -17,6 +17,7 @@ from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import load_model
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,
+    write_checkpoint,
     write_config,
     write_tensors,
 )
@@ -207,3 +208,20 @@ def test_scales_that_are_powers_of_two_alone_are_read(tmp_path, written):
         taken.append(reader.take(name))
     assert torch.equal(taken[0], taken[1])
     assert not torch.equal(taken[0], written[name].float())
+
+
+def test_only_a_model_that_sees_may_bring_what_it_sees_with(tmp_path):
+    kimi = TINY_CONFIGS["kimi-k25"]
+    others = {"vision_tower.patch.weight": torch.zeros(2), "mm_projector.b": torch.ones(1)}
+    text = write_checkpoint(tmp_path / "text", kimi)
+    write_config(tmp_path / "whole", kimi)
+    write_tensors(tmp_path / "whole", {**text, **others})
+    assert load_model(tmp_path / "whole").fingerprint == load_model(tmp_path / "text").fingerprint
+    write_tensors(tmp_path / "whole", {**text, "audio_tower.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"audio_tower.weight has no place") as caught:
+        load_model(tmp_path / "whole")
+    assert caught.value.reason == "EXTRA_TENSOR"
+    blind = write_checkpoint(tmp_path / "v3", TINY_CONFIGS["v3"])
+    write_tensors(tmp_path / "v3", {**blind, **others})
+    with pytest.raises(CheckpointError, match=r"(vision_tower|mm_projector).* has no place"):
+        load_model(tmp_path / "v3")

@@ -7,7 +7,7 @@ import re
 from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config import ModelConfig
-from headrace_core.families.table import weights
+from headrace_core.families.table import FAMILIES, weights
 from headrace_core.scalar import COMPUTE, SAFETENSORS, Scalar
 
 _SCALES = (*COMPUTE, Scalar.FLOAT8_E8M0)
@@ -28,7 +28,8 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
         CheckpointError: MISSING_TENSOR, EXTRA_TENSOR, BAD_TENSOR_SHAPE or UNSUPPORTED_MODEL, naming the tensor.
     """
     names: list[str] = []
-    for weight in weights(config):
+    tree, others = weights(config), FAMILIES[config.family].other_parts
+    for weight in tree:
         name, shape = weight.name, weight.shape
         _check_tensor(stored.get(name), name, shape)
         names.append(name)
@@ -36,11 +37,15 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
             names.append(_check_scale(config, stored, name, shape))
         else:
             _check_float(name, stored)
-    if config.is_embedding_tied and "lm_head.weight" in stored:
-        _check_tensor(stored["lm_head.weight"], "lm_head.weight", (config.vocab_size, config.hidden_size))
-    known = {*names, "lm_head.weight"} if config.is_embedding_tied else set(names)
+    head = f"{tree.root}lm_head.weight"
+    if config.is_embedding_tied and head in stored:
+        _check_tensor(stored[head], head, (config.vocab_size, config.hidden_size))
+    known = {*names, head} if config.is_embedding_tied else set(names)
     for name in stored:
-        if name not in known and not _IGNORED.fullmatch(name) and not _is_mtp(config, name):
+        within = name.removeprefix(tree.root)
+        if name not in known and not _IGNORED.fullmatch(within) and not _is_mtp(config, within):
+            if name.startswith(others):
+                continue
             if _SHARED in name and not config.moe.num_shared_experts:
                 if 0 in stored[name].shape:
                     continue  # transformers writes experts of no width where n_shared_experts is 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config import ModelConfig
+from headrace_core.families.family import Family
 from headrace_core.families.fields import CONFIG, Fields, bad, unsupported
 from headrace_core.families.generation_config import GENERATION_CONFIG, read_generation_config
 from headrace_core.families.table import FAMILIES
@@ -35,10 +36,22 @@ def parse_config(directory: Path) -> ModelConfig:
     family = FAMILIES.get(model_type)
     if family is None:
         unsupported("model_type", model_type, f"one of {', '.join(FAMILIES)}")
-    fields = Fields({**family.defaults, **values})
+    fields = _network_fields(values, family)
     config = family.parse(fields)
     generation = Fields(read_generation_config(directory), file=GENERATION_CONFIG)
     return replace(config, eos_token_ids=_parse_eos(generation if _EOS in generation else fields, config.vocab_size))
+
+
+def _network_fields(values: dict[str, Any], family: Family) -> Fields:
+    """Return the fields that describe the network, those that are left out as the model's class takes them."""
+    if not family.section:
+        return Fields({**family.defaults, **values})
+    if values.get("quantization_config") is not None:
+        unsupported("quantization_config", values["quantization_config"], f"null, or in {family.section}")
+    section = values.get(family.section)
+    if not isinstance(section, dict):
+        bad(family.section, section, "an object")
+    return Fields({**family.defaults, **section}, f"{family.section}.")
 
 
 def _read(path: Path) -> dict[str, Any]:

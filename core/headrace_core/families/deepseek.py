@@ -126,8 +126,8 @@ def _parse_experts(fields: Fields) -> dict[str, Any]:
     }
 
 
-def weights(config: ModelConfig) -> WeightTree:
-    """Return the weights of a decoder with latent attention."""
+def weights(config: ModelConfig, root: str = "") -> WeightTree:
+    """Return the weights of a decoder with latent attention; `root` stands before every name."""
     shape = config.attention
     assert isinstance(shape, MlaShape)
 
@@ -135,7 +135,7 @@ def weights(config: ModelConfig) -> WeightTree:
         yield from latent_attention(prefix + "self_attn.", config, shape)
         yield from feed_forward(prefix + "mlp.", config, index)
 
-    return decoder(config, layer)
+    return decoder(config, layer, root)
 
 
 DEEPSEEK_V3 = Family(

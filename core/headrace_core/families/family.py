@@ -23,3 +23,7 @@ class Family:
     """Returns the network; raises CheckpointError by field."""
     weights: Callable[[ModelConfig], WeightTree]
     defaults: Mapping[str, int | float]
+    section: str = ""
+    """The object in config.json that describes the network; empty: the whole file."""
+    other_parts: tuple[str, ...] = ()
+    """How the names of tensors begin that are another network's: a tower for images."""

@@ -32,7 +32,7 @@ def decoder(config: ModelConfig, layer: Callable[[str, int], Iterator[Weight]], 
         yield Weight(prefix + "post_attention_layernorm.weight", (hidden,), Place(Part.FEED_FORWARD_NORM))
         yield from layer(prefix, index)
 
-    return WeightTree(tuple(outside), config.num_layers, weights)
+    return WeightTree(tuple(outside), config.num_layers, weights, root)
 
 
 def grouped_query_attention(prefix: str, config: ModelConfig, shape: GqaShape) -> Iterator[Weight]:

@@ -110,6 +110,8 @@ class WeightTree:
     num_layers: int
     layer: Callable[[int], Iterator[Weight]]
     """Yields the weights of the layer of an index."""
+    root: str = ""
+    """What every name begins with."""
 
     def __iter__(self) -> Iterator[Weight]:
         """Yield all weights."""

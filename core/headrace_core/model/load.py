@@ -134,9 +134,11 @@ def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def _check_tied_head(config: ModelConfig, stored: dict[str, StoredTensor], reader: WeightReader) -> None:
-    if not config.is_embedding_tied or "lm_head.weight" not in stored:
+    root = weight_tree(config).root
+    head, embedding = f"{root}lm_head.weight", f"{root}model.embed_tokens.weight"
+    if not config.is_embedding_tied or head not in stored:
         return
-    if reader.digest("lm_head.weight") != reader.digest("model.embed_tokens.weight"):
+    if reader.digest(head) != reader.digest(embedding):
         raise CheckpointError(
             "BAD_CONFIG",
             "config.json: tie_word_embeddings is true but lm_head.weight differs from the embedding; "

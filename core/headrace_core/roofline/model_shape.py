@@ -123,6 +123,8 @@ class ModelShape:
         Raises:
             ModelShapeError: Naming the field that is missing or not a whole number.
         """
+        if isinstance(text := config.get("text_config"), dict):
+            return cls.from_config(cast("dict[str, Any]", text), name)
         hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
         attention = _latent_attention(config) if config.get("kv_lora_rank") else _grouped_attention(config)
         moe = _moe(config)

@@ -101,6 +101,22 @@ _MIXTRAL: Config = {
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-5,
 }
+_KIMI_K25: Config = {
+    "model_type": "kimi_k25",
+    "architectures": ["Kimi_K25ForConditionalGeneration"],
+    "text_config": {**_V3, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827},
+    "vision_config": {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "pos_emb_height": 4,
+        "pos_emb_width": 4,
+        "pos_emb_time": 2,
+    },
+    "projection_hidden_size": 32,
+    "torch_dtype": "float32",
+}
 _QWEN3: Config = {
     **_COMMON,
     "model_type": "qwen3_moe",
@@ -173,6 +189,7 @@ TINY_CONFIGS: dict[str, Config] = {
         "topk_group": 2,
         "rope_interleave": False,
     },
+    "kimi-k25": _KIMI_K25,
     "mixtral": _MIXTRAL,
     "mixtral-head-dim": {**_MIXTRAL, "head_dim": 12, "num_key_value_heads": 1},
     "qwen3-moe": _QWEN3,
