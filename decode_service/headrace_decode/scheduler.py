@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, ForwardPlan, StepPlan, StepResult
+from headrace_core.batch.step import COMING, Chunk, ForwardPlan, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, FetchReady, StepBook
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
@@ -202,17 +202,50 @@ class DecodeScheduler:
         sampling = {c.key: self._sequences[c.key].sampling(self._limits) for c in chunks if c.is_sampled}
         return self._book.plan(ForwardPlan(chunks), sampling)
 
+    def plan_ahead(self, now: float) -> StepPlan | None:
+        """Choose the step after the one under way as if that were over and had ended nobody but by length.
+
+        Tokens that it samples are COMING. None if that step must be over first: a sequence needs a page and none is
+        left, or one failed.
+        """
+        planned = [(self._sequences.get(chunk.key), chunk) for chunk in self._book.planned.chunks]
+        over = [(s, chunk) for s, chunk in planned if s is not None and s.state is State.RUNNING]
+        if self._book.is_spoilt:
+            return None
+        for sequence, chunk in over:
+            sequence.num_computed += len(chunk.token_ids)
+            sequence.token_ids += [COMING] * chunk.is_sampled
+        try:
+            chunks = self._choose(now, is_ahead=True)
+            sampling = {c.key: self._sequences[c.key].sampling(self._limits) for c in chunks if c.is_sampled}
+        finally:
+            for sequence, chunk in over:
+                sequence.num_computed -= len(chunk.token_ids)
+                if chunk.is_sampled:
+                    sequence.token_ids.pop()
+        return self._book.plan_ahead(ForwardPlan(chunks), sampling)
+
+    def running_keys(self) -> set[int]:
+        """Return the keys of the sequences that may have rows."""
+        return {sequence.key for sequence in self._running}
+
     def apply(self, result: StepResult, now: float) -> None:
-        """Advance the planned sequences by what was computed and sampled; end those that failed."""
+        """Advance the sequences of the oldest step under way by what was computed and sampled; end those that failed.
+
+        Who ended or left since it was planned has computed in vain.
+        """
         for chunk in self._book.take_planned().chunks:
-            sequence = self._sequences[chunk.key]
+            sequence = self._sequences.get(chunk.key)
+            if sequence is None or sequence.state is not State.RUNNING:
+                continue
             error = result.failures.get(chunk.key)
             if error is not None:
-                self.pages.discard(sequence.pages)
+                self._book.give_back(sequence.key, sequence.pages, is_discarded=True)
                 self._fail(sequence, error)
                 continue
             sequence.num_computed += len(chunk.token_ids)
-            self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed)
+            keeps_ids = self._book.is_under_way(chunk.key)
+            self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed, keeps_ids=keeps_ids)
             if chunk.is_sampled:
                 self._emit(sequence, result.tokens[chunk.key])
 
@@ -238,7 +271,7 @@ class DecodeScheduler:
         assert states.count(State.RUNNING) == len(self._running), "the running list differs"
         assert sum(state in MOVING for state in states) == self._num_transferring, "transfers are miscounted"
 
-    def _choose(self, now: float) -> list[Chunk]:
+    def _choose(self, now: float, *, is_ahead: bool = False) -> list[Chunk]:
         self._has_made_room = False
         self.admit(now)
         chunks: list[Chunk] = []
@@ -249,7 +282,11 @@ class DecodeScheduler:
                 break
             if sequence.state is not State.RUNNING or sequence.group in self._paused:
                 continue  # pre-empted for one before it, or nobody reads
+            if is_ahead and self._ends_by_length(sequence):
+                continue
             end = sequence.num_computed + min(sequence.num_left, budget)
+            if is_ahead and not self._has_room(sequence, end):
+                return []
             if not self._make_room(sequence, end, chunks):
                 continue
             chunks.append(sequence.chunk(end))
@@ -285,6 +322,15 @@ class DecodeScheduler:
             sequence.is_started = True
             self._book.tell(Started(sequence.key, sequence.queue_s, sequence.num_cached))
 
+    def _ends_by_length(self, sequence: Scheduled) -> bool:
+        """Return whether a token that is coming is the last one, whichever it is."""
+        is_coming = sequence.token_ids[-1] == COMING
+        num_output = len(sequence.output_ids) + is_coming
+        return is_coming and sequence.finish.is_length(num_output, len(sequence.token_ids))
+
+    def _has_room(self, sequence: Scheduled, end: int) -> bool:
+        return self.pages.pages_for(end) - len(sequence.pages.page_ids) <= self.pages.num_available
+
     def _make_room(self, sequence: Scheduled, end: int, chunks: list[Chunk]) -> bool:
         """Get pages for `end` tokens, pre-empting younger sequences if need be; False if it lost its own.
 
@@ -308,7 +354,7 @@ class DecodeScheduler:
 
     def _preempt(self, sequence: Scheduled) -> None:
         self._running.remove(sequence)
-        self.pages.free(sequence.pages)
+        self._book.give_back(sequence.key, sequence.pages)
         sequence.state, sequence.num_computed = State.WAITING, 0
         self._waiting.add(sequence)
         self._book.tell(Preempted(sequence.key))
@@ -334,7 +380,7 @@ class DecodeScheduler:
         """Forget a sequence and give its pages back: the only way there is, but for pre-emption, which keeps it."""
         del self._sequences[sequence.key]
         self._leave(sequence)
-        self.pages.free(sequence.pages)
+        self._book.give_back(sequence.key, sequence.pages)
 
     def _leave(self, sequence: Scheduled) -> None:
         if sequence.state is State.WAITING:

@@ -25,6 +25,8 @@ class FinishRule:
         """
         if token_id in self._stop_ids and num_output_tokens > self._min_tokens:
             return FinishReason.STOP
-        if num_output_tokens >= self._max_tokens or num_tokens >= self._max_context_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self.is_length(num_output_tokens, num_tokens) else None
+
+    def is_length(self, num_output_tokens: int, num_tokens: int) -> bool:
+        """Return whether the sequence ends with its newest token, whichever that is."""
+        return num_output_tokens >= self._max_tokens or num_tokens >= self._max_context_tokens

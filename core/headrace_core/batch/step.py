@@ -13,6 +13,9 @@ from headrace_core.roofline.operations import StepLoad
 Mark = object
 """A point in what a device was given to do, as the cache marks it; whoever copies pages waits for it."""
 
+COMING = -1
+"""Stands for a token that the step before samples for the same sequence: whoever computes has it by then."""
+
 OnLayer = Callable[[int], None]
 """Told how many layers of a step are done: the step writes nothing more to them."""
 

@@ -5,8 +5,9 @@ A scheduler is composed of one. No torch, no grpc, no clock; engine thread only.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from headrace_core.batch.scheduler import Load
@@ -45,7 +46,10 @@ class StepBook(Generic[E]):
     def __init__(self, pages: PageAllocator, *, max_waiting_sequences: int) -> None:
         self.pages = pages
         self._max_waiting = max_waiting_sequences
-        self._planned: StepPlan | None = None
+        self._planned: deque[StepPlan] = deque()
+        """Steps under way, the oldest first."""
+        self._held: list[tuple[StepPlan, SequencePages, bool]] = []
+        """Pages to be given back when the step is applied that names them; whether to discard them."""
         self._events: list[E | Failed] = []
 
     def tell(self, event: E | Failed) -> None:
@@ -78,18 +82,56 @@ class StepBook(Generic[E]):
 
     @property
     def planned(self) -> StepPlan:
-        """The step under way."""
-        assert self._planned is not None, "no step is planned"
-        return self._planned
+        """The step under way, of several the oldest."""
+        assert self._planned, "no step is planned"
+        return self._planned[0]
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether pages that hold nonsense wait for a step: until then somebody might find them."""
+        return any(is_discarded for _, _, is_discarded in self._held)
+
+    def is_under_way(self, key: int) -> bool:
+        """Return whether a step under way has a row of the sequence."""
+        return self._naming(key) is not None
+
+    def give_back(self, key: int, pages: SequencePages, *, is_discarded: bool = False) -> None:
+        """Give a sequence's pages back, or discard them: now, or when the steps under way that name them are over."""
+        plan = self._naming(key)
+        if plan is not None:
+            # What it had is another's now: of the sequence itself nothing is left to be seen.
+            held = replace(pages)
+            pages.page_ids, pages.nodes = [], []
+            self._held.append((plan, held, is_discarded))
+        elif is_discarded:
+            self.pages.discard(pages)
+        else:
+            self.pages.free(pages)
+
+    def _naming(self, key: int) -> StepPlan | None:
+        """Return the last step under way that names the sequence's pages."""
+        return next((p for p in reversed(self._planned) if any(chunk.key == key for chunk in p.chunks)), None)
 
     def plan(self, forward: ForwardPlan, sampling: dict[int, SamplingRow]) -> StepPlan | None:
-        """Return the step and remember it until `take_planned`; None if it has no chunks."""
-        self._planned = StepPlan(forward, sampling) if forward.chunks else None
-        return self._planned
+        """Return the step in place of those under way, and remember it until `take_planned`; None: it has no chunks."""
+        self._planned.clear()
+        return self.plan_ahead(forward, sampling)
+
+    def plan_ahead(self, forward: ForwardPlan, sampling: dict[int, SamplingRow]) -> StepPlan | None:
+        """Return the step after those under way, and remember it; None: it has no chunks."""
+        if not forward.chunks:
+            return None
+        self._planned.append(StepPlan(forward, sampling))
+        return self._planned[-1]
 
     def take_planned(self) -> StepPlan:
-        """Return the step that was planned, once: it was computed, or failed."""
-        plan, self._planned = self.planned, None
+        """Return the oldest step under way, once: it was computed, or failed. What was held for it is given back."""
+        plan = self.planned
+        self._planned.popleft()
+        for naming, pages, is_discarded in self._held:
+            if naming is plan:
+                (self.pages.discard if is_discarded else self.pages.free)(pages)
+        self._held = [held for held in self._held if held[0] is not plan]
         return plan
 
     def load(self, *, num_running: int, num_waiting: int, num_waiting_tokens: int, num_sequences: int) -> Load:
@@ -107,7 +149,7 @@ class StepBook(Generic[E]):
         """Assert that no page is lost or held twice, and that `held` are all that sequences have and refer to."""
         self.pages.check_integrity()
         pool, num_owned, num_shared = self.pages.pool, 0, 0
-        for pages in held:
+        for pages in (*held, *(pages for _, pages, _ in self._held)):
             num_owned += len(pages.own_page_ids)
             num_shared += len(pages.nodes)
         counts = pool.counts()

@@ -3,6 +3,10 @@
 The event loop and this thread meet at two queues. Inwards: commands, functions that run on the scheduler between two
 steps. Outwards: the scheduler's events, handed to the loop once per step. An idle engine blocks.
 
+A step is launched, which gives what will hold its result, and applied when that is there. Here one follows the other,
+and the next step is planned then; `overlap` has the twin that plans and launches a step while the one before it is
+computed.
+
 While a step is computed nobody uses the scheduler. What need not wait for the step, and changes nothing that the step
 uses, may be run meanwhile by whoever wants it: `_books` is the lock that one has who uses the scheduler.
 
@@ -22,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from headrace_core.batch.scheduler import Load, Scheduler
 from headrace_core.batch.step import LayerWatch, Mark, OnStop, StepPlan, StepResult, StepTiming
@@ -53,6 +57,29 @@ class News(Generic[E_co]):
     load: Load
 
 
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait for what came of it.
+
+        Raises:
+            FatalStepError: no later step can be run.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step that was over when it was launched."""
+
+    outcome: StepResult
+
+    def result(self) -> StepResult:
+        """See `Pending`."""
+        return self.outcome
+
+
 S = TypeVar("S", bound=Scheduler[Any])
 
 
@@ -75,7 +102,7 @@ class Engine(Generic[S]):
     ) -> None:
         self._scheduler = scheduler
         self._watch = watch
-        self._rest = rest
+        self._rest = rest or _nothing
         self._deliver = deliver
         self._on_fatal = on_fatal
         self._clock = clock
@@ -118,19 +145,30 @@ class Engine(Generic[S]):
             await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        is_idle = True
         try:
-            while self._take_commands(wait=is_idle):
-                with self._books:
-                    plan = self._scheduler.plan(self._clock())
-                    self._publish()  # what commands and plan brought about need not wait for the step
-                if plan:
-                    self._step(plan)
-                is_idle = plan is None
-                if is_idle and self._rest:
-                    self._rest()
+            self._steps()
         except BaseException as error:  # noqa: BLE001 - the boundary: the process ends on it
             self._loop.call_soon_threadsafe(self._on_fatal, error)
+
+    def _steps(self) -> None:
+        """Run steps until told to stop."""
+        is_idle = True
+        while self._take_commands(wait=is_idle):
+            plan = self._plan(self._scheduler.plan)
+            if plan:
+                self._apply(plan, self._launch(plan))
+            is_idle = plan is None
+            if is_idle:
+                self._rest()
+
+    def _plan(self, plan: Callable[[float], StepPlan | None]) -> StepPlan | None:
+        with self._books:
+            planned = plan(self._clock())
+            self._publish()  # what commands and plan brought about need not wait for the step
+        return planned
+
+    def _launch(self, plan: StepPlan) -> Pending:
+        return Computed(self._halves.run(plan))
 
     def _take_commands(self, *, wait: bool) -> bool:
         """Run the commands that are there, waiting for one if there is nothing to step; False when told to stop."""
@@ -143,8 +181,9 @@ class Engine(Generic[S]):
             wait = False
         return True
 
-    def _step(self, plan: StepPlan) -> None:
-        result = self._halves.run(plan)
+    def _apply(self, plan: StepPlan, pending: Pending) -> None:
+        """Wait for the step and take in what came of it."""
+        result = pending.result()
         for chunk in plan.chunks:
             error = result.failures.get(chunk.key)
             if error is not None:
@@ -170,6 +209,10 @@ class Engine(Generic[S]):
         if report or events or load != self._load:
             self._load = load
             self._loop.call_soon_threadsafe(self._deliver, News(events, report, load))
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _look(scheduler: object) -> None:
