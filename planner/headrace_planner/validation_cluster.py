@@ -18,11 +18,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from headrace_client import AsyncClient
+from headrace_client import AsyncClient, SamplingParams
 from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.metrics_page import read_metrics
-from headrace_core.request import SamplingParams
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace_planner.machine_use import machine_use

@@ -72,9 +72,11 @@ class Tape:
 
     def add_call(self, entry: int, arguments: ctypes.Structure, dtype: int) -> None:
         """Record a kernel's call."""
-        if not self._parts or not isinstance(self._parts[-1], _Kernels):
-            self._parts.append(_Kernels())
-        self._parts[-1].add(entry, arguments, dtype)
+        last = self._parts[-1] if self._parts else None
+        if not isinstance(last, _Kernels):
+            last = _Kernels()
+            self._parts.append(last)
+        last.add(entry, arguments, dtype)
 
     def add_operation(self, again: Callable[[], object]) -> None:
         """Record an operation of plain torch."""
@@ -99,10 +101,11 @@ class _Kernels:
             rows = [_Call(entry, ctypes.addressof(arguments), dtype) for entry, arguments, dtype in self._calls]
             self._table = (_Call * self.count)(*rows)
         first = 0
-        for end, name in self.names.items() if mark is not None else ():
-            library.replay(self._table, first, end)
-            mark(name)
-            first = end
+        if mark is not None:
+            for end, name in self.names.items():
+                library.replay(self._table, first, end)
+                mark(name)
+                first = end
         library.replay(self._table, first, self.count)
 
 
