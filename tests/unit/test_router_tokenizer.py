@@ -88,8 +88,8 @@ def test_a_text_of_a_template_has_the_special_tokens_in_it_only(tmp_path, post_p
 
 
 def test_a_tokenizer_in_another_format_alone_is_refused_by_name(tmp_path):
-    (tmp_path / "tiktoken.model").write_text("IQ== 0")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.* tiktoken\.model can't be read") as caught:
+    (tmp_path / "tokenizer.model").write_text("x")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.* tokenizer\.model can't be read") as caught:
         Tokenizer(tmp_path)
     assert caught.value.reason == "NO_TOKENIZER"
 

@@ -17,11 +17,12 @@ from headrace_core.json_file import UnreadableError, is_there, read_text
 from headrace_core.process import release_freed_memory
 from tokenizers import Tokenizer as FastTokenizer
 
+from headrace_router.text import tiktoken_model
 from headrace_router.text.detokenizer import Detokenizer, Vocabulary
 from headrace_router.text.token_size import longest_token_bytes
 from headrace_router.text.tokenizer_config import read_tokenizer_config
 
-_OTHER_FORMATS = ("tiktoken.model", "tokenizer.model")
+_OTHER_FORMAT = "tokenizer.model"
 _PROBES = ("a", "0", ".", "\N{CJK UNIFIED IDEOGRAPH-4E00}")
 """Texts to see what the post-processor adds to; any will do that has a token."""
 _TRIM_CHARS = 256 << 10
@@ -39,17 +40,7 @@ class Tokenizer:
         """
         # A pool of the library's own would put small texts behind large ones: each is encoded on its caller's thread.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        path = folder / "tokenizer.json"
-        if not is_there(path):
-            others = [name for name in _OTHER_FORMATS if (folder / name).is_file()]
-            hint = f"; {' and '.join(others)} can't be read yet: convert it" if others else ""
-            raise CheckpointError("NO_TOKENIZER", f"{path} is missing; the router needs a fast tokenizer's file{hint}")
-        try:
-            self._fast = FastTokenizer.from_str(read_text(path))
-        except UnreadableError as error:
-            raise CheckpointError("UNREADABLE_FILE", str(error)) from error
-        except Exception as error:
-            raise CheckpointError("BAD_TOKENIZER", f"{path} can't be read: {error}") from error
+        self._fast = _read(folder)
         self._fast.no_truncation()
         self._fast.no_padding()
         self.config = read_tokenizer_config(folder)
@@ -131,6 +122,21 @@ class Tokenizer:
                 "BAD_TOKENIZER", f"tokenizer_config.json: add_{name} is true, but {problem}; correct one of them"
             )
         return added if token_id in added else [token_id]
+
+
+def _read(folder: Path) -> FastTokenizer:
+    path = folder / "tokenizer.json"
+    if not is_there(path):
+        if is_there(folder / tiktoken_model.FILE):
+            return tiktoken_model.read_tiktoken(folder)
+        hint = f"; {_OTHER_FORMAT} can't be read yet: convert it" if (folder / _OTHER_FORMAT).is_file() else ""
+        raise CheckpointError("NO_TOKENIZER", f"{path} is missing; the router needs a fast tokenizer's file{hint}")
+    try:
+        return FastTokenizer.from_str(read_text(path))
+    except UnreadableError as error:
+        raise CheckpointError("UNREADABLE_FILE", str(error)) from error
+    except Exception as error:
+        raise CheckpointError("BAD_TOKENIZER", f"{path} can't be read: {error}") from error
 
 
 def check_num_tokens(num_tokens: int, max_tokens: int, *, qualifier: str = "") -> None:
