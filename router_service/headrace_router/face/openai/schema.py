@@ -51,8 +51,8 @@ class _Generating(_Body):
     stream: bool | None = Field(None, description="answer in server-sent events, as tokens come")
     stream_options: StreamOptions | None = Field(None, description="only with `stream`")
     max_tokens: Count | None = Field(None, description="most tokens of each choice")
-    temperature: float | None = Field(None, description="0 is greedy; default 1")
-    top_p: float | None = Field(None, description="nucleus mass; default 1")
+    temperature: float | None = Field(None, description="0 is greedy; default: the model's, else 1")
+    top_p: float | None = Field(None, description="nucleus mass; default: the model's, else 1")
     n: Count | None = Field(None, description="choices, 1 to 16")
     seed: int | None = Field(None, ge=0, lt=1 << 64, description="the same seed gives the same choices")
     stop: str | list[str] | None = Field(
@@ -64,9 +64,11 @@ class _Generating(_Body):
         None, description="an object of up to 1,024 token ids with -100 to 100 for each"
     )
     user: str | None = Field(None, description="taken, and used for nothing: a key says whose a request is")
-    top_k: int | None = Field(None, ge=-1, le=MAX_COUNT, description="the most probable so many; 0 or -1: all")
+    top_k: int | None = Field(
+        None, ge=-1, le=MAX_COUNT, description="the most probable so many; 0 or -1: all; default: the model's, else all"
+    )
     min_p: float | None = Field(None, description="drops what is less probable than this times the most probable")
-    repetition_penalty: float | None = Field(None, description="0.01 to 100; default 1")
+    repetition_penalty: float | None = Field(None, description="0.01 to 100; default: the model's, else 1")
     min_tokens: Count | None = Field(None, description="tokens before an end may come")
     ignore_eos: bool | None = Field(None, description="goes on past the model's end of text")
     stop_token_ids: TokenIds | None = Field(None, description="tokens that end a choice")
