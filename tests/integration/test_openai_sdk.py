@@ -133,3 +133,15 @@ def test_a_request_keeps_the_name_it_came_with(client):
     )
     assert raw.headers["x-request-id"] == "mine-7"
     assert raw.parse().id == "cmpl-mine-7"
+
+
+def test_responses_streamed_and_not_are_the_conversations(client):
+    chat = client.chat.completions.create(model="demo", messages=TURN, max_tokens=24, temperature=0)
+    asked = {"model": "demo", "input": TURN[0]["content"], "max_output_tokens": 24, "temperature": 0}
+    whole = client.responses.create(**asked)
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.usage.total_tokens == chat.usage.total_tokens
+    events = list(client.responses.create(**asked, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    assert events[-1].response.status == whole.status

@@ -387,3 +387,61 @@ def test_its_own_description_names_every_endpoint(tmp_path):
         assert found["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
 
     run_http(tmp_path, pair(), test)
+
+
+RESPONSES = "/v1/responses"
+
+
+def test_a_response_in_one_body(tmp_path):
+    async def test(router, address):
+        body = {"input": "Hi", "instructions": "Be brief.", "max_output_tokens": 20, "temperature": 0.5}
+        found = (await once(address, "POST", RESPONSES, body, x_request_id="mine")).json
+        assert (found["id"], found["object"], found["status"]) == ("resp-mine", "response", "incomplete")
+        assert found["incomplete_details"] == {"reason": "max_output_tokens"}
+        assert (found["instructions"], found["temperature"]) == ("Be brief.", 0.5)
+        ((item,), (part,)) = found["output"], found["output"][0]["content"]
+        assert (item["role"], part["text"]) == ("assistant", HELLO)
+        num_prompt = len("[system]Be brief.[user]Hi[assistant]") + 1
+        assert (found["usage"]["input_tokens"], found["usage"]["output_tokens"]) == (num_prompt, 20)
+        turns = [{"role": "user", "content": "Hi"}, item, {"role": "user", "content": "More"}]
+        again = (await once(address, "POST", RESPONSES, {"input": turns, "max_output_tokens": 1})).json
+        assert again["usage"]["input_tokens"] == len(f"[user]Hi[assistant]{HELLO}[user]More[assistant]".encode()) + 1
+
+    run_http(tmp_path, pair(), test)
+
+
+def test_a_streamed_response_names_its_events(tmp_path):
+    async def test(router, address):
+        body = {"input": "Hi", "max_output_tokens": 4, "stream": True}
+        answer = await once(address, "POST", RESPONSES, body)
+        names = [line[7:] for line in answer.body.decode().splitlines() if line.startswith("event: ")]
+        assert names == [event["type"] for event in answer.events]
+        begin = [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added",
+        ]
+        end = ["response.output_text.done", "response.content_part.done", "response.output_item.done"]
+        assert names == [*begin, *["response.output_text.delta"] * 4, *end, "response.incomplete"]
+        assert [event["sequence_number"] for event in answer.events] == list(range(12))
+        assert "".join(event.get("delta", "") for event in answer.events) == "Hell"
+        assert answer.events[-1]["response"]["output"][0]["content"][0]["text"] == "Hell"
+
+    run_http(tmp_path, pair(), test)
+
+
+def test_a_response_that_can_not_be_is_refused_by_name(tmp_path):
+    async def test(router, address):
+        for fields, param in (
+            ({"tools": [{"type": "web_search"}]}, "tools"),
+            ({"previous_response_id": "resp_1"}, "previous_response_id"),
+            ({"text": {"format": {"type": "json_schema"}}}, "text.format.type"),
+            ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
+            ({"colour": 1}, "colour"),
+        ):
+            answer = await once(address, "POST", RESPONSES, {"input": "Hi", **fields})
+            assert answer.status == 400
+            assert answer.error["param"].startswith(param)
+
+    run_http(tmp_path, pair(), test)

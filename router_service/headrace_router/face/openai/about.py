@@ -14,7 +14,7 @@ class About:
 
     wanted: Wanted
     answer_id: str
-    """`chatcmpl-` or `cmpl-`, and the request's id."""
+    """`chatcmpl-`, `cmpl-` or `resp-`, and the request's id."""
     created_s: int
     """By the clock, in whole seconds since 1970."""
     model: str

@@ -23,6 +23,7 @@ from headrace_router.face.http.exchange import JSON, Exchange
 from headrace_router.face.openai.generate import GENERATE, Read, generate
 from headrace_router.face.openai.openapi import document
 from headrace_router.face.openai.request import read_chat, read_completion, read_tokenize
+from headrace_router.face.openai.responses import read_response
 from headrace_router.router import Router
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class OpenAiApp:
         self._routes: dict[str, tuple[str, _Handler]] = {
             "/v1/completions": ("POST", self._generating(read_completion)),
             "/v1/chat/completions": ("POST", self._generating(read_chat)),
+            "/v1/responses": ("POST", self._generating(read_response)),
             "/v1/models": ("GET", self._models),
             "/tokenize": ("POST", self._tokenize),
             "/health": ("GET", self._health),

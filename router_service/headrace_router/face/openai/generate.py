@@ -21,6 +21,7 @@ from headrace_router.face.http.exchange import Exchange
 from headrace_router.face.openai.about import About
 from headrace_router.face.openai.events import Events, error_event
 from headrace_router.face.openai.request import Asked
+from headrace_router.face.openai.responses import ResponseEvents, WholeResponse
 from headrace_router.face.openai.whole import Whole
 from headrace_router.requests.running import RunningRequest
 from headrace_router.router import Router
@@ -51,7 +52,7 @@ async def generate(
     spec, wanted = running.spec, asked.wanted
     about = About(
         wanted,
-        answer_id=f"{'chatcmpl' if wanted.is_chat else 'cmpl'}-{spec.request_id}",
+        answer_id=f"{wanted.prefix}-{spec.request_id}",
         created_s=int(time.time()),
         model=router.model_name,
         prompt_ids=spec.prompt_ids,
@@ -60,16 +61,19 @@ async def generate(
     )
     del asked  # it may be large, and nobody needs it any more
     try:
+        is_response = wanted.prefix == "resp"
         if wanted.is_streamed:
-            await _stream(exchange, running, Events(about, spec.num_samples))
+            events = ResponseEvents(about) if is_response else Events(about, spec.num_samples)
+            await _stream(exchange, running, events)
         else:
-            await _collect(exchange, running, Whole(about, spec.num_samples))
+            whole = WholeResponse(about) if is_response else Whole(about, spec.num_samples)
+            await _collect(exchange, running, whole)
         await running.settle()
     finally:
         router.close(running)
 
 
-async def _collect(exchange: Exchange, running: RunningRequest, whole: Whole) -> None:
+async def _collect(exchange: Exchange, running: RunningRequest, whole: Whole | WholeResponse) -> None:
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_news() -> None:
@@ -89,7 +93,7 @@ async def _collect(exchange: Exchange, running: RunningRequest, whole: Whole) ->
     exchange.answer(whole.body())
 
 
-async def _stream(exchange: Exchange, running: RunningRequest, events: Events) -> None:
+async def _stream(exchange: Exchange, running: RunningRequest, events: Events | ResponseEvents) -> None:
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_news() -> None:

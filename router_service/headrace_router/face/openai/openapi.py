@@ -12,12 +12,14 @@ from headrace_core import __version__
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from headrace_router.face.openai.responses_schema import InputItem, ResponsesRequest
 from headrace_router.face.openai.schema import ChatRequest, CompletionRequest, Message, Refused, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
 _BODIES: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/completions": (CompletionRequest, "Go on from a prompt"),
     "/v1/chat/completions": (ChatRequest, "Answer a conversation"),
+    "/v1/responses": (ResponsesRequest, "Answer a text or a conversation"),
     "/tokenize": (TokenizeRequest, "Say what tokens a prompt has"),
 }
 _GETS = {
@@ -81,6 +83,11 @@ def table() -> str:
     for name in Message.model_fields:
         word, text = _say(Message, name)
         lines.append(f"| `messages[].{name}` | | {word} | {text} |")
+    lines += ["", "`/v1/responses`:", "", "| field | | |", "|---|---|---|"]
+    for prefix, model in (("", ResponsesRequest), ("input[].", InputItem)):
+        for name in model.model_fields:
+            word, text = _say(model, name)
+            lines.append(f"| `{prefix}{name}` | {word} | {text} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,8 @@ What OpenAI leaves out it defines: a completion has 16 tokens at most, a convers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from headrace.v1 import generation_service_pb2, types_pb2
 from headrace_core.request import MAX_COUNT, check_num_entries
@@ -22,7 +23,8 @@ from headrace_router.face.openai.schema import (
 )
 
 _DEFAULT_COMPLETION_TOKENS = 16
-_ROLES = {"developer": "system"}
+ROLES = {"developer": "system"}
+"""What templates call those that OpenAI calls otherwise."""
 _SAME_NAME = (
     "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty",
     "min_tokens", "ignore_eos",
@@ -35,12 +37,16 @@ _MOST_FLOAT32 = 3.4028235e38
 class Wanted:
     """How an answer is to look."""
 
+    prefix: str
+    """Of its id."""
     is_chat: bool
     is_streamed: bool
     options: StreamOptions
     has_logprobs: bool
     has_token_ids: bool
     echo: bool
+    said: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Fields that the answer repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,7 @@ def _wanted(fields: ChatRequest | CompletionRequest, *, is_chat: bool, has_logpr
     if fields.stream_options is not None and not fields.stream:
         raise HttpError("`stream_options` needs `stream`", param="stream_options")
     return Wanted(
+        prefix="chatcmpl" if is_chat else "cmpl",
         is_chat=is_chat,
         is_streamed=bool(fields.stream),
         options=fields.stream_options or StreamOptions(),
@@ -125,7 +132,7 @@ def _message(
     for name in _SAME_NAME:
         value = getattr(fields, name)
         if value is not None:
-            setattr(sampling, name, _float32(value) if isinstance(value, float) else value)
+            setattr(sampling, name, float32(value) if isinstance(value, float) else value)
     if fields.top_k is not None:
         sampling.top_k = max(0, fields.top_k)
     message = generation_service_pb2.GenerateRequest(request_id=request_id, model=fields.model, sampling=sampling)
@@ -137,10 +144,10 @@ def _message(
 def _bias(token: str, bias: float) -> types_pb2.LogitBias:
     if not (token.isascii() and token.isdecimal() and len(token) <= len(str(MAX_COUNT)) and int(token) <= MAX_COUNT):
         raise HttpError(f"`logit_bias`: {token[:32]!r} is no token id", param="logit_bias")
-    return types_pb2.LogitBias(token_id=int(token), bias=_float32(bias))
+    return types_pb2.LogitBias(token_id=int(token), bias=float32(bias))
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     """Return what protobuf takes: it refuses numbers that float32 has not, with an error of its own."""
     return min(max(value, -_MOST_FLOAT32), _MOST_FLOAT32)
 
@@ -167,4 +174,4 @@ def _put_messages(message: generation_service_pb2.GenerateRequest, messages: Seq
     message.chat.SetInParent()
     for each in messages:
         text = each.content if isinstance(each.content, str) else "".join(part.text for part in each.content)
-        message.chat.messages.add(role=_ROLES.get(each.role, each.role), content=text)
+        message.chat.messages.add(role=ROLES.get(each.role, each.role), content=text)

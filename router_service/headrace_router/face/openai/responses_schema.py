@@ -1,0 +1,81 @@
+"""`POST /v1/responses`, as OpenAI's clients write it: one answer in text to a text or a conversation, nothing kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from headrace_router.face.openai.schema import Count, Refused
+
+_NOTHING = Annotated[list[Any], Field(max_length=0)]
+_NOTHING_KEPT = "nothing is kept; send the whole conversation as `input`"
+_NO_TOOLS = "tools are not called yet"
+_NO_GRAMMAR = "answers are not held to a grammar yet"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class InputPart(_Body):
+    """A part of an item's content, what was asked or what was answered."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Annotated[_NOTHING | None, Refused("text only")] = None
+    logprobs: Annotated[list[Any] | None, Refused("of answers alone")] = None
+
+
+class InputItem(_Body):
+    """One message of a conversation; an item of an answer is one, too."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="`developer` is `system`")
+    content: str | list[InputPart] = Field(description="a text, or parts of text, which are joined")
+    type: Literal["message"] | None = Field(None, description="`message`")
+    id: str | None = Field(None, description="taken, and used for nothing")
+    status: str | None = Field(None, description="taken, and used for nothing")
+    phase: Annotated[None, Refused("text only")] = None
+
+
+class PlainFormat(_Body):
+    """`{"type": "text"}`."""
+
+    type: Literal["text"]
+
+
+class TextOptions(_Body):
+    """How a text is to look."""
+
+    format: Annotated[PlainFormat | None, Refused(_NO_GRAMMAR)] = None
+    verbosity: Annotated[None, Refused("the model's template is used as it is")] = None
+
+
+class ResponsesRequest(_Body):
+    """`POST /v1/responses`."""
+
+    model: str = Field("", description="as /v1/models names it; empty: the one served")
+    input: str | list[InputItem] = Field(description="what a user says, or a conversation")
+    instructions: str | None = Field(None, description="a system message before it")
+    max_output_tokens: Count | None = Field(None, description="most tokens; default: what the context leaves")
+    temperature: float | None = Field(None, description="0 is greedy; default 1")
+    top_p: float | None = Field(None, description="nucleus mass; default 1")
+    stream: bool | None = Field(None, description="answer in server-sent events, as tokens come")
+    user: str | None = Field(None, description="taken, and used for nothing")
+    store: bool | None = Field(None, description="taken; nothing is kept")
+    text: TextOptions | None = Field(None, description="format `text` alone")
+    background: Annotated[Literal[False] | None, Refused(_NOTHING_KEPT)] = None
+    previous_response_id: Annotated[None, Refused(_NOTHING_KEPT)] = None
+    conversation: Annotated[None, Refused(_NOTHING_KEPT)] = None
+    prompt: Annotated[None, Refused(_NOTHING_KEPT)] = None
+    metadata: Annotated[None, Refused(_NOTHING_KEPT)] = None
+    include: Annotated[_NOTHING | None, Refused("there is text alone")] = None
+    tools: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, Refused(_NO_TOOLS)] = None
+    parallel_tool_calls: Annotated[bool | None, Refused(_NO_TOOLS)] = None
+    max_tool_calls: Annotated[None, Refused(_NO_TOOLS)] = None
+    reasoning: Annotated[None, Refused("the model's template is used as it is")] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, Refused("there is one")] = None
+    truncation: Annotated[Literal["disabled"] | None, Refused("a prompt that is too long is refused")] = None
+    top_logprobs: Annotated[Literal[0] | None, Refused("not served here yet")] = None
+    stream_options: Annotated[None, Refused("there are none")] = None
