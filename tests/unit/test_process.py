@@ -12,7 +12,7 @@ import pytest
 from headrace_core.testing.async_test import WAIT_S
 
 SERVICE = textwrap.dedent("""
-    import asyncio, os, resource, sys
+    import asyncio, gc, os, resource, sys
     from prometheus_client import CollectorRegistry
     from headrace_core.config import RouterSettings, parse
     from headrace_core.errors import CheckpointError
@@ -42,6 +42,8 @@ SERVICE = textwrap.dedent("""
                 await asyncio.Event().wait()
         async def stop(self):
             print("freed", flush=True)
+            if mode == "frozen":
+                print(gc.get_freeze_count() > 10_000, flush=True)
             if "hang" in mode:
                 await asyncio.Event().wait()
             if "raise" in mode:
@@ -199,6 +201,14 @@ def test_frames_that_come_and_go_are_not_given_back_to_the_kernel_each_time():
         return int(subprocess.run([sys.executable, "-c", _CHURN, how], capture_output=True, check=True).stdout)
 
     assert num_faults("keep") < 16 * 256 < num_faults("leave"), "each frame has 256 of the kernel's pages"
+
+
+def test_the_collector_does_not_look_again_at_what_a_process_starts_with(start):
+    child = start("frozen")
+    wait_for_line(child, "serving")
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=WAIT_S)
+    assert out == "freed\nTrue\n"
 
 
 @pytest.mark.parametrize("path", ["/nowhere/ready.json", "/dev/null/ready.json", "/tmp"])
