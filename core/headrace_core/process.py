@@ -139,7 +139,7 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
         code = _refuse(error)  # first: to stop may take as long as it may
         await _stop(service, settings)
         return code
-    # What is there now stays. From here on a full collection, for which every stream waits, looks at newer things: for a
+    # What is there now stays. From here on a full collection, for which every stream waits, looks at newer things: of a
     # router's modules alone it took 80 ms and more.
     gc.collect()
     gc.freeze()
