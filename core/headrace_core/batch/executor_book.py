@@ -68,11 +68,11 @@ class ExecutorBook:
                 self._samplers[key].output_token_ids.extend(tokens)
 
     def _chunk(self, row: Row) -> Chunk:
-        token_ids = list(row.token_ids or self._sampled.get(row.key, ())[: row.count])
-        if len(token_ids) != row.count or row.key not in self._names:
+        token_ids = list(row.token_ids or self._sampled.get(row.key, ())[: row.num_tokens])
+        if len(token_ids) != row.num_tokens or row.key not in self._names:
             raise BookDisagreesError(
-                f"executor {self._name} has {len(token_ids)} of {row.count} tokens of sequence {row.key} from position "
-                f"{row.start} on: its group must be started again"
+                f"executor {self._name} has {len(token_ids)} of {row.num_tokens} tokens of sequence {row.key} from "
+                f"position {row.start} on: its group must be started again"
             )
         self._book.move(row)
         self._sampled.pop(row.key, None)
@@ -80,7 +80,7 @@ class ExecutorBook:
         return Chunk(row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key])
 
     def _sampling(self, row: Row) -> SamplingRow:
-        sampler, position = self._samplers[row.key], row.start + row.count
+        sampler, position = self._samplers[row.key], row.start + row.num_tokens
         told = sampler.told
         num_output = position - len(sampler.prompt_token_ids)
         if num_output < len(sampler.output_token_ids):

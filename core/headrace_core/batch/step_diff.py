@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from zlib import crc32
 
 from headrace_core.batch.step import Chunk, FatalStepError, SamplingRow, StepPlan
@@ -25,9 +26,8 @@ class BookDisagreesError(FatalStepError):
     """A plan was made for another book than an executor has; the executor is named."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A sequence's share of the step: `count` tokens from position `start`.
+class Row(NamedTuple):
+    """A sequence's share of the step: `num_tokens` tokens from position `start`.
 
     Its pages from number `first_page` on are `page_ids`, those before are as they were; -1: they all are. `token_ids`
     are empty where the executor has them: they are the ones that it sampled after the sequence's last row.
@@ -35,7 +35,7 @@ class Row:
 
     key: int
     start: int
-    count: int
+    num_tokens: int
     is_sampled: bool
     first_page: int = -1
     page_ids: Sequence[int] = ()
@@ -83,7 +83,7 @@ class Places:
         if row.first_page >= 0:
             self.page_ids[row.first_page :] = row.page_ids
             self.pages_sum = crc32(array("q", self.page_ids).tobytes())
-        self.end, self.is_sampled = row.start + row.count, row.is_sampled
+        self.end, self.is_sampled = row.start + row.num_tokens, row.is_sampled
 
     def digest(self, key: int) -> int:
         """Return 64 bits over all of it."""
@@ -153,7 +153,7 @@ class Differ:
         return Row(
             key=chunk.key,
             start=chunk.start,
-            count=len(chunk.token_ids),
+            num_tokens=len(chunk.token_ids),
             is_sampled=chunk.is_sampled,
             first_page=first,
             page_ids=chunk.page_ids[first:] if first >= 0 else (),

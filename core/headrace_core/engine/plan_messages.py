@@ -36,10 +36,10 @@ def encode(diff: StepDiff) -> bytes:
     tokens: list[int] = []
     flags = bytearray()
     for index, row in enumerate(diff.rows):
-        is_usual = row.count == 1 and not row.page_ids and not row.token_ids and row.first_page < 0
+        is_usual = row.num_tokens == 1 and not row.page_ids and not row.token_ids and row.first_page < 0
         flags.append(row.is_sampled * _SAMPLED + (not is_usual) * _TOLD)
         if not is_usual:
-            told += (index, row.count, row.first_page, len(row.page_ids), len(row.token_ids))
+            told += (index, row.num_tokens, row.first_page, len(row.page_ids), len(row.token_ids))
             pages += row.page_ids
             tokens += row.token_ids
     names = [(key, name.encode()) for key, name in diff.names.items()]
