@@ -3,7 +3,8 @@
 A colocated worker decodes a batch; its router is a process of its own. Of each step is measured, on the engine's
 thread, what planning takes, the network, sampling and applying, waits for the interpreter included; and what the event
 loop's thread computes meanwhile, which is bookkeeping, metrics and the step's message. `share` is all but the network,
-of the time from one step's end to the next one's. Prints medians over the steps and writes build/bench/scheduling.json.
+of the time from one step's end to the next one's; `cpu_share` the same of CPU time, of all threads, on which it matters
+less what else the machine does. Prints medians over the steps and writes build/bench/scheduling.json.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self._row = dict.fromkeys(_PARTS, 0.0)
+        self._row: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
+        self._cpu_s = 0.0
+        """Of this step, but for the network."""
+        self._cpu_ended_s = time.process_time()
         self._ended_s = time.perf_counter()
         self._loop_s: Callable[[], float] = lambda: 0.0
         self._loop_before_s = 0.0
@@ -49,19 +53,23 @@ class Stopwatch:
         """Return `call`, the seconds of which are `part`'s."""
 
         def run(*arguments: Any, **named: Any) -> Any:
-            begun_s = time.perf_counter()
+            begun_s, cpu_begun_s = time.perf_counter(), time.process_time()
             try:
                 return call(*arguments, **named)
             finally:
                 self._row[part] += time.perf_counter() - begun_s
+                self._cpu_s += (part != "network") * (time.process_time() - cpu_begun_s)
 
         return run
 
     def end_step(self, num_rows: int) -> None:
         """Close the row."""
-        now_s, loop_s = time.perf_counter(), self._loop_s()
+        now_s, cpu_now_s, loop_s = time.perf_counter(), time.process_time(), self._loop_s()
         self._row["loop"] = loop_s - self._loop_before_s
-        self.rows.append({**self._row, "step": now_s - self._ended_s, "batch": num_rows})
+        cpu_share = (self._cpu_s + self._row["loop"]) / (cpu_now_s - self._cpu_ended_s)
+        row = {**self._row, "step": now_s - self._ended_s, "batch": num_rows, "cpu_share": cpu_share}
+        self.rows.append(row)
+        self._cpu_ended_s, self._cpu_s = cpu_now_s, 0.0
         self._ended_s, self._loop_before_s = now_s, loop_s
         self._row = dict.fromkeys(_PARTS, 0.0)
 
@@ -125,6 +133,7 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{f"{part}_ms": round(seconds * 1e3, 3) for part, seconds in found.items()},
         "share": round(share, 4),
+        "cpu_share": round(statistics.median(row["cpu_share"] for row in rows), 4),
     }
 
 
