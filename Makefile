@@ -131,7 +131,7 @@ bench-lending: setup ## A cluster whose workers lend each other threads beside o
 
 bench-served: setup ## The whole system beside vLLM's server on the same cores, in turns (build/bench/served.json)
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m
-	$(BIN)/python -m tests.perf.served build/checkpoint-280m $(ARGS)
+	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.perf.served build/checkpoint-280m $(ARGS)
 
 profile: setup ## Where a step's time goes on a CPU, per operation beside its floor: ARGS="--decode 1 16 --prefill 512 --json"
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m

@@ -20,6 +20,7 @@ from headrace_core.roofline.roofline import Roofline, roofline
 from headrace_core.roofline.routing import Routing
 from rich.console import Console
 
+from headrace_planner.cli_kernels import KernelsError, measure_kernels, show_kernels
 from headrace_planner.cli_live import read_workers, save_points, show_live
 from headrace_planner.compat import CompatSetting
 from headrace_planner.live import PHASES, LiveError, Reading, mean_load, measured_points
@@ -120,10 +121,16 @@ def main(
     metrics: Annotated[list[str] | None, typer.Option(help="HOST:PORT of a worker's metrics; once per worker.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="With --live: again every two seconds.")] = False,
     save_measured: Annotated[Path | None, typer.Option(help="With --live: write a file for --measured.")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Measure this CPU's kernels beside their floor.")] = False,
 ) -> None:
     """Show FLOPs, bytes, intensity, limit and time of every operation of a prefill and a decode step."""
     if compat:
         print_compat(Console(), CompatSetting())
+        return
+    if kernels:
+        with _readable_errors():
+            found = measure_kernels()
+        typer.echo(json.dumps(found, indent=2)) if as_json_output else show_kernels(Console(), found)
         return
     output = _Output(as_json_output, formulas, (host, port) if serve else None, build_page_at, measured)
     with _readable_errors():
@@ -143,7 +150,7 @@ def _readable_errors() -> Generator[None]:
     """Turn what the command line, a file or a worker can cause into one line and exit status 2."""
     try:
         yield
-    except (ModelShapeError, HardwareError, MeasuredError, LiveError, ValueError, OSError) as error:
+    except (ModelShapeError, HardwareError, MeasuredError, LiveError, KernelsError, ValueError, OSError) as error:
         typer.echo(f"headrace roofline: {error}", err=True)
         raise typer.Exit(2) from None
 

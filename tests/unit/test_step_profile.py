@@ -7,9 +7,9 @@ import pytest
 from headrace_core.roofline.hardware_measure import cpu_hardware
 from headrace_core.roofline.model_shape import Dtype
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
+from headrace_core.worker.kernel_speed import faster_of
 from rich.console import Console
 
-from tests.perf.engine.hardware import faster_of
 from tests.perf.step_profile import Profile, Row, show, total
 
 _HARDWARE = cpu_hardware({Dtype.BF16: 1e11}, memory_bytes_per_s=1e10, copy_bytes_per_s=1e10, source="")

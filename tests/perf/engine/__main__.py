@@ -23,11 +23,12 @@ import torch
 from headrace_core.model.numerics import Numerics
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
+from headrace_core.worker.kernel_speed import faster_of
 from headrace_kernels.cpu import library
 
 from tests.load.burners import burning
 from tests.perf.engine import moe_layer
-from tests.perf.engine.hardware import faster_of, measured_hardware
+from tests.perf.engine.hardware import measured_hardware
 from tests.perf.engine.llama_cpp import LlamaCpp
 from tests.perf.engine.peer import CONTEXT, STEPS, Engine, InProcess, NoPeerError, Samples, Task, medians, peers_dtype
 from tests.perf.engine.summary import EXACT, LOADED, OURS, floors, summary

@@ -22,16 +22,6 @@ def measured_hardware(threads: int) -> Hardware:
     return cpu_hardware({Dtype.BF16: flops}, memory_bytes_per_s=read, copy_bytes_per_s=read / 2, source="measured now")
 
 
-def faster_of(one: Hardware, other: Hardware) -> Hardware:
-    """Return the most of two measurements: where others use the machine, the nearest to the truth."""
-    return cpu_hardware(
-        {dtype: max(flops, other.flops[dtype]) for dtype, flops in one.flops.items()},
-        memory_bytes_per_s=max(one.memory_bytes_per_s, other.memory_bytes_per_s),
-        copy_bytes_per_s=max(one.link_bytes_per_s, other.link_bytes_per_s),
-        source=one.source,
-    )
-
-
 def has_bfloat16() -> bool:
     """Return whether oneDNN, with which torch multiplies, has bfloat16 on this processor."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
