@@ -7,8 +7,10 @@ import subprocess
 import pytest
 from headrace_core.roofline.hardware_measure import cpu_hardware
 from headrace_core.roofline.model_shape import Dtype
-from headrace_core.worker.kernel_cases import KernelCase
+from headrace_core.worker.kernel_cases import KernelCase, kernel_cases
 from headrace_core.worker.kernel_speed import beside_floors, kernel_seconds
+from headrace_kernels import use_backend
+from headrace_kernels.dispatch import TABLE
 from headrace_planner import cli_kernels
 from headrace_planner.__main__ import app
 from rich.console import Console
@@ -18,7 +20,7 @@ _HARDWARE = cpu_hardware({Dtype.BF16: 1e9}, memory_bytes_per_s=1e9, copy_bytes_p
 
 
 def _report():
-    cases = [KernelCase("silu_mul", "small", 1e6, 10.0, lambda: lambda: None)]
+    cases = [KernelCase("packed_experts", "small", 1e6, 10.0, lambda: lambda: None)]
     return {
         "threads": 1,
         "isa": "",
@@ -37,13 +39,24 @@ def test_a_backend_that_can_not_run_says_why():
     assert "not_measured" in case["backends"]["triton"]
 
 
+def test_every_family_with_compiled_kernels_has_a_case():
+    families = {case.family for case in kernel_cases()}
+    assert {family for family, backends in TABLE.items() if "cpu" in backends} <= families <= set(TABLE)
+
+
+@pytest.mark.parametrize("case", kernel_cases(), ids=lambda case: f"{case.family} {case.shape}")
+def test_every_case_can_be_called(case):
+    with use_backend("reference"):
+        case.make()()
+
+
 def test_shares_are_drawn_and_reasons_said_once():
     shown = io.StringIO()
     report = _report()
     report["cases"][0]["backends"]["reference"] = {"s": 2e-3, "share": 0.5}
     cli_kernels.show_kernels(Console(file=shown, width=140), report)
     rows = {line.split()[0]: line for line in shown.getvalue().splitlines() if line.strip()}
-    assert "floor 1,000 µs, memory" in rows["silu_mul"]
+    assert "floor 1,000 µs, memory" in rows["packed_experts"]
     assert f"{'█' * 16}{'░' * 16}  50%  2,000 µs" in rows["reference"]
     assert all("not measured" in rows[name] for name in ("cpu", "triton"))
     assert shown.getvalue().count("the package aiter is not installed") == 1

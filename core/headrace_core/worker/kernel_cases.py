@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from headrace_kernels.draws import Draws
 from headrace_kernels.experts import empty_experts
 from headrace_kernels.gqa_decode import gqa_decode
 from headrace_kernels.gqa_prefill import gqa_prefill
@@ -20,7 +21,10 @@ from headrace_kernels.mla_prefill import mla_prefill
 from headrace_kernels.mla_prologue import mla_prologue
 from headrace_kernels.moe_router import route_and_sort
 from headrace_kernels.rms_norm import rms_norm
+from headrace_kernels.rope import rope
 from headrace_kernels.routing_rule import RoutedTokens, Router, RoutingRule
+from headrace_kernels.sampling import sample_tokens
+from headrace_kernels.silu_mul import silu_mul
 from torch import Tensor
 
 _B, _CONTEXT, _PAGE = 16, 1024, 64
@@ -28,6 +32,7 @@ _PROMPT = 256
 _N, _WIDTH, _E, _K = 1024, 512, 32, 4
 _H, _D, _R, _NOPE, _DV = 16, 512, 64, 64, 64
 _QUERY_HEADS, _KV_HEADS, _HEAD = 32, 8, 128
+_VOCABULARY = 32_000
 _EPS = 1e-6
 
 Call = Callable[[], object]
@@ -35,7 +40,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class KernelCase:
-    """`make` returns a call on inputs of its own, made for the backend that is in force; in bfloat16, on the host."""
+    """`make` returns a call on bfloat16 inputs of its own (logits: float32), made for the backend that is in force."""
 
     family: str
     shape: str
@@ -45,7 +50,7 @@ class KernelCase:
 
 
 def kernel_cases() -> list[KernelCase]:
-    """Return a case of each family that runs on a CPU by kernels of its own, and of a norm."""
+    """Return a case of each family that can run on a CPU by kernels of its own; of a linear layer two."""
     weights, latents = _N * _N, _D + _R
     active = _E * (1 - (1 - _K / _E) ** _B)
     expert = 3 * _N * _WIDTH
@@ -77,6 +82,9 @@ def kernel_cases() -> list[KernelCase]:
         KernelCase("gqa_prefill", f"{prompt}, {grouped}", 2.0 * _PROMPT * (grouped_row + 2 * _QUERY_HEADS * _HEAD),
                    4.0 * pairs * _QUERY_HEADS * _HEAD, _gqa_prefill),
         KernelCase("rms_norm", f"{prompt} of {_N}", 4.0 * _PROMPT * _N, 0.0, _rms_norm),
+        KernelCase("rope", f"{prompt}, {_H} heads of {_R}", 4.0 * _PROMPT * _H * _R, 0.0, _rope),
+        KernelCase("silu_mul", f"{prompt} of {_WIDTH}", 6.0 * _PROMPT * _WIDTH, 0.0, _silu_mul),
+        KernelCase("sampling", f"{_B} rows of {_VOCABULARY}, top-p", 8.0 * _B * _VOCABULARY, 0.0, _sampling),
     ]  # fmt: skip
 
 
@@ -160,3 +168,22 @@ def _gqa_prefill() -> Call:
 def _rms_norm() -> Call:
     x, weight = _random(_PROMPT, _N), torch.ones(_N, dtype=torch.bfloat16)
     return lambda: rms_norm(x, weight, _EPS)
+
+
+def _rope() -> Call:
+    x, turns = _random(_PROMPT, _H, _R), _rotation(_PROMPT)
+    return lambda: rope(x, *turns, is_interleaved=True)
+
+
+def _silu_mul() -> Call:
+    gate_up = _random(_PROMPT, 2 * _WIDTH)
+    return lambda: silu_mul(gate_up)
+
+
+def _sampling() -> Call:
+    logits, one = torch.randn(_B, _VOCABULARY) * 4, torch.ones(_B, dtype=torch.float64)
+    none = torch.zeros(_B, dtype=torch.int64)
+    draws = Draws(
+        temperatures=one, top_k=none, top_p=0.9 * one, min_p=0.0 * one, seeds=none, sample_indices=none, positions=none
+    )
+    return lambda: sample_tokens(logits, draws)
