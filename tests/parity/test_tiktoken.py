@@ -30,6 +30,7 @@ PUBLISHED = "|".join(
 )
 CORPUS = json.loads(Path(__file__).with_name("mixed_scripts.json").read_text())
 NUM_RANKS = 900
+UNREACHABLE = "Zqxwv"
 
 
 def ranks_of(corpus):
@@ -45,7 +46,9 @@ def ranks_of(corpus):
     fast.train_from_iterator(corpus * 4, trainer)
     by_char = {char: byte for byte, char in tiktoken_bytes().items()}
     ordered = sorted(fast.get_vocab().items(), key=lambda item: item[1])
-    return {bytes(by_char[char] for char in text): rank for rank, (text, _) in enumerate(ordered)}
+    ranks = {bytes(by_char[char] for char in text): rank for rank, (text, _) in enumerate(ordered)}
+    # A word that no merges lead to, as published files have some: taken where it is a whole piece.
+    return {**ranks, UNREACHABLE.encode(): len(ranks)}
 
 
 def tiktoken_bytes():
@@ -84,7 +87,16 @@ def texts():
     """The corpus, and 3,000 mixtures of it: whatever characters stand beside each other."""
     dice, characters = random.Random(0), "".join(CORPUS)
     yield from CORPUS
-    yield from ("", " ", "\n", "a", "[BOS]hi<|im_user|> there\n<|im_end|>[EOS]", "x<|reserved_token_870|> x")
+    yield from (
+        "",
+        " ",
+        "\n",
+        "a",
+        UNREACHABLE,
+        f"{UNREACHABLE}s",
+        "[BOS]hi<|im_user|> there\n<|im_end|>[EOS]",
+        "x<|reserved_token_870|> x",
+    )
     for _ in range(3000):
         pieces = (dice.choice((dice.choice(CORPUS)[dice.randrange(40) :], dice.choice(characters))) for _ in range(6))
         yield "".join(piece[: dice.randrange(1, 12)] for piece in pieces)
