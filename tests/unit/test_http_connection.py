@@ -205,6 +205,18 @@ async def test_of_too_many_connections_the_one_longest_idle_ends():
 
 
 @async_test
+async def test_connections_that_say_nothing_keep_nobody_out():
+    async with Site() as site:
+        site.server._connections._most = 2
+        async with Http(site.address) as first, Http(site.address):
+            await eventually(lambda: len(site.server._connections) == 2, "both are there")
+            async with Http(site.address) as third:
+                third.ask("POST", "/", b"x")
+                assert (await third.answer()).body == b"x"
+            assert await first.closed() == b""
+
+
+@async_test
 async def test_where_none_is_idle_the_next_connection_is_told_so():
     async def app(each):
         await asyncio.Event().wait()

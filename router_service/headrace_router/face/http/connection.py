@@ -92,6 +92,7 @@ class Connection(asyncio.Protocol):
             error = HttpError("too many connections; try again later", http_status=HTTPStatus.SERVICE_UNAVAILABLE)
             self._refuse(error)
         else:
+            self._connections.set_idle(self, True)
             self._set_timer(HEAD_TIMEOUT_S, self._on_head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:

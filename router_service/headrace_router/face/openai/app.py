@@ -46,6 +46,8 @@ class OpenAiApp:
         self._door = door
         self._caller_of = caller_of
         self._metrics = metrics
+        self._showing = asyncio.Lock()
+        """Metrics are shown to one at a time: to make the page competes with the event loop."""
         self._created_s = int(time.time())
         self._routes: dict[str, tuple[str, _Handler]] = {
             "/v1/completions": ("POST", self._generating(read_completion)),
@@ -130,7 +132,9 @@ class OpenAiApp:
     async def _show_metrics(self, exchange: Exchange) -> None:
         await self._enter(_INFO, exchange)
         encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
-        exchange.answer(await asyncio.to_thread(encode, self._metrics), content_type=content_type)
+        async with self._showing:
+            page = await asyncio.to_thread(encode, self._metrics)
+        exchange.answer(page, content_type=content_type)
 
     async def _openapi(self, exchange: Exchange) -> None:
         await self._enter(_INFO, exchange)
