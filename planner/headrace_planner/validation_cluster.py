@@ -21,7 +21,6 @@ from pathlib import Path
 from headrace_client import AsyncClient, SamplingParams
 from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
-from headrace_client.sampling import SamplingParams
 from headrace_core.metrics_page import read_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
