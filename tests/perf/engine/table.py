@@ -11,7 +11,17 @@ from tests.perf.engine.summary import OURS, key_of
 def table(report: Mapping[str, Any]) -> str:
     """Return ms of every engine beside the floor, our ratio to the best peer, and the same of the layer of experts."""
     engines: Mapping[str, Mapping[str, float] | None] = report["engines_ms"]
-    lines = [_row("", "floor", *engines, "× floor", "best peer", "of its time", "loaded / quiet")]
+    lines = [
+        _row(
+            "",
+            "floor",
+            *(name.replace("headrace --numerics", "--numerics") for name in engines),
+            "× floor",
+            "best peer",
+            "of its time",
+            "loaded / quiet",
+        )
+    ]
     for what, least in report["floor_ms"].items():
         key = key_of(what)
         if what not in (engines[OURS] or {}):
@@ -42,4 +52,4 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _row(first: str, *rest: str) -> str:
-    return f"{first:22}" + "".join(f"{each:>15}" for each in rest)
+    return f"{first:22}" + "".join(f"  {each:>13}" for each in rest)
