@@ -75,7 +75,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             NO_GPU, NO_EXACT, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
     """
     started = time.perf_counter()
-    _choose_kernels(settings)
+    choose_kernels(settings)
     pool_bytes = settings.kv_pool_mib << 20
     with _progress(f"loading {settings.model.name}") as on_progress:
         model = load_model(
@@ -132,7 +132,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     )
 
 
-def _choose_kernels(settings: WorkerSettings) -> None:
+def choose_kernels(settings: WorkerSettings) -> None:
     """Let this process compute with what `--kernels` names.
 
     Raises:
