@@ -29,6 +29,7 @@ PRINTING = {
     "keys": ["keys", "keys.toml", "alice"],
     "certs": ["certs", "made"],
     "dashboards": ["dashboards"],
+    "doctor": ["doctor"],
 }
 
 

@@ -122,6 +122,15 @@ class LocalCluster:
         """Every worker ever started."""
         return [process for process in self.processes if process.role != "router"]
 
+    @property
+    def num_workers(self) -> int:
+        """How many workers it starts with."""
+        return self.num_prefill + self.num_decode + self.num_both
+
+    def threads_each(self) -> int:
+        """Return how many of this machine's cores each worker computes on."""
+        return max(1, available_cores() // self.num_workers)
+
     def start(self) -> None:
         """Start everything and return when it serves; on an error nothing is left running.
 
@@ -228,14 +237,14 @@ class LocalCluster:
             common["tls"] = self.tls / ("decode" if role == "both" else role)
         if role == "router":
             return {**common, **self.router_options}
-        worker: dict[str, Any] = {**common, "threads": self._threads(), **self.worker_options}
+        worker: dict[str, Any] = {**common, "threads": self.threads_each(), **self.worker_options}
         if role == "prefill":
             return {**worker, **self.prefill_options}
         return {**worker, "role": role, **self.decode_options}
 
     def _environment(self) -> dict[str, str]:
         """Keep the compute libraries of several processes from fighting over the cores."""
-        threads = str(self._threads())
+        threads = str(self.threads_each())
         return {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
@@ -243,9 +252,6 @@ class LocalCluster:
             "KMP_BLOCKTIME": "0",
             "PYTHONUNBUFFERED": "1",
         }
-
-    def _threads(self) -> int:
-        return max(1, available_cores() // (self.num_prefill + self.num_decode + self.num_both))
 
     def _path(self, name: str) -> Path:
         assert self._folder, "the cluster is not running"

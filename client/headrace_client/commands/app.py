@@ -10,13 +10,14 @@ from headrace_core import __version__
 from headrace_core.errors import HeadraceError
 from typer.core import TyperGroup
 
-from headrace_client.commands import certs, chat, dashboards, demo, generate, keys, status, top, up
+from headrace_client.commands import certs, chat, dashboards, demo, doctor, generate, keys, status, top, up
 from headrace_client.commands.terminal import exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
 
 [bold]Start here[/bold]
   headrace demo                             a small model, and where its time goes
+  headrace doctor                           what this machine has, and what it lacks
 
 [bold]On your own[/bold]
   headrace up --model DIR                   start router and workers
@@ -108,3 +109,4 @@ app.command(help=dashboards.HELP)(dashboards.dashboards)
 app.command(help=certs.HELP)(certs.certs)
 app.command(help=keys.HELP)(keys.keys)
 app.command(help=demo.HELP)(demo.demo)
+app.command(help=doctor.HELP)(doctor.doctor)
