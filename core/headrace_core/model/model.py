@@ -90,6 +90,8 @@ class Model:
         self._mixtures = [i for i, layer in enumerate(weights.layers) if isinstance(layer.feed_forward, MoeMlp)]
         self._expert_counts = self._new_counts()
         self._decode_steps: DecodeGraphs | DecodeTapes | None = None
+        # What those read and write; steps over any other cache are computed as ever.
+        self._decode_cache: KvCache | None = None
         self._failures: dict[int, HeadraceError] = {}
 
     def kv_layout(self, page_size: int) -> KvLayout:
@@ -103,6 +105,7 @@ class Model:
 
         Takes a while: kernels are compiled. `capture` None: CUDA graphs.
         """
+        self._decode_cache = cache
         with torch.inference_mode():
             self._decode_steps = DecodeGraphs(
                 lambda batch: self._decode(batch, cache),
@@ -118,6 +121,7 @@ class Model:
 
         The first of each number of sequences is recorded.
         """
+        self._decode_cache = cache
         self._decode_steps = DecodeTapes(
             lambda batch, timer: self._decode(batch, cache, timer),
             max_rows=max_rows,
@@ -127,7 +131,7 @@ class Model:
 
     def forget_decode(self) -> None:
         """Undo `prepare_decode` or `record_decode`."""
-        self._decode_steps = None
+        self._decode_steps = self._decode_cache = None
 
     def forward(
         self,
@@ -150,7 +154,7 @@ class Model:
         """
         self._failures = {}
         with torch.inference_mode():
-            steps = self._decode_steps
+            steps = self._decode_steps if cache is self._decode_cache else None
             if steps is not None and len(chunks) <= steps.max_rows and is_decode_step(chunks):
                 output = steps.run(chunks, timer)
                 self._count(output.experts)

@@ -64,6 +64,17 @@ def test_recorded_steps_name_the_same_operations(model):
     assert all(second >= 0 for seconds in recorded for second in seconds.values())
 
 
+def test_a_step_over_another_cache_is_computed_as_ever(tmp_path):
+    write_checkpoint(tmp_path, TINY_CONFIGS["v3"])
+    model = load_model(tmp_path)
+    expected = logits_of(model, is_recorded=False)[0]
+    model.record_decode(
+        PagedSequences(model, page_size=PAGE_SIZE, num_pages=4).cache, max_rows=4, max_context_tokens=80
+    )
+    logits = logits_of(model, is_recorded=False)[0]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
+
+
 def test_a_cache_that_kernels_do_not_read_is_computed_as_ever(tmp_path):
     write_checkpoint(tmp_path, TINY_CONFIGS["v3"])
     model = load_model(tmp_path, kv_cache_dtype="fp8_e4m3")
