@@ -74,6 +74,11 @@ class _Watched:
         self.registry, self.failed = self._service.registry, self._service.failed
         self._answering: set[asyncio.Task[None]] = set()
 
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """See `process.Service`."""
+        return self._service.addresses
+
     async def start(self) -> str:
         """See `process.Service`."""
         self._before = leftovers.look()
