@@ -23,7 +23,7 @@ Forward = Callable[[DecodeBatch, OpTimer], DecodeOutput]
 class DecodeTapes:
     """Recorded decode steps of up to `max_rows` sequences. Engine thread only.
 
-    `problem` says why steps can't be recorded, once one was tried; then each is computed as ever.
+    `problem` says why steps can't be recorded, once one was tried; `max_rows` is 0 then, and steps are for others.
     """
 
     def __init__(self, forward: Forward, *, max_rows: int, max_pages: int, page_size: int) -> None:
@@ -54,12 +54,11 @@ class DecodeTapes:
 
     def _record(self, num_rows: int, timer: OpTimer) -> DecodeOutput:
         batch = self._inputs.device.first(num_rows)
-        if self.problem is not None:
-            return self._forward(batch, timer)
         output, tape = record(lambda tape: self._forward(batch, _BothMarks(tape, timer)), self._arena)
         if tape.problem is None:
             self._tapes[num_rows] = tape, output
-        self.problem = tape.problem
+        else:
+            self.problem, self.max_rows = tape.problem, 0
         return output
 
 

@@ -3,7 +3,7 @@
 What a step computes is the same series of calls on the same memory whoever is in it, if its inputs lie in memory that
 stays. So it is run once while it is recorded: its tensors come from an `Arena`, each compiled kernel's call is kept
 with its arguments, and so is each operation of plain torch, if it is one of few that can be made again into the same
-memory. One that is not, or that nobody thought of, makes the recording useless: `record` returns no tape then.
+memory. One that is not, or that nobody thought of, makes the recording useless: the tape has a `problem` then.
 
 Nothing recorded may depend on values: a kernel reads them when it runs, Python would have read those of the recording.
 """
