@@ -84,7 +84,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "CONNECTION_LOST": "the connection to the router broke",
         "DRAINING": "the process is going away and takes no new work",
         "NO_WORKERS": "no worker is ready, or none with a context so long; says what is missing",
-        "RETRIES_EXHAUSTED": "every attempt failed, or two lost their worker; says how the last one did",
+        "RETRIES_EXHAUSTED": "every attempt failed, or they lost two workers; says how the last one did",
         "SESSION_CLOSED": "the session of a router with a decode worker ended",
         "STARTING": "the process is loading its model",
         "START_FAILED": "a process of a local cluster, or that for chat templates, could not start; says why",

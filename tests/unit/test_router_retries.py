@@ -20,6 +20,7 @@ from headrace_router.testing import (
     run_router,
     scripted_worker,
     text_request,
+    wait_until,
 )
 
 
@@ -214,6 +215,37 @@ def test_a_request_that_ends_its_workers_is_given_two(tmp_path, role, reason):
     workers = [remembering_worker(role) for _ in range(4)]
     others = {"both": [], "decode": ["prefill"], "prefill": ["decode"]}[role]
     run_router(tmp_path, [*(remembering_worker(other) for other in others), *workers], test)
+
+
+def test_a_worker_that_is_lost_twice_is_one_lost_worker(tmp_path):
+    """A decode worker hears of its holder's end before the router does, which may give it the second attempt, too."""
+
+    async def test(router):
+        doomed, other, decode = router.workers
+        await other.set_ready(False)
+        fleet = router.service._router.fleet
+        await wait_until(lambda: len(fleet.workers()) == 2)
+        decode.faults.join.append(TakeError(Side.CHANNEL, HandoffLostError("HOLDER_LOST", "made to fail")))
+        endings, hold = [], doomed.hold
+
+        async def end():
+            await doomed.stop()
+            await other.set_ready(True)
+
+        def hold_sequence(order, outbox):
+            if doomed.prefills:
+                doomed.faults.prefill_gate.clear()
+                endings.append(asyncio.create_task(end()))
+            return hold(order, outbox)
+
+        doomed.hold = hold_sequence
+        (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 20}))
+        assert sample.token_ids == remembered("hi", 20)
+        assert router.metric("headrace_retries_total", reason="HOLDER_LOST") >= 1
+        await asyncio.gather(*endings)
+        assert len(endings) == 1
+
+    run_router(tmp_path, [remembering_worker(role) for role in ("prefill", "prefill", "decode")], test)
 
 
 @pytest.mark.parametrize(

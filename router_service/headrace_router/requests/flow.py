@@ -25,8 +25,8 @@ more of a request than the router, which has checked it: what one worker makes o
     TransferCorruptError  AGAIN, logged as an error
     ProtocolError         AGAIN, logged as an error; the worker gets nothing before its next load report
     DeadlineError         AGAIN while the client's own time is not up; then to the client
-    WORKER_LOST, HOLDER_LOST: the second one of a sample: RETRIES_EXHAUSTED, for it may be the request that ends its
-                          workers, and they have others'
+    WORKER_LOST, HOLDER_LOST: once two workers were lost: RETRIES_EXHAUSTED, for it may be the request that ends its
+                          workers, and they have others'. One that is lost twice, for others saw it first, counts once
     anything else         to the client, logged as an error
 """
 
@@ -36,9 +36,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.v1 import decode_service_pb2
 from headrace_core.errors import (
@@ -71,8 +70,6 @@ _DEADLINE_SLACK_S = 0.05
 """A worker's time for a sequence is up so much before the client's, by two clocks and what lies between."""
 _MOST_REFUSALS = 2
 _MOST_LOST_WORKERS = 2
-_REFUSED = "refused by a worker"
-_LOST = "lost its worker"
 _LOST_REASONS = frozenset({"WORKER_LOST", "HOLDER_LOST"})
 
 
@@ -96,6 +93,15 @@ _AGAIN: dict[type[HeadraceError], _Reaction] = {
     ProtocolError: _Reaction(holds_worker=True, level=logging.ERROR),
     DeadlineError: _Reaction(),
 }
+
+
+@dataclass(slots=True)
+class _Endings:
+    """How the attempts of one sample ended."""
+
+    num_refused: int = 0
+    lost: set[Worker] = field(default_factory=set)
+    """Those that were gone, or whose pages nobody could reach."""
 
 
 class Flow:
@@ -127,7 +133,7 @@ class Flow:
         if sample.cached is None:
             sample.cached = self._finished.find(sample.spec.prompt_ids)
         fingerprint = ""
-        endings: Counter[str] = Counter()
+        endings = _Endings()
         placed: Placement | None = None
         try:
             while True:
@@ -225,16 +231,17 @@ class Flow:
             self._finished.remember(first_ids, tokens_sha256, cached)
 
     def _react(
-        self, sample: Sample, placement: Placement, ended: Ended, error: HeadraceError, endings: Counter[str]
+        self, sample: Sample, placement: Placement, ended: Ended, error: HeadraceError, endings: _Endings
     ) -> None:
         """Prepare another attempt, or raise what the client is told; count in `endings` how this one ended."""
         blamed = _blamed(placement, ended)
         is_refusal = isinstance(error, InvalidRequestError) and error.reason != "BAD_HANDOFF"
-        endings[_REFUSED] += is_refusal
-        endings[_LOST] += error.reason in _LOST_REASONS
+        endings.num_refused += is_refusal
+        if error.reason in _LOST_REASONS:
+            endings.lost.add(blamed[0])  # of two the prefill worker: of its pages it is said
         reaction = _AGAIN.get(type(error))
         is_late = isinstance(error, DeadlineError) and _remaining_s(sample) <= _DEADLINE_SLACK_S
-        if is_late or (is_refusal and endings[_REFUSED] >= _MOST_REFUSALS):
+        if is_late or (is_refusal and endings.num_refused >= _MOST_REFUSALS):
             reaction = None
         data = {
             "request_id": sample.spec.request_id,
@@ -261,7 +268,7 @@ class Flow:
             for worker in blamed:
                 worker.hold()
         num_failed = sample.attempt - sample.num_moves
-        if num_failed >= self._max_attempts or endings[_LOST] >= _MOST_LOST_WORKERS:
+        if num_failed >= self._max_attempts or len(endings.lost) >= _MOST_LOST_WORKERS:
             raise UnavailableError(
                 "RETRIES_EXHAUSTED",
                 f"{num_failed} attempts failed; the last at {data['worker']} while {sample.state.value}: "
