@@ -84,6 +84,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "CONNECTION_LOST": "the connection to the router broke",
         "DRAINING": "the process is going away and takes no new work",
         "NO_WORKERS": "no worker is ready, or none with a context so long; says what is missing",
+        "RANK_LOST": "a rank of a worker's group is gone, or did not come in time; says in what",
         "RETRIES_EXHAUSTED": "every attempt failed, or they lost two workers; says how the last one did",
         "SESSION_CLOSED": "the session of a router with a decode worker ended",
         "STARTING": "the process is loading its model",
@@ -128,6 +129,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     StartupError: {
         "BAD_ADDRESS": "an address is not host:port",
         "BAD_KEYS": "the file of API keys can't be used; says why",
+        "BAD_RANKS": "a model can't be shared out to ranks so; names what does not divide",
         "BAD_TLS": "certificate, key or roots are missing, expired, or for another role; says which",
         "BAD_TRACING": "a variable of OpenTelemetry (OTEL_*) can't be used",
         "BIND": "an address can't be listened on",
