@@ -7,7 +7,8 @@ import pytest
 import torch
 from headrace_core.families import table
 from headrace_core.families.config_json import parse_config
-from headrace_core.model.load import load_model, num_weight_bytes
+from headrace_core.model.build import num_weight_bytes
+from headrace_core.model.load import load_model
 from headrace_core.roofline.model_shape import DEEPSEEK_V2_LITE
 from headrace_core.testing.tiny_checkpoints import write_checkpoint
 

@@ -9,7 +9,8 @@ import torch
 from headrace_core.engine.executor import Executor
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config_json import parse_config
-from headrace_core.model.load import build_network, load_model
+from headrace_core.model.build import build_network
+from headrace_core.model.load import load_model
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.testing.paged_sequences import PagedSequences, greedy_plan
 from headrace_core.testing.tiny_checkpoints import (

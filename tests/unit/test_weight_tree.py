@@ -10,7 +10,7 @@ from headrace_core.checkpoint.weight_reader import WeightReader
 from headrace_core.families.config_json import parse_config
 from headrace_core.families.table import weights
 from headrace_core.families.weights import Part, Place, Split, Weight
-from headrace_core.model.load import build_network
+from headrace_core.model.build import build_network
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,
     Variation,

@@ -10,7 +10,7 @@ from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config_json import parse_config
 from headrace_core.families.table import weights
 from headrace_core.kv.layout import CacheDtype
-from headrace_core.model.load import build_network
+from headrace_core.model.build import build_network
 from headrace_core.model.op_timer import OFF
 from headrace_core.model.step_inputs import PrefillGroup, StepInputs
 from headrace_core.model.working_memory import FIXED_BYTES, StepLimits, gpu_working_bytes, layer_bytes

@@ -14,7 +14,7 @@ from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype, KvLayout
-from headrace_core.model.load import num_weight_bytes
+from headrace_core.model.build import num_weight_bytes
 from headrace_core.scalar import Scalar
 from headrace_router.testing import write_tokenizer
 

@@ -12,7 +12,7 @@ import torch
 from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config import ModelConfig
 from headrace_core.families.table import weights
-from headrace_core.model.load import build_network, num_weight_bytes
+from headrace_core.model.build import build_network, num_weight_bytes
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.scalar import Scalar
 from headrace_core.testing.tiny_checkpoints import random_tensor
