@@ -25,6 +25,8 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     "gqa_decode": ("reference", "cpu", "triton"),
     "gqa_prefill": ("reference", "cpu", "triton"),
     "grouped_gemm": ("reference", "triton"),
+    "int8_experts": ("reference", "cpu"),
+    "int8_linear": ("reference", "cpu"),
     "latent_load": ("reference", "triton"),
     "latent_store": ("reference", "cpu", "triton"),
     "linear": ("reference", "cpu", "triton"),

@@ -30,7 +30,14 @@ class Experts(Protocol):
         ...
 
 
-def empty_experts(count: int, hidden: int, width: int, like: Tensor) -> Experts:
-    """Return memory for `count` experts, of the dtype and on the device of `like`; each is to be `put`."""
-    experts: Experts = select("experts", like).empty(count, hidden, width, like)
+def empty_experts(count: int, hidden: int, width: int, like: Tensor, *, is_int8: bool = False) -> Experts:
+    """Return memory for `count` experts, of the dtype and on the device of `like`; each is to be `put`.
+
+    With `is_int8` weights are held, and multiplied, in 8 bits (`int8_weights`).
+    """
+    experts: Experts = (
+        select("int8_experts", like).empty(count, hidden, width, like)
+        if is_int8
+        else select("experts", like).empty(count, hidden, width, like)
+    )
     return experts

@@ -11,6 +11,7 @@ compute).
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch import Tensor
 
@@ -27,10 +28,13 @@ class Linear:
 
     __slots__ = ("_kernels", "bias", "in_features", "is_packed", "out_features", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, is_packed: bool = True) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, is_packed: bool = True, is_int8: bool = False
+    ) -> None:
         """Take `weight` [O, I] and `bias` [O]; the caller drops its own reference.
 
-        With `is_packed` False the weight is shared as it is, and so it is where the backend packs none.
+        With `is_packed` False the weight is shared as it is, and so it is where the backend packs none. With `is_int8`
+        it is held, and multiplied, in 8 bits (`int8_weights`).
 
         Raises:
             ValueError: `bias` does not fit `weight`.
@@ -42,10 +46,10 @@ class Linear:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         # What packed a weight is what can read it, whatever backend is in force later.
-        self._kernels = select("linear", weight)
-        packed: Tensor | None = self._kernels.pack(weight) if is_packed else None
+        self._kernels = select("int8_linear", weight) if is_int8 else select("linear", weight)
+        packed = self._kernels.pack(weight) if is_packed else None
         self.is_packed = packed is not None
-        self.weight = weight if packed is None else packed
+        self.weight: Any = weight if packed is None else packed
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [T, O] for `x` [T, I]; T at least 1; dtype of the weight."""

@@ -46,6 +46,8 @@ def _results(dtype: torch.dtype) -> Iterator[Tensor]:
         experts,
         gqa_decode,
         gqa_prefill,
+        int8_experts,
+        int8_linear,
         linear,
         mla_decode,
         mla_prefill,
@@ -73,6 +75,12 @@ def _results(dtype: torch.dtype) -> Iterator[Tensor]:
     routed: RoutedTokens = moe_router.route_and_sort(x, norm, 1e-6, router, 1, None, 0, _EXPERTS)
     yield from (routed.x, routed.experts, routed.weights)
     held = experts.empty(_EXPERTS, _HIDDEN, _WIDTH, x)
+    for expert in range(_EXPERTS):
+        held.put(expert, random(_WIDTH, _HIDDEN), random(_WIDTH, _HIDDEN), random(_HIDDEN, _WIDTH))
+    yield held(routed, x)
+    in_8_bits = int8_linear.pack(weight)
+    yield int8_linear.packed_norm_linear(x, norm, in_8_bits, 1e-6, None, _WIDTH)
+    held = int8_experts.empty(_EXPERTS, _HIDDEN, _WIDTH, x)
     for expert in range(_EXPERTS):
         held.put(expert, random(_WIDTH, _HIDDEN), random(_WIDTH, _HIDDEN), random(_HIDDEN, _WIDTH))
     yield held(routed, x)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from headrace_kernels.cpu import panels
-from headrace_kernels.cpu.arguments import ADDRESS, INT, check, structure
+from headrace_kernels.cpu.arguments import ADDRESS, INT, address, check, structure
 from headrace_kernels.cpu.library import call, takes
 from headrace_kernels.reference import experts as reference
 from headrace_kernels.routing_rule import RoutedTokens
@@ -24,12 +26,15 @@ _MoeExperts = structure(
     num_local=INT,
     gate_up=ADDRESS,
     down=ADDRESS,
+    gate_up_scales=ADDRESS,
+    down_scales=ADDRESS,
     width=INT,
     residual=ADDRESS,
     residual_stride=INT,
     y=ADDRESS,
     y_stride=INT,
 )
+_packed_shape = cache(panels.packed_shape)
 
 
 class PackedExperts:
@@ -42,7 +47,7 @@ class PackedExperts:
 
     def put(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """See `headrace_kernels.experts.Experts`."""
-        self._gate_up[expert] = torch.stack((panels.pack(gate), panels.pack(up)), dim=1).flatten(0, 1)
+        self._gate_up[expert] = side_by_side(panels.pack(gate), panels.pack(up))
         self._down[expert] = panels.pack(down)
 
     def block_size(self, num_assignments: int) -> None:
@@ -50,32 +55,57 @@ class PackedExperts:
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
-        x, experts, weights = routed.x, routed.experts.contiguous(), routed.weights.contiguous()
-        num_tokens, num_per_token = len(x), experts.shape[1]
-        check("x", x, (num_tokens, self._hidden), self._down.dtype)
-        check("residual", residual, (num_tokens, self._hidden), x.dtype)
-        check("experts", experts, (num_tokens, num_per_token), torch.int64)
-        check("weights", weights, (num_tokens, num_per_token), torch.float32)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        arguments = _MoeExperts(
-            x.data_ptr(),
-            x.stride(0),
-            *x.shape,
-            experts.data_ptr(),
-            weights.data_ptr(),
-            num_per_token,
-            0,
-            len(self._down),
-            self._gate_up.data_ptr(),
-            self._down.data_ptr(),
-            self._width,
-            residual.data_ptr(),
-            residual.stride(0),
-            y.data_ptr(),
-            x.shape[1],
-        )
-        call("moe_experts", arguments, x.dtype)
-        return y
+        return run(routed, residual, self._gate_up, self._down, self._width)
+
+
+def side_by_side(gate: Tensor, up: Tensor) -> Tensor:
+    """Return the panels of `gate`, each with that of `up` behind it."""
+    return torch.stack((gate, up), dim=1).flatten(0, 1)
+
+
+def run(
+    routed: RoutedTokens,
+    residual: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    width: int,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return [T, N] for experts of `width`, packed, as `PackedExperts` keeps them; `scales` of both if they are int8.
+
+    Raises:
+        ValueError: a shape, dtype or stride does not fit.
+    """
+    x, experts, weights = routed.x, routed.experts.contiguous(), routed.weights.contiguous()
+    num_tokens, num_per_token = len(x), experts.shape[1]
+    check("x", x, (num_tokens, residual.shape[1]), residual.dtype)
+    check("residual", residual, (num_tokens, x.shape[1]), x.dtype)
+    check("experts", experts, (num_tokens, num_per_token), torch.int64)
+    check("weights", weights, (num_tokens, num_per_token), torch.float32)
+    dtype = x.dtype if scales is None else torch.int8
+    check("down", down, (len(down), *_packed_shape(x.shape[1], width, dtype)), dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    arguments = _MoeExperts(
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        experts.data_ptr(),
+        weights.data_ptr(),
+        num_per_token,
+        0,
+        len(down),
+        gate_up.data_ptr(),
+        down.data_ptr(),
+        *map(address, scales or (None, None)),
+        width,
+        residual.data_ptr(),
+        residual.stride(0),
+        y.data_ptr(),
+        x.shape[1],
+    )
+    call("moe_experts" if scales is None else "int8_moe_experts", arguments, x.dtype)
+    return y
 
 
 def empty(count: int, hidden: int, width: int, like: Tensor) -> PackedExperts | reference.ListedExperts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from headrace_kernels.cpu import panels
@@ -21,6 +22,7 @@ _Linear = structure(
     is_normed=INT,
     eps=FLOAT,
     weight=ADDRESS,
+    scales=ADDRESS,
     num_outputs=INT,
     bias=ADDRESS,
     residual=ADDRESS,
@@ -51,19 +53,19 @@ def pack(weight: Tensor) -> Tensor | None:
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     """See `headrace_kernels.linear.Linear.__call__`."""
-    return _run(x, packed, bias, num_outputs)
+    return run(x, packed, bias, num_outputs)
 
 
 def packed_norm_linear(
     x: Tensor, norm_weight: Tensor | None, packed: Tensor, eps: float, bias: Tensor | None, num_outputs: int
 ) -> Tensor:
     """See `headrace_kernels.linear.Linear.after_norm`; what the norm gives is not rounded."""
-    return _run(x, packed, bias, num_outputs, norm=(norm_weight, eps))
+    return run(x, packed, bias, num_outputs, norm=(norm_weight, eps))
 
 
 def packed_linear_add(x: Tensor, packed: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     """See `headrace_kernels.linear.Linear.added_to`; rounded once."""
-    return _run(x, packed, bias, residual.shape[1], residual=residual)
+    return run(x, packed, bias, residual.shape[1], residual=residual)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _run(
+def run(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
@@ -97,15 +99,21 @@ def _run(
     *,
     norm: tuple[Tensor | None, float] | None = None,
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Return `norm(x) @ weight.T + bias + residual`, [T, O], dtype of `x`, summed in float32 and rounded once.
+
+    With `scales`, float32 and one for every output of the panels, `packed` is int8 (`int8_linear`).
 
     Raises:
         ValueError: a shape, dtype or stride does not fit.
     """
     x = _with_rows(x)
     y = x.new_empty(len(x), num_outputs)
-    check("weight, packed,", packed, _packed_shape(num_outputs, x.shape[1], x.dtype), x.dtype)
+    dtype = x.dtype if scales is None else torch.int8
+    check("weight, packed,", packed, _packed_shape(num_outputs, x.shape[1], dtype), dtype)
+    if scales is not None:
+        check("scales", scales, (panels.padded(num_outputs),), torch.float32)
     if residual is not None:
         check("residual", residual, (len(x), num_outputs), x.dtype)
     if norm is not None and norm[0] is not None:
@@ -119,6 +127,7 @@ def _run(
         norm is not None,
         eps,
         packed.data_ptr(),
+        address(scales),
         num_outputs,
         address(bias),
         address(residual),
@@ -126,7 +135,7 @@ def _run(
         y.data_ptr(),
         num_outputs,
     )
-    call("linear", arguments, x.dtype)
+    call("linear" if scales is None else "int8_linear", arguments, x.dtype)
     return y
 
 

@@ -44,8 +44,10 @@ def on_library(monkeypatch, other, run):
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 6, 7, 12, 13, 31])
-def test_linear_layers_are_the_same(num_rows, wide, monkeypatch, dtype):
-    linear, norm = Linear(plain(50, 133, dtype=dtype), plain(50, dtype=dtype)), plain(133, dtype=dtype)
+@pytest.mark.parametrize("is_int8", [False, True], ids=["numbers", "in 8 bits"])
+def test_linear_layers_are_the_same(num_rows, is_int8, wide, monkeypatch, dtype):
+    weight, bias, norm = plain(50, 133, dtype=dtype), plain(50, dtype=dtype), plain(133, dtype=dtype)
+    linear = Linear(weight, bias, is_int8=is_int8)
     x, residual = random(num_rows, 133, dtype=dtype), random(num_rows, 50, dtype=dtype)
     for run in (lambda: linear.after_norm(x, norm, 1e-5), lambda: linear.added_to(residual, x)):
         assert torch.equal(on_library(monkeypatch, wide, run), run())

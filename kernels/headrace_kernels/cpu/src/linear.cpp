@@ -1,15 +1,14 @@
 // A linear layer with what stands before and after it: y = norm(x) @ weight.T + bias + residual.
 #include <algorithm>
 
-#include "panel.h"
 #include "pool.h"
-#include "rows.h"
+#include "weights.h"
 
 namespace HEADRACE_ISA {
 namespace {
 
 // Rows computed together stay in the second-level cache beside a panel; more at once only take memory.
-constexpr int64_t CACHED_FLOATS = 48 * 1024;
+constexpr int64_t CACHED_BYTES = 192 * 1024;
 constexpr int64_t MOST_ROWS = 512;
 constexpr int TASKS_PER_THREAD = 6;
 
@@ -20,6 +19,7 @@ struct Linear {
     int64_t is_normed;
     float eps;
     const void *weight;
+    const float *scales;
     int64_t O;
     const void *bias, *residual;
     int64_t residual_stride;
@@ -27,23 +27,25 @@ struct Linear {
     int64_t y_stride;
 };
 
-template <class T>
-void linear(const Linear &call, int dtype) {
-    int64_t padded = padded_terms(call.K, dtype), num_panels = (call.O + LANES - 1) / LANES;
+template <class T, class Weights>
+void linear(const Linear &call) {
+    using Term = typename Weights::Term;
+    int64_t size = Weights::row_size(call.K), num_panels = (call.O + LANES - 1) / LANES;
+    int64_t panel_size = Weights::terms(call.K) * LANES;
     for (int64_t first = 0; first < call.num_rows; first += MOST_ROWS) {
         int64_t num_rows = call.num_rows - first < MOST_ROWS ? call.num_rows - first : MOST_ROWS;
-        float *wide = headrace::scratch_of<float>(0, num_rows * padded);
-        const float **rows = headrace::scratch_of<const float *>(1, num_rows);
+        Term *prepared = headrace::scratch_of<Term>(0, num_rows * size);
+        const Term **rows = headrace::scratch_of<const Term *>(1, num_rows);
         int64_t rows_a_task = num_rows <= 2 * MAX_ROWS ? num_rows : 2 * MAX_ROWS;
         headrace::stage((num_rows + rows_a_task - 1) / rows_a_task, [&](int64_t task, int) {
             for (int64_t i = task * rows_a_task; i < num_rows && i < (task + 1) * rows_a_task; i++) {
                 const T *x = (const T *)call.x + (first + i) * call.x_stride;
                 float scale = call.is_normed ? norm_scale(x, call.K, call.eps) : 1.f;
-                rows[i] = wide + i * padded;
-                widen(x, call.K, padded, scale, (const T *)call.norm_weight, wide + i * padded);
+                rows[i] = prepared + i * size;
+                Weights::prepare(x, call.K, scale, (const T *)call.norm_weight, prepared + i * size);
             }
         });
-        int64_t block = CACHED_FLOATS / std::max<int64_t>(padded, 1) / MAX_ROWS * MAX_ROWS;
+        int64_t block = CACHED_BYTES / std::max<int64_t>(size * sizeof(Term), 1) / MAX_ROWS * MAX_ROWS;
         block = block < MAX_ROWS ? MAX_ROWS : block;
         int64_t num_blocks = (num_rows + block - 1) / block;
         int64_t wanted = TASKS_PER_THREAD * headrace::num_threads();
@@ -57,9 +59,9 @@ void linear(const Linear &call, int dtype) {
             for (; panel < end && panel < num_panels; panel++) {
                 int64_t column = panel * LANES;
                 int width = (int)(call.O - column < LANES ? call.O - column : LANES);
-                const T *weights = (const T *)call.weight + panel * panel_size(call.K, dtype);
+                const auto *weights = (const typename Weights::Weight *)call.weight + panel * panel_size;
                 Lanes bias = call.bias == nullptr ? all(0.f) : load_some((const T *)call.bias + column, width);
-                all_rows(count, rows + start, weights, padded, [&](int64_t row, Lanes sum) {
+                Weights::multiply(count, rows + start, weights, call.scales + column, call.K, [&](int64_t row, Lanes sum) {
                     int64_t at = first + start + row;
                     sum = sum + bias;
                     T *to = (T *)call.y + at * call.y_stride + column;
@@ -84,5 +86,14 @@ using namespace HEADRACE_ISA;
 
 // See cpu/linear.py. 0: done; 1: no memory.
 EXPORT int ENTRY(linear)(const Linear *call, int dtype, int num_threads) {
-    return headrace::in_turn(num_threads, [&] { dtype == BFLOAT16 ? linear<bf16>(*call, dtype) : linear<float>(*call, dtype); });
+    return headrace::in_turn(num_threads, [&] {
+        dtype == BFLOAT16 ? linear<bf16, WideWeights<bf16>>(*call) : linear<float, WideWeights<float>>(*call);
+    });
+}
+
+// See cpu/int8_linear.py. 0: done; 1: no memory.
+EXPORT int ENTRY(int8_linear)(const Linear *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] {
+        dtype == BFLOAT16 ? linear<bf16, ByteWeights>(*call) : linear<float, ByteWeights>(*call);
+    });
 }

@@ -1,0 +1,46 @@
+"""`headrace_kernels.experts` over weights in 8 bits (`int8_weights`), compiled: `src/moe_experts.cpp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace_kernels.cpu import int8_linear, panels
+from headrace_kernels.cpu.experts import run, side_by_side
+from headrace_kernels.cpu.library import takes
+from headrace_kernels.reference import int8_experts as reference
+from headrace_kernels.routing_rule import RoutedTokens
+
+
+class PackedInt8Experts:
+    """See `headrace_kernels.experts.Experts`; what an expert's SiLU gives is quantised again."""
+
+    def __init__(self, count: int, hidden: int, width: int, like: Tensor) -> None:
+        outputs = 2 * panels.padded(width)
+        self._width = width
+        self._gate_up = like.new_empty(count, *panels.packed_shape(outputs, hidden, torch.int8), dtype=torch.int8)
+        self._down = like.new_empty(count, *panels.packed_shape(hidden, width, torch.int8), dtype=torch.int8)
+        self._scales = (
+            like.new_empty(count, outputs, dtype=torch.float32),
+            like.new_empty(count, panels.padded(hidden), dtype=torch.float32),
+        )
+
+    def put(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        gates, ups, downs = map(int8_linear.pack, (gate, up, down))
+        self._gate_up[expert] = side_by_side(gates.values, ups.values)
+        self._down[expert] = downs.values
+        scales = side_by_side(gates.scales.view(-1, panels.LANES), ups.scales.view(-1, panels.LANES))
+        self._scales[0][expert], self._scales[1][expert] = scales.flatten(), downs.scales
+
+    def block_size(self, num_assignments: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+
+    def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
+        """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
+        return run(routed, residual, self._gate_up, self._down, self._width, scales=self._scales)
+
+
+def empty(count: int, hidden: int, width: int, like: Tensor) -> PackedInt8Experts | reference.Int8Experts:
+    """See `headrace_kernels.experts.empty_experts`."""
+    return (PackedInt8Experts if takes(like.dtype) else reference.Int8Experts)(count, hidden, width, like)
