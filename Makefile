@@ -115,7 +115,7 @@ bench: setup ## Speed and memory beside transformers; writes build/bench/first-l
 
 bench-engine: setup ## The engine on a CPU beside its floor and other engines, in turns; writes build/bench/engine.json
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m
-	$(BIN)/python -m tests.perf.engine build/checkpoint-280m --exact $(ARGS)
+	$(BIN)/python -m tests.perf.engine build/checkpoint-280m --exact --int8 $(ARGS)
 	$(BIN)/python -m tests.perf.engine demo/model --json build/bench/engine-demo.json --no-moe-layer $(ARGS)
 
 bench-scheduling: setup ## What a decode step costs besides the network, of 16 sequences; writes build/bench/scheduling.json

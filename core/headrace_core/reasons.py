@@ -138,6 +138,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_LENDING": "threads can't be lent: the folder can't be used, or how many there are is not said",
         "NO_EXACT": "exact numerics can't be held with these kernels or types; says which",
         "NO_FP8_CACHE": "the cache of this network can't be kept in 8 bits",
+        "NO_INT8": "weights can't be multiplied in 8 bits there",
         "NO_GPU": "torch sees no GPU",
         "NO_KERNEL": "the GPU's kernels do not take this network or page size",
         "NO_OPENTELEMETRY": "--trace-sample needs OpenTelemetry, which is not installed",

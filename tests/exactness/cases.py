@@ -20,6 +20,7 @@ from headrace_core.batch.step import Chunk
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.numerics import Numerics
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from torch import Tensor
 
@@ -59,10 +60,16 @@ class Deployment:
     moves: Sequence[int]
 
 
-def tiny_model(family: str, dtype: str, folder: Path, numerics: Numerics = Numerics.EXACT) -> Model:
+def tiny_model(
+    family: str,
+    dtype: str,
+    folder: Path,
+    numerics: Numerics = Numerics.EXACT,
+    weights_dtype: WeightsDtype = WeightsDtype.AUTO,
+) -> Model:
     """Return a tiny network of this family."""
     write_checkpoint(folder, TINY_CONFIGS[family])
-    return load_model(folder, dtype=dtype, numerics=numerics)
+    return load_model(folder, dtype=dtype, numerics=numerics, weights_dtype=weights_dtype)
 
 
 def differing(family: str, dtype: str, folder: Path, seeds: Sequence[int]) -> list[int]:

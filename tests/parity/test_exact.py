@@ -6,6 +6,7 @@ from headrace_core.errors import StartupError
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_kernels import backend, use_backend
 
@@ -25,6 +26,13 @@ needs_library = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_the_tokens_before_alone(family, dtype, tmp_path):
     model = tiny_model(family, dtype, tmp_path)
+    assert [seed for seed in range(_CASES) if not check(model, seed)] == []
+
+
+@needs_library
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nor_do_they_with_weights_in_8_bits(family, tmp_path):
+    model = tiny_model(family, "bfloat16", tmp_path, weights_dtype=WeightsDtype.INT8)
     assert [seed for seed in range(_CASES) if not check(model, seed)] == []
 
 

@@ -1,6 +1,6 @@
-"""What latents in 8 bits cost the demo model: its logits, its greedy tokens, its gate.
+"""What latents or weights in 8 bits cost the demo model: its logits, its greedy tokens, its gate.
 
-    PYTHONPATH=demo python -m tests.perf.kv_cache_dtype [--prompts 200] [--json build/bench/kv-cache-dtype.json]
+    PYTHONPATH=demo python -m tests.perf.eight_bits [--prompts 200] [--json build/bench/eight-bits.json]
 
 The prompts are those of the gate (`headrace_demo.evaluate`): heroes that never stood in training text. Each model goes
 on with them greedily, and its stories are judged. Then all read a hundred stories of the first one, token by token, and
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_demo.evaluate import Prompt, judge, known_capitals, make_prompts
 from tokenizers import Tokenizer
@@ -28,18 +29,21 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 FOLDER = Path("demo/model")
-MODELS = {
-    "float32": ("float32", "auto"),
-    "float32, fp8 cache": ("float32", "fp8_e4m3"),
-    "bfloat16": ("bfloat16", "auto"),
-    "bfloat16, fp8 cache": ("bfloat16", "fp8_e4m3"),
+MODELS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "float32, fp8 cache": {"dtype": "float32", "kv_cache_dtype": "fp8_e4m3"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, fp8 cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3"},
+    "bfloat16, int8 weights": {"dtype": "bfloat16", "weights_dtype": WeightsDtype.INT8},
 }
-"""Compute type and cache type by name."""
+"""How each is loaded."""
 PAIRS = (
     ("float32, fp8 cache", "float32"),
     ("bfloat16", "float32"),
     ("bfloat16, fp8 cache", "float32"),
     ("bfloat16, fp8 cache", "bfloat16"),
+    ("bfloat16, int8 weights", "float32"),
+    ("bfloat16, int8 weights", "bfloat16"),
 )
 _BATCH = 100
 _READ, _READ_TOGETHER = 100, 10
@@ -155,7 +159,7 @@ def differences(sums: Counter[str]) -> dict[str, float]:
 def measure(prompts: list[Prompt], folder: Path) -> dict[str, Any]:
     """Return the gate's verdict on each of MODELS, and how each of PAIRS differs."""
     ids, known, bare = token_ids(prompts, folder), known_capitals(), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    models = {name: load_model(folder, dtype=dtype, kv_cache_dtype=cached) for name, (dtype, cached) in MODELS.items()}
+    models = {name: load_model(folder, **options) for name, options in MODELS.items()}
     told: dict[str, list[list[int]]] = {}
     figures: dict[str, Any] = {"num_prompts": len(prompts)}
     for name, model in models.items():
@@ -184,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--model", type=Path, default=FOLDER)
-    parser.add_argument("--json", type=Path, default=Path("build/bench/kv-cache-dtype.json"))
+    parser.add_argument("--json", type=Path, default=Path("build/bench/eight-bits.json"))
     options = parser.parse_args()
     text = json.dumps(measure(make_prompts(options.prompts), options.model), indent=1) + "\n"
     sys.stdout.write(text)

@@ -29,6 +29,7 @@ from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.numerics import Numerics
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_kernels.backend import backend
 
@@ -47,8 +48,14 @@ _log = logging.getLogger(__name__)
 class HeadraceEngine:
     """Our model over pages, one step at a time."""
 
-    def __init__(self, directory: Path, num_pages: int, numerics: Numerics = Numerics.FAST) -> None:
-        self.model: Model = load_model(directory, numerics=numerics)
+    def __init__(
+        self,
+        directory: Path,
+        num_pages: int,
+        numerics: Numerics = Numerics.FAST,
+        weights_dtype: WeightsDtype = WeightsDtype.AUTO,
+    ) -> None:
+        self.model: Model = load_model(directory, numerics=numerics, weights_dtype=weights_dtype)
         self._num_pages = num_pages
         self._sequences = PagedSequences(self.model, page_size=PAGE_SIZE, num_pages=num_pages, is_poisoned=False)
         record_decode(self.model, self._sequences.cache)

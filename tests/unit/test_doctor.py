@@ -54,7 +54,8 @@ MACHINE = Machine(
     docker="27.1", docker_problem="", compose="2.29",
 )  # fmt: skip
 WORKER = {
-    "device": "cpu", "dtype": "auto", "kv_cache_dtype": "auto", "kernels": "cpu", "kernels_problem": "",
+    "device": "cpu", "dtype": "auto", "kv_cache_dtype": "auto", "weights_dtype": "auto",
+    "kernels": "cpu", "kernels_problem": "",
     "families": {"cpu": 14, "reference": 11}, "threads": 3, "free_bytes": 9 * GIB, "transports": ["shm", "grpc"],
     "transport_problems": {"shm": "", "nixl": "NIXL is not installed", "grpc": ""},
     "torch": {"version": "2.11+cpu", "cuda": "", "rocm": "", "gpus": [], "gpu_kernels_problem": ""},
@@ -203,6 +204,8 @@ def test_each_line_of_the_machine(changed, name, says):
         ({}, "threads", "3; `headrace up` gives its 2 workers 5 each"),
         ({}, "dtype", "as its checkpoint; compiled kernels take float32, bfloat16"),
         ({"dtype": "float32"}, "dtype", "float32; compiled kernels take float32, bfloat16"),
+        ({}, "weights", "dtype of the compute"),
+        ({"weights_dtype": "int8"}, "weights", "int8"),
         ({}, "KV cache", "dtype of the compute"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "KV cache", "fp8_e4m3"),
         ({}, "memory", "9.0 GiB free for weights, pages and a margin"),

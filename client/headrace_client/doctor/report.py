@@ -48,6 +48,7 @@ def worker_rows(worker: dict[str, Any]) -> Rows:
         "compiler": f"{compiled['compiler']} would build them" if compiled["compiler"] else compiled["no_compiler"],
         "threads": _threads(worker["threads"]),
         "dtype": f"{_auto(worker['dtype'], 'as its checkpoint')}; compiled kernels take {_listed(compiled['dtypes'])}",
+        "weights": _auto(worker["weights_dtype"], "dtype of the compute"),
         "KV cache": _auto(worker["kv_cache_dtype"], "dtype of the compute"),
         "memory": f"{format_bytes(worker['free_bytes'])} free for weights, pages and a margin",
         "transport": _transport(worker),

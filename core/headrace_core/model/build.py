@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import torch
@@ -20,6 +19,7 @@ from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, ModelWeights
 from headrace_core.model.rope_angles import softmax_scale
+from headrace_core.model.weights_dtype import WeightsDtype, num_bytes
 from headrace_core.process import release_freed_memory
 
 
@@ -35,23 +35,26 @@ class WeightSource(Protocol):
         ...
 
 
-def build_network(config: ModelConfig, source: WeightSource) -> ModelWeights:
+def build_network(
+    config: ModelConfig, source: WeightSource, weights_dtype: WeightsDtype = WeightsDtype.AUTO
+) -> ModelWeights:
     """Return the network of `config`; each weight of its tree is taken once, and held only as packed."""
     with torch.inference_mode():
-        return _Builder(config, source).build()
+        return _Builder(config, source, weights_dtype).build()
 
 
-def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def num_weight_bytes(config: ModelConfig, dtype: torch.dtype, weights_dtype: WeightsDtype = WeightsDtype.AUTO) -> int:
     """Return the bytes that the weights of `config` take in compute type `dtype`."""
-    return sum(math.prod(weight.shape) * (4 if weight.is_float32 else dtype.itemsize) for weight in weight_tree(config))
+    return sum(num_bytes(weight, dtype, weights_dtype) for weight in weight_tree(config))
 
 
 class _Builder:
     """Builds the network from weights taken one at a time; a plain weight is dropped as soon as it is packed."""
 
-    def __init__(self, config: ModelConfig, source: WeightSource) -> None:
+    def __init__(self, config: ModelConfig, source: WeightSource, weights_dtype: WeightsDtype) -> None:
         self._config = config
         self._source = source
+        self._is_int8 = weights_dtype is WeightsDtype.INT8
         self._tree = weight_tree(config)
         self._places: dict[Place, Weight] = {}
         """Of what is being built: the weights outside of layers, or those of one layer."""
@@ -85,7 +88,10 @@ class _Builder:
     def _linear(self, *parts: Part) -> Linear:
         """Return one linear layer whose outputs are those of the weights named, one after another."""
         weights = [self._take(part) for part in parts]
-        return Linear(weights[0] if len(weights) == 1 else torch.cat(weights))
+        return self._packed(weights[0] if len(weights) == 1 else torch.cat(weights))
+
+    def _packed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return Linear(weight, bias, is_int8=self._is_int8)
 
     def _attention(self) -> Attention:
         config = self._config
@@ -104,13 +110,13 @@ class _Builder:
         weight = torch.cat((self._take(Part.QUERY_DOWN if has_lora else Part.QUERY), self._take(Part.LATENT)))
         latent_up = self._take(Part.LATENT_UP).view(num_heads, -1, shape.kv_lora_rank)
         weights = MlaWeights(
-            input_proj=Linear(weight, self._mla_input_bias(len(weight))),
+            input_proj=self._packed(weight, self._mla_input_bias(len(weight))),
             query_norm=self._take_if_there(Part.QUERY_NORM),
             query_b=self._linear(Part.QUERY_UP) if has_lora else None,
             kv_norm=self._take(Part.LATENT_NORM),
             w_uk=latent_up[:, : shape.nope_dim].contiguous(),
             w_uv=latent_up[:, shape.nope_dim :].contiguous(),
-            output_proj=Linear(self._take(Part.OUTPUT), self._take_if_there(Part.OUTPUT_BIAS)),
+            output_proj=self._packed(self._take(Part.OUTPUT), self._take_if_there(Part.OUTPUT_BIAS)),
         )
         scale = softmax_scale(shape, self._config.rope.yarn)
         return LatentAttentionLayer(shape, num_heads, scale, weights)
@@ -145,7 +151,7 @@ class _Builder:
         """Return all experts, shared ones last; one weight at a time is held beside them."""
         shape, hidden = self._config.moe, self._config.hidden_size
         count, width = shape.num_experts + shape.num_shared_experts, shape.intermediate_size
-        experts = empty_experts(count, hidden, width, self._source.empty(0))
+        experts = empty_experts(count, hidden, width, self._source.empty(0), is_int8=self._is_int8)
         for expert in range(shape.num_experts):
             experts.put(expert, *(self._take(part, expert) for part in (Part.GATE, Part.UP, Part.DOWN)))
         if shape.num_shared_experts:

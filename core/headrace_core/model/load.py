@@ -22,6 +22,7 @@ from headrace_core.model.build import build_network, num_weight_bytes
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.model.numerics import Numerics, check_exact, exact_fingerprint
 from headrace_core.model.rope_angles import check_angles
+from headrace_core.model.weights_dtype import WeightsDtype, check_int8, int8_fingerprint
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
 from headrace_core.scalar import Scalar
@@ -32,6 +33,7 @@ def load_model(
     *,
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    weights_dtype: WeightsDtype = WeightsDtype.AUTO,
     device: str = "cpu",
     numerics: Numerics = Numerics.FAST,
     kv_pool_bytes: int = 0,
@@ -44,6 +46,7 @@ def load_model(
         directory: holds config.json and model.safetensors or its shards with their index.
         dtype: type of weights and compute: "float32", "bfloat16", "float16", or "auto", the checkpoint's.
         kv_cache_dtype: how latents are kept: "fp8_e4m3", or "auto", as values of `dtype`.
+        weights_dtype: how weights are held.
         device: torch's name of where to compute.
         numerics: how far a token's bits are promised.
         kv_pool_bytes: memory that pages will take; counted when the model is checked against what is available.
@@ -53,7 +56,7 @@ def load_model(
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
-        StartupError: NO_EXACT, NO_FP8_CACHE, before anything is read but config.json.
+        StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, before anything is read but config.json.
     """
     config = parse_config(directory)
     check_angles(config)
@@ -62,10 +65,12 @@ def load_model(
     cache_dtype = CacheDtype(dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
     if numerics is Numerics.EXACT:
         check_exact(backend(torch.empty(0, device=device)), compute_dtype, cache_dtype)
+    if weights_dtype is WeightsDtype.INT8:
+        check_int8(device)
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
-    weight_bytes = num_weight_bytes(config, compute_dtype)
+    weight_bytes = num_weight_bytes(config, compute_dtype, weights_dtype)
     working_bytes = WORKING_BYTES
     if device == "cuda":
         limits = step_limits or StepLimits()
@@ -73,10 +78,14 @@ def load_model(
     check_fits(weight_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
-    weights = build_network(config, reader)
+    weights = build_network(config, reader, weights_dtype)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
-    fingerprint = reader.fingerprint() if numerics is Numerics.FAST else exact_fingerprint(reader.fingerprint())
+    fingerprint = reader.fingerprint()
+    if weights_dtype is WeightsDtype.INT8:
+        fingerprint = int8_fingerprint(fingerprint)
+    if numerics is Numerics.EXACT:
+        fingerprint = exact_fingerprint(fingerprint)
     identity = ModelIdentity(fingerprint, compute_dtype, weight_bytes, cache_dtype, numerics)
     return Model(config, identity, weights)
 

@@ -37,6 +37,7 @@ def capabilities(settings: WorkerSettings) -> dict[str, Any]:
         "device": settings.device,
         "dtype": settings.dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
+        "weights_dtype": settings.weights_dtype,
         "kernels": kernels,
         "kernels_problem": objection(kernels, settings.device) or "",
         "families": dict(Counter(backend_of(family, nothing) for family in TABLE)),

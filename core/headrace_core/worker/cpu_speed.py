@@ -9,6 +9,7 @@ as gathering rows; the whole machine is not measured, only the threads that this
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from headrace_kernels.linear import Linear
@@ -27,20 +28,23 @@ _LEAST_BYTES = 8 << 20
 _MOST_BYTES = 128 << 20
 
 
-def measure_worker_cpu(dtype: Dtype, model_bytes: int) -> Hardware:
-    """Return the CPU as hardware named "cpu", as a model of `model_bytes` in `dtype` sees it. Any thread."""
+def measure_worker_cpu(weights: Dtype, compute: Dtype, model_bytes: int) -> Hardware:
+    """Return the CPU as hardware named "cpu", as a model of `model_bytes` of such `weights` sees it. Any thread.
+
+    `weights` are of the type that is computed in, or, as FP8, in 8 bits.
+    """
     started = time.perf_counter()
-    torch_dtype, num_threads = TORCH_DTYPES[dtype.scalar], torch.get_num_threads()
+    torch_dtype, num_threads = TORCH_DTYPES[compute.scalar], torch.get_num_threads()
     num_bytes = min(max(model_bytes, _LEAST_BYTES), _MOST_BYTES)
     memory = read_bytes_per_s(num_bytes, num_threads=num_threads, repeats=_REPEATS)
     with torch.inference_mode():
-        linear = Linear(torch.ones(_SIDE, _SIDE, dtype=torch_dtype))
         rows = torch.ones(_SIDE, _SIDE, dtype=torch_dtype)
-        flops = 2 * _SIDE**3 / best_of(lambda: linear(rows), _REPEATS)
+        layers = {dtype: Linear(rows.clone(), is_int8=dtype is not compute) for dtype in {weights, compute}}
+        flops = {dtype: 2 * _SIDE**3 / best_of(partial(layer, rows), _REPEATS) for dtype, layer in layers.items()}
         row, weight = rows[:1, :64].contiguous(), rows[0, :64].contiguous()
         overhead_s = best_of(lambda: rms_norm(row, weight, 1e-6), _OVERHEAD_REPEATS)
     return cpu_hardware(
-        {dtype: flops},
+        flops,
         memory_bytes_per_s=memory,
         copy_bytes_per_s=memory / 2,
         operation_overhead_s=overhead_s,

@@ -28,6 +28,7 @@ from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.numerics import Numerics
 from headrace_core.model.self_check import check_kernels
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.model.working_memory import StepLimits
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype
@@ -72,7 +73,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     Raises:
         CheckpointError: the checkpoint can't be served.
         StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
-            NO_GPU, NO_EXACT, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
+            NO_GPU, NO_EXACT, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
     """
     started = time.perf_counter()
     choose_kernels(settings)
@@ -82,6 +83,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             settings.model,
             dtype=settings.dtype,
             kv_cache_dtype=settings.kv_cache_dtype,
+            weights_dtype=WeightsDtype(settings.weights_dtype),
             device=settings.device,
             numerics=Numerics(settings.numerics),
             kv_pool_bytes=pool_bytes,
@@ -112,6 +114,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             "fingerprint": model.fingerprint,
             **_about(kernels, settings),
             "numerics": settings.numerics,
+            "weights_dtype": settings.weights_dtype,
             "seconds": time.perf_counter() - started,
             "pages": num_pages,
             "page_bytes": layout.page_bytes,
@@ -174,10 +177,12 @@ def _prediction(settings: WorkerSettings, model: Model) -> Prediction | None:
         log.info("operations are not timed on a GPU")
         return None
     shape = shape_of(model.config, settings.model.resolve().name)
-    dtype, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype
+    compute, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype
+    # Of weights in 8 bits the roofline knows one kind.
+    dtype = Dtype.FP8 if settings.weights_dtype == WeightsDtype.INT8.value else compute
     kv_dtype = Dtype.FP8 if cached is CacheDtype.FP8_E4M3 else _ROOFLINE_DTYPES[cached.element]
     if settings.hardware == "cpu":
-        return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, model.weight_bytes), kv_dtype)
+        return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, compute, model.weight_bytes), kv_dtype)
     return Prediction(shape, dtype, partial(find_hardware, settings.hardware), kv_dtype)
 
 

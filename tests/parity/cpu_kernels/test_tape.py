@@ -8,6 +8,7 @@ import pytest
 import torch
 from headrace_core.model.load import load_model
 from headrace_core.model.op_timer import RunningOpTimer
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_kernels.cpu.arena import Arena
@@ -54,6 +55,17 @@ def test_recorded_steps_give_the_same_bits(model):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(cache, expected_cache, strict=True))
     assert counts == expected_counts
+
+
+@pytest.mark.parametrize("name", ["v3", "mixtral"])
+def test_recorded_steps_of_weights_in_8_bits_give_the_same_bits(name, tmp_path, dtype):
+    write_checkpoint(tmp_path, TINY_CONFIGS[name])
+    model = load_model(tmp_path, dtype=str(dtype).removeprefix("torch."), weights_dtype=WeightsDtype.INT8)
+    expected, expected_cache, _ = logits_of(model, is_recorded=False)
+    logits, cache, _ = logits_of(model, is_recorded=True)
+    assert model._decode_steps.problem is None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(cache, expected_cache, strict=True))
 
 
 def test_recorded_steps_name_the_same_operations(model):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from headrace_core.model.numerics import Numerics
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
 from headrace_core.worker.kernel_speed import faster_of
@@ -31,7 +32,7 @@ from tests.perf.engine import moe_layer
 from tests.perf.engine.hardware import measured_hardware
 from tests.perf.engine.llama_cpp import LlamaCpp
 from tests.perf.engine.peer import CONTEXT, STEPS, Engine, InProcess, NoPeerError, Samples, Task, medians, peers_dtype
-from tests.perf.engine.summary import EXACT, LOADED, OURS, floors, summary
+from tests.perf.engine.summary import EXACT, INT8, LOADED, OURS, floors, summary
 from tests.perf.engine.table import table
 from tests.perf.engine.vllm_cpu import VllmCpu
 from tests.perf.machine import machine
@@ -49,6 +50,8 @@ def _engines(task: Task, peers: Path, options: argparse.Namespace) -> tuple[dict
     engines: dict[str, Engine] = {OURS: InProcess(HeadraceEngine(task.checkpoint, pages), ours)}
     if options.exact:
         engines[EXACT] = InProcess(HeadraceEngine(task.checkpoint, pages, Numerics.EXACT), ours)
+    if options.int8:
+        engines[INT8] = InProcess(HeadraceEngine(task.checkpoint, pages, weights_dtype=WeightsDtype.INT8), ours)
     others: dict[str, Callable[[], Engine]] = {
         "transformers": lambda: InProcess(
             TransformersEngine(task.checkpoint, peers_dtype()), f"transformers in this process, {peers_dtype()}"
@@ -114,6 +117,7 @@ def _main() -> None:
                         default=["transformers", "llama.cpp", "vllm"])  # fmt: skip
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="folder of others' engines")
     parser.add_argument("--exact", action="store_true", help="what --numerics exact costs, too: times of ours")
+    parser.add_argument("--int8", action="store_true", help="--weights-dtype int8, too: times of ours")
     parser.add_argument("--loaded", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--moe-layer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, default=_REPORT, help="where the report goes")

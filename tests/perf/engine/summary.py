@@ -14,6 +14,7 @@ from tests.perf.engine.peer import CONTEXT, Samples, medians
 
 OURS = "headrace"
 EXACT = "headrace --numerics exact"
+INT8 = "headrace --weights-dtype int8"
 LOADED = "headrace, cores loaded"
 
 
@@ -44,7 +45,7 @@ def summary(
     """
     found = {name: medians(samples) for name, samples in rounds.items()}
     ours, loaded = found[OURS], found.pop(LOADED, {})
-    others = {name: each for name, each in found.items() if name not in (OURS, EXACT)}
+    others = {name: each for name, each in found.items() if name not in (OURS, EXACT, INT8)}
     report: dict[str, Any] = {
         "floor_ms": {what: round(each.time_s * 1e3, 2) for what, each in least.items()},
         "floor_mb": {what: round(each.bytes / 1e6, 1) for what, each in least.items()},
@@ -64,8 +65,9 @@ def summary(
         report[f"{key}_vs_best"] = None if ratio is None else round(ratio, 3)
         report[f"{key}_vs_floor"] = round(seconds / least[what].time_s, 2)
         report |= {f"{key}_loaded_vs_quiet": round(loaded[what] / seconds, 2)} if what in loaded else {}
-    if EXACT in found:
-        report["exact_cost"] = {what: round(found[EXACT][what] / seconds, 2) for what, seconds in ours.items()}
+    for key, name in (("exact_cost", EXACT), ("int8_cost", INT8)):
+        if name in found:
+            report[key] = {what: round(found[name][what] / seconds, 2) for what, seconds in ours.items()}
     return report
 
 

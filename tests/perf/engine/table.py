@@ -15,7 +15,7 @@ def table(report: Mapping[str, Any]) -> str:
         _row(
             "",
             "floor",
-            *(name.replace("headrace --numerics", "--numerics") for name in engines),
+            *(name.removeprefix("headrace --numerics ").removeprefix("headrace --weights-dtype ") for name in engines),
             "× floor",
             "best peer",
             "of its time",
