@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 import time
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 
 from headrace_kernels import Backend, backend, choose_backend
 from headrace_kernels.backend import instruction_set, what_is_missing
 from headrace_kernels.dispatch import objection
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headrace_core.batch.spec import ModelLimits
 from headrace_core.checkpoint.torch_scalar import scalar_of
@@ -30,6 +25,7 @@ from headrace_core.model.numerics import Numerics
 from headrace_core.model.self_check import check_kernels
 from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.model.working_memory import StepLimits
+from headrace_core.progress import shown
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype
 from headrace_core.transfer.memfd import Memfd
@@ -41,7 +37,6 @@ from headrace_core.worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
-_LOG_INTERVAL_S = 5.0
 _TRIED_TOKENS = 2
 """What a worker without a GPU's kernels computes before it serves: one token, then two, so that a network that can't is
 told at once."""
@@ -78,7 +73,8 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     started = time.perf_counter()
     choose_kernels(settings)
     pool_bytes = settings.kv_pool_mib << 20
-    with _progress(f"loading {settings.model.name}") as on_progress:
+    name = settings.model_name or settings.model.resolve().name
+    with shown(f"loading {name}") as on_progress:
         model = load_model(
             settings.model,
             dtype=settings.dtype,
@@ -110,7 +106,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     log.info(
         "model loaded",
         extra={
-            "model": settings.model_name or settings.model.resolve().name,
+            "model": name,
             "fingerprint": model.fingerprint,
             **_about(kernels, settings),
             "numerics": settings.numerics,
@@ -123,14 +119,14 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         },
     )
     return LoadedModel(
-        name=settings.model_name or settings.model.resolve().name,
+        name=name,
         model=model,
         cache=cache,
         limits=ModelLimits(config.vocab_size, most, tuple(config.eos_token_ids)),
         layout=layout,
         fingerprint=model.fingerprint,
         num_pages=num_pages,
-        prediction=_prediction(settings, model),
+        prediction=_prediction(settings, model, name),
         memory=memory,
     )
 
@@ -171,12 +167,12 @@ def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_con
     log.info("kernels checked against plain torch", extra={"relative_difference": difference})
 
 
-def _prediction(settings: WorkerSettings, model: Model) -> Prediction | None:
+def _prediction(settings: WorkerSettings, model: Model, name: str) -> Prediction | None:
     if settings.device == "cuda":
         # Times are measured between calls, which on a GPU return before their work is done (model/op_timer.py).
         log.info("operations are not timed on a GPU")
         return None
-    shape = shape_of(model.config, settings.model.resolve().name)
+    shape = shape_of(model.config, name)
     compute, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype
     # Of weights in 8 bits the roofline knows one kind.
     dtype = Dtype.FP8 if settings.weights_dtype == WeightsDtype.INT8.value else compute
@@ -184,31 +180,3 @@ def _prediction(settings: WorkerSettings, model: Model) -> Prediction | None:
     if settings.hardware == "cpu":
         return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, compute, model.weight_bytes), kv_dtype)
     return Prediction(shape, dtype, partial(find_hardware, settings.hardware), kv_dtype)
-
-
-@contextlib.contextmanager
-def _progress(label: str) -> Generator[Callable[[int, int], None]]:
-    """Yield a function of (bytes done, bytes in all): a bar on a terminal, a log line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield _log_progress(label)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield show
-
-
-def _log_progress(label: str) -> Callable[[int, int], None]:
-    last_s = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last_s
-        if time.monotonic() - last_s >= _LOG_INTERVAL_S:
-            last_s = time.monotonic()
-            log.info(label, extra={"bytes": done, "total_bytes": total, "percent": round(100 * done / max(total, 1))})
-
-    return show
