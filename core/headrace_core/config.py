@@ -80,8 +80,11 @@ class ProcessSettings(BaseSettings):
 class WorkerSettings(ProcessSettings):
     """What both kinds of worker have."""
 
-    model: Path = Field(description="folder of a Hugging Face checkpoint: config.json and *.safetensors")
-    model_name: str = Field("", description="name clients may ask for; default: the folder's name")
+    model: Path = Field(
+        description="folder of a Hugging Face checkpoint, or its name on the hub, from where it is downloaded then"
+    )
+    revision: str = Field("", description="of a name on the hub: branch, tag or commit; default: its main branch")
+    model_name: str = Field("", description="name clients may ask for; default: the folder's name, or that on the hub")
     advertise: Reachable = Field("", description="host:port at which others reach this worker; default: --listen")
     peers: str = Field(
         "",
@@ -172,8 +175,11 @@ class RouterSettings(ProcessSettings):
         "127.0.0.1:50050",
         description="host:port to serve clients on; port 0 lets the kernel choose",
     )
-    model: Path = Field(description="folder with tokenizer.json and config.json; weights are not read")
-    model_name: str = Field("", description="name clients may ask for; default: the folder's name")
+    model: Path = Field(
+        description="folder with tokenizer.json and config.json, or a name on the hub; weights are not read"
+    )
+    revision: str = Field("", description="of a name on the hub: branch, tag or commit; default: its main branch")
+    model_name: str = Field("", description="name clients may ask for; default: the folder's name, or that on the hub")
     generation_config: Literal["auto", "none"] = Field(
         "auto",
         description="auto: what a request leaves open of temperature, top_p, top_k and repetition_penalty is as the "

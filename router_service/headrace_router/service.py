@@ -13,7 +13,9 @@ from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.hub import is_hub_name, with_folder
 from headrace_core.identity import Identity, Role
+from headrace_core.outside import call_outside
 from headrace_core.telemetry import with_role
 from headrace_core.tracing.start import open_tracer
 
@@ -80,6 +82,8 @@ class RouterService:
     async def start(self) -> str:
         """Load the tokenizer and serve. Workers are connected in the background; until then requests wait."""
         settings = self._settings
+        if is_hub_name(settings.model):
+            settings = await call_outside(with_folder, settings, False)
         if self._keys is not None and self._tls is None:
             log.warning("keys cross the network in clear text; set --tls, or --tls-cert and --tls-key")
         if self._tls is not None and self._identity is None:

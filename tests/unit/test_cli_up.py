@@ -11,6 +11,7 @@ import pytest
 from headrace_client.cluster import local_cluster
 from headrace_client.commands.app import app
 from headrace_core.testing.async_test import WAIT_S
+from headrace_core.testing.local_hub import LocalHub, commit_of
 from typer.testing import CliRunner
 
 CHILD = """
@@ -42,6 +43,8 @@ if "--workers-file" in options:
     router.__enter__()
     address = router.address
 print("loading", flush=True)
+if "--model-name" in options:
+    print("called " + options["--model-name"] + " in " + options["--model"], flush=True)
 if "--kv-cache-dtype" in options:
     print("cache in " + options["--kv-cache-dtype"], flush=True)
 with open(options["--ready-file"] + ".new", "w") as file:
@@ -68,10 +71,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start_up(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", UP, str(folder / "child.py"), "up", "--model", str(folder), *arguments]
+def start_up(folder: Path, *arguments: str, model: str = "", env: dict[str, str] | None = None) -> subprocess.Popen:
+    command = [sys.executable, "-c", UP, str(folder / "child.py"), "up", "--model", model or str(folder), *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **(env or {})},
     )
 
 
@@ -155,6 +162,23 @@ def test_up_gives_every_worker_the_same_cache(folder, arguments, cached):
         rest, _ = up.communicate(timeout=WAIT_S)
     told = sorted(line.split()[0] for line in [*lines, *rest.splitlines()] if line.endswith(f"| cache in {cached}"))
     assert told == ["decode-0", "prefill-0"]
+
+
+@pytest.mark.parametrize(("arguments", "name"), [((), "someone/Tiny"), (("--model-name", "tiny"), "tiny")])
+def test_up_downloads_a_model_by_its_name_and_calls_it_so(folder, tmp_path, model_dir, arguments, name):
+    home = tmp_path / "home"
+    with (
+        LocalHub({"someone/Tiny": model_dir}) as hub,
+        start_up(folder, *arguments, model="someone/Tiny", env=hub.environment(home)) as up,
+    ):
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        rest, _ = up.communicate(timeout=WAIT_S)
+    found = home / "hub" / "models--someone--Tiny" / "snapshots" / commit_of("someone/Tiny")
+    told = sorted(
+        line.split()[0] for line in [*lines, *rest.splitlines()] if line.endswith(f"| called {name} in {found}")
+    )
+    assert told == ["decode-0", "prefill-0", "router"]
 
 
 def test_up_with_only_colocated_workers_starts_no_others(folder):

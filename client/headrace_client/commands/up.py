@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from headrace_core.hub import find_model, is_hub_name, machine_bytes
 from headrace_core.identity import CERT, KEY, ROOTS, Role
+from headrace_core.progress import shown
 from rich.text import Text
 
 from headrace_client.cluster.cluster_process import ClusterProcess
@@ -25,6 +27,7 @@ HELP = """Start a router and its workers on this machine; Ctrl-C stops them.
 
 Examples:
   headrace up --model demo/model
+  headrace up --model deepseek-ai/DeepSeek-V2-Lite     (downloaded from the Hugging Face hub)
   headrace up --model DIR --prefill 2 --decode 2 --kv-pool-mib 1024
   headrace up --model DIR --both 1                (one worker, no hand-off)
   headrace up --model DIR --worker-option max-step-tokens=512
@@ -52,7 +55,15 @@ _Settings = list[str] | None
 
 
 def up(  # the signature is the command line
-    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face checkpoint.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="Folder of a Hugging Face checkpoint, or its name on the hub.", show_default=False)
+    ],
+    revision: Annotated[
+        str, typer.Option(help="Of a name on the hub: branch, tag or commit. Default: its main branch.")
+    ] = "",
+    model_name: Annotated[
+        str, typer.Option(help="What clients call the model. Default: its folder's name, or that on the hub.")
+    ] = "",
     prefill: Annotated[
         int | None,
         typer.Option(
@@ -86,11 +97,14 @@ def up(  # the signature is the command line
     decode_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For decode workers.")] = None,
     router_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For the router.")] = None,
 ) -> None:
-    """Run the command. Raises what `LocalCluster.start` lists; `app` reports it."""
+    """Run the command. Raises what `find_model` and `LocalCluster.start` list; `app` reports it."""
+    name = model_name or (model if is_hub_name(model) else "")
+    named = {"model-name": name} if name else {}
+    folder = _find(model, revision, device)
     if tls and not (tls / ROOTS).exists():
         certs.make(tls)
     cluster = LocalCluster(
-        model,
+        folder,
         (0 if both else 1) if prefill is None else prefill,
         (0 if both else 1) if decode is None else decode,
         num_both=both,
@@ -98,6 +112,7 @@ def up(  # the signature is the command line
             "listen": listen,
             **({"http-listen": http_listen} if http_listen else {}),
             "metrics-listen": f"127.0.0.1:{metrics_port}",
+            **named,
             **parse_settings(router_option),
         },
         worker_options={
@@ -105,6 +120,7 @@ def up(  # the signature is the command line
             "dtype": dtype,
             "kv-cache-dtype": kv_cache_dtype,
             "kv-pool-mib": kv_pool_mib,
+            **named,
             **parse_settings(worker_option),
         },
         prefill_options=parse_settings(prefill_option),
@@ -115,6 +131,13 @@ def up(  # the signature is the command line
     )
     with _sigterm_as_interrupt():
         _run(cluster)
+
+
+def _find(model: str, revision: str, device: str) -> Path:
+    """Return the model's folder, after a download that shows how far it is. Raises what `find_model` lists."""
+    most_bytes = machine_bytes() if device == "cpu" else 0
+    with shown(f"downloading {model}", stdout.print) as on_progress:
+        return find_model(model, revision=revision, most_bytes=most_bytes, on_progress=on_progress)
 
 
 def _run(cluster: LocalCluster) -> None:

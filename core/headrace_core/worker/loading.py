@@ -17,6 +17,7 @@ from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
 from headrace_core.errors import StartupError
 from headrace_core.families.roofline_shape import shape_of
+from headrace_core.hub import machine_bytes, with_folder
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
@@ -63,9 +64,10 @@ class LoadedModel:
 
 
 def load_worker_model(settings: WorkerSettings) -> LoadedModel:
-    """Load the checkpoint and make the page pool; takes long, call it off the event loop.
+    """Load the checkpoint, downloaded first if need be, and make the page pool; takes long, call it off the event loop.
 
     Raises:
+        HeadraceError: as `hub.find_model`.
         CheckpointError: the checkpoint can't be served.
         StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
             NO_GPU, NO_EXACT, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
@@ -73,6 +75,9 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     started = time.perf_counter()
     choose_kernels(settings)
     pool_bytes = settings.kv_pool_mib << 20
+    most_bytes = machine_bytes() if settings.device == "cpu" else 0
+    with shown(f"downloading {settings.model}") as on_progress:
+        settings = with_folder(settings, most_bytes=most_bytes, on_progress=on_progress)
     name = settings.model_name or settings.model.resolve().name
     with shown(f"loading {name}") as on_progress:
         model = load_model(
