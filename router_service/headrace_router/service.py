@@ -132,7 +132,7 @@ class RouterService:
 
     async def _start_http(self, router: Router, listen: str) -> None:
         metrics = with_role(self.registry, "router")
-        self._app = OpenAiApp(router, self._door, self._caller_of, metrics)
+        self._app = OpenAiApp(router, self._door, self._caller_of, metrics, keys=self._keys)
         self._http = HttpServer(self._app, tls=self._tls)
         self.addresses = {"http_address": await self._http.start(listen)}
 

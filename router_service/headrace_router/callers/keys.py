@@ -102,15 +102,15 @@ class Keys:
             )
         yield
 
-    def take_request(self, context: Any) -> None:
-        """Count a request against its key's limit.
+    def take_request(self, context: Any, count: int = 1) -> None:
+        """Count a request, or several, against their key's limit.
 
         Raises:
             OverloadedError: RATE_LIMITED.
         """
         key = self._shown(context)
         if key is not None:
-            _refuse(key, self._requests[key.name].take(1), f"{key.requests_per_minute} requests")
+            _refuse(key, self._requests[key.name].take(count), f"{key.requests_per_minute} requests")
 
     def take_tokens(self, caller: Caller, amount: int) -> Callable[[int], None]:
         """Count tokens that a request may use; return what to tell, once, how many it did use.

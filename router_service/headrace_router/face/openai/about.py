@@ -18,7 +18,19 @@ class About:
     created_s: int
     """By the clock, in whole seconds since 1970."""
     model: str
-    prompt_ids: list[int]
-    prompt_text: str
-    """Only if it is to be echoed."""
+    prompts: list[list[int]]
+    """The tokens of each; every one has `num_samples` choices, those of the first come first."""
+    prompt_texts: list[str]
+    """Of each, empty unless they are to be echoed."""
+    num_samples: int
     token_bytes: TokenBytes
+
+    @property
+    def num_choices(self) -> int:
+        """Of all prompts."""
+        return len(self.prompts) * self.num_samples
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self.prompts))

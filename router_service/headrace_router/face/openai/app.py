@@ -18,33 +18,44 @@ from headrace_core.shares import Caller
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from headrace_router.callers.keys import Keys
 from headrace_router.face.http.errors import HttpError, body_of, headers_of, status_of
 from headrace_router.face.http.exchange import JSON, Exchange
-from headrace_router.face.openai.generate import GENERATE, Read, generate
+from headrace_router.face.openai.generate import generate
 from headrace_router.face.openai.openapi import document
-from headrace_router.face.openai.request import read_chat, read_completion, read_tokenize
+from headrace_router.face.openai.request import Asked, read_chat, read_completion, read_tokenize
 from headrace_router.face.openai.responses import read_response
 from headrace_router.router import Router
 
 log = logging.getLogger(__name__)
 
+_GENERATE = "/headrace.v1.GenerationService/Generate"
 _INFO = "/headrace.v1.GenerationService/GetServerInfo"
 _HEALTH = "/grpc.health.v1.Health/Check"
-"""To the door the other endpoints are these: who may call them, and what they may take."""
+"""To the door the endpoints are these: who may call them, and what they may take."""
 
 _Handler = Callable[[Exchange], Awaitable[None]]
+_Read = Callable[[bytes, str], Asked]
+"""From a body and the request's id."""
 
 
 class OpenAiApp:
     """Answers exchanges; an `http.connection.App`. Event loop only."""
 
     def __init__(
-        self, router: Router, door: Door, caller_of: Callable[[Any], Caller], metrics: CollectorRegistry
+        self,
+        router: Router,
+        door: Door,
+        caller_of: Callable[[Any], Caller],
+        metrics: CollectorRegistry,
+        *,
+        keys: Keys | None = None,
     ) -> None:
         self.is_ready = False
         self._router = router
         self._door = door
         self._caller_of = caller_of
+        self._keys = keys
         self._metrics = metrics
         self._showing = asyncio.Lock()
         """Metrics are shown to one at a time: to make the page competes with the event loop."""
@@ -93,15 +104,18 @@ class OpenAiApp:
             raise HttpError(f"send content-type: {JSON}", http_status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         return handler
 
-    def _generating(self, read: Read) -> _Handler:
+    def _generating(self, read: _Read) -> _Handler:
         async def answer(exchange: Exchange) -> None:
             request_id = dict(exchange.extra)["x-request-id"]
-            await generate(exchange, read, request_id, self._router, self._door, self._caller_of)
+            asked = await self._door.receive(_GENERATE, exchange, lambda body: read(body, request_id))
+            if self._keys is not None and len(asked.messages) > 1:  # one was counted before the body was read
+                self._keys.take_request(exchange, len(asked.messages) - 1)
+            await generate(exchange, asked, self._router, self._door, self._caller_of(exchange))
 
         return answer
 
     async def _tokenize(self, exchange: Exchange) -> None:
-        message = await self._door.receive(GENERATE, exchange, read_tokenize)
+        message = await self._door.receive(_GENERATE, exchange, read_tokenize)
         token_ids = await self._router.tokenize(message, self._caller_of(exchange))
         max_tokens = self._router.info().max_context_tokens
         answer = {"count": len(token_ids), "max_model_len": max_tokens, "tokens": token_ids}

@@ -25,17 +25,17 @@ _DONE = "data: [DONE]\n\n"
 class Events:
     """One answer's. `take` each piece in order, then `last` once."""
 
-    def __init__(self, about: About, num_samples: int) -> None:
+    def __init__(self, about: About) -> None:
         self._about = about
         self._is_chat = about.wanted.is_chat
-        self._counts = Counts(len(about.prompt_ids))
+        self._counts = Counts(about.num_prompt_tokens, about.num_samples)
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         self._head = (
             f'data: {{"id":{quoted(about.answer_id)},"object":"{kind}","created":{about.created_s},'
             f'"model":{quoted(about.model)},"choices":['
         )
         text = '"delta":{"content":' if self._is_chat else '"text":'
-        self._heads = [f'{self._head}{{"index":{index},{text}' for index in range(num_samples)]
+        self._heads = [f'{self._head}{{"index":{index},{text}' for index in range(about.num_choices)]
         self._first_heads = [each.replace('{"content"', '{"role":"assistant","content"') for each in self._heads]
         self._middle = "}," if self._is_chat else ","
         options = about.wanted.options
@@ -44,14 +44,15 @@ class Events:
         self._plain = f'{self._middle}"logprobs":null,"finish_reason":null}}]{self._tail}'
         """What follows the text of most pieces."""
         self._is_plain = not (self._is_counted_always or about.wanted.has_logprobs or about.wanted.has_token_ids)
-        self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(num_samples)]
+        self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(about.num_choices)]
 
     def take(self, piece: Piece) -> str:
         """Return the events of a piece; empty if it has none."""
         ending, index = piece.ending, piece.sample_index
         self._counts.add(index, len(piece.token_ids), ending)
         if piece.is_first:
-            return self._rest(piece, self._first_heads[index], self._about.prompt_text + piece.text)
+            prompt = index // self._about.num_samples
+            return self._rest(piece, self._first_heads[index], self._about.prompt_texts[prompt] + piece.text)
         if ending is not None or not self._is_plain:
             return self._rest(piece, self._heads[index], piece.text)
         if not piece.text:
@@ -76,7 +77,11 @@ class Events:
         if about.wanted.has_token_ids:
             parts.append(f',"token_ids":{_ids(piece.token_ids)}')
         has_prompt_ids = about.wanted.has_token_ids and piece.is_first
-        prompt_ids = f',"prompt_token_ids":{_ids(about.prompt_ids)}' if has_prompt_ids else ""
+        prompt_ids = (
+            f',"prompt_token_ids":{_ids(about.prompts[piece.sample_index // about.num_samples])}'
+            if has_prompt_ids
+            else ""
+        )
         parts.append(f"}}]{prompt_ids}" if self._is_chat else f"{prompt_ids}}}]")
         parts.append(f',"usage":{self._counts.usage()}}}\n\n' if self._is_counted_always else self._tail)
         return "".join(parts)

@@ -1,4 +1,4 @@
-"""Answers one request for text: through the door, into the router, and its pieces to the connection.
+"""Answers one request for text: into the router, and its pieces to the connection.
 
 What a step brings is written in the very call that brought it: no task is switched to for a token, and a client that
 does not read has its tokens joined until it does. An answer's head is sent with its first token, so that what ends a
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 from headrace_core.door import Door
 from headrace_core.errors import HeadraceError, OverloadedError
@@ -20,60 +19,64 @@ from headrace_router.face.http.connection import STALL_TIMEOUT_S
 from headrace_router.face.http.exchange import Exchange
 from headrace_router.face.openai.about import About
 from headrace_router.face.openai.events import Events, error_event
-from headrace_router.face.openai.request import Asked
+from headrace_router.face.openai.request import Asked, Wanted
 from headrace_router.face.openai.responses import ResponseEvents, WholeResponse
+from headrace_router.face.openai.several import Pieces, Several
 from headrace_router.face.openai.whole import Whole
 from headrace_router.requests.running import RunningRequest
 from headrace_router.router import Router
 
-GENERATE = "/headrace.v1.GenerationService/Generate"
-"""To the door a request over HTTP is one over gRPC."""
 
-Read = Callable[[bytes, str], Asked]
-"""From a body and the request's id."""
-
-
-async def generate(
-    exchange: Exchange, read: Read, request_id: str, router: Router, door: Door, caller_of: Callable[[Any], Caller]
-) -> None:
-    """Answer `exchange`.
+async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door, caller: Caller) -> None:
+    """Answer `exchange`; gives `asked.messages` up, which may be large.
 
     Raises:
         HeadraceError: nothing of an answer was sent.
     """
-    asked = await door.receive(GENERATE, exchange, lambda body: read(body, request_id))
-    running = await router.open(
-        asked.message,
-        caller_of(exchange),
-        None,
-        metadata=exchange.invocation_metadata(),
-        on_failed=lambda: door.forget_message(exchange),
-    )
-    spec, wanted = running.spec, asked.wanted
-    about = About(
-        wanted,
-        answer_id=f"{wanted.prefix}-{spec.request_id}",
-        created_s=int(time.time()),
-        model=router.model_name,
-        prompt_ids=spec.prompt_ids,
-        prompt_text=router.text_of(spec.prompt_ids) if wanted.echo else "",
-        token_bytes=router.token_bytes,
-    )
-    del asked  # it may be large, and nobody needs it any more
+    opened: list[RunningRequest] = []
+    wanted = asked.wanted
+
+    def end() -> None:
+        for each in opened:
+            router.close(each)
+
+    def on_failed() -> None:
+        """Let nothing go on of an answer that can't be told whole, though its client may not know yet."""
+        door.forget_message(exchange)
+        end()
+
+    metadata = exchange.invocation_metadata()
     try:
+        while asked.messages:
+            message = asked.messages.pop(0)
+            opened.append(await router.open(message, caller, None, metadata=metadata, on_failed=on_failed))
+        about = _about(wanted, opened, router)
+        pieces: Pieces = opened[0] if len(opened) == 1 else Several(opened, about.num_samples)
         is_response = wanted.prefix == "resp"
         if wanted.is_streamed:
-            events = ResponseEvents(about) if is_response else Events(about, spec.num_samples)
-            await _stream(exchange, running, events)
+            await _stream(exchange, pieces, ResponseEvents(about) if is_response else Events(about))
         else:
-            whole = WholeResponse(about) if is_response else Whole(about, spec.num_samples)
-            await _collect(exchange, running, whole)
-        await running.settle()
+            await _collect(exchange, pieces, WholeResponse(about) if is_response else Whole(about))
+        await pieces.settle()
     finally:
-        router.close(running)
+        end()
 
 
-async def _collect(exchange: Exchange, running: RunningRequest, whole: Whole | WholeResponse) -> None:
+def _about(wanted: Wanted, opened: Sequence[RunningRequest], router: Router) -> About:
+    prompts = [each.spec.prompt_ids for each in opened]
+    return About(
+        wanted,
+        answer_id=f"{wanted.prefix}-{opened[0].spec.request_id}",
+        created_s=int(time.time()),
+        model=router.model_name,
+        prompts=prompts,
+        prompt_texts=[router.text_of(prompt) if wanted.echo else "" for prompt in prompts],
+        num_samples=opened[0].spec.num_samples,
+        token_bytes=router.token_bytes,
+    )
+
+
+async def _collect(exchange: Exchange, running: Pieces, whole: Whole | WholeResponse) -> None:
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_news() -> None:
@@ -93,7 +96,7 @@ async def _collect(exchange: Exchange, running: RunningRequest, whole: Whole | W
     exchange.answer(whole.body())
 
 
-async def _stream(exchange: Exchange, running: RunningRequest, events: Events | ResponseEvents) -> None:
+async def _stream(exchange: Exchange, running: Pieces, events: Events | ResponseEvents) -> None:
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_news() -> None:

@@ -24,16 +24,18 @@ _LEAST_LOGPROB = -9999.0
 class Counts:
     """Of an answer's tokens, so far."""
 
-    def __init__(self, num_prompt: int) -> None:
+    def __init__(self, num_prompt: int, num_samples: int) -> None:
+        """Args: `num_prompt` tokens of all prompts; `num_samples` of each of them."""
         self.num_prompt = num_prompt
+        self._num_samples = num_samples
         self.num_output = 0
         self.num_cached = 0
 
     def add(self, sample_index: int, num_new: int, ending: Ending | None) -> None:
         """Take note of a piece."""
         self.num_output += num_new
-        if ending is not None and sample_index == 0:
-            self.num_cached = ending.num_cached_tokens
+        if ending is not None and sample_index % self._num_samples == 0:  # a prompt counts once
+            self.num_cached += ending.num_cached_tokens
 
     def usage(self) -> str:
         """Return OpenAI's `usage` as JSON."""

@@ -23,6 +23,8 @@ from headrace_router.face.openai.schema import (
 )
 
 _DEFAULT_COMPLETION_TOKENS = 16
+MAX_CHOICES = 128
+"""Of one body: `n` for each prompt."""
 ROLES = {"developer": "system"}
 """What templates call those that OpenAI calls otherwise."""
 _SAME_NAME = (
@@ -53,7 +55,8 @@ class Wanted:
 class Asked:
     """A body, understood."""
 
-    message: generation_service_pb2.GenerateRequest
+    messages: list[generation_service_pb2.GenerateRequest]
+    """One for each prompt."""
     wanted: Wanted
 
 
@@ -70,7 +73,7 @@ def read_chat(body: bytes, request_id: str) -> Asked:
     top_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     message = _message(fields, request_id, MAX_COUNT if max_tokens is None else max_tokens, top_logprobs)
     _put_messages(message, fields.messages)
-    return Asked(message, _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False))
+    return Asked([message], _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False))
 
 
 def read_completion(body: bytes, request_id: str) -> Asked:
@@ -84,8 +87,11 @@ def read_completion(body: bytes, request_id: str) -> Asked:
     prompt = fields.prompt if fields.prompt_token_ids is None else fields.prompt_token_ids
     if fields.prompt is not None and fields.prompt_token_ids is not None:
         raise HttpError("send one of `prompt` and `prompt_token_ids`", param="prompt")
-    _put_prompt(message, prompt)
-    return Asked(message, _wanted(fields, is_chat=False, has_logprobs=has_logprobs, echo=echo))
+    messages = [_with_prompt(message, each) for each in _each_prompt(prompt)]
+    num_choices = len(messages) * (fields.n or 1)
+    if num_choices > MAX_CHOICES:
+        raise HttpError(f"`prompt`: {num_choices} choices in all; at most {MAX_CHOICES}", param="prompt")
+    return Asked(messages, _wanted(fields, is_chat=False, has_logprobs=has_logprobs, echo=echo))
 
 
 def read_tokenize(body: bytes) -> generation_service_pb2.GenerateRequest:
@@ -152,22 +158,27 @@ def float32(value: float) -> float:
     return min(max(value, -_MOST_FLOAT32), _MOST_FLOAT32)
 
 
-def _put_prompt(
-    message: generation_service_pb2.GenerateRequest,
-    prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | None,
-) -> None:
+def _each_prompt(
+    prompt: str | list[int] | list[str] | list[list[int]] | None,
+) -> Sequence[str | list[int]]:
+    """Return the prompts of a list of them, of which a list of ids is one."""
     if prompt is None:
         raise HttpError("`prompt` is missing", param="prompt")
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        return [prompt]  # pyright: ignore[reportReturnType] - of which the schema knows that it is of one type
+    return prompt  # pyright: ignore[reportReturnType]
+
+
+def _with_prompt(
+    message: generation_service_pb2.GenerateRequest, prompt: str | list[int]
+) -> generation_service_pb2.GenerateRequest:
+    own = generation_service_pb2.GenerateRequest()
+    own.CopyFrom(message)
     if isinstance(prompt, str):
-        message.text.text = prompt
-        return
-    first = prompt[0] if prompt else ()
-    if isinstance(first, int):
-        message.tokens.token_ids.extend(prompt)  # pyright: ignore[reportArgumentType]
-        return
-    if len(prompt) > 1:
-        raise HttpError("`prompt`: a request has one; send a request for each", param="prompt")
-    _put_prompt(message, first)
+        own.text.text = prompt
+    else:
+        own.tokens.token_ids.extend(prompt)
+    return own
 
 
 def _put_messages(message: generation_service_pb2.GenerateRequest, messages: Sequence[Message]) -> None:

@@ -55,7 +55,7 @@ def read_response(body: bytes, request_id: str) -> Asked:
         echo=False,
         said=fields.model_dump(include=echoed),
     )
-    return Asked(message, wanted)
+    return Asked([message], wanted)
 
 
 class _Response:
@@ -98,11 +98,11 @@ class _Response:
         usage = None
         if ending is not None:
             usage = {
-                "input_tokens": len(about.prompt_ids),
+                "input_tokens": about.num_prompt_tokens,
                 "input_tokens_details": {"cached_tokens": ending.num_cached_tokens},
                 "output_tokens": self._num_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": len(about.prompt_ids) + self._num_tokens,
+                "total_tokens": about.num_prompt_tokens + self._num_tokens,
             }
         return {
             "id": about.answer_id,

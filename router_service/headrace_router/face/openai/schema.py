@@ -107,7 +107,9 @@ class CompletionRequest(_Generating):
         | Annotated[list[str], Field(fail_fast=True)]
         | Annotated[list[TokenIds], Field(fail_fast=True)]
         | None,
-        Field(description="a text, a list of token ids, or a list of one of these"),
+        Field(
+            description="a text, a list of token ids, or a list of these, which has `n` choices for each, 128 in all"
+        ),
     ] = None
     prompt_token_ids: TokenIds | None = Field(None, description="in place of `prompt`")
     echo: bool | None = Field(None, description="the prompt's text first; not with `logprobs`")

@@ -24,10 +24,10 @@ class _Choice:
 class Whole:
     """Collects one answer: `take` each piece in order, then `body` once."""
 
-    def __init__(self, about: About, num_samples: int) -> None:
+    def __init__(self, about: About) -> None:
         self._about = about
-        self._choices = [_Choice() for _ in range(num_samples)]
-        self._counts = Counts(len(about.prompt_ids))
+        self._choices = [_Choice() for _ in range(about.num_choices)]
+        self._counts = Counts(about.num_prompt_tokens, about.num_samples)
 
     def take(self, piece: Piece) -> None:
         """Take a piece."""
@@ -50,17 +50,18 @@ class Whole:
             "usage": json.loads(self._counts.usage()),
         }
         if about.wanted.is_chat and about.wanted.has_token_ids:
-            answer["prompt_token_ids"] = about.prompt_ids
+            (answer["prompt_token_ids"],) = about.prompts
         return json.dumps(answer, separators=(",", ":"))
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         about, text, ending = self._about, "".join(choice.texts), choice.ending
         assert ending is not None, "every sample has ended"
+        prompt = index // about.num_samples
         said: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": ending.finish_reason.value}
         if about.wanted.is_chat:
             said["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
-            said["text"] = about.prompt_text + text
+            said["text"] = about.prompt_texts[prompt] + text
         if about.wanted.has_logprobs and about.wanted.is_chat:
             content = chat_logprobs(choice.token_ids, choice.logprobs, about.token_bytes)
             said["logprobs"] = {"content": content, "refusal": None}
@@ -71,5 +72,5 @@ class Whole:
         if about.wanted.has_token_ids:
             said["token_ids"] = choice.token_ids
             if not about.wanted.is_chat:
-                said["prompt_token_ids"] = about.prompt_ids
+                said["prompt_token_ids"] = about.prompts[prompt]
         return said
