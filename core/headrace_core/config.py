@@ -206,6 +206,11 @@ class RouterSettings(ProcessSettings):
         ge=1,
         description="largest prompt accepted, UTF-8 bytes; tokenizing takes up to 230 times as much memory",
     )
+    plain_user_text: bool = Field(
+        False,
+        description="keep what users and tools say in a conversation from being read as control tokens of the model; "
+        "off: as transformers, which reads it so",
+    )
     local_below_tokens: int = Field(
         0,
         ge=0,

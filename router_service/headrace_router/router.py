@@ -76,7 +76,9 @@ class Router:
         self._flow = Flow(
             dispatcher, metrics, max_attempts=settings.max_attempts, local_below=settings.local_below_tokens
         )
-        self._prompts = Prompts(self._tokenizer, max_bytes=settings.max_prompt_bytes)
+        self._prompts = Prompts(
+            self._tokenizer, max_bytes=settings.max_prompt_bytes, plain_user_text=settings.plain_user_text
+        )
         has_defaults = settings.generation_config == "auto"
         self._sampling = read_sampling_defaults(settings.model) if has_defaults else SamplingParams()
         self._admission = Admission(

@@ -14,7 +14,7 @@ from headrace_core.errors import DeadlineError, InvalidRequestError, Unavailable
 from headrace_core.shares import Caller
 from headrace_core.testing.async_test import WAIT_S, eventually
 from headrace_router.text import chat_renderer
-from headrace_router.text.chat_protocol import TemplateSource
+from headrace_router.text.chat_protocol import Conversation, TemplateSource
 from headrace_router.text.chat_renderer import ChatRenderer
 
 LARGE = 1 << 20
@@ -68,7 +68,7 @@ def later():
 
 def run(template, test, **options):
     async def main():
-        source = None if template is None else TemplateSource(template, {"bos_token": "<bos>"})
+        source = None if template is None else TemplateSource({"default": template}, {"bos_token": "<bos>"})
         renderer = ChatRenderer(source, **{"max_text_bytes": 4 << 20, "cpu_s": 0.5, **options})
         renderer.start()
         try:
@@ -91,8 +91,8 @@ def children():
 
 
 async def render(renderer, *contents, num_bytes=0, caller=CALLER, deadline_s=None):
-    messages = [("user", content) for content in contents]
-    return await renderer.render(messages, num_bytes, caller, deadline_s=deadline_s or later())
+    messages = [("user", content, "") for content in contents]
+    return await renderer.render(Conversation(messages), num_bytes, caller, deadline_s=deadline_s or later())
 
 
 async def refused(renderer, *contents):

@@ -184,7 +184,7 @@ REFUSED = [
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, 400, "response_format.type", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "colour": "red"}, 400, "colour", "BAD_REQUEST"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "BAD_REQUEST"),
+    (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "top_logprobs": 2}, 400, "top_logprobs", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "stream_options": {}}, 400, "stream_options", "BAD_REQUEST"),
     (CHAT, {"messages": []}, 400, None, "EMPTY_PROMPT"),

@@ -169,20 +169,30 @@ def test_a_link_to_a_template_that_is_gone_is_a_template_that_can_not_be_read(tm
     folder = model(tmp_path, "none", chat_template="of the config")
     (folder / "chat_template.jinja").symlink_to("nowhere")
     config = Tokenizer(folder).config
-    assert config.template is None
+    assert config.templates == {}
     assert "chat_template.jinja can't be read" in config.template_problem
 
 
 @pytest.mark.parametrize(
     ("template", "expected", "problem"),
     [
-        ({"default": "A", "tool_use": "B"}, "A", ""),
-        ([{"name": "default", "template": "A"}], "A", ""),
-        ("\ud800", None, "neither text nor a list"),
-        ({"default": 5}, None, "neither text nor a list"),
+        ("A", {"default": "A"}, ""),
+        ({"default": "A", "tool_use": "B"}, {"default": "A", "tool_use": "B"}, ""),
+        ([{"name": "default", "template": "A"}], {"default": "A"}, ""),
+        ("\ud800", {}, "neither text nor a list"),
+        ({"default": 5}, {}, "neither text nor a list"),
     ],
 )
-def test_of_several_templates_the_one_named_default_is_taken(tmp_path, template, expected, problem):
+def test_templates_are_read_by_name(tmp_path, template, expected, problem):
     config = Tokenizer(model(tmp_path, "none", chat_template=template)).config
-    assert config.template == expected
+    assert config.templates == expected
     assert problem in config.template_problem
+
+
+def test_templates_in_files_count_before_the_configs(tmp_path):
+    folder = model(tmp_path, "none", chat_template="of the config")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("R")
+    assert Tokenizer(folder).config.templates == {"rag": "R"}
+    (folder / "chat_template.jinja").write_text("D")
+    assert Tokenizer(folder).config.templates == {"default": "D", "rag": "R"}

@@ -188,7 +188,7 @@ class Admission:
             sampling=encode_sampling(replace(params, stop_strings=())),
             num_samples=message.n if message.HasField("n") else 1,
             include_timings=message.include_timings,
-            is_continuation=message.WhichOneof("input") != "chat",
+            is_continuation=message.WhichOneof("input") != "chat" or message.chat.continue_final_message,
             silent_ids=frozenset((*params.stop_token_ids, *eos_ids)),
             special_stops=special_stops,
             arrival_s=tokenized.arrival_s,

@@ -10,7 +10,6 @@ a busy machine refuses nobody. `chat_renderer.py` starts another process then.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from headrace_router.text.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup
+from headrace_router.text.chat_protocol import CPU_SIGNAL, Conversation, MessageSocket, ReplyKind, Setup
 from headrace_router.text.chat_template import ChatTemplate
 
 _MAX_PROBLEM_CHARS = 300
@@ -46,7 +45,7 @@ def main() -> None:
             request = parent.receive()
         except EOFError:
             return
-        parent.send(_reply(lambda data=request: compiled[0].render(json.loads(data)), setup))
+        parent.send(_reply(lambda data=request: compiled[0].render(Conversation.decode(data)), setup))
 
 
 def _reply(work: Callable[[], str], setup: Setup) -> bytes:

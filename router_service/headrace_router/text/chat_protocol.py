@@ -1,7 +1,7 @@
 """What the router and the processes that render chat templates say to each other: whole messages over a socket.
 
-    router ── Setup ──────►  compile  ── reply ──► router
-    router ── messages ──►   render   ── reply ──► router      (as often as wanted)
+    router ── Setup ─────────►  compile  ── reply ──► router
+    router ── Conversation ──►  render   ── reply ──► router      (as often as wanted)
 
 Requests are JSON. Replies are bytes: one for the kind, then UTF-8.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 
 CPU_SIGNAL = signal.SIGPROF
@@ -32,10 +32,44 @@ class ReplyKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TemplateSource:
-    """A template as the model's files have it; `special_tokens` are variables for it, such as `bos_token`."""
+    """A model's templates as its files have them, by name; one is called `default`, as a rule.
 
-    text: str
+    `special_tokens` are variables for them, such as `bos_token`. `control_texts` are tokens' texts that are no such
+    tokens where a user wrote them (`control_text.py`); none: they are.
+    """
+
+    templates: dict[str, str]
     special_tokens: dict[str, str]
+    control_texts: list[str] = field(default_factory=list[str])
+
+    def knows(self, word: str) -> bool:
+        """Return whether a template has `word` in it."""
+        return any(word in text for text in self.templates.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What is to be rendered; `ChatPrompt` of generation_service.proto says what the fields mean.
+
+    JSON that others wrote is text here: it is read where time and memory are bounded.
+    """
+
+    messages: list[tuple[str, str, str]]
+    """Role, content, further fields as a JSON object or empty."""
+    tools: list[str] = field(default_factory=list[str])
+    variables: str = ""
+    template: str = ""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    def encode(self) -> bytes:
+        """Return it as a message."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(message: bytes) -> Conversation:
+        """Return what `encode` wrote."""
+        return Conversation(**json.loads(message))
 
 
 @dataclass(frozen=True, slots=True)

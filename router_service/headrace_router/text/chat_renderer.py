@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
 import subprocess
@@ -19,7 +18,14 @@ import sys
 from headrace_core.errors import InvalidRequestError, UnavailableError
 from headrace_core.shares import Caller
 
-from headrace_router.text.chat_protocol import CPU_SIGNAL, MessageSocket, ReplyKind, Setup, TemplateSource
+from headrace_router.text.chat_protocol import (
+    CPU_SIGNAL,
+    Conversation,
+    MessageSocket,
+    ReplyKind,
+    Setup,
+    TemplateSource,
+)
 from headrace_router.text.size_lanes import SizeLanes
 
 log = logging.getLogger(__name__)
@@ -68,13 +74,11 @@ class ChatRenderer:
         elif self._processes:
             self._checking = asyncio.create_task(self._check(), name="chat template")
 
-    async def render(
-        self, messages: list[tuple[str, str]], num_bytes: int, caller: Caller, *, deadline_s: float
-    ) -> str:
-        """Return the text of a conversation of (role, content), ready for the assistant's answer.
+    async def render(self, conversation: Conversation, num_bytes: int, caller: Caller, *, deadline_s: float) -> str:
+        """Return the text of a conversation, ready for the assistant's answer.
 
         Args:
-            messages: the conversation.
+            conversation: what is rendered.
             num_bytes: its size.
             caller: whose it is.
             deadline_s: by `time.monotonic`.
@@ -87,7 +91,8 @@ class ChatRenderer:
         """
         if not self._processes:
             raise _no_chat(self._problem or "this model has no chat template")
-        return await self._lanes.run(num_bytes, caller, deadline_s, lambda lane: self._processes[lane].render(messages))
+        request = conversation.encode()
+        return await self._lanes.run(num_bytes, caller, deadline_s, lambda lane: self._processes[lane].render(request))
 
     async def close(self) -> None:
         """End the processes, and what waits for them; idempotent."""
@@ -145,10 +150,10 @@ class _Process:
             self._problem = f"this model's chat template does not compile: {text}"
             raise _no_chat(self._problem)
 
-    def render(self, messages: list[tuple[str, str]]) -> str:
+    def render(self, request: bytes) -> str:
         """Return the conversation's text; errors are those of `ChatRenderer.render`."""
         try:
-            kind, text = self._render(json.dumps(messages).encode())
+            kind, text = self._render(request)
         except _EndedError as error:
             kind, text = ReplyKind.PROBLEM, str(error)
         if kind is ReplyKind.PROBLEM:

@@ -17,12 +17,12 @@ from headrace.v1 import generation_service_pb2
 from headrace_core.errors import InvalidRequestError
 from headrace_core.shares import Caller
 
-from headrace_router.text.chat_protocol import TemplateSource
+from headrace_router.text.chat_protocol import Conversation, TemplateSource
 from headrace_router.text.chat_renderer import ChatRenderer
 from headrace_router.text.size_lanes import SizeLanes
 from headrace_router.text.tokenizer import Tokenizer, check_num_tokens
 
-CHAT_ROLES = ("system", "user", "assistant")
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CHAT_MESSAGES = 4096
 _MESSAGE_BYTES = 64
 """What a message of a conversation costs besides its words."""
@@ -57,13 +57,24 @@ class Prompt:
 class Prompts:
     """Event loop only."""
 
-    def __init__(self, tokenizer: Tokenizer, *, max_bytes: int) -> None:
-        """Prepare for prompts of up to `max_bytes`, UTF-8; a token id counts as four."""
+    def __init__(self, tokenizer: Tokenizer, *, max_bytes: int, plain_user_text: bool = False) -> None:
+        """Prepare for prompts.
+
+        Args:
+            tokenizer: the model's.
+            max_bytes: of the largest, UTF-8; a token id counts as four.
+            plain_user_text: what users and tools say in a conversation has no control tokens (`control_text.py`).
+
+        Raises:
+            CheckpointError: BAD_TOKENIZER, its control tokens can't be kept out.
+        """
         self._tokenizer = tokenizer
         self._max_bytes = max_bytes
         self._lanes = SizeLanes("tokenize", _LANE_BYTES)
         config = tokenizer.config
-        source = None if config.template is None else TemplateSource(config.template, config.special_tokens)
+        control_texts = tokenizer.control_texts if plain_user_text else []
+        source = TemplateSource(config.templates, config.special_tokens, control_texts) if config.templates else None
+        self._has_developer = source is not None and source.knows("developer")
         self._chat = ChatRenderer(source, max_text_bytes=max_bytes, problem=config.template_problem)
 
     def start(self) -> None:
@@ -132,14 +143,32 @@ class Prompts:
                 "PROMPT_TOO_LONG",
                 f"the conversation has {num_messages} messages; at most {MAX_CHAT_MESSAGES} are taken",
             )
-        messages = [(message.role, message.content) for message in chat.messages]
-        for role, _ in messages:
-            if role not in CHAT_ROLES:
-                raise InvalidRequestError("BAD_REQUEST", f"role {role[:32]!r} must be one of {', '.join(CHAT_ROLES)}")
-        num_bytes = self._check_size(
-            sum(len(content.encode()) for _, content in messages) + _MESSAGE_BYTES * num_messages
+        conversation = self._conversation(chat)
+        texts = [text for _, *texts in conversation.messages for text in texts]
+        texts += [*conversation.tools, conversation.variables]
+        num_bytes = self._check_size(sum(len(text.encode()) for text in texts) + _MESSAGE_BYTES * num_messages)
+        return await self._chat.render(conversation, num_bytes, limits.caller, deadline_s=limits.deadline_s)
+
+    def _conversation(self, chat: generation_service_pb2.ChatPrompt) -> Conversation:
+        for message in chat.messages:
+            if message.role not in CHAT_ROLES:
+                known = ", ".join(CHAT_ROLES)
+                raise InvalidRequestError("BAD_REQUEST", f"role {message.role[:32]!r} must be one of {known}")
+        if chat.continue_final_message and chat.add_generation_prompt:
+            raise InvalidRequestError(
+                "BAD_REQUEST", "`continue_final_message` goes on from a message, `add_generation_prompt` begins one"
+            )
+        return Conversation(
+            messages=[(self._role(message.role), message.content, message.fields_json) for message in chat.messages],
+            tools=list(chat.tools_json),
+            variables=chat.variables_json,
+            template=chat.template_name,
+            add_generation_prompt=begins_answer(chat),
+            continue_final_message=chat.continue_final_message,
         )
-        return await self._chat.render(messages, num_bytes, limits.caller, deadline_s=limits.deadline_s)
+
+    def _role(self, role: str) -> str:
+        return "system" if role == "developer" and not self._has_developer else role
 
     def _check_size(self, num_bytes: int) -> int:
         if num_bytes > self._max_bytes:
@@ -147,3 +176,8 @@ class Prompts:
                 "PROMPT_TOO_LONG", f"the prompt has {num_bytes} bytes; this router takes {self._max_bytes}"
             )
         return num_bytes
+
+
+def begins_answer(chat: generation_service_pb2.ChatPrompt) -> bool:
+    """Return whether the template is to write what an answer begins with."""
+    return chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message

@@ -18,6 +18,7 @@ from headrace_core.process import release_freed_memory
 from tokenizers import Tokenizer as FastTokenizer
 
 from headrace_router.text import tiktoken_model
+from headrace_router.text.control_text import PlainText
 from headrace_router.text.detokenizer import Detokenizer, Vocabulary
 from headrace_router.text.token_size import longest_token_bytes
 from headrace_router.text.tokenizer_config import read_tokenizer_config
@@ -88,6 +89,23 @@ class Tokenizer:
         """
         if self.longest_token_bytes is not None:
             check_num_tokens(-(-num_bytes // self.longest_token_bytes), max_tokens, qualifier="at least ")
+
+    @property
+    def control_texts(self) -> list[str]:
+        """Texts that a tokenizer reads as tokens of their own, wherever they stand.
+
+        Raises:
+            CheckpointError: BAD_TOKENIZER, one is read so even where `control_text.PlainText` broke it.
+        """
+        added = self._fast.get_added_tokens_decoder()
+        plain = PlainText([token.content for token in added.values()])
+        for token_id, token in added.items():
+            if token.special and token_id in self._fast.encode(plain.of(token.content), add_special_tokens=False).ids:
+                raise CheckpointError(
+                    "BAD_TOKENIZER",
+                    f"--plain-user-text: {token.content[:80]!r} can't be told from a user's words by this tokenizer",
+                )
+        return [token.content for token in added.values()]
 
     def detokenizer(self, *, silent_ids: frozenset[int], is_continuation: bool) -> Detokenizer:
         """Return a fresh decoder for one sample.

@@ -23,13 +23,14 @@ _MAX_SHOWN = 200
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig:
-    """The parts that the router uses. `template` None: the model has no chat template, or it can't be read."""
+    """The parts that the router uses. No `templates`: the model has no chat template, or it can't be read."""
 
     special_tokens: dict[str, str]
     """Texts by name, such as `bos_token`; templates use them."""
     is_added: dict[str, bool]
     """For `bos_token` and `eos_token`: whether a text gets it; a name that is missing is not decided here."""
-    template: str | None
+    templates: dict[str, str]
+    """Chat templates by name; the one that is used unless another is asked for is `default`."""
     template_problem: str
     """Why it can't be read. No reason not to serve: a text needs no template."""
 
@@ -45,15 +46,16 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     special = _special_tokens(values, _CONFIG)
     if "added_tokens_decoder" not in values:
         special |= _special_tokens(_read_json(folder / _MAP), _MAP)
-    template, problem = None, ""
+    templates: dict[str, str] = {}
+    problem = ""
     try:
-        template = _find_template(folder, values)
+        templates = _find_templates(folder, values)
     except ValueError as error:
         problem = f"this model's chat template can't be read: {error}"
     return TokenizerConfig(
         special_tokens={name: text for name, text in special.items() if text},
         is_added={name: flag for name, flag in is_added.items() if flag is not None},
-        template=template,
+        templates=templates,
         template_problem=problem,
     )
 
@@ -117,23 +119,25 @@ def _flag(config: dict[str, Any], name: str) -> bool | None:
     )
 
 
-def _find_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the text of the chat template: the file's, else the config's; of several with names, `default`.
+def _find_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name: those of files, else the config's.
 
     Raises:
         ValueError: there is one, and it can't be read.
     """
     path = folder / "chat_template.jinja"
-    if is_there(path):
-        return read_text(path)
-    source: object = config.get("chat_template")
+    found: dict[str, object] = {"default": read_text(path)} if is_there(path) else {}
+    for other in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[other.stem] = read_text(other)
+    source: object = None if found else config.get("chat_template")
     if isinstance(source, list):
         named = [cast("dict[str, object]", each) for each in cast("list[object]", source) if isinstance(each, dict)]
-        source = next((each.get("template") for each in named if each.get("name") == "default"), None)
+        found = {str(each.get("name")): each.get("template") for each in named}
     elif isinstance(source, dict):
-        source = cast("dict[str, object]", source).get("default")
-    if source is None:
-        return None
-    if not isinstance(source, str) or not _is_unicode(source):
+        found = cast("dict[str, object]", source)
+    elif source is not None:
+        found = {"default": source}
+    texts = {name: text for name, text in found.items() if isinstance(text, str) and _is_unicode(text)}
+    if len(texts) < len(found):
         raise ValueError(f"chat_template of {_CONFIG} is neither text nor a list or object of templates with names")
-    return source
+    return texts

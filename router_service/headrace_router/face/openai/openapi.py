@@ -12,8 +12,10 @@ from headrace_core import __version__
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from headrace_router.face.openai.body import Refused
+from headrace_router.face.openai.messages import Message
 from headrace_router.face.openai.responses_schema import InputItem, ResponsesRequest
-from headrace_router.face.openai.schema import ChatRequest, CompletionRequest, Message, Refused, TokenizeRequest
+from headrace_router.face.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
 _BODIES: dict[str, tuple[type[BaseModel], str]] = {

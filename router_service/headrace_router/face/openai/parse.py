@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from headrace_router.face.http.errors import HttpError
-from headrace_router.face.openai.schema import Refused
+from headrace_router.face.openai.body import Refused
 
 B = TypeVar("B", bound=BaseModel)
 

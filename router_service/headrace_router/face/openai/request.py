@@ -13,11 +13,11 @@ from headrace.v1 import generation_service_pb2, types_pb2
 from headrace_core.request import MAX_COUNT, check_num_entries
 
 from headrace_router.face.http.errors import HttpError
+from headrace_router.face.openai.messages import put_messages
 from headrace_router.face.openai.parse import parse_body
 from headrace_router.face.openai.schema import (
     ChatRequest,
     CompletionRequest,
-    Message,
     StreamOptions,
     TokenizeRequest,
 )
@@ -25,8 +25,6 @@ from headrace_router.face.openai.schema import (
 _DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 128
 """Of one body: `n` for each prompt."""
-ROLES = {"developer": "system"}
-"""What templates call those that OpenAI calls otherwise."""
 _SAME_NAME = (
     "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty",
     "min_tokens", "ignore_eos",
@@ -72,7 +70,7 @@ def read_chat(body: bytes, request_id: str) -> Asked:
     max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     top_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     message = _message(fields, request_id, MAX_COUNT if max_tokens is None else max_tokens, top_logprobs)
-    _put_messages(message, fields.messages)
+    put_messages(message, fields.messages, fields)
     return Asked([message], _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False))
 
 
@@ -101,7 +99,7 @@ def read_tokenize(body: bytes) -> generation_service_pb2.GenerateRequest:
         raise HttpError("send one of `prompt` and `messages`", param="prompt")
     message = generation_service_pb2.GenerateRequest(model=fields.model)
     if fields.messages is not None:
-        _put_messages(message, fields.messages)
+        put_messages(message, fields.messages, fields)
     else:
         message.text.text = fields.prompt or ""
     return message
@@ -179,10 +177,3 @@ def _with_prompt(
     else:
         own.tokens.token_ids.extend(prompt)
     return own
-
-
-def _put_messages(message: generation_service_pb2.GenerateRequest, messages: Sequence[Message]) -> None:
-    message.chat.SetInParent()
-    for each in messages:
-        text = each.content if isinstance(each.content, str) else "".join(part.text for part in each.content)
-        message.chat.messages.add(role=ROLES.get(each.role, each.role), content=text)

@@ -17,7 +17,7 @@ from headrace_core.request import MAX_COUNT, FinishReason
 from headrace_router.face.openai.about import About
 from headrace_router.face.openai.parse import parse_body
 from headrace_router.face.openai.parts import quoted
-from headrace_router.face.openai.request import ROLES, Asked, Wanted, float32
+from headrace_router.face.openai.request import Asked, Wanted, float32
 from headrace_router.face.openai.responses_schema import ResponsesRequest
 from headrace_router.face.openai.schema import StreamOptions
 from headrace_router.requests.piece import Ending, Piece
@@ -43,7 +43,7 @@ def read_response(body: bytes, request_id: str) -> Asked:
         for item in fields.input:
             parts = item.content
             text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-            message.chat.messages.add(role=ROLES.get(item.role, item.role), content=text)
+            message.chat.messages.add(role=item.role, content=text)
     echoed = {"instructions", "max_output_tokens", "temperature", "top_p", "user"}
     wanted = Wanted(
         prefix="resp",

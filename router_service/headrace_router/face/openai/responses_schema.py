@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from headrace_router.face.openai.schema import Count, Refused
+from headrace_router.face.openai.body import Body, Refused
+from headrace_router.face.openai.schema import Count
 
 _NOTHING = Annotated[list[Any], Field(max_length=0)]
 _NOTHING_KEPT = "nothing is kept; send the whole conversation as `input`"
@@ -14,11 +15,7 @@ _NO_TOOLS = "tools are not called yet"
 _NO_GRAMMAR = "answers are not held to a grammar yet"
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class InputPart(_Body):
+class InputPart(Body):
     """A part of an item's content, what was asked or what was answered."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -27,10 +24,10 @@ class InputPart(_Body):
     logprobs: Annotated[list[Any] | None, Refused("of answers alone")] = None
 
 
-class InputItem(_Body):
+class InputItem(Body):
     """One message of a conversation; an item of an answer is one, too."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="`developer` is `system`")
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="as of messages")
     content: str | list[InputPart] = Field(description="a text, or parts of text, which are joined")
     type: Literal["message"] | None = Field(None, description="`message`")
     id: str | None = Field(None, description="taken, and used for nothing")
@@ -38,20 +35,20 @@ class InputItem(_Body):
     phase: Annotated[None, Refused("text only")] = None
 
 
-class PlainFormat(_Body):
+class PlainFormat(Body):
     """`{"type": "text"}`."""
 
     type: Literal["text"]
 
 
-class TextOptions(_Body):
+class TextOptions(Body):
     """How a text is to look."""
 
     format: Annotated[PlainFormat | None, Refused(_NO_GRAMMAR)] = None
     verbosity: Annotated[None, Refused("the model's template is used as it is")] = None
 
 
-class ResponsesRequest(_Body):
+class ResponsesRequest(Body):
     """`POST /v1/responses`."""
 
     model: str = Field("", description="as /v1/models names it; empty: the one served")

@@ -7,22 +7,17 @@ as is a field that is not here. Values are checked for their types here and for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from headrace_core.request import MAX_COUNT
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from headrace_router.face.openai.body import Body, Refused
+from headrace_router.face.openai.messages import Message, Templated
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Marks a field of which only the values pass that ask for nothing."""
-
-    why: str
 
 
 _NO_GRAMMAR = "answers are not held to a grammar yet"
@@ -30,21 +25,18 @@ _NO_TOOLS = "tools are not called yet"
 _TEXT_ONLY = "text only"
 _WHOLE_PROMPT = "prompts are not changed; one that is too long is refused"
 _AS_IT_IS = "the model's template and tokenizer are used as they are"
+_BY_KWARGS = "a template that knows it takes it from `chat_template_kwargs`"
 _NOTHING = Annotated[list[Any], Field(max_length=0)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Of a streamed answer."""
 
     include_usage: bool = Field(default=False, description="a last event with the counts of tokens")
     continuous_usage_stats: bool = Field(default=False, description="the counts so far in every event")
 
 
-class _Generating(_Body):
+class _Generating(Body):
     """What both endpoints have."""
 
     model: str = Field("", description="as /v1/models names it; empty: the one served")
@@ -92,7 +84,7 @@ class _Generating(_Body):
     prompt_logprobs: Annotated[None, Refused("prompts have none")] = None
 
 
-class TextFormat(_Body):
+class TextFormat(Body):
     """`{"type": "text"}`."""
 
     type: Literal["text"]
@@ -119,28 +111,7 @@ class CompletionRequest(_Generating):
     suffix: Annotated[Literal[""] | None, Refused("text is continued, not filled in")] = None
 
 
-class TextPart(_Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Body):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="`developer` is `system`")
-    content: str | list[TextPart] = Field(description="a text, or parts of type `text`, which are joined")
-    name: Annotated[None, Refused(_AS_IT_IS)] = None
-    tool_calls: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
-    tool_call_id: Annotated[None, Refused(_NO_TOOLS)] = None
-    function_call: Annotated[None, Refused(_NO_TOOLS)] = None
-    refusal: Annotated[None, Refused(_TEXT_ONLY)] = None
-    audio: Annotated[None, Refused(_TEXT_ONLY)] = None
-    annotations: Annotated[_NOTHING | None, Refused(_TEXT_ONLY)] = None
-
-
-class ChatRequest(_Generating):
+class ChatRequest(_Generating, Templated):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(description="at least one, at most 4,096")
@@ -155,24 +126,18 @@ class ChatRequest(_Generating):
     modalities: Annotated[list[Literal["text"]] | None, Refused(_TEXT_ONLY)] = None
     audio: Annotated[None, Refused(_TEXT_ONLY)] = None
     prediction: Annotated[None, Refused("answers are not predicted")] = None
-    reasoning_effort: Annotated[None, Refused(_AS_IT_IS)] = None
-    verbosity: Annotated[None, Refused(_AS_IT_IS)] = None
+    reasoning_effort: Annotated[None, Refused(_BY_KWARGS)] = None
+    verbosity: Annotated[None, Refused(_BY_KWARGS)] = None
     web_search_options: Annotated[None, Refused(_NO_TOOLS)] = None
-    add_generation_prompt: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
-    continue_final_message: Annotated[Literal[False] | None, Refused(_AS_IT_IS)] = None
     add_special_tokens: Annotated[Literal[False] | None, Refused(_AS_IT_IS)] = None
-    chat_template: Annotated[None, Refused(_AS_IT_IS)] = None
-    chat_template_kwargs: Annotated[None, Refused(_AS_IT_IS)] = None
-    documents: Annotated[_NOTHING | None, Refused(_AS_IT_IS)] = None
     echo: Annotated[Literal[False] | None, Refused("answers only")] = None
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Templated):
     """`POST /tokenize`."""
 
     model: str = Field("", description="as /v1/models names it; empty: the one served")
     prompt: str | None = Field(None, description="a text, as /v1/completions takes it")
     messages: list[Message] | None = Field(None, description="or a conversation, as /v1/chat/completions takes it")
     add_special_tokens: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
-    add_generation_prompt: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
     return_token_strs: Annotated[Literal[False] | None, Refused("ids only")] = None
