@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn, TypeVar, cast
 
 from headrace_core.errors import InvalidRequestError
-from headrace_core.request import SamplingParams
+from headrace_core.request import Grammar, GrammarKind, SamplingParams
 
 from headrace_client.results import ChatMessage
 from headrace_client.sampling import SamplingParams as AskedParams
@@ -66,7 +66,7 @@ def sampling_of(sampling: object) -> tuple[SamplingParams, tuple[str, ...]]:
         value = getattr(sampling, field.name)
         if value is not None:
             changed[field.name] = _FIELDS[field.name](field.name, value)
-        elif field.name not in ("max_tokens", "seed", "top_logprobs"):
+        elif field.name not in ("max_tokens", "seed", "top_logprobs", "grammar"):
             changed[field.name] = getattr(_DEFAULTS, field.name)
     left = tuple(name for name in OF_THE_MODEL if getattr(sampling, name) is None)
     return replace(_DEFAULTS, **changed), left
@@ -176,6 +176,19 @@ def _biases(name: str, value: object) -> dict[int, float]:
     }
 
 
+def _grammar(name: str, value: object) -> Grammar:
+    if isinstance(value, Grammar):
+        return value
+    kinds = [kind.value for kind in GrammarKind]
+    expected = f"one of {', '.join(kinds)} with its text"
+    if not isinstance(value, Mapping) or len(cast("Mapping[object, object]", value)) != 1:
+        _refuse(name, value, expected, "BAD_SAMPLING")
+    ((kind, text),) = cast("Mapping[object, object]", value).items()
+    if kind not in kinds or not isinstance(text, str):
+        _refuse(name, value, expected, "BAD_SAMPLING")
+    return Grammar(GrammarKind(kind), text)
+
+
 _DEFAULTS = SamplingParams()
 OF_THE_MODEL = ("temperature", "top_p", "top_k", "repetition_penalty")
 """What generation_config.json may say; not sent where the caller does not say it."""
@@ -195,6 +208,7 @@ _FIELDS: dict[str, Callable[[str, object], Any]] = {
     "stop_strings": _texts,
     "logit_bias": _biases,
     "top_logprobs": _count,
+    "grammar": _grammar,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -11,7 +12,8 @@ class SamplingParams:
 
     `temperature`, `top_p`, `top_k` and `repetition_penalty` None: as the model's generation_config.json says, else off
     (temperature 1). `max_tokens` None: the router's default, cut to what the context leaves. `seed` None: the router
-    draws one. `top_logprobs` None: no log-probabilities.
+    draws one. `top_logprobs` None: no log-probabilities. `grammar` is one of `json_schema`, `regex` and `lark` with its
+    text, as {"regex": "[0-9]+"}.
     """
 
     max_tokens: int | None = None
@@ -29,3 +31,4 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict[int, float])
     top_logprobs: int | None = None
+    grammar: Mapping[str, str] | None = None

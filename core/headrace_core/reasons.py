@@ -33,6 +33,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_CREDENTIALS": "the client's API key can't be read, or be sent as metadata",
         "BAD_FIDELITY": "`headrace simulate --fidelity` is none it knows",
         "BAD_FIT": "a file of fitted step times can't be used",
+        "BAD_GRAMMAR": "an answer can't be held to its grammar: that can't be read, is too much, or has no worker",
         "BAD_HANDOFF": "what a hand-off brought does not fit the sequence it was for; between workers, tried again",
         "BAD_KEYS": "a file of API keys, or the name of a new one, can't be used; says why",
         "BAD_OPTION": "a command's option has no such value",

@@ -23,6 +23,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_SAMPLES = 16
+MAX_GRAMMAR_BYTES = 64 << 10
 DEFAULT_MAX_TOKENS = 256
 
 MAX_ENTRIES = {"stop_token_ids": 1024, "logit_bias": 1024, "stop_strings": MAX_STOP_STRINGS}
@@ -51,6 +52,34 @@ class FinishReason(Enum):
     LENGTH = "length"
 
 
+class GrammarKind(Enum):
+    """How a grammar is written; the wire's names."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output may be; `types.proto` says more."""
+
+    kind: GrammarKind
+    text: str
+
+    def validate(self) -> None:
+        """Check its size, which whoever reads it relies on.
+
+        Raises:
+            InvalidRequestError: BAD_GRAMMAR.
+        """
+        num_bytes = len(self.text.encode())
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise InvalidRequestError(
+                "BAD_GRAMMAR", f"the grammar has {num_bytes} bytes; at most {MAX_GRAMMAR_BYTES} are taken"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. `types.proto` says what each field means and may be; defaults are the wire's.
@@ -74,6 +103,7 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict[int, float])
     top_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -84,7 +114,7 @@ class SamplingParams:
         """Check every field against its range.
 
         Raises:
-            InvalidRequestError: BAD_SAMPLING, naming the field, its value and its range.
+            InvalidRequestError: BAD_SAMPLING, naming the field, its value and its range; BAD_GRAMMAR.
         """
         for name, (low, high) in FLOAT_RANGES.items():
             value: float = getattr(self, name)
@@ -107,6 +137,10 @@ class SamplingParams:
             self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
             "top_logprobs", self.top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]",
         )  # fmt: skip
+        if self.grammar is not None:  # which says itself where the output ends
+            _require(not self.ignore_eos, "ignore_eos", self.ignore_eos, "false with a grammar")
+            _require(not self.min_tokens, "min_tokens", self.min_tokens, "0 with a grammar")
+            self.grammar.validate()
 
     def validate_tokens(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         """Check the token ids it names against the model's vocabulary, and that they leave a token to choose.

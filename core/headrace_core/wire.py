@@ -16,6 +16,8 @@ from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, Lat
 from headrace_core.request import (
     MAX_ENTRIES,
     FinishReason,
+    Grammar,
+    GrammarKind,
     SamplingParams,
     TokenLogprobs,
     check_num_entries,
@@ -50,7 +52,7 @@ def decode_sampling(message: types_pb2.SamplingParams, defaults: SamplingParams 
     An unset scalar is that of `defaults`, None: the wire's own.
 
     Raises:
-        InvalidRequestError: BAD_SAMPLING.
+        InvalidRequestError: BAD_SAMPLING, BAD_GRAMMAR.
     """
     for name in MAX_ENTRIES:
         check_num_entries(name, len(getattr(message, name)))  # before anything is made of them
@@ -65,9 +67,17 @@ def decode_sampling(message: types_pb2.SamplingParams, defaults: SamplingParams 
         stop_token_ids=tuple(dict.fromkeys(message.stop_token_ids)),
         stop_strings=tuple(message.stop_strings),
         logit_bias={entry.token_id: entry.bias for entry in message.logit_bias},
+        grammar=_decode_grammar(message.grammar) if message.HasField("grammar") else None,
     )
     params.validate()
     return params
+
+
+def _decode_grammar(message: types_pb2.Grammar) -> Grammar:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequestError("BAD_GRAMMAR", "the grammar has no kind, or one that this version does not know")
+    return Grammar(GrammarKind(kind), getattr(message, kind))
 
 
 def without_float32(value: float) -> float:
@@ -86,6 +96,8 @@ def encode_sampling(params: SamplingParams) -> types_pb2.SamplingParams:
         value = getattr(params, name)
         if value is not None:
             setattr(message, name, value)
+    if params.grammar is not None:
+        setattr(message.grammar, params.grammar.kind.value, params.grammar.text)
     return message
 
 

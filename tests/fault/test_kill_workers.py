@@ -1,6 +1,7 @@
 """SIGKILL, SIGSTOP and SIGTERM of workers under load, and clients that leave: exact tokens, and every page free."""
 
 import asyncio
+import json
 import signal
 import urllib.request
 
@@ -8,7 +9,7 @@ import pytest
 from headrace_client import AsyncClient
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.errors import DeadlineError, UnavailableError
-from headrace_core.request import SamplingParams
+from headrace_core.request import FinishReason, Grammar, GrammarKind, SamplingParams
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.cluster_checks import all_pages_free, eventually
 
@@ -71,7 +72,7 @@ class Load:
 
 
 def params(most, sampling):
-    return SamplingParams(max_tokens=most, ignore_eos=True, **sampling)
+    return SamplingParams(**{"max_tokens": most, "ignore_eos": True, **sampling})
 
 
 async def answers(client, requests, **sampling):
@@ -110,6 +111,37 @@ def test_kill_9_of_one_worker_costs_no_request_and_no_token(cluster, reference, 
     async def main():
         async with AsyncClient(cluster.router_address) as client:
             want = await answers(client, load, **sampling)
+            disturbed = Load(client, load, want, **sampling)
+            await disturbed.begun()
+            victim = first(cluster, role)
+            await runs_something(client, victim)
+            victim.kill()
+            await disturbed.settle()
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())
+    assert role == "prefill" or num_retries(cluster) > 0, "the killed worker ran nothing"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_kill_9_of_one_worker_leaves_answers_held_to_their_grammar(cluster, reference, role):
+    load = requests(reference, 8)
+    numbers = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": 999},
+        "minItems": 12,
+        "maxItems": 16,
+    }
+    grammar = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(numbers))
+    sampling = {"temperature": 0.9, "seed": 7, "grammar": grammar, "ignore_eos": False, "max_tokens": 400}
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            results = await asyncio.gather(*(client.generate(prompt, params(most, sampling)) for prompt, most in load))
+            for result in results:
+                assert result.finish_reason is FinishReason.STOP
+                assert 12 <= len(json.loads(result.text)) <= 16
+            want = [list(result.token_ids) for result in results]
             disturbed = Load(client, load, want, **sampling)
             await disturbed.begun()
             victim = first(cluster, role)

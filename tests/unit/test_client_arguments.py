@@ -13,7 +13,7 @@ from headrace_client.arguments import timeout_of
 from headrace_client.codec import encode_request
 from headrace_client.results import ChatMessage
 from headrace_core.errors import InvalidRequestError
-from headrace_core.request import SamplingParams
+from headrace_core.request import Grammar, GrammarKind, SamplingParams
 
 
 def encoded(prompt: Any = "a", *, n: Any = 1, model: Any = "", request_id: Any = "", **sampling: Any):
@@ -113,6 +113,8 @@ def test_what_is_no_prompt_is_refused_by_name(prompt, reason, words):
         ("ignore_eos", None, False),
         ("logit_bias", {np.int64(3): 1}, {3: 1.0}),
         ("logit_bias", None, {}),
+        ("grammar", {"regex": "a+"}, Grammar(GrammarKind.REGEX, "a+")),
+        ("grammar", None, None),
     ],
 )
 def test_a_parameter_of_another_type_is_what_is_meant(name, given, meant):
@@ -154,6 +156,10 @@ def test_a_parameter_of_another_type_is_what_is_meant(name, given, meant):
         ("logit_bias", {"50": 1}),
         ("logit_bias", {1: "2"}),
         ("logit_bias", {1.5: 2}),
+        ("grammar", "a+"),
+        ("grammar", {"regex": 1}),
+        ("grammar", {"yacc": "a"}),
+        ("grammar", {"regex": "a", "lark": "b"}),
     ],
 )
 def test_a_parameter_that_means_nothing_is_refused_by_name(name, given):

@@ -182,7 +182,7 @@ def test_models_tokens_and_health(tmp_path):
 
 REFUSED = [
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools", "BAD_REQUEST"),
-    (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, 400, "response_format.type", "BAD_REQUEST"),
+    (CHAT, {"messages": HI, "response_format": {"type": "xml"}}, 400, "response_format.type", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "colour": "red"}, 400, "colour", "BAD_REQUEST"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "top_logprobs": 2}, 400, "top_logprobs", "BAD_REQUEST"),
@@ -438,7 +438,7 @@ def test_a_response_that_can_not_be_is_refused_by_name(tmp_path):
         for fields, param in (
             ({"tools": [{"type": "web_search"}]}, "tools"),
             ({"previous_response_id": "resp_1"}, "previous_response_id"),
-            ({"text": {"format": {"type": "json_schema"}}}, "text.format.type"),
+            ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
             ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
             ({"colour": 1}, "colour"),
         ):

@@ -15,6 +15,8 @@ class ModelLimits:
     vocab_size: int
     max_context_tokens: int
     eos_token_ids: tuple[int, ...]
+    grammar_problem: str = ""
+    """Why no output can be held to a grammar; empty if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class SequenceSpec:
         """Check every field.
 
         Raises:
-            InvalidRequestError: EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST.
+            InvalidRequestError: EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST, BAD_GRAMMAR.
         """
         self.check_attempt()
         if not self.token_ids:
@@ -70,4 +72,7 @@ class SequenceSpec:
         if self.num_output_tokens >= max_tokens:
             raise InvalidRequestError("BAD_REQUEST", f"all of max_tokens={max_tokens} tokens are produced already")
         check_token_ids(self.token_ids, limits.vocab_size, "token_ids")
+        if self.params.grammar is not None and limits.grammar_problem:
+            problem = f"this worker can't hold answers to a grammar: {limits.grammar_problem}"
+            raise InvalidRequestError("BAD_GRAMMAR", problem)
         self.params.validate_tokens(limits.vocab_size, limits.eos_token_ids)

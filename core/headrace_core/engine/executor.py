@@ -11,6 +11,7 @@ import torch
 
 from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, OnStop, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.errors import HeadraceError
+from headrace_core.grammar import Grammars
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
 from headrace_core.model.sampler import sample
@@ -42,7 +43,8 @@ class Executor:
     """Owns the model and its cache; engine thread only.
 
     Every `timing_period`-th step is measured operation by operation; 0: none. `num_threads` is asked before each step,
-    and after each layer, on how many CPU threads to compute; None: as many as torch has.
+    and after each layer, on how many CPU threads to compute; None: as many as torch has. `grammars` None: no sequence
+    has one.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class Executor:
         *,
         timing_period: int = 0,
         num_threads: Callable[[], int] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._timing_period = timing_period
         self._num_threads = num_threads
+        self._grammars = grammars
         self._num_steps = 0
 
     def step(self, plan: StepPlan, on_stop: OnStop | None = None) -> StepResult:
@@ -101,7 +105,7 @@ class Executor:
         timer.mark(OTHER)
         on_layer = self._on_layer(forward.stops, on_stop)
         logits = self._model.forward(forward.chunks, self._cache, timer, on_layer)
-        outcomes = sample(logits, rows) if rows else []
+        outcomes = sample(logits, rows, self._grammars) if rows else []
         timer.mark(SAMPLING)
         return outcomes
 

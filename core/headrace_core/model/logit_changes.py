@@ -1,4 +1,4 @@
-"""What a request asks to be changed in its logits: penalties, bias, and the tokens that `min_tokens` forbids.
+"""What a request asks to be changed in its logits: penalties, bias, and what `min_tokens` or a grammar forbids.
 
 Made once for a sequence, as tensors on the device of the logits; a step adds the tokens that are new. So a step's work
 is bounded by the vocabulary and by what validation lets a request name, never by the length of prompt and output.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headrace_core.batch.step import SamplingRow
+from headrace_core.grammar import Grammars, GrammarState
 from headrace_core.model.host_copies import to_device
 from headrace_core.request import SamplingParams
 
@@ -22,7 +23,8 @@ from headrace_core.request import SamplingParams
 def needs_changes(row: SamplingRow) -> bool:
     """True if the row's logits are not taken as they are."""
     params = row.params
-    return bool(_has_penalties(params) or params.logit_bias or len(row.output_token_ids) < params.min_tokens)
+    is_early = len(row.output_token_ids) < params.min_tokens
+    return bool(_has_penalties(params) or params.logit_bias or is_early or params.grammar)
 
 
 def banned_tokens(row: SamplingRow) -> set[int]:
@@ -31,7 +33,7 @@ def banned_tokens(row: SamplingRow) -> set[int]:
     return {*row.eos_token_ids, *row.params.stop_token_ids} if is_early else set()
 
 
-def change_logits(logits: Tensor, row: SamplingRow) -> None:
+def change_logits(logits: Tensor, row: SamplingRow, grammars: Grammars | None = None) -> None:
     """Apply the row's penalties, bias and bans, in this order, to its `logits` [V] float32, in place.
 
     Waits for nothing: no number is assigned to a part of a tensor, which would copy it to the device and wait.
@@ -39,10 +41,13 @@ def change_logits(logits: Tensor, row: SamplingRow) -> None:
     Keeps what it prepares in the row's memo. A forbidden token's logit is -inf. Others may overflow to infinity where
     the model's are as large as float32 goes.
 
+    Raises:
+        InvalidRequestError: BAD_GRAMMAR, the row can't be held to its grammar; its logits may be changed in part.
+
     Source: transformers RepetitionPenaltyLogitsProcessor; OpenAI API reference, "frequency and presence penalties".
     """
     kept = row.memo.kept
-    changes = kept if isinstance(kept, _Changes) else _Changes(row, len(logits), logits.device)
+    changes = kept if isinstance(kept, _Changes) else _Changes(row, len(logits), logits.device, grammars)
     row.memo.kept = changes
     changes.apply(logits, row)
 
@@ -50,7 +55,7 @@ def change_logits(logits: Tensor, row: SamplingRow) -> None:
 class _Changes:
     """One sequence's."""
 
-    def __init__(self, row: SamplingRow, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, row: SamplingRow, vocab_size: int, device: torch.device, grammars: Grammars | None) -> None:
         params = row.params
         self._seen = _SeenTokens(row, vocab_size, device) if _has_penalties(params) else None
         self._bias: tuple[Tensor, Tensor] | None = None
@@ -58,6 +63,10 @@ class _Changes:
             tokens = torch.tensor(list(params.logit_bias))
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
             self._bias = to_device(tokens, device), to_device(values, device)
+        self._grammar: GrammarState | None = None
+        if params.grammar is not None:
+            assert grammars is not None, "its worker took it"
+            self._grammar = grammars.state(params.grammar)
         self._banned: Tensor | None = None
         banned = banned_tokens(row)
         if banned:
@@ -72,6 +81,9 @@ class _Changes:
             logits[tokens] += values
         if self._banned is not None and len(row.output_token_ids) < row.params.min_tokens:
             logits.index_fill_(0, self._banned, float("-inf"))
+        if self._grammar is not None:
+            allowed = torch.from_numpy(self._grammar.mask(row.output_token_ids))
+            logits.masked_fill_(to_device(~allowed, logits.device), float("-inf"))
 
 
 class _SeenTokens:

@@ -1,8 +1,8 @@
 """Choose the next token of each sequence of a step, or say why it has none.
 
-In order: penalties, logit bias, tokens that `min_tokens` forbids, temperature, top-k, top-p, min-p, one draw. The draw
-depends on (seed, sample index, position) and on the row's own logits; on nothing else in the batch and on no hidden
-state, so that any worker continues a sequence as any other would have.
+In order: penalties, logit bias, what `min_tokens` or a grammar forbids, temperature, top-k, top-p, min-p, one draw.
+The draw depends on (seed, sample index, position) and on the row's own logits; on nothing else in the batch and on no
+hidden state, so that any worker continues a sequence as any other would have.
 
 A token is in the vocabulary and its logit was finite after all that changed it: never a forbidden one. Where that
 leaves nothing, or the model's own logits are not all finite, the row has an error in its place, and the others theirs.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from headrace_core.batch.step import SamplingRow
 from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.grammar import Grammars
 from headrace_core.model.host_copies import to_device, to_host
 from headrace_core.model.logit_changes import banned_tokens, change_logits, needs_changes
 from headrace_core.request import SampledToken, TokenLogprobs
@@ -33,15 +34,18 @@ _NOT_FINITE = -2
 """Besides `NO_TOKEN`: the model's own logits are not finite."""
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | HeadraceError]:
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], grammars: Grammars | None = None
+) -> list[SampledToken | HeadraceError]:
     """Return each row's next token, or why it has none.
 
     The error is BAD_LOGITS if the row's logits are not all finite, as they come or after penalties and bias; an
-    InvalidRequestError BAD_SAMPLING if every token is forbidden.
+    InvalidRequestError BAD_SAMPLING if every token is forbidden, BAD_GRAMMAR if the row can't be held to its grammar.
 
     Args:
         logits: [L, V] float32, the model's own; not changed.
         rows: what each row's choice depends on; what their memos keep is brought up to date.
+        grammars: the model's; None: no row has one.
 
     Raises:
         ValueError: the number of rows differs.
@@ -54,27 +58,36 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | H
     # Apart: on a CPU aminmax takes ten times as long as both.
     lowest, highest = logits.amin(dim=-1), logits.amax(dim=-1)
     is_bad = lowest * 0 != highest * 0
-    changed = _changed(logits, rows)
+    failed: dict[int, HeadraceError] = {}
+    changed = _changed(logits, rows, grammars, failed)
     tokens = sample_tokens(changed, _draws(rows, logits.device)).masked_fill_(is_bad, _NOT_FINITE)
     asking = [i for i, row in enumerate(rows) if row.params.top_logprobs is not None]
     token_ids, *found = to_host([tokens, *_logprobs(logits, tokens, rows, asking)])
     logprobs = _by_row(found, rows, asking)
     return [
         SampledToken(token_id, logprobs.get(i))
-        if 0 <= token_id < logits.shape[1]
-        else _error(token_id, row, logits.shape[1])
+        if i not in failed and 0 <= token_id < logits.shape[1]
+        else failed.get(i) or _error(token_id, row, logits.shape[1])
         for i, (token_id, row) in enumerate(zip(token_ids.tolist(), rows, strict=True))
     ]
 
 
-def _changed(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Return logits with what the rows ask to be changed in theirs; the input itself if none asks for anything."""
+def _changed(
+    logits: Tensor, rows: Sequence[SamplingRow], grammars: Grammars | None, failed: dict[int, HeadraceError]
+) -> Tensor:
+    """Return logits with what the rows ask to be changed in theirs; the input itself if none asks for anything.
+
+    Puts into `failed` why a row's can't be.
+    """
     touched = [i for i, row in enumerate(rows) if needs_changes(row)]
     if not touched:
         return logits
     logits = logits.clone()
     for i in touched:
-        change_logits(logits[i], rows[i])
+        try:
+            change_logits(logits[i], rows[i], grammars)
+        except InvalidRequestError as error:
+            failed[i] = error
     return logits
 
 

@@ -78,6 +78,7 @@ class FakeWorker:
         max_step_sequences: int = 64,
         vocab_size: int = 1000,
         eos_token_ids: Sequence[int] = (),
+        has_grammars: bool = True,
         fingerprint: str = "fa4e" * 16,
         layout: types_pb2.KvLayout = _LAYOUT,
     ) -> None:
@@ -106,6 +107,7 @@ class FakeWorker:
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
             transports=["fake"],
+            has_grammars=has_grammars,
         )
         self.next_token = next_token or mixed(vocab_size)
         self._step_s = step_s

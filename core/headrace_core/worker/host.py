@@ -175,7 +175,11 @@ class WorkerHost(Generic[S]):
             self._metrics.show_operations(model.prediction)
         lent = self._lent = self._lent_threads(model)
         executor = Executor(
-            model.model, model.cache, timing_period=timing_period, num_threads=lent.take if lent else None
+            model.model,
+            model.cache,
+            timing_period=timing_period,
+            num_threads=lent.take if lent else None,
+            grammars=model.grammars,
         )
         self._model = model
         self._engine = Engine(
@@ -252,6 +256,7 @@ class WorkerHost(Generic[S]):
             transports=self._transports,
             version=__version__,
             metrics_port=self.metrics_port,
+            has_grammars=not model.limits.grammar_problem,
         )
 
     def _lent_threads(self, model: LoadedModel) -> LentThreads | None:

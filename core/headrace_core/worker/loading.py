@@ -17,6 +17,7 @@ from headrace_core.config import DecodeSettings, WorkerSettings
 from headrace_core.engine.executor import StepModel
 from headrace_core.errors import StartupError
 from headrace_core.families.roofline_shape import shape_of
+from headrace_core.grammar import Grammars
 from headrace_core.hub import machine_bytes, with_folder
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.kv_cache import KvCache
@@ -59,6 +60,7 @@ class LoadedModel:
     fingerprint: str
     num_pages: int
     prediction: Prediction | None = None
+    grammars: Grammars | None = None
     memory: Memfd | None = None
     """What the pool is built on, if other processes can be let read it."""
 
@@ -108,6 +110,9 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         warm_up(model, cache, max_step_tokens=_TRIED_TOKENS)
         if kernels == "cpu" and isinstance(settings, DecodeSettings):
             model.record_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=most)
+    grammars = Grammars(settings.model, config.vocab_size, config.eos_token_ids)
+    if grammars.problem:
+        log.warning("requests with a grammar will be refused", extra={"problem": grammars.problem})
     log.info(
         "model loaded",
         extra={
@@ -127,11 +132,12 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         name=name,
         model=model,
         cache=cache,
-        limits=ModelLimits(config.vocab_size, most, tuple(config.eos_token_ids)),
+        limits=ModelLimits(config.vocab_size, most, tuple(config.eos_token_ids), grammars.problem),
         layout=layout,
         fingerprint=model.fingerprint,
         num_pages=num_pages,
         prediction=_prediction(settings, model, name),
+        grammars=grammars,
         memory=memory,
     )
 

@@ -39,6 +39,8 @@ class FleetModel:
     max_context_tokens: int
     """The most that some pair of them can hold: the smaller of its two, or a `both` worker's own."""
     eos_token_ids: tuple[int, ...]
+    without_grammars: str
+    """The address of one of them that can't hold an answer to a grammar; empty if all can."""
 
 
 class Registry:
@@ -194,6 +196,7 @@ def _model(ready: Sequence[Worker]) -> FleetModel | None:
         vocab_size=ready[0].info.vocab_size,
         max_context_tokens=context,
         eos_token_ids=_eos_ids(ready[0].info),
+        without_grammars=next((worker.address for worker in ready if not worker.info.has_grammars), ""),
     )
 
 

@@ -107,7 +107,7 @@ class Admission:
         Callers take turns at what takes time.
 
         Raises:
-            InvalidRequestError: BAD_REQUEST, BAD_SAMPLING, EMPTY_PROMPT or PROMPT_TOO_LONG.
+            InvalidRequestError: BAD_REQUEST, BAD_SAMPLING, BAD_GRAMMAR, EMPTY_PROMPT or PROMPT_TOO_LONG.
             NotFoundError: UNKNOWN_MODEL.
             DeadlineError: DEADLINE_EXCEEDED.
             UnavailableError: DRAINING.
@@ -118,6 +118,8 @@ class Admission:
         if message.HasField("n") and not 1 <= message.n <= MAX_SAMPLES:
             raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
         params = decode_sampling(message.sampling, self._sampling)
+        if params.grammar is not None:
+            await self._prompts.check_grammar(params.grammar, caller, deadline_s=deadline_s)
         prompt = await self._read(message, model, caller, deadline_s=deadline_s)
         sent_id = _sent_id(message.request_id)
         return Tokenized(
@@ -166,7 +168,7 @@ class Admission:
         """Check against what the fleet serves and fill in what the client left to us.
 
         Raises:
-            InvalidRequestError: PROMPT_TOO_LONG, BAD_TOKEN or BAD_SAMPLING.
+            InvalidRequestError: PROMPT_TOO_LONG, BAD_TOKEN, BAD_SAMPLING or BAD_GRAMMAR.
         """
         message, params, num_prompt = tokenized.message, tokenized.params, len(tokenized.prompt.token_ids)
         check_num_tokens(num_prompt, model.max_context_tokens - 1)
@@ -174,6 +176,11 @@ class Admission:
         special_stops = self._special_stops(params.stop_strings, model.vocab_size)
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *special_stops))
         params.validate_tokens(model.vocab_size, model.eos_token_ids)
+        if params.grammar is not None and model.without_grammars:
+            raise InvalidRequestError(
+                "BAD_GRAMMAR",
+                f"the worker at {model.without_grammars} can't hold answers to a grammar; its log says why",
+            )
         room = model.max_context_tokens - num_prompt
         max_tokens = min(params.max_tokens or DEFAULT_MAX_TOKENS, room)
         seed = secrets.randbits(63) if params.seed is None else params.seed

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from headrace.v1 import generation_service_pb2
 from headrace_core.errors import InvalidRequestError
+from headrace_core.grammar import check_grammar
+from headrace_core.request import Grammar
 from headrace_core.shares import Caller
 
 from headrace_router.text.chat_protocol import Conversation, TemplateSource
@@ -108,6 +110,16 @@ class Prompts:
         if not prompt.token_ids:
             raise InvalidRequestError("EMPTY_PROMPT", "the prompt has no tokens")
         return prompt
+
+    async def check_grammar(self, grammar: Grammar, caller: Caller, *, deadline_s: float) -> None:
+        """Check that an answer can be held to a grammar; on the thread that short texts are tokenized on.
+
+        Raises:
+            InvalidRequestError: BAD_GRAMMAR.
+            DeadlineError: DEADLINE_EXCEEDED.
+            UnavailableError: DRAINING.
+        """
+        await self._lanes.run(0, caller, deadline_s, lambda _: check_grammar(grammar))
 
     async def _encode(self, text: str, limits: PromptLimits, *, with_special: bool) -> Prompt:
         num_bytes = self._check_size(len(text.encode()))

@@ -35,7 +35,7 @@ class GenerationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]
     """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
-    INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
+    INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN, BAD_GRAMMAR), NOT_FOUND (UNKNOWN_MODEL),
     UNAUTHENTICATED (BAD_API_KEY, NO_IDENTITY), PERMISSION_DENIED (WRONG_ROLE), RESOURCE_EXHAUSTED (QUEUE_FULL,
     RATE_LIMITED, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, START_FAILED),
     DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
@@ -50,7 +50,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_service_pb2.GenerateRequest, _generation_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
-    INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
+    INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN, BAD_GRAMMAR), NOT_FOUND (UNKNOWN_MODEL),
     UNAUTHENTICATED (BAD_API_KEY, NO_IDENTITY), PERMISSION_DENIED (WRONG_ROLE), RESOURCE_EXHAUSTED (QUEUE_FULL,
     RATE_LIMITED, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, START_FAILED),
     DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).
@@ -68,7 +68,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_service_pb2.GenerateResponse], _abc.AsyncIterator[_generation_service_pb2.GenerateResponse]]:
         """Generates from a prompt and streams the text as it comes. Cancelling the call frees everything it holds. Errors:
-        INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN), NOT_FOUND (UNKNOWN_MODEL),
+        INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST, BAD_TOKEN, BAD_GRAMMAR), NOT_FOUND (UNKNOWN_MODEL),
         UNAUTHENTICATED (BAD_API_KEY, NO_IDENTITY), PERMISSION_DENIED (WRONG_ROLE), RESOURCE_EXHAUSTED (QUEUE_FULL,
         RATE_LIMITED, MESSAGE_TIMEOUT), UNAVAILABLE (NO_WORKERS, DRAINING, RETRIES_EXHAUSTED, START_FAILED),
         DEADLINE_EXCEEDED, INTERNAL (BAD_LOGITS, ENGINE_FAILED).

@@ -56,6 +56,7 @@ class GetInfoResponse(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     METRICS_PORT_FIELD_NUMBER: _builtins.int
+    HAS_GRAMMARS_FIELD_NUMBER: _builtins.int
     role: _types_pb2.WorkerRole.ValueType
     """What it does."""
     incarnation: _builtins.int
@@ -78,6 +79,8 @@ class GetInfoResponse(_message.Message):
     """Headrace's version."""
     metrics_port: _builtins.int
     """Port of its Prometheus metrics, at the host where it is reached; 0: not known."""
+    has_grammars: _builtins.bool
+    """Whether it can hold a sequence's output to a grammar."""
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout:
         """Meaning of its pages' bytes."""
@@ -107,10 +110,11 @@ class GetInfoResponse(_message.Message):
         transports: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
         metrics_port: _builtins.int = ...,
+        has_grammars: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "max_step_sequences", b"max_step_sequences", "max_step_tokens", b"max_step_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_pages", b"num_pages", "role", b"role", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "has_grammars", b"has_grammars", "incarnation", b"incarnation", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "max_step_sequences", b"max_step_sequences", "max_step_tokens", b"max_step_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_pages", b"num_pages", "role", b"role", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

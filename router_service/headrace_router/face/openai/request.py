@@ -21,6 +21,7 @@ from headrace_router.face.openai.schema import (
     StreamOptions,
     TokenizeRequest,
 )
+from headrace_router.face.openai.structure import grammar_of
 
 _DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 128
@@ -133,6 +134,8 @@ def _message(
         logit_bias=[_bias(token, bias) for token, bias in (fields.logit_bias or {}).items()],
         top_logprobs=top_logprobs,
     )
+    if (grammar := grammar_of(fields)) is not None:
+        sampling.grammar.CopyFrom(grammar)
     for name in _SAME_NAME:
         value = getattr(fields, name)
         if value is not None:

@@ -14,12 +14,14 @@ from typing import Any
 from headrace.v1 import generation_service_pb2, types_pb2
 from headrace_core.request import MAX_COUNT, FinishReason
 
+from headrace_router.face.http.errors import HttpError
 from headrace_router.face.openai.about import About
 from headrace_router.face.openai.parse import parse_body
 from headrace_router.face.openai.parts import quoted
 from headrace_router.face.openai.request import Asked, Wanted, float32
 from headrace_router.face.openai.responses_schema import ResponsesRequest
 from headrace_router.face.openai.schema import StreamOptions
+from headrace_router.face.openai.structure import schema_grammar
 from headrace_router.requests.piece import Ending, Piece
 
 
@@ -33,6 +35,11 @@ def read_response(body: bytes, request_id: str) -> Asked:
         sampling.temperature = float32(fields.temperature)
     if fields.top_p is not None:
         sampling.top_p = float32(fields.top_p)
+    form = fields.text.format if fields.text is not None else None
+    if form is not None and form.type != "text":
+        if form.type == "json_schema" and form.schema_ is None:
+            raise HttpError("`text.format.schema` is missing", param="text.format.schema")
+        sampling.grammar.CopyFrom(schema_grammar(form.schema_ or {"type": "object"}))
     message = generation_service_pb2.GenerateRequest(request_id=request_id, model=fields.model, sampling=sampling)
     message.chat.SetInParent()
     if fields.instructions is not None:
@@ -53,7 +60,10 @@ def read_response(body: bytes, request_id: str) -> Asked:
         has_logprobs=False,
         has_token_ids=False,
         echo=False,
-        said=fields.model_dump(include=echoed),
+        said={
+            **fields.model_dump(include=echoed),
+            "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}},
+        },
     )
     return Asked([message], wanted)
 
@@ -117,7 +127,6 @@ class _Response:
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
-            "text": {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",

@@ -12,7 +12,6 @@ from headrace_router.face.openai.schema import Count
 _NOTHING = Annotated[list[Any], Field(max_length=0)]
 _NOTHING_KEPT = "nothing is kept; send the whole conversation as `input`"
 _NO_TOOLS = "tools are not called yet"
-_NO_GRAMMAR = "answers are not held to a grammar yet"
 
 
 class InputPart(Body):
@@ -35,16 +34,20 @@ class InputItem(Body):
     phase: Annotated[None, Refused("text only")] = None
 
 
-class PlainFormat(Body):
-    """`{"type": "text"}`."""
+class TextFormat(Body):
+    """What the text is to be."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
 
 
 class TextOptions(Body):
     """How a text is to look."""
 
-    format: Annotated[PlainFormat | None, Refused(_NO_GRAMMAR)] = None
+    format: TextFormat | None = Field(None, description="`text`, `json_object` or `json_schema`")
     verbosity: Annotated[None, Refused("the model's template is used as it is")] = None
 
 
@@ -60,7 +63,7 @@ class ResponsesRequest(Body):
     stream: bool | None = Field(None, description="answer in server-sent events, as tokens come")
     user: str | None = Field(None, description="taken, and used for nothing")
     store: bool | None = Field(None, description="taken; nothing is kept")
-    text: TextOptions | None = Field(None, description="format `text` alone")
+    text: TextOptions | None = Field(None, description="its `format`: `text`, `json_object` or `json_schema`")
     background: Annotated[Literal[False] | None, Refused(_NOTHING_KEPT)] = None
     previous_response_id: Annotated[None, Refused(_NOTHING_KEPT)] = None
     conversation: Annotated[None, Refused(_NOTHING_KEPT)] = None

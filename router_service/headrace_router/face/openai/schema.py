@@ -14,13 +14,12 @@ from pydantic import Field
 
 from headrace_router.face.openai.body import Body, Refused
 from headrace_router.face.openai.messages import Message, Templated
+from headrace_router.face.openai.structure import Structured
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
-
-_NO_GRAMMAR = "answers are not held to a grammar yet"
 _NO_TOOLS = "tools are not called yet"
 _TEXT_ONLY = "text only"
 _WHOLE_PROMPT = "prompts are not changed; one that is too long is refused"
@@ -36,7 +35,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = Field(default=False, description="the counts so far in every event")
 
 
-class _Generating(Body):
+class _Generating(Structured):
     """What both endpoints have."""
 
     model: str = Field("", description="as /v1/models names it; empty: the one served")
@@ -69,12 +68,6 @@ class _Generating(Body):
     service_tier: Annotated[Literal["auto", "default"] | None, Refused("there is one")] = None
     metadata: Annotated[None, Refused("nothing is kept")] = None
     priority: Annotated[Literal[0] | None, Refused("callers share fairly")] = None
-    response_format: Annotated[TextFormat | None, Refused(_NO_GRAMMAR)] = None
-    structured_outputs: Annotated[None, Refused(_NO_GRAMMAR)] = None
-    guided_json: Annotated[None, Refused(_NO_GRAMMAR)] = None
-    guided_regex: Annotated[None, Refused(_NO_GRAMMAR)] = None
-    guided_choice: Annotated[None, Refused(_NO_GRAMMAR)] = None
-    guided_grammar: Annotated[None, Refused(_NO_GRAMMAR)] = None
     use_beam_search: Annotated[Literal[False] | None, Refused("answers are sampled")] = None
     length_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, Refused("answers are sampled")] = None
     truncate_prompt_tokens: Annotated[None, Refused(_WHOLE_PROMPT)] = None
@@ -82,12 +75,6 @@ class _Generating(Body):
     spaces_between_special_tokens: Annotated[Literal[True] | None, Refused("special tokens have no text")] = None
     include_stop_str_in_output: Annotated[Literal[False] | None, Refused("a choice ends before it")] = None
     prompt_logprobs: Annotated[None, Refused("prompts have none")] = None
-
-
-class TextFormat(Body):
-    """`{"type": "text"}`."""
-
-    type: Literal["text"]
 
 
 class CompletionRequest(_Generating):
