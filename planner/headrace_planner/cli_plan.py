@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from headrace_core.errors import InvalidRequestError
+from headrace_core.request_trace import Workload, load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import Hardware, HardwareError, find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
@@ -22,7 +23,6 @@ from headrace_planner.sim_capacity import Attempt, Verified, verify
 from headrace_planner.sim_result import parse_slo
 from headrace_planner.sim_roofline import Machine
 from headrace_planner.sim_tradeoffs import crossover, decode_speed, kv_memory
-from headrace_planner.trace import Workload, load_trace, prefix_hit_share
 from headrace_planner.workload import parse_workload, poisson
 
 _SIMULATED = 4000

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from headrace_core.errors import InvalidRequestError
+from headrace_core.request_trace import Workload, load_trace
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import HardwareError, find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
@@ -28,7 +29,6 @@ from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.sim_studies import STUDIES, Study
 from headrace_planner.simulator import simulate
 from headrace_planner.step_times import LinearStepTimes, StepTimes
-from headrace_planner.trace import Workload, load_trace
 from headrace_planner.workload import Lengths, closed_loop, parse_workload, poisson
 
 app = typer.Typer(help="Run a cluster in simulated time, with the product's own schedulers.", no_args_is_help=False)

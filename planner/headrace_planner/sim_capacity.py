@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from headrace_core.request_trace import Workload
 from headrace_core.roofline.model_shape import Dtype
 
 from headrace_planner.capacity import Plan
@@ -20,7 +21,6 @@ from headrace_planner.sim_lone import is_out_of_reach
 from headrace_planner.sim_result import SimResult, Slo
 from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.simulator import simulate
-from headrace_planner.trace import Workload
 
 _PAGE_SIZE = 64
 _MAX_ADDITIONS = 12

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from headrace_core.request_trace import Workload, prefix_hits
 from numpy.typing import NDArray
 
 from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
 from headrace_planner.sim_result import Slo
 from headrace_planner.step_times import StepShape, chunk_pairs
-from headrace_planner.trace import Workload, prefix_hits
 
 
 def is_out_of_reach(config: SimConfig, workload: Workload, slo: Slo) -> NDArray[np.bool_]:

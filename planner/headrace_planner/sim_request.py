@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from headrace_core.request_trace import Workload
 from headrace_router.placement.capacity import Waiting
 from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS, prefix_key
-
-from headrace_planner.trace import Workload
 
 _UNKNOWN = Waiting(0, 0, 0)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from headrace_core.errors import InvalidRequestError
+from headrace_core.request_trace import Workload
 from numpy.typing import NDArray
 
 from headrace_planner.sim_request import SimRequest
-from headrace_planner.trace import Workload
 
 PERCENTILES = (25, 50, 99)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from headrace_core.errors import InvalidRequestError
+from headrace_core.request_trace import load_trace
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype
@@ -26,7 +27,6 @@ from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.sim_tradeoffs import crossover, kv_memory
 from headrace_planner.simulator import simulate
 from headrace_planner.step_times import TableStepTimes
-from headrace_planner.trace import load_trace
 from headrace_planner.workload import Lengths, closed_loop, poisson
 
 _PROMPT_STEP = 65_536

@@ -16,6 +16,8 @@ import gc
 import time
 from typing import Any
 
+from headrace_core.request_trace import Workload
+
 from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import Outage, SimConfig, WorkerSpec
 from headrace_planner.sim_engine import ExactDecodeWorker, PrefillWorker
@@ -24,7 +26,6 @@ from headrace_planner.sim_host import Host, SharedMachine
 from headrace_planner.sim_request import Arrivals, SimRequest, State
 from headrace_planner.sim_result import Recorder, SimResult, WorkerUse
 from headrace_planner.sim_router import Account, Router
-from headrace_planner.trace import Workload
 
 _EXACT_TOKENS = 200_000
 """Tokens, prompt and output, up to which `auto` is exact."""

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from headrace_planner.trace import Workload
+from headrace_core.request_trace import Workload
+
 from headrace_planner.workload import Lengths, closed_loop
 
 METRICS = ("ttft_s", "itl_s", "throughput")

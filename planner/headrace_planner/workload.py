@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from headrace_core.errors import InvalidRequestError
+from headrace_core.request_trace import Workload
 from numpy.typing import NDArray
-
-from headrace_planner.trace import Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from headrace_core.errors import InvalidRequestError
+from headrace_core.request_trace import load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype
@@ -26,7 +27,6 @@ from headrace_planner.sim_result import Slo, parse_slo
 from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.sim_tradeoffs import crossover
 from headrace_planner.step_times import Curve, LinearStepTimes, StepShape, chunk_pairs
-from headrace_planner.trace import load_trace, prefix_hit_share
 from headrace_planner.workload import Lengths, parse_workload, poisson
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from headrace_core.request_trace import Workload, prefix_hits
 from headrace_planner.sim_capacity import correct
 from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
 from headrace_planner.sim_lone import is_out_of_reach, lone_tpot_s, lone_ttft_s
 from headrace_planner.sim_result import Slo
 from headrace_planner.simulator import simulate
 from headrace_planner.step_times import LinearStepTimes
-from headrace_planner.trace import Workload, prefix_hits
 
 TIMES = LinearStepTimes(fixed_s=0.01, row_s=0.001, prompt_token_s=1e-4)
 """A prompt of 1,000 tokens takes 0.11 s, of 50,000 tokens 5.07 s; eight decode rows 18 ms."""

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from headrace_core.errors import InvalidRequestError
+from headrace_core.request_trace import Workload
 from headrace_planner.sim_config import Outage, SimConfig, Wire, WorkerSpec, random_outages
 from headrace_planner.sim_result import SimResult, Slo
 from headrace_planner.simulator import _Simulation, simulate
 from headrace_planner.step_times import LinearStepTimes
-from headrace_planner.trace import Workload
 from headrace_planner.workload import Lengths, closed_loop, poisson
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from headrace_core.errors import InvalidRequestError
 from numpy.typing import NDArray
+
+from headrace_core.errors import InvalidRequestError
 
 MOONCAKE_BLOCK_TOKENS = 512
 
