@@ -37,6 +37,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "BAD_HANDOFF": "what a hand-off brought does not fit the sequence it was for; between workers, tried again",
         "BAD_KEYS": "a file of API keys, or the name of a new one, can't be used; says why",
         "BAD_OPTION": "a command's option has no such value",
+        "BAD_REPORT": "a file is no report of `headrace bench --json`",
         "BAD_REQUEST": "a message is malformed or contradicts itself",
         "BAD_SAMPLING": "a sampling parameter, named in the message, is out of its range or leaves no token to choose",
         "BAD_SLO": "a latency objective can't be read",

@@ -22,7 +22,7 @@ def run(*arguments: str, **options):
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False, env={"COLUMNS": "140"}, **options)
 
 
-@pytest.mark.parametrize("command", ["up", "generate", "chat", "status", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["up", "generate", "chat", "status", "demo", "doctor", "bench"])
 def test_help_of_every_command_shows_examples(command):
     result = run(command, "--help")
     assert result.exit_code == 0

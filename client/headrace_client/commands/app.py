@@ -10,7 +10,7 @@ from headrace_core import __version__
 from headrace_core.errors import HeadraceError
 from typer.core import TyperGroup
 
-from headrace_client.commands import certs, chat, dashboards, demo, doctor, generate, keys, status, top, up
+from headrace_client.commands import bench, certs, chat, dashboards, demo, doctor, generate, keys, status, top, up
 from headrace_client.commands.terminal import exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
@@ -25,6 +25,7 @@ _HELP = """Serve language models with separate prefill and decode workers, and t
   headrace chat                             talk
   headrace status                           what serves, and how full it is
   headrace top                              what it does, live: latencies, hand-offs, experts
+  headrace bench                            load on a server, and what its clients saw
   headrace dashboards                       what Grafana shows of it
   headrace certs                            certificates for development
   headrace keys                             API keys for clients
@@ -105,6 +106,7 @@ app.command(help=generate.HELP)(generate.generate)
 app.command(help=chat.HELP)(chat.chat)
 app.command(help=status.HELP)(status.status)
 app.command(help=top.HELP)(top.top)
+app.add_typer(bench.app, name="bench")
 app.command(help=dashboards.HELP)(dashboards.dashboards)
 app.command(help=certs.HELP)(certs.certs)
 app.command(help=keys.HELP)(keys.keys)
