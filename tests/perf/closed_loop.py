@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from headrace_client import AsyncClient
+from headrace_client.bench.target import Target
 from headrace_core.request import SamplingParams
 
 PERCENTILES = (25, 50, 99)
@@ -68,6 +69,26 @@ def asking(client: AsyncClient, num_out: int) -> Ask:
                 if delta.token_ids:
                     deltas.append((time.monotonic() - sent_s, len(delta.token_ids)))
         return RequestTimes(deltas)
+
+    return ask
+
+
+def asking_target(target: Target, num_out: int) -> Ask:
+    """Return what asks a target of `headrace bench` for `num_out` greedy tokens.
+
+    Raises when called:
+        HeadraceError: it is refused, or cut short.
+        RuntimeError: there were fewer tokens.
+    """
+
+    async def ask(prompt: list[int]) -> RequestTimes:
+        deltas: list[tuple[float, int]] = []
+        sent_s = time.monotonic()
+        await target.ask(prompt, num_out, lambda count: deltas.append((time.monotonic() - sent_s, count)))
+        times = RequestTimes(deltas)
+        if times.num_tokens != num_out:
+            raise RuntimeError(f"the server streamed {times.num_tokens} tokens of {num_out}")
+        return times
 
     return ask
 

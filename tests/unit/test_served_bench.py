@@ -1,56 +1,34 @@
-"""The served bench: how it times a stream of OpenAI's kind, and what it makes of both sides' figures."""
+"""The served bench: how it times an answer, and what it makes of both sides' figures."""
 
 import asyncio
-import json
-from pathlib import Path
 
 import pytest
+from headrace_client.bench.target import Answered
 
-from tests.perf.served.openai import openai_asking
-from tests.perf.served.servers import Load
+from tests.perf.closed_loop import asking_target
 from tests.perf.served.summary import ratios, table
 
-_LOAD = Load(Path("model"), 2, 3, 1, 1)
+
+class _Target:
+    """Answers with tokens that come 1 and then 2 at a time."""
+
+    async def ask(self, prompt, num_output, on_tokens):
+        on_tokens(1)
+        on_tokens(2)
+        return Answered(len(prompt))
+
+    async def close(self):
+        pass
 
 
-def _event(usage) -> bytes:
-    line = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
-    return f"{len(line):x}\r\n".encode() + line + b"\r\n"
-
-
-async def _ask(status: str, events: list[bytes]):
-    asked = []
-
-    async def answer(reader, writer):
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length: ")[2].split()[0])
-        asked.append(json.loads(await reader.readexactly(length)))
-        writer.write(f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + b"".join(events))
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        times = await openai_asking("127.0.0.1", server.sockets[0].getsockname()[1], _LOAD)([5, 6])
-    return asked[0], times
-
-
-def test_each_token_of_a_stream_is_timed():
-    events = [_event({"completion_tokens": count}) for count in (0, 1, 3, 3)]
-    asked, times = asyncio.run(_ask("200 OK", [*events, b"e\r\ndata: [DONE]\n\n\r\n"]))
-    assert (asked["prompt"], asked["max_tokens"], asked["ignore_eos"]) == ([5, 6], 3, True)
+def test_each_token_of_an_answer_is_timed():
+    times = asyncio.run(asking_target(_Target(), 3)([5, 6]))
     assert [count for _, count in times.deltas] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("status", "events", "says"),
-    [
-        ("404 Not Found", [b"no such model"], "404"),
-        ("200 OK", [_event({"completion_tokens": 1})], "1 tokens of 3"),
-    ],
-)
-def test_a_stream_that_is_refused_or_cut_short_is_an_error(status, events, says):
-    with pytest.raises(RuntimeError, match=says):
-        asyncio.run(_ask(status, events))
+def test_an_answer_that_is_too_short_is_an_error():
+    with pytest.raises(RuntimeError, match="3 tokens of 4"):
+        asyncio.run(asking_target(_Target(), 4)([5, 6]))
 
 
 def _cell(rate, ttft, itl):

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace_client import AsyncClient
+from headrace_client.bench.http_target import HttpOptions, HttpTarget
 from headrace_client.cluster.local_cluster import LocalCluster
 
-from tests.perf.closed_loop import Ask, asking
+from tests.perf.closed_loop import Ask, asking, asking_target
 from tests.perf.engine.peer import NoPeerError, peers_dtype, threads_of
-from tests.perf.served.openai import openai_asking
 
 _START_S = 900.0
 _POLL_S = 0.5
@@ -117,7 +117,9 @@ def vllm(peers: Path) -> Callable[[Load], contextlib.AbstractAsyncContextManager
                 [*words, "--tokenizer", _tokenizer(load, Path(folder))], threads_of(load.cores) | own, port
             ) as process,
         ):
-            yield Server(openai_asking("127.0.0.1", port, load), " ".join(words), lambda: [process.pid])
+            target = HttpTarget(f"http://127.0.0.1:{port}", HttpOptions(str(load.checkpoint)))
+            yield Server(asking_target(target, load.num_out), " ".join(words), lambda: [process.pid])
+            await target.close()
 
     return serve
 
