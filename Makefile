@@ -22,7 +22,7 @@ CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-served profile bench-scheduling bench-plan bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -128,6 +128,9 @@ bench-plan: setup ## How large a step's plan is as a diff, and what it costs; wr
 bench-lending: setup ## A cluster whose workers lend each other threads beside one where they do not; build/bench/lending.json
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m
 	$(BIN)/python -m tests.perf.lending build/checkpoint-280m
+
+bench-router: setup ## What the router costs for a token and a request, beside other routers, in turns (build/bench/router.json)
+	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.perf.router $(ARGS)
 
 bench-served: setup ## The whole system beside vLLM's server on the same cores, in turns (build/bench/served.json)
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m

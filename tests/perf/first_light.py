@@ -26,7 +26,7 @@ from rich.table import Table
 from tests.perf import checkpoint_280m
 from tests.perf.machine import machine
 from tests.perf.model_bench import bench_model
-from tests.perf.router_cpu import measure_router_cpu
+from tests.perf.router import cell, sides
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "demo" / "model"
@@ -60,8 +60,8 @@ def main() -> None:
     with console.status("hand-off between two processes …"):
         report["handoff"] = measure_handoff(list(models.values())[-1])
     show(report["handoff"], "Hand-off over gRPC, prefill process → decode process")
-    with console.status("router: 32 streams …"):
-        report["router"] = measure_router_cpu()
+    with console.status("router: 32 streams …"), sides.ours(20.0) as (_, over_grpc):
+        report["router"] = cell.run(over_grpc, cell.Cell("paced_32", 32, 64, 96, 20.0))
     show(report["router"], "Router")
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=1))

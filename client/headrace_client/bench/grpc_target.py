@@ -9,7 +9,7 @@ import grpc.aio
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace_core.rpc import channel
 
-from headrace_client.bench.target import Answered, OnTokens
+from headrace_client.bench.target import Answered, OnTokens, Prompt
 from headrace_client.codec import encode_request
 from headrace_client.connection import Connection, ConnectionOptions
 from headrace_client.sampling import SamplingParams
@@ -25,11 +25,11 @@ class GrpcTarget:
         self._model = model
         self._timeout_s = timeout_s
 
-    async def ask(self, prompt: list[int], num_output: int, on_tokens: OnTokens) -> Answered:
+    async def ask(self, prompt: Prompt, num_output: int, on_tokens: OnTokens) -> Answered:
         """See `Target`."""
         sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
         request = encode_request(prompt, sampling, n=1, model=self._model, request_id="", include_timings=False)
-        answered = Answered(len(prompt))
+        answered = Answered()
         metadata = self._connection.options.metadata()
         try:
             async for response in self._stub.Generate(request, timeout=self._timeout_s, metadata=metadata):

@@ -19,7 +19,7 @@ from headrace_core.errors import (
 )
 
 from headrace_client.bench.http_connection import HttpConnection, connect
-from headrace_client.bench.target import Answered, OnTokens
+from headrace_client.bench.target import Answered, OnTokens, Prompt
 
 _CONNECT_TIMEOUT_S = 30.0
 _DATA = b"data:"
@@ -83,11 +83,11 @@ class HttpTarget:
             problem = f"the server names no model at /v1/models ({status}: {said!r}); give one with --model"
             raise ProtocolError("PROTOCOL", problem) from None
 
-    async def ask(self, prompt: list[int], num_output: int, on_tokens: OnTokens) -> Answered:
+    async def ask(self, prompt: Prompt, num_output: int, on_tokens: OnTokens) -> Answered:
         """See `Target`."""
         body = json.dumps(self._fields(prompt, num_output), separators=(",", ":")).encode()
         path = "/v1/chat/completions" if self._options.is_chat else "/v1/completions"
-        events = _Events(len(prompt), on_tokens)
+        events = _Events(on_tokens)
         status = await self._exchange(self._head("POST", path, body), events.feed)
         if status != 200:
             raise _refusal(status, events.rest)
@@ -101,10 +101,11 @@ class HttpTarget:
             connection.close()
         self._idle.clear()
 
-    def _fields(self, prompt: list[int], num_output: int) -> dict[str, Any]:
+    def _fields(self, prompt: Prompt, num_output: int) -> dict[str, Any]:
         what: dict[str, Any] = {"prompt": prompt}
         if self._options.is_chat:
-            what = {"messages": [{"role": "user", "content": " ".join(map(str, prompt))}]}
+            words = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+            what = {"messages": [{"role": "user", "content": words}]}
         options: dict[str, Any] = {"include_usage": True}
         if self._options.counts_always:
             options["continuous_usage_stats"] = True
@@ -147,8 +148,8 @@ class HttpTarget:
 class _Events:
     """Reads one stream of server-sent events."""
 
-    def __init__(self, num_prompt: int, on_tokens: OnTokens) -> None:
-        self.answered = Answered(num_prompt)
+    def __init__(self, on_tokens: OnTokens) -> None:
+        self.answered = Answered()
         self.is_done = False
         self.rest = b""
         """What is no whole event yet, or an answer of another status."""

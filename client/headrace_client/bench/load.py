@@ -136,7 +136,7 @@ class Load:
         answered = None
         try:
             answered = await self._target.ask(list(prompt), num_output, on_tokens)
-            record.num_prompt, record.num_cached = answered.num_prompt, answered.num_cached
+            record.num_prompt, record.num_cached = answered.num_prompt or len(prompt), answered.num_cached
             if not deltas:
                 record.error = "EMPTY"
             elif answered.num_output is not None and answered.num_output > record.num_output:

@@ -381,6 +381,7 @@ async def _main() -> None:
     parser.add_argument("--listen", default="127.0.0.1:0", help="host:port; port 0 lets the kernel choose")
     parser.add_argument("--step-ms", type=float, default=20.0, help="time between steps, milliseconds")
     parser.add_argument("--vocab-size", type=int, default=1000, help="it makes token ids 32 to 126: text, to bytes")
+    parser.add_argument("--max-step-sequences", type=int, default=256, help="it runs at once")
     options = parser.parse_args()
     worker = FakeWorker(
         options.role,
@@ -389,7 +390,7 @@ async def _main() -> None:
         num_pages=1 << 16,
         max_context_tokens=1 << 16,
         max_step_tokens=1 << 14,
-        max_step_sequences=256,
+        max_step_sequences=options.max_step_sequences,
         vocab_size=options.vocab_size,
     )
     sys.stdout.write(f"{await worker.start(options.listen)}\n")

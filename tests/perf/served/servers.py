@@ -25,6 +25,7 @@ from headrace_client.bench.http_target import HttpOptions, HttpTarget
 from headrace_client.cluster.local_cluster import LocalCluster
 
 from tests.perf.closed_loop import Ask, asking, asking_target
+from tests.perf.cpu_time import cpu_s, family
 from tests.perf.engine.peer import NoPeerError, peers_dtype, threads_of
 
 _START_S = 900.0
@@ -53,13 +54,7 @@ class Server:
 
     def cpu_s(self) -> float:
         """Return user and system time of all its processes so far."""
-        tick = os.sysconf("SC_CLK_TCK")
-        total = 0.0
-        for pid in {child for parent in self.pids() for child in _family(parent)}:
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                total += sum(map(int, fields[11:15])) / tick
-        return total
+        return cpu_s(self.pids())
 
 
 @contextlib.asynccontextmanager
@@ -139,7 +134,7 @@ def _serving(words: list[str], env: dict[str, str], port: int) -> Generator[subp
             _wait_ready(process, port, log)
             yield process
         finally:
-            for pid in _family(process.pid):
+            for pid in family(process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
@@ -163,13 +158,3 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def _family(pid: int) -> list[int]:
-    """Return a process and all that descend from it."""
-    found = [pid]
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += _family(int(child))
-    return found
