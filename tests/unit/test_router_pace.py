@@ -28,7 +28,7 @@ def test_a_burst_passes_and_a_pace_and_nothing_above_both():
 
 
 class Sink:
-    def on_entry(self, entry, now_s):
+    def on_entry(self, entry, event, now_s):
         return entry.position > 0
 
     def on_ended(self, ended):

@@ -96,16 +96,16 @@ def check_load(load: worker_service_pb2.WatchLoadResponse, info: worker_service_
     _require(load.num_free_pages <= info.num_pages, f"it reports {load.num_free_pages} free pages, of {info.num_pages}")
 
 
-def check_entry(
-    entry: decode_service_pb2.StepEntry, info: worker_service_pb2.GetInfoResponse, layout: KvLayout
-) -> None:
+def check_entry(entry: decode_service_pb2.StepEntry, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> str:
     """Check what a decode worker says of a sequence, as far as it can be judged without knowing the sequence.
+
+    Returns what happened, by its name in `StepEntry.event`: to ask a message for it twice is seen in a token's cost.
 
     Raises:
         ProtocolError: PROTOCOL.
     """
     # For every token that anybody gets: each attribute of a message is read once.
-    match entry.WhichOneof("event"):
+    match event := entry.WhichOneof("event"):
         case "tokens":
             tokens = entry.tokens
             _check_tokens(tokens.token_ids, tokens.logprobs, info.vocab_size)
@@ -124,6 +124,7 @@ def check_entry(
             _require(failure.side in _SIDES, f"it sent a failure of side {failure.side}")
         case _:
             raise ProtocolError("PROTOCOL", "it sent an entry in which nothing happens")
+    return event
 
 
 def check_tokens_computed(prefilled: decode_service_pb2.Prefilled, tokens_sha256: bytes) -> None:

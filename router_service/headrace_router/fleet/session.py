@@ -74,8 +74,8 @@ class Ended:
 class StepSink(Protocol):
     """Takes what happens to one sequence. Called on the event loop; must not block."""
 
-    def on_entry(self, entry: pb.StepEntry, now_s: float) -> bool:
-        """Take what happened; return whether it was news.
+    def on_entry(self, entry: pb.StepEntry, event: str, now_s: float) -> bool:
+        """Take what happened, an `event` of that name; return whether it was news.
 
         What it raises ends the run: `on_ended` by the router follows, and no entry.
         """
@@ -210,16 +210,17 @@ class StepSession:
     def _fan_out(self, message: pb.SessionResponse) -> None:
         now_s = time.monotonic()
         num_idle = 0
+        listeners, info, layout = self._listeners, self._info, self._layout
         for entry in message.entries:
             number = entry.sequence_number
-            listener = self._listeners.get(number)
+            listener = listeners.get(number)
             if listener is None or listener.attempt != entry.attempt:
                 num_idle += 1
                 continue
             sink = listener.sink
             try:
-                check_entry(entry, self._info, self._layout)
-                num_idle += not sink.on_entry(entry, now_s)
+                event = check_entry(entry, info, layout)
+                num_idle += not sink.on_entry(entry, event, now_s)
             except Exception as error:  # noqa: BLE001 - the boundary: what one sequence's entry does costs that sequence
                 self._drop(number, sink, error)
         if num_idle == len(message.entries):

@@ -159,6 +159,19 @@ class RunningRequest:
             return piece
         return None
 
+    def take_all(self) -> list[Piece]:
+        """Return every piece that there is now; they count as told.
+
+        Raises:
+            HeadraceError: the request failed; nothing follows.
+        """
+        pieces: list[Piece] = []
+        while self._news or self._error is not None:
+            piece = self.take()
+            if piece is not None:
+                pieces.append(piece)
+        return pieces
+
     def listen(self, on_news: Callable[[], None]) -> None:
         """Call `on_news` now and whenever `take` has something, or raises, in the very call that brought it."""
         self._on_told = on_news
@@ -175,6 +188,7 @@ class RunningRequest:
             self._error = error
         self._stop()
         self._wake_stream()
+        self._on_told()
         self._on_failed(self)
 
     def close(self) -> None:
@@ -253,17 +267,18 @@ class RunningRequest:
         return True
 
     def _on_news(self, sample: Sample) -> None:
-        if sample.num_unsent_logprobs > _MOST_UNREAD_LOGPROBS // self.spec.num_samples:
+        if sample.has_logprobs and sample.num_unsent_logprobs > _MOST_UNREAD_LOGPROBS // self.spec.num_samples:
             self.fail(OverloadedError("SLOW_READER", "the stream's log-probabilities are not read; read it faster"))
         elif sample not in self._news:
             self._news.append(sample)
-            self._wake_stream()
+            if self._wake is not None:
+                self._wake_stream()
+            self._on_told()
 
     def _wake_stream(self) -> None:
         wake, self._wake = self._wake, None
         if wake is not None and not wake.done():
             wake.set_result(None)
-        self._on_told()
 
     def _on_deadline(self) -> None:
         self.fail(deadline_error(self.spec.deadline_s - self.spec.arrival_s))

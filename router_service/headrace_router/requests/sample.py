@@ -129,11 +129,15 @@ class Sample:
         )
         self._progress: Progress | None = None
         self._is_first_step = False
-        self._has_logprobs = spec.params.top_logprobs is not None
+        self._push: Callable[[int], str] | None = None
+        """Makes text of a token, while a step's tokens need nothing else: see `_take_plainly`."""
+        self.has_logprobs = spec.params.top_logprobs is not None
         self._text = ""
         self._num_sent = 0
         self._logprobs: list[types_pb2.TokenLogprobs] = []
         self._is_introduced = False
+        self._num_prompt = len(spec.prompt_ids)
+        self._most_output = spec.params.max_tokens or 0
 
     @property
     def num_tokens(self) -> int:
@@ -176,15 +180,17 @@ class Sample:
         self.attempt_over = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._is_first_step = False
+        self._push = None
         self.waterfall.mark("queue", now_s)
         if not cached_at(decode, len(self.spec.prompt_ids)).num_tokens:
             self._tell_cached()  # there will be none
 
-    def on_entry(self, entry: decode_service_pb2.StepEntry, now_s: float) -> bool:
+    def on_entry(self, entry: decode_service_pb2.StepEntry, event: str, now_s: float) -> bool:
         """Take what happened at the decode worker. See `session.StepSink`."""
+        if self._push is not None and event == "tokens" and self._take_plainly(entry, self._push, now_s):
+            return True
         if self.is_over:
             return False
-        event = entry.WhichOneof("event")
         if event == "failure":
             failure = entry.failure
             self.on_ended(Ended(Side.WORKER, decode_failure(failure), _WHOSE[failure.side]))
@@ -246,6 +252,12 @@ class Sample:
 
     def take(self) -> Piece:
         """Return what the client has not been sent yet, as much as a message may hold; it counts as sent."""
+        num_output, text = len(self.output_ids), self._text
+        is_whole = num_output - self._num_sent <= _MOST_TOKENS and len(text) <= _MOST_CHARS
+        if is_whole and self.finish_reason is None and self._is_introduced and not self._logprobs:
+            token_ids = self.output_ids[self._num_sent :]
+            self._num_sent, self._text = num_output, ""
+            return Piece(self.sample_index, text, token_ids, (), False, None)
         end = self._num_sent + _MOST_TOKENS
         text, token_ids = self._text[:_MOST_CHARS], self.output_ids[self._num_sent : end]
         self._text = self._text[_MOST_CHARS:]
@@ -263,7 +275,7 @@ class Sample:
         self._require(SampleState.PREFILLING, "a first token")
         check_tokens_computed(prefilled, self.spec.encoded_prompt.sha256(self.output_ids))
         finish = decode_finish(prefilled.finish_reason)
-        logprobs = [prefilled.logprobs] if prefilled.HasField("logprobs") and self._has_logprobs else ()
+        logprobs = [prefilled.logprobs] if prefilled.HasField("logprobs") and self.has_logprobs else ()
         self._check(1, len(logprobs), finish)
         parts = (
             ("decode_queue", prefilled.decode_queue_us),
@@ -307,7 +319,7 @@ class Sample:
     def _on_tokens(self, tokens: decode_service_pb2.Tokens, now_s: float) -> None:
         self._require(SampleState.DECODING, "tokens")
         finish = decode_finish(tokens.finish_reason) if tokens.finish_reason else None
-        token_ids, logprobs = tokens.token_ids, tokens.logprobs if self._has_logprobs else ()
+        token_ids, logprobs = tokens.token_ids, tokens.logprobs if self.has_logprobs else ()
         self._check(len(token_ids), len(logprobs), finish)
         if self._is_first_step:
             self._is_first_step = False
@@ -315,6 +327,32 @@ class Sample:
             self.waterfall.mark("first_step", now_s)
             self.waterfall.mark_first_token()
         self._append(token_ids, logprobs, finish, now_s)
+        if self.state is SampleState.DECODING and not self.has_logprobs:
+            self._push = self._assembler.plain_push
+
+    def _take_plainly(self, entry: decode_service_pb2.StepEntry, push: Callable[[int], str], now_s: float) -> bool:
+        """Take a step's tokens as `_on_tokens` does, if nothing but text comes of them; return whether so.
+
+        Nearly every token of all comes this way, and what it costs is what the router costs.
+        """
+        tokens = entry.tokens
+        token_ids, output_ids = tokens.token_ids, self.output_ids
+        num_output = len(output_ids)
+        num_after = num_output + len(token_ids)
+        if (
+            tokens.finish_reason
+            or entry.position != self._num_prompt + num_output
+            or num_after >= self._most_output
+            or self.state is not SampleState.DECODING
+        ):
+            return False
+        for token_id in token_ids:
+            output_ids.append(token_id)
+            self._text += push(token_id)
+        self._tokens.more(now_s - self.last_token_s, num_after - num_output)
+        self.last_token_s = now_s
+        self._on_news(self)
+        return True
 
     def _tell_cached(self) -> None:
         assert self._decode is not None, "an attempt runs"
@@ -357,7 +395,7 @@ class Sample:
         Raises:
             ProtocolError: PROTOCOL.
         """
-        if self._has_logprobs and num_logprobs != num_new:
+        if self.has_logprobs and num_logprobs != num_new:
             raise ProtocolError("PROTOCOL", f"it sent {num_logprobs} log-probabilities for {num_new} tokens")
         most, num_output = self.spec.params.max_tokens or 0, len(self.output_ids) + num_new
         # The last one too must say that it is the last: without room for one more, no attempt could follow.

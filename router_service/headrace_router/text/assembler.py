@@ -31,6 +31,8 @@ class Assembler:
         self._special_stops = special_stops or {}
         self.matched = ""
         """The stop string found; empty until then."""
+        self.plain_push = None if stop_strings or special_stops else detokenizer.push
+        """`push`, where nothing can be matched; None where something can."""
 
     def push(self, token_id: int) -> str:
         """Take a token, and return the text that is now certain; after a match, what came before it."""

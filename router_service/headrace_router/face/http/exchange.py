@@ -175,7 +175,7 @@ class Exchange:
 
     def send(self, text: str) -> None:
         """Send more of a stream: ASCII, not empty."""
-        self._wire.write(self._chunk(text))
+        self._wire.write((text if self._is_http_1_0 else f"{len(text):x}\r\n{text}\r\n").encode())
 
     def end_stream(self, text: str) -> None:
         """Send the last of a stream: ASCII, not empty."""

@@ -49,15 +49,14 @@ class Events:
     def take(self, piece: Piece) -> str:
         """Return the events of a piece; empty if it has none."""
         ending, index = piece.ending, piece.sample_index
+        if ending is None and self._is_plain and not piece.is_first:
+            self._counts.num_output += len(piece.token_ids)
+            return f"{self._heads[index]}{quoted(piece.text)}{self._plain}" if piece.text else ""
         self._counts.add(index, len(piece.token_ids), ending)
         if piece.is_first:
             prompt = index // self._about.num_samples
             return self._rest(piece, self._first_heads[index], self._about.prompt_texts[prompt] + piece.text)
-        if ending is not None or not self._is_plain:
-            return self._rest(piece, self._heads[index], piece.text)
-        if not piece.text:
-            return ""
-        return f"{self._heads[index]}{quoted(piece.text)}{self._plain}"
+        return self._rest(piece, self._heads[index], piece.text)
 
     def last(self) -> str:
         """Return the events after the last piece."""

@@ -83,7 +83,7 @@ async def _collect(exchange: Exchange, running: Pieces, whole: Whole | WholeResp
         if done.done():
             return
         try:
-            while (piece := running.take()) is not None:
+            for piece in running.take_all():
                 whole.take(piece)
         except HeadraceError as error:
             done.set_exception(error)
@@ -103,9 +103,7 @@ async def _stream(exchange: Exchange, running: Pieces, events: Events | Response
         if done.done() or exchange.is_blocked:
             return
         try:
-            text = ""
-            while (piece := running.take()) is not None:
-                text += events.take(piece)
+            text = "".join([events.take(piece) for piece in running.take_all()])
         except HeadraceError as error:
             done.set_exception(error)
             return
