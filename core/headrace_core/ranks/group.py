@@ -65,6 +65,10 @@ class RankGroup(Protocol):
         """
         ...
 
+    def set_timeout(self, seconds: float) -> None:
+        """Let meetings from now on wait so long for a rank. Each rank says so for itself."""
+        ...
+
     def close(self) -> None:
         """Leave; no meeting comes after. Waits for nobody."""
         ...
@@ -104,6 +108,9 @@ class OneRank:
         assert [list(part) for part in parts] == [[0]], parts
         return self
 
+    def set_timeout(self, seconds: float) -> None:
+        """See `RankGroup`."""
+
     def close(self) -> None:
         """See `RankGroup`."""
 
@@ -121,6 +128,11 @@ class Ranks:
     layout: ParallelLayout
     world: RankGroup
     lane: RankGroup
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let meetings of the world and of the lane wait so long from now on; see `RankGroup`."""
+        self.world.set_timeout(seconds)
+        self.lane.set_timeout(seconds)
 
     @property
     def rank(self) -> int:

@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout  # the only way there is
 
 from headrace_core.errors import StartupError, UnavailableError
 from headrace_core.ranks.group import OneRank, RankGroup, check_counts
@@ -108,6 +109,10 @@ class TorchGroup:
                 own = OneRank() if len(part) == 1 else TorchGroup(ranks, group)
         assert own is not None
         return own
+
+    def set_timeout(self, seconds: float) -> None:
+        """See `RankGroup`."""
+        _set_pg_timeout(timedelta(seconds=seconds), self._group)
 
     def close(self) -> None:
         """See `RankGroup`; of every group of the process."""
