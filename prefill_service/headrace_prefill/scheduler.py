@@ -235,6 +235,10 @@ class PrefillScheduler:
             else:
                 self._publish(sequence, sequence.pages, result.tokens[chunk.key][0], now)
 
+    def running_keys(self) -> set[int]:
+        """Return the keys of the sequences that may have rows."""
+        return set(self._running)
+
     def take_events(self) -> Sequence[PrefillEvent]:
         """Return what happened since the last call."""
         return self._book.take_events()

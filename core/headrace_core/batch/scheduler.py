@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -37,6 +37,10 @@ class Scheduler(Protocol[E_co]):
 
     def take_events(self) -> Sequence[E_co]:
         """Return what happened since the last call, in order; commands, plans and steps all make events."""
+        ...
+
+    def running_keys(self) -> Collection[int]:
+        """Return the keys of the sequences that may have rows; asked with a plan, before it is applied."""
         ...
 
     def load(self) -> Load:

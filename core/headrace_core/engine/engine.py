@@ -1,7 +1,8 @@
 """The engine thread: plan, step, apply.
 
 The event loop and this thread meet at two queues. Inwards: commands, functions that run on the scheduler between two
-steps. Outwards: the scheduler's events, handed to the loop once per step. An idle engine blocks.
+steps. Outwards: the scheduler's events, handed to the loop once per step. An idle engine blocks; one that leads a group
+of ranks beats meanwhile.
 
 A step is launched, which gives what will hold its result, and applied when that is there. Here one follows the other,
 and the next step is planned then; `overlap` has the twin that plans and launches a step while the one before it is
@@ -83,10 +84,19 @@ class Computed:
 S = TypeVar("S", bound=Scheduler[Any])
 
 
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What is run on the engine thread while it waits for work, once in `period_s`."""
+
+    run: Callable[[], None]
+    period_s: float
+
+
 class Engine(Generic[S]):
     """Runs a scheduler against a model on a thread of its own.
 
-    `deliver` and `on_fatal` are called on the event loop, `rest` on the engine thread before it waits for work.
+    `deliver` and `on_fatal` are called on the event loop, `rest` on the engine thread before it waits for work, `beat`
+    while it waits.
     """
 
     def __init__(
@@ -98,10 +108,12 @@ class Engine(Generic[S]):
         on_fatal: Callable[[BaseException], None],
         watch: LayerWatch | None = None,
         rest: Callable[[], None] | None = None,
+        beat: Beat | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._watch = watch
+        self._beat = beat
         self._rest = rest or _nothing
         self._deliver = deliver
         self._on_fatal = on_fatal
@@ -173,13 +185,22 @@ class Engine(Generic[S]):
     def _take_commands(self, *, wait: bool) -> bool:
         """Run the commands that are there, waiting for one if there is nothing to step; False when told to stop."""
         while wait or not self._commands.empty():
-            command = self._commands.get()
+            command = self._next_command()
             if command is None:
                 return False
             with self._books:
                 command(self._scheduler)
             wait = False
         return True
+
+    def _next_command(self) -> Callable[[S], None] | None:
+        if self._beat is None:
+            return self._commands.get()
+        while True:
+            try:
+                return self._commands.get(timeout=self._beat.period_s)
+            except queue.Empty:
+                self._beat.run()
 
     def _apply(self, plan: StepPlan, pending: Pending) -> None:
         """Wait for the step and take in what came of it."""

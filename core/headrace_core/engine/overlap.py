@@ -11,7 +11,7 @@ vain, which nobody is told of. Pages that a launched step names are given to nob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -30,10 +30,6 @@ class AheadScheduler(Scheduler[Any], Protocol):
 
     def plan_ahead(self, now: float) -> StepPlan | None:
         """Choose the step after the one under way; None if there is none before that one is applied."""
-        ...
-
-    def running_keys(self) -> Collection[int]:
-        """Return the keys of the sequences that may have rows."""
         ...
 
 

@@ -1,0 +1,97 @@
+"""What the leader of a group of ranks, rank 0, says to its followers: one broadcast each, and no pickle.
+
+    PLAN   which tokens the step before gave, u32 each, with their number before them; then the diff (`plan_messages`)
+    PAGES  first layer, layers, pages: u32 each; ids u32 each; then the pages' bytes, layer by layer
+    BEAT   nothing: every rank answers, which shows that it lives, and whether it was told to leave
+    STOP   nothing: the group is over
+
+A kind is one byte in front.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace_core.batch.step_diff import StepDiff
+from headrace_core.engine import plan_messages
+from headrace_core.errors import ProtocolError
+
+_PLAN, _PAGES, _BEAT, _STOP = range(1, 5)
+_COUNT = struct.Struct("<I")
+_PAGES_HEAD = struct.Struct("<III")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. `sampled_ids` are what the step before gave its sampled rows, in order; none if it raised."""
+
+    diff: StepDiff
+    sampled_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Bytes of pages that came from another worker, [layers][page_ids], whole."""
+
+    first_layer: int
+    num_layers: int
+    page_ids: Sequence[int]
+    content: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The leader lives; who hears it answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Nothing follows."""
+
+
+Message = Plan | Pages | Beat | Stop
+
+
+def encode(message: Message) -> bytes:
+    """Return the message's bytes."""
+    match message:
+        case Plan(diff, sampled_ids):
+            tokens = struct.pack(f"<{len(sampled_ids)}I", *sampled_ids)
+            return b"".join((bytes([_PLAN]), _COUNT.pack(len(sampled_ids)), tokens, plan_messages.encode(diff)))
+        case Pages(first_layer, num_layers, page_ids, content):
+            head = _PAGES_HEAD.pack(first_layer, num_layers, len(page_ids))
+            return b"".join((bytes([_PAGES]), head, struct.pack(f"<{len(page_ids)}I", *page_ids), content))
+        case Beat():
+            return bytes([_BEAT])
+        case Stop():
+            return bytes([_STOP])
+
+
+def decode(message: bytes) -> Message:
+    """Return the message; the bytes of its pages are not copied.
+
+    Raises:
+        ProtocolError: PROTOCOL, it is none.
+    """
+    try:
+        match message[:1]:
+            case b"\x01":
+                (count,) = _COUNT.unpack_from(message, 1)
+                start = 1 + _COUNT.size
+                sampled_ids = struct.unpack_from(f"<{count}I", message, start)
+                return Plan(plan_messages.decode(message[start + 4 * count :]), sampled_ids)
+            case b"\x02":
+                first_layer, num_layers, count = _PAGES_HEAD.unpack_from(message, 1)
+                start = 1 + _PAGES_HEAD.size
+                page_ids = struct.unpack_from(f"<{count}I", message, start)
+                return Pages(first_layer, num_layers, page_ids, memoryview(message)[start + 4 * count :])
+            case b"\x03":
+                return Beat()
+            case b"\x04":
+                return Stop()
+            case kind:
+                raise ProtocolError("PROTOCOL", f"a leader said {kind!r}, which is no message of this version")
+    except struct.error as error:
+        raise ProtocolError("PROTOCOL", f"{len(message)} bytes are no message of a leader: {error}") from error
