@@ -52,10 +52,14 @@ class Leader:
         on_leave: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        step: the executor's, of a `GroupModel`.
-        running_keys: the keys of all sequences that may have rows.
-        on_leave: called when a follower was told to leave; from the engine thread, once.
+        """Lead `ranks`, all of them followers.
+
+        Args:
+            ranks: the group.
+            step: the executor's, of a `GroupModel`.
+            running_keys: gives the keys of all sequences that may have rows.
+            on_leave: called when a follower was told to leave; from the engine thread, once.
+            clock: seconds.
         """
         self._ranks = ranks
         self._step = step
