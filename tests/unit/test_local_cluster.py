@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from headrace_client.cluster import local_cluster
 from headrace_client.cluster.local_cluster import LocalCluster
-from headrace_core.errors import InvalidRequestError, UnavailableError
+from headrace_core.errors import InvalidRequestError, StartupError, UnavailableError
 from headrace_core.testing.async_test import WAIT_S
+from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 
 CHILD = """
 import json, os, signal, sys, time
@@ -21,6 +22,7 @@ import json, os, signal, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 print("arguments", json.dumps(options), flush=True)
 print("threads", os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"], flush=True)
+print("rank", os.environ.get("RANK"), "of", os.environ["WORLD_SIZE"], os.environ.get("MASTER_PORT"), flush=True)
 if "--fail" in options:
     print("can't start: " + options["--fail"], file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -31,7 +33,7 @@ def drain(*_):
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "--deaf" in options else drain)
 address = options["--listen"] if not options["--listen"].endswith(":0") else f"127.0.0.1:{os.getpid()}"
 ready = {"role": "x", "address": address, "metrics_address": "127.0.0.1:1", "pid": os.getpid()}
-if "--mute" not in options:
+if "--mute" not in options and os.environ.get("RANK", "0") == "0":
     with open(options["--ready-file"] + ".new", "w") as file:
         json.dump(ready, file)
     os.replace(options["--ready-file"] + ".new", options["--ready-file"])
@@ -80,9 +82,61 @@ def stop_clock_until(monkeypatch, condition) -> None:
     monkeypatch.setattr(local_cluster, "time", clock)
 
 
+def rank_of(process) -> list[str]:
+    assert wait_until(lambda: len(process.lines()) >= 3)
+    return process.lines()[2].split()[1:]
+
+
 def arguments_of(process) -> dict:
     assert wait_until(lambda: len(process.lines()) >= 2)
     return json.loads(process.lines()[0].removeprefix("arguments "))
+
+
+def test_a_worker_of_several_ranks_is_as_many_processes_and_one_worker(model, programs):
+    write_config(model, TINY_CONFIGS["v3"])
+    with make(model, programs, num_decode=2, decode_ranks=2) as cluster:
+        names = ["prefill-0", "decode-0", "decode-0.1", "decode-1", "decode-1.1", "router"]
+        assert [process.name for process in cluster.processes] == names
+        assert [process.name for process in cluster.workers] == ["prefill-0", "decode-0", "decode-1"]
+        first, second = (cluster.ranks(worker) for worker in cluster.workers[1:])
+        told = [[rank_of(process) for process in group] for group in ([cluster.workers[0]], first, second)]
+        ports = [group[0][3] for group in told]
+        assert told == [
+            [["None", "of", "1", "None"]],
+            [[str(rank), "of", "2", ports[1]] for rank in range(2)],
+            [[str(rank), "of", "2", ports[2]] for rank in range(2)],
+        ]
+        assert ports[1] != ports[2]
+        workers = Path(arguments_of(cluster.router)["--workers-file"]).read_text().split()
+        assert workers == [process.address for process in cluster.workers]
+        for process in first:
+            process.kill()
+            process.wait()
+        successor = cluster.restart(first[0])
+        assert [process.rank for process in cluster.ranks(successor)] == [0, 1]
+        assert arguments_of(successor)["--listen"] == first[0].address
+        pids = [process.pid for process in cluster.processes]
+    assert not any(is_running(pid) for pid in pids)
+
+
+def test_ranks_that_can_not_share_the_model_are_refused_before_one_starts(model, programs):
+    write_config(model, TINY_CONFIGS["v3"])
+    cluster = make(model, programs, decode_ranks=3)
+    with pytest.raises(StartupError, match="4 heads by attention's 3 ranks"):
+        cluster.start()
+    assert not cluster.processes
+
+
+def test_a_rank_that_can_not_start_ends_the_start(model, programs):
+    write_config(model, TINY_CONFIGS["v3"])
+    script = model / "child.py"
+    script.write_text(script.read_text().replace('if "--fail" in options:', 'if os.environ.get("RANK") == "1":'))
+    script.write_text(script.read_text().replace('options["--fail"]', '"no memory"'))
+    cluster = make(
+        model, programs, decode_ranks=2, decode_options={"mute": 1}
+    )  # rank 0 serves when all ranks are there
+    with pytest.raises(UnavailableError, match=r"decode-0\.1 could not start; it exited with code 2(.|\n)*no memory"):
+        cluster.start()
 
 
 def test_every_process_starts_with_its_options_and_the_router_learns_the_workers(model, programs):

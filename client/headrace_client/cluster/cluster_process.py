@@ -43,9 +43,12 @@ class ClusterProcess:
         env: Mapping[str, str],
         ready_file: Path,
         log_sink: LogSink | None,
+        rank: int = 0,
     ) -> None:
+        """Args: `rank` is which process of a worker it is: only 0 serves, and says where."""
         self.name = name
         self.role: Role = role
+        self.rank = rank
         self.address = ""
         """`host:port` that it serves; empty while it starts."""
         self.metrics_address = ""

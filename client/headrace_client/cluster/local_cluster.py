@@ -6,6 +6,9 @@
 All start side by side; each listens on a port that the kernel chose and says so in a ready file. The router learns
 its workers from a file that is written when they serve, and again when one is added. Every child ends when the process
 that made the cluster ends, however it ends (`child_process`).
+
+A worker may be a group of ranks, each a process that is told its place as torchrun tells it; the first is the worker
+for everybody else, and has its name.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from headrace_core.errors import HeadraceError, InvalidRequestError, Unavailable
 from headrace_core.rpc import blocking_channel
 
 from headrace_client.cluster.cluster_process import ClusterProcess, LogSink, Role
+from headrace_client.cluster.rank_places import check_ranks, rank_environments
 
 Options = Mapping[str, str | int | float | bool | Path]
 """Settings of a process by option name without dashes in front: {"max-step-tokens": 512}."""
@@ -72,7 +76,8 @@ class LocalCluster:
     `on_ready` gets each process when it serves, from the thread that starts it. `wait_for_workers` makes `start` return
     only when the router says that every worker is ready; it is not done when the router has certificates of its own.
     `api_key` is shown to a router that asks for one, to see what it has.
-    `tls` is a folder of identities as `certificates.make_set` makes it: then every hop is encrypted.
+    `tls` is a folder of identities as `certificates.make_set` makes it: then every hop is encrypted. A prefill worker
+    is `prefill_ranks` processes, any other `decode_ranks`.
     """
 
     model_dir: Path
@@ -91,6 +96,8 @@ class LocalCluster:
     api_key: str = field(default="", repr=False)
     tls: Path | None = None
     programs: Mapping[Role, Sequence[str]] = field(default_factory=lambda: PROGRAMS)
+    prefill_ranks: int = 1
+    decode_ranks: int = 1
 
     processes: list[ClusterProcess] = field(default_factory=list[ClusterProcess], init=False)
     """Every process ever started, in that order; also those that ended."""
@@ -119,8 +126,13 @@ class LocalCluster:
 
     @property
     def workers(self) -> list[ClusterProcess]:
-        """Every worker ever started."""
-        return [process for process in self.processes if process.role != "router"]
+        """Every worker ever started; of a group of ranks the first."""
+        return [process for process in self.processes if process.role != "router" and not process.rank]
+
+    def ranks(self, worker: ClusterProcess) -> list[ClusterProcess]:
+        """Return the processes that are `worker`, itself first."""
+        first = self.processes.index(worker)
+        return self.processes[first : first + self._num_ranks(worker.role)]
 
     @property
     def num_workers(self) -> int:
@@ -128,14 +140,16 @@ class LocalCluster:
         return self.num_prefill + self.num_decode + self.num_both
 
     def threads_each(self) -> int:
-        """Return how many of this machine's cores each worker computes on."""
-        return max(1, available_cores() // self.num_workers)
+        """Return how many of this machine's cores each process of a worker computes on."""
+        num_decode = (self.num_decode + self.num_both) * self.decode_ranks
+        return max(1, available_cores() // (self.num_prefill * self.prefill_ranks + num_decode))
 
     def start(self) -> None:
         """Start everything and return when it serves; on an error nothing is left running.
 
         Raises:
             InvalidRequestError: BAD_CLUSTER, these processes can't serve anything; NO_MODEL, `model_dir` is none.
+            StartupError: BAD_RANKS, so many ranks can't share the model.
             UnavailableError: START_FAILED with the failing process's last lines; START_TIMEOUT.
         """
         self._check()
@@ -166,7 +180,10 @@ class LocalCluster:
         return self._add("both")
 
     def restart(self, process: ClusterProcess) -> ClusterProcess:
-        """Start a successor of an ended process at its address; return it when it serves. Raises as `start` does."""
+        """Start a successor of an ended process, with all its ranks, at its address; return it when it serves.
+
+        Raises as `start` does.
+        """
         assert process.poll() is not None, f"{process.name} still runs"
         options: dict[str, Any] = {"listen": process.address}
         if process.role == "router":
@@ -181,8 +198,9 @@ class LocalCluster:
 
         Safe to call twice.
         """
-        for group in ([p for p in self.processes if p.role == "router"], self.workers):
-            _end(group, grace_s)
+        routers = [process for process in self.processes if process.role == "router"]
+        for processes in (routers, [process for process in self.processes if process not in routers]):
+            _end(processes, grace_s)
         if self._spawner:
             self._spawner.shutdown()
             self._spawner = None
@@ -206,6 +224,13 @@ class LocalCluster:
             raise InvalidRequestError(
                 "NO_MODEL", f"{self.model_dir} is not a model: it needs config.json, *.safetensors and tokenizer.json"
             )
+        roles: list[tuple[Role, int]] = [("prefill", self.num_prefill), ("decode", self.num_decode + self.num_both)]
+        for role, count in roles:
+            if count and self._num_ranks(role) != 1:
+                check_ranks(self.model_dir, self._num_ranks(role), self._options(role))
+
+    def _num_ranks(self, role: Role) -> int:
+        return {"router": 1, "prefill": self.prefill_ranks}.get(role, self.decode_ranks)
 
     def _add(self, role: Role) -> ClusterProcess:
         process = self._spawn(role)
@@ -215,21 +240,26 @@ class LocalCluster:
         return process
 
     def _spawn(self, role: Role, options: Options | None = None) -> ClusterProcess:
+        """Start a process, or all ranks of a worker; return the first."""
         assert self._spawner, "the cluster is not running"
-        name = f"{role}-{sum(process.role == role for process in self.processes)}" if role != "router" else role
+        number = sum(process.role == role for process in self.workers)
+        name = f"{role}-{number}" if role != "router" else role
         ready_file = self._path(f"{len(self.processes)}.ready")
         merged = {**self._options(role), **(options or {}), "ready-file": ready_file}
-        process = self._spawner.submit(
-            ClusterProcess,
-            name,
-            role,
-            command=[*self.programs[role], *_arguments(merged)],
-            env={**os.environ, **self._environment(), **self.env},
-            ready_file=ready_file,
-            log_sink=self.log_sink,
-        ).result()
-        self.processes.append(process)
-        return process
+        first = len(self.processes)
+        for rank, place in enumerate(rank_environments(self._num_ranks(role))):
+            process = self._spawner.submit(
+                ClusterProcess,
+                f"{name}.{rank}" if rank else name,
+                role,
+                command=[*self.programs[role], *_arguments(merged)],
+                env={**os.environ, **self._environment(), **self.env, **place},
+                ready_file=ready_file,
+                log_sink=self.log_sink,
+                rank=rank,
+            ).result()
+            self.processes.append(process)
+        return self.processes[first]
 
     def _options(self, role: Role) -> dict[str, Any]:
         common: dict[str, Any] = {"model": self.model_dir, "listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"}
@@ -267,7 +297,7 @@ class LocalCluster:
         deadline = time.monotonic() + self.start_timeout_s
         waiting = list(started)
         while waiting:
-            for process in waiting:
+            for process in (rank for worker in waiting for rank in self.ranks(worker)):
                 if process.poll() is not None:
                     raise UnavailableError("START_FAILED", f"{process.name} could not start; {process.last_words()}")
             ready = [process for process in waiting if process.read_ready()]

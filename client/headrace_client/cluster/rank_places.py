@@ -1,0 +1,41 @@
+"""What the processes of a group of ranks on this machine are told: their places, as torchrun would tell them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace_core.ranks.served import served_layout
+
+_HOST = "127.0.0.1"
+
+
+def check_ranks(model_dir: Path, num_ranks: int, options: Mapping[str, Any]) -> None:
+    """Refuse what the ranks themselves would refuse, before any is started; `options` are the worker's.
+
+    Raises:
+        StartupError: BAD_RANKS.
+        CheckpointError: the model's config can't be read.
+    """
+    served_layout(
+        model_dir,
+        num_ranks,
+        attention_tp=int(options.get("attention-tp", 0)),
+        experts=str(options.get("experts", "ep")),
+    )
+
+
+def rank_environments(num_ranks: int) -> Sequence[Mapping[str, str]]:
+    """Return the environment of each rank; of one alone, that it is no group, whatever the parent is of.
+
+    The port where they meet is one that is free now. Should another take it before rank 0 does, rank 0 says so.
+    """
+    if num_ranks == 1:
+        return [{"WORLD_SIZE": "1"}]
+    with socket.socket() as free:
+        free.bind((_HOST, 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": _HOST, "MASTER_PORT": str(port)}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
