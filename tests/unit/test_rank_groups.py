@@ -17,10 +17,14 @@ from headrace_core.engine.executor import Executor
 from headrace_core.engine.follower import Follower
 from headrace_core.engine.halves import Halves
 from headrace_core.engine.leader import GroupModel, Leader
+from headrace_core.engine.rank_pages import RankPages
 from headrace_core.errors import ProtocolError
+from headrace_core.kv.layout import KvLayout
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
+from headrace_core.ranks.layout import ParallelLayout
+from headrace_core.ranks.page_share import PageShare
 from headrace_core.request import SamplingParams
 from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.rank_threads import OnThread, RankThreads, ThreadRank
@@ -63,21 +67,28 @@ class Group:
             max_step_sequences=6,
             max_waiting_sequences=99,
         )
+        self.whole: KvLayout | None = None
         self.left = 0
         self.is_leaving = False
         model = GroupModel(self.models[0], self.threads.ranks[0])
         self.leader = Leader(
             self.threads.ranks[0],
             Executor(model, self.caches[0]).step,
+            self.pages_of(0),
             self.scheduler.running_keys,
             on_leave=self.on_leave,
             clock=now,
         )
         self.halves = Halves(self.leader.step, lambda: None, clock=lambda: 0.0)
         self.followers = [
-            OnThread(Follower(rank, model, cache, is_leaving=lambda: self.is_leaving).run)
+            OnThread(Follower(rank, model, cache, self.pages_of(rank.rank), is_leaving=lambda: self.is_leaving).run)
             for rank, model, cache in list(zip(self.threads.ranks, self.models, self.caches, strict=True))[1:]
         ]
+
+    def pages_of(self, rank: int) -> RankPages:
+        size = self.threads.size
+        layout = ParallelLayout(size, num_expert_ranks=size)
+        return RankPages(self.caches[rank], PageShare(self.whole or self.caches[rank].layout, layout, rank))
 
     def on_leave(self) -> None:
         self.left += 1

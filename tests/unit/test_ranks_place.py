@@ -87,7 +87,7 @@ def test_a_group_shares_attention_and_experts_among_all_its_ranks(tmp_path: Path
         ("v3", 2, {"experts": "dp"}, "--experts 'dp': say ep"),
         ("v3", 4, {"attention_tp": 2}, "would be lanes, which no worker serves yet: leave --attention-tp out"),
         ("v3", 2, {"attention_tp": 4}, "attention is over 4 ranks but experts over 2"),
-        ("mixtral", 2, {}, "keys and values .* serve this model with one rank a worker"),
+        ("mixtral", 8, {}, "4 heads by attention's 8 ranks"),
     ],
 )
 def test_a_group_that_can_not_serve_a_model_is_refused_with_what_to_do(

@@ -1,7 +1,8 @@
 """The ranks of a group that do not lead: each hears what the leader says and does its share of it.
 
     hear ──PLAN──► look it up in the book, forward ──► hear
-      ├──PAGES──► take them ──► hear
+      ├──PAGES──► take its part of them ──► hear
+      ├──ASK──► give its part of them ──► hear
       ├──BEAT──► answer ──► hear
       └──STOP──► over
 
@@ -19,8 +20,9 @@ from headrace_core.batch.executor_book import ExecutorBook
 from headrace_core.batch.step import FatalStepError
 from headrace_core.batch.step_diff import StepDiff
 from headrace_core.engine.executor import StepModel
-from headrace_core.engine.group_messages import Beat, Message, Pages, Plan, Stop, decode
+from headrace_core.engine.group_messages import Ask, Beat, Message, Pages, Plan, Stop, decode
 from headrace_core.engine.leader import lost
+from headrace_core.engine.rank_pages import RankPages
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.ranks.group import RankGroup
 
@@ -29,12 +31,19 @@ class Follower:
     """See the module. One thread, until `run` returns or raises."""
 
     def __init__(
-        self, ranks: RankGroup, model: StepModel, cache: KvCache, *, is_leaving: Callable[[], bool] = lambda: False
+        self,
+        ranks: RankGroup,
+        model: StepModel,
+        cache: KvCache,
+        pages: RankPages,
+        *,
+        is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         """Args: `is_leaving` is what the leader is told with each beat: whether this process was told to end."""
         self._ranks = ranks
         self._model = model
         self._cache = cache
+        self._pages = pages
         self._is_leaving = is_leaving
         self._book = ExecutorBook(f"of rank {ranks.rank}")
         self._sampled: list[int] = []
@@ -66,7 +75,9 @@ class Follower:
             case Plan(diff, sampled_ids):
                 self._compute(diff, sampled_ids)
             case Pages():
-                self._take(message)
+                self._pages.take(message)
+            case Ask():
+                self._ranks.gather_bytes(self._pages.give(message))
             case Beat():
                 self._ranks.all_sum(torch.full((1,), float(self._is_leaving())))
             case Stop():
@@ -82,12 +93,3 @@ class Follower:
         # The leader's are the group's.
         self._model.take_failures()
         self._model.take_expert_counts()
-
-    def _take(self, pages: Pages) -> None:
-        layers = range(pages.first_layer, pages.first_layer + pages.num_layers)
-        size, at = self._cache.layout.page_layer_bytes, 0
-        for layer in layers:
-            for page_id in pages.page_ids:
-                self._cache.page_bytes(layer, page_id)[:] = pages.content[at : at + size]
-                at += size
-        self._cache.copy_from_host(pages.page_ids, layers)

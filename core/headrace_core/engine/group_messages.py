@@ -2,6 +2,7 @@
 
     PLAN   which tokens the step before gave, u32 each, with their number before them; then the diff (`plan_messages`)
     PAGES  first layer, layers, pages: u32 each; ids u32 each; then the pages' bytes, layer by layer
+    ASK    the same without bytes: every rank gives its part of these pages
     BEAT   nothing: every rank answers, which shows that it lives, and whether it was told to leave
     STOP   nothing: the group is over
 
@@ -18,7 +19,7 @@ from headrace_core.batch.step_diff import StepDiff
 from headrace_core.engine import plan_messages
 from headrace_core.errors import ProtocolError
 
-_PLAN, _PAGES, _BEAT, _STOP = range(1, 5)
+_PLAN, _PAGES, _BEAT, _STOP, _ASK = range(1, 6)
 _COUNT = struct.Struct("<I")
 _PAGES_HEAD = struct.Struct("<III")
 
@@ -42,6 +43,15 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """Pages of which the leader needs all parts."""
+
+    first_layer: int
+    num_layers: int
+    page_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """The leader lives; who hears it answers."""
 
@@ -51,7 +61,7 @@ class Stop:
     """Nothing follows."""
 
 
-Message = Plan | Pages | Beat | Stop
+Message = Plan | Pages | Ask | Beat | Stop
 
 
 def encode(message: Message) -> bytes:
@@ -61,8 +71,9 @@ def encode(message: Message) -> bytes:
             tokens = struct.pack(f"<{len(sampled_ids)}I", *sampled_ids)
             return b"".join((bytes([_PLAN]), _COUNT.pack(len(sampled_ids)), tokens, plan_messages.encode(diff)))
         case Pages(first_layer, num_layers, page_ids, content):
-            head = _PAGES_HEAD.pack(first_layer, num_layers, len(page_ids))
-            return b"".join((bytes([_PAGES]), head, struct.pack(f"<{len(page_ids)}I", *page_ids), content))
+            return b"".join((bytes([_PAGES]), _encode_pages(first_layer, num_layers, page_ids), content))
+        case Ask(first_layer, num_layers, page_ids):
+            return bytes([_ASK]) + _encode_pages(first_layer, num_layers, page_ids)
         case Beat():
             return bytes([_BEAT])
         case Stop():
@@ -83,10 +94,11 @@ def decode(message: bytes) -> Message:
                 sampled_ids = struct.unpack_from(f"<{count}I", message, start)
                 return Plan(plan_messages.decode(message[start + 4 * count :]), sampled_ids)
             case b"\x02":
-                first_layer, num_layers, count = _PAGES_HEAD.unpack_from(message, 1)
-                start = 1 + _PAGES_HEAD.size
-                page_ids = struct.unpack_from(f"<{count}I", message, start)
-                return Pages(first_layer, num_layers, page_ids, memoryview(message)[start + 4 * count :])
+                first_layer, num_layers, page_ids = _decode_pages(message)
+                start = 1 + _PAGES_HEAD.size + 4 * len(page_ids)
+                return Pages(first_layer, num_layers, page_ids, memoryview(message)[start:])
+            case b"\x05":
+                return Ask(*_decode_pages(message))
             case b"\x03":
                 return Beat()
             case b"\x04":
@@ -95,3 +107,13 @@ def decode(message: bytes) -> Message:
                 raise ProtocolError("PROTOCOL", f"a leader said {kind!r}, which is no message of this version")
     except struct.error as error:
         raise ProtocolError("PROTOCOL", f"{len(message)} bytes are no message of a leader: {error}") from error
+
+
+def _encode_pages(first_layer: int, num_layers: int, page_ids: Sequence[int]) -> bytes:
+    head = _PAGES_HEAD.pack(first_layer, num_layers, len(page_ids))
+    return head + struct.pack(f"<{len(page_ids)}I", *page_ids)
+
+
+def _decode_pages(message: bytes) -> tuple[int, int, tuple[int, ...]]:
+    first_layer, num_layers, count = _PAGES_HEAD.unpack_from(message, 1)
+    return first_layer, num_layers, struct.unpack_from(f"<{count}I", message, 1 + _PAGES_HEAD.size)

@@ -24,11 +24,13 @@ from torch import Tensor
 from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, OnStop, StepPlan, StepResult
 from headrace_core.batch.step_diff import Differ
 from headrace_core.engine.executor import StepModel
-from headrace_core.engine.group_messages import Beat, Message, Pages, Plan, Stop, encode
+from headrace_core.engine.group_messages import Ask, Beat, Message, Pages, Plan, Stop, encode
+from headrace_core.engine.rank_pages import RankPages, cells, pieces
 from headrace_core.errors import HeadraceError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
 from headrace_core.ranks.group import RankGroup
+from headrace_core.transfer.memory import PageMemory
 
 BEAT_S = 1.0
 _STAND_IN = 0
@@ -47,6 +49,7 @@ class Leader:
         self,
         ranks: RankGroup,
         step: Step,
+        pages: RankPages,
         running_keys: Callable[[], Collection[int]],
         *,
         on_leave: Callable[[], None],
@@ -57,12 +60,14 @@ class Leader:
         Args:
             ranks: the group.
             step: the executor's, of a `GroupModel`.
+            pages: rank 0's part of them.
             running_keys: gives the keys of all sequences that may have rows.
             on_leave: called when a follower was told to leave; from the engine thread, once.
             clock: seconds.
         """
         self._ranks = ranks
         self._step = step
+        self._pages = pages
         self._running_keys = running_keys
         self._on_leave: Callable[[], None] | None = on_leave
         self._clock = clock
@@ -83,10 +88,25 @@ class Leader:
         self._sampled_ids = [row[0].token_id if row else _STAND_IN for row in tokens]
         return result
 
-    def tell_pages(self, cache: KvCache, page_ids: Sequence[int], layers: range) -> None:
-        """Give every rank what these layers of pages of `cache`, the leader's, hold by `page_bytes`."""
-        content = b"".join(cache.page_bytes(layer, page_id) for layer in layers for page_id in page_ids)
-        self._tell(Pages(layers.start, len(layers), page_ids, content))
+    def tell_pages(self, memory: PageMemory, page_ids: Sequence[int], layers: range) -> None:
+        """Give every rank its part of what these layers of pages of `memory`, which are whole, hold by `page_bytes`."""
+        content = b"".join(memory.page_bytes(layer, page_id) for layer, page_id in cells(layers, page_ids))
+        pages = Pages(layers.start, len(layers), page_ids, content)
+        self._tell(pages)
+        if not self._pages.share.is_whole:
+            self._pages.take(pages)
+
+    def ask_pages(self, memory: PageMemory, page_ids: Sequence[int], layers: range) -> None:
+        """Put these layers of pages together in `memory`, whole, from every rank's part."""
+        ask = Ask(layers.start, len(layers), page_ids)
+        self._tell(ask)
+        own = self._pages.give(ask)
+        with self._together("putting pages together"):
+            parts = self._ranks.gather_bytes(own)
+        share = self._pages.share
+        by_cell = zip(*(pieces(part, share.own.page_layer_bytes) for part in parts), strict=True)
+        for (layer, page_id), of_ranks in zip(cells(layers, page_ids), by_cell, strict=True):
+            share.join(memory.page_bytes(layer, page_id), of_ranks)
 
     def beat(self) -> None:
         """See that every rank lives, if that was not seen for `BEAT_S`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from headrace_core.errors import StartupError
-from headrace_core.families.config import MlaShape
 from headrace_core.families.config_json import parse_config
 from headrace_core.ranks.layout import ExpertsBy, ParallelLayout
 
@@ -23,9 +22,5 @@ def served_layout(model: Path, num_ranks: int, *, attention_tp: int, experts: st
     if layout.num_lanes > 1:
         problem = f"attention over {attention_tp} of {num_ranks} ranks would be lanes, which no worker serves yet"
         raise StartupError("BAD_RANKS", f"{problem}: leave --attention-tp out")
-    config = parse_config(model)
-    layout.check(config)
-    if not isinstance(config.attention, MlaShape):
-        problem = "keys and values (GQA) are divided among ranks, and no worker puts such pages together yet"
-        raise StartupError("BAD_RANKS", f"{problem}: serve this model with one rank a worker")
+    layout.check(parse_config(model))
     return layout
