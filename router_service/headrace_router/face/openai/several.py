@@ -21,12 +21,12 @@ class Pieces(Protocol):
         """True when the client has been told everything."""
         ...
 
-    def take(self) -> Piece | None:
-        """Return the next piece, None if there is none now; raises what ended the request."""
+    def take_all(self) -> list[Piece]:
+        """Return every piece that there is now; raises what ended the request."""
         ...
 
     def listen(self, on_news: Callable[[], None]) -> None:
-        """Call `on_news` now and whenever `take` has something, or raises."""
+        """Call `on_news` now and whenever `take_all` has something, or raises."""
         ...
 
     async def settle(self) -> None:
@@ -51,13 +51,13 @@ class Several:
         """See `Pieces`."""
         return all(request.is_told for request in self._requests)
 
-    def take(self) -> Piece | None:
+    def take_all(self) -> list[Piece]:
         """See `Pieces`."""
-        for index, request in enumerate(self._requests):
-            piece = request.take()
-            if piece is not None:
-                return replace(piece, sample_index=index * self._num_samples + piece.sample_index)
-        return None
+        return [
+            replace(piece, sample_index=index * self._num_samples + piece.sample_index)
+            for index, request in enumerate(self._requests)
+            for piece in request.take_all()
+        ]
 
     def listen(self, on_news: Callable[[], None]) -> None:
         """See `Pieces`."""
