@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace_core.config import RouterSettings
@@ -181,7 +181,8 @@ class RouterMetrics:
     tokens: TokenMetrics
     tpot: Histogram
     e2e: Histogram
-    phases: Histogram
+    phase: Mapping[str, Histogram]
+    """By name: to look one up by its label takes as long as to observe it."""
     prompt_tokens: Counter
     requests: Counter
     refused: Counter
@@ -201,12 +202,13 @@ class RouterMetrics:
         def counter(name: str, documentation: str, *labels: str) -> Counter:
             return Counter(f"headrace_{name}", documentation, labels, registry=registry)
 
+        phases = histogram("phase", "Phases of the waterfall, per sample; they sum to E2E.", "phase")
         metrics = cls(
             registry=registry,
             tokens=TokenMetrics(registry, objectives),
             tpot=histogram("tpot", "(E2E - TTFT) / (output tokens - 1), per sample.", buckets=LATENCY_BUCKETS),
             e2e=histogram("e2e", "Arrival at the router to last token, per sample."),
-            phases=histogram("phase", "Phases of the waterfall, per sample; they sum to E2E.", "phase"),
+            phase={name: phases.labels(name) for name in PHASES},
             prompt_tokens=counter("prompt_tokens", "Prompt tokens of accepted requests."),
             requests=counter("requests", "Requests, by how they ended.", "outcome"),
             refused=counter("refused_requests", "Requests that ended before a worker had them, by reason.", "reason"),
@@ -217,12 +219,10 @@ class RouterMetrics:
             metrics.requests.labels(outcome)
         for reason in REFUSALS:
             metrics.refused.labels(reason)
-        for name in PHASES:
-            metrics.phases.labels(name)
         return metrics
 
     def observe_phases(self, waterfall: Waterfall, trace_id: str = "") -> None:
         """Count one sample's phases when it ended well; its trace, if it has one, is an exemplar of E2E."""
         self.e2e.observe(waterfall.total_us / 1e6, {"trace_id": trace_id} if trace_id else None)
         for name, seconds in waterfall.sums_s().items():
-            self.phases.labels(name).observe(seconds)
+            self.phase[name].observe(seconds)

@@ -258,6 +258,8 @@ class Router:
 
     async def _wait_fleet(self, tokenized: Tokenized) -> RequestSpec:
         """Wait until workers are there to say what the fleet can do, then check against it."""
+        if self.fleet.model is not None:
+            return self._admission.admit(tokenized, self.fleet.model)
         left_s = tokenized.deadline_s - time.monotonic()
         try:
             async with asyncio.timeout(min(self._settings.no_workers_timeout_s, left_s)):

@@ -154,7 +154,9 @@ class Capacity:
         prefills: set[_Size] = set()
         boths: set[_Size] = set()
         decodes: set[_Size] = set()
+        self.num_workers = 0
         for worker in workers:
+            self.num_workers += 1
             kind = prefills if not worker.can_decode else boths if worker.can_prefill else decodes
             kind.add(_size(worker))
         # Sizes, not workers: a fleet of a thousand has few.

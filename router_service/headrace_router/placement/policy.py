@@ -73,7 +73,7 @@ class Assignment:
 class _Open:
     """Workers still open in this round, by address; assignments are taken off."""
 
-    def __init__(self, workers: Iterable[WorkerView]) -> None:
+    def __init__(self, workers: Sequence[WorkerView], fleet: Capacity) -> None:
         self.prefills: dict[str, WorkerView] = {}
         self.decodes: dict[str, WorkerView] = {}
         for worker in workers:
@@ -82,7 +82,8 @@ class _Open:
         """The last that waits for others of its client alone."""
         self._held_back: dict[Client, set[str]] = {}
         """Decode sides on which no more of a client, or of all at an address, is to start."""
-        self._capacity: Capacity | None = None
+        # Where all of the fleet is open, what is open could hold what the fleet could.
+        self._capacity = fleet if len(workers) == fleet.num_workers else None
 
     def decodes_for(self, client: Client) -> Collection[WorkerView]:
         """Return the decode sides on which a sequence of the client may start."""
@@ -198,7 +199,7 @@ def plan(
     if not capacity.is_complete:
         return []
     left = _NO_END if num_second is None and capacity.has_second_routes else num_second or 0
-    ready = _Open(workers)
+    ready = _Open(workers, capacity)
     prospects = _Prospects(capacity, ready, kinds)
     assignments: list[Assignment] = []
     for index, waiting in enumerate(queue):
