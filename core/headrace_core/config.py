@@ -6,17 +6,22 @@ Every setting is a command-line option (`--max-step-tokens 512`) and an environm
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from headrace_core.address import parse_address
 from headrace_core.roofline.hardware import HARDWARE, find_hardware
 
 S = TypeVar("S", bound=BaseSettings)
+
+_UNKNOWN = "unrecognized arguments: "
 
 
 def _listen(text: str) -> str:
@@ -56,6 +61,10 @@ def _config(name: str) -> SettingsConfigDict:
 
 class ProcessSettings(BaseSettings):
     """What every process has."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__doc__ = inspect.cleandoc(cls.__doc__ or "")  # it is the help, where indentation would show
 
     listen: Listen = Field("127.0.0.1:0", description="host:port to serve gRPC on; port 0 lets the kernel choose")
     tls: Path | None = Field(
@@ -153,13 +162,29 @@ class WorkerSettings(ProcessSettings):
 
 
 class PrefillSettings(WorkerSettings):
-    """Prefill worker: computes prompts and holds their pages until a decode worker took them."""
+    """Prefill worker: computes prompts and holds their pages until a decode worker took them.
+
+    Examples:
+      python -m headrace_prefill --model DIR --listen 127.0.0.1:50051
+      python -m headrace_prefill --model deepseek-ai/DeepSeek-V2-Lite --kv-pool-mib 4096
+      HEADRACE_PREFILL_MODEL=DIR python -m headrace_prefill
+
+    Each option is a variable of the environment, too. On one machine `headrace up` starts all of them.
+    """
 
     model_config = _config("PREFILL")
 
 
 class DecodeSettings(WorkerSettings):
-    """Decode worker: takes sequences from prefill workers and generates; with --role both it computes prompts too."""
+    """Decode worker: takes sequences from prefill workers and generates; with --role both it computes prompts too.
+
+    Examples:
+      python -m headrace_decode --model DIR --listen 127.0.0.1:50052
+      python -m headrace_decode --model DIR --role both
+      HEADRACE_DECODE_MODEL=DIR python -m headrace_decode
+
+    Each option is a variable of the environment, too. On one machine `headrace up` starts all of them.
+    """
 
     model_config = _config("DECODE")
 
@@ -167,7 +192,15 @@ class DecodeSettings(WorkerSettings):
 
 
 class RouterSettings(ProcessSettings):
-    """Router: takes clients' requests, batches them, binds them to workers, streams text."""
+    """Router: takes clients' requests, batches them, binds them to workers, streams text.
+
+    Examples:
+      python -m headrace_router --model DIR --workers 127.0.0.1:50051,127.0.0.1:50052
+      python -m headrace_router --model DIR --workers-file FILE --http-listen 127.0.0.1:8000
+      HEADRACE_ROUTER_MODEL=DIR python -m headrace_router --workers 127.0.0.1:50051
+
+    Each option is a variable of the environment, too. On one machine `headrace up` starts all of them.
+    """
 
     model_config = _config("ROUTER")
 
@@ -237,13 +270,49 @@ class RouterSettings(ProcessSettings):
     )
 
 
+def read(settings: type[S], argv: list[str]) -> S:
+    """Return `settings` as `argv` and the environment have them.
+
+    Raises:
+        SettingsError: with a line for everything that is wrong.
+    """
+    try:
+        return settings(_cli_parse_args=argv, _cli_exit_on_error=False)  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        problems: list[str] = []
+        for problem in error.errors():
+            name = "--" + ".".join(str(part) for part in problem["loc"]).replace("_", "-")
+            what = "is needed" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{name} {what}" if problem["type"] == "missing" else f"{name}: {what}")
+        raise SettingsError("\n".join(problems)) from None
+    except SettingsError as error:
+        raise SettingsError(_in_words(str(error), settings)) from None
+
+
 def parse(settings: type[S], argv: list[str] | None = None) -> S:
     """Read `settings` from the command line and the environment; print what is wrong and exit 2 if they don't fit."""
     try:
-        return settings(_cli_parse_args=sys.argv[1:] if argv is None else argv)
-    except ValidationError as error:
-        for problem in error.errors():
-            name = "--" + ".".join(str(part) for part in problem["loc"]).replace("_", "-")
-            sys.stderr.write(f"{name}: {problem['msg'].removeprefix('Value error, ')}\n")
-        sys.stderr.write("try --help\n")
+        return read(settings, sys.argv[1:] if argv is None else argv)
+    except SettingsError as error:
+        for line in str(error).splitlines():
+            complain(line)
+        sys.stderr.write(f"`{settings.model_config.get('cli_prog_name')} --help` lists the options.\n")
         raise SystemExit(2) from None
+
+
+def complain(problem: str) -> None:
+    """Write one line to standard error, as the `headrace` command does: in red on a terminal that wants colours."""
+    has_colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    start = "\x1b[1;31merror:\x1b[0m" if has_colours else "error:"
+    sys.stderr.write(f"{start} {problem}\n")
+
+
+def _in_words(problem: str, settings: type[BaseSettings]) -> str:
+    """Return what the parser of options says, without its prefix, with the option that may have been meant."""
+    problem = problem.removeprefix("error parsing CLI: ").removeprefix("argument ")
+    if not problem.startswith(_UNKNOWN):
+        return problem
+    given = problem.removeprefix(_UNKNOWN).split()[0].partition("=")[0]
+    known = ["--" + name.replace("_", "-") for name in settings.model_fields]
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"there is no option {given}" + (f"; did you mean {near[0]}?" if near else "")

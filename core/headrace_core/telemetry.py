@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import socket
 import sys
 import threading
@@ -72,6 +73,22 @@ class _Formatter(logging.Formatter):
 
 def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+_LEVELS = {name[0]: name for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
+_TEXT_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d{3} (" + "|".join(_LEVELS) + ") ")
+
+
+def level_of(line: str) -> str:
+    """Return the level of a line that a process logged, in either format; empty if it is no such line."""
+    if match := _TEXT_LINE.match(line):
+        return _LEVELS[match[1]]
+    if not line.startswith('{"time": '):
+        return ""
+    try:
+        return str(json.loads(line)["level"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def setup_logging(process: str, *, log_format: str, level: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from headrace_client.commands.terminal import complain
 from headrace_core.errors import InvalidRequestError
 from headrace_core.request_trace import Workload, load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
@@ -28,10 +29,19 @@ from headrace_planner.workload import parse_workload, poisson
 _SIMULATED = 4000
 """Requests of a trace that the plan is tried on."""
 
-app = typer.Typer(help="How many workers, divided how, for an objective and a load.", no_args_is_help=False)
+HELP = """How many prefill and decode workers a load needs, divided how, and what they cost.
+
+Examples:
+  headrace plan --workload 4000,200,10 --slo ttft=2,itl=50ms
+  headrace plan --model mixtral-8x7b --hardware h100 --workload 2000,300,5
+"""
+
+app = typer.Typer(
+    no_args_is_help=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, help=HELP)
 def main(
     model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}, or a folder with config.json.")] = "deepseek-v3",
     hardware: Annotated[str, typer.Option(help="As for `headrace roofline`.")] = "h200-attainable",
@@ -57,7 +67,7 @@ def main(
         if plot_dir:
             _plot(shape, machine, dtype, plot_dir)
     except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
-        typer.echo(f"headrace plan: {error}", err=True)
+        complain(str(error))
         raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(as_dict(plan, verified), indent=2))

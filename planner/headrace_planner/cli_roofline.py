@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from headrace_client.commands.terminal import complain
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import HARDWARE, Hardware, HardwareError, find_hardware, load_hardware
 from headrace_core.roofline.hardware_measure import measure_cpu
@@ -29,7 +30,19 @@ from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import serve_page
 from headrace_planner.report import as_json, print_compat, print_roofline
 
-app = typer.Typer(help="Time and bytes of every operation of a step, at the roof of a machine.", no_args_is_help=False)
+HELP = """Time and bytes of every operation of a step, at the roof of a machine.
+
+Examples:
+  headrace roofline
+  headrace roofline --model deepseek-v3 --hardware h200 --tp 1 --dp 8 --ep 8 --dtype fp8
+  headrace roofline --model DIR --hardware cpu --phase decode --batch 16
+  headrace roofline --serve                       (the page, at http://127.0.0.1:8090)
+  headrace roofline --live --metrics HOST:PORT    (what a worker measures, beside it)
+"""
+
+app = typer.Typer(
+    no_args_is_help=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 class _Phases(Enum):
@@ -90,7 +103,7 @@ _MODEL_HELP = f"A preset ({', '.join(MODELS)}), a config.json, or a folder that 
 _HARDWARE_HELP = f"{', '.join(HARDWARE)}, cpu (measured now), or a name in --hardware-file."
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, help=HELP)
 def main(
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "deepseek-v2-lite",
     hardware: Annotated[str, typer.Option(help=_HARDWARE_HELP)] = "h200",
@@ -151,7 +164,7 @@ def _readable_errors() -> Generator[None]:
     try:
         yield
     except (ModelShapeError, HardwareError, MeasuredError, LiveError, KernelsError, ValueError, OSError) as error:
-        typer.echo(f"headrace roofline: {error}", err=True)
+        complain(str(error))
         raise typer.Exit(2) from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from headrace_client.commands.terminal import complain
 from headrace_core.errors import InvalidRequestError
 from headrace_core.request_trace import Workload, load_trace
 from headrace_core.roofline.communication import Parallelism
@@ -31,7 +32,17 @@ from headrace_planner.simulator import simulate
 from headrace_planner.step_times import LinearStepTimes, StepTimes
 from headrace_planner.workload import Lengths, closed_loop, parse_workload, poisson
 
-app = typer.Typer(help="Run a cluster in simulated time, with the product's own schedulers.", no_args_is_help=False)
+HELP = """Run a cluster in simulated time, with the product's own schedulers.
+
+Examples:
+  headrace simulate --prefill 2 --decode 1 --workload 4000,200,10
+  headrace simulate --prefill 2 --decode 1 --trace trace.jsonl --slo ttft=2,itl=50ms
+  headrace simulate --both 3 --workload 2000,300,5 --json
+"""
+
+app = typer.Typer(
+    no_args_is_help=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 _CONTEXT = 131_072
 
@@ -46,7 +57,7 @@ class _Speed:
     replicas: int
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, help=HELP)
 def main(
     model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}, or a folder with config.json.")] = "deepseek-v3",
     hardware: Annotated[str, typer.Option(help="As for `headrace roofline`.")] = "h200-attainable",
@@ -105,7 +116,7 @@ def main(
         if plot:
             plots.save(_figures(result), plot)
     except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
-        typer.echo(f"headrace simulate: {error}", err=True)
+        complain(str(error))
         raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(result.summary(objective), indent=2))

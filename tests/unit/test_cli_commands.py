@@ -29,6 +29,48 @@ def test_help_of_every_command_shows_examples(command):
     assert f"headrace {command}" in result.stdout
 
 
+@pytest.mark.parametrize("command", ["roofline", "plan", "simulate"])
+def test_help_of_the_planner_s_commands_shows_examples_too(command):
+    result = run(command, "-h")
+    assert result.exit_code == 0
+    assert "Examples:" in result.stdout
+    assert f"headrace {command} --" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem", "command"),
+    [
+        (["generate", "-m", "x", "Hi"], "Invalid value for '--max-tokens' / '-m'", "headrace generate"),
+        (["up"], "Missing option '--model'.", "headrace up"),
+        (["up", "--model", "x", "--prefill", "-1"], "Invalid value for '--prefill'", "headrace up"),
+        (["plan", "--no-such"], "No such option: --no-such", "headrace plan"),
+        (["upp"], "No such command 'upp'.", "headrace"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line_and_where_to_look(arguments, problem, command):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"error: {problem}")
+    assert second == f"`{command} --help` lists the options."
+
+
+@pytest.mark.parametrize(
+    "arguments", [["roofline", "--model", "nope"], ["plan", "--workload", "x"], ["simulate", "--workload", "1,2"]]
+)
+def test_the_planner_s_commands_complain_as_the_others_do(arguments):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: '")
+
+
+def test_subcommands_are_always_in_the_same_order():
+    lines = [line.split() for line in run("--help").stdout.splitlines() if line.startswith("│")]
+    names = [words[1] for words in lines if len(words) > 2 and words[1].isalpha() and words[1].islower()]
+    wanted = "demo doctor up generate chat status top dashboards certs keys roofline plan simulate"
+    assert [name for name in names if name in wanted.split()] == wanted.split()
+
+
 def test_help_and_version_of_the_command_itself():
     assert "headrace demo" in run("--help").stdout
     assert run("--version").stdout.startswith("headrace ")

@@ -3,6 +3,7 @@ that plays a script over real gRPC."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ signal.signal(signal.SIGTERM, drain)
 if options.get("--max-step-tokens") == "13":
     print("can't start: problem=13 is unlucky", file=sys.stderr, flush=True)
     raise SystemExit(2)
+if options.get("--max-step-tokens") == "14":
+    print("01:02:03.004 E can't start reason=BAD problem=14 is unlucky, too", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+print("metrics on " + options["--metrics-listen"], flush=True)
+print("01:02:03.004 I kernels checked", flush=True)
+print("01:02:03.004 W few files", flush=True)
 address = f"127.0.0.1:{os.getpid()}"
 class Router(FakeRouter):
     def GetServerInfo(self, request, context):
@@ -110,7 +117,7 @@ def test_up_starts_explains_and_ends_everything_on_a_signal(folder, number):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "curl -N http://127.0.0.1:8000/v1/completions "),
+        ((), "curl -N http://127.0.0.1:80"),  # the first port that is free from 8000 on
         (("--http-listen", "127.0.0.1:8123"), "curl -N http://127.0.0.1:8123/v1/completions "),
         (("--http-listen", ""), ""),
     ],
@@ -151,7 +158,95 @@ def test_up_that_cannot_start_shows_why_and_exits_with_1(folder):
         _, complaint = up.communicate(timeout=WAIT_S)
     assert up.returncode == 1
     assert "error: decode-0 could not start; it exited with code 2" in complaint
-    assert "13 is unlucky" in complaint
+    assert complaint.count("13 is unlucky") == 1
+
+
+def test_up_says_a_process_s_own_reason_in_one_line(folder):
+    with start_up(folder, "--decode-option", "max_step_tokens=14") as up:
+        shown, complaint = up.communicate(timeout=WAIT_S)
+    assert (up.returncode, complaint) == (1, "error: decode-0 can't start: 14 is unlucky, too\n")
+    assert "unlucky" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--device", "tpu"), "prefill worker: --device: Input should be 'cpu' or 'cuda'"),
+        (("--dtype", "float12"), "prefill worker: --dtype: Input should be 'auto', 'float32' or 'bfloat16'"),
+        (("--kernels", "best"), "prefill worker: --kernels: Input should be 'auto', 'reference', 'cpu', 'triton'"),
+        (
+            ("--decode-option", "page-sise=8"),
+            "decode worker: there is no option --page-sise; did you mean --page-size?",
+        ),
+        (("--router-option", "max-attempts=0"), "router: --max-attempts: Input should be greater than or equal to 1"),
+        (("--prefill", "0"), "0 prefill, 1 decode and 0 colocated workers can't serve"),
+    ],
+)
+def test_up_refuses_options_before_it_starts_anything(folder, arguments, line):
+    with start_up(folder, *arguments) as up:
+        shown, complaint = up.communicate(timeout=WAIT_S)
+    assert (up.returncode, shown) == (2, "")
+    assert complaint.startswith(f"error: {line}")
+    assert complaint.count("\n") == 1
+
+
+def test_up_refuses_addresses_that_are_taken(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, problem in (
+            (
+                ("--listen", f"127.0.0.1:{port}"),
+                f"--listen 127.0.0.1:{port} is taken, perhaps by another `headrace up`",
+            ),
+            (("--http-listen", f"127.0.0.1:{port}"), f"--http-listen 127.0.0.1:{port} is taken"),
+            (("--metrics-port", str(port)), f"{port} is taken; name another, or 0 for any"),
+        ):
+            with start_up(folder, *arguments) as up:
+                shown, complaint = up.communicate(timeout=WAIT_S)
+            assert (up.returncode, shown) == (2, "")
+            assert problem in complaint
+
+
+def test_up_gives_each_process_a_metrics_port_of_its_own_in_a_row(folder):
+    with start_up(folder) as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        rest, _ = up.communicate(timeout=WAIT_S)
+    ports = {}
+    for line in [*lines, *rest.splitlines()]:
+        if "| metrics on 127.0.0.1:" in line:
+            ports[line.split()[0]] = int(line.rpartition(":")[2])
+    first = ports["router"]
+    assert first >= 9100
+    assert ports == {"router": first, "prefill-0": first + 1, "decode-0": first + 2}
+
+
+@pytest.mark.parametrize(("arguments", "is_shown"), [((), False), (("--verbose",), True)])
+def test_up_shows_what_processes_log_if_it_matters_or_is_asked_for(folder, arguments, is_shown):
+    with start_up(folder, *arguments) as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        rest, _ = up.communicate(timeout=WAIT_S)
+    whole = [*lines, *rest.splitlines()]
+    assert any("| 01:02:03.004 W few files" in line for line in whole)
+    assert any("| 01:02:03.004 I kernels" in line for line in whole) is is_shown
+
+
+def test_up_with_keys_says_how_to_show_one_and_shows_none(folder):
+    keys = folder / "keys"
+    keys.write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--router-option", f"keys-file={keys}", "--http-listen", f"0.0.0.0:{port}")
+    with start_up(folder, *options, env={"HEADRACE_API_KEY": "hr-secret"}) as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        rest, _ = up.communicate(timeout=WAIT_S)
+    whole = "\n".join([*lines, rest])
+    assert "read -rs HEADRACE_API_KEY && export HEADRACE_API_KEY" in whole
+    assert '-H @<(echo "authorization: Bearer $HEADRACE_API_KEY")' in whole
+    assert f"curl -N http://127.0.0.1:{port}/v1/completions" in whole
+    assert "hr-secret" not in whole
 
 
 @pytest.mark.parametrize(("arguments", "cached"), [((), "auto"), (("--kv-cache-dtype", "fp8_e4m3"), "fp8_e4m3")])

@@ -325,7 +325,11 @@ def test_a_worker_s_answer_is_the_last_line(monkeypatch):
         ('print(\'{"kernels_problem": "no triton"}\')', "no triton", False),
         ("import headrace_has_no_such_module", "No module named 'headrace_has_no_such_module'", False),
         ("import os; os.abort()", "ended by signal 6", False),
-        ("import sys; sys.stderr.write('--threads: wrong\\ntry --help\\n'); sys.exit(2)", "--threads: wrong", True),
+        (
+            "import sys; sys.stderr.write('error: --threads: wrong\\n`x --help` lists the options.\\n'); sys.exit(2)",
+            "--threads: wrong",
+            True,
+        ),
     ],
 )
 def test_a_worker_that_can_t_run_says_why(monkeypatch, program, problem, is_refused):

@@ -35,3 +35,35 @@ def test_nobody_is_told_of_an_address_that_is_none(address, capsys):
 def test_an_address_to_tell_may_be_a_name_or_left_out():
     assert parse(PrefillSettings, ["--model", "m", "--advertise", "prefill-0:50051"]).advertise == "prefill-0:50051"
     assert parse(PrefillSettings, ["--model", "m"]).advertise == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--drian-s", "1"], "there is no option --drian-s; did you mean --drain-s?"),
+        (["--nothing-like-it=1"], "there is no option --nothing-like-it"),
+        (["--kv-pool-mib"], "--kv-pool-mib: expected one argument"),
+        (["--device", "tpu"], "--device: Input should be 'cpu' or 'cuda'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_where_to_look(argv, line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(PrefillSettings, ["--model", "m", *argv])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"error: {line}", "`python -m headrace_prefill --help` lists the options."]
+
+
+def test_everything_that_is_wrong_is_said_at_once(capsys):
+    with pytest.raises(SystemExit):
+        parse(PrefillSettings, ["--page-size", "0"])
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["error: --model is needed", "error: --page-size: Input should be greater than or equal to 1"]
+
+
+@pytest.mark.parametrize("settings", [PrefillSettings, DecodeSettings, RouterSettings])
+def test_help_has_examples_at_the_left(settings, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(settings, ["--help"])
+    assert caught.value.code == 0
+    assert "\nExamples:\n  python -m headrace_" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ LogSink = Callable[[str, str], None]
 """Called with a process's name and one line it printed, without the line's end; from that process's reader thread.
 Must not raise: a process whose lines nobody reads stops when its pipe is full."""
 
+_REFUSAL = re.compile(r" E can't start reason=\w+ problem=(.+)")
+"""The line of `headrace_core.process` before such an end."""
 _LINES_KEPT = 200
 _LINES_SHOWN = 15
 _READER_END_S = 2.0
@@ -117,6 +120,14 @@ class ClusterProcess:
             state = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
         lines = self.lines()[-_LINES_SHOWN:]
         return "\n    ".join([f"{state} and printed:", *lines]) if lines else f"{state} and printed nothing"
+
+    def problem(self) -> str:
+        """Return why it did not start: its own reason in a line, or how it ended and its last lines."""
+        words = self.last_words()  # waits for its last line
+        for line in reversed(self.lines()):
+            if match := _REFUSAL.search(line):
+                return f"can't start: {match[1]}"
+        return f"could not start; {words}"
 
     def read_ready(self) -> bool:
         """Read the ready file, if it is there; return whether it was."""

@@ -76,6 +76,7 @@ class LocalCluster:
     `on_ready` gets each process when it serves, from the thread that starts it. `wait_for_workers` makes `start` return
     only when the router says that every worker is ready; it is not done when the router has certificates of its own.
     `api_key` is shown to a router that asks for one, to see what it has.
+    `metrics_port`: where the router serves metrics, the workers on the ports after it; 0: the kernel chooses each.
     `tls` is a folder of identities as `certificates.make_set` makes it: then every hop is encrypted. A prefill worker
     is `prefill_ranks` processes, any other `decode_ranks`.
     """
@@ -94,6 +95,7 @@ class LocalCluster:
     start_timeout_s: float = 180.0
     wait_for_workers: bool = True
     api_key: str = field(default="", repr=False)
+    metrics_port: int = 0
     tls: Path | None = None
     programs: Mapping[Role, Sequence[str]] = field(default_factory=lambda: PROGRAMS)
     prefill_ranks: int = 1
@@ -152,7 +154,8 @@ class LocalCluster:
             StartupError: BAD_RANKS, so many ranks can't share the model.
             UnavailableError: START_FAILED with the failing process's last lines; START_TIMEOUT.
         """
-        self._check()
+        self.check_counts()
+        self._check_model()
         self._folder = Path(tempfile.mkdtemp(prefix="headrace-"))
         # The kernel's parent is a thread: children must be started from one that lives as long as they do.
         self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cluster-spawner")
@@ -186,6 +189,8 @@ class LocalCluster:
         """
         assert process.poll() is not None, f"{process.name} still runs"
         options: dict[str, Any] = {"listen": process.address}
+        if self.metrics_port:
+            options["metrics-listen"] = process.metrics_address
         if process.role == "router":
             options["workers-file"] = self._path("workers")
         successor = self._spawn(process.role, options)
@@ -212,7 +217,18 @@ class LocalCluster:
         """End every process at once."""
         self.stop(grace_s=0.0)
 
-    def _check(self) -> None:
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether clients of the router must show a key."""
+        return self._has("keys-file")
+
+    def first_names(self) -> list[str]:
+        """Return the names of the processes that `start` starts."""
+        counts = {"prefill": self.num_prefill, "decode": self.num_decode, "both": self.num_both}
+        return [*(f"{role}-{index}" for role, count in counts.items() for index in range(count)), "router"]
+
+    def check_counts(self) -> None:
+        """Refuse what can't serve. Raises InvalidRequestError, BAD_CLUSTER."""
         counts = (self.num_prefill, self.num_decode, self.num_both)
         if min(counts) < 0 or not (self.num_both or (self.num_prefill and self.num_decode)):
             raise InvalidRequestError(
@@ -220,6 +236,8 @@ class LocalCluster:
                 f"{self.num_prefill} prefill, {self.num_decode} decode and {self.num_both} colocated workers can't "
                 "serve: give at least one prefill and one decode worker, or one that does both",
             )
+
+    def _check_model(self) -> None:
         if not (self.model_dir / "config.json").is_file():
             raise InvalidRequestError(
                 "NO_MODEL", f"{self.model_dir} is not a model: it needs config.json, *.safetensors and tokenizer.json"
@@ -245,14 +263,14 @@ class LocalCluster:
         number = sum(process.role == role for process in self.workers)
         name = f"{role}-{number}" if role != "router" else role
         ready_file = self._path(f"{len(self.processes)}.ready")
-        merged = {**self._options(role), **(options or {}), "ready-file": ready_file}
+        merged = {**self.options(role), **(options or {}), "ready-file": ready_file}
         first = len(self.processes)
         for rank, place in enumerate(rank_environments(self._num_ranks(role))):
             process = self._spawner.submit(
                 ClusterProcess,
                 f"{name}.{rank}" if rank else name,
                 role,
-                command=[*self.programs[role], *_arguments(merged)],
+                command=[*self.programs[role], *arguments(merged)],
                 env={**os.environ, **self._environment(), **self.env, **place},
                 ready_file=ready_file,
                 log_sink=self.log_sink,
@@ -261,8 +279,14 @@ class LocalCluster:
             self.processes.append(process)
         return self.processes[first]
 
-    def _options(self, role: Role) -> dict[str, Any]:
-        common: dict[str, Any] = {"model": self.model_dir, "listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"}
+    def options(self, role: Role) -> dict[str, Any]:
+        """Return what the next process of this role is started with, but the file by which it says that it serves."""
+        port = self.metrics_port and self.metrics_port + (0 if role == "router" else 1 + len(self.workers))
+        common: dict[str, Any] = {
+            "model": self.model_dir,
+            "listen": "127.0.0.1:0",
+            "metrics-listen": f"127.0.0.1:{port}",
+        }
         if self.tls:
             common["tls"] = self.tls / ("decode" if role == "both" else role)
         if role == "router":
@@ -299,7 +323,7 @@ class LocalCluster:
         while waiting:
             for process in (rank for worker in waiting for rank in self.ranks(worker)):
                 if process.poll() is not None:
-                    raise UnavailableError("START_FAILED", f"{process.name} could not start; {process.last_words()}")
+                    raise UnavailableError("START_FAILED", f"{process.name} {process.problem()}")
             ready = [process for process in waiting if process.read_ready()]
             waiting = [process for process in waiting if process not in ready]
             for process in ready:
@@ -355,7 +379,8 @@ def _ready_workers(channel: grpc.Channel, api_key: str) -> set[str]:
     return {worker.address for worker in info.workers if worker.state == "ready"}
 
 
-def _arguments(options: Options) -> list[str]:
+def arguments(options: Options) -> list[str]:
+    """Return options as a command line has them."""
     arguments: list[str] = []
     for name, value in options.items():
         if isinstance(value, bool):

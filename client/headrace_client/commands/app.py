@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
@@ -11,37 +12,55 @@ from headrace_core.errors import HeadraceError
 from typer.core import TyperGroup
 
 from headrace_client.commands import bench, certs, chat, dashboards, demo, doctor, generate, keys, status, top, up
-from headrace_client.commands.terminal import exit_code, report, stderr, stdout
+from headrace_client.commands.terminal import complain, exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
 
 [bold]Start here[/bold]
-  headrace demo                             a small model, and where its time goes
-  headrace doctor                           what this machine has, and what it lacks
+  headrace demo          a small model, its time explained
+  headrace doctor        what this machine has, and lacks
 
 [bold]On your own[/bold]
-  headrace up --model DIR                   start router and workers
-  headrace generate "Once upon a time"      stream text
-  headrace chat                             talk
-  headrace status                           what serves, and how full it is
-  headrace top                              what it does, live: latencies, hand-offs, experts
+  headrace up --model DIR              router and workers
+  headrace generate "Once upon a time"        stream text
+  headrace chat          talk
+  headrace status        what serves, and how full it is
+  headrace top           what it does, live
   headrace bench                            load on a server, and what its clients saw
-  headrace dashboards                       what Grafana shows of it
-  headrace certs                            certificates for development
-  headrace keys                             API keys for clients
+  headrace dashboards    what Grafana shows of it
+  headrace certs         certificates for development
+  headrace keys          API keys for clients
 
 [bold]Before you buy[/bold]
-  headrace roofline                         time and bytes of every operation on a machine
-  headrace plan                             how many workers, divided how
-  headrace simulate                         a cluster in simulated time
+  headrace roofline      what each operation takes
+  headrace plan          how many workers, divided how
+  headrace simulate      a cluster in simulated time
 
 [bold]Exit codes[/bold]
-  0 done, 1 the server failed or is not there, 2 wrong input, 130 interrupted
+  0 done, 1 the server failed or is not there,
+  2 wrong input, 130 interrupted
 """
 
 
 _PLUGINS = "headrace.commands"
 """Entry points of packages above this one, each a Typer app: a subcommand that is loaded when it is used."""
+_ORDER = (
+    "demo",
+    "doctor",
+    "up",
+    "generate",
+    "chat",
+    "status",
+    "top",
+    "dashboards",
+    "certs",
+    "keys",
+    "roofline",
+    "plan",
+)
+"""Of subcommands in the help, as `_HELP` has them; others follow by their names."""
+_UsageError: Any = typer.BadParameter.__base__
+"""What is wrong with a command line; Typer gives no name to it."""
 
 
 class _Group(TyperGroup):
@@ -51,8 +70,9 @@ class _Group(TyperGroup):
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all subcommands."""
-        return [*super().list_commands(ctx), *entry_points(group=_PLUGINS).names]
+        """Return the names of all subcommands, always in the same order."""
+        names = {*super().list_commands(ctx), *entry_points(group=_PLUGINS).names}
+        return [*(name for name in _ORDER if name in names), *sorted(names - {*_ORDER})]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a subcommand, or None."""
@@ -62,6 +82,19 @@ class _Group(TyperGroup):
                 command = typer.main.get_command(plugin.load())
                 command.name = cmd_name
         return command
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run the command line and exit; one that can't be read ends as other errors do, with a line and 2."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except _UsageError as error:
+            code = _report_usage(error)
+        except typer.Abort:
+            stderr.print("\ninterrupted", style="dim")
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
@@ -73,6 +106,19 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             stderr.print("\ninterrupted", style="dim")
             raise typer.Exit(130) from None
+
+
+def _report_usage(error: Any) -> int:
+    """Say what is wrong with a command line and which --help to ask; return the exit code.
+
+    A command that needs arguments and has none shows its help instead.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return 2
+    complain(error.format_message())
+    if error.ctx is not None:
+        stderr.print(f"`{error.ctx.command_path} --help` lists the options.", markup=False, soft_wrap=True)
+    return 2
 
 
 app = typer.Typer(

@@ -13,9 +13,11 @@ from rich.text import Text
 from headrace_client.client import Client
 from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_client.cluster.ports import next_free
 from headrace_client.codec import Collector
+from headrace_client.commands.hints import curl_line
 from headrace_client.commands.terminal import stdout, write_text
-from headrace_client.commands.up import DEFAULT_HTTP_ADDRESS, curl_line
+from headrace_client.commands.up import HTTP_PORT
 from headrace_client.commands.waterfall import waterfall
 from headrace_client.results import Generation
 from headrace_client.sampling import SamplingParams
@@ -50,14 +52,28 @@ def demo(
         stdout.print(Text(f"  {process.name:<10} ready at {process.address} after {elapsed_s:.1f} s", style="dim"))
 
     stdout.print(Text(f"Starting a prefill worker, a decode worker and a router with {folder}", style="bold"))
-    cluster = LocalCluster(folder, worker_options={"kv-pool-mib": _KV_POOL_MIB}, on_ready=say_ready)
+    port = next_free(HTTP_PORT)
+    cluster = LocalCluster(
+        folder,
+        router_options={"http-listen": f"127.0.0.1:{port}"} if port else {},
+        worker_options={"kv-pool-mib": _KV_POOL_MIB},
+        on_ready=say_ready,
+    )
     with cluster:
+        stdout.print(Text(_about_http(port), style="dim"), soft_wrap=True)
         stdout.print()
         with Client(cluster.router_address) as client:
             result = _stream(client, prompt)
         _show(result)
     stdout.print(Text(f"\nEverything is stopped again; {time.monotonic() - started_s:.1f} s in all.", style="dim"))
     _suggest(folder)
+
+
+def _about_http(port: int) -> str:
+    if not port:
+        return f"  no HTTP: port {HTTP_PORT} and those after it are taken"
+    taken = "" if port == HTTP_PORT else f" ({HTTP_PORT} is taken)"
+    return f"  OpenAI's API while it runs: http://127.0.0.1:{port}/v1{taken}"
 
 
 def find_demo_model() -> Path:
@@ -99,7 +115,7 @@ def _suggest(folder: Path) -> None:
     for line in (
         f"  headrace up --model {folder} --prefill 1 --decode 2",
         '  headrace generate "Once upon a time" --timings      (in another terminal)',
-        f"  {curl_line(DEFAULT_HTTP_ADDRESS)}",
+        f"  {curl_line(f'127.0.0.1:{HTTP_PORT}')}",
         "  headrace status --watch                             (and kill a worker: the story goes on)",
     ):
         stdout.print(Text(line), soft_wrap=True)

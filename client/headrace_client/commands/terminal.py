@@ -32,12 +32,15 @@ _HINTS = {
 
 def report(error: HeadraceError) -> None:
     """Print what is wrong and, where it is known, what to do, to standard error."""
-    line = Text.assemble(("error: ", "bold red"), str(error))
     # Where something else answers, the error says what: to start a router is no help.
     is_other = error.reason == "UNREACHABLE" and "refused" not in str(error)
-    if (hint := _HINTS.get(error.reason)) and not is_other:
-        line.append(f"\n{hint}")
-    stderr.print(line, soft_wrap=True)
+    hint = _HINTS.get(error.reason)
+    complain(f"{error}\n{hint}" if hint and not is_other else str(error))
+
+
+def complain(problem: str) -> None:
+    """Print to standard error what is wrong, the way all commands do."""
+    stderr.print(Text.assemble(("error: ", "bold red"), problem), soft_wrap=True)
 
 
 def exit_code(error: HeadraceError) -> int:

@@ -12,15 +12,19 @@ from typing import Annotated, Any
 
 import typer
 from headrace_core.hub import find_model, is_hub_name, machine_bytes
-from headrace_core.identity import CERT, KEY, ROOTS, Role
+from headrace_core.identity import ROOTS
 from headrace_core.progress import shown
 from rich.text import Text
 
 from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_client.cluster.ports import next_free
 from headrace_client.commands import certs
-from headrace_client.commands.options import parse_settings
+from headrace_client.commands.hints import ASK_FOR_KEY, client_options, curl_line
+from headrace_client.commands.options import API_KEY_VARIABLE, parse_settings
+from headrace_client.commands.starting import Starting
 from headrace_client.commands.terminal import stdout
+from headrace_client.commands.up_checks import METRICS_PORT, check, choose_metrics_port
 from headrace_client.connection import DEFAULT_ADDRESS
 
 HELP = """Start a router and its workers on this machine; Ctrl-C stops them.
@@ -32,7 +36,7 @@ Examples:
   headrace up --model DIR --both 1                (one worker, no hand-off)
   headrace up --model DIR --worker-option max-step-tokens=512
   headrace up --model DIR --tls build/certs       (every hop encrypted, every caller known)
-  headrace up --model DIR --http-listen ''       (no HTTP)
+  headrace up --model DIR --http-listen ''        (no HTTP)
 
 The cores are divided among the workers. A worker that dies is reported and not started again; its requests go on \
 elsewhere if another worker can take them. If the router dies, everything stops.
@@ -43,11 +47,8 @@ Options of the processes:
   python -m headrace_decode --help
 """
 
-DEFAULT_HTTP_ADDRESS = "127.0.0.1:8000"
-
+HTTP_PORT = 8000
 _LOOK_S = 0.2
-_STYLES = {"router": "magenta", "prefill": "cyan", "decode": "green", "both": "blue"}
-_NAME_WIDTH = 10
 _MOST_WORKERS = 256
 """Of a kind, on one machine."""
 
@@ -79,14 +80,29 @@ def up(  # the signature is the command line
     ] = 0,
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = DEFAULT_ADDRESS,
     http_listen: Annotated[
-        str, typer.Option(help="HOST:PORT for OpenAI's clients, over HTTP; empty: none.")
-    ] = DEFAULT_HTTP_ADDRESS,
+        str | None,
+        typer.Option(
+            help=f"HOST:PORT for OpenAI's clients, over HTTP; empty: none. Default: 127.0.0.1:{HTTP_PORT}, or the next "
+            "port that is free.",
+            show_default=False,
+        ),
+    ] = None,
     metrics_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the router's Prometheus metrics; 0: any.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of the router's Prometheus metrics; the workers' follow; 0: any ports. "
+            f"Default: {METRICS_PORT}, or the next that are free.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda: the first GPU, NVIDIA or AMD.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (as --dtype), or fp8_e4m3: latents in 8 bits.")] = "auto",
+    kernels: Annotated[
+        str, typer.Option(help="auto, reference (plain torch), cpu (compiled), triton or aiter.")
+    ] = "auto",
     kv_pool_mib: Annotated[int, typer.Option(min=1, help="Memory of each worker for pages, MiB.")] = 256,
     tls: Annotated[
         Path | None,
@@ -96,22 +112,26 @@ def up(  # the signature is the command line
     prefill_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For prefill workers.")] = None,
     decode_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For decode workers.")] = None,
     router_option: Annotated[_Settings, typer.Option(metavar="NAME=VALUE", help="For the router.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show all that the processes log, not just warnings.")
+    ] = False,
 ) -> None:
     """Run the command. Raises what `find_model` and `LocalCluster.start` list; `app` reports it."""
     name = model_name or (model if is_hub_name(model) else "")
     named = {"model-name": name} if name else {}
-    folder = _find(model, revision, device)
-    if tls and not (tls / ROOTS).exists():
-        certs.make(tls)
+    prefill = (0 if both else 1) if prefill is None else prefill
+    decode = (0 if both else 1) if decode is None else decode
+    if http_listen is None:
+        http_listen = f"127.0.0.1:{free}" if (free := next_free(HTTP_PORT)) else ""
+    api_key = os.environ.get(API_KEY_VARIABLE, "")
     cluster = LocalCluster(
-        folder,
-        (0 if both else 1) if prefill is None else prefill,
-        (0 if both else 1) if decode is None else decode,
+        Path(model),
+        prefill,
+        decode,
         num_both=both,
         router_options={
             "listen": listen,
             **({"http-listen": http_listen} if http_listen else {}),
-            "metrics-listen": f"127.0.0.1:{metrics_port}",
             **named,
             **parse_settings(router_option),
         },
@@ -119,18 +139,24 @@ def up(  # the signature is the command line
             "device": device,
             "dtype": dtype,
             "kv-cache-dtype": kv_cache_dtype,
+            "kernels": kernels,
             "kv-pool-mib": kv_pool_mib,
             **named,
             **parse_settings(worker_option),
         },
         prefill_options=parse_settings(prefill_option),
         decode_options=parse_settings(decode_option),
-        log_sink=_print_line,
-        on_ready=_say_ready,
+        metrics_port=choose_metrics_port(metrics_port, 1 + prefill + decode + both),
+        api_key=api_key,
         tls=tls,
     )
+    cluster.wait_for_workers = not cluster.asks_for_keys or bool(api_key)
+    check(cluster)
+    cluster.model_dir = _find(model, revision, device)
+    if tls and not (tls / ROOTS).exists():
+        certs.make(tls)
     with _sigterm_as_interrupt():
-        _run(cluster)
+        _run(cluster, name or model, is_verbose=verbose)
 
 
 def _find(model: str, revision: str, device: str) -> Path:
@@ -140,13 +166,16 @@ def _find(model: str, revision: str, device: str) -> Path:
         return find_model(model, revision=revision, most_bytes=most_bytes, on_progress=on_progress)
 
 
-def _run(cluster: LocalCluster) -> None:
+def _run(cluster: LocalCluster, name: str, *, is_verbose: bool) -> None:
     """Start, watch until Ctrl-C or the router's end, stop; a Ctrl-C while stopping kills."""
+    starting = Starting(cluster.first_names(), is_verbose=is_verbose)
+    cluster.log_sink, cluster.on_ready = starting.on_line, starting.on_ready
     has_started = False
     try:
-        cluster.start()
+        with starting:
+            cluster.start()
         has_started = True
-        _explain(cluster)
+        _explain(cluster, name)
         _watch(cluster)
         raise typer.Exit(1)
     except KeyboardInterrupt:
@@ -177,47 +206,20 @@ def _stop(cluster: LocalCluster) -> None:
         cluster.kill()
 
 
-def _explain(cluster: LocalCluster) -> None:
-    address = cluster.router_address
-    server = "" if address == DEFAULT_ADDRESS else f" --server {address}"
-    if cluster.tls:
-        server += f" --identity {cluster.tls / Role.CLIENT.value}"
+def _explain(cluster: LocalCluster, name: str) -> None:
+    address, http = cluster.router_address, cluster.router.http_address
+    options = client_options(address, cluster.tls)
     lines = [
-        Text(f"\n{cluster.model_dir} is served at {address}. In another terminal:", style="bold"),
-        Text(f'  headrace generate{server} "Once upon a time"'),
-        Text(f"  headrace chat{server}"),
-        Text(f"  headrace status{server} --watch"),
-        *([Text(f"  {curl_line(cluster.router.http_address, cluster.tls)}")] if cluster.router.http_address else []),
+        Text(f"\n{name} is served at {address}. In another terminal:", style="bold"),
+        *([Text(f"  {ASK_FOR_KEY}     (then paste a client's key)")] if cluster.asks_for_keys else []),
+        Text(f'  headrace generate{options} "Once upon a time"'),
+        Text(f"  headrace chat{options}"),
+        Text(f"  headrace status{options} --watch"),
+        *([Text(f"  {curl_line(http, cluster.tls, has_keys=cluster.asks_for_keys)}")] if http else []),
         Text(f"Metrics: http://{cluster.router.metrics_address}/metrics. Ctrl-C stops everything.\n"),
     ]
     for line in lines:
         stdout.print(line, soft_wrap=True)
-
-
-def curl_line(address: str, tls: Path | None = None) -> str:
-    """Return a command that asks a router over HTTP, to be pasted; `tls` is a folder of identities."""
-    url = f"http://{address}"
-    if tls:
-        folder = tls / Role.CLIENT.value
-        name = f"{Role.ROUTER.server_name}:{address.rpartition(':')[2]}"
-        url = f"--cacert {folder / ROOTS} --cert {folder / CERT} --key {folder / KEY} "
-        url += f"--connect-to {name}:{address} https://{name}"
-    body = '{"prompt": "Once upon a time", "max_tokens": 40, "stream": true}'
-    return f"curl -N {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
-
-
-def _say_ready(process: ClusterProcess) -> None:
-    where = f"{process.address}, metrics at {process.metrics_address}"
-    stdout.print(Text(f"{process.name} is ready at {where} (pid {process.pid})", style="bold"), soft_wrap=True)
-
-
-def _print_line(name: str, line: str) -> None:
-    style = _STYLES[name.partition("-")[0]]
-    try:
-        stdout.print(Text.assemble((f"{name:>{_NAME_WIDTH}} | ", style), line), soft_wrap=True)
-    except (SystemExit, OSError):
-        # Nobody reads any more (rich exits then): end as a pipeline's commands do, but in order.
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _ending(process: ClusterProcess) -> str:

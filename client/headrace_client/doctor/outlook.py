@@ -47,7 +47,7 @@ def outlook(machine: Machine) -> Outlook:
     if done.returncode < 0:
         return Outlook(None, f"a worker's process was ended by signal {-done.returncode}")
     if done.returncode:
-        said = done.stderr.strip().removesuffix("try --help")
-        return Outlook(None, last_line(said), is_refused=done.returncode == _REFUSED)
+        refusals = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+        return Outlook(None, last_line(refusals[-1] if refusals else done.stderr), done.returncode == _REFUSED)
     worker: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return Outlook(worker, worker["kernels_problem"])
