@@ -221,6 +221,10 @@ class Router:
         """Return the text of these tokens, without the special ones'."""
         return self._tokenizer.text_of(token_ids)
 
+    def template_knows(self, word: str) -> bool:
+        """Return whether a chat template of the model's has `word` in it."""
+        return any(word in text for text in self._tokenizer.config.templates.values())
+
     def count_refused(self, error: HeadraceError | None) -> None:
         """Count a request that was not opened; None: its client left."""
         self._metrics.requests.labels("cancelled" if error is None else outcome_of(error)).inc()

@@ -82,3 +82,44 @@ def test_a_grammar_of_a_tool_that_is_none_is_refused_by_name(client):
     with pytest.raises(openai.BadRequestError, match="wizard") as raised:
         client.chat.completions.create(model="demo", messages=TURN, extra_body={"guided_json": {"type": "wizard"}})
     assert raised.value.code == "BAD_GRAMMAR"
+
+
+ADD = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "note": {"enum": ["x", '"}', "é"]}},
+    "required": ["a", "note"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": ADD}},
+    {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "additionalProperties": False}}},
+]
+
+
+def check_call(name, arguments):
+    arguments = json.loads(arguments)
+    assert (name, arguments) == ("stop", {}) or (
+        name == "add" and set(arguments) == {"a", "note"} and 0 <= arguments["a"] <= 99
+    )
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.5, "seed": 3}])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_calls_that_are_forced_fit_their_functions_whole_and_streamed(client, choice, sampling):
+    asked = {
+        "model": "demo", "messages": TURN, "tools": TOOLS, "tool_choice": choice, "max_completion_tokens": 500,
+        "parallel_tool_calls": False, **sampling,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked, n=3)
+    for each in whole.choices:
+        assert (each.finish_reason, each.message.content) == ("tool_calls", None)
+        (call,) = each.message.tool_calls
+        check_call(call.function.name, call.function.arguments)
+        assert choice == "required" or call.function.name == "add"
+    name, arguments = "", ""
+    for event in client.chat.completions.create(**asked, stream=True):
+        for call in event.choices[0].delta.tool_calls or ():
+            name += call.function.name or ""
+            arguments += call.function.arguments
+    call = whole.choices[0].message.tool_calls[0]
+    assert (name, arguments) == (call.function.name, call.function.arguments)

@@ -181,7 +181,7 @@ def test_models_tokens_and_health(tmp_path):
 
 
 REFUSED = [
-    (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools", "BAD_REQUEST"),
+    (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools.0.function", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "response_format": {"type": "xml"}}, 400, "response_format.type", "BAD_REQUEST"),
     (CHAT, {"messages": HI, "colour": "red"}, 400, "colour", "BAD_REQUEST"),
     (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role", "BAD_REQUEST"),

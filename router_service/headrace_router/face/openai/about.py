@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from headrace_router.face.openai.parts import TokenBytes
 from headrace_router.face.openai.request import Wanted
+from headrace_router.face.openai.said import MakeReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class About:
     """Of each, empty unless they are to be echoed."""
     num_samples: int
     token_bytes: TokenBytes
+    make_reader: MakeReader | None = None
+    """What reads each choice's text; None: it is all content."""
 
     @property
     def num_choices(self) -> int:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from headrace_core.errors import HeadraceError
 
 from headrace_router.face.http.errors import body_of
 from headrace_router.face.openai.about import About
-from headrace_router.face.openai.parts import CompletionLogprobs, Counts, chat_logprobs, quoted
+from headrace_router.face.openai.parts import CompletionLogprobs, Counts, chat_logprobs, finish_word, quoted
+from headrace_router.face.openai.said import Reader
 from headrace_router.requests.piece import Piece
 
 _DONE = "data: [DONE]\n\n"
@@ -44,6 +46,8 @@ class Events:
         self._plain = f'{self._middle}"logprobs":null,"finish_reason":null}}]{self._tail}'
         """What follows the text of most pieces."""
         self._is_plain = not (self._is_counted_always or about.wanted.has_logprobs or about.wanted.has_token_ids)
+        make = about.make_reader
+        self._readers = [make() for _ in range(about.num_choices)] if make else []
         self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(about.num_choices)]
 
     def take(self, piece: Piece) -> str:
@@ -53,6 +57,8 @@ class Events:
             self._counts.num_output += len(piece.token_ids)
             return f"{self._heads[index]}{quoted(piece.text)}{self._plain}" if piece.text else ""
         self._counts.add(index, len(piece.token_ids), ending)
+        if self._readers:
+            return self._read(piece, self._readers[index])
         if piece.is_first:
             prompt = index // self._about.num_samples
             return self._rest(piece, self._first_heads[index], self._about.prompt_texts[prompt] + piece.text)
@@ -64,13 +70,36 @@ class Events:
             return _DONE
         return f'{self._head}],"usage":{self._counts.usage()}}}\n\n{_DONE}'
 
-    def _rest(self, piece: Piece, head: str, text: str) -> str:
+    def _read(self, piece: Piece, reader: Reader) -> str:
+        """Return the event of a piece whose text may say several things; none if it says nothing yet."""
+        said = reader.push(piece.text)
+        if piece.ending is not None:
+            said += reader.finish()
+        if not (said or piece.is_first or piece.ending is not None) and self._is_plain:
+            return ""
+        delta: dict[str, Any] = {"role": "assistant"} if piece.is_first else {}
+        if said.content or not (said or piece.ending is not None):
+            delta["content"] = said.content
+        if said.reasoning:
+            delta["reasoning_content"] = said.reasoning
+        if said.calls:
+            delta["tool_calls"] = said.calls
+        head = f'{self._head}{{"index":{piece.sample_index},"delta":{json.dumps(delta, separators=(",", ":"))}'
+        return self._rest(piece, head, None, has_called=reader.num_calls > 0)
+
+    def _rest(self, piece: Piece, head: str, text: str | None, *, has_called: bool = False) -> str:
+        """Return an event; `text` None: the head has it, and what is around it, already."""
         about, ending = self._about, piece.ending
-        parts = [head, quoted(text), self._middle, '"logprobs":', self._logprobs_of(piece)]
+        parts = [
+            head,
+            "," if text is None else f"{quoted(text)}{self._middle}",
+            '"logprobs":',
+            self._logprobs_of(piece),
+        ]
         if ending is None:
             parts.append(',"finish_reason":null')
         else:
-            parts.append(f',"finish_reason":"{ending.finish_reason.value}"')
+            parts.append(f',"finish_reason":"{finish_word(ending.finish_reason, has_called=has_called)}"')
             if ending.matched_stop_string:
                 parts.append(f',"stop_reason":{quoted(ending.matched_stop_string)}')
         if about.wanted.has_token_ids:

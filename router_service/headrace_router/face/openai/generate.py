@@ -16,15 +16,26 @@ from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.shares import Caller
 
 from headrace_router.face.http.connection import STALL_TIMEOUT_S
+from headrace_router.face.http.errors import HttpError
 from headrace_router.face.http.exchange import Exchange
 from headrace_router.face.openai.about import About
 from headrace_router.face.openai.events import Events, error_event
 from headrace_router.face.openai.request import Asked, Wanted
 from headrace_router.face.openai.responses import ResponseEvents, WholeResponse
+from headrace_router.face.openai.said import ForcedCalls, MakeReader, Plain, TaggedCalls, Thinking
 from headrace_router.face.openai.several import Pieces, Several
 from headrace_router.face.openai.whole import Whole
 from headrace_router.requests.running import RunningRequest
 from headrace_router.router import Router
+
+_NO_CALLS = (
+    "`tool_choice` `auto`: this model's template has no calls in a form that is known here; `required`, or a named "
+    "function, holds any model's answer to calls"
+)
+_OTHER_CALLS = ("<arg_key>", "<function=", "<parameter=")
+"""Of templates whose `<tool_call>` is not JSON."""
+_TAIL_TOKENS = 16
+"""Of a prompt: what the template wrote last."""
 
 
 async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door, caller: Caller) -> None:
@@ -35,6 +46,8 @@ async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door,
     """
     opened: list[RunningRequest] = []
     wanted = asked.wanted
+    if wanted.call_form == "tagged" and not calls_by_tags(router):
+        raise HttpError(_NO_CALLS, param="tool_choice")
 
     def end() -> None:
         for each in opened:
@@ -62,8 +75,26 @@ async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door,
         end()
 
 
+def calls_by_tags(router: Router) -> bool:
+    """Return whether the model's template has calls as `TaggedCalls` reads them."""
+    knows = router.template_knows
+    return all(map(knows, (TaggedCalls.BEGIN, TaggedCalls.END, "arguments"))) and not any(map(knows, _OTHER_CALLS))
+
+
+def make_reader_of(wanted: Wanted, router: Router, prompt: list[int]) -> MakeReader | None:
+    """Return what reads an answer to a conversation; None: nothing in it is marked."""
+    if wanted.call_form == "forced":
+        return ForcedCalls
+    inner = TaggedCalls if wanted.call_form == "tagged" else Plain
+    if wanted.is_free and router.template_knows(Thinking.END):
+        has_begun = router.text_of(prompt[-_TAIL_TOKENS:]).rstrip().endswith(Thinking.BEGIN)
+        return lambda: Thinking(inner(), has_begun=has_begun)
+    return inner if inner is TaggedCalls else None
+
+
 def _about(wanted: Wanted, opened: Sequence[RunningRequest], router: Router) -> About:
     prompts = [each.spec.prompt_ids for each in opened]
+    make_reader = make_reader_of(wanted, router, prompts[0]) if wanted.is_chat and wanted.prefix != "resp" else None
     return About(
         wanted,
         answer_id=f"{wanted.prefix}-{opened[0].spec.request_id}",
@@ -73,6 +104,7 @@ def _about(wanted: Wanted, opened: Sequence[RunningRequest], router: Router) -> 
         prompt_texts=[router.text_of(prompt) if wanted.echo else "" for prompt in prompts],
         num_samples=opened[0].spec.num_samples,
         token_bytes=router.token_bytes,
+        make_reader=make_reader,
     )
 
 

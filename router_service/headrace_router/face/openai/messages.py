@@ -75,8 +75,13 @@ class Templated(Body):
     documents: list[dict[str, Any]] | None = Field(None, description="for templates that know them")
 
 
-def put_messages(message: generation_service_pb2.GenerateRequest, messages: Sequence[Message], told: Templated) -> None:
-    """Make a conversation of `message`'s prompt.
+def put_messages(
+    message: generation_service_pb2.GenerateRequest,
+    messages: Sequence[Message],
+    told: Templated,
+    tools: Sequence[str],
+) -> None:
+    """Make a conversation of `message`'s prompt. `tools` are JSON, as the template is told of them.
 
     Raises:
         HttpError: names what can't be told.
@@ -96,6 +101,7 @@ def put_messages(message: generation_service_pb2.GenerateRequest, messages: Sequ
             raise HttpError(problem, param="continue_final_message")
         chat.continue_final_message = True
     chat.template_name = told.chat_template or ""
+    chat.tools_json.extend(tools)
     variables = dict(told.chat_template_kwargs or {})
     if told.documents is not None:
         variables["documents"] = told.documents

@@ -8,6 +8,7 @@ from json.encoder import encode_basestring_ascii  # pyright: ignore[reportUnknow
 from typing import Any
 
 from headrace.v1 import types_pb2
+from headrace_core.request import FinishReason
 
 from headrace_router.requests.piece import Ending
 
@@ -44,6 +45,11 @@ class Counts:
             f'"total_tokens":{self.num_prompt + self.num_output},'
             f'"prompt_tokens_details":{{"cached_tokens":{self.num_cached}}}}}'
         )
+
+
+def finish_word(reason: FinishReason, *, has_called: bool) -> str:
+    """Return OpenAI's word for how a choice ended."""
+    return "tool_calls" if has_called and reason is FinishReason.STOP else reason.value
 
 
 def chat_logprobs(

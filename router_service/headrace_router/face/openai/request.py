@@ -6,7 +6,7 @@ What OpenAI leaves out it defines: a completion has 16 tokens at most, a convers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headrace.v1 import generation_service_pb2, types_pb2
@@ -22,6 +22,7 @@ from headrace_router.face.openai.schema import (
     TokenizeRequest,
 )
 from headrace_router.face.openai.structure import grammar_of
+from headrace_router.face.openai.tools import CallForm, call_form, forced_calls, tools_json
 
 _DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 128
@@ -46,6 +47,9 @@ class Wanted:
     has_logprobs: bool
     has_token_ids: bool
     echo: bool
+    call_form: CallForm = ""
+    is_free: bool = True
+    """Not held to a grammar: it may think first."""
     said: dict[str, Any] = field(default_factory=dict[str, Any])
     """Fields that the answer repeats."""
 
@@ -71,8 +75,15 @@ def read_chat(body: bytes, request_id: str) -> Asked:
     max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     top_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     message = _message(fields, request_id, MAX_COUNT if max_tokens is None else max_tokens, top_logprobs)
-    put_messages(message, fields.messages, fields)
-    return Asked([message], _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False))
+    form = call_form(fields)
+    if form == "forced":
+        if message.sampling.HasField("grammar"):
+            raise HttpError("`tool_choice`: an answer is held to a call or to a format", param="tool_choice")
+        message.sampling.grammar.CopyFrom(forced_calls(fields))
+    put_messages(message, fields.messages, fields, tools_json(fields))
+    wanted = _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False)
+    is_free = not message.sampling.HasField("grammar")
+    return Asked([message], replace(wanted, call_form=form, is_free=is_free))
 
 
 def read_completion(body: bytes, request_id: str) -> Asked:
@@ -100,7 +111,7 @@ def read_tokenize(body: bytes) -> generation_service_pb2.GenerateRequest:
         raise HttpError("send one of `prompt` and `messages`", param="prompt")
     message = generation_service_pb2.GenerateRequest(model=fields.model)
     if fields.messages is not None:
-        put_messages(message, fields.messages, fields)
+        put_messages(message, fields.messages, fields, tools_json(fields))
     else:
         message.text.text = fields.prompt or ""
     return message

@@ -11,7 +11,7 @@ from headrace_router.face.openai.schema import Count
 
 _NOTHING = Annotated[list[Any], Field(max_length=0)]
 _NOTHING_KEPT = "nothing is kept; send the whole conversation as `input`"
-_NO_TOOLS = "tools are not called yet"
+_NO_TOOLS = "tools are called by /v1/chat/completions"
 
 
 class InputPart(Body):

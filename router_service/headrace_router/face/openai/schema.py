@@ -15,12 +15,13 @@ from pydantic import Field
 from headrace_router.face.openai.body import Body, Refused
 from headrace_router.face.openai.messages import Message, Templated
 from headrace_router.face.openai.structure import Structured
+from headrace_router.face.openai.tools import Tooled
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
-_NO_TOOLS = "tools are not called yet"
+_NO_FUNCTIONS = "send `tools` and `tool_choice`"
 _TEXT_ONLY = "text only"
 _WHOLE_PROMPT = "prompts are not changed; one that is too long is refused"
 _AS_IT_IS = "the model's template and tokenizer are used as they are"
@@ -98,29 +99,26 @@ class CompletionRequest(_Generating):
     suffix: Annotated[Literal[""] | None, Refused("text is continued, not filled in")] = None
 
 
-class ChatRequest(_Generating, Templated):
+class ChatRequest(_Generating, Templated, Tooled):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(description="at least one, at most 4,096")
     max_completion_tokens: Count | None = Field(None, description="as `max_tokens`, before which it counts")
     logprobs: bool | None = Field(None, description="of every chosen token")
     top_logprobs: Count | None = Field(None, description="and of so many most probable ones, 0 to 20; needs `logprobs`")
-    tools: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
-    tool_choice: Annotated[Literal["none", "auto"] | None, Refused(_NO_TOOLS)] = None
-    parallel_tool_calls: Annotated[bool | None, Refused(_NO_TOOLS)] = None
-    functions: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
-    function_call: Annotated[Literal["none", "auto"] | None, Refused(_NO_TOOLS)] = None
+    functions: Annotated[_NOTHING | None, Refused(_NO_FUNCTIONS)] = None
+    function_call: Annotated[Literal["none", "auto"] | None, Refused(_NO_FUNCTIONS)] = None
     modalities: Annotated[list[Literal["text"]] | None, Refused(_TEXT_ONLY)] = None
     audio: Annotated[None, Refused(_TEXT_ONLY)] = None
     prediction: Annotated[None, Refused("answers are not predicted")] = None
     reasoning_effort: Annotated[None, Refused(_BY_KWARGS)] = None
     verbosity: Annotated[None, Refused(_BY_KWARGS)] = None
-    web_search_options: Annotated[None, Refused(_NO_TOOLS)] = None
+    web_search_options: Annotated[None, Refused("nothing is searched")] = None
     add_special_tokens: Annotated[Literal[False] | None, Refused(_AS_IT_IS)] = None
     echo: Annotated[Literal[False] | None, Refused("answers only")] = None
 
 
-class TokenizeRequest(Templated):
+class TokenizeRequest(Templated, Tooled):
     """`POST /tokenize`."""
 
     model: str = Field("", description="as /v1/models names it; empty: the one served")

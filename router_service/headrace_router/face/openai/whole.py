@@ -9,7 +9,8 @@ from typing import Any
 from headrace.v1 import types_pb2
 
 from headrace_router.face.openai.about import About
-from headrace_router.face.openai.parts import CompletionLogprobs, Counts, chat_logprobs
+from headrace_router.face.openai.parts import CompletionLogprobs, Counts, chat_logprobs, finish_word
+from headrace_router.face.openai.said import Reader, joined
 from headrace_router.requests.piece import Ending, Piece
 
 
@@ -58,7 +59,10 @@ class Whole:
         assert ending is not None, "every sample has ended"
         prompt = index // about.num_samples
         said: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": ending.finish_reason.value}
-        if about.wanted.is_chat:
+        if about.make_reader is not None:
+            said["message"], has_called = _read(about.make_reader(), text)
+            said["finish_reason"] = finish_word(ending.finish_reason, has_called=has_called)
+        elif about.wanted.is_chat:
             said["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             said["text"] = about.prompt_texts[prompt] + text
@@ -74,3 +78,15 @@ class Whole:
             if not about.wanted.is_chat:
                 said["prompt_token_ids"] = about.prompts[prompt]
         return said
+
+
+def _read(reader: Reader, text: str) -> tuple[dict[str, Any], bool]:
+    """Return the message that a text is, and whether it calls."""
+    said = reader.push(text) + reader.finish()
+    calls = joined(said.calls)
+    message: dict[str, Any] = {"role": "assistant", "content": said.content or (None if calls else ""), "refusal": None}
+    if said.reasoning:
+        message["reasoning_content"] = said.reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message, bool(calls)
