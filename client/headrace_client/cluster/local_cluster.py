@@ -245,7 +245,7 @@ class LocalCluster:
         roles: list[tuple[Role, int]] = [("prefill", self.num_prefill), ("decode", self.num_decode + self.num_both)]
         for role, count in roles:
             if count and self._num_ranks(role) != 1:
-                check_ranks(self.model_dir, self._num_ranks(role), self._options(role))
+                check_ranks(self.model_dir, self._num_ranks(role), self.options(role))
 
     def _num_ranks(self, role: Role) -> int:
         return {"router": 1, "prefill": self.prefill_ranks}.get(role, self.decode_ranks)
