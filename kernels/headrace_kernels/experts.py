@@ -26,7 +26,10 @@ class Experts(Protocol):
         ...
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
-        """Return [T, N]: `residual` [T, N], and each token's weighted sum over its experts; see `moe_experts`."""
+        """Return [T, N]: `residual` [T, N], and each token's weighted sum over its experts; see `moe_experts`.
+
+        Experts count from 0 to E - 1 as they were `put`; -1, padding or an expert of another rank, contributes nothing.
+        """
         ...
 
 

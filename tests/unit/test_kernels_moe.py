@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from headrace_kernels import use_backend
@@ -19,7 +21,7 @@ from headrace_kernels.packed_experts import (
     prepare_blocks,
 )
 from headrace_kernels.reference.linear import padded_count
-from headrace_kernels.routing_rule import Router, RoutingRule
+from headrace_kernels.routing_rule import RoutedTokens, Router, RoutingRule
 from headrace_kernels.silu_mul import silu_mul
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,3 +169,20 @@ def test_experts_in_plain_torch_sort_for_themselves():
         assert torch.equal(routed.experts, sorted_too.experts)
         expected = moe_experts_ref(routed.x, routed.experts, routed.weights, gate_up, down, residual=x)
         torch.testing.assert_close(experts(routed, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", ["some", "none"])
+@pytest.mark.parametrize("kernels", ["reference", None])
+def test_assignments_of_no_expert_here_contribute_nothing(kernels, kept):
+    x, num_experts, width = torch.randn(9, 16), 4, 8
+    gate_up, down = torch.randn(num_experts, 2 * width, 16), torch.randn(num_experts, 16, width)
+    chosen, weights = torch.randint(0, num_experts, (9, 2)), torch.rand(9, 2)
+    is_here = torch.rand(9, 2) < (0.5 if kept == "some" else 0.0)
+    chosen[~is_here] = -1
+    with use_backend(kernels) if kernels else contextlib.nullcontext():
+        experts = empty_experts(num_experts, 16, width, x)
+        for expert, (both, out) in enumerate(zip(gate_up, down, strict=True)):
+            experts.put(expert, both[:width], both[width:], out)
+        found = experts(RoutedTokens(x, chosen, weights, None), x)
+    expected = moe_experts_ref(x, chosen, weights, gate_up, down, residual=x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ _ROWS_WORTH_TILES = 16
 
 
 class ListedExperts:
-    """See `headrace_kernels.experts.Experts`; no assignment may be of no expert."""
+    """See `headrace_kernels.experts.Experts`."""
 
     def __init__(self, count: int, hidden: int, width: int, like: Tensor) -> None:
         self._gate_up: list[Linear | None] = [None] * count
@@ -32,6 +32,9 @@ class ListedExperts:
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`."""
+        is_here = routed.experts >= 0
+        if not bool(is_here.all()):
+            return self._some(routed, is_here, residual)
         gate_up, down = ([each for each in held if each is not None] for held in (self._gate_up, self._down))
         order, counts = moe_sort(routed.experts, len(down))
         is_tiled = len(order) >= _ROWS_WORTH_TILES * len(down)
@@ -39,6 +42,17 @@ class ListedExperts:
         rows = dispatch(routed.x, blocks, routed.experts.shape[1])
         rows = grouped_gemm(silu_mul(grouped_gemm(rows, gate_up, blocks)), down, blocks)
         return combine(rows, routed.weights, blocks).add_(residual)
+
+    def _some(self, routed: RoutedTokens, is_here: Tensor, residual: Tensor) -> Tensor:
+        """Compute the assignments of `is_here` [T, K] alone: padding and other ranks' experts have no row."""
+        token, k = is_here.nonzero(as_tuple=True)
+        if not len(token):
+            return residual.clone()
+        rows = RoutedTokens(
+            routed.x[token], routed.experts[token, k, None], routed.weights[token, k, None], routed.blocks
+        )
+        out = self(rows, torch.zeros_like(rows.x)).float()
+        return residual.float().index_add(0, token, out).to(residual.dtype)
 
 
 def empty(count: int, hidden: int, width: int, like: Tensor) -> ListedExperts:
