@@ -121,6 +121,14 @@ def check_counts(rows: Tensor, send: Sequence[int], receive: Sequence[int], size
         raise ValueError(f"{len(rows)} rows, sent as {list(send)}, received as {list(receive)}, among {size} ranks")
 
 
+def ordered_sum(parts: Tensor, onto: Tensor | None) -> Tensor:
+    """Return `onto` [...] plus each of `parts` [R, ...], R at least 1, added in float32 in this order, rounded once."""
+    total = parts[0].float() if onto is None else onto.float() + parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Where this process stands: the model's `layout`, all ranks of it, `world`, and those of its own lane."""

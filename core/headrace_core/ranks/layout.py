@@ -84,6 +84,15 @@ class ParallelLayout:
         """Lanes, each of `attention_tp` ranks."""
         return self.size // self.attention_tp
 
+    @property
+    def sums(self) -> str:
+        """What the bits of exact numerics depend on: how many parts a sum is made of.
+
+        Neither lanes nor, of whole experts, the number of ranks: rows come back to be added one by one.
+        """
+        experts = str(self.size) if self.experts_by is ExpertsBy.COLUMNS else ""
+        return f"attention tp{self.attention_tp} experts {self.experts_by.value}{experts}"
+
     def lane(self, rank: int) -> int:
         """Return the lane that `rank` is in."""
         return rank // self.attention_tp
@@ -98,18 +107,18 @@ class ParallelLayout:
 
     def heads(self, rank: int, num_heads: int) -> range:
         """Return the query heads of `rank`; the degree divides them (`check`)."""
-        return _share(num_heads, self.place(rank), self.attention_tp)
+        return share(num_heads, self.place(rank), self.attention_tp)
 
     def kv_heads(self, rank: int, num_kv_heads: int) -> range:
         """Return the key and value heads of `rank`; with fewer heads than ranks several have the same."""
         if num_kv_heads >= self.attention_tp:
-            return _share(num_kv_heads, self.place(rank), self.attention_tp)
+            return share(num_kv_heads, self.place(rank), self.attention_tp)
         head = self.place(rank) * num_kv_heads // self.attention_tp
         return range(head, head + 1)
 
     def vocabulary(self, rank: int, vocab_size: int) -> range:
         """Return the tokens whose rows of embedding and head `rank` has; lanes have copies."""
-        return _share(vocab_size, self.place(rank), self.attention_tp)
+        return share(vocab_size, self.place(rank), self.attention_tp)
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a network that can't be shared out so.
@@ -161,7 +170,7 @@ class ParallelLayout:
         return config.num_layers * of_lane * num_tokens * self.cached_values(config) * itemsize
 
 
-def _share(count: int, index: int, num_shares: int) -> range:
+def share(count: int, index: int, num_shares: int) -> range:
     """Return share `index` of `count` things in a row; shares differ by one at most."""
     return range(index * count // num_shares, (index + 1) * count // num_shares)
 

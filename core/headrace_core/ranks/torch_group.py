@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -20,13 +20,16 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout  # the only way there is
 
 from headrace_core.errors import StartupError, UnavailableError
-from headrace_core.ranks.group import OneRank, RankGroup, check_counts
+from headrace_core.ranks.group import OneRank, RankGroup, check_counts, ordered_sum
 
 _FRAME_BYTES = 8192
 """Of a broadcast's first meeting: a length, and as much of the data as fits."""
 _LENGTH = struct.Struct("<Q")
 _LARGE_BYTES = 64 * 1024
 """From here on a sum is cut into pieces: two meetings cost more than the bytes of a smaller one."""
+# torch 2.13's name, and that of the versions before.
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_gather_into: Callable[..., object] = getattr(dist, _GATHER)
 
 
 class TorchGroup:
@@ -43,12 +46,12 @@ class TorchGroup:
     def all_sum(self, part: Tensor, onto: Tensor | None = None) -> Tensor:
         """See `RankGroup`."""
         if self.size == 2 or part.numel() * part.element_size() < _LARGE_BYTES:
-            return _ordered_sum(self.all_gather(part), onto).view(part.shape)
+            return ordered_sum(self.all_gather(part), onto).view(part.shape)
         width = -(-part.numel() // self.size)
         pieces = _cut(part, width, self.size)
         received = self._exchange(pieces, [1] * self.size, [1] * self.size)
         own = None if onto is None else _cut(onto, width, self.size)[self.rank]
-        return self.all_gather(_ordered_sum(received, own)).flatten()[: part.numel()].view(part.shape)
+        return self.all_gather(ordered_sum(received, own)).flatten()[: part.numel()].view(part.shape)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `RankGroup`."""
@@ -56,10 +59,7 @@ class TorchGroup:
         if x.numel():
             self.sent_bytes += (self.size - 1) * x.numel() * x.element_size()
             with self._meeting("gather"):
-                # Its new name, all_gather_single, is younger than the oldest torch that this runs with.
-                dist.all_gather_into_tensor(  # pyright: ignore[reportDeprecated]
-                    _bytes(out).flatten(), _bytes(x.contiguous()).flatten(), group=self._group
-                )
+                _gather_into(_bytes(out).flatten(), _bytes(x.contiguous()).flatten(), group=self._group)
         return out
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -169,14 +169,6 @@ def join(size: int, *, rank: int, init_method: str, device: str, timeout_s: floa
 def _lost(what: str, error: RuntimeError) -> UnavailableError:
     first_line = str(error).strip().split("\n", 1)[0]
     return UnavailableError("RANK_LOST", f"{what}: another rank is gone, or did not come in time: {first_line}")
-
-
-def _ordered_sum(parts: Sequence[Tensor] | Tensor, onto: Tensor | None) -> Tensor:
-    """Return `onto` plus each of `parts` [R, ...], added in float32 in this order; dtype of the parts."""
-    total = parts[0].float() if onto is None else onto.float() + parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
 
 
 def _cut(x: Tensor, width: int, count: int) -> Tensor:

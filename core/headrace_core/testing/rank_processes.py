@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import pickle
 import sys
 import tempfile
 import traceback
@@ -34,7 +35,7 @@ def run_ranks(size: int, target: Callable[..., Any], *args: Any, timeout_s: floa
         processes: list[BaseProcess] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, f"file://{Path(folder) / 'meeting'}", size, rank, _named(target), args)
+            arguments = (theirs, f"file://{Path(folder) / 'meeting'}", size, rank, _named(target), pickle.dumps(args))
             processes.append(context.Process(target=_run, args=arguments, daemon=True))
             processes[-1].start()
             theirs.close()
@@ -65,9 +66,7 @@ def _named(target: Callable[..., Any]) -> tuple[str, str, str]:
     return str(Path(module.__file__).parents[module.__name__.count(".")]), module.__name__, target.__name__
 
 
-def _run(
-    end: Connection, init_method: str, size: int, rank: int, named: tuple[str, str, str], args: tuple[Any, ...]
-) -> None:
+def _run(end: Connection, init_method: str, size: int, rank: int, named: tuple[str, str, str], args: bytes) -> None:
     folder, module, name = named
     sys.path.append(folder)
     target = getattr(importlib.import_module(module), name)
@@ -76,7 +75,7 @@ def _run(
     try:
         if size > 1:
             world = join(size, rank=rank, init_method=init_method, device="cpu", timeout_s=_START_S)
-        end.send((True, target(world, *args)))
+        end.send((True, target(world, *pickle.loads(args))))
     except BaseException:
         end.send((False, traceback.format_exc()))
         raise
