@@ -125,7 +125,7 @@ class Weights:
     def __init__(self, tensors):
         self._tensors = tensors
 
-    def take(self, name, dtype=None):
+    def take(self, name, dtype=None, shard=None):
         return self._tensors[name].clone()
 
     def empty(self, *shape):

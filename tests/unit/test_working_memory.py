@@ -100,7 +100,7 @@ class MetaWeights:
     def __init__(self, config):
         self._shapes = {weight.name: weight.shape for weight in weights(config)}
 
-    def take(self, name, dtype=None):
+    def take(self, name, dtype=None, shard=None):
         return self.empty(*self._shapes[name], dtype=dtype or torch.bfloat16)
 
     def empty(self, *shape, dtype=torch.bfloat16):

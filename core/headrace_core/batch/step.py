@@ -63,7 +63,7 @@ class Chunk:
     `page_ids` are the sequence's pages, in order, covering at least `start + len(token_ids)` tokens; positions before
     `start` are already in them. The list is the sequence's own, as it is until the step is applied. `is_sampled` when
     the chunk reaches the end of what is known, so that the next token is chosen from the logits at its last token.
-    `request_id` is for messages.
+    `request_id` is for messages. `lane` says whose of a group's caches the pages are in (`ranks.layout`).
 
     Computing a chunk again, in whatever company, writes the same to the same places.
     """
@@ -74,6 +74,7 @@ class Chunk:
     page_ids: list[int]
     is_sampled: bool
     request_id: str = ""
+    lane: int = 0
 
     def error(self, error: HeadraceError) -> HeadraceError:
         """Return `error` as this chunk's sequence's: its message names the request."""

@@ -36,7 +36,8 @@ class WeightReader:
         self._dtype = dtype
         self._device = device
         self._on_progress = on_progress
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        """xxh3-128 of the bytes of each tensor that was read, here or by another rank of a group."""
 
     def take(self, name: str, dtype: torch.dtype | None = None, shard: Shard | None = None) -> Tensor:
         """Return tensor `name` as `dtype` (default: the compute type), dequantised if it is block-FP8.
@@ -66,9 +67,9 @@ class WeightReader:
 
     def digest(self, name: str) -> str:
         """Return xxh3-128 of the bytes of `name`, reading them if nobody has."""
-        if name not in self._digests:
+        if name not in self.digests:
             self._read(name)
-        return self._digests[name]
+        return self.digests[name]
 
     def fingerprint(self) -> str:
         """Return xxh3-128, in hexadecimal, over config, compute type, and every tensor taken: name, type, shape, bytes.
@@ -78,15 +79,15 @@ class WeightReader:
         whole = xxhash.xxh3_128()
         whole.update(json.dumps(asdict(self._config), sort_keys=True).encode())
         whole.update(str(self._dtype).encode())
-        for name in sorted(self._digests):
+        for name in sorted(self.digests):
             tensor = self._stored[name]
-            whole.update(f"\n{name} {tensor.dtype} {tensor.shape} {self._digests[name]}".encode())
+            whole.update(f"\n{name} {tensor.dtype} {tensor.shape} {self.digests[name]}".encode())
         return whole.hexdigest()
 
     def _read(self, name: str) -> Tensor:
         tensor = self._stored[name].read()
         data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        self._digests[name] = xxhash.xxh3_128_hexdigest(data)
+        self.digests[name] = xxhash.xxh3_128_hexdigest(data)
         self._on_progress(self._stored[name].size)
         return tensor
 

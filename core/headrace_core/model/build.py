@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,13 +16,19 @@ from headrace_core.families.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.families.table import weights as weight_tree
 from headrace_core.families.weights import Part, Place, Shard, Weight
 from headrace_core.model.attention import Attention
-from headrace_core.model.feed_forward import DenseMlp, FeedForward, MoeMlp
+from headrace_core.model.dispatch import Dispatcher
+from headrace_core.model.feed_forward import DenseMlp, FeedForward, LayerExperts, MoeMlp
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
+from headrace_core.model.group_experts import DispatchedExperts, GatheredExperts, LaneCounts, SummedExperts
+from headrace_core.model.group_linear import OntoResidual, SummedLinear
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import Layer, ModelWeights
 from headrace_core.model.rope_angles import softmax_scale
 from headrace_core.model.weights_dtype import WeightsDtype, num_bytes
 from headrace_core.process import release_freed_memory
+from headrace_core.ranks.group import ALONE, Ranks
+from headrace_core.ranks.layout import ExpertsBy, ParallelLayout
+from headrace_core.ranks.sharding import ExpertsForm, Sharding
 
 
 class WeightSource(Protocol):
@@ -36,25 +44,52 @@ class WeightSource(Protocol):
 
 
 def build_network(
-    config: ModelConfig, source: WeightSource, weights_dtype: WeightsDtype = WeightsDtype.AUTO
+    config: ModelConfig,
+    source: WeightSource,
+    weights_dtype: WeightsDtype = WeightsDtype.AUTO,
+    ranks: Ranks = ALONE,
+    sharding: Sharding | None = None,
 ) -> ModelWeights:
-    """Return the network of `config`; each weight of its tree is taken once, and held only as packed."""
+    """Return the network of `config`; each weight of its tree is taken once, and held only as packed.
+
+    In a group, `ranks`, it is this rank's: `sharding` says which weights are taken, and of which a part.
+    """
     with torch.inference_mode():
-        return _Builder(config, source, weights_dtype).build()
+        sharding = sharding or Sharding(ranks.layout, ranks.rank)
+        return _Builder(config, source, weights_dtype, ranks, sharding).build()
 
 
-def num_weight_bytes(config: ModelConfig, dtype: torch.dtype, weights_dtype: WeightsDtype = WeightsDtype.AUTO) -> int:
-    """Return the bytes that the weights of `config` take in compute type `dtype`."""
-    return sum(num_bytes(weight, dtype, weights_dtype) for weight in weight_tree(config))
+def num_weight_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    weights_dtype: WeightsDtype = WeightsDtype.AUTO,
+    sharding: Sharding | None = None,
+) -> int:
+    """Return the bytes that the weights of `config` take in compute type `dtype`; of a rank, what it keeps of them."""
+    kept = sharding or Sharding(ParallelLayout(), 0)
+    return sum(
+        num_bytes(replace(weight, shape=kept.shape(weight)), dtype, weights_dtype)
+        for weight in kept.weights(weight_tree(config))
+    )
 
 
 class _Builder:
     """Builds the network from weights taken one at a time; a plain weight is dropped as soon as it is packed."""
 
-    def __init__(self, config: ModelConfig, source: WeightSource, weights_dtype: WeightsDtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        weights_dtype: WeightsDtype,
+        ranks: Ranks,
+        sharding: Sharding,
+    ) -> None:
         self._config = config
         self._source = source
         self._is_int8 = weights_dtype is WeightsDtype.INT8
+        self._ranks = ranks
+        self._sharding = sharding
+        self._lanes = LaneCounts(ranks.layout.num_lanes)
         self._tree = weight_tree(config)
         self._places: dict[Place, Weight] = {}
         """Of what is being built: the weights outside of layers, or those of one layer."""
@@ -65,11 +100,13 @@ class _Builder:
         # Packing would hold a tied embedding twice.
         is_tied = self._config.is_embedding_tied
         head = Linear(embedding, is_packed=False) if is_tied else self._linear(Part.HEAD)
-        return ModelWeights(embedding, [self._layer(index) for index in range(self._tree.num_layers)], norm, head)
+        layers = [self._layer(index) for index in range(self._tree.num_layers)]
+        return ModelWeights(embedding, layers, norm, head, self._lanes)
 
     def _take(self, part: Part, expert: int | None = None) -> Tensor:
         weight = self._places[Place(part, expert)]
-        return self._source.take(weight.name, torch.float32 if weight.is_float32 else None)
+        dtype = torch.float32 if weight.is_float32 else None
+        return self._source.take(weight.name, dtype, self._sharding.part(weight))
 
     def _take_if_there(self, part: Part) -> Tensor | None:
         return self._take(part) if Place(part) in self._places else None
@@ -82,7 +119,7 @@ class _Builder:
             attention_norm=self._take(Part.ATTENTION_NORM),
             attention=self._attention(),
             feed_forward_norm=self._take(Part.FEED_FORWARD_NORM),
-            feed_forward=self._moe() if self._config.is_moe_layer(index) else self._mlp(),
+            feed_forward=self._moe(index) if self._config.is_moe_layer(index) else self._mlp(),
         )
 
     def _linear(self, *parts: Part) -> Linear:
@@ -93,20 +130,30 @@ class _Builder:
     def _packed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return Linear(weight, bias, is_int8=self._is_int8)
 
+    def _onto_residual(self, part: Part, bias: Part | None = None) -> OntoResidual:
+        """Return a linear layer whose inputs the lane's ranks divide; the first has the bias."""
+        lane = self._ranks.lane
+        added = self._take_if_there(bias) if bias else None
+        linear = self._packed(self._take(part), added if lane.rank == 0 else None)
+        return linear if lane.size == 1 else SummedLinear(linear, lane)
+
     def _attention(self) -> Attention:
-        config = self._config
+        config, layout, rank = self._config, self._ranks.layout, self._ranks.rank
+        num_heads = len(layout.heads(rank, config.num_heads))
         if isinstance(config.attention, GqaShape):
             weights = GqaWeights(
                 input_proj=self._linear(Part.QUERY, Part.KEY, Part.VALUE),
-                output_proj=self._linear(Part.OUTPUT),
+                output_proj=self._onto_residual(Part.OUTPUT),
                 query_norm=self._take_if_there(Part.QUERY_NORM),
                 key_norm=self._take_if_there(Part.KEY_NORM),
             )
-            return GroupedQueryAttentionLayer(config.attention, config.num_heads, weights)
-        return self._mla(config.attention)
+            num_kv_heads = len(layout.kv_heads(rank, config.attention.num_kv_heads))
+            shape = replace(config.attention, num_kv_heads=num_kv_heads)
+            return GroupedQueryAttentionLayer(shape, num_heads, weights)
+        return self._mla(config.attention, num_heads)
 
-    def _mla(self, shape: MlaShape) -> Attention:
-        num_heads, has_lora = self._config.num_heads, shape.q_lora_rank is not None
+    def _mla(self, shape: MlaShape, num_heads: int) -> Attention:
+        has_lora = shape.q_lora_rank is not None
         weight = torch.cat((self._take(Part.QUERY_DOWN if has_lora else Part.QUERY), self._take(Part.LATENT)))
         latent_up = self._take(Part.LATENT_UP).view(num_heads, -1, shape.kv_lora_rank)
         weights = MlaWeights(
@@ -116,7 +163,7 @@ class _Builder:
             kv_norm=self._take(Part.LATENT_NORM),
             w_uk=latent_up[:, : shape.nope_dim].contiguous(),
             w_uv=latent_up[:, shape.nope_dim :].contiguous(),
-            output_proj=self._packed(self._take(Part.OUTPUT), self._take_if_there(Part.OUTPUT_BIAS)),
+            output_proj=self._onto_residual(Part.OUTPUT, Part.OUTPUT_BIAS),
         )
         scale = softmax_scale(shape, self._config.rope.yarn)
         return LatentAttentionLayer(shape, num_heads, scale, weights)
@@ -131,9 +178,9 @@ class _Builder:
         return torch.cat((query_bias, latent_bias))
 
     def _mlp(self) -> DenseMlp:
-        return DenseMlp(self._linear(Part.GATE, Part.UP), self._linear(Part.DOWN))
+        return DenseMlp(self._linear(Part.GATE, Part.UP), self._onto_residual(Part.DOWN))
 
-    def _moe(self) -> FeedForward:
+    def _moe(self, layer: int) -> FeedForward:
         shape = self._config.moe
         rule = RoutingRule(
             shape.num_experts_per_token,
@@ -145,19 +192,60 @@ class _Builder:
             scaling_factor=shape.scaling_factor,
         )
         router, bias = self._take(Part.ROUTER), self._take_if_there(Part.ROUTER_BIAS)
-        return MoeMlp(Router(router, bias, rule, shape.num_shared_experts), self._experts())
+        return MoeMlp(Router(router, bias, rule, shape.num_shared_experts), self._experts(layer))
 
-    def _experts(self) -> Experts:
-        """Return all experts, shared ones last; one weight at a time is held beside them."""
-        shape, hidden = self._config.moe, self._config.hidden_size
-        count, width = shape.num_experts + shape.num_shared_experts, shape.intermediate_size
-        experts = empty_experts(count, hidden, width, self._source.empty(0), is_int8=self._is_int8)
-        for expert in range(shape.num_experts):
-            experts.put(expert, *(self._take(part, expert) for part in (Part.GATE, Part.UP, Part.DOWN)))
-        if shape.num_shared_experts:
-            # Columns of a network's hidden layer do not meet before its sum: a wide one is several narrow ones.
-            gates, ups, downs = map(self._take, (Part.SHARED_GATE, Part.SHARED_UP, Part.SHARED_DOWN))
-            pieces = zip(gates.split(width), ups.split(width), downs.split(width, dim=1), strict=True)
-            for expert, (gate, up, down) in enumerate(pieces, shape.num_experts):
-                experts.put(expert, gate, up, down.contiguous())
+    def _experts(self, layer: int) -> LayerExperts:
+        """Return the experts of a layer: here all of them, in a group what its form is."""
+        moe, ranks = self._config.moe, self._ranks
+        if ranks.layout.size == 1:
+            return self._stack(range(moe.num_experts), moe.num_shared_experts)
+        if ranks.layout.experts_by is ExpertsBy.COLUMNS:
+            local = self._stack(range(moe.num_experts), moe.num_shared_experts)
+            if self._sharding.experts_form is ExpertsForm.SUMMED:
+                return SummedExperts(local, None, None, ranks.world)
+            return GatheredExperts(local, self._lanes, ranks)
+        held = self._sharding.local_experts(layer, moe.num_experts)
+        local = self._stack(held, 0)
+        if self._sharding.experts_form is ExpertsForm.SUMMED:
+            numbers = torch.full((moe.num_experts + moe.num_shared_experts + 1,), -1)
+            numbers[held] = torch.arange(len(held))
+            device = self._source.empty(0).device
+            return SummedExperts(local, numbers.to(device), self._shared(1), ranks.world)
+        dispatcher = Dispatcher(
+            self._sharding.owners_of(layer, moe.num_experts), ranks.world, self._source.empty(0).device
+        )
+        shared = self._shared(moe.num_shared_experts)
+        return DispatchedExperts(local, moe.num_shared_experts, shared, dispatcher, ranks)
+
+    def _stack(self, held: Sequence[int], num_shared: int) -> Experts:
+        """Return the routed experts `held` and all shared ones after them; one weight at a time is held beside them."""
+        width = self._config.moe.intermediate_size
+        if self._ranks.layout.experts_by is ExpertsBy.COLUMNS:
+            width //= self._ranks.layout.size
+        experts = self._empty(len(held) + num_shared, width)
+        for number, expert in enumerate(held):
+            experts.put(number, *(self._take(part, expert) for part in (Part.GATE, Part.UP, Part.DOWN)))
+        if num_shared:
+            self._put_shared(experts, len(held), num_shared)
         return experts
+
+    def _shared(self, count: int) -> Experts | None:
+        """Return what this rank has of the shared experts, as `count` experts; None: there are none."""
+        if not self._config.moe.num_shared_experts:
+            return None
+        part = self._sharding.part(self._places[Place(Part.SHARED_GATE)])
+        columns = self._places[Place(Part.SHARED_GATE)].shape[0] if part is None else part.stop - part.start
+        experts = self._empty(count, columns // count)
+        self._put_shared(experts, 0, count)
+        return experts
+
+    def _empty(self, count: int, width: int) -> Experts:
+        return empty_experts(count, self._config.hidden_size, width, self._source.empty(0), is_int8=self._is_int8)
+
+    def _put_shared(self, experts: Experts, first: int, count: int) -> None:
+        # Columns of a network's hidden layer do not meet before its sum: a wide one is several narrow ones.
+        gates, ups, downs = map(self._take, (Part.SHARED_GATE, Part.SHARED_UP, Part.SHARED_DOWN))
+        width = len(gates) // count
+        pieces = zip(gates.split(width), ups.split(width), downs.split(width, dim=1), strict=True)
+        for number, (gate, up, down) in enumerate(pieces, first):
+            experts.put(number, gate, up, down.contiguous())

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from headrace_kernels.experts import Experts
+import torch
 from headrace_kernels.linear import Linear
 from headrace_kernels.moe_router import route_and_sort
-from headrace_kernels.routing_rule import Router
+from headrace_kernels.routing_rule import RoutedTokens, Router
 from headrace_kernels.silu_mul import silu_mul
 from torch import Tensor
 
+from headrace_core.model.group_linear import OntoResidual
 from headrace_core.model.op_timer import OpTimer
 
 
@@ -32,10 +33,22 @@ class FeedForward(Protocol):
         ...
 
 
+class LayerExperts(Protocol):
+    """A layer's experts, as `headrace_kernels.experts.Experts` that hold them all, or spread over ranks."""
+
+    def block_size(self, num_assignments: int) -> int | None:
+        """See `Experts`."""
+        ...
+
+    def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
+        """See `Experts`."""
+        ...
+
+
 class DenseMlp:
     """x + down(silu(gate(norm(x))) * up(norm(x))); `gate_up` [2 * I, N] is both projections at once."""
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, gate_up: Linear, down: OntoResidual) -> None:
         self._gate_up = gate_up
         self._down = down
 
@@ -53,7 +66,7 @@ class DenseMlp:
 class MoeMlp:
     """Routed experts and, for some networks, shared ones that every token passes."""
 
-    def __init__(self, router: Router, experts: Experts) -> None:
+    def __init__(self, router: Router, experts: LayerExperts) -> None:
         self.router = router
         self._experts = experts
         shared = ["shared_experts"] if router.num_shared else []
@@ -70,3 +83,13 @@ class MoeMlp:
         out = self._experts(routed, x)
         timer.mark(self._name)
         return out, routed.experts
+
+    def without_tokens(self, like: Tensor) -> None:
+        """Compute what other ranks' tokens ask of experts here, for a step in which this rank's lane has none.
+
+        `like`: [0, N], of the residual stream's dtype and device.
+        """
+        experts = torch.empty(
+            0, self.router.rule.num_experts_per_token + self.router.num_shared, dtype=torch.int64, device=like.device
+        )
+        self._experts(RoutedTokens(like, experts, experts.float(), None), like)

@@ -19,6 +19,7 @@ from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.families.config import GqaShape
+from headrace_core.model.group_linear import OntoResidual
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import StepInputs
 
@@ -31,7 +32,7 @@ class GqaWeights:
     """
 
     input_proj: Linear
-    output_proj: Linear
+    output_proj: OntoResidual
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from headrace_kernels import backend
 
-from headrace_core.checkpoint.check_tensors import check_tensors
+from headrace_core.checkpoint.check_tensors import SCALE_SUFFIX, check_tensors
 from headrace_core.checkpoint.memory import WORKING_BYTES, available_bytes, check_fits
 from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
 from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
@@ -25,6 +26,8 @@ from headrace_core.model.rope_angles import check_angles
 from headrace_core.model.weights_dtype import WeightsDtype, check_int8, int8_fingerprint
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
+from headrace_core.ranks.group import ALONE, Ranks
+from headrace_core.ranks.sharding import Owners, Sharding
 from headrace_core.scalar import Scalar
 
 
@@ -39,8 +42,10 @@ def load_model(
     kv_pool_bytes: int = 0,
     step_limits: StepLimits | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
+    expert_owners: Mapping[int, Owners] | None = None,
 ) -> Model:
-    """Load the checkpoint in `directory`.
+    """Load the checkpoint in `directory`; in a group of ranks, this rank's part of it, and all of them call it.
 
     Args:
         directory: holds config.json and model.safetensors or its shards with their index.
@@ -52,13 +57,17 @@ def load_model(
         kv_pool_bytes: memory that pages will take; counted when the model is checked against what is available.
         step_limits: of the steps that will run, None: the settings' defaults; counted likewise on a GPU.
         on_progress: called with (bytes read, bytes to read) after every tensor.
+        ranks: the group, and where this process stands in it.
+        expert_owners: by layer, which ranks hold its experts; others' lie in a row. For whole experts (EP).
 
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
-        StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, before anything is read but config.json.
+        StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, BAD_RANKS, before anything is read but config.json.
+        UnavailableError: RANK_LOST, another rank is gone.
     """
     config = parse_config(directory)
+    ranks.layout.check(config)
     check_angles(config)
     dtype = config.checkpoint_dtype if dtype == "auto" else dtype
     compute_dtype = TORCH_DTYPES[Scalar(dtype)]
@@ -70,24 +79,35 @@ def load_model(
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
-    weight_bytes = num_weight_bytes(config, compute_dtype, weights_dtype)
+    sharding = Sharding(ranks.layout, ranks.rank, numerics is Numerics.EXACT, expert_owners or {})
+    weight_bytes = num_weight_bytes(config, compute_dtype, weights_dtype, sharding)
     working_bytes = WORKING_BYTES
     if device == "cuda":
         limits = step_limits or StepLimits()
         working_bytes = gpu_working_bytes(config, layout, limits, kv_pool_bytes, itemsize=compute_dtype.itemsize)
     check_fits(weight_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
+    is_read = {weight.name for weight in sharding.weights(weight_tree(config))}
+    names = [name for name in names if name.removesuffix(SCALE_SUFFIX) in is_read]
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
-    weights = build_network(config, reader, weights_dtype)
+    weights = build_network(config, reader, weights_dtype, ranks, sharding)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
+    if ranks.layout.size > 1:
+        _share_digests(reader, ranks)
     fingerprint = reader.fingerprint()
     if weights_dtype is WeightsDtype.INT8:
         fingerprint = int8_fingerprint(fingerprint)
     if numerics is Numerics.EXACT:
-        fingerprint = exact_fingerprint(fingerprint)
+        fingerprint = exact_fingerprint(fingerprint, ranks.layout)
     identity = ModelIdentity(fingerprint, compute_dtype, weight_bytes, cache_dtype, numerics)
-    return Model(config, identity, weights)
+    return Model(config, identity, weights, ranks)
+
+
+def _share_digests(reader: WeightReader, ranks: Ranks) -> None:
+    """Let each rank know the digests of what others read, so that a fingerprint is over the whole checkpoint."""
+    for data in ranks.world.gather_bytes(json.dumps(reader.digests).encode()):
+        reader.digests.update(json.loads(data))
 
 
 def _layout_of_a_token(config: ModelConfig, cache_dtype: CacheDtype) -> KvLayout:

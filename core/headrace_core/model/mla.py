@@ -27,6 +27,7 @@ from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.families.config import MlaShape
+from headrace_core.model.group_linear import OntoResidual
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import DecodeRows, PrefillGroup, StepInputs
 
@@ -48,7 +49,7 @@ class MlaWeights:
     kv_norm: Tensor
     w_uk: Tensor
     w_uv: Tensor
-    output_proj: Linear
+    output_proj: OntoResidual
 
 
 class LatentAttentionLayer:

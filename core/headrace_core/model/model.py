@@ -6,10 +6,9 @@ Letters: T tokens of the step, N hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from headrace_kernels.finite import is_finite
 from headrace_kernels.linear import Linear
 from torch import Tensor
 
@@ -17,13 +16,16 @@ from headrace_core.batch.step import Chunk, OnLayer
 from headrace_core.checkpoint.torch_scalar import scalar_of
 from headrace_core.errors import HeadraceError
 from headrace_core.families.config import ModelConfig
-from headrace_core.kv.layout import CacheDtype, KvLayout
+from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.attention import Attention
 from headrace_core.model.decode_batch import DecodeBatch
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, DecodeOutput, is_decode_step
 from headrace_core.model.decode_tapes import DecodeTapes
 from headrace_core.model.expert_counts import ExpertCounts
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
+from headrace_core.model.group_experts import LaneCounts
+from headrace_core.model.group_linear import embed
+from headrace_core.model.group_results import gather_failures, gather_logits, not_finite
 from headrace_core.model.host_copies import to_device
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.numerics import Numerics
@@ -31,6 +33,7 @@ from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.step_inputs import DecodeRows, StepInputs, prepare_step
 from headrace_core.process import release_freed_memory
+from headrace_core.ranks.group import ALONE, Ranks
 
 _MANY_TOKENS = 256
 _LAYERS_PER_RELEASE = 4
@@ -48,12 +51,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """What the network is made of."""
+    """What the network is made of; in a group of ranks, this one's part of it, `lanes` told of each step."""
 
     embedding: Tensor
     layers: list[Layer]
     norm: Tensor
     head: Linear
+    lanes: LaneCounts = field(default_factory=LaneCounts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +76,15 @@ class ModelIdentity:
 
 
 class Model:
-    """A loaded network. Engine thread only."""
+    """A loaded network, or one rank's part of it. Engine thread only.
 
-    def __init__(self, config: ModelConfig, identity: ModelIdentity, weights: ModelWeights) -> None:
+    In a group of ranks, `ranks`, each computes its own lane's chunks and meets the others in every step, so all are
+    called with the same chunks in the same order; logits are rank 0's.
+    """
+
+    def __init__(
+        self, config: ModelConfig, identity: ModelIdentity, weights: ModelWeights, ranks: Ranks = ALONE
+    ) -> None:
         self.config = config
         self.fingerprint = identity.fingerprint
         self.dtype = identity.dtype
@@ -84,6 +94,9 @@ class Model:
         # go by one formula, and one order of its sums, with what is generated.
         self.max_decode_chunk: int | None = None if identity.numerics is Numerics.EXACT else 1
         self._weights = weights
+        self._ranks = ranks
+        self._is_alone = ranks.layout.size == 1
+        self._first_token = ranks.layout.vocabulary(ranks.rank, config.vocab_size).start
         # "cpu" or "cuda": the settings' name, one GPU a process.
         self.device = weights.embedding.device.type
         self._angles = RopeAngles(config.rope, self.device)
@@ -95,16 +108,22 @@ class Model:
         self._failures: dict[int, HeadraceError] = {}
 
     def kv_layout(self, page_size: int) -> KvLayout:
-        """Return what a page of this model's cache holds."""
-        return self.config.kv_layout(page_size, self.cache_dtype)
+        """Return what a page of this model's cache holds; of a rank's cache."""
+        layout = self.config.kv_layout(page_size, self.cache_dtype)
+        if isinstance(layout.attention, LatentAttention):
+            return layout
+        num_kv_heads = len(self._ranks.layout.kv_heads(self._ranks.rank, layout.attention.num_kv_heads))
+        return replace(layout, attention=replace(layout.attention, num_kv_heads=num_kv_heads))
 
     def prepare_decode(
         self, cache: KvCache, *, max_rows: int, max_context_tokens: int, capture: Capture | None = None
     ) -> None:
         """Let decode steps of up to `max_rows` sequences over `cache` run from captured launches; GPU only.
 
-        Takes a while: kernels are compiled. `capture` None: CUDA graphs.
+        Takes a while: kernels are compiled. `capture` None: CUDA graphs. In a group of ranks nothing is captured.
         """
+        if not self._is_alone:
+            return
         self._decode_cache = cache
         with torch.inference_mode():
             self._decode_steps = DecodeGraphs(
@@ -119,8 +138,10 @@ class Model:
     def record_decode(self, cache: KvCache, *, max_rows: int, max_context_tokens: int) -> None:
         """Let decode steps of up to `max_rows` sequences over `cache` be recorded and replayed; compiled CPU kernels.
 
-        The first of each number of sequences is recorded.
+        The first of each number of sequences is recorded. In a group of ranks nothing is.
         """
+        if not self._is_alone:
+            return
         self._decode_cache = cache
         self._decode_steps = DecodeTapes(
             lambda batch, timer: self._decode(batch, cache, timer),
@@ -147,10 +168,12 @@ class Model:
         recorded one tells `on_layer`.
 
         Returns:
-            [L, V] float32, one row for each chunk that `is_sampled`, in the order of the chunks.
+            [L, V] float32, one row for each chunk that `is_sampled`, in the order of the chunks; on ranks other than 0
+            of a group [0, V].
 
         Raises:
             ValueError: a chunk is empty or its pages do not cover it.
+            UnavailableError: RANK_LOST, another rank is gone; this group computes nothing more.
         """
         self._failures = {}
         with torch.inference_mode():
@@ -159,22 +182,59 @@ class Model:
                 output = steps.run(chunks, timer)
                 self._count(output.experts)
                 return output.logits
-            step = self._prepare(chunks, cache)
-            hidden, experts = self._run_layers(step, cache, timer, on_layer)
-            self._count(experts)
-            self._failures = _not_finite(hidden, step.chunk_rows, chunks)
-            rows = [
-                row + len(chunk.token_ids) - 1
-                for row, chunk in zip(step.chunk_rows, chunks, strict=True)
-                if chunk.is_sampled
-            ]
-            timer.mark(OTHER)
-            if not rows:
-                return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-            return self._logits(hidden.index_select(0, to_device(torch.tensor(rows), hidden.device)), timer)
+            if not self._is_alone:
+                return self._forward_of_lane(chunks, cache, timer, on_layer)
+            logits, self._failures = self._compute(chunks, cache, timer, on_layer)
+            return logits
+
+    def _forward_of_lane(
+        self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer, on_layer: OnLayer | None
+    ) -> Tensor:
+        """Compute this lane's chunks and bring together what rank 0 needs of all lanes'."""
+        own = [chunk for chunk in chunks if chunk.lane == self._ranks.lane_number]
+        self._weights.lanes.set(chunks)
+        if own:
+            logits, failures = self._compute(own, cache, timer, on_layer)
+        else:
+            logits, failures = self._compute_for_others(on_layer), {}
+        self._failures = gather_failures(failures, chunks, self._ranks, self.device)
+        lanes = [chunk.lane for chunk in chunks if chunk.is_sampled]
+        return gather_logits(logits, lanes, self.config.vocab_size, self._ranks)
+
+    def _compute(
+        self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer, on_layer: OnLayer | None
+    ) -> tuple[Tensor, dict[int, HeadraceError]]:
+        """Return the logits to sample from, and why chunks that are not sampled failed."""
+        step = self._prepare(chunks, cache)
+        hidden, experts = self._run_layers(step, cache, timer, on_layer)
+        self._count(experts)
+        failures = not_finite(hidden, step.chunk_rows, chunks)
+        rows = [
+            row + len(chunk.token_ids) - 1
+            for row, chunk in zip(step.chunk_rows, chunks, strict=True)
+            if chunk.is_sampled
+        ]
+        timer.mark(OTHER)
+        if not rows:
+            return hidden.new_empty((0, self._weights.head.out_features), dtype=torch.float32), failures
+        rows_there = to_device(torch.tensor(rows), hidden.device)
+        return self._logits(hidden.index_select(0, rows_there), timer), failures
+
+    def _compute_for_others(self, on_layer: OnLayer | None) -> Tensor:
+        """Compute what other lanes' tokens ask of the experts here, in a step without any of this lane's."""
+        nothing = self._weights.embedding[:0]
+        for index, layer in enumerate(self._weights.layers, start=1):
+            if isinstance(layer.feed_forward, MoeMlp):
+                layer.feed_forward.without_tokens(nothing)
+            if on_layer is not None:
+                on_layer(index)
+        return nothing.new_empty((0, self._weights.head.out_features), dtype=torch.float32)
 
     def all_logits(self, chunks: Sequence[Chunk], cache: KvCache) -> list[Tensor]:
-        """Compute a step like `forward` and return every chunk's logits at every token, [tokens, V] float32 each."""
+        """Compute a step like `forward` and return every chunk's logits at every token, [tokens, V] float32 each.
+
+        Of a group of one.
+        """
         with torch.inference_mode():
             step = self._prepare(chunks, cache)
             hidden, _ = self._run_layers(step, cache, OFF)
@@ -235,7 +295,7 @@ class Model:
             step = replace(step, decode=replace(step.decode, plan=plan))
         angles = self._angles.at(step.positions)
         timer.mark(OTHER)
-        x = self._weights.embedding.index_select(0, step.token_ids)
+        x = embed(self._weights.embedding, self._first_token, step.token_ids, self._ranks.lane)
         timer.mark("embedding")
         is_trimmed = self.device == "cpu" and len(step.token_ids) >= _MANY_TOKENS
         chosen: list[Tensor] = []
@@ -257,16 +317,3 @@ class Model:
         logits = self._weights.head.after_norm(hidden, self._weights.norm, self.config.rms_norm_eps).float()
         timer.mark("final_norm+head")
         return logits
-
-
-def _not_finite(hidden: Tensor, chunk_rows: Sequence[int], chunks: Sequence[Chunk]) -> dict[int, HeadraceError]:
-    failures: dict[int, HeadraceError] = {}
-    for row, chunk in zip(chunk_rows, chunks, strict=True):
-        if not chunk.is_sampled and not is_finite(hidden[row : row + len(chunk.token_ids)]):
-            end = chunk.start + len(chunk.token_ids)
-            failures[chunk.key] = HeadraceError(
-                "BAD_LOGITS",
-                f"what the model makes of positions {chunk.start} to {end - 1} is not all finite; the checkpoint may "
-                "be damaged: compare its files with their source",
-            )
-    return failures

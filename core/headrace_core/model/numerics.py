@@ -18,6 +18,7 @@ from headrace_kernels.cpu import library
 
 from headrace_core.errors import StartupError
 from headrace_core.kv.layout import CacheDtype
+from headrace_core.ranks.layout import ParallelLayout
 
 
 class Numerics(Enum):
@@ -44,6 +45,12 @@ def check_exact(kernels: str, dtype: torch.dtype, cache_dtype: CacheDtype) -> No
         raise StartupError("NO_EXACT", f"--numerics exact: {problem}; or use --numerics fast")
 
 
-def exact_fingerprint(fingerprint: str) -> str:
-    """Return the fingerprint of a model computed exactly, on this machine's instruction set."""
-    return hashlib.blake2b(f"{fingerprint} exact {library.isa()}".encode(), digest_size=16).hexdigest()
+def exact_fingerprint(fingerprint: str, layout: ParallelLayout) -> str:
+    """Return the fingerprint of a model computed exactly, on this machine's instruction set and in `layout`.
+
+    Ranks' partial sums are added in an order of their own, so layouts that add up other parts give other bits.
+    """
+    said = f"{fingerprint} exact {library.isa()}"
+    if layout.size > 1:
+        said += f" {layout.sums}"
+    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()

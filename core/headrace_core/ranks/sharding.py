@@ -14,7 +14,6 @@ Lanes hold copies of what a lane's ranks divide.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -105,10 +104,9 @@ class Sharding:
         columns = share(weight.split.num_pieces, self.rank, self.layout.size)
         return Shard(weight.split.axis, columns.start, columns.stop)
 
-    def num_values(self, weight: Weight) -> int:
-        """Return how many values of `weight` are kept, if any are."""
-        sides = list(weight.shape)
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        """Return the shape of what is kept of `weight`, if any is."""
         part = self.part(weight)
-        if part is not None:
-            sides[part.axis] = part.stop - part.start
-        return math.prod(sides)
+        if part is None:
+            return weight.shape
+        return tuple(part.stop - part.start if axis == part.axis else side for axis, side in enumerate(weight.shape))

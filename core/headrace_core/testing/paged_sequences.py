@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from headrace_core.batch.step import Chunk, ForwardPlan, SamplingRow, StepPlan
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
+from headrace_core.ranks.group import ALONE, Ranks
 from headrace_core.request import SamplingParams
 
 _GREEDY_ROW = SamplingRow(SamplingParams(temperature=0.0, seed=0), [], [], 0, 0, ())
@@ -71,8 +74,11 @@ def generate_greedy(
     page_size: int,
     max_chunk: int,
     prepare: Callable[[KvCache], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[list[int]]:
     """Return `num_tokens` greedy tokens for each prompt, batched as an engine would.
+
+    In a group all `ranks` call it; sequences take turns at its lanes.
 
     Prompts enter in chunks of at most `max_chunk` tokens, one step after another, while sequences whose prompts are
     computed decode in the same steps. `prepare` is given the cache before the first step.
@@ -93,7 +99,9 @@ def generate_greedy(
                 chunks.append(sequences.chunk(key, piece, is_sampled=is_sampled))
             elif len(output) < num_tokens:
                 chunks.append(sequences.chunk(key, output[-1:]))
+        chunks = [replace(chunk, lane=chunk.key % ranks.layout.num_lanes) for chunk in chunks]
         tokens = model.forward(chunks, sequences.cache).argmax(dim=-1).tolist()
+        tokens = json.loads(ranks.world.broadcast_bytes(json.dumps(tokens).encode()))
         sampled = [chunk.key for chunk in chunks if chunk.is_sampled]
         for key, token in zip(sampled, tokens, strict=True):
             outputs[key].append(token)

@@ -12,6 +12,7 @@ import torch
 from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.families.config import ModelConfig
 from headrace_core.families.table import weights
+from headrace_core.families.weights import Shard
 from headrace_core.model.build import build_network, num_weight_bytes
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.scalar import Scalar
@@ -58,8 +59,9 @@ class RandomWeights:
         self._on_bytes = on_bytes
         self._done, self._total = 0, num_weight_bytes(config, self._dtype)
 
-    def take(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return random values for weight `name`."""
+    def take(self, name: str, dtype: torch.dtype | None = None, shard: Shard | None = None) -> Tensor:
+        """Return random values for weight `name`, of which nobody has a part."""
+        assert shard is None
         tensor = self._draw(name, dtype or self._dtype)
         self._done += tensor.nbytes
         self._on_bytes(self._done, self._total)

@@ -1,0 +1,110 @@
+"""What a rank of a group does in the parity tests; in a module of its own, which its process imports."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from headrace_core.batch.step import Chunk
+from headrace_core.model.group_results import gather_failures, not_finite
+from headrace_core.model.load import load_model
+from headrace_core.model.numerics import Numerics
+from headrace_core.ranks.group import ALONE, RankGroup, Ranks, ranks_of
+from headrace_core.ranks.layout import ParallelLayout
+from headrace_core.ranks.sharding import Owners
+from headrace_core.testing.paged_sequences import PagedSequences, generate_greedy
+from headrace_kernels import use_backend
+from headrace_kernels.backend import Backend
+
+
+class Case(NamedTuple):
+    """A checkpoint, shared out: "tpN" or "dpN" attention, "tpN" or "epN" experts."""
+
+    folder: Path
+    attention: str
+    experts: str
+
+
+class Generated(NamedTuple):
+    """What a group made of the prompts, and its model's fingerprint."""
+
+    tokens: list[list[int]]
+    fingerprint: str
+
+
+def generate(world: RankGroup, case: Case, prompts: list[list[int]], num_tokens: int) -> Generated:
+    """Return greedy tokens, on every rank."""
+    ranks = _ranks(case, world)
+    model = load_model(case.folder, ranks=ranks)
+    tokens = generate_greedy(model, prompts, num_tokens, page_size=16, max_chunk=8, ranks=ranks)
+    return Generated(tokens, model.fingerprint)
+
+
+class Bits(NamedTuple):
+    """Logits of a few steps, rank 0's, and the model's fingerprint."""
+
+    logits: list[torch.Tensor]
+    fingerprint: str
+
+
+class Options(NamedTuple):
+    """How a model is loaded and computed; `owners` of the experts of layers 1 and 2, None: they lie in a row."""
+
+    owners: Owners | None = None
+    numerics: Numerics = Numerics.FAST
+    dtype: str = "auto"
+    kernels: Backend | None = None
+
+
+def steps(folder: Path, options: Options, ranks: Ranks = ALONE) -> Bits:
+    """Return the logits of a step of prompts, of two decode steps, and of one that one sequence alone is in."""
+    owners = {} if options.owners is None else dict.fromkeys((1, 2), options.owners)
+    with use_backend(options.kernels) if options.kernels else nullcontext():
+        model = load_model(folder, ranks=ranks, expert_owners=owners, dtype=options.dtype, numerics=options.numerics)
+        sequences = PagedSequences(model, page_size=16, num_pages=16)
+        logits: list[torch.Tensor] = []
+        for step, keys in enumerate([range(5), range(5), range(5), range(1, 2)]):
+            count = 1 if step else 19
+            tokens = {key: [3 + (key * 31 + step * 7 + i * 11) % 150 for i in range(count)] for key in keys}
+            chunks = [replace(sequences.chunk(key, tokens[key]), lane=key % ranks.layout.num_lanes) for key in keys]
+            logits.append(model.forward(chunks, sequences.cache).clone())
+        return Bits(logits, model.fingerprint)
+
+
+class Found(NamedTuple):
+    """What a rank found: of each case that generates, of each that computes steps, and of failures."""
+
+    generated: dict[Case, Generated]
+    steps: dict[tuple[Case, Options], Bits]
+    failures: list[str]
+
+
+def all_of(
+    world: RankGroup,
+    to_generate: list[Case],
+    prompts: list[list[int]],
+    num_tokens: int,
+    to_step: list[tuple[Case, Options]],
+) -> Found:
+    """Do everything in one group, since a process takes longer to start than a case to compute."""
+    return Found(
+        {case: generate(world, case, prompts, num_tokens) for case in to_generate},
+        {(case, options): steps(case.folder, options, _ranks(case, world)) for case, options in to_step},
+        _failures(world),
+    )
+
+
+def _ranks(case: Case, world: RankGroup) -> Ranks:
+    return ranks_of(ParallelLayout.parse(case.attention, case.experts), world)
+
+
+def _failures(world: RankGroup) -> list[str]:
+    """Return what this rank learns if the second chunk of the second lane failed."""
+    ranks = ranks_of(ParallelLayout.parse("tp1", f"ep{world.size}"), world)
+    chunks = [Chunk(key, [5], 0, [0], is_sampled=key == 0, lane=lane) for key, lane in ((0, 0), (1, 1), (2, 1))]
+    hidden = torch.tensor([[1.0], [float("nan")]])
+    own = not_finite(hidden, [0, 1], chunks[1:]) if ranks.lane_number == 1 else {}
+    return [f"{key} {error.reason}" for key, error in gather_failures(own, chunks, ranks, "cpu").items()]

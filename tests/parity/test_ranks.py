@@ -1,0 +1,126 @@
+"""A group of ranks computes what one process does: 2 and 4 processes over gloo. `make parity-full` tries them all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from headrace_core.model.load import load_model
+from headrace_core.model.numerics import Numerics
+from headrace_core.testing.rank_processes import run_ranks
+from headrace_kernels import backend
+
+from tests.parity.rank_cases import Case, Generated, Options, all_of, steps
+
+NUM_TOKENS = 64
+_OF_TWO = [
+    (name, attention, experts)
+    for name in ("v3", "v2", "mixtral")
+    for attention in ("tp2", "dp2")
+    for experts in ("tp2", "ep2")
+]
+_OF_FOUR = [
+    ("v3", "tp1", "ep4"),
+    ("v3", "tp2", "ep4"),
+    ("v3-bias", "tp4", "ep4"),
+    ("v2", "dp2", "tp4"),
+    ("v3-tied", "tp2", "tp4"),
+    ("mixtral", "tp4", "ep4"),
+    ("mixtral", "tp1", "ep4"),
+]
+
+_TURNED = ((1,), (1,), (0,), (0,), (1,), (0,), (0,), (1,))
+_COPIED = ((0, 1), (1,), (0, 1), (0,), (1, 0), (1,), (0,), (1,))
+_MOVED = [
+    (attention, [Options(owners, numerics) for owners in (None, _TURNED, _COPIED)])
+    for attention, numerics in (("tp2", Numerics.EXACT), ("tp1", Numerics.EXACT), ("tp1", Numerics.FAST))
+]
+_EXACT = Options(numerics=Numerics.EXACT)
+_NEAR = [
+    (names, options)
+    for names in (("tp2", "ep2"), ("tp1", "ep2"), ("tp1", "tp2"))
+    for options in (Options(dtype="bfloat16"), Options(kernels="reference"))
+]
+_HAS_LIBRARY = backend(torch.empty(0)) == "cpu"
+needs_library = pytest.mark.skipif(not _HAS_LIBRARY, reason="the compiled CPU kernels are not built: make setup")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [[5, 9, 33, 7, 8, 50, 61], [70, *range(3, 15), 99, 100, 20, 31, 77, 12, 15], [4, 44, 140]]
+
+
+@pytest.fixture(scope="module")
+def of_two(checkpoint, prompts):
+    """What the ranks of a group of two found."""
+    to_step = [(Case(checkpoint("v2"), *names), options) for names, options in _NEAR]
+    if _HAS_LIBRARY:
+        to_step += [(Case(checkpoint("v3"), attention, "ep2"), each) for attention, all_ in _MOVED for each in all_]
+    cases = [Case(checkpoint(name), *names) for name, *names in _OF_TWO]
+    return run_ranks(2, all_of, cases, prompts, NUM_TOKENS, to_step)
+
+
+@pytest.fixture(scope="module")
+def of_four(checkpoint, prompts):
+    """What the ranks of a group of four found."""
+    to_step = [(Case(checkpoint("v3"), "tp1", "ep4"), _EXACT)] if _HAS_LIBRARY else []
+    cases = [Case(checkpoint(name), *names) for name, *names in _OF_FOUR]
+    return run_ranks(4, all_of, cases, prompts, NUM_TOKENS, to_step)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, oracle, prompts):
+    """The oracle's tokens and our fingerprint by the name of the config, once each."""
+    known = {}
+
+    def of(name):
+        if name not in known:
+            tokens = [oracle(checkpoint(name)).greedy(prompt, NUM_TOKENS) for prompt in prompts]
+            known[name] = Generated(tokens, load_model(checkpoint(name)).fingerprint)
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("case", [*_OF_TWO, *_OF_FOUR], ids="-".join)
+def test_greedy_tokens_of_a_group_equal_transformers(case, of_two, of_four, checkpoint, expected):
+    name, *names = case
+    for found in of_two if case in _OF_TWO else of_four:
+        assert found.generated[Case(checkpoint(name), *names)] == expected(name)
+
+
+def assert_same_bits(one, other):
+    assert one.fingerprint == other.fingerprint
+    for rows, others in zip(one.logits, other.logits, strict=True):
+        assert torch.equal(rows, others)
+
+
+@needs_library
+@pytest.mark.parametrize(("attention", "options"), _MOVED)
+def test_moving_or_copying_an_expert_changes_no_bit(attention, options, of_two, checkpoint):
+    in_a_row, *others = [of_two[0].steps[Case(checkpoint("v3"), attention, "ep2"), each] for each in options]
+    for other in others:
+        assert_same_bits(in_a_row, other)
+
+
+@needs_library
+def test_exact_bits_depend_on_what_attention_adds_up_alone(of_two, of_four, checkpoint):
+    """Neither on lanes nor on how many ranks hold the experts; models of other sums refuse each other's pages."""
+    lanes = of_two[0].steps[Case(checkpoint("v3"), "tp1", "ep2"), _EXACT]
+    assert_same_bits(lanes, of_four[0].steps[Case(checkpoint("v3"), "tp1", "ep4"), _EXACT])
+    divided = of_two[0].steps[Case(checkpoint("v3"), "tp2", "ep2"), _EXACT]
+    alone = steps(checkpoint("v3"), _EXACT)
+    assert len({alone.fingerprint, divided.fingerprint, lanes.fingerprint}) == 3
+
+
+@pytest.mark.parametrize(("names", "options"), _NEAR)
+def test_logits_are_near_those_of_one_process_in_another_type_and_other_kernels(names, options, of_two, checkpoint):
+    found, of_other = (of_rank.steps[Case(checkpoint("v2"), *names), options] for of_rank in of_two)
+    assert all(len(rows) == 0 for rows in of_other.logits)
+    alone = steps(checkpoint("v2"), options)
+    limit = 1e-4 if options.dtype == "auto" else 0.1
+    for rows, expected in zip(found.logits, alone.logits, strict=True):
+        assert (rows - expected).norm() <= limit * expected.norm()
+
+
+def test_every_rank_learns_of_a_chunk_that_failed_in_another_lane(of_two, of_four):
+    assert [found.failures for found in (*of_two, *of_four)] == [["2 BAD_LOGITS"]] * 6
