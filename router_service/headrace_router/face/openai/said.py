@@ -37,7 +37,10 @@ class Said:
 class Reader(Protocol):
     """Of one choice. `push` each piece's text in order, then `finish` once."""
 
-    num_calls: int
+    @property
+    def num_calls(self) -> int:
+        """Calls so far."""
+        ...
 
     def push(self, text: str) -> Said:
         """Return what a piece adds."""

@@ -60,7 +60,7 @@ def grammar_of(fields: Structured) -> types_pb2.Grammar | None:
     Raises:
         HttpError: several are named, or one says nothing.
     """
-    said = fields.structured_outputs or StructuredOutputs()
+    said = fields.structured_outputs or StructuredOutputs.model_validate({})
     found = {
         "response_format": _of_format(fields.response_format),
         "structured_outputs.json": _of_schema(said.json_),
