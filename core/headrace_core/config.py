@@ -259,6 +259,9 @@ class RouterSettings(ProcessSettings):
     slo_itl_ms: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="objective for the gap between two tokens, ms; for metrics, 0: none"
     )
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="vllm: show metrics by vLLM's names as well, for dashboards and autoscalers that read those"
+    )
     dns_refresh_s: float = Field(5.0, gt=0, description="how often DNS names are looked up again")
     tls_cert: Path | None = Field(
         None,

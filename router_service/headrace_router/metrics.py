@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace_core.config import RouterSettings
+from headrace_core.request import FinishReason
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -154,16 +155,21 @@ class Gauges(Collector):
         self,
         requests: Callable[[], tuple[int, int]],
         workers: Callable[[], Sequence[tuple[str, str]]],
+        kv_used: Callable[[], float],
     ) -> None:
-        """Take what to ask: (queued, running) requests; each worker's (role, state)."""
+        """Take what to ask: (queued, running) requests; each worker's (role, state); the share of pages in use."""
         self._requests = requests
         self._workers = workers
+        self._kv_used = kv_used
 
     def collect(self) -> Iterable[Metric]:
         """Return the samples; called by the registry."""
         num_queued, num_running = self._requests()
         yield GaugeMetricFamily("headrace_queued_requests", "Requests waiting for a worker.", num_queued)
         yield GaugeMetricFamily("headrace_running_requests", "Requests under way, queued ones included.", num_running)
+        yield GaugeMetricFamily(
+            "headrace_fleet_kv_used_ratio", "Share of the decoding workers' pages that are in use.", self._kv_used()
+        )
         family = GaugeMetricFamily("headrace_workers", "Workers the router knows.", labels=["worker_role", "state"])
         counts: dict[tuple[str, str], int] = {}
         for key in self._workers():
@@ -186,13 +192,14 @@ class RouterMetrics:
     prompt_tokens: Counter
     requests: Counter
     refused: Counter
+    finished: Counter
     retries: Counter
     moves: Counter
 
     @classmethod
-    def create(cls, objectives: Objectives) -> RouterMetrics:
-        """Return fresh metrics on a registry of their own."""
-        registry = CollectorRegistry()
+    def create(cls, objectives: Objectives, registry: CollectorRegistry | None = None) -> RouterMetrics:
+        """Return fresh metrics on a registry of their own; None: a plain one."""
+        registry = registry or CollectorRegistry()
 
         def histogram(
             name: str, documentation: str, *labels: str, buckets: Sequence[float] = PHASE_BUCKETS
@@ -212,6 +219,7 @@ class RouterMetrics:
             prompt_tokens=counter("prompt_tokens", "Prompt tokens of accepted requests."),
             requests=counter("requests", "Requests, by how they ended.", "outcome"),
             refused=counter("refused_requests", "Requests that ended before a worker had them, by reason.", "reason"),
+            finished=counter("finished_samples", "Samples that ended well, by why they ended.", "finished_reason"),
             retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
             moves=counter("moved_sequences", "Sequences that went on elsewhere, since their decode worker drained."),
         )
@@ -219,6 +227,8 @@ class RouterMetrics:
             metrics.requests.labels(outcome)
         for reason in REFUSALS:
             metrics.refused.labels(reason)
+        for reason in FinishReason:
+            metrics.finished.labels(reason.value)
         return metrics
 
     def observe_phases(self, waterfall: Waterfall, trace_id: str = "") -> None:

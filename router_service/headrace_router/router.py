@@ -69,7 +69,7 @@ class Router:
         self._metrics_port = metrics_port
         self._metrics = metrics
         self._keys = keys
-        self.model_name = settings.model_name or settings.model.resolve().name
+        self.model_name = model_name_of(settings)
         """Of the one model that is served."""
         self._tokenizer = Tokenizer(settings.model)
         dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=settings.no_workers_timeout_s)
@@ -283,9 +283,22 @@ class Router:
         if self.num_running == 0:
             self._idle.set()
 
+    def kv_used(self) -> float:
+        """Return the share of the decoding workers' pages in use, 0 to 1. Also called from the metrics thread."""
+        workers = [link.worker for link in self.fleet.links]
+        decoding = [worker for worker in workers if worker is not None and worker.can_decode]
+        num_pages = sum(worker.info.num_pages for worker in decoding)
+        num_free = sum(worker.load.num_free_pages for worker in decoding)
+        return 1 - num_free / num_pages if num_pages else 0.0
+
     def worker_states(self) -> Sequence[tuple[str, str]]:
         """Return each worker's (role, state). Also called from the metrics thread."""
         return [(_role_name(link), link.state.value) for link in self.fleet.links]
+
+
+def model_name_of(settings: RouterSettings) -> str:
+    """Return what the model is called."""
+    return settings.model_name or settings.model.resolve().name
 
 
 def _role_name(link: Link) -> str:

@@ -26,7 +26,8 @@ from headrace_router.face.grpc import GenerationServicer
 from headrace_router.face.http.server import HttpServer
 from headrace_router.face.openai.app import OpenAiApp
 from headrace_router.metrics import Gauges, Objectives, RouterMetrics
-from headrace_router.router import Router
+from headrace_router.router import Router, model_name_of
+from headrace_router.vllm_names import VllmNames
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class RouterService:
 
     def __init__(self, settings: RouterSettings) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.metrics = RouterMetrics.create(Objectives.of(settings))
+        names = VllmNames(model_name_of(settings)) if settings.metrics_compat == "vllm" else None
+        self.metrics = RouterMetrics.create(Objectives.of(settings), names)
         self.registry = self.metrics.registry
         self.metrics_port = 0
         self.addresses: Mapping[str, str] = {}
@@ -96,7 +98,9 @@ class RouterService:
             connect=self._connect,
             keys=self._keys,
         )
-        self.registry.register(Gauges(lambda: (router.num_queued, router.num_running), router.worker_states))
+        self.registry.register(
+            Gauges(lambda: (router.num_queued, router.num_running), router.worker_states, router.kv_used)
+        )
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(router, self._door, self._keys), self._server.grpc
         )
