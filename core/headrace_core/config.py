@@ -244,6 +244,12 @@ class RouterSettings(ProcessSettings):
         description="keep what users and tools say in a conversation from being read as control tokens of the model; "
         "off: as transformers, which reads it so",
     )
+    placement: Literal["prefix-cache", "affinity", "power-of-two", "session", "round-robin"] = Field(
+        "prefix-cache",
+        description="which prefill worker gets a prompt that several could take: where the fewest tokens are to be "
+        "computed, by what workers say of their prefix caches; by its beginning; the less loaded of two drawn; by its "
+        "client; one after the other",
+    )
     local_below_tokens: int = Field(
         0,
         ge=0,

@@ -15,7 +15,8 @@ from enum import Enum
 
 from headrace_core.request_trace import Workload
 from headrace_router.placement.capacity import Waiting
-from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS, prefix_key
+from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
+from headrace_router.placement.prefix import prefix_key
 
 _UNKNOWN = Waiting(0, 0, 0)
 

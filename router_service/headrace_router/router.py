@@ -28,6 +28,7 @@ from headrace_router.fleet.answers import ROLE_NAMES
 from headrace_router.fleet.link import Link
 from headrace_router.fleet.registry import Registry
 from headrace_router.metrics import RouterMetrics
+from headrace_router.placement.preferences import PREFERENCES
 from headrace_router.requests.admission import Admission, RequestSpec, Tokenized
 from headrace_router.requests.dispatch import Dispatcher
 from headrace_router.requests.flow import Flow
@@ -72,7 +73,11 @@ class Router:
         self.model_name = model_name_of(settings)
         """Of the one model that is served."""
         self._tokenizer = Tokenizer(settings.model)
-        dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=settings.no_workers_timeout_s)
+        dispatcher = Dispatcher(
+            self.fleet,
+            no_workers_timeout_s=settings.no_workers_timeout_s,
+            preference=PREFERENCES[settings.placement],
+        )
         self._flow = Flow(
             dispatcher, metrics, max_attempts=settings.max_attempts, local_below=settings.local_below_tokens
         )

@@ -16,6 +16,7 @@ from headrace.v1 import (
 )
 from headrace_core.config import PrefillSettings
 from headrace_core.errors import InvalidRequestError
+from headrace_core.kv.page_hash import page_hashes
 from headrace_core.request import FinishReason, SamplingParams, hash_tokens
 from headrace_core.rpc import channel, raised_from
 from headrace_core.testing.async_test import WAIT_S, async_test, eventually
@@ -229,3 +230,24 @@ async def test_pages_that_can_not_be_told_of_end_their_call_and_do_not_hang_it()
 
         sealer.seal = unspeakable
         assert (await taker.order("r", PROMPT, params=GREEDY).refused()).reason == "BUG"
+
+
+@async_test
+async def test_a_watcher_hears_which_pages_of_a_prompt_are_cached():
+    loaded = loaded_fake_model()
+    async with (
+        running(service(loaded=loaded)) as (address,),
+        MiniTaker(address) as taker,
+        channel(address) as open_channel,
+    ):
+        stub = worker_service_pb2_grpc.WorkerServiceStub(open_channel)
+        reports = stub.WatchLoad(worker_service_pb2.WatchLoadRequest(min_interval_ms=1))
+        cached: set[int] = set()
+        wanted = set(page_hashes(PROMPT, loaded.layout.page_size))
+        assert wanted
+        await taker.order("r", PROMPT, params=GREEDY).wait_first()
+        async with asyncio.timeout(WAIT_S):
+            while not wanted <= cached:
+                report = await reports.read()
+                cached = set(report.pages_cached) | (set() if report.is_cache_whole else cached)
+        reports.cancel()

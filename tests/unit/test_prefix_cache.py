@@ -2,6 +2,7 @@
 
 import pytest
 from headrace_core.errors import OverloadedError
+from headrace_core.kv.page_hash import page_hashes
 from headrace_core.kv.page_pool import PagePool, PageState
 from headrace_core.kv.prefix_cache import PrefixCache, PrefixNode
 from headrace_core.kv.sequence_pages import PageAllocator
@@ -276,7 +277,7 @@ def test_a_page_that_hangs_twice_and_one_that_hangs_nowhere_are_noticed():
     with pytest.raises(AssertionError, match="orphaned reference"):
         cache.check_integrity()
     pool.release(child.page_id)
-    cache._root.children[(9,) * 4] = PrefixNode(None, (9,) * 4, node.page_id)
+    cache._root.children[(9,) * 4] = PrefixNode(None, (9,) * 4, node.page_id, 0)
     with pytest.raises(AssertionError, match="hangs twice"):
         cache.check_integrity()
     cache._root.children.clear()
@@ -361,3 +362,23 @@ def _paths(cache: PrefixCache) -> set[tuple[int, ...]]:
         found.add(path)
         stack += [(child, path + child.token_ids) for child in node.children.values()]
     return found
+
+
+def test_others_are_told_once_which_pages_came_and_which_went():
+    allocator = PageAllocator(4, PAGE, tells_cache=True)
+    fill(allocator, 1, [*range(8), 99])
+    first, second = page_hashes(list(range(8)), PAGE)
+    assert allocator.take_cache_changes() == [(first, True), (second, True)]
+    assert allocator.take_cache_changes() == []
+    fill(allocator, 2, [*range(4), 50, 51, 52, 53, 60, 61, 62, 63, 9])  # four pages: the second one gives way
+    changes = dict(allocator.take_cache_changes())
+    assert changes.pop(second) is False
+    assert list(changes) == page_hashes([*range(4), 50, 51, 52, 53, 60, 61, 62, 63], PAGE)[1:]
+    assert all(changes.values())
+
+
+def test_what_came_and_went_unseen_is_no_news():
+    allocator = PageAllocator(2, PAGE, tells_cache=True)
+    for owner in range(100):
+        fill(allocator, owner, [owner] * 8)
+    assert allocator.take_cache_changes() == [(page, True) for page in page_hashes([99] * 8, PAGE)]

@@ -9,8 +9,8 @@ from headrace_router.placement.policy import (
     Assignment,
     decode_pages,
     plan,
-    prefix_key,
 )
+from headrace_router.placement.prefix import prefix_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

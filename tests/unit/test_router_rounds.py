@@ -13,8 +13,8 @@ from headrace_router.placement.policy import (
     overtaken,
     plan,
     prefill_pages,
-    prefix_key,
 )
+from headrace_router.placement.prefix import prefix_key
 
 PAGE = 16
 

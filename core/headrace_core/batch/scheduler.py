@@ -22,6 +22,8 @@ class Load:
     num_waiting_tokens: int = 0
     num_sequences: int = 0
     page_counts: dict[PageState, int] = field(default_factory=dict[PageState, int])
+    cache_changes: Sequence[tuple[int, bool]] = ()
+    """What the prefix cache got (True) and lost since the last look, by pages' hashes; in one `Load` alone."""
 
 
 class Scheduler(Protocol[E_co]):

@@ -135,7 +135,7 @@ class StepBook(Generic[E]):
         return plan
 
     def load(self, *, num_running: int, num_waiting: int, num_waiting_tokens: int, num_sequences: int) -> Load:
-        """Return what is held now, the pages counted."""
+        """Return what is held now, the pages counted, and once what changed in the prefix cache."""
         return Load(
             num_free_pages=self.pages.num_available,
             num_running=num_running,
@@ -143,6 +143,7 @@ class StepBook(Generic[E]):
             num_waiting_tokens=num_waiting_tokens,
             num_sequences=num_sequences,
             page_counts=self.pages.pool.counts(),
+            cache_changes=self.pages.take_cache_changes(),
         )
 
     def check_integrity(self, held: Iterable[SequencePages]) -> None:

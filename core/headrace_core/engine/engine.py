@@ -26,7 +26,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from headrace_core.batch.scheduler import Load, Scheduler
@@ -227,8 +227,8 @@ class Engine(Generic[S]):
 
     def _publish(self, report: StepReport | None = None) -> None:
         events, load = self._scheduler.take_events(), self._scheduler.load()
-        if report or events or load != self._load:
-            self._load = load
+        if report or events or load.cache_changes or load != self._load:
+            self._load = replace(load, cache_changes=())
             self._loop.call_soon_threadsafe(self._deliver, News(events, report, load))
 
 

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from headrace_core.kv.page_hash import NO_PAGES, page_hash
 from headrace_core.kv.page_pool import PagePool
 
 
@@ -22,6 +23,8 @@ class PrefixNode:
     parent: PrefixNode | None
     token_ids: tuple[int, ...]
     page_id: int
+    hash: int
+    """For others, if they are told what is cached."""
     children: dict[tuple[int, ...], PrefixNode] = field(default_factory=dict[tuple[int, ...], "PrefixNode"])
     last_used: int = 0
     is_evicted: bool = False
@@ -30,10 +33,14 @@ class PrefixNode:
 class PrefixCache:
     """The tree over the cached pages of one pool."""
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(self, pool: PagePool, page_size: int, *, tells: bool = False) -> None:
+        """Args: `tells`: keep what `take_changes` returns, for which each page is hashed."""
+        self._tells = tells
         self._pool = pool
         self._page_size = page_size
-        self._root = PrefixNode(None, (), -1)
+        self._root = PrefixNode(None, (), -1, NO_PAGES)
+        self._changed: dict[int, bool] = {}
+        """By hash, since `take_changes`: pages that are cached (True) or no more."""
         self._clock = 0
         self._tie = itertools.count()
         # (last_used, tie-breaker, node); entries go stale when a node is used again, and are skipped when popped.
@@ -78,8 +85,9 @@ class PrefixCache:
             self._pool.free([page_id], owner)
             return known
         self._pool.share(page_id, owner)
-        child = PrefixNode(node, edge, page_id)
+        child = PrefixNode(node, edge, page_id, page_hash(node.hash, edge) if self._tells else NO_PAGES)
         node.children[edge] = child
+        self._note(child, is_cached=True)
         return child
 
     def release(self, nodes: Sequence[PrefixNode]) -> None:
@@ -107,6 +115,11 @@ class PrefixCache:
             if self._is_evictable(node):
                 self._evict(node)
 
+    def take_changes(self) -> list[tuple[int, bool]]:
+        """Return which pages are cached (True) or no more since the last call, by their hashes, a page at most once."""
+        changes, self._changed = list(self._changed.items()), {}
+        return changes
+
     def check_integrity(self) -> None:
         """Assert that the tree and the pool agree. Linear in the tree."""
         seen: set[int] = set()
@@ -121,6 +134,11 @@ class PrefixCache:
         num_cached = sum(1 for page_id in range(self._pool.num_pages) if self._pool.state(page_id).value == "cached")
         assert num_cached == len(seen), "a cached page is not in the tree"
 
+    def _note(self, node: PrefixNode, *, is_cached: bool) -> None:
+        # What came and went, or went and came, did not change: so this never holds more than twice the pool.
+        if self._tells and self._changed.pop(node.hash, is_cached) is is_cached:
+            self._changed[node.hash] = is_cached
+
     def _edge(self, token_ids: Sequence[int], index: int) -> tuple[int, ...]:
         return tuple(token_ids[index * self._page_size : (index + 1) * self._page_size])
 
@@ -128,6 +146,7 @@ class PrefixCache:
         assert node.parent is not None, "the root is never evicted"
         del node.parent.children[node.token_ids]
         node.is_evicted = True
+        self._note(node, is_cached=False)
         self._pool.evict(node.page_id)
         self._offer(node.parent)
 

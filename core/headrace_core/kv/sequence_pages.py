@@ -42,10 +42,11 @@ class _Refused:
 class PageAllocator:
     """Pages for sequences: a pool, and the prefix cache that gives way when the pool is empty."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, *, tells_cache: bool = False) -> None:
+        """Args: `tells_cache`: keep what `take_cache_changes` returns."""
         self.pool = PagePool(num_pages)
         self.page_size = page_size
-        self._cache = PrefixCache(self.pool, page_size)
+        self._cache = PrefixCache(self.pool, page_size, tells=tells_cache)
         self._refused: _Refused | None = None
 
     @property
@@ -57,6 +58,10 @@ class PageAllocator:
     def num_available(self) -> int:
         """Pages that `reserve` could give at once."""
         return self.pool.num_free + self.pool.num_unreferenced
+
+    def take_cache_changes(self) -> list[tuple[int, bool]]:
+        """See `PrefixCache.take_changes`."""
+        return self._cache.take_changes()
 
     def pages_for(self, num_tokens: int) -> int:
         """Return how many pages hold `num_tokens`."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from headrace.v1 import decode_service_pb2, worker_service_pb2
 
+from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError
 from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
 from headrace_core.transfer.hold import TakeError
+from headrace_core.wire import decode_sampling
 
 NextToken = Callable[[Sequence[int], int], int]
 """From the tokens so far and how many of them are the prompt's, the next token."""
@@ -107,3 +109,15 @@ class FakeSequence:
     params: SamplingParams
     fault: tuple[int, HeadraceError] | None
     num_made: int = 0
+
+
+def spec_of(message: decode_service_pb2.StartSequence) -> SequenceSpec:
+    """Return what a decode worker is to compute."""
+    return SequenceSpec(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        sample_index=message.sample_index,
+        token_ids=list(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        params=decode_sampling(message.sampling),
+    )

@@ -35,13 +35,14 @@ from headrace_core.testing.fake_script import (
     finish_of,
     mixed,
     scripted,
+    spec_of,
 )
 from headrace_core.testing.fake_servicer import FakeServicer
 from headrace_core.testing.garbler import Garbler
 from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.hold import Side, TakeError
 from headrace_core.transfer.values import Admission, FirstToken, Order, Owner
-from headrace_core.wire import decode_layout, decode_sampling, encode_failure, encode_finish, encode_logprobs
+from headrace_core.wire import decode_layout, encode_failure, encode_finish, encode_logprobs
 
 FakeRole = Literal["prefill", "decode", "both"]
 _ROLES: dict[FakeRole, types_pb2.WorkerRole.ValueType] = {
@@ -92,6 +93,8 @@ class FakeWorker:
         self.starts: list[pb.StartSequence] = []
         self.cancels: list[pb.CancelSequence] = []
         self.held: dict[Owner, FakeHeld] = {}
+        self.cached_pages: Sequence[int] = ()
+        """What it says it has in a prefix cache, by pages' hashes."""
         self.sequences: dict[tuple[int, int], FakeSequence] = {}
         """Those that joined, by router and number."""
         self.info = worker_service_pb2.GetInfoResponse(
@@ -193,6 +196,8 @@ class FakeWorker:
             num_waiting=len(self.held) - num_leases + len(self._starting),
             num_leases=num_leases,
             is_draining=self._is_draining,
+            pages_cached=self.cached_pages,
+            is_cache_whole=True,
         )
 
     def on_change(self) -> None:
@@ -247,7 +252,7 @@ class FakeWorker:
 
     async def _start(self, key: tuple[int, int], message: pb.StartSequence, *, is_refused: bool) -> None:
         """Bring a sequence to where it runs."""
-        spec = _spec(message)
+        spec = spec_of(message)
         position = len(spec.token_ids)
         try:
             if is_refused:
@@ -362,17 +367,6 @@ class FakeWorker:
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.info.layout.page_size)
-
-
-def _spec(message: pb.StartSequence) -> SequenceSpec:
-    return SequenceSpec(
-        request_id=message.request_id,
-        attempt=message.attempt,
-        sample_index=message.sample_index,
-        token_ids=list(message.token_ids),
-        num_prompt_tokens=message.num_prompt_tokens,
-        params=decode_sampling(message.sampling),
-    )
 
 
 async def _main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from headrace.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 from headrace_core.batch.scheduler import Load
+from headrace_core.worker.cache_board import CacheBoard
 
 _DEFAULT_INTERVAL_S = 0.1
 _LONGEST_SILENCE_S = 0.5
@@ -21,6 +22,7 @@ class LoadBoard:
 
     def __init__(self) -> None:
         self.report = worker_service_pb2.WatchLoadResponse()
+        self.cache = CacheBoard()
         self._changed = asyncio.Event()
         self._load = Load()
         self._num_leases = 0
@@ -29,7 +31,8 @@ class LoadBoard:
     def set_load(self, load: Load) -> None:
         """Show what the scheduler holds."""
         self._load = load
-        self._publish()
+        self.cache.take(load.cache_changes)
+        self._publish(is_new=bool(load.cache_changes))
 
     def set_num_leases(self, num_leases: int) -> None:
         """Show how many sequences are held under a lease."""
@@ -50,7 +53,7 @@ class LoadBoard:
         except TimeoutError:
             return
 
-    def _publish(self) -> None:
+    def _publish(self, *, is_new: bool = False) -> None:
         report = worker_service_pb2.WatchLoadResponse(
             num_free_pages=self._load.num_free_pages,
             num_running=self._load.num_running,
@@ -59,7 +62,7 @@ class LoadBoard:
             num_leases=self._num_leases,
             is_draining=self._is_draining,
         )
-        if report != self.report:
+        if is_new or report != self.report:
             self.report = report
             self._changed.set()
             self._changed = asyncio.Event()
@@ -88,11 +91,15 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_service_pb2.WatchLoadResponse]:
         """See `worker_service.proto`."""
         interval_s = min(request.min_interval_ms / 1000 or _DEFAULT_INTERVAL_S, _LONGEST_SILENCE_S)
+        board, position = self._board, None
         while True:
-            report = self._board.report
-            yield report
+            report = board.report
+            said = worker_service_pb2.WatchLoadResponse()
+            said.CopyFrom(report)
+            position = board.cache.put(said, position)
+            yield said
             await asyncio.sleep(interval_s)
-            if report == self._board.report:
+            if report is board.report:
                 await self._board.wait_for_change(_LONGEST_SILENCE_S - interval_s)
 
     async def Drain(self, request: worker_service_pb2.DrainRequest, context: Any) -> Any:

@@ -30,6 +30,7 @@ _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _MOST_PAGE_TOKENS = 1 << 16
 _MOST_TRANSPORTS = 16
+_MOST_PAGE_HASHES = 1 << 16
 _LAST_CODE = max(code.value[0] for code in grpc.StatusCode)
 _SIDES = frozenset(
     (
@@ -94,6 +95,8 @@ def check_load(load: worker_service_pb2.WatchLoadResponse, info: worker_service_
         ProtocolError: PROTOCOL.
     """
     _require(load.num_free_pages <= info.num_pages, f"it reports {load.num_free_pages} free pages, of {info.num_pages}")
+    for pages in (load.pages_cached, load.pages_evicted):
+        _require(len(pages) <= _MOST_PAGE_HASHES, f"it reports {len(pages)} pages of its cache at once")
 
 
 def check_entry(entry: decode_service_pb2.StepEntry, info: worker_service_pb2.GetInfoResponse, layout: KvLayout) -> str:

@@ -78,6 +78,8 @@ class Worker:
         self.load = worker_service_pb2.WatchLoadResponse()
         self.last_transfer: LastTransfer | None = None
         """Its last hand-off; None if there was none."""
+        self.cached: set[int] = set()
+        """Pages in its prefix cache, by their hashes (`kv/page_hash`), as it last said."""
         self._reservations: set[Reservation] = set()
         self._held: Counter[Client] = Counter()
         """Reservations by client, and by its address."""
@@ -102,6 +104,7 @@ class Worker:
         """Take a load report."""
         self.load = load
         self._is_held = False
+        self._take_cache(load)
         self._num_usable_pages = max(self._num_usable_pages, load.num_free_pages)
         own_tokens = num_started = 0
         for reservation in self._reservations:
@@ -113,6 +116,14 @@ class Worker:
         self._num_foreign_tokens = max(0, load.num_waiting_tokens - own_tokens)
         self._num_foreign_sequences = max(0, load.num_running + load.num_waiting - len(self._reservations))
         self.reported.set()
+
+    def _take_cache(self, load: worker_service_pb2.WatchLoadResponse) -> None:
+        if load.is_cache_whole or len(self.cached) > 2 * self.info.num_pages:  # more than there can be: a hint no more
+            self.cached.clear()
+        if load.pages_evicted:
+            self.cached.difference_update(load.pages_evicted)
+        if load.pages_cached:
+            self.cached.update(load.pages_cached)
 
     def hold(self) -> None:
         """Give it nothing more until its next load report: what the router knows of it is wrong."""
@@ -156,6 +167,7 @@ class Worker:
             max_context_tokens=info.max_context_tokens,
             num_slots=self._num_slots,
             holders=frozenset(self._held),
+            cached=self.cached,
         )
 
     def on_lost(self, error: HeadraceError) -> None:

@@ -14,7 +14,7 @@ A fleet that lacks a whole side can't be judged: its sequences wait for one (NO_
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 
 from headrace_router.placement.fair_queue import Client
+from headrace_router.placement.prefix import NO_PREFIX, Prefix
 
 NO_LIMIT = 1 << 62
 """A context that never ends."""
@@ -64,7 +65,7 @@ class Waiting:
     num_expected_tokens: int
     """At the end: `num_tokens` and the expected output."""
     prefix_key: int
-    """Equal for prompts of the same beginning; see `policy.prefix_key`."""
+    """Equal for prompts of the same beginning; see `prefix.prefix_key`."""
     avoid: frozenset[str] = frozenset()
     """Addresses of workers that failed it."""
     num_overtaken: int = 0
@@ -81,6 +82,9 @@ class Waiting:
     """Address of the decode worker that has the first of its tokens in its prefix cache."""
     num_cached_tokens: int = 0
     """How many these are. They take pages, but are not computed again."""
+
+    prefix: Prefix = NO_PREFIX
+    """Its prompt's beginnings, to be looked for in prefix caches."""
 
     kind: Kind = field(init=False, repr=False, compare=False)
     """What it has in common with others. Kept, because a round may look at thousands."""
@@ -122,6 +126,8 @@ class WorkerView:
     """Sequences it can run at a time."""
     holders: frozenset[Client] = frozenset()
     """Clients whose output it generates, and the addresses that they call from, as paths of one name."""
+    cached: Set[int] = frozenset()
+    """Pages in its prefix cache, by their hashes, as it last said."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ worker has pages for its prompt and expected output. The rules:
    Nothing behind it may use them, so they empty for it; the other workers stay open to those behind. After
    `MAX_OVERTAKEN` sequences went past it on workers that it could have used, it claims every worker it could use. So
    nobody starves, however long the prompt, and nobody waits for a sequence that waits for something else.
-2. A prefill worker takes a prompt if its prompt tokens in flight stay within the budget, or if it is idle. The least
-   loaded one is chosen; among equals the one that prompts of the same beginning also get, for its prefix cache.
+2. A prefill worker takes a prompt if its prompt tokens in flight stay within the budget, or if it is idle. Which of
+   those is for a named policy to say (`preferences`).
 3. The decode worker that has the sequence's beginning in its prefix cache is chosen if it has room, else the one with
    the most free pages.
 4. Workers that failed the sequence before are the last choice, not excluded: there may be no other. A prefill worker
@@ -25,8 +25,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import xxhash
-
 from headrace_router.placement.capacity import (
     Capacity,
     Kind,
@@ -38,6 +36,7 @@ from headrace_router.placement.capacity import (
     could_prefill,
 )
 from headrace_router.placement.fair_queue import Client
+from headrace_router.placement.preferences import Preference, prefix_cache
 
 EXPECTED_OUTPUT_TOKENS = 512
 """Most output that pages are reserved for at a time; a sequence that ran out of pages reserves all it may produce."""
@@ -45,10 +44,6 @@ MAX_OVERTAKEN = 64
 """Sequences that may overtake a waiting one on workers that it could have used."""
 MAX_COUNTED = 256
 """Sequences at the queue's head that are told by how many they were overtaken; the others, once they come so far."""
-_AFFINITY_TOKENS = 64
-"""Prompt tokens that decide which prefill worker's cache a prompt belongs to."""
-_LOAD_STEPS = 4
-"""Loads are equal when they are the same quarter of a prefill worker's budget."""
 _NO_END = 1 << 62
 _FITS, _WAITS, _YIELDS, _NEVER = range(4)
 """How a worker stands to a sequence: has room now, would have room when idle, keeps its room for others, never has."""
@@ -73,7 +68,8 @@ class Assignment:
 class _Open:
     """Workers still open in this round, by address; assignments are taken off."""
 
-    def __init__(self, workers: Sequence[WorkerView], fleet: Capacity) -> None:
+    def __init__(self, workers: Sequence[WorkerView], fleet: Capacity, preference: Preference, turn: int) -> None:
+        self.preference, self.turn = preference, turn
         self.prefills: dict[str, WorkerView] = {}
         self.decodes: dict[str, WorkerView] = {}
         for worker in workers:
@@ -171,11 +167,6 @@ class _Prospects:
         return None
 
 
-def prefix_key(token_ids: Sequence[int]) -> int:
-    """Return a number that is equal for equal first tokens."""
-    return xxhash.xxh3_64_intdigest(repr(token_ids[:_AFFINITY_TOKENS]).encode())
-
-
 def plan(
     queue: Iterable[Waiting],
     workers: Sequence[WorkerView],
@@ -183,6 +174,8 @@ def plan(
     *,
     num_second: int | None = None,
     kinds: Mapping[Kind, int] | None = None,
+    preference: Preference = prefix_cache,
+    turn: int = 0,
 ) -> list[Assignment]:
     """Choose what starts now.
 
@@ -194,12 +187,14 @@ def plan(
             others, the queue is looked through for these, and no further; without the number, to its end.
         kinds: how many of each are in the queue. It is looked through no further than to the last that something
             which is still open could hold; without them, to its end.
+        preference: chooses among prefill workers that are equally good.
+        turn: how many were placed before this round.
     """
     capacity = capacity or Capacity(workers)
     if not capacity.is_complete:
         return []
     left = _NO_END if num_second is None and capacity.has_second_routes else num_second or 0
-    ready = _Open(workers, capacity)
+    ready = _Open(workers, capacity, preference, turn)
     prospects = _Prospects(capacity, ready, kinds)
     assignments: list[Assignment] = []
     for index, waiting in enumerate(queue):
@@ -264,10 +259,11 @@ def prefill_pages(waiting: Waiting, worker: WorkerView) -> int:
 
 def _pair(index: int, waiting: Waiting, ready: _Open) -> Assignment | None:
     """Assign a prefill worker and a decode side and take what is used, or claim those the sequence waits for."""
-    prefill = min(ready.prefills.values(), key=lambda worker: _prefill_order(waiting, worker))
+    prefill = _best_prefill(waiting, ready)
     decode = min(ready.decodes_for(waiting.client), key=lambda worker: _decode_order(waiting, worker, Route.PAIR))
     at_prefill, at_decode = _prefill_standing(waiting, prefill), _decode_standing(waiting, decode, Route.PAIR)
     if at_prefill == at_decode == _FITS:
+        ready.turn += 1
         ready.prefills[prefill.address] = _after(waiting, prefill, prefills=True, decodes=False)
         ready.decodes[decode.address] = _after(waiting, decode, prefills=False, decodes=True)
         return Assignment(index, prefill.address, decode.address)
@@ -366,11 +362,13 @@ def _decode_standing(waiting: Waiting, worker: WorkerView, route: Route) -> int:
     return _FITS if route is Route.PAIR or _has_budget(waiting, worker) else _WAITS
 
 
-def _prefill_order(waiting: Waiting, worker: WorkerView) -> tuple[int, bool, bool, int, int]:
-    load = worker.num_tokens_in_flight * _LOAD_STEPS // max(worker.token_budget, 1)
-    affinity = xxhash.xxh3_64_intdigest(worker.address.encode(), seed=waiting.prefix_key)
-    standing, is_avoided = _prefill_standing(waiting, worker), worker.address in waiting.avoid
-    return standing, is_avoided, worker.address != waiting.prefer, load, affinity
+def _best_prefill(waiting: Waiting, ready: _Open) -> WorkerView:
+    equals: dict[tuple[int, bool, bool], list[WorkerView]] = {}
+    for address, worker in ready.prefills.items():
+        order = _prefill_standing(waiting, worker), address in waiting.avoid, address != waiting.prefer
+        equals.setdefault(order, []).append(worker)
+    best = equals[min(equals)]
+    return best[0] if len(best) == 1 else ready.preference(waiting, best, ready.turn)
 
 
 def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, bool, int, str]:
@@ -398,4 +396,5 @@ def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: boo
         worker.max_context_tokens,
         worker.num_slots,
         holders,
+        worker.cached,
     )

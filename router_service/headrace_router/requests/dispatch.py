@@ -22,6 +22,7 @@ from headrace_router.fleet.worker import Reservation, Worker
 from headrace_router.placement import policy
 from headrace_router.placement.capacity import Capacity, Kind, Waiting
 from headrace_router.placement.fair_queue import FairQueue, Turn
+from headrace_router.placement.preferences import Preference, prefix_cache
 from headrace_router.requests.sample import Sample
 
 _MISSING_CHECK_S = 0.25
@@ -86,9 +87,13 @@ class _Entry:
 class Dispatcher:
     """Binds samples to workers. Event loop only."""
 
-    def __init__(self, registry: Registry, *, no_workers_timeout_s: float) -> None:
+    def __init__(
+        self, registry: Registry, *, no_workers_timeout_s: float, preference: Preference = prefix_cache
+    ) -> None:
         self._registry = registry
         self._no_workers_timeout_s = no_workers_timeout_s
+        self._preference = preference
+        self._num_placed = 0
         self._queue: FairQueue[_Entry] = FairQueue()
         self._kinds: Counter[Kind] = Counter()
         """Of the queue."""
@@ -146,7 +151,16 @@ class Dispatcher:
                     entries.append(entry)
                     yield entry.waiting
 
-        assignments = policy.plan(queue(), views, self._capacity, num_second=len(self._second), kinds=self._kinds)
+        assignments = policy.plan(
+            queue(),
+            views,
+            self._capacity,
+            num_second=len(self._second),
+            kinds=self._kinds,
+            preference=self._preference,
+            turn=self._num_placed,
+        )
+        self._num_placed += sum(bool(assignment.prefill) for assignment in assignments)
         looked_at = [entry.waiting for entry in entries]
         for index, count in policy.overtaken(looked_at, assignments, views, self._capacity):
             waiting = entries[index].waiting

@@ -19,7 +19,7 @@ from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
 from headrace_core.tracing.span import NOT_TRACED, Span
 
 from headrace_router.metrics import RouterMetrics
-from headrace_router.placement import policy
+from headrace_router.placement.prefix import Prefix
 from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached
 from headrace_router.requests.flow import Flow
@@ -110,8 +110,8 @@ class RunningRequest:
         """When each may queue: the second once the first's decode worker has the prompt's full pages, where the others
         are to find them; from there on one behind the other, so that many cost the queue no more than one."""
         self._may_queue[0].set_result(None)
-        key = policy.prefix_key(spec.prompt_ids)
-        self.samples = [self._sample(index, key, tokenizer) for index in range(spec.num_samples)]
+        prefix = Prefix(spec.prompt_ids)
+        self.samples = [self._sample(index, prefix, tokenizer) for index in range(spec.num_samples)]
         self._traces = [
             SampleTrace(span, sample.waterfall, spec.arrival_s, sample.sample_index) for sample in self.samples
         ]
@@ -154,7 +154,7 @@ class RunningRequest:
                 continue
             piece = sample.take()
             self._num_open -= sample.is_closed
-            if sample.has_unsent:
+            if not sample.unsent.is_empty:
                 self._news.append(sample)
             return piece
         return None
@@ -213,7 +213,7 @@ class RunningRequest:
         self._news.clear()
         self.spec = replace(self.spec, prompt_ids=[])
 
-    def _sample(self, index: int, key: int, tokenizer: Tokenizer) -> Sample:
+    def _sample(self, index: int, prefix: Prefix, tokenizer: Tokenizer) -> Sample:
         spec = self.spec
         detokenizer = tokenizer.detokenizer(silent_ids=spec.silent_ids, is_continuation=spec.is_continuation)
         return Sample(
@@ -221,7 +221,7 @@ class RunningRequest:
             index,
             detokenizer,
             client=self._client,
-            prefix_key=key,
+            prefix=prefix,
             tokens=self._metrics.tokens.traced(self._span.trace_id),
             on_news=self._on_news,
             on_cached=self._on_first_cached if index == 0 else _ignore,
@@ -267,7 +267,7 @@ class RunningRequest:
         return True
 
     def _on_news(self, sample: Sample) -> None:
-        if sample.has_logprobs and sample.num_unsent_logprobs > _MOST_UNREAD_LOGPROBS // self.spec.num_samples:
+        if sample.has_logprobs and len(sample.unsent.logprobs) > _MOST_UNREAD_LOGPROBS // self.spec.num_samples:
             self.fail(OverloadedError("SLOW_READER", "the stream's log-probabilities are not read; read it faster"))
         elif sample not in self._news:
             self._news.append(sample)

@@ -34,16 +34,15 @@ from headrace_router.metrics import TokenMetrics, TracedTokens
 from headrace_router.placement.capacity import Waiting
 from headrace_router.placement.fair_queue import Client, Turn
 from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
+from headrace_router.placement.prefix import Prefix
 from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached, Kept, cached_at
 from headrace_router.requests.piece import Ending, Piece
 from headrace_router.requests.timings_message import encode_timings
+from headrace_router.requests.unsent import Unsent
 from headrace_router.text.assembler import Assembler
 from headrace_router.text.detokenizer import Detokenizer
 from headrace_router.timings import Waterfall
-
-_MOST_TOKENS, _MOST_CHARS = 4096, 1 << 20
-"""What one message to the client holds at most: with 20 log-probabilities a token, about a megabyte of 8 MiB."""
 
 _WHOSE = {
     decode_service_pb2.FAILURE_SIDE_DECODE: Whose.DECODE,
@@ -73,7 +72,7 @@ class Sample:
         detokenizer: Detokenizer,
         *,
         client: Client,
-        prefix_key: int,
+        prefix: Prefix,
         tokens: TokenMetrics | TracedTokens,
         on_news: Callable[[Sample], None],
         on_cached: Callable[[Cached], None],
@@ -117,7 +116,7 @@ class Sample:
         """True when the client's last message was taken."""
         self.attempt_over: asyncio.Future[Ended] | None = None
         """Resolved when nothing more comes from the decode worker for this attempt."""
-        self._prefix_key = prefix_key
+        self._prefix = prefix
         self._tokens = tokens
         self._on_news = on_news
         self._on_cached = on_cached
@@ -132,10 +131,7 @@ class Sample:
         self._push: Callable[[int], str] | None = None
         """Makes text of a token, while a step's tokens need nothing else: see `_take_plainly`."""
         self.has_logprobs = spec.params.top_logprobs is not None
-        self._text = ""
-        self._num_sent = 0
-        self._logprobs: list[types_pb2.TokenLogprobs] = []
-        self._is_introduced = False
+        self.unsent = Unsent(sample_index, self.output_ids)
         self._num_prompt = len(spec.prompt_ids)
         self._most_output = spec.params.max_tokens or 0
 
@@ -162,7 +158,7 @@ class Sample:
         return Waiting(
             num_tokens=self.num_tokens,
             num_expected_tokens=self.num_tokens + expected,
-            prefix_key=self._prefix_key,
+            prefix_key=self._prefix.key,
             avoid=self.avoid,
             prefer=self.prefer,
             prefer_decode=cached.worker.address if cached else "",
@@ -170,6 +166,7 @@ class Sample:
             num_most_tokens=self.num_tokens + left,
             has_output=bool(self.output_ids),
             client=self.turn.client,
+            prefix=self._prefix,
         )
 
     def begin_attempt(self, progress: Progress, *, prefill_address: str, decode: Worker, now_s: float) -> None:
@@ -235,40 +232,14 @@ class Sample:
         """Enter FINISHED; the client's last message is due."""
         if self.state is SampleState.DECODING:
             self.waterfall.mark("decode", self.last_token_s)
-        self._text += self._assembler.finish()
+        self.unsent.text += self._assembler.finish()
         self.finish_reason = FinishReason.STOP if self._assembler.matched else reason
         self.state = SampleState.FINISHED
         self._on_news(self)
 
-    @property
-    def has_unsent(self) -> bool:
-        """True if the client has not been sent everything."""
-        return self._num_sent < len(self.output_ids) or bool(self._text)
-
-    @property
-    def num_unsent_logprobs(self) -> int:
-        """Tokens whose log-probabilities wait to be sent."""
-        return len(self._logprobs)
-
     def take(self) -> Piece:
         """Return what the client has not been sent yet, as much as a message may hold; it counts as sent."""
-        num_output, text = len(self.output_ids), self._text
-        is_whole = num_output - self._num_sent <= _MOST_TOKENS and len(text) <= _MOST_CHARS
-        if is_whole and self.finish_reason is None and self._is_introduced and not self._logprobs:
-            token_ids = self.output_ids[self._num_sent :]
-            self._num_sent, self._text = num_output, ""
-            return Piece(self.sample_index, text, token_ids, (), False, None)
-        end = self._num_sent + _MOST_TOKENS
-        text, token_ids = self._text[:_MOST_CHARS], self.output_ids[self._num_sent : end]
-        self._text = self._text[_MOST_CHARS:]
-        self._num_sent = min(end, len(self.output_ids))
-        logprobs = self._logprobs[:_MOST_TOKENS]
-        del self._logprobs[:_MOST_TOKENS]
-        is_first, self._is_introduced = not self._is_introduced, True
-        ending = None
-        if self.finish_reason is not None and not self.has_unsent:
-            ending = self._close(self.finish_reason)
-        return Piece(self.sample_index, text, token_ids, logprobs, is_first, ending)
+        return self.unsent.take(self._close if self.finish_reason is not None else None)
 
     def _on_prefilled(self, prefilled: decode_service_pb2.Prefilled, now_s: float) -> None:
         """Take the prefill worker's token, and the time it took."""
@@ -348,7 +319,7 @@ class Sample:
             return False
         for token_id in token_ids:
             output_ids.append(token_id)
-            self._text += push(token_id)
+            self.unsent.text += push(token_id)
         self._tokens.more(now_s - self.last_token_s, num_after - num_output)
         self.last_token_s = now_s
         self._on_news(self)
@@ -371,12 +342,12 @@ class Sample:
         for token_id in token_ids:
             num_new += 1
             self.output_ids.append(token_id)
-            self._text += self._assembler.push(token_id)
+            self.unsent.text += self._assembler.push(token_id)
             if self._assembler.matched:
                 finish = FinishReason.STOP
                 break
         if logprobs:
-            self._logprobs.extend(_own(each) for each in logprobs[:num_new])
+            self.unsent.add_logprobs(logprobs[:num_new])
         if num_new:
             self._count(num_new, now_s)
         if finish is None:
@@ -410,20 +381,14 @@ class Sample:
             self._tokens.more(now_s - self.last_token_s, num_new)
         self.last_token_s = now_s
 
-    def _close(self, finish_reason: FinishReason) -> Ending:
+    def _close(self) -> Ending:
+        assert self.finish_reason is not None, "it has ended"
         self.is_closed = True
         return Ending(
-            finish_reason,
+            self.finish_reason,
             self.matched_stop_string,
             num_prompt_tokens=len(self.spec.prompt_ids),
             num_output_tokens=len(self.output_ids),
             num_cached_tokens=self.num_cached_tokens,
             timings=encode_timings(self) if self.spec.include_timings else None,
         )
-
-
-def _own(logprobs: types_pb2.TokenLogprobs) -> types_pb2.TokenLogprobs:
-    """Return a copy: what is a part of a step's message keeps all of it in memory."""
-    copy = types_pb2.TokenLogprobs()
-    copy.CopyFrom(logprobs)
-    return copy

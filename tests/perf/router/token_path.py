@@ -3,9 +3,9 @@
     python -m tests.perf.router.token_path --streams 256 --steps 200
     python -m tests.perf.router.token_path --profile
 
-In one process, with nothing but the code between a message as a decode worker sends it and what a connection would write
-(`fleet/session`, `requests/`, `face/openai/generate`). The least of the steps, which other work on the machine changes
-least; `--profile` prints where the time goes.
+In one process, with nothing but the code between a message as a decode worker sends it and what a connection would
+write (`fleet/session`, `requests/`, `face/openai/generate`). The least of the steps, which other work on the machine
+changes least; `--profile` prints where the time goes.
 """
 
 from __future__ import annotations

@@ -154,6 +154,9 @@ class WatchLoadResponse(_message.Message):
     NUM_WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_LEASES_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
+    PAGES_CACHED_FIELD_NUMBER: _builtins.int
+    PAGES_EVICTED_FIELD_NUMBER: _builtins.int
+    IS_CACHE_WHOLE_FIELD_NUMBER: _builtins.int
     num_free_pages: _builtins.int
     """Pages that could be allocated at once, those of the prefix cache that nobody uses included."""
     num_running: _builtins.int
@@ -166,6 +169,18 @@ class WatchLoadResponse(_message.Message):
     """Sequences whose pages are held under a lease."""
     is_draining: _builtins.bool
     """True once draining began."""
+    is_cache_whole: _builtins.bool
+    """True in a call's first report, and where too much changed: what was said of its cache before is void."""
+    @_builtins.property
+    def pages_cached(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages that its prefix cache has got since the report before, by their hashes (docs/wire-spec.md, Page hashes): a hint
+        for who sends it prompts. At most 65,536.
+        """
+
+    @_builtins.property
+    def pages_evicted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages that it had and has no more, likewise; none that is also in the list before."""
+
     def __init__(
         self,
         *,
@@ -175,10 +190,13 @@ class WatchLoadResponse(_message.Message):
         num_waiting_tokens: _builtins.int = ...,
         num_leases: _builtins.int = ...,
         is_draining: _builtins.bool = ...,
+        pages_cached: _abc.Iterable[_builtins.int] | None = ...,
+        pages_evicted: _abc.Iterable[_builtins.int] | None = ...,
+        is_cache_whole: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_draining", b"is_draining", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_cache_whole", b"is_cache_whole", "is_draining", b"is_draining", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "pages_cached", b"pages_cached", "pages_evicted", b"pages_evicted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
