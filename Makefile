@@ -15,7 +15,10 @@ WIRE := protos/headrace.v1.binpb
 MUTMUT := build/mutants/tool/.installed
 COMPOSE := build/compose/tool/.installed
 HELM := build/helm/.installed
-STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
+SUM := $(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
+# Everything, and before it what running needs, which is all that `make demo` installs.
+STAMP := $(VENV)/.installed-$(SUM)
+RUN_STAMP := $(VENV)/.runs-$(SUM)
 # Compiled kernels for CPUs: of the sources as they are (kernels/headrace_kernels/cpu/build.py).
 CPU_KERNELS := kernels/headrace_kernels/cpu
 CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
@@ -27,18 +30,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-$(STAMP):
-	@tools/setup-venv.sh $(PYTHON) $(VENV)
+$(STAMP): | $(RUN_STAMP)
+	@tools/setup-venv.sh $(PYTHON) $(VENV) all
 	@rm -f $(VENV)/.installed-* && touch $@
 
+$(RUN_STAMP):
+	@[ -e $(STAMP) ] || tools/setup-venv.sh $(PYTHON) $(VENV) run
+	@rm -f $(VENV)/.runs-* && touch $@
+
 # Not there without a compiler: then each target says in one line what runs instead, and goes on.
-$(CPU_LIBRARY): $(CPU_KERNELS)/build.py $(wildcard $(CPU_KERNELS)/src/*) | $(STAMP)
+$(CPU_LIBRARY): $(CPU_KERNELS)/build.py $(wildcard $(CPU_KERNELS)/src/*) | $(RUN_STAMP)
 	@$(BIN)/python -P $<
 	@[ ! -e $@ ] || touch $@  # newer than its sources: of a switched branch they may be the same, but younger
 
 setup: $(STAMP) $(CPU_LIBRARY) ## Install everything into .venv (done by every other target)
 
-demo: setup ## Start router, prefill and decode; stream a story; show where its time went
+demo: $(RUN_STAMP) $(CPU_LIBRARY) ## Start router, prefill and decode; stream a story; show where its time went
 	@$(BIN)/headrace demo
 
 test: check unit parity kernels-check model-check fault integration ## Everything CI runs: check, then all tests

@@ -146,6 +146,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_GPU": "torch sees no GPU",
         "NO_KERNEL": "the GPU's kernels do not take this network or page size",
         "NO_OPENTELEMETRY": "--trace-sample needs OpenTelemetry, which is not installed",
+        "NO_WORKER_PACKAGES": "workers need packages that are not installed; says which command brings them",
         "NO_TRANSPORT": "pages can't be moved here by the transport that --transport names; says why",
         "POOL_TOO_SMALL": "the pool does not hold one page",
         "READY_FILE": "the file that tells of readiness can't be written; says why",

@@ -17,8 +17,9 @@ from headrace_client.doctor import machine as machine_module
 from headrace_client.doctor import outlook as outlook_module
 from headrace_client.doctor.advice import missing
 from headrace_client.doctor.machine import Machine, ask, look
-from headrace_client.doctor.outlook import NEEDED, Outlook, outlook
+from headrace_client.doctor.outlook import Outlook, outlook
 from headrace_client.doctor.report import machine_rows, worker_rows
+from headrace_core.packages import WORKER_PACKAGES
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -298,7 +299,7 @@ def test_what_a_worker_can_t_run_without_is_needed(packages, found, command):
 
 def test_needed_packages_are_those_of_the_extra():
     (line,) = [each for each in (ROOT / "pyproject.toml").read_text().splitlines() if each.startswith("worker = [")]
-    assert [part.partition(">=")[0] for part in line.split('"')[1::2]] == list(NEEDED)
+    assert [part.partition(">=")[0] for part in line.split('"')[1::2]] == list(WORKER_PACKAGES)
 
 
 def test_packages_are_named_as_the_repository_names_them():

@@ -30,6 +30,7 @@ import grpc
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
 from headrace_core import identity
 from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.packages import check_worker_packages
 from headrace_core.rpc import blocking_channel
 
 from headrace_client.cluster.cluster_process import ClusterProcess, LogSink, Role
@@ -150,10 +151,12 @@ class LocalCluster:
         """Start everything and return when it serves; on an error nothing is left running.
 
         Raises:
+            StartupError: NO_WORKER_PACKAGES.
             InvalidRequestError: BAD_CLUSTER, these processes can't serve anything; NO_MODEL, `model_dir` is none.
             StartupError: BAD_RANKS, so many ranks can't share the model.
             UnavailableError: START_FAILED with the failing process's last lines; START_TIMEOUT.
         """
+        check_worker_packages()
         self.check_counts()
         self._check_model()
         self._folder = Path(tempfile.mkdtemp(prefix="headrace-"))

@@ -38,9 +38,7 @@ _KV_POOL_MIB = 64
 
 
 def demo(
-    model: Annotated[
-        Path | None, typer.Option(help="Folder of a checkpoint. Default: demo/model of the repository.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint. Default: the demo model.")] = None,
     prompt: Annotated[str, typer.Option(help="What the story begins with.")] = _PROMPT,
 ) -> None:
     """Run the command. Raises what `LocalCluster.start` and `Client.generate` list; `app` reports it."""
@@ -77,12 +75,13 @@ def _about_http(port: int) -> str:
 
 
 def find_demo_model() -> Path:
-    """Return the demo model's folder: in the repository this file belongs to, or under the working folder.
+    """Return the demo model's folder: in the repository this file belongs to, in the wheel, or the working folder.
 
     Raises:
-        InvalidRequestError: NO_MODEL, neither has it.
+        InvalidRequestError: NO_MODEL, none of them has it.
     """
-    candidates = [Path(__file__).resolve().parents[3] / "demo" / "model", Path("demo") / "model"]
+    here = Path(__file__).resolve()
+    candidates = [here.parents[3] / "demo" / "model", here.parents[1] / "demo_model", Path("demo") / "model"]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate

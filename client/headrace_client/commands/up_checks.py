@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from headrace_core.address import parse_address
 from headrace_core.config import DecodeSettings, PrefillSettings, ProcessSettings, RouterSettings, read
 from headrace_core.errors import InvalidRequestError
+from headrace_core.packages import check_worker_packages
 from pydantic_settings import SettingsError
 
 from headrace_client.cluster.cluster_process import Role
@@ -42,7 +43,9 @@ def check(cluster: LocalCluster) -> None:
 
     Raises:
         InvalidRequestError: BAD_OPTION, BAD_CLUSTER.
+        StartupError: NO_WORKER_PACKAGES.
     """
+    check_worker_packages()
     cluster.check_counts()
     counts: dict[Role, int] = {
         "router": 1,

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from headrace_core.packages import WORKER_PACKAGES
+
 from headrace_client.doctor.machine import Machine
-from headrace_client.doctor.outlook import NEEDED, Outlook
+from headrace_client.doctor.outlook import Outlook
 
 INSTALL_WORKER = "pip install 'headrace[worker]'"
 REINSTALL_WORKER = "pip install --force-reinstall 'headrace[worker]'"
@@ -40,7 +42,7 @@ def missing(machine: Machine, outlook: Outlook) -> list[Missing]:
 
 
 def _needed(machine: Machine, outlook: Outlook) -> Iterator[Missing]:
-    lacking = [name for name in NEEDED if not machine.packages[name]]
+    lacking = [name for name in WORKER_PACKAGES if not machine.packages[name]]
     if lacking:
         yield Missing(", ".join(lacking), "workers compute with it", INSTALL_WORKER, True)
     elif outlook.is_refused:

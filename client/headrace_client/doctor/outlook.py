@@ -8,10 +8,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from headrace_client.doctor.machine import Machine, last_line
+from headrace_core.packages import WORKER_PACKAGES
 
-NEEDED = ("torch", "psutil")
-"""Packages without which no worker starts: the extra `worker`."""
+from headrace_client.doctor.machine import Machine, last_line
 
 _PROGRAM = ("-P", "-m", "headrace_core.worker.doctor", "--model", ".")
 _TIMEOUT_S = 300.0
@@ -37,7 +36,7 @@ class Outlook:
 
 def outlook(machine: Machine) -> Outlook:
     """Ask, a few seconds: torch is imported there. Nothing is asked where packages are not installed."""
-    lacking = [name for name in NEEDED if not machine.packages[name]]
+    lacking = [name for name in WORKER_PACKAGES if not machine.packages[name]]
     if lacking:
         return Outlook(None, f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed")
     try:
