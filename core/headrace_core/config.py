@@ -110,10 +110,11 @@ class WorkerSettings(ProcessSettings):
         "auto",
         description="how cached latents are kept; auto: as values of --dtype; fp8_e4m3: in 8 bits, MLA only",
     )
-    weights_dtype: Literal["auto", "int8"] = Field(
+    weights_dtype: Literal["auto", "int8", "fp8_e4m3"] = Field(
         "auto",
         description="how weights are held; auto: as values of --dtype; int8: in 8 bits, on a CPU, which is faster and "
-        "gives other tokens; all workers of a fleet alike",
+        "gives other tokens; fp8_e4m3: experts as block-FP8 checkpoints store them, in half of the memory, which is "
+        "slower on a CPU; all workers of a fleet alike",
     )
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where to compute; cuda: the first GPU this process sees, NVIDIA or AMD"

@@ -143,6 +143,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_EXACT": "exact numerics can't be held with these kernels or types; says which",
         "NO_FP8_CACHE": "the cache of this network can't be kept in 8 bits",
         "NO_INT8": "weights can't be multiplied in 8 bits there",
+        "NO_FP8_WEIGHTS": "the checkpoint's experts can't be held in 8 bits as they are stored; says why",
         "NO_GPU": "torch sees no GPU",
         "NO_KERNEL": "the GPU's kernels do not take this network or page size",
         "NO_OPENTELEMETRY": "--trace-sample needs OpenTelemetry, which is not installed",

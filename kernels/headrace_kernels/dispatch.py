@@ -22,6 +22,7 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     "causal_attention": ("reference", "triton"),
     "decode_linear": ("reference", "triton"),
     "experts": ("reference", "cpu", "triton"),
+    "fp8_experts": ("reference", "triton"),
     "gqa_decode": ("reference", "cpu", "triton"),
     "gqa_prefill": ("reference", "cpu", "triton"),
     "grouped_gemm": ("reference", "triton"),

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 import xxhash
+from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.finite import is_finite
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from headrace_core.checkpoint.safetensors_file import StoredTensor
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config import ModelConfig
 from headrace_core.families.weights import Shard
+from headrace_core.scalar import SAFETENSORS, Scalar
 
 
 class WeightReader:
@@ -50,9 +52,8 @@ class WeightReader:
         stored = tensor = self._read(name)
         scale: Tensor | None = None
         if tensor.dtype == torch.float8_e4m3fn:
-            assert self._config.fp8_block is not None, "check_tensors lets FP8 pass only with blocks"
             scale = self._read(name + SCALE_SUFFIX)
-            tensor = dequantise(tensor, scale.float(), self._config.fp8_block, dtype or self._dtype)
+            tensor = self._block_fp8(tensor, scale).to(dtype or self._dtype)
         if shard is not None:
             # A copy: a view would hold the whole.
             tensor = tensor.narrow(shard.axis, shard.start, shard.stop - shard.start).clone()
@@ -60,6 +61,27 @@ class WeightReader:
         if not is_finite(tensor):
             _refuse(name, stored, scale, tensor)
         return tensor
+
+    def take_block_fp8(self, name: str) -> BlockFp8:
+        """Return tensor `name`, which is stored in block-FP8, as it is, on the device.
+
+        Raises:
+            CheckpointError: DAMAGED_FILE; NON_FINITE_WEIGHT.
+        """
+        stored, scale = self._read(name), self._read(name + SCALE_SUFFIX)
+        found = self._block_fp8(stored, scale)
+        # A float8 knows no infinity: not finite is one value, NaN, with either sign.
+        if not (is_finite(found.scales) and bool((stored.view(torch.uint8) & 0x7F != 0x7F).all())):
+            _refuse(name, stored, scale, found.scales)
+        return found._replace(values=found.values.to(self._device), scales=found.scales.to(self._device))
+
+    def is_block_fp8(self, name: str) -> bool:
+        """Return whether tensor `name` is stored in block-FP8."""
+        return SAFETENSORS.get(self._stored[name].dtype) is Scalar.FLOAT8_E4M3
+
+    def _block_fp8(self, values: Tensor, scale: Tensor) -> BlockFp8:
+        assert self._config.fp8_block is not None, "check_tensors lets FP8 pass only with blocks"
+        return BlockFp8(values, scale.float(), self._config.fp8_block)
 
     def empty(self, *shape: int) -> Tensor:
         """Return memory for weights of the compute type, on the device."""
@@ -110,23 +132,3 @@ def _refuse(name: str, stored: Tensor, scale: Tensor | None, tensor: Tensor) -> 
         f"tensor {name}: {count} of {tensor.numel()} values are larger than {tensor.dtype} can hold; "
         "use another --dtype: bfloat16 and float32 reach farther than float16",
     )
-
-
-def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return `weight` [O, I] float8_e4m3fn times the scale of each block of `block` rows and columns.
-
-    Args:
-        weight: [O, I] float8_e4m3fn.
-        scale: [ceil(O / rows), ceil(I / columns)] float32.
-        block: rows, columns.
-        dtype: of the result; products are rounded once, from float32.
-
-    Source: deepseek-ai/DeepSeek-V3 README_WEIGHTS.md, "Dequantization Method".
-    """
-    rows, columns = block
-    out = torch.empty(weight.shape, dtype=dtype)
-    # One row of blocks at a time, so that no float32 copy of the whole weight exists.
-    for index, first in enumerate(range(0, len(weight), rows)):
-        per_column = scale[index].repeat_interleave(columns)[: weight.shape[1]]
-        out[first : first + rows] = weight[first : first + rows].float() * per_column
-    return out

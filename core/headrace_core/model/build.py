@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.experts import Experts, empty_experts
+from headrace_kernels.fp8_experts import Fp8Experts, empty_fp8_experts
 from headrace_kernels.linear import Linear
 from headrace_kernels.routing_rule import Router, RoutingRule
 from torch import Tensor
@@ -36,6 +38,10 @@ class WeightSource(Protocol):
 
     def take(self, name: str, dtype: torch.dtype | None = None, shard: Shard | None = None) -> Tensor:
         """Return weight `name`, None: all of it, as `dtype`, None: the compute type, on the device."""
+        ...
+
+    def take_block_fp8(self, name: str) -> BlockFp8:
+        """Return weight `name`, which is stored in blocks of FP8, as it is, on the device."""
         ...
 
     def empty(self, *shape: int) -> Tensor:
@@ -68,7 +74,7 @@ def num_weight_bytes(
     """Return the bytes that the weights of `config` take in compute type `dtype`; of a rank, what it keeps of them."""
     kept = sharding or Sharding(ParallelLayout(), 0)
     return sum(
-        num_bytes(replace(weight, shape=kept.shape(weight)), dtype, weights_dtype)
+        num_bytes(replace(weight, shape=kept.shape(weight)), config, dtype, weights_dtype)
         for weight in kept.weights(weight_tree(config))
     )
 
@@ -90,6 +96,7 @@ class _Builder:
         self._ranks = ranks
         self._sharding = sharding
         self._lanes = LaneCounts(ranks.layout.num_lanes)
+        self._is_fp8 = weights_dtype is WeightsDtype.FP8
         self._tree = weight_tree(config)
         self._places: dict[Place, Weight] = {}
         """Of what is being built: the weights outside of layers, or those of one layer."""
@@ -192,7 +199,10 @@ class _Builder:
             scaling_factor=shape.scaling_factor,
         )
         router, bias = self._take(Part.ROUTER), self._take_if_there(Part.ROUTER_BIAS)
-        return MoeMlp(Router(router, bias, rule, shape.num_shared_experts), self._experts(layer))
+        return MoeMlp(
+            Router(router, bias, rule, shape.num_shared_experts),
+            self._fp8_experts() if self._is_fp8 else self._experts(layer),
+        )
 
     def _experts(self, layer: int) -> LayerExperts:
         """Return the experts of a layer: here all of them, in a group what its form is."""
@@ -249,3 +259,22 @@ class _Builder:
         pieces = zip(gates.split(width), ups.split(width), downs.split(width, dim=1), strict=True)
         for number, (gate, up, down) in enumerate(pieces, first):
             experts.put(number, gate, up, down.contiguous())
+
+    def _fp8_experts(self) -> Fp8Experts:
+        """Return all experts as they are stored, shared ones last."""
+        shape, config = self._config.moe, self._config
+        count, width = shape.num_experts + shape.num_shared_experts, shape.intermediate_size
+        assert config.fp8_block is not None, "check_fp8 has passed"
+        experts = empty_fp8_experts(count, config.hidden_size, width, self._source.empty(0), config.fp8_block)
+
+        def take(part: Part, expert: int | None = None) -> BlockFp8:
+            return self._source.take_block_fp8(self._places[Place(part, expert)].name)
+
+        for expert in range(shape.num_experts):
+            experts.put(expert, take(Part.GATE, expert), take(Part.UP, expert), take(Part.DOWN, expert))
+        if shape.num_shared_experts:
+            gates, ups = (take(part).split(width, 0) for part in (Part.SHARED_GATE, Part.SHARED_UP))
+            pieces = zip(gates, ups, take(Part.SHARED_DOWN).split(width, 1), strict=True)
+            for expert, (gate, up, down) in enumerate(pieces, shape.num_experts):
+                experts.put(expert, gate, up, down)
+        return experts

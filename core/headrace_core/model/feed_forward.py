@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from headrace_kernels.fp8_experts import Fp8Experts
 from headrace_kernels.linear import Linear
 from headrace_kernels.moe_router import route_and_sort
 from headrace_kernels.routing_rule import RoutedTokens, Router
@@ -66,7 +67,7 @@ class DenseMlp:
 class MoeMlp:
     """Routed experts and, for some networks, shared ones that every token passes."""
 
-    def __init__(self, router: Router, experts: LayerExperts) -> None:
+    def __init__(self, router: Router, experts: LayerExperts | Fp8Experts) -> None:
         self.router = router
         self._experts = experts
         shared = ["shared_experts"] if router.num_shared else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from headrace_core.model.build import build_network, num_weight_bytes
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.model.numerics import Numerics, check_exact, exact_fingerprint
 from headrace_core.model.rope_angles import check_angles
-from headrace_core.model.weights_dtype import WeightsDtype, check_int8, int8_fingerprint
+from headrace_core.model.weights_dtype import WeightsDtype, check_fp8, check_int8, held_fingerprint
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
 from headrace_core.ranks.group import ALONE, Ranks
 from headrace_core.ranks.sharding import Owners, Sharding
 from headrace_core.scalar import Scalar
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -63,7 +66,8 @@ def load_model(
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
-        StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, BAD_RANKS, before anything is read but config.json.
+        StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, BAD_RANKS, before anything is read but config.json;
+            NO_FP8_WEIGHTS, before weights are.
         UnavailableError: RANK_LOST, another rank is gone.
     """
     config = parse_config(directory)
@@ -74,30 +78,35 @@ def load_model(
     cache_dtype = CacheDtype(dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
     if numerics is Numerics.EXACT:
         check_exact(backend(torch.empty(0, device=device)), compute_dtype, cache_dtype)
+        if weights_dtype is WeightsDtype.FP8:
+            raise StartupError("NO_EXACT", "--numerics exact: there are no such kernels for --weights-dtype fp8_e4m3")
     if weights_dtype is WeightsDtype.INT8:
         check_int8(device)
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     names = check_tensors(config, stored)
     sharding = Sharding(ranks.layout, ranks.rank, numerics is Numerics.EXACT, expert_owners or {})
+    is_read = {weight.name for weight in sharding.weights(weight_tree(config))}
+    names = [name for name in names if name.removesuffix(SCALE_SUFFIX) in is_read]
+    progress = _Progress(sum(stored[name].size for name in names), on_progress)
+    reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
+    if weights_dtype is WeightsDtype.FP8:
+        check_fp8(config, reader.is_block_fp8, reader.empty(0), ranks.layout.size)
     weight_bytes = num_weight_bytes(config, compute_dtype, weights_dtype, sharding)
+    held = dtype if weights_dtype is WeightsDtype.AUTO else weights_dtype.value
+    log.info("weights", extra={"dtype": held, "compute_dtype": dtype, "bytes": weight_bytes})
     working_bytes = WORKING_BYTES
     if device == "cuda":
         limits = step_limits or StepLimits()
         working_bytes = gpu_working_bytes(config, layout, limits, kv_pool_bytes, itemsize=compute_dtype.itemsize)
     check_fits(weight_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
-    is_read = {weight.name for weight in sharding.weights(weight_tree(config))}
-    names = [name for name in names if name.removesuffix(SCALE_SUFFIX) in is_read]
-    progress = _Progress(sum(stored[name].size for name in names), on_progress)
-    reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
     weights = build_network(config, reader, weights_dtype, ranks, sharding)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
     if ranks.layout.size > 1:
         _share_digests(reader, ranks)
     fingerprint = reader.fingerprint()
-    if weights_dtype is WeightsDtype.INT8:
-        fingerprint = int8_fingerprint(fingerprint)
+    fingerprint = held_fingerprint(fingerprint, weights_dtype)
     if numerics is Numerics.EXACT:
         fingerprint = exact_fingerprint(fingerprint, ranks.layout)
     identity = ModelIdentity(fingerprint, compute_dtype, weight_bytes, cache_dtype, numerics)

@@ -72,7 +72,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         HeadraceError: as `hub.find_model`.
         CheckpointError: the checkpoint can't be served.
         StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
-            NO_GPU, NO_EXACT, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
+            NO_GPU, NO_EXACT, NO_FP8_WEIGHTS, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
     """
     started = time.perf_counter()
     choose_kernels(settings)
@@ -186,7 +186,7 @@ def _prediction(settings: WorkerSettings, model: Model, name: str) -> Prediction
     shape = shape_of(model.config, name)
     compute, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype
     # Of weights in 8 bits the roofline knows one kind.
-    dtype = Dtype.FP8 if settings.weights_dtype == WeightsDtype.INT8.value else compute
+    dtype = compute if settings.weights_dtype == WeightsDtype.AUTO.value else Dtype.FP8
     kv_dtype = Dtype.FP8 if cached is CacheDtype.FP8_E4M3 else _ROOFLINE_DTYPES[cached.element]
     if settings.hardware == "cpu":
         return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, compute, model.weight_bytes), kv_dtype)
