@@ -106,7 +106,7 @@ def test_models(client):
     ("fields", "error", "param"),
     [
         ({"model": "gpt-5"}, openai.NotFoundError, None),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tool_choice"),
         ({"temperature": -1}, openai.UnprocessableEntityError, None),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "colour"),
         ({"timeout": 0.001}, openai.APITimeoutError, None),

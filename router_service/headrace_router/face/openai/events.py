@@ -48,12 +48,14 @@ class Events:
         self._is_plain = not (self._is_counted_always or about.wanted.has_logprobs or about.wanted.has_token_ids)
         make = about.make_reader
         self._readers = [make() for _ in range(about.num_choices)] if make else []
+        self._is_short = self._is_plain and not self._readers
+        """Whether most pieces are their text alone."""
         self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(about.num_choices)]
 
     def take(self, piece: Piece) -> str:
         """Return the events of a piece; empty if it has none."""
         ending, index = piece.ending, piece.sample_index
-        if ending is None and self._is_plain and not piece.is_first:
+        if self._is_short and ending is None and not piece.is_first:
             self._counts.num_output += len(piece.token_ids)
             return f"{self._heads[index]}{quoted(piece.text)}{self._plain}" if piece.text else ""
         self._counts.add(index, len(piece.token_ids), ending)
