@@ -80,21 +80,49 @@ class Found(NamedTuple):
     generated: dict[Case, Generated]
     steps: dict[tuple[Case, Options], Bits]
     failures: list[str]
+    sent_bytes: dict[Case, int]
 
 
-def all_of(
-    world: RankGroup,
-    to_generate: list[Case],
-    prompts: list[list[int]],
-    num_tokens: int,
-    to_step: list[tuple[Case, Options]],
-) -> Found:
+class ToDo(NamedTuple):
+    """What a group of ranks is to try."""
+
+    prompts: list[list[int]]
+    num_tokens: int
+    generate: list[Case]
+    steps: list[tuple[Case, Options]]
+    send: list[Case]
+
+
+def all_of(world: RankGroup, to_do: ToDo) -> Found:
     """Do everything in one group, since a process takes longer to start than a case to compute."""
     return Found(
-        {case: generate(world, case, prompts, num_tokens) for case in to_generate},
-        {(case, options): steps(case.folder, options, _ranks(case, world)) for case, options in to_step},
+        {case: generate(world, case, to_do.prompts, to_do.num_tokens) for case in to_do.generate},
+        {(case, options): steps(case.folder, options, _ranks(case, world)) for case, options in to_do.steps},
         _failures(world),
+        {case: _sent_bytes(world, case) for case in to_do.send},
     )
+
+
+TOKENS = [65, 64, 65, 64]
+"""Of the sequences of `_sent_bytes`, which take turns at the lanes; in bfloat16 a sum over them all is a large one."""
+
+
+def _sent_bytes(world: RankGroup, case: Case) -> int:
+    """Return what this rank sends in a step of prompts that are all sampled after."""
+    ranks = _ranks(case, world)
+    model = load_model(case.folder, ranks=ranks)
+    sequences = PagedSequences(model, page_size=16, num_pages=24)
+    chunks = [
+        replace(
+            sequences.chunk(key, [3 + (key * 31 + i * 7) % 150 for i in range(count)]),
+            lane=key % ranks.layout.num_lanes,
+        )
+        for key, count in enumerate(TOKENS)
+    ]
+    groups = {id(group): group for group in (ranks.world, ranks.lane)}.values()
+    before = sum(group.sent_bytes for group in groups)
+    model.forward(chunks, sequences.cache)
+    return sum(group.sent_bytes for group in groups) - before
 
 
 def _ranks(case: Case, world: RankGroup) -> Ranks:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
+from headrace_core.ranks.layout import ParallelLayout
+from headrace_core.ranks.sharding import ExpertsForm, Sharding
+from headrace_core.ranks.traffic import step_bytes
 from headrace_core.testing.rank_processes import run_ranks
 from headrace_kernels import backend
 
-from tests.parity.rank_cases import Case, Generated, Options, all_of, steps
+from tests.parity.rank_cases import TOKENS, Case, Generated, Options, ToDo, all_of, steps
 
 NUM_TOKENS = 64
 _OF_TWO = [
@@ -40,6 +44,10 @@ _NEAR = [
     for names in (("tp2", "ep2"), ("tp1", "ep2"), ("tp1", "tp2"))
     for options in (Options(dtype="bfloat16"), Options(kernels="reference"))
 ]
+_SENT = {
+    2: [("v2", "tp2", "ep2"), ("v3", "tp1", "tp2"), ("v3", "tp1", "ep2")],
+    4: [("v3", "tp4", "ep4"), ("v3", "tp2", "tp4"), ("mixtral", "tp1", "ep4"), ("v2", "tp2", "ep4")],
+}
 _HAS_LIBRARY = backend(torch.empty(0)) == "cpu"
 needs_library = pytest.mark.skipif(not _HAS_LIBRARY, reason="the compiled CPU kernels are not built: make setup")
 
@@ -56,7 +64,8 @@ def of_two(checkpoint, prompts):
     if _HAS_LIBRARY:
         to_step += [(Case(checkpoint("v3"), attention, "ep2"), each) for attention, all_ in _MOVED for each in all_]
     cases = [Case(checkpoint(name), *names) for name, *names in _OF_TWO]
-    return run_ranks(2, all_of, cases, prompts, NUM_TOKENS, to_step)
+    to_send = [Case(checkpoint(name), *names) for name, *names in _SENT[2]]
+    return run_ranks(2, all_of, ToDo(prompts, NUM_TOKENS, cases, to_step, to_send))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +73,8 @@ def of_four(checkpoint, prompts):
     """What the ranks of a group of four found."""
     to_step = [(Case(checkpoint("v3"), "tp1", "ep4"), _EXACT)] if _HAS_LIBRARY else []
     cases = [Case(checkpoint(name), *names) for name, *names in _OF_FOUR]
-    return run_ranks(4, all_of, cases, prompts, NUM_TOKENS, to_step)
+    to_send = [Case(checkpoint(name), *names) for name, *names in _SENT[4]]
+    return run_ranks(4, all_of, ToDo(prompts, NUM_TOKENS, cases, to_step, to_send))
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +134,21 @@ def test_logits_are_near_those_of_one_process_in_another_type_and_other_kernels(
 
 def test_every_rank_learns_of_a_chunk_that_failed_in_another_lane(of_two, of_four):
     assert [found.failures for found in (*of_two, *of_four)] == [["2 BAD_LOGITS"]] * 6
+
+
+@pytest.mark.parametrize("case", [*_SENT[2], *_SENT[4]], ids="-".join)
+def test_ranks_send_what_the_formulas_say(case, of_two, of_four, checkpoint):
+    """To the byte; where tokens travel to their experts, within a tenth of what even choices would send."""
+    name, *names = case
+    layout, config = ParallelLayout.parse(*names), parse_config(checkpoint(name))
+    by_rank = of_two if layout.size == 2 else of_four
+    sent = sum(found.sent_bytes[Case(checkpoint(name), *names)] for found in by_rank)
+    tokens = [sum(TOKENS[lane :: layout.num_lanes]) for lane in range(layout.num_lanes)]
+    logits = [len(TOKENS[lane :: layout.num_lanes]) for lane in range(layout.num_lanes)]
+    sharding = Sharding(layout, 0)
+    formula = step_bytes(config, sharding, tokens, logits, 4)
+    if sharding.experts_form is ExpertsForm.DISPATCHED:
+        experts = sent - (formula.total - formula.experts)
+        assert abs(experts - formula.experts) <= 0.1 * formula.experts
+    else:
+        assert sent == formula.total

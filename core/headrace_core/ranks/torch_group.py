@@ -21,12 +21,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout  # the only way t
 
 from headrace_core.errors import StartupError, UnavailableError
 from headrace_core.ranks.group import OneRank, RankGroup, check_counts, ordered_sum
+from headrace_core.ranks.traffic import LARGE_SUM_BYTES
 
 _FRAME_BYTES = 8192
 """Of a broadcast's first meeting: a length, and as much of the data as fits."""
 _LENGTH = struct.Struct("<Q")
-_LARGE_BYTES = 64 * 1024
-"""From here on a sum is cut into pieces: two meetings cost more than the bytes of a smaller one."""
 # torch 2.13's name, and that of the versions before.
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _gather_into: Callable[..., object] = getattr(dist, _GATHER)
@@ -45,7 +44,7 @@ class TorchGroup:
 
     def all_sum(self, part: Tensor, onto: Tensor | None = None) -> Tensor:
         """See `RankGroup`."""
-        if self.size == 2 or part.numel() * part.element_size() < _LARGE_BYTES:
+        if self.size == 2 or part.numel() * part.element_size() < LARGE_SUM_BYTES:
             return ordered_sum(self.all_gather(part), onto).view(part.shape)
         width = -(-part.numel() // self.size)
         pieces = _cut(part, width, self.size)
