@@ -25,7 +25,7 @@ CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity parity-full integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -85,6 +85,9 @@ unit: setup ## Fast tests: no GPU, no other process
 
 parity: setup ## Against transformers; kernels against their specifications, on a GPU or a pretended one
 	$(BIN)/pytest tests/parity
+
+parity-full: setup ## Every layout of 2 and 4 ranks, on both sides of a hand-off, against transformers (build/parity-full.json)
+	$(BIN)/python -m tests.parity_full
 
 integration: setup ## Real processes on loopback
 	$(BIN)/pytest tests/integration

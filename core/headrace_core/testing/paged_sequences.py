@@ -49,6 +49,10 @@ class PagedSequences:
         """Return how many tokens of sequence `key` have been handed out as chunks."""
         return self._lengths.get(key, 0)
 
+    def pages(self, key: int) -> list[int]:
+        """Return the pages of sequence `key`, in order."""
+        return list(self._pages[key])
+
     def chunk(self, key: int, token_ids: Sequence[int], *, is_sampled: bool = True) -> Chunk:
         """Return the chunk that continues sequence `key` with `token_ids`, taking the pages it needs."""
         start = self._lengths.get(key, 0)
