@@ -45,6 +45,7 @@ class Pool:
         self._engine = OnThread(self._run)
 
     def close(self) -> None:
+        """Run what was given to the engine, and let both ranks come to their ends. Idempotent."""
         self.finish()
         self._leader.close()
         self._follower.result()
@@ -82,8 +83,7 @@ def test_what_lands_is_every_ranks_and_can_be_sent_again(pool: Pool):
             pool.pages.page_bytes(layer, page_id)[:] = bytes(size)
     pool.pages.copy_to_host([2, 4], layers)
     assert {cell: bytes(pool.pages.page_bytes(*cell)) for cell in landed} == landed
-    pool.finish()
-    pool.finish = lambda: None
+    pool.close()
     for cache, share in zip(pool.caches, pool.shares, strict=True):
         for (layer, page_id), content in landed.items():
             assert bytes(cache.page_bytes(layer, page_id)) == share.cut(content)
@@ -100,5 +100,4 @@ def test_nobody_waits_for_pages_of_a_group_that_is_over():
         asking.result()
     with pytest.raises(UnavailableError, match="is over"):
         pool.pages.copy_to_host([1], range(3))
-    pool._leader.close()
-    pool._follower.result()
+    pool.close()

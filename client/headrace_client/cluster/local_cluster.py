@@ -245,10 +245,9 @@ class LocalCluster:
             raise InvalidRequestError(
                 "NO_MODEL", f"{self.model_dir} is not a model: it needs config.json, *.safetensors and tokenizer.json"
             )
-        roles: list[tuple[Role, int]] = [("prefill", self.num_prefill), ("decode", self.num_decode + self.num_both)]
-        for role, count in roles:
-            if count and self._num_ranks(role) != 1:
-                check_ranks(self.model_dir, self._num_ranks(role), self.options(role))
+        if self.num_prefill:
+            check_ranks(self.model_dir, self.prefill_ranks, self.options("prefill"))
+        check_ranks(self.model_dir, self.decode_ranks, self.options("decode"))
 
     def _num_ranks(self, role: Role) -> int:
         return {"router": 1, "prefill": self.prefill_ranks}.get(role, self.decode_ranks)
@@ -263,8 +262,7 @@ class LocalCluster:
     def _spawn(self, role: Role, options: Options | None = None) -> ClusterProcess:
         """Start a process, or all ranks of a worker; return the first."""
         assert self._spawner, "the cluster is not running"
-        number = sum(process.role == role for process in self.workers)
-        name = f"{role}-{number}" if role != "router" else role
+        name = f"{role}-{sum(process.role == role for process in self.workers)}" if role != "router" else role
         ready_file = self._path(f"{len(self.processes)}.ready")
         merged = {**self.options(role), **(options or {}), "ready-file": ready_file}
         first = len(self.processes)

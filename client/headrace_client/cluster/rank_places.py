@@ -13,18 +13,15 @@ _HOST = "127.0.0.1"
 
 
 def check_ranks(model_dir: Path, num_ranks: int, options: Mapping[str, Any]) -> None:
-    """Refuse what the ranks themselves would refuse, before any is started; `options` are the worker's.
+    """Refuse what several ranks themselves would refuse, before any is started; `options` are the worker's.
 
     Raises:
         StartupError: BAD_RANKS.
         CheckpointError: the model's config can't be read.
     """
-    served_layout(
-        model_dir,
-        num_ranks,
-        attention_tp=int(options.get("attention-tp", 0)),
-        experts=str(options.get("experts", "ep")),
-    )
+    if num_ranks != 1:
+        attention_tp, experts = int(options.get("attention-tp", 0)), str(options.get("experts", "ep"))
+        served_layout(model_dir, num_ranks, attention_tp=attention_tp, experts=experts)
 
 
 def rank_environments(num_ranks: int) -> Sequence[Mapping[str, str]]:
