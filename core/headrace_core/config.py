@@ -87,7 +87,11 @@ class ProcessSettings(BaseSettings):
 
 
 class WorkerSettings(ProcessSettings):
-    """What both kinds of worker have."""
+    """What both kinds of worker have.
+
+    A worker is one process, or a group of ranks: as many as the environment says (`ranks.place`), all given the same
+    settings. The first serves; addresses and files are its alone.
+    """
 
     model: Path = Field(
         description="folder of a Hugging Face checkpoint, or its name on the hub, from where it is downloaded then"
@@ -146,6 +150,23 @@ class WorkerSettings(ProcessSettings):
     )
     frame_kib: int = Field(2048, ge=4, le=4096, description="payload of one transfer frame, KiB")
     transfer_timeout_s: float = Field(30.0, gt=0, description="longest time that one run of pages may take to move")
+    attention_tp: int = Field(
+        0,
+        ge=0,
+        description="of a group of ranks: how many share the heads of a sequence's attention (tensor parallelism, TP); "
+        "0: all",
+    )
+    experts: Literal["tp", "ep"] = Field(
+        "ep",
+        description="of a group of ranks: ep: each has whole experts (expert parallelism); tp: a part of every one's "
+        "columns",
+    )
+    rank_timeout_s: float = Field(
+        10.0, gt=0, description="longest time that one rank lets the others wait in a step; then its group ends"
+    )
+    rank_start_timeout_s: float = Field(
+        600.0, gt=0, description="longest time that ranks wait for one another while they start and load"
+    )
     roofline_every_steps: int = Field(
         64, ge=0, description="one step in so many is measured operation by operation; 0: none"
     )

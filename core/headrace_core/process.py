@@ -21,7 +21,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import uvloop
 from prometheus_client import CollectorRegistry
@@ -69,15 +69,16 @@ class Service(Protocol):
         ...
 
 
-def run(factory: Callable[[], Service], settings: ProcessSettings, *, role: str) -> None:
+def run(factory: Callable[[], Service], settings: ProcessSettings, *, role: str, rank: int | None = None) -> NoReturn:
     """Run the service that `factory` makes until a signal or its failure; does not return.
 
     Args:
         factory: called on the event loop; may raise HeadraceError, as `Service.start` may.
         settings: addresses, log format, ready file, drain time.
         role: `router`, `prefill`, `decode` or `both`; for logs and the ready file.
+        rank: of a group's process, for logs.
     """
-    setup_logging(role, log_format=settings.log_format, level=settings.log_level)
+    setup_logging(role, log_format=settings.log_format, level=settings.log_level, rank=rank)
     raise_file_limit()
     code = uvloop.run(_run(factory, settings, role))
     # Not sys.exit: a library thread that does not end must not keep a drained process alive.

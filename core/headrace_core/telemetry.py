@@ -46,14 +46,16 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 class _Formatter(logging.Formatter):
     """One line per event, as text for people or as JSON for collectors."""
 
-    def __init__(self, process: str, *, as_json: bool) -> None:
+    def __init__(self, process: str, *, as_json: bool, rank: int | None = None) -> None:
         super().__init__()
         self._process = process
         self._as_json = as_json
+        self._common = {} if rank is None else {"rank": rank}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line; a traceback follows on lines of its own in text."""
-        data: dict[str, Any] = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        own = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        data: dict[str, Any] = {**self._common, **own}
         if self._as_json:
             line = {
                 "time": round(record.created, 6),
@@ -91,10 +93,13 @@ def level_of(line: str) -> str:
         return ""
 
 
-def setup_logging(process: str, *, log_format: str, level: str) -> None:
-    """Send every logger's lines to standard error in one format; `process` names this process in JSON."""
+def setup_logging(process: str, *, log_format: str, level: str, rank: int | None = None) -> None:
+    """Send every logger's lines to standard error in one format.
+
+    `process` names this process in JSON; `rank`, of a group's, is among every line's data.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(process, as_json=log_format == "json"))
+    handler.setFormatter(_Formatter(process, as_json=log_format == "json", rank=rank))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # It writes a traceback for each answer that can't be decoded, and then gives None, which `rpc.answered` reports.
     logging.getLogger("grpc._common").addFilter(lambda record: "deserializing" not in record.getMessage())

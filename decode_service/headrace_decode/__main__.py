@@ -1,4 +1,7 @@
-"""Run the decode worker: `python -m headrace_decode --model FOLDER`; `--help` lists every setting."""
+"""Run the decode worker: `python -m headrace_decode --model FOLDER`; `--help` lists every setting.
+
+Started by torchrun it is one rank of the worker's group.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,25 @@ def main() -> None:
     from headrace_core.config import DecodeSettings, complain, parse
     from headrace_core.errors import StartupError
     from headrace_core.packages import check_worker_packages
-    from headrace_core.process import keep_freed_memory, run
+    from headrace_core.process import keep_freed_memory
+    from headrace_core.ranks.place import own_place
     from headrace_core.worker.threads import limit_threads
 
     settings = parse(DecodeSettings)
     try:
         check_worker_packages()
+        place = own_place()
     except StartupError as error:
         complain(str(error))
         sys.exit(2)
     limit_threads(settings.threads)
     keep_freed_memory()
     # Only now: torch reads the thread limits when it is imported.
+    from headrace_core.worker.run_worker import run_worker
+
     from headrace_decode.service import DecodeService
 
-    run(lambda: DecodeService(settings), settings, role=settings.role)
+    run_worker(settings, place, lambda loader: DecodeService(settings, loader=loader), role=settings.role)
 
 
 if __name__ == "__main__":

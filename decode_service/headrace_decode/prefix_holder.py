@@ -64,7 +64,7 @@ class PrefixHolder:
         """Be ready to hold pages of a model; `generation` tells a page's now."""
         host = self._host
         me = HolderSelf(host.endpoint, host.incarnation, model.fingerprint, model.layout, self.ends)
-        sealer = Sealer(model.cache, model.layout)
+        sealer = Sealer(model.pages, model.layout)
         self._pages = PageHolder(me, sealer, generation=generation, on_end=self._on_end, on_change=self._on_change)
 
     def hold(self, order: Order, outbox: Outbox[pb.HoldResponse]) -> HeldCall:

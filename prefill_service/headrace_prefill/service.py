@@ -124,7 +124,7 @@ class PrefillService:
         host = self.host
         self._holder = PageHolder(
             HolderSelf(host.endpoint, host.incarnation, model.fingerprint, model.layout, self._ends),
-            Sealer(model.cache, model.layout),
+            Sealer(model.pages, model.layout),
             generation=scheduler.pages.pool.generation,
             on_end=self._on_lease_end,
             on_change=self._on_lease_change,

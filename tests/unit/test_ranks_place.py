@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,11 @@ def test_half_a_place_is_refused(changed, complaint):
     assert told.value.reason == "BAD_RANKS"
 
 
-def test_a_process_that_can_not_read_its_place_says_so_and_exits_2(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit) as left:
-        own_place()
-    assert left.value.code == 2
-    assert "RANK is '-1'" in capsys.readouterr().err
+def test_a_process_reads_its_own_place(monkeypatch):
+    for name, value in {**TORCHRUN, "CUDA_VISIBLE_DEVICES": "2,3"}.items():
+        monkeypatch.setenv(name, value)
+    assert own_place() == RankPlace(3, 4, 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,13 @@ Examples:
   headrace up --model deepseek-ai/DeepSeek-V2-Lite     (downloaded from the Hugging Face hub)
   headrace up --model DIR --prefill 2 --decode 2 --kv-pool-mib 1024
   headrace up --model DIR --both 1                (one worker, no hand-off)
+  headrace up --model DIR --decode-ranks 2        (the decode worker is two processes, each with half of the experts)
   headrace up --model DIR --worker-option max-step-tokens=512
   headrace up --model DIR --tls build/certs       (every hop encrypted, every caller known)
   headrace up --model DIR --http-listen ''        (no HTTP)
 
-The cores are divided among the workers. A worker that dies is reported and not started again; its requests go on \
-elsewhere if another worker can take them. If the router dies, everything stops.
+The cores are divided among the workers' processes. A worker that dies is reported and not started again; its requests \
+go on elsewhere if another worker can take them. If a rank dies, so does its worker; if the router, everything stops.
 
 Options of the processes:
   python -m headrace_router --help
@@ -51,6 +52,8 @@ HTTP_PORT = 8000
 _LOOK_S = 0.2
 _MOST_WORKERS = 256
 """Of a kind, on one machine."""
+
+_MOST_RANKS = 64
 
 _Settings = list[str] | None
 
@@ -77,6 +80,26 @@ def up(  # the signature is the command line
     ] = None,
     both: Annotated[
         int, typer.Option("--both", "-b", min=0, max=_MOST_WORKERS, help="Workers that prefill and decode.")
+    ] = 0,
+    prefill_ranks: Annotated[
+        int, typer.Option(min=1, max=_MOST_RANKS, help="Processes that share the model as one prefill worker.")
+    ] = 1,
+    decode_ranks: Annotated[
+        int,
+        typer.Option(min=1, max=_MOST_RANKS, help="Processes that share the model as one decode or colocated worker."),
+    ] = 1,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="How ranks share experts. ep: each has whole ones (expert parallelism, EP); tp: a part of every one "
+            "(tensor parallelism, TP)."
+        ),
+    ] = "ep",
+    attention_tp: Annotated[
+        int,
+        typer.Option(
+            "--attention-tp", min=0, max=_MOST_RANKS, help="Ranks that share the heads of attention (TP). 0: all."
+        ),
     ] = 0,
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = DEFAULT_ADDRESS,
     http_listen: Annotated[
@@ -141,6 +164,8 @@ def up(  # the signature is the command line
             "kv-cache-dtype": kv_cache_dtype,
             "kernels": kernels,
             "kv-pool-mib": kv_pool_mib,
+            "experts": experts,
+            "attention-tp": attention_tp,
             **named,
             **parse_settings(worker_option),
         },
@@ -149,6 +174,8 @@ def up(  # the signature is the command line
         metrics_port=choose_metrics_port(metrics_port, 1 + prefill + decode + both),
         api_key=api_key,
         tls=tls,
+        prefill_ranks=prefill_ranks,
+        decode_ranks=decode_ranks,
     )
     cluster.wait_for_workers = not cluster.asks_for_keys or bool(api_key)
     check(cluster)

@@ -10,7 +10,6 @@ Torch-free: it is asked before torch is imported.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -54,12 +53,8 @@ def read_place(environment: Mapping[str, str]) -> RankPlace:
 
 
 def own_place() -> RankPlace:
-    """Return this process's place, and let it see its own GPU; print what is wrong and exit 2 if that can't be read."""
-    try:
-        place = read_place(os.environ)
-    except StartupError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
+    """Return this process's place, and let it see its own GPU. Raises as `read_place` does."""
+    place = read_place(os.environ)
     take_gpu(place, os.environ)
     return place
 

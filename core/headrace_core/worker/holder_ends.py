@@ -25,7 +25,7 @@ def holder_ends(
         TRANSPORTS[name].holder(
             Holding(
                 holder=leases,
-                memory=lambda: host.model.cache,
+                memory=lambda: host.model.pages,
                 incarnation=host.incarnation,
                 frame_bytes=frame_bytes,
                 on_sent=metrics.transfer_bytes.labels(name, "sent").inc,

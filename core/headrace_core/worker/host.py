@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -25,14 +27,16 @@ from headrace_core.batch.scheduler import Scheduler
 from headrace_core.batch.step import LayerWatch
 from headrace_core.config import WorkerSettings
 from headrace_core.door import LONG_CALLS, Door
-from headrace_core.engine.engine import Engine, News
+from headrace_core.engine.engine import Beat, Engine, News
 from headrace_core.engine.executor import Executor
+from headrace_core.engine.leader import BEAT_S, GroupModel, Leader
 from headrace_core.errors import UnavailableError
 from headrace_core.identity import Identity, Role
 from headrace_core.peers import Peers
 from headrace_core.rpc import Server, own_channel
 from headrace_core.tracing.start import open_tracer
 from headrace_core.wire import encode_layout
+from headrace_core.worker.daemon import on_daemon
 from headrace_core.worker.lent_threads import LentThreads
 from headrace_core.worker.loading import LoadedModel
 from headrace_core.worker.metrics import WorkerMetrics
@@ -41,6 +45,7 @@ from headrace_core.worker.worker_service import LoadBoard, WorkerServicer
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 0.5
+_OWN_SIGNAL_S = 0.5
 WORKER_SERVICE = "headrace.v1.WorkerService"
 
 Loader = Callable[[WorkerSettings], LoadedModel]
@@ -94,6 +99,7 @@ class WorkerHost(Generic[S]):
         self.metrics_port = 0
         self._model: LoadedModel | None = None
         self._engine: Engine[S] | None = None
+        self._leader: Leader | None = None
         self._lent: LentThreads | None = None
         self._draining: asyncio.Task[None] | None = None
         worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(
@@ -151,7 +157,7 @@ class WorkerHost(Generic[S]):
         Raises:
             CheckpointError: it can't be served.
         """
-        return await asyncio.to_thread(loader, self._settings)
+        return await on_daemon(lambda: loader(self._settings), "loading")
 
     async def go(
         self,
@@ -174,22 +180,27 @@ class WorkerHost(Generic[S]):
         if model.prediction and timing_period:
             self._metrics.show_operations(model.prediction)
         lent = self._lent = self._lent_threads(model)
+        network = GroupModel(model.model, model.group.ranks) if model.group else model.model
         executor = Executor(
-            model.model,
+            network,
             model.cache,
             timing_period=timing_period,
             num_threads=lent.take if lent else None,
             grammars=model.grammars,
         )
+        leader = self._leader = self._lead(model, executor, scheduler)
         self._model = model
-        self._engine = Engine(
+        engine = self._engine = Engine(
             scheduler,
-            executor.step,
+            leader.step if leader else executor.step,
             deliver=deliver,
             on_fatal=self._on_fatal,
             watch=watch,
             rest=lent.rest if lent else None,
+            beat=Beat(leader.beat, BEAT_S) if leader else None,
         )
+        if leader and model.group:
+            model.group.pages.lead(leader, lambda function: engine.submit(lambda _: function()))
         self._engine.start()
         self._engine.submit(lambda _: None)  # makes the first load report
         self.state = HostState.READY
@@ -228,6 +239,9 @@ class WorkerHost(Generic[S]):
             await self._draining
         if self._engine:
             await self._engine.stop()
+        if self._leader:
+            self._let_go()
+            await asyncio.to_thread(self._leader.close)
         if self._lent:
             self._lent.close()
         await self._peers.close()
@@ -262,15 +276,41 @@ class WorkerHost(Generic[S]):
     def _lent_threads(self, model: LoadedModel) -> LentThreads | None:
         """Return what the worker has of the others' threads; None where it keeps to its own.
 
-        Plain torch may sum in another order on another number of threads, so that a seed would not give its tokens.
+        Plain torch may sum in another order on another number of threads, so that a seed would not give its tokens; and
+        the ranks of a group wait for the slowest, which more threads for one of them would not make faster.
         """
         folder = self._settings.lend_threads
-        if folder is None or backend(model.cache.layers[0]) != "cpu":
+        if folder is None or model.group or backend(model.cache.layers[0]) != "cpu":
             return None
         return LentThreads(folder, self._settings.threads)
 
+    def _lead(self, model: LoadedModel, executor: Executor, scheduler: S) -> Leader | None:
+        """Return what leads the other ranks; None: there are none."""
+        self._metrics.ranks.set(model.group.ranks.size if model.group else 1)
+        if model.group is None:
+            return None
+        loop = asyncio.get_running_loop()
+
+        def on_leave() -> None:
+            # A signal of its own, if all ranks were given one, comes first: a second would end it at once.
+            loop.call_soon_threadsafe(loop.call_later, _OWN_SIGNAL_S, self._leave)
+
+        group = model.group
+        return Leader(group.ranks, executor.step, group.part, scheduler.running_keys, on_leave=on_leave)
+
+    def _let_go(self) -> None:
+        """Let nobody wait for the engine, which is over."""
+        if self._model and self._model.group:
+            self._model.group.pages.close()
+
+    def _leave(self) -> None:
+        if self.state is HostState.READY:
+            log.info("another rank was told to leave, so all do")
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def _on_fatal(self, error: BaseException) -> None:
         self.state = HostState.FAILED
+        self._let_go()
         self._draining = asyncio.ensure_future(self.server.set_ready(False))
         with contextlib.suppress(asyncio.InvalidStateError):
             self.failed.set_exception(error)

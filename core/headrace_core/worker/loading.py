@@ -28,13 +28,15 @@ from headrace_core.model.self_check import check_kernels
 from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.model.working_memory import StepLimits
 from headrace_core.progress import shown
+from headrace_core.ranks.place import ALONE_PLACE, RankPlace
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype
 from headrace_core.transfer.memfd import Memfd
-from headrace_core.transfer.memory import new_memory
+from headrace_core.transfer.memory import PageMemory, new_memory
 from headrace_core.transfer.transports import memory_kind, usable
 from headrace_core.worker.cpu_speed import measure_worker_cpu
 from headrace_core.worker.op_metrics import Prediction
+from headrace_core.worker.rank_group import RankOfGroup, agree, join, rank_of_group
 from headrace_core.worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ _ROOFLINE_DTYPES = {dtype.scalar: dtype for dtype in Dtype}
 class LoadedModel:
     """A model ready to step, and what others must know of it.
 
-    `prediction` None: its operations are not timed.
+    `prediction` None: its operations are not timed. `group` None: a process alone has all of it.
     """
 
     name: str
@@ -63,16 +65,25 @@ class LoadedModel:
     grammars: Grammars | None = None
     memory: Memfd | None = None
     """What the pool is built on, if other processes can be let read it."""
+    group: RankOfGroup | None = None
+
+    @property
+    def pages(self) -> PageMemory:
+        """The pool as transfers see it."""
+        return self.group.pages if self.group else self.cache
 
 
-def load_worker_model(settings: WorkerSettings) -> LoadedModel:
+def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) -> LoadedModel:
     """Load the checkpoint, downloaded first if need be, and make the page pool; takes long, call it off the event loop.
+
+    Of a group, this loads one rank's share: all ranks call it, and it returns when all of them have loaded.
 
     Raises:
         HeadraceError: as `hub.find_model`.
         CheckpointError: the checkpoint can't be served.
         StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
-            NO_GPU, NO_EXACT, NO_FP8_WEIGHTS, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT.
+            NO_GPU, NO_EXACT, NO_FP8_WEIGHTS, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT; BAD_RANKS, of a group.
+        UnavailableError: RANK_LOST, of a group.
     """
     started = time.perf_counter()
     choose_kernels(settings)
@@ -80,6 +91,7 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
     most_bytes = machine_bytes() if settings.device == "cpu" else 0
     with shown(f"downloading {settings.model}") as on_progress:
         settings = with_folder(settings, most_bytes=most_bytes, on_progress=on_progress)
+    ranks = join(settings, place)
     name = settings.model_name or settings.model.resolve().name
     with shown(f"loading {name}") as on_progress:
         model = load_model(
@@ -92,18 +104,22 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             kv_pool_bytes=pool_bytes,
             step_limits=StepLimits(settings.max_step_tokens, settings.max_step_sequences, settings.max_context_tokens),
             on_progress=on_progress,
+            ranks=ranks,
         )
-    layout = model.kv_layout(settings.page_size)
-    num_pages = pool_bytes // layout.page_bytes
+    own = model.kv_layout(settings.page_size)
+    num_pages = pool_bytes // own.page_bytes
     if num_pages < 1:
         raise StartupError(
-            "POOL_TOO_SMALL", f"--kv-pool-mib {settings.kv_pool_mib}: one page takes {layout.page_bytes} bytes"
+            "POOL_TOO_SMALL", f"--kv-pool-mib {settings.kv_pool_mib}: one page takes {own.page_bytes} bytes"
         )
     config = model.config
+    layout = config.kv_layout(settings.page_size, model.cache_dtype)
     most = min(settings.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
-    memory = new_memory(memory_kind(usable(settings.transport)))
-    cache = KvCache(layout, num_pages, settings.device, allocate=memory and memory.allocate)
+    # Other processes read rank 0's pages alone, and whole ones.
+    memory = new_memory(memory_kind(usable(settings.transport))) if place.rank == 0 else None
+    cache = KvCache(own, num_pages, settings.device, allocate=memory.allocate if memory and own == layout else None)
     kernels = backend(cache.layers[0])
+    agree(ranks, {"model": model.fingerprint, "layout": str(layout), "pages": num_pages, "kernels": kernels})
     if settings.device == "cuda" and kernels != "reference":
         _prepare_gpu(settings, model, cache, most)
     else:
@@ -123,11 +139,13 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
             "weights_dtype": settings.weights_dtype,
             "seconds": time.perf_counter() - started,
             "pages": num_pages,
-            "page_bytes": layout.page_bytes,
+            "page_bytes": own.page_bytes,
             "cache_dtype": layout.dtype.value,
             "max_context_tokens": most,
+            **({"layout": str(ranks.layout)} if place.size > 1 else {}),
         },
     )
+    ranks.set_timeout(settings.rank_timeout_s)
     return LoadedModel(
         name=name,
         model=model,
@@ -136,9 +154,10 @@ def load_worker_model(settings: WorkerSettings) -> LoadedModel:
         layout=layout,
         fingerprint=model.fingerprint,
         num_pages=num_pages,
-        prediction=_prediction(settings, model, name),
+        prediction=_prediction(settings, model, name) if place.size == 1 else None,
         grammars=grammars,
         memory=memory,
+        group=rank_of_group(ranks, cache, layout, memory) if place.size > 1 else None,
     )
 
 

@@ -55,6 +55,7 @@ class WorkerMetrics:
         self.kv_pages = Gauge("headrace_kv_pages", "Pages of the pool", ["state"], registry=registry)
         self.running = Gauge("headrace_running_sequences", "Sequences computed in steps", registry=registry)
         self.waiting = Gauge("headrace_waiting_sequences", "Sequences queued in this worker", registry=registry)
+        self.ranks = Gauge("headrace_ranks", "Processes that are this worker: ranks of its group", registry=registry)
         self.cache_hit_tokens = Counter(
             "headrace_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache", registry=registry
         )

@@ -50,11 +50,11 @@ def model_taker(
 ) -> Taker:
     """Return what takes pages into a model's pool by these transports; `timeout_s` is a run's."""
     return Taker(
-        model.cache,
+        model.pages,
         fingerprint=model.fingerprint,
         layout=model.layout,
         vocab_size=model.limits.vocab_size,
-        transports={name: TRANSPORTS[name].taker(model.cache, connect) for name in transports},
+        transports={name: TRANSPORTS[name].taker(model.pages, connect) for name in transports},
         connect=connect,
         timeout_s=timeout_s,
         drain_timeout_s=drain_timeout_s,

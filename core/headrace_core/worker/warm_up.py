@@ -21,7 +21,7 @@ _PARAMS = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=
 def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
     """Compute throw-away prompts of 1, 2, 4 ... up to `max_step_tokens` tokens; the pages are zero afterwards.
 
-    Prompts are no longer than the pool holds. Call it before the engine starts.
+    Prompts are no longer than the pool holds. Call it before the engine starts; in a group of ranks, on all of them.
 
     Raises:
         CheckpointError: BAD_LOGITS, the network gave logits that are not finite.
@@ -33,7 +33,8 @@ def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
         row = SamplingRow(_PARAMS, [0] * num_tokens, [], 0, num_tokens, ())
         logits = model.forward([Chunk(0, [0] * num_tokens, 0, pages, True)], cache)
         check_finite(logits)
-        sample(logits, [row])
+        if len(logits):  # of a group of ranks they are one's
+            sample(logits, [row])
     cache.copy_to_host(pages[:1])
     cache.copy_from_host(pages[:1])
     cache.zero_pages(pages)
