@@ -5,10 +5,8 @@
 
 All start side by side; each listens on a port that the kernel chose and says so in a ready file. The router learns
 its workers from a file that is written when they serve, and again when one is added. Every child ends when the process
-that made the cluster ends, however it ends (`child_process`).
-
-A worker may be a group of ranks, each a process that is told its place as torchrun tells it; the first is the worker
-for everybody else, and has its name.
+that made the cluster ends, however it ends (`child_process`). A worker of several ranks is as many processes, told
+their places as torchrun would; the first is the worker for everybody else, and has its name.
 """
 
 from __future__ import annotations
@@ -134,8 +132,8 @@ class LocalCluster:
 
     def ranks(self, worker: ClusterProcess) -> list[ClusterProcess]:
         """Return the processes that are `worker`, itself first."""
-        first = self.processes.index(worker)
-        return self.processes[first : first + self._num_ranks(worker.role)]
+        index = self.processes.index(worker)
+        return self.processes[index : index + self._num_ranks(worker.role)]
 
     @property
     def num_workers(self) -> int:
@@ -144,8 +142,8 @@ class LocalCluster:
 
     def threads_each(self) -> int:
         """Return how many of this machine's cores each process of a worker computes on."""
-        num_decode = (self.num_decode + self.num_both) * self.decode_ranks
-        return max(1, available_cores() // (self.num_prefill * self.prefill_ranks + num_decode))
+        num_ranks = self.num_prefill * self.prefill_ranks + (self.num_decode + self.num_both) * self.decode_ranks
+        return max(1, available_cores() // num_ranks)
 
     def start(self) -> None:
         """Start everything and return when it serves; on an error nothing is left running.
@@ -206,9 +204,8 @@ class LocalCluster:
 
         Safe to call twice.
         """
-        routers = [process for process in self.processes if process.role == "router"]
-        for processes in (routers, [process for process in self.processes if process not in routers]):
-            _end(processes, grace_s)
+        for is_router in (True, False):
+            _end([process for process in self.processes if (process.role == "router") is is_router], grace_s)
         if self._spawner:
             self._spawner.shutdown()
             self._spawner = None
@@ -265,8 +262,8 @@ class LocalCluster:
         name = f"{role}-{sum(process.role == role for process in self.workers)}" if role != "router" else role
         ready_file = self._path(f"{len(self.processes)}.ready")
         merged = {**self.options(role), **(options or {}), "ready-file": ready_file}
-        first = len(self.processes)
-        for rank, place in enumerate(rank_environments(self._num_ranks(role))):
+        places = rank_environments(self._num_ranks(role))
+        for rank, place in enumerate(places):
             process = self._spawner.submit(
                 ClusterProcess,
                 f"{name}.{rank}" if rank else name,
@@ -278,7 +275,7 @@ class LocalCluster:
                 rank=rank,
             ).result()
             self.processes.append(process)
-        return self.processes[first]
+        return self.processes[-len(places)]
 
     def options(self, role: Role) -> dict[str, Any]:
         """Return what the next process of this role is started with, but the file by which it says that it serves."""
