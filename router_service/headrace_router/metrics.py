@@ -192,7 +192,7 @@ class RouterMetrics:
     prompt_tokens: Counter
     requests: Counter
     refused: Counter
-    finished: Counter
+    finished: Mapping[FinishReason, Counter]
     retries: Counter
     moves: Counter
 
@@ -210,6 +210,7 @@ class RouterMetrics:
             return Counter(f"headrace_{name}", documentation, labels, registry=registry)
 
         phases = histogram("phase", "Phases of the waterfall, per sample; they sum to E2E.", "phase")
+        finished = counter("finished_samples", "Samples that ended well, by why they ended.", "finished_reason")
         metrics = cls(
             registry=registry,
             tokens=TokenMetrics(registry, objectives),
@@ -219,7 +220,7 @@ class RouterMetrics:
             prompt_tokens=counter("prompt_tokens", "Prompt tokens of accepted requests."),
             requests=counter("requests", "Requests, by how they ended.", "outcome"),
             refused=counter("refused_requests", "Requests that ended before a worker had them, by reason.", "reason"),
-            finished=counter("finished_samples", "Samples that ended well, by why they ended.", "finished_reason"),
+            finished={reason: finished.labels(reason.value) for reason in FinishReason},
             retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
             moves=counter("moved_sequences", "Sequences that went on elsewhere, since their decode worker drained."),
         )
@@ -227,8 +228,6 @@ class RouterMetrics:
             metrics.requests.labels(outcome)
         for reason in REFUSALS:
             metrics.refused.labels(reason)
-        for reason in FinishReason:
-            metrics.finished.labels(reason.value)
         return metrics
 
     def observe_phases(self, waterfall: Waterfall, trace_id: str = "") -> None:

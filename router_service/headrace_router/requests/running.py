@@ -295,7 +295,7 @@ class RunningRequest:
     def _observe(self, sample: Sample) -> None:
         if sample.state is SampleState.FINISHED:
             if sample.finish_reason is not None:
-                self._metrics.finished.labels(sample.finish_reason.value).inc()
+                self._metrics.finished[sample.finish_reason].inc()
             self._metrics.observe_phases(sample.waterfall, self._span.trace_id)
             tpot_s = _tpot_s(sample)
             if tpot_s is not None:
