@@ -251,6 +251,12 @@ class RouterSettings(ProcessSettings):
         "", description="host:port to serve OpenAI's API on, over HTTP; port 0 lets the kernel choose; none: not served"
     )
     max_queued_requests: int = Field(1024, ge=1, description="queue length at which requests are refused")
+    max_queued_tokens: int = Field(
+        1 << 22,
+        ge=1,
+        description="prompt tokens that wait together at which requests are refused; a client of which nothing else "
+        "waits is let in all the same",
+    )
     max_open_requests: int = Field(
         4096, ge=1, description="requests open at a time, queued, running and not yet read; one client has half at most"
     )

@@ -92,7 +92,7 @@ class Router:
             specials=self._tokenizer.specials,
             sampling=self._sampling,
         )
-        self._waiting = WaitingRoom(settings.max_queued_requests)
+        self._waiting = WaitingRoom(settings.max_queued_requests, settings.max_queued_tokens)
         self._running: dict[str, RunningRequest] = {}
         self._num_entering = 0
         self._is_draining = False
@@ -178,6 +178,7 @@ class Router:
             seat = self._waiting.take(caller, evict=wait.end)
             async with wait:
                 spec = await self._admit(message, caller, arrival_s=arrival_s, deadline_s=deadline_s)
+            seat.weigh(len(spec.prompt_ids))
 
             def close(failed: RunningRequest) -> None:
                 self.close(failed)

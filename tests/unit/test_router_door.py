@@ -304,6 +304,30 @@ def test_a_caller_is_its_token_and_its_address():
     assert caller_of(Context(here, *bearer("one"))).address == "10.0.0.1"
 
 
+def test_prompts_that_wait_are_bounded_in_tokens_but_for_one_of_each_caller():
+    room = WaitingRoom(100, most_tokens=1000)
+
+    def take(name, num_tokens):
+        seat = room.take(Caller(name, name), evict=lambda _: False)
+        try:
+            seat.weigh(num_tokens)
+        except OverloadedError as error:
+            seat.leave()
+            return error.reason, error.retry_after_s > 0
+        return seat
+
+    first = take("a", 900)
+    assert take("a", 101) == ("QUEUE_FULL", True), "it has another that waits"
+    other = take("b", 5000)
+    assert other.num_tokens == 5000, "nothing else of its caller waits"
+    assert take("a", 1) == ("QUEUE_FULL", True)
+    other.leave()
+    assert take("a", 100).num_tokens == 100
+    first.leave()
+    first.leave()
+    assert take("a", 900).num_tokens == 900
+
+
 def test_a_name_that_is_made_up_puts_nobody_at_another_address_out():
     room = WaitingRoom(4)
     put_out = []

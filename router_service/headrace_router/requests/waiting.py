@@ -7,10 +7,13 @@ So a queue is one caller's as long as nobody else wants it. "Most" is by address
 up. Of that caller's requests the oldest is put out whose message nobody reads yet, then the youngest that no worker
 has: it has its error before its first token. If none of them can be put out, it is the turn of the caller with the next
 most. A caller's own newest call puts out its oldest that sends no message.
+
+Prompts that wait are also bounded in tokens together: who brings one too many is refused, if it has another that waits.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
@@ -32,7 +35,18 @@ class Seat:
         """For another caller."""
         self.end = end
         """As nobody is served any more."""
+        self.num_tokens = 0
+        """Of its prompt, once it is known."""
         self._room: WaitingRoom | None = room
+
+    def weigh(self, num_tokens: int) -> None:
+        """Say how long the prompt is; nothing if the place was given up.
+
+        Raises:
+            OverloadedError: QUEUE_FULL, there are too many tokens with those that wait already.
+        """
+        if self._room is not None:
+            self._room.weigh(self, num_tokens)
 
     def leave(self) -> None:
         """Give the place up; idempotent."""
@@ -58,8 +72,11 @@ class _Seats:
 class WaitingRoom:
     """The queue's places. Event loop only."""
 
-    def __init__(self, num_seats: int) -> None:
+    def __init__(self, num_seats: int, most_tokens: int = sys.maxsize) -> None:
+        """Args: `most_tokens`: of prompts that wait together, but for those of callers of whom nothing else waits."""
         self._num_seats = num_seats
+        self._most_tokens = most_tokens
+        self._num_tokens = 0
         self.num_taken = 0
         self._seats: dict[str, dict[str, _Seats]] = {}
         """By address and name; none is empty."""
@@ -86,8 +103,17 @@ class WaitingRoom:
         self.num_taken += 1
         return seat
 
+    def weigh(self, seat: Seat, num_tokens: int) -> None:
+        """See `Seat.weigh`."""
+        total, names = self._num_tokens + num_tokens, self._seats[seat.caller.address]
+        if total > self._most_tokens and _num_seats(names) > 1:
+            problem = f"prompts of {self._num_tokens} tokens are waiting, some of them yours; try again later"
+            raise OverloadedError("QUEUE_FULL", problem, retry_after_s=RETRY_AFTER_S)
+        seat.num_tokens, self._num_tokens = num_tokens, total
+
     def remove(self, seat: Seat) -> None:
         """Take a place back; `Seat.leave` calls it."""
+        self._num_tokens -= seat.num_tokens
         names = self._seats[seat.caller.address]
         seats = names[seat.caller.name]
         del seats.of_kind(seat.is_arriving)[seat]

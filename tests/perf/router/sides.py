@@ -33,7 +33,7 @@ from tests.perf.engine.peer import NoPeerError
 _START_S = 60.0
 _POLL_S = 0.05
 _VOCAB_SIZE = 258
-_MOST_SEQUENCES = 288
+_PLACES = 288
 """One in 15 more than there are streams: a router keeps places for other clients."""
 
 
@@ -71,12 +71,20 @@ NAMES = (OURS, OURS_GRPC, VLLM, SGLANG, DIRECT)
 
 @contextlib.contextmanager
 def ours(
-    step_ms: float, *, options: Sequence[str] = (), code: Path | None = None, name: str = OURS
+    step_ms: float, *, options: Sequence[str] = (), code: Path | None = None, name: str = OURS, places: int = _PLACES
 ) -> Generator[list[Side]]:
-    """Serve by our router, over both of its faces; `code`: another checkout, whose router it is."""
+    """Serve by our router, over both of its faces.
+
+    Args:
+        step_ms: of the workers.
+        options: for the router.
+        code: another checkout, whose router it is.
+        name: of the side.
+        places: sequences that the decode worker runs at once.
+    """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = [stack.enter_context(_fake_worker(role, step_ms)) for role in ("prefill", "decode")]
+        workers = [stack.enter_context(_fake_worker(role, step_ms, places)) for role in ("prefill", "decode")]
         ready = folder / "ready.json"
         words = [sys.executable, "-m", "headrace_router", "--model", str(write_tokenizer(folder / "tiny"))]
         words += ["--workers", ",".join(workers), "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"]
@@ -131,9 +139,9 @@ def _path_of(code: Path | None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _fake_worker(role: str, step_ms: float) -> Generator[str]:
+def _fake_worker(role: str, step_ms: float, places: int) -> Generator[str]:
     words = [sys.executable, "-m", "headrace_core.testing.fake_worker", "--role", role]
-    words += ["--vocab-size", str(_VOCAB_SIZE), "--max-step-sequences", str(_MOST_SEQUENCES)]
+    words += ["--vocab-size", str(_VOCAB_SIZE), "--max-step-sequences", str(places)]
     with _said([*words, "--step-ms", str(step_ms)]) as address:
         yield address
 
