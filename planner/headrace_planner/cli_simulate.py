@@ -15,6 +15,7 @@ from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import HardwareError, find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
 from headrace_core.roofline.routing import Routing
+from headrace_router.placement.preferences import PREFERENCES
 from rich.console import Console
 from rich.table import Table
 
@@ -78,6 +79,9 @@ def main(
     spread: Annotated[float, typer.Option(min=0, help="Log-normal spread of lengths; 0: all equal.")] = 0.0,
     concurrency: Annotated[int, typer.Option(min=0, help="Closed loop of so many clients; the rate is unused.")] = 0,
     slo: Annotated[str, typer.Option(help="ttft=SECONDS,itl=SECONDS; 50ms is understood.")] = "ttft=2,itl=50ms",
+    placement: Annotated[
+        str, typer.Option(help=f"Which prefill worker gets a prompt: {', '.join(PREFERENCES)}.")
+    ] = "affinity",
     fidelity: Annotated[str, typer.Option(help="exact, fast or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths and failures.")] = 0,
     mtbf_s: Annotated[float, typer.Option(min=0, help="Mean seconds between a worker's failures; 0: none.")] = 0.0,
@@ -109,7 +113,7 @@ def main(
         spec_prefill, spec_decode = (_spec(machine, kind, max_rows, step_tokens) for kind in times)
         config = SimConfig(
             spec_prefill, spec_decode, spec_prefill if both else None, prefill, decode, both,
-            wire=wire_of(machine), fidelity=_fidelity(fidelity), outages=outages,
+            wire=wire_of(machine), fidelity=_fidelity(fidelity), outages=outages, placement=_placement(placement),
         )  # fmt: skip
         objective = parse_slo(slo)
         result = simulate(config, load)
@@ -122,6 +126,12 @@ def main(
         typer.echo(json.dumps(result.summary(objective), indent=2))
     else:
         _print(result, objective)
+
+
+def _placement(name: str) -> str:
+    if name not in PREFERENCES:
+        raise InvalidRequestError("BAD_OPTION", f"--placement {name!r} is none of {', '.join(PREFERENCES)}")
+    return name
 
 
 def _workload(

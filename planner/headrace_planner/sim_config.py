@@ -73,6 +73,8 @@ class SimConfig:
     interference: tuple[float, float] = (1.0, 1.0)
     """How much slower a step of (prefill, decode) is while a worker of the other kind computes: workers that share a
     machine's cores and memory. Exact fidelity only; 1: they share nothing."""
+    placement: str = "affinity"
+    """Which prefill worker gets a prompt: one of `headrace_router.placement.preferences`."""
     shortlist: int = 4
     """Fast fidelity: workers of a kind that placement chooses among; see `sim_router`."""
 

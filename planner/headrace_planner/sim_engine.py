@@ -149,13 +149,21 @@ class PrefillWorker:
     """The product's prefill scheduler on a simulated worker, with one token or one block of tokens as its unit."""
 
     def __init__(
-        self, number: int, spec: WorkerSpec, clock: Clock, flow: PrefillFlow, *, host: Host, unit_tokens: int
+        self,
+        number: int,
+        spec: WorkerSpec,
+        clock: Clock,
+        flow: PrefillFlow,
+        *,
+        host: Host,
+        unit_tokens: int,
+        block_tokens: int,
     ) -> None:
         self.number = number
         self._times: StepTimes = spec.times
         self._clock = clock
         self._flow = flow
-        self._unit = unit_tokens
+        self._unit, self._block = unit_tokens, block_tokens
         self._requests: dict[int, SimRequest] = {}
         page_size = 1 if unit_tokens > 1 else spec.page_size
         num_pages = max(1, spec.num_pages * spec.page_size // (page_size * unit_tokens))
@@ -174,11 +182,15 @@ class PrefillWorker:
         """As a load report has it."""
         return self.engine.scheduler.pages.num_available
 
-    def add(self, request: SimRequest, block_tokens: int) -> None:
+    def num_cached_tokens(self, request: SimRequest) -> int:
+        """Return how many of a request's tokens its prefix cache has; as a router knows that hears of it at once."""
+        return self.engine.scheduler.pages.num_cached_tokens(request.token_ids(self._block, self._unit)) * self._unit
+
+    def add(self, request: SimRequest) -> None:
         """Queue an attempt."""
         key, now_s = request.key, self._clock.now_s
         self._requests[key] = request
-        spec = spec_of(request, request.token_ids(block_tokens, self._unit))
+        spec = spec_of(request, request.token_ids(self._block, self._unit))
         self.engine.submit(lambda scheduler: scheduler.add(key, spec, now_s))
 
     def free(self, key: int) -> None:

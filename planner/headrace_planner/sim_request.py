@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from headrace_core.request_trace import Workload
 from headrace_router.placement.capacity import Waiting
@@ -30,6 +31,14 @@ class State(Enum):
     DECODE = "decode"
     DONE = "done"
     REFUSED = "refused"
+
+
+class HasCache(Protocol):
+    """A simulated worker's prefix cache."""
+
+    def num_cached_tokens(self, request: SimRequest) -> int:
+        """Return how many of the request's tokens it has."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -76,8 +85,19 @@ class SimRequest:
         if not self.attempt and expected > EXPECTED_OUTPUT_TOKENS:
             expected = EXPECTED_OUTPUT_TOKENS
         self.waiting = Waiting(
-            num_tokens, num_tokens + expected, self.prefix, self.avoid, self.num_overtaken, has_output=self.num_done > 0
+            num_tokens,
+            num_tokens + expected,
+            self.prefix,
+            self.avoid,
+            self.num_overtaken,
+            has_output=self.num_done > 0,
+            prefix=self,
         )
+
+    def num_cached_tokens(self, cached: HasCache, page_size: int) -> int:
+        """Return how many of the prompt's tokens a worker has cached; see `placement.prefix.Beginnings`."""
+        del page_size  # each worker knows its own
+        return cached.num_cached_tokens(self)
 
     def token_ids(self, block_tokens: int, unit_tokens: int) -> list[int]:
         """Return ids for what an attempt prefills, one for each `unit_tokens` tokens.

@@ -21,6 +21,7 @@ import numpy as np
 from headrace_router.placement import policy
 from headrace_router.placement.capacity import Capacity, WorkerView
 from headrace_router.placement.policy import Assignment
+from headrace_router.placement.preferences import Preference
 
 from headrace_planner.sim_config import WorkerSpec
 from headrace_planner.sim_request import SimRequest
@@ -117,6 +118,7 @@ class Account:
             self.num_free_slots,
             self.can_prefill,
             self.can_decode,
+            cached=self.worker,
         )
 
     def reserve(self, request: SimRequest, *, prefills: bool, decodes: bool) -> None:
@@ -229,7 +231,10 @@ class Router:
         on_refused: Callable[[SimRequest], None],
         *,
         shortlist: int,
+        preference: Preference,
     ) -> None:
+        self._preference = preference
+        self._num_placed = 0
         self.accounts = accounts
         self.num_rounds = 0
         self._by_address = {account.address: account for account in accounts}
@@ -285,9 +290,17 @@ class Router:
         self.num_rounds += 1
         views = [account.view() for account in self._candidates()]
         waiting = (request.waiting for request in self._queue)
-        assignments = policy.plan(waiting, views, self._up, num_second=self._num_second)
+        assignments = policy.plan(
+            waiting,
+            views,
+            self._up,
+            num_second=self._num_second,
+            preference=self._preference,
+            turn=self._num_placed,
+        )
         if not assignments:
             return False
+        self._num_placed += len(assignments)
         self._count_overtaken(assignments, views)
         placed = [(self._queue[assignment.index], assignment) for assignment in assignments]
         if len(placed) == 1:

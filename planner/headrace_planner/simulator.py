@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from headrace_core.request_trace import Workload
+from headrace_router.placement.preferences import PREFERENCES
 
 from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import Outage, SimConfig, WorkerSpec
@@ -84,6 +85,7 @@ class _Simulation:
             self._place,
             self._refuse,
             shortlist=0 if self._is_exact else config.shortlist,
+            preference=PREFERENCES[config.placement],
         )
 
     def run(self) -> None:
@@ -134,7 +136,10 @@ class _Simulation:
         if number < config.num_prefill:
             spec = _need(config.prefill)
             host = Host(self._machine, 0)
-            prefill = PrefillWorker(number, spec, self._clock, self, host=host, unit_tokens=unit)
+            prefill = PrefillWorker(
+                number, spec, self._clock, self,
+                host=host, unit_tokens=unit, block_tokens=self._workload.block_tokens,
+            )  # fmt: skip
             self._prefills[number] = prefill
             return Account(number, f"prefill-{number}", prefill, spec, True, False, grows=False)
         is_both = number >= config.num_prefill + config.num_decode
@@ -179,7 +184,7 @@ class _Simulation:
         if request is None:
             return
         if request.prefill >= 0:
-            self._prefills[request.prefill].add(request, self._workload.block_tokens)
+            self._prefills[request.prefill].add(request)
         else:
             self._decodes[request.decode].add(request, self._workload.block_tokens, has_handoff=False)
 

@@ -59,6 +59,16 @@ class PrefixCache:
             node = child
         return nodes
 
+    def num_matched(self, token_ids: Sequence[int], max_pages: int) -> int:
+        """Return how many nodes `match` would find."""
+        node = self._root
+        for index in range(min(max_pages, len(token_ids) // self._page_size)):
+            child = node.children.get(self._edge(token_ids, index))
+            if child is None:
+                return index
+            node = child
+        return max(0, min(max_pages, len(token_ids) // self._page_size))
+
     def would_match(self, nodes: Sequence[PrefixNode], token_ids: Sequence[int], max_pages: int) -> bool:
         """Return whether `match` would find the same `nodes` again; in constant time. They may be unreferenced."""
         last, index = nodes[-1] if nodes else self._root, len(nodes)

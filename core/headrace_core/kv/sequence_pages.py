@@ -72,6 +72,10 @@ class PageAllocator:
         nodes = self._cache.match(token_ids, self._most_matched(token_ids, num_left))
         return SequencePages(owner, [node.page_id for node in nodes], nodes)
 
+    def num_cached_tokens(self, token_ids: Sequence[int]) -> int:
+        """Return how many tokens `match` would find cached."""
+        return self._cache.num_matched(token_ids, self._most_matched(token_ids, 1)) * self.page_size
+
     def refuse(self, pages: SequencePages, token_ids: Sequence[int], *, num_left: int = 1) -> None:
         """Give back what `match` found for a sequence that can't have the rest, and remember that for `is_refused`."""
         nodes = list(pages.nodes)

@@ -14,15 +14,15 @@ A fleet that lacks a whole side can't be judged: its sequences wait for one (NO_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 
 from headrace_router.placement.fair_queue import Client
-from headrace_router.placement.prefix import NO_PREFIX, Prefix
+from headrace_router.placement.prefix import NO_PREFIX, Beginnings
 
 NO_LIMIT = 1 << 62
 """A context that never ends."""
@@ -83,7 +83,7 @@ class Waiting:
     num_cached_tokens: int = 0
     """How many these are. They take pages, but are not computed again."""
 
-    prefix: Prefix = NO_PREFIX
+    prefix: Beginnings = NO_PREFIX
     """Its prompt's beginnings, to be looked for in prefix caches."""
 
     kind: Kind = field(init=False, repr=False, compare=False)
@@ -126,8 +126,8 @@ class WorkerView:
     """Sequences it can run at a time."""
     holders: frozenset[Client] = frozenset()
     """Clients whose output it generates, and the addresses that they call from, as paths of one name."""
-    cached: Set[int] = frozenset()
-    """Pages in its prefix cache, by their hashes, as it last said."""
+    cached: Any = frozenset()
+    """What its prefix cache has, in the terms of `Waiting.prefix`: of the router's the pages' hashes."""
 
 
 @dataclass(frozen=True, slots=True)

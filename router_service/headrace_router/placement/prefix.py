@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from typing import Any, Protocol
 
 import xxhash
 from headrace_core.kv.page_hash import page_hashes
@@ -13,6 +14,14 @@ _KEY_TOKENS = 64
 def prefix_key(token_ids: Sequence[int]) -> int:
     """Return a number that is equal for equal first tokens, `_KEY_TOKENS` of them."""
     return xxhash.xxh3_64_intdigest(repr(token_ids[:_KEY_TOKENS]).encode())
+
+
+class Beginnings(Protocol):
+    """Whatever can be looked for in a prefix cache; the simulator has its own, for prompts without tokens."""
+
+    def num_cached_tokens(self, cached: Any, page_size: int) -> int:
+        """Return how many of the first tokens a cache has."""
+        ...
 
 
 class Prefix:
