@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from headrace_client.commands.terminal import complain
 from headrace_core.errors import InvalidRequestError
+from headrace_core.expert_placement import balanced, in_order
 from headrace_core.request_trace import Workload, load_trace
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import HardwareError, find_hardware
@@ -25,7 +26,6 @@ from headrace_planner.measured_times import load_tables, measured_times
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_capacity import wire_of
 from headrace_planner.sim_config import Fidelity, SimConfig, WorkerSpec, random_outages
-from headrace_planner.sim_experts import balanced, in_order
 from headrace_planner.sim_result import SimResult, Slo, parse_slo
 from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.sim_studies import STUDIES, Study
@@ -173,8 +173,8 @@ def _imbalance(machine: Machine, speed: _Speed) -> float:
     if moe is None or ep == 1 or not speed.zipf:
         return 1.0
     loads = Routing(zipf=speed.zipf).probabilities(moe.num_experts, moe.num_experts_per_token)
-    placed = in_order(loads, ep) if speed.replicas < 0 else balanced(loads, ep, redundant=speed.replicas)
-    return placed.imbalance
+    placed = in_order(len(loads), ep) if speed.replicas < 0 else balanced(loads, ep, redundant=speed.replicas)
+    return placed.imbalance(loads)
 
 
 def _spec(machine: Machine, times: StepTimes, max_rows: int, step_tokens: int) -> WorkerSpec:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from headrace_core.errors import InvalidRequestError
+from headrace_core.expert_placement import balanced, in_order
 from headrace_core.request_trace import load_trace
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import find_hardware
@@ -21,7 +22,6 @@ from headrace_planner.capacity import Demand, decode_options, kv_tokens, prefill
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_capacity import wire_of, worker_spec
 from headrace_planner.sim_config import SimConfig, WorkerSpec
-from headrace_planner.sim_experts import balanced, in_order
 from headrace_planner.sim_result import SimResult, Slo
 from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.sim_tradeoffs import crossover, kv_memory
@@ -91,9 +91,9 @@ def experts(_: Path | None) -> Study:
     imbalances: list[list[float]] = [[], [], []]
     for exponent in exponents:
         loads = Routing(zipf=exponent).probabilities(count, top_k)
-        placed = (in_order(loads, ep), balanced(loads, ep), balanced(loads, ep, redundant=32))
+        placed = (in_order(count, ep), balanced(loads, ep), balanced(loads, ep, redundant=32))
         for values, placement in zip(imbalances, placed, strict=True):
-            values.append(placement.imbalance)
+            values.append(placement.imbalance(loads))
     table = roofline_times(machine, max_rows=16_384, max_tokens=16_384)
     rates = [[_skewed_rate(machine, table, value) for value in values] for values in imbalances]
     figures = [

@@ -21,7 +21,7 @@ from headrace_planner.capacity import Demand, erlang_c, kv_tokens, make_plan, wa
 from headrace_planner.measured_times import load_tables
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_capacity import verify
-from headrace_planner.sim_experts import balanced, in_order, sampled_imbalance
+from headrace_planner.sim_experts import sampled_imbalance
 from headrace_planner.sim_fit import MeasuredStep, fit_linear, nonnegative_least_squares
 from headrace_planner.sim_result import Slo, parse_slo
 from headrace_planner.sim_roofline import Machine, roofline_times
@@ -97,29 +97,9 @@ def test_erlang_c_by_hand() -> None:
     assert wait_percentile(1, 11, 0.1) == math.inf
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    weights=st.lists(st.floats(0.01, 100), min_size=16, max_size=64),
-    ep=st.sampled_from([2, 4, 8]),
-    redundant=st.integers(0, 16),
-)
-def test_eplb_keeps_all_load_and_evens_it_out(weights: list[float], ep: int, redundant: int) -> None:
-    placed = balanced(weights, ep, redundant=redundant)
-    assert sum(placed.loads) == pytest.approx(sum(weights))
-    assert {expert for rank in placed.ranks for expert, _ in rank} == set(range(len(weights)))
-    assert sum(len(rank) for rank in placed.ranks) == len(weights) + redundant
-    slots = [load for rank in placed.ranks for _, load in rank]
-    # Longest first: a full rank aside, no rank exceeds the mean by more than one slot.
-    assert placed.imbalance >= 1 - 1e-9
-    assert max(placed.loads) <= sum(weights) / ep + max(slots) * -(-len(slots) // ep)
-
-
-def test_a_third_is_lost_to_skewed_experts_and_replicas_win_it_back() -> None:
-    loads = Routing(zipf=0.5).probabilities(256, 8)
-    assert in_order(loads, 32).imbalance > 1.5
-    assert balanced(loads, 32, redundant=32).imbalance < 1.01
+def test_few_tokens_are_uneven_by_chance() -> None:
     even = sampled_imbalance(Routing(), num_experts=256, top_k=8, ep=32, tokens=128, redundant=None)
-    assert 1.0 < even < 1.6  # chance alone, at few tokens
+    assert 1.0 < even < 1.6
 
 
 def test_fit_finds_the_coefficients_of_a_linear_machine() -> None:

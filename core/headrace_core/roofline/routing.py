@@ -6,12 +6,13 @@ tokens then reads an expected sum over e of 1 - (1 - q_e)^M distinct experts; un
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+
+from headrace_core.expert_placement import balanced
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +88,4 @@ def _ranks(routing: Routing, num_experts: int, num_chosen: int, ep: int) -> tupl
     bounds = [num_experts * rank // ep for rank in range(ep + 1)]
     if not routing.is_balanced:
         return tuple(chosen[low:high] for low, high in pairwise(bounds))
-    # Longest first onto the least loaded rank that still has a place.
-    ranks: list[list[float]] = [[] for _ in range(ep)]
-    heap = [(0.0, rank) for rank in range(ep)]
-    for q in sorted(chosen, reverse=True):
-        load, rank = heapq.heappop(heap)
-        ranks[rank].append(q)
-        if len(ranks[rank]) < bounds[rank + 1] - bounds[rank]:
-            heapq.heappush(heap, (load + q, rank))
-    return tuple(tuple(rank) for rank in ranks)
+    return tuple(tuple(chosen[expert] for expert in rank) for rank in balanced(chosen, ep).ranks)
