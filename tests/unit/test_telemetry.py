@@ -41,6 +41,15 @@ def test_a_json_line_is_one_object(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("log_format", "said"), [("text", " I ready rank=1 pages=3"), ("json", '"rank": 1, "pages": 3}')]
+)
+def test_every_line_of_a_groups_process_says_its_rank(capsys, log_format, said):
+    telemetry.setup_logging("decode", log_format=log_format, level="INFO", rank=1)
+    logging.getLogger("x").info("ready", extra={"pages": 3})
+    assert capsys.readouterr().err.strip().endswith(said)
+
+
 def test_metrics_are_served_with_the_role_and_without_when_they_began():
     registry = CollectorRegistry()
     Counter("headrace_things", "Things.", ["kind"], registry=registry).labels("good").inc(3)

@@ -9,7 +9,6 @@ SIGTERM ends nothing by itself while it follows: the leader hears of it with the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -67,9 +66,10 @@ class FollowerService:
         if following.cancelled():
             return
         error = following.exception()
-        if error is not None:
-            with contextlib.suppress(asyncio.InvalidStateError):
-                self.failed.set_exception(error)
+        if error is not None and self._is_leaving:
+            log.warning("the group was over before its leader let go", extra={"problem": str(error)})
+        elif error is not None:
+            self.failed.set_exception(error)
         elif not self._is_leaving:
             log.info("the leader lets go")
             os.kill(os.getpid(), signal.SIGTERM)  # leave as whoever is told to
