@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout  # the only way there is
+from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage] - the only way
 
 from headrace_core.errors import StartupError, UnavailableError
 from headrace_core.ranks.group import OneRank, RankGroup, check_counts, ordered_sum
