@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-import grpc.aio
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace_core.rpc import channel
 

@@ -18,7 +18,7 @@ from headrace_core.errors import (
     UnavailableError,
 )
 
-from headrace_client.bench.http_connection import HttpConnection, connect
+from headrace_client.bench.http_connection import HttpConnection, OnBody, connect
 from headrace_client.bench.target import Answered, OnTokens, Prompt
 
 _CONNECT_TIMEOUT_S = 30.0
@@ -75,7 +75,11 @@ class HttpTarget:
         if self._model:
             return
         body = bytearray()
-        status = await self._exchange(self._head("GET", "/v1/models"), lambda _, data: body.extend(data))
+
+        def on_body(_: int, data: bytes) -> None:
+            body.extend(data)
+
+        status = await self._exchange(self._head("GET", "/v1/models"), on_body)
         try:
             self._model = json.loads(body)["data"][0]["id"]
         except (ValueError, LookupError, TypeError):
@@ -124,7 +128,7 @@ class HttpTarget:
             lines += ["content-type: application/json", f"content-length: {len(body)}"]
         return ("\r\n".join(lines) + "\r\n\r\n").encode() + body
 
-    async def _exchange(self, request: bytes, on_body: Any) -> int:
+    async def _exchange(self, request: bytes, on_body: OnBody) -> int:
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open:

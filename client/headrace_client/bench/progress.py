@@ -15,7 +15,7 @@ from headrace_client.bench.load import Tally
 from headrace_client.bench.record import Record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
 _TERMINAL_S = 0.5
 _PIPE_S = 10.0
@@ -36,7 +36,7 @@ def line_of(tally: Tally, tokens_per_s: float) -> str:
 
 
 @asynccontextmanager
-async def shown(tally: Tally, console: Console) -> AsyncIterator[None]:
+async def shown(tally: Tally, console: Console) -> AsyncGenerator[None]:
     """Show the tally on the console until the block is left."""
     if not console.is_terminal:
         async with _repeated(lambda rate: console.print(line_of(tally, rate)), tally, _PIPE_S):
@@ -48,7 +48,7 @@ async def shown(tally: Tally, console: Console) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _repeated(show: Callable[[float], None], tally: Tally, interval_s: float) -> AsyncIterator[None]:
+async def _repeated(show: Callable[[float], None], tally: Tally, interval_s: float) -> AsyncGenerator[None]:
     async def run() -> None:
         num_tokens = tally.num_tokens
         while True:
