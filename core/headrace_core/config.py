@@ -250,6 +250,13 @@ class RouterSettings(ProcessSettings):
     http_listen: Annotated[str, AfterValidator(_listen_or_not)] = Field(
         "", description="host:port to serve OpenAI's API on, over HTTP; port 0 lets the kernel choose; none: not served"
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="router processes behind these ports, each with its own queue, limits and metrics (in a row); "
+        "the kernel gives each connection to one of them",
+    )
     max_queued_requests: int = Field(1024, ge=1, description="queue length at which requests are refused")
     max_queued_tokens: int = Field(
         1 << 22,

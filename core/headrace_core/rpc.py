@@ -86,7 +86,6 @@ _SERVER_OPTIONS = [
     *_LIMITS,
     *_KEEPALIVE,
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.so_reuseport", 0),
     # Without a fixed window core takes up to 4 MB of each unread message; while one is read, the window follows it.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
@@ -304,9 +303,12 @@ class Server:
         door: Door | None = None,
         tls: ServerTls | None = None,
         interceptors: Sequence[Any] = (),
+        shares_port: bool = False,
     ) -> None:
+        """Args: `shares_port`: other processes of this user may bind its port, too, and get some of the connections."""
         options = [
             *_SERVER_OPTIONS,
+            ("grpc.so_reuseport", int(shares_port)),
             ("grpc.max_allowed_incoming_connections", _max_connections()),
             ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
         ]

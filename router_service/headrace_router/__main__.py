@@ -11,12 +11,17 @@ def main() -> None:
     """Run until SIGTERM."""
     exit_on(signal.SIGTERM, signal.SIGINT, code=0)
     # Only now: it takes a while, and may be interrupted.
-    from headrace_core import process
     from headrace_core.config import RouterSettings, parse
+
+    settings = parse(RouterSettings)
+    if settings.processes > 1:
+        from headrace_router.processes import divide
+
+        settings = divide(settings)  # before anything starts a thread
+    from headrace_core import process
 
     from headrace_router.service import RouterService
 
-    settings = parse(RouterSettings)
     process.run(lambda: RouterService(settings), settings, role="router")
 
 

@@ -79,7 +79,9 @@ class RouterService:
         )
         self._app: OpenAiApp | None = None
         self._http: HttpServer | None = None
-        self._server = rpc.Server(["headrace.v1.GenerationService"], door=self._door, tls=self._tls)
+        self._server = rpc.Server(
+            ["headrace.v1.GenerationService"], door=self._door, tls=self._tls, shares_port=settings.processes > 1
+        )
 
     async def start(self) -> str:
         """Load the tokenizer and serve. Workers are connected in the background; until then requests wait."""
@@ -137,7 +139,7 @@ class RouterService:
     async def _start_http(self, router: Router, listen: str) -> None:
         metrics = with_role(self.registry, "router")
         self._app = OpenAiApp(router, self._door, self._caller_of, metrics, keys=self._keys)
-        self._http = HttpServer(self._app, tls=self._tls)
+        self._http = HttpServer(self._app, tls=self._tls, shares_port=self._settings.processes > 1)
         self.addresses = {"http_address": await self._http.start(listen)}
 
     async def _set_ready(self, is_ready: bool) -> None:

@@ -23,7 +23,9 @@ _POLL_S = 0.01
 class HttpServer:
     """Event loop only."""
 
-    def __init__(self, app: App, *, tls: ServerTls | None) -> None:
+    def __init__(self, app: App, *, tls: ServerTls | None, shares_port: bool = False) -> None:
+        """Args: `shares_port`: other processes of this user may bind its port, too, and get some of the connections."""
+        self._shares_port = shares_port
         self._app = app
         self._tls = tls
         self._connections = Connections(_max_connections())
@@ -46,6 +48,7 @@ class HttpServer:
                 address.host,
                 address.port,
                 backlog=_BACKLOG,
+                reuse_port=self._shares_port,
                 ssl=context,
                 ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if context else None,
             )
