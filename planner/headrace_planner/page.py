@@ -142,6 +142,7 @@ def _row(row: OperationFormula) -> dict[str, Any]:
         "bytes": row.bytes,
         "sent": row.sent,
         "span": row.span,
+        "choices": row.choices,
         "math": row.math,
         "isOverlapped": row.is_overlapped,
         "shown": {name: text for name, text in shown.items() if text != "0"},

@@ -44,6 +44,8 @@ ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "build" / "bench" / "planner.json"
 TRIALS = ROOT / "build" / "bench" / "planner-trials.jsonl"
 DOCS = ROOT / "docs" / "planner.md"
+MOST_ERROR = 0.15
+"""Median error on held-out cells above which the command ends with 1."""
 BEGIN, END = "<!-- validation: begin -->", "<!-- validation: end -->"
 MILLION_SIM = [sys.executable, "-m", "headrace_planner.sim_million"]
 
@@ -74,6 +76,18 @@ def main() -> None:
         report |= {"sim_seconds_for_1e6": sim["wall_s"] * 1_000_000 / count, "simulated": sim}
         text = _write(report, table(rows), to_docs=not options.quick)
     console.print(text, soft_wrap=True)
+    if problems := too_far(report):
+        sys.exit(f"error: predictions are too far off: {'; '.join(problems)}")
+
+
+def too_far(report: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a report: each metric whose median error on held-out cells is above `MOST_ERROR`."""
+    errors = {metric: report[f"{_short(metric)}_median_error"] for metric in METRICS}
+    return [
+        f"{_short(metric)} {error:.1%} on held-out cells, above {MOST_ERROR:.0%}"
+        for metric, error in errors.items()
+        if not error <= MOST_ERROR
+    ]
 
 
 def _options() -> argparse.Namespace:

@@ -111,6 +111,13 @@ def test_tokens_travel_once_to_each_rank_that_has_one_of_their_experts():
     assert found["combine"].comm_bytes == pytest.approx(found["dispatch"].comm_bytes)
 
 
+def test_tokens_travel_in_fp8_where_weights_are_and_come_back_in_bf16():
+    found = _decode(DEEPSEEK_V3, 1024, 100, parallel=Parallelism(dp=8, ep=8), dtype=Dtype.FP8)
+    remote = 8 * (1 - (7 / 8) ** 8) * 7 / 8
+    assert found["dispatch"].comm_bytes == pytest.approx(58 * 128 * remote * 7168 * (1 + 4 / 128))
+    assert found["combine"].comm_bytes == pytest.approx(58 * 128 * remote * 7168 * 2)
+
+
 def test_data_parallel_attention_before_sharded_experts_gathers_and_scatters():
     found = _decode(MIXTRAL_8X7B, 64, 100, parallel=Parallelism(dp=4))
     assert found["dispatch"].comm_bytes == found["combine"].comm_bytes == 32 * 3 / 4 * 64 * 4096 * 2

@@ -7,6 +7,10 @@ A worker has `tp*dp` GPUs. Attention: `dp` groups hold different sequences, in e
     dp > 1, ep = 1   every token goes to every GPU (all-gather), sums come back (reduce-scatter)
     dp > 1, ep > 1   every token goes to the ranks that hold its experts, once to each (all-to-all), and back
 
+An exchange between nodes is DeepEP's: a token crosses the network once for each node that wants it, and is passed on
+inside; what comes back is summed inside a node first. With FP8 weights a token travels in FP8, with a float32 for each
+128 values, and what comes back is BF16.
+
 An all-reduce of x bytes over g GPUs moves 2x(g-1)/g bytes into each and out of each (ring, or two-phase).
 Rings and trees cost latency that a roof does not know: `Hardware.operation_overhead_s` is the place for it.
 """
@@ -52,9 +56,17 @@ REMOTE_RANKS = "ep*(1-pow(1-1/ep, K))*(ep-1)/ep"
 
 ATTENTION_REDUCE = "2*(tp-1)/tp*T*N*a"
 DENSE_REDUCE = "2*(tp-1)/tp*T*N*a"
-DISPATCH = "exchange*own*remote*hot*(n/ep)*N*a + (1-exchange)*(dp-1)/dp*A*N*a"
+DISPATCH = "exchange*own*remote*hot*(n/ep)*N*q + (1-exchange)*(dp-1)/dp*A*N*a"
 COMBINE = "exchange*own*remote*hot*N*a + (1-exchange)*(n-1)/n*A*N*a + (tp-1)/tp*T*N*a"
 VOCABULARY_GATHER = "(tp-1)/tp*L*V*tp*4"
+
+CHOICES = "exchange*K"
+"""How many ranks a token of an exchange may choose; 0: what is sent goes to each GPU of the span for itself."""
+ONCE_A_NODE = (
+    "pow((1-pow(1-1/max(1, span/domain), max(1, choices)))"
+    "/(domain*(1-pow(1-1/max(1, span), max(1, choices)))), min(1, choices))"
+)
+"""Copies of a token that cross to other nodes, one for each, over those that would cross to other nodes' ranks."""
 
 CROSSING = "max(max(0, span-domain)/max(1, span-1), 1-min(span, 1))"
 """Part of an exchange among `span` GPUs that leaves a node of `domain` GPUs; `span` 0: all of it, to another worker."""

@@ -11,7 +11,8 @@ Symbols (`operation_symbols` has their values; sizes that TP or EP divide are a 
     Tp, Td tokens · Cp, Cd tokens of cache read · Pp, Pd query-key pairs; p in prefill, d in decode
     N hidden · H heads · G KV heads · h head size · Q query rank · D latent · R rope · nope, v dims of a head
     E experts · K per token · X distinct experts read · rows tokens x experts of this GPU · F, Fs, Fd widths
-    V vocabulary · w bytes of a weight · a of an activation · c of a cached value · kv of what a token caches in a layer
+    V vocabulary · w bytes of a weight · a of an activation, q on its way to experts · c of a cached value
+    kv bytes of what a token caches in a layer
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Literal
 
 from headrace_core.roofline.communication import (
     ATTENTION_REDUCE,
+    CHOICES,
     COMBINE,
     DENSE_REDUCE,
     DISPATCH,
@@ -101,8 +103,9 @@ class OperationFormula:
     """One line of the table: what an operation costs each time it runs.
 
     `runs` is a symbol, how often it runs in a step. `span` is a symbol, the GPUs that `sent` goes to; "0" another
-    worker. `math` says which peak counts: "weights" that of the weights' type, "activations" that of activations.
-    `is_overlapped`: it runs beside the others and adds no time.
+    worker. `choices`, of an exchange, how many of them a token may choose (`communication.ONCE_A_NODE`). `math` says
+    which peak counts: "weights" that of the weights' type, "activations" that of activations. `is_overlapped`: it runs
+    beside the others and adds no time.
     """
 
     name: str
@@ -112,6 +115,7 @@ class OperationFormula:
     bytes: str
     sent: str = "0"
     span: str = "1"
+    choices: str = "0"
     math: Literal["weights", "activations"] = "activations"
     is_overlapped: bool = False
 
@@ -130,6 +134,7 @@ class Operation:
     math: Dtype
     is_overlapped: bool
     formula: OperationFormula
+    choices: int = 0
 
     @property
     def intensity(self) -> float:
@@ -227,11 +232,15 @@ def _feed_forward(name: str, group: Group, runs: str, width: str) -> OperationFo
 
 _EXPERTS = (
     OperationFormula("router", "experts", "moe_layers", "2*T*N*E", "a*N*E + a*T*N + 4*T*E"),
-    OperationFormula("dispatch", "communication", "moe_layers", "0", "exchange*a*rows*N", DISPATCH, "n"),
+    OperationFormula(
+        "dispatch", "communication", "moe_layers", "0", "exchange*a*rows*N", DISPATCH, "n", choices=CHOICES
+    ),
     OperationFormula("expert_gate", "experts", "moe_layers", "2*rows*N*F", "w*X*N*F + a*rows*N", math="weights"),
     OperationFormula("expert_up", "experts", "moe_layers", "2*rows*N*F", "w*X*N*F + a*rows*F", math="weights"),
     OperationFormula("expert_down", "experts", "moe_layers", "2*rows*F*N", "w*X*F*N + a*rows*(F+N)", math="weights"),
-    OperationFormula("combine", "communication", "moe_layers", "2*rows*N", "a*rows*N + a*T*N", COMBINE, "n"),
+    OperationFormula(
+        "combine", "communication", "moe_layers", "2*rows*N", "a*rows*N + a*T*N", COMBINE, "n", choices=CHOICES
+    ),
 )
 _SHARED = _feed_forward("shared_experts", "experts", "moe_layers", "Fs")
 _DENSE = (
@@ -308,6 +317,7 @@ DERIVED_SYMBOLS = {
     "own": "A/n",
     "exchange": EXCHANGE,
     "remote": REMOTE_RANKS,
+    "q": "min(a, w + 4/128)",
 }
 
 
@@ -365,15 +375,17 @@ def step_operations(
     symbols = operation_symbols(
         shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype, experts_read=experts_read
     )
-    values = evaluate([text for row in table for text in (row.runs, row.flops, row.bytes, row.sent, row.span)], symbols)
+    values = evaluate(
+        [text for row in table for text in (row.runs, row.flops, row.bytes, row.sent, row.span, row.choices)], symbols
+    )
     operations: list[Operation] = []
     for index, row in enumerate(table):
-        runs, flops, moved, sent, span = values[5 * index : 5 * index + 5]
+        runs, flops, moved, sent, span, choices = values[6 * index : 6 * index + 6]
         if flops or moved or sent:
             math = dtype if row.math == "weights" else dtype.activation
             operations.append(
                 Operation(row.name, row.group, int(runs), runs * flops, runs * moved, runs * sent, int(span), math,
-                          row.is_overlapped, row)
+                          row.is_overlapped, row, int(choices))
             )  # fmt: skip
     return operations
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headrace_core.roofline.communication import CROSSING, ONE_GPU, Parallelism
+from headrace_core.roofline.communication import CROSSING, ONCE_A_NODE, ONE_GPU, Parallelism
 from headrace_core.roofline.formula import evaluate
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
@@ -25,7 +25,7 @@ ROOF = {
     "compute": "flops/peak",
     "memory": "bytes/memory",
     "link": f"sent*(1-{CROSSING})/link",
-    "network": f"sent*{CROSSING}/network",
+    "network": f"sent*{CROSSING}*{ONCE_A_NODE}/network",
 }
 """Seconds that each resource needs, for an operation's totals."""
 
@@ -161,7 +161,8 @@ def _at_the_roof(
 
 def _roof(cost: Operation, hardware: Hardware) -> tuple[float, Bound]:
     symbols = {
-        "flops": cost.flops, "bytes": cost.bytes, "sent": cost.comm_bytes, "span": cost.comm_gpus,
+        "flops": cost.flops, "bytes": cost.bytes, "sent": cost.comm_bytes,
+        "span": cost.comm_gpus, "choices": cost.choices,
         "peak": hardware.flops_per_s(cost.math), "memory": hardware.memory_bytes_per_s,
         "link": hardware.link_bytes_per_s, "network": hardware.network_bytes_per_s, "domain": hardware.link_domain,
     }  # fmt: skip

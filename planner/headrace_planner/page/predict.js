@@ -52,7 +52,7 @@ function operationOf(row, symbols, setting, hardware) {
   const total = {
     flops: runs * evaluate(row.flops, symbols), bytes: runs * evaluate(row.bytes, symbols),
     sent: runs * evaluate(row.sent, symbols), span: evaluate(row.span, symbols),
-    peak: hardware.flops[dtype], memory: hardware.memory, link: hardware.link, network: hardware.network,
+    choices: evaluate(row.choices, symbols), peak: hardware.flops[dtype], memory: hardware.memory, link: hardware.link, network: hardware.network,
     domain: hardware.domain,
   };
   const resources = Object.entries(evaluateAll(CONTENT.roof, total));
