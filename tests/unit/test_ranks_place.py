@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from headrace_core.errors import StartupError
 from headrace_core.ranks.layout import ExpertsBy, ParallelLayout
 from headrace_core.ranks.place import ALONE_PLACE, RankPlace, own_place, read_place, take_gpu
 from headrace_core.ranks.served import served_layout
+from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
@@ -49,6 +53,36 @@ def test_a_process_reads_its_own_place(monkeypatch):
         monkeypatch.setenv(name, value)
     assert own_place() == RankPlace(3, 4, 1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+TORCHRUN_OF_ONE_RANK = '''
+import subprocess, sys, time
+rank = """
+import signal
+from headrace_core.ranks.place import own_place
+own_place()
+print("there", flush=True)
+signal.pause()
+"""
+child = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(600)
+'''
+
+
+def test_a_rank_leaves_when_torchrun_is_killed():
+    environment = {**os.environ, **TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}
+    command = [sys.executable, "-c", TORCHRUN_OF_ONE_RANK]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as torchrun:
+        assert torchrun.stdout is not None
+        pid = int(torchrun.stdout.readline())
+        torchrun.kill()
+        torchrun.wait()
+        deadline = time.monotonic() + WAIT_S
+        while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX":
+            assert time.monotonic() < deadline, "it is still there"
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,18 @@ Torch-free: it is asked before torch is imported.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from headrace_core.errors import StartupError
 
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_PR_SET_PDEATHSIG = 1
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -53,9 +58,15 @@ def read_place(environment: Mapping[str, str]) -> RankPlace:
 
 
 def own_place() -> RankPlace:
-    """Return this process's place, and let it see its own GPU. Raises as `read_place` does."""
+    """Return this process's place, let it see its own GPU, and have it told to leave when torchrun is gone.
+
+    Raises as `read_place` does.
+    """
     place = read_place(os.environ)
     take_gpu(place, os.environ)
+    if place.size > 1 and _TORCHRUN in os.environ and sys.platform == "linux":
+        # Killed, it would leave its ranks behind.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     return place
 
 
