@@ -148,7 +148,11 @@ async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: 
     log.info("serving", extra={"role": role, **where, "version": __version__})
     await asyncio.wait([service.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
     if service.failed.done():
-        log.error("failed", exc_info=service.failed.exception())
+        error = service.failed.exception()
+        if isinstance(error, HeadraceError):  # it says all there is to say
+            log.error("failed", extra={"reason": error.reason, "problem": str(error)})
+        else:
+            log.error("failed", exc_info=error)
         await _stop(service, settings)
         return 1
     log.info("draining", extra={"drain_s": settings.drain_s})

@@ -9,8 +9,8 @@ import threading
 from dataclasses import replace
 
 import pytest
-from headrace_core.batch.step import FatalStepError
 from headrace_core.config import DecodeSettings
+from headrace_core.engine.leader import RankLostError
 from headrace_core.engine.rank_pages import RankPages
 from headrace_core.errors import StartupError
 from headrace_core.ranks.group import Ranks
@@ -87,7 +87,7 @@ async def test_a_group_that_is_over_ends_both_services(monkeypatch: pytest.Monke
     group.threads.end()
     await eventually(lambda: group.leader.failed.done() and group.follower.failed.done(), "both have failed")
     for rank, service in enumerate((group.leader, group.follower)):
-        with pytest.raises(FatalStepError, match=f"rank {rank} of 2: .* the group ends"):
+        with pytest.raises(RankLostError, match=f"rank {rank} of 2: .* the group ends, see the other ranks' logs"):
             service.failed.result()
         await service.stop()
     assert not group.signals

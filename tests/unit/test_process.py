@@ -15,7 +15,7 @@ SERVICE = textwrap.dedent("""
     import asyncio, gc, os, resource, sys
     from prometheus_client import CollectorRegistry
     from headrace_core.config import RouterSettings, parse
-    from headrace_core.errors import CheckpointError
+    from headrace_core.errors import CheckpointError, UnavailableError
     from headrace_core.process import run
 
     mode = sys.argv.pop(1)
@@ -34,7 +34,9 @@ SERVICE = textwrap.dedent("""
             if mode == "slow":
                 print("loading", file=sys.stderr, flush=True)
                 await asyncio.Event().wait()
-            if mode.startswith("fail"):
+            if mode == "fail of another":
+                self.failed.set_exception(UnavailableError("RANK_LOST", "rank 1 is gone; start the group again"))
+            elif mode.startswith("fail"):
                 self.failed.set_exception(RuntimeError("engine died"))
             return "127.0.0.1:1"
         async def drain(self):
@@ -152,7 +154,14 @@ def test_a_failed_service_exits_1(start):
     child = start("fail")
     _, err = child.communicate(timeout=WAIT_S)
     assert child.returncode == 1
-    assert "engine died" in err
+    assert "RuntimeError: engine died" in err
+
+
+def test_a_service_that_fails_for_another_says_so_in_one_line(start):
+    _, err = (child := start("fail of another")).communicate(timeout=WAIT_S)
+    assert child.returncode == 1
+    assert "E failed reason=RANK_LOST problem=rank 1 is gone; start the group again\n" in err
+    assert "UnavailableError" not in err
 
 
 def test_an_error_at_start_is_one_line_and_exits_2(start):

@@ -21,7 +21,7 @@ from headrace_core.batch.step import FatalStepError
 from headrace_core.batch.step_diff import StepDiff
 from headrace_core.engine.executor import StepModel
 from headrace_core.engine.group_messages import Ask, Beat, Message, Pages, Plan, Stop, decode
-from headrace_core.engine.leader import lost
+from headrace_core.engine.leader import group_over
 from headrace_core.engine.rank_pages import RankPages
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.ranks.group import RankGroup
@@ -68,7 +68,7 @@ class Follower:
         except FatalStepError:
             raise
         except Exception as error:
-            raise lost(self._ranks, what, error) from error
+            raise group_over(self._ranks, what, error) from error
 
     def _do(self, message: Message) -> None:
         match message:

@@ -26,7 +26,7 @@ from headrace_core.batch.step_diff import Differ
 from headrace_core.engine.executor import StepModel
 from headrace_core.engine.group_messages import Ask, Beat, Message, Pages, Plan, Stop, encode
 from headrace_core.engine.rank_pages import RankPages, cells, pieces
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
 from headrace_core.ranks.group import RankGroup
@@ -137,7 +137,7 @@ class Leader:
             yield
         except Exception as error:
             self._is_lost = True
-            raise lost(self._ranks, what, error) from error
+            raise group_over(self._ranks, what, error) from error
 
 
 class GroupModel:
@@ -158,7 +158,7 @@ class GroupModel:
         try:
             return self._model.forward(chunks, cache, timer, on_layer)
         except Exception as error:
-            raise lost(self._ranks, "computing a step", error) from error
+            raise group_over(self._ranks, "computing a step", error) from error
 
     def take_failures(self) -> dict[int, HeadraceError]:
         """See `StepModel`."""
@@ -169,9 +169,17 @@ class GroupModel:
         return self._model.take_expert_counts()
 
 
-def lost(ranks: RankGroup, what: str, error: Exception) -> FatalStepError:
-    """Return the error that ends a group, as a rank sees it: what it did, and what came of that."""
-    return FatalStepError(
-        f"rank {ranks.rank} of {ranks.size}: {what} failed, by itself or because another rank is gone, hangs or "
-        f"failed; the group ends, see the other ranks' logs and start it again: {type(error).__name__}: {error}"
-    )
+class RankLostError(FatalStepError, UnavailableError):
+    """Another rank is gone, hangs or failed: what is wrong is in its log, not in this one's."""
+
+
+def group_over(ranks: RankGroup, what: str, error: Exception) -> FatalStepError:
+    """Return what ends a group, as a rank sees it: what it did, and what came of that.
+
+    A `RankLostError` if `error` is another rank's fault, else one of which it is the cause.
+    """
+    where = f"rank {ranks.rank} of {ranks.size}: {what} failed"
+    if isinstance(error, UnavailableError):
+        text = f"{where}: {error}; the group ends, see the other ranks' logs and start it again"
+        return RankLostError(error.reason, text)
+    return FatalStepError(f"{where}, so the group ends: {type(error).__name__}: {error}")
