@@ -53,9 +53,11 @@ def test_aiperf(cluster, model_dir, tmp_path, endpoint):
 def test_guidellm(cluster, model_dir, tmp_path):
     run(
         tmp_path,
-        "guidellm", "benchmark", "--target", f"http://{cluster.router.http_address}", "--model", "demo",
-        "--processor", str(model_dir), "--profile", "concurrent", "--rate", "2", "--max-requests", "6",
-        "--data", "prompt_tokens=48,output_tokens=12", "--outputs", "json", "--output-path", str(tmp_path / "out.json"),
+        "guidellm", "run", "--backend", f"kind=openai_http,target=http://{cluster.router.http_address},model=demo",
+        "--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6",
+        "--tokenizer", f"kind=huggingface_auto,model={model_dir}",
+        "--data", "kind=synthetic_text,prompt_tokens=48,output_tokens=12",
+        "--output", "kind=json,path=out.json", "--disable-console-interactive",
     )  # fmt: skip
     (benchmark,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert benchmark["metrics"]["request_totals"]["successful"] == 6
