@@ -42,7 +42,7 @@ def divide(settings: RouterSettings) -> RouterSettings:
         pid = os.fork()
         if not pid:
             _end_with(parent)
-            own = {"metrics_listen": _nth_port(settings.metrics_listen, number)}
+            own: dict[str, Any] = {"metrics_listen": _nth_port(settings.metrics_listen, number)}
             if settings.ready_file is not None:
                 own["ready_file"] = Path(folder) / str(number)
             return settings.model_copy(update=shared | own)
