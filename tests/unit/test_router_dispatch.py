@@ -212,9 +212,9 @@ async def test_a_round_is_told_of_all_that_is_there_and_of_what_takes_another_ro
     told, made = [], []
     plan, capacity = policy.plan, dispatch.Capacity
 
-    def watch(queue, views, capacity, *, num_second, kinds):
+    def watch(queue, views, capacity, *, num_second, **more):
         told.append(num_second)
-        return plan(queue, views, capacity, num_second=num_second, kinds=kinds)
+        return plan(queue, views, capacity, num_second=num_second, **more)
 
     monkeypatch.setattr(policy, "plan", watch)
     monkeypatch.setattr(dispatch, "Capacity", lambda views: made.append(views) or capacity(views))
