@@ -21,6 +21,8 @@ from headrace_core.testing.tiny_checkpoints import (
 )
 from headrace_kernels import backend, use_backend
 from headrace_kernels.block_fp8 import BlockFp8
+from headrace_kernels.fp8_experts import empty_fp8_experts
+from headrace_kernels.routing_rule import RoutedTokens
 
 TOKENS = list(range(3, 40))
 FP8 = WeightsDtype.FP8
@@ -119,6 +121,19 @@ def test_a_value_that_is_none_is_refused(tmp_path, what):
 
     write(tmp_path, spoil=spoil)
     assert "1 of " in refused(tmp_path, "NON_FINITE_WEIGHT", CheckpointError)
+
+
+def test_an_assignment_of_no_expert_adds_nothing():
+    torch.manual_seed(0)
+    part = BlockFp8(torch.randn(4, 4).to(torch.float8_e4m3fn), torch.ones(1, 1), (4, 4))
+    with use_backend("reference"):
+        experts = empty_fp8_experts(2, 4, 4, torch.empty(0), (4, 4))
+        for expert in range(2):
+            experts.put(expert, part, part, part)
+        x, shares = torch.randn(2, 4), torch.ones(2, 1)
+        found = experts(RoutedTokens(x, torch.tensor([[1], [-1]]), shares, None), torch.zeros(2, 4))
+    assert found[0].abs().sum() > 0
+    assert not found[1].any()
 
 
 def test_a_weight_is_split_at_blocks_alone():

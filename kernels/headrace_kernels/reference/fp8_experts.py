@@ -15,7 +15,7 @@ from headrace_kernels.silu_mul import silu_mul
 
 
 class HeldExperts:
-    """See `headrace_kernels.fp8_experts.Fp8Experts`; no assignment may be of no expert."""
+    """See `headrace_kernels.fp8_experts.Fp8Experts`."""
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         self._held: list[tuple[BlockFp8, BlockFp8, BlockFp8] | None] = [None] * count
@@ -32,6 +32,8 @@ class HeldExperts:
         """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
         out = residual.float()
         for expert in routed.experts.unique().tolist():
+            if expert < 0:
+                continue  # of padding
             held = self._held[expert]
             assert held is not None, "every expert was put"
             gate, up, down = held
