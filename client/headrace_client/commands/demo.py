@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from headrace_core.errors import InvalidRequestError
+from headrace_core.packages import check_worker_packages
 from rich.text import Text
 
 from headrace_client.client import Client
@@ -42,6 +43,7 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What the story begins with.")] = _PROMPT,
 ) -> None:
     """Run the command. Raises what `LocalCluster.start` and `Client.generate` list; `app` reports it."""
+    check_worker_packages()
     folder = model or find_demo_model()
     started_s = time.monotonic()
 
