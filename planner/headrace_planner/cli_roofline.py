@@ -24,6 +24,7 @@ from rich.console import Console
 from headrace_planner.cli_kernels import KernelsError, measure_kernels, show_kernels
 from headrace_planner.cli_live import read_workers, save_points, show_live
 from headrace_planner.compat import CompatSetting
+from headrace_planner.divisible import check_divides
 from headrace_planner.live import PHASES, LiveError, Reading, mean_load, measured_points
 from headrace_planner.measured import MeasuredError, load_measured
 from headrace_planner.page import PageContent, PageSetting, build_page
@@ -155,6 +156,7 @@ def main(
             ModelShape.load(model), _find(hardware, hardware_file), Parallelism(tp, dp, ep),
             Routing(zipf, _read_histogram(histogram), balanced), dtype, kv_dtype, mla.value, hardware_file,
         )  # fmt: skip
+        check_divides(setting.shape, setting.parallel)
         _show(setting, _Steps(phase, prefill_batch, batch, context, cached), output, readings)
 
 

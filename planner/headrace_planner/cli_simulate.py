@@ -22,6 +22,7 @@ from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import kv_tokens
+from headrace_planner.divisible import check_divides
 from headrace_planner.measured_times import load_tables, measured_times
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_capacity import wire_of
@@ -102,6 +103,7 @@ def main(
         machine = Machine(
             ModelShape.load(model), find_hardware(hardware, hardware_file), Parallelism(tp, dp, ep), dtype
         )
+        check_divides(machine.shape, machine.parallel)
         load = _workload(workload, trace, scale, requests, spread, concurrency, seed)
         times = _times(machine, _Speed(tables, fitted, zipf, replicas), max_rows, step_tokens)
         outages = ()

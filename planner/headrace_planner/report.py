@@ -77,6 +77,14 @@ def as_json(result: Roofline, kv_dtype: Dtype | None = None) -> dict[str, Any]:
     }
 
 
+_COLUMNS = (
+    (96, ("operation", "runs", "FLOP", "bytes", "sent", "FLOP/B", "bound", "time", "share")),
+    (80, ("operation", "FLOP", "bytes", "bound", "time", "share")),
+    (0, ("operation", "bound", "time", "share")),
+)
+"""The narrowest terminal, in characters, that a table has these columns on."""
+
+
 def print_roofline(
     console: Console, title: str, result: Roofline, *, has_formulas: bool = True, kv_dtype: Dtype | None = None
 ) -> None:
@@ -89,6 +97,8 @@ def print_roofline(
         f"{hardware.critical_intensity(dtype.activation):.2f} FLOP/byte in {dtype.activation.value}[/dim]"
     )
     console.print(_table(result.operations, console.width, has_formulas=has_formulas))
+    if console.width < _COLUMNS[0][0]:
+        console.print("[dim]This terminal is too narrow for all columns; --json has them.[/dim]")
     if has_formulas and console.width < _FORMULAS_WIDTH:
         console.print("[bold]each time it runs: FLOPs | bytes | sent[/bold]")
         console.print(_formula_list(result.operations))
@@ -98,23 +108,26 @@ def print_roofline(
 
 def _table(rows: Sequence[OperationTime], width: int, *, has_formulas: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("operation", no_wrap=True)
-    for name in ("runs", "FLOP", "bytes", "sent", "FLOP/B"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("bound", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
+    names = next(names for least, names in _COLUMNS if width >= least)
+    for name in names:
+        table.add_column(name, justify="left" if name in ("operation", "bound") else "right", no_wrap=True)
     is_wide = width >= _FORMULAS_WIDTH
     if has_formulas and is_wide:
         table.add_column("each time it runs: FLOPs | bytes | sent", style="dim", overflow="fold")
     for row in sorted(rows, key=lambda row: row.intensity):
         operation = row.operation
-        cells = [
-            row.name, str(operation.runs), si(operation.flops), si(operation.bytes), si(operation.comm_bytes),
-            f"{row.intensity:,.2f}", f"[{_BOUND_STYLE[row.bound]}]{row.bound}[/]", seconds(row.time_s),
-            "beside" if operation.is_overlapped else f"{row.share:.1%}",
-        ]  # fmt: skip
-        table.add_row(*cells, *([_formulas(row)] if has_formulas and is_wide else []))
+        cells = {
+            "operation": row.name,
+            "runs": str(operation.runs),
+            "FLOP": si(operation.flops),
+            "bytes": si(operation.bytes),
+            "sent": si(operation.comm_bytes),
+            "FLOP/B": f"{row.intensity:,.2f}",
+            "bound": f"[{_BOUND_STYLE[row.bound]}]{row.bound}[/]",
+            "time": seconds(row.time_s),
+            "share": "beside" if operation.is_overlapped else f"{row.share:.1%}",
+        }
+        table.add_row(*(cells[name] for name in names), *([_formulas(row)] if has_formulas and is_wide else []))
     return table
 
 

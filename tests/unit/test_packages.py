@@ -30,4 +30,4 @@ ADVICE = "error: not installed, and workers need it: torch; pip install 'headrac
 def test_without_torch_one_line_says_what_to_install(model_dir, arguments, code):
     command = [sys.executable, "-c", WITHOUT_TORCH, *(str(model_dir) if it == "MODEL" else it for it in arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, ADVICE)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", ADVICE)

@@ -24,6 +24,31 @@ def test_shows_both_phases_with_formulas(env):
     assert "a step at the roof" in result.stdout
 
 
+@pytest.mark.parametrize("columns", ["60", "80", "96"])
+def test_no_figure_is_cut_short_on_a_narrow_terminal(columns):
+    result = _run("--phase", "decode", "--no-formulas", env={"COLUMNS": columns})
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= int(columns)
+    assert ("--json has them" in " ".join(result.stdout.split())) == (columns != "96")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--tp", "3"], "tp 3 does not divide the 16 heads of deepseek-v2-lite"),
+        (["--dp", "3", "--ep", "3"], "ep 3 does not divide the 64 experts of deepseek-v2-lite"),
+    ],
+)
+def test_a_division_that_no_engine_computes_is_refused(arguments, problem):
+    result = _run(*arguments)
+    assert (result.exit_code, result.stderr) == (2, f"error: {problem}\n")
+
+
+def test_in_fp32_a_gpu_has_a_peak_of_its_own():
+    result = _run("--dtype", "fp32", "--hardware", "h100", "--phase", "decode", "--no-formulas")
+    assert "fp32 67 TFLOP/s" in result.stdout
+
+
 def test_operations_are_sorted_by_intensity():
     lines = _run("--phase", "decode", "--no-formulas").stdout.splitlines()
     names = [line.split()[0] for line in lines if line.strip()]

@@ -92,6 +92,7 @@ def test_tensor_parallelism_beyond_the_kv_heads_divides_the_cache_no_further():
         ("deepseek-v3", 671.0), ("deepseek-v2", 235.7), ("deepseek-v2-lite", 15.7), ("moonlight-16b", 16.0),
         ("kimi-k2", 1026.4), ("mixtral-8x7b", 46.7), ("qwen3-30b-a3b", 30.5), ("llama-3-8b", 8.0),
         ("llama-3-70b", 70.6),
+        ("llama-3.1-405b", 405.8),
     ],
 )  # fmt: skip
 def test_parameters_are_as_published(name, billions):

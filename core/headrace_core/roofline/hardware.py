@@ -1,7 +1,8 @@
 """What a machine can do at best: peaks, bandwidths, memory, price. A table, and files that extend it.
 
-Peaks are the vendors' dense figures, never the sparse ones; no kernel reaches them, and a fraction to expect of them is
-for whoever predicts (`Hardware.derated`). Prices are assumptions for comparing, to be replaced by one's own.
+Peaks are the vendors' dense figures, never the sparse ones, and in FP32 those without TF32's shorter numbers; no kernel
+reaches them, and a fraction to expect of them is for whoever predicts (`Hardware.derated`). Prices are assumptions for
+comparing, to be replaced by one's own.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ def _tpu(name: str, bf16: float, memory: float, gigabytes: float, link: float, n
 
 
 def _gpu(
-    name: str, bf16: float, fp8: float | None, memory: float, gigabytes: float, link: float, network: float,
-    cost: float, source: str,
+    name: str, fp32: float, bf16: float, fp8: float | None, memory: float, gigabytes: float, link: float,
+    network: float, cost: float, source: str,
 ) -> Hardware:  # fmt: skip
-    flops = {Dtype.BF16: bf16, Dtype.FP16: bf16} | ({Dtype.FP8: fp8} if fp8 else {})
+    flops = {Dtype.FP32: fp32, Dtype.BF16: bf16, Dtype.FP16: bf16} | ({Dtype.FP8: fp8} if fp8 else {})
     return Hardware(name, flops, memory, gigabytes * 1e9, link, network, cost, f"{source}; price assumed")
 
 
@@ -88,19 +89,19 @@ _TABLE = (
     _tpu("tpu-v5e", 1.97e14, 8.2e11, 16, 2e11, 3.1e9, 1.20),
     _tpu("tpu-v5p", 4.59e14, 2.765e12, 95, 6e11, 6.2e9, 4.20),
     _tpu("tpu-v6e", 9.18e14, 1.6e12, 32, 4e11, 12.5e9, 2.70),
-    _gpu("a100", 312e12, None, 2.039e12, 80, 300e9, 25e9, 1.80,
+    _gpu("a100", 19.5e12, 312e12, None, 2.039e12, 80, 300e9, 25e9, 1.80,
          "NVIDIA A100 80GB SXM data sheet; NVLink 3 600 GB/s both ways; 200 Gb/s NIC"),
-    _gpu("h100", 989.5e12, 1979e12, 3.35e12, 80, 450e9, 50e9, 2.95,
+    _gpu("h100", 67e12, 989.5e12, 1979e12, 3.35e12, 80, 450e9, 50e9, 2.95,
          "NVIDIA H100 SXM data sheet; NVLink 4 900 GB/s both ways; 400 Gb/s NIC"),
-    _gpu("h200", 989.5e12, 1979e12, 4.8e12, 141, 450e9, 50e9, 3.50,
+    _gpu("h200", 67e12, 989.5e12, 1979e12, 4.8e12, 141, 450e9, 50e9, 3.50,
          "NVIDIA H200 SXM data sheet; NVLink 4 900 GB/s both ways; 400 Gb/s NIC"),
-    _gpu("h200-attainable", 790e12, 1480e12, 4.3e12, 141, 450e9, 50e9, 3.50,
+    _gpu("h200-attainable", 67e12, 790e12, 1480e12, 4.3e12, 141, 450e9, 50e9, 3.50,
          "what good kernels reach on an H200 of long GEMMs and streams; third-party figures, docs/roofline.md"),
-    _gpu("b200", 2.25e15, 4.5e15, 8e12, 180, 900e9, 50e9, 5.00,
+    _gpu("b200", 75e12, 2.25e15, 4.5e15, 8e12, 180, 900e9, 50e9, 5.00,
          "NVIDIA DGX B200 data sheet; NVLink 5 1.8 TB/s both ways; 400 Gb/s NIC"),
-    _gpu("mi300x", 1307.4e12, 2614.9e12, 5.3e12, 192, 448e9, 50e9, 2.50,
+    _gpu("mi300x", 163.4e12, 1307.4e12, 2614.9e12, 5.3e12, 192, 448e9, 50e9, 2.50,
          "AMD MI300X data sheet; 7 Infinity Fabric links of 64 GB/s one way; 400 Gb/s NIC"),
-    _gpu("mi355x", 2.5e15, 5.0e15, 8e12, 288, 537e9, 50e9, 4.00,
+    _gpu("mi355x", 157.3e12, 2.5e15, 5.0e15, 8e12, 288, 537e9, 50e9, 4.00,
          "AMD MI355X data sheet; 7 Infinity Fabric links of 76.8 GB/s one way; 400 Gb/s NIC"),
 )  # fmt: skip
 

@@ -245,12 +245,13 @@ MIXTRAL_8X7B = ModelShape(
 QWEN3_30B_A3B = ModelShape("qwen3-30b-a3b", 48, 2048, 32, 151_936, 6144, GqaShape(4, 128), MoeShape(128, 8, 768))
 LLAMA_3_8B = ModelShape("llama-3-8b", 32, 4096, 32, 128_256, 14_336, GqaShape(8, 128))
 LLAMA_3_70B = ModelShape("llama-3-70b", 80, 8192, 64, 128_256, 28_672, GqaShape(8, 128))
+LLAMA_3_1_405B = ModelShape("llama-3.1-405b", 126, 16_384, 128, 128_256, 53_248, GqaShape(8, 128))
 
 MODELS = {
     shape.name: shape
     for shape in (
         DEEPSEEK_V3, DEEPSEEK_V2, DEEPSEEK_V2_LITE, MOONLIGHT, KIMI_K2, MIXTRAL_8X7B, QWEN3_30B_A3B, LLAMA_3_8B,
-        LLAMA_3_70B,
+        LLAMA_3_70B, LLAMA_3_1_405B,
     )
 }  # fmt: skip
 """Published models by name; sizes from their config.json on Hugging Face."""
