@@ -211,6 +211,12 @@ class DecodeSettings(WorkerSettings):
     model_config = _config("DECODE")
 
     role: Literal["decode", "both"] = Field("decode", description="both: prefill and decode in this one worker")
+    speculate: str = Field(
+        "off",
+        pattern=r"^(off|lookup(:[1-9][0-9]?)?)$",
+        description="lookup:K: guess up to K tokens (4) by what followed the newest ones before, in prompt and output, "
+        "and check them in one step: the same tokens in fewer steps; off: one token a step",
+    )
 
 
 class RouterSettings(ProcessSettings):

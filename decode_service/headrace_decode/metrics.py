@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace_core.engine.engine import StepReport
 from headrace_core.telemetry import PHASE_BUCKETS
 from headrace_core.transfer.taker import TransferStats
 from headrace_core.worker.metrics import WorkerMetrics
@@ -45,6 +46,19 @@ class DecodeMetrics:
         self.slow_readers = Counter(
             "headrace_slow_readers_total", "Sessions aborted because their reader stalled", registry=registry
         )
+
+        self.draft_tokens = Counter(
+            "headrace_draft_tokens_total", "Tokens that were guessed and checked in a step", ["outcome"],
+            registry=registry,
+        )  # fmt: skip
+        for outcome in ("accepted", "rejected"):
+            self.draft_tokens.labels(outcome)
+
+    def observe_step(self, report: StepReport) -> None:
+        """Count what became of a step's drafts."""
+        if report.num_drafted:
+            self.draft_tokens.labels("accepted").inc(report.num_accepted)
+            self.draft_tokens.labels("rejected").inc(report.num_drafted - report.num_accepted)
 
     def observe_transfer(self, moved: TransferStats) -> None:
         """Count a hand-off whose pages are here: what it moved, and when."""

@@ -10,6 +10,8 @@ from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow
 from headrace_core.kv.sequence_pages import SequencePages
 
+from headrace_decode.speculation import Drafting
+
 
 class State(Enum):
     """Where a sequence is; see the scheduler."""
@@ -49,6 +51,7 @@ class Scheduled:
     queue_s: float = 0.0
     is_started: bool = False
     memo: SamplingMemo = field(default_factory=SamplingMemo)
+    drafting: Drafting = field(default_factory=Drafting)
 
     @property
     def num_left(self) -> int:
@@ -65,6 +68,14 @@ class Scheduled:
             is_sampled=end == len(self.token_ids),
             request_id=self.spec.request_id,
         )
+
+    def advance(self, chunk: Chunk, num_new: int) -> None:
+        """Take note that the chunk was computed, which gave `num_new` tokens; `token_ids` have them."""
+        self.num_computed += len(chunk.token_ids)
+        if chunk.num_draft:
+            # All that it gave but the last were drafted, and are computed; whatever else was drafted never was.
+            self.num_computed = len(self.token_ids) - 1
+            self.drafting.judge(chunk.num_draft, num_new - 1)
 
     def sampling(self, limits: ModelLimits) -> SamplingRow:
         """Return what its next token is chosen by."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
+from operator import attrgetter
 
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
@@ -38,9 +39,11 @@ from headrace_core.request import SampledToken
 from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Started
 from headrace_decode.held_prefixes import HeldPrefixes
 from headrace_decode.scheduled import MOVING, Scheduled, State
+from headrace_decode.speculation import NO_DRAFTS, Speculation
 
 _RESERVE_SHARE = 4
 """For every so many running sequences one page stays free at admission, since each will soon need one more."""
+_age = attrgetter("key")
 
 
 class DecodeScheduler:
@@ -54,8 +57,10 @@ class DecodeScheduler:
         max_step_tokens: int,
         max_step_sequences: int,
         max_waiting_sequences: int,
+        speculation: Speculation = NO_DRAFTS,
     ) -> None:
         self.pages = pages
+        self._speculation = speculation
         self._limits = limits
         self._max_step_tokens = max_step_tokens
         # More rows than tokens could never all run.
@@ -199,6 +204,7 @@ class DecodeScheduler:
         chunks = self._choose(now)
         while not chunks and self._has_made_room:
             chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
+        chunks = self._speculation.with_drafts(chunks, self._sequences, self.pages)
         sampling = {c.key: self._sequences[c.key].sampling(self._limits) for c in chunks if c.is_sampled}
         return self._book.plan(ForwardPlan(chunks), sampling)
 
@@ -206,11 +212,11 @@ class DecodeScheduler:
         """Choose the step after the one under way as if that were over and had ended nobody but by length.
 
         Tokens that it samples are COMING. None if that step must be over first: a sequence needs a page and none is
-        left, or one failed.
+        left, one failed, or it has drafts, of which nobody knows yet how much is right.
         """
         planned = [(self._sequences.get(chunk.key), chunk) for chunk in self._book.planned.chunks]
         over = [(s, chunk) for s, chunk in planned if s is not None and s.state is State.RUNNING]
-        if self._book.is_spoilt:
+        if self._book.is_spoilt or any(chunk.num_draft for _, chunk in planned):
             return None
         for sequence, chunk in over:
             sequence.num_computed += len(chunk.token_ids)
@@ -243,11 +249,13 @@ class DecodeScheduler:
                 self._book.give_back(sequence.key, sequence.pages, is_discarded=True)
                 self._fail(sequence, error)
                 continue
-            sequence.num_computed += len(chunk.token_ids)
+            tokens = result.tokens[chunk.key] if chunk.is_sampled else []
+            has_ended = self._emit(sequence, tokens)
+            sequence.advance(chunk, len(tokens))
             keeps_ids = self._book.is_under_way(chunk.key)
             self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed, keeps_ids=keeps_ids)
-            if chunk.is_sampled:
-                self._emit(sequence, result.tokens[chunk.key])
+            if has_ended:
+                self._free(sequence)
 
     def take_events(self) -> Sequence[DecodeEvent]:
         """Return what happened since the last call."""
@@ -359,8 +367,11 @@ class DecodeScheduler:
         self._waiting.add(sequence)
         self._book.tell(Preempted(sequence.key))
 
-    def _emit(self, sequence: Scheduled, tokens: Sequence[SampledToken]) -> None:
-        """Tell of the tokens up to one that ends the sequence, if there is one; what follows it never was."""
+    def _emit(self, sequence: Scheduled, tokens: Sequence[SampledToken]) -> bool:
+        """Tell of the tokens up to one that ends the sequence, if there is one: what follows it never was.
+
+        Return whether there is.
+        """
         for token in tokens:
             sequence.token_ids.append(token.token_id)
             sequence.output_ids.append(token.token_id)
@@ -369,8 +380,8 @@ class DecodeScheduler:
             )
             self._book.tell(Output(sequence.key, token, finish))
             if finish:
-                self._free(sequence)
-                return
+                return True
+        return False
 
     def _fail(self, sequence: Scheduled, error: HeadraceError) -> None:
         self._free(sequence)
@@ -387,7 +398,3 @@ class DecodeScheduler:
             self._waiting.remove(sequence)
         elif sequence.state is State.RUNNING:
             self._running.remove(sequence)
-
-
-def _age(sequence: Scheduled) -> int:
-    return sequence.key

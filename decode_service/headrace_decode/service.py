@@ -51,6 +51,7 @@ from headrace_decode.scheduler import DecodeScheduler
 from headrace_decode.sequence import Sequence, decode_spec, refuse
 from headrace_decode.server import DECODE_SERVICE, add_decode_servicer
 from headrace_decode.session import MOST_UNREAD_BYTES, PATIENCE_S, Session
+from headrace_decode.speculation import Speculation
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class DecodeService:
             max_step_tokens=settings.max_step_tokens,
             max_step_sequences=settings.max_step_sequences,
             max_waiting_sequences=settings.max_waiting_sequences,
+            speculation=Speculation.of(settings),
         )
         self._taker = model_taker(
             model,
@@ -334,6 +336,8 @@ class DecodeService:
             sequence.moved = moved
 
     def _on_news(self, news: News[DecodeEvent]) -> None:
+        if news.report:
+            self._metrics.observe_step(news.report)
         sessions: dict[int, Session] = {}
         for event in news.events:
             if isinstance(event, PrefixHeld):

@@ -89,7 +89,7 @@ def _install(watch: Stopwatch) -> None:
     DecodeScheduler.plan = watch.timed("plan", DecodeScheduler.plan)  # pyright: ignore[reportAttributeAccessIssue]
     DecodeScheduler.apply = applied
     Model.forward = watch.timed("network", Model.forward)  # pyright: ignore[reportAttributeAccessIssue]
-    executor.sample = watch.timed("sampling", executor.sample)  # pyright: ignore[reportPrivateImportUsage]
+    executor.sample_chunks = watch.timed("sampling", executor.sample_chunks)  # pyright: ignore[reportPrivateImportUsage]
 
 
 async def _generate(address: str, batch: int, num_tokens: int) -> None:

@@ -6,6 +6,7 @@ from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.events import PagesReady
 from headrace_decode.scheduler import DecodeScheduler
+from headrace_decode.speculation import NO_DRAFTS
 
 LIMITS = ModelLimits(vocab_size=1000, max_context_tokens=60, eos_token_ids=(0,))
 
@@ -13,13 +14,16 @@ LIMITS = ModelLimits(vocab_size=1000, max_context_tokens=60, eos_token_ids=(0,))
 PAGE = 2
 
 
-def scheduler(num_pages=32, max_step_tokens=8, max_step_sequences=4, max_waiting=100) -> DecodeScheduler:
+def scheduler(
+    num_pages=32, max_step_tokens=8, max_step_sequences=4, max_waiting=100, speculation=NO_DRAFTS
+) -> DecodeScheduler:
     return DecodeScheduler(
         PageAllocator(num_pages, PAGE),
         LIMITS,
         max_step_tokens=max_step_tokens,
         max_step_sequences=max_step_sequences,
         max_waiting_sequences=max_waiting,
+        speculation=speculation,
     )
 
 

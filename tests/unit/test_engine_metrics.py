@@ -20,7 +20,15 @@ WORKER = [
     ("metrics", "names"),
     [
         (PrefillMetrics, ["headrace_prefill_seconds", "headrace_leases", "headrace_lease_ends_total"]),
-        (DecodeMetrics, ["headrace_transfer_seconds", "headrace_preemptions_total", "headrace_handoffs"]),
+        (
+            DecodeMetrics,
+            [
+                "headrace_transfer_seconds",
+                "headrace_preemptions_total",
+                "headrace_handoffs",
+                "headrace_draft_tokens_total",
+            ],
+        ),
     ],
 )
 def test_every_documented_metric_is_scraped(metrics, names):
@@ -37,3 +45,12 @@ def test_expert_tokens_add_up():
         metrics.observe_step(StepReport(3, 0.1, {1: [1, 0, 2]}))
     labels = [{"layer": "1", "expert": str(expert)} for expert in range(3)]
     assert [registry.get_sample_value("headrace_expert_tokens_total", label) for label in labels] == [2, 0, 4]
+
+
+def test_drafts_are_counted_by_what_became_of_them():
+    registry = CollectorRegistry()
+    metrics = DecodeMetrics(registry)
+    for report in (StepReport(1, 0.1, {}), StepReport(6, 0.1, {}, num_drafted=5, num_accepted=2)):
+        metrics.observe_step(report)
+    labels = [{"outcome": outcome} for outcome in ("accepted", "rejected")]
+    assert [registry.get_sample_value("headrace_draft_tokens_total", label) for label in labels] == [2, 3]

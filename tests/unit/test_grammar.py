@@ -8,9 +8,10 @@ import pytest
 import torch
 from headrace.v1 import types_pb2
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import SamplingMemo, SamplingRow
+from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow
 from headrace_core.errors import InvalidRequestError
 from headrace_core.grammar import Grammars, check_grammar
+from headrace_core.model.drafts import sample_chunks
 from headrace_core.model.sampler import sample
 from headrace_core.request import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, SamplingParams
 from headrace_core.wire import decode_sampling, encode_sampling
@@ -56,6 +57,27 @@ def generated(grammars, grammar, seed, is_rebuilt=False, **params):
         output.append(token.token_id)
         assert len(output) < 400
     return output
+
+
+def drafted(grammars, grammar, seed, answer, **params):
+    """Return the tokens of an answer by steps with drafts of three tokens of `answer`, every fourth of them wrong."""
+    output, memo = [], SamplingMemo()
+    while not output or output[-1] != EOS:
+        coming = [token for token in answer[len(output) :][:3] if token != EOS]
+        draft = [token + 1 if (len(output) + i) % 4 == 3 else token for i, token in enumerate(coming)]
+        chunk = Chunk(1, [0, *draft], 5, [0], True, num_draft=len(draft))
+        rows = torch.cat([logits(seed * 1000 + len(output) + i) for i in range(len(draft) + 1)])
+        (tokens,) = sample_chunks(rows, [chunk], [row(grammar, output, memo, seed=seed, **params)], grammars)
+        output += [token.token_id for token in tokens]
+        assert len(output) < 400
+    return output
+
+
+@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "min_tokens": 4}])
+def test_drafts_change_no_token_of_what_depends_on_those_before(grammars, params):
+    for seed in range(1, 6):
+        answer = generated(grammars, JSON, seed, **params)
+        assert drafted(grammars, JSON, seed, answer, **params) == answer
 
 
 def holds(text):

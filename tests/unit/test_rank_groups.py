@@ -8,7 +8,7 @@ import pytest
 import torch
 from headrace_core.batch.executor_book import ExecutorBook
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
-from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, StepPlan
+from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, SamplingRow, StepPlan
 from headrace_core.batch.step_diff import BookDisagreesError, StepDiff
 from headrace_core.engine import executor
 from headrace_core.engine import group_messages as messages
@@ -30,6 +30,7 @@ from headrace_core.testing.fake_model import FakeModel, loaded_fake_model
 from headrace_core.testing.rank_threads import OnThread, RankThreads, ThreadRank
 from headrace_decode.events import Output, Preempted
 from headrace_decode.scheduler import DecodeScheduler
+from headrace_decode.speculation import NO_DRAFTS, Drafting, Speculation
 from torch import Tensor
 
 PAGE_SIZE = 4
@@ -55,7 +56,14 @@ class SharedModel(FakeModel):
 class Group:
     """A scheduler, a leader and followers, whose models are fakes, over pools of the same size."""
 
-    def __init__(self, *, size: int = 3, num_pages: int = 24, now: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        size: int = 3,
+        num_pages: int = 24,
+        now: Callable[[], float] = lambda: 0.0,
+        speculation: Speculation = NO_DRAFTS,
+    ) -> None:
         self.threads = RankThreads(size)
         self.models = [SharedModel(rank) for rank in self.threads.ranks]
         self.loaded = [loaded_fake_model(num_pages=num_pages, page_size=PAGE_SIZE, model=m) for m in self.models]
@@ -66,6 +74,7 @@ class Group:
             max_step_tokens=16,
             max_step_sequences=6,
             max_waiting_sequences=99,
+            speculation=speculation,
         )
         self.whole: KvLayout | None = None
         self.left = 0
@@ -181,17 +190,38 @@ def test_a_forward_pass_that_raises_on_any_rank_ends_the_group(failing: int):
     assert ("a kernel refuses" in str(heard.value)) == (failing == 1)
 
 
+def test_followers_compute_what_was_drafted_and_then_what_was_drawn(monkeypatch: pytest.MonkeyPatch):
+    """Every third guess is wrong; the others are right."""
+    tokens = alone(range(5))
+
+    def guess(_: Drafting, token_ids: Sequence[int], count: int) -> list[int]:
+        key = next(k for k in range(5) if token_ids[0] == 13 * k % 90 + 1)
+        coming = tokens[key][len(token_ids) - 3 - key % 7 :][:count]
+        return [token + (len(token_ids) + i) % 3 // 2 for i, token in enumerate(coming)]
+
+    monkeypatch.setattr(Drafting, "guess", guess)
+    group = Group(num_pages=12, speculation=Speculation(3, 16))
+    add(group, range(5))
+    drafted = group.run()
+    group.close()
+    assert drafted == tokens
+    assert group.models[0].num_steps == group.models[2].num_steps < 20
+    for cache in group.caches[1:]:
+        for mine, leaders in zip(cache.layers, group.caches[0].layers, strict=True):
+            assert torch.equal(mine.nan_to_num(-1), leaders.nan_to_num(-1))
+
+
 def test_sampling_that_raises_costs_one_sequence_its_life_and_followers_go_on(monkeypatch: pytest.MonkeyPatch):
     group, unlucky = Group(size=2), 7
     add(group, [1, 3, 5, unlucky])
-    sample = executor.sample
+    sample = executor.sample_chunks
 
-    def raising(logits: Tensor, rows: Sequence[object]) -> object:
+    def raising(logits: Tensor, chunks: Sequence[Chunk], rows: Sequence[SamplingRow], grammars: object) -> object:
         if any(row.params.seed == unlucky for row in rows):
             raise ZeroDivisionError("unlucky")
-        return sample(logits, rows)
+        return sample(logits, chunks, rows)
 
-    monkeypatch.setattr(executor, "sample", raising)
+    monkeypatch.setattr(executor, "sample_chunks", raising)
     tokens = group.run()
     group.close()
     assert tokens == alone([1, 3, 5])

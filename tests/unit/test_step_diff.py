@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from headrace_core.batch.executor_book import ExecutorBook
@@ -12,6 +13,7 @@ from headrace_core.engine.plan_messages import decode, encode
 from headrace_core.errors import HeadraceError, ProtocolError
 from headrace_core.request import SampledToken, SamplingParams
 from headrace_decode.scheduler import DecodeScheduler
+from headrace_decode.speculation import Drafting, Speculation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +35,17 @@ def copied(plan: StepPlan) -> StepPlan:
         for key, row in plan.sampling.items()
     }
     return StepPlan(dataclasses.replace(plan.forward, chunks=chunks), rows)
+
+
+def drawn(chunk: Chunk, row: SamplingRow) -> list[int]:
+    """Return as much of the chunk's draft as the position says, and a token more."""
+    total = sum(row.prompt_token_ids + row.output_token_ids) * 31 + row.position
+    return [*chunk.token_ids[1:][: total % (chunk.num_draft + 1)], total % 50 + 1]
+
+
+def guessed(token_ids: Sequence[int], count: int) -> list[int]:
+    """Return a draft of some length, or none."""
+    return [(sum(token_ids) + i) % 50 + 1 for i in range(sum(token_ids) % (count + 1))]
 
 
 class Rank:
@@ -66,13 +79,13 @@ class Group:
         assert second == StepPlan(plan.forward)
         failures = {chunk.key: HeadraceError("BAD_LOGITS", "x") for chunk in plan.chunks[:failing]}
         tokens = {
-            key: (sum(row.prompt_token_ids + row.output_token_ids) * 31 + row.position) % 50 + 1
-            for key, row in first.sampling.items()
-            if key not in failures
+            chunk.key: drawn(chunk, first.sampling[chunk.key])
+            for chunk in first.chunks
+            if chunk.is_sampled and chunk.key not in failures
         }
         for rank in self.ranks:
-            rank.book.sampled({key: [token] for key, token in tokens.items()})
-        result = {key: [SampledToken(token)] for key, token in tokens.items()}
+            rank.book.sampled(tokens)
+        result = {key: [SampledToken(token) for token in some] for key, some in tokens.items()}
         self.scheduler.apply(StepResult(result, 0.0, failures=failures), 0.0)
         return True
 
@@ -80,8 +93,16 @@ class Group:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_the_book_made_of_diffs_is_the_whole_plan_whatever_happens(data: st.DataObject):
-    """Prompts in chunks, shared prefixes, pre-emption for want of pages, failures, pauses, cancellations."""
-    group = Group(scheduler(num_pages=data.draw(st.integers(6, 24)), max_step_tokens=12, max_step_sequences=5))
+    """Prompts in chunks, shared prefixes, drafts, pre-emption for want of pages, failures, pauses, cancellations."""
+    speculation = Speculation(data.draw(st.integers(0, 3)), 12)
+    pages = data.draw(st.integers(6, 24))
+    group = Group(scheduler(num_pages=pages, max_step_tokens=12, max_step_sequences=5, speculation=speculation))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drafting, "guess", lambda _, token_ids, count: guessed(token_ids, count))
+        run_anything(group, data)
+
+
+def run_anything(group: Group, data: st.DataObject) -> None:
     key = 0
     for _ in range(data.draw(st.integers(5, 40))):
         match data.draw(st.sampled_from(["add", "step", "step", "step", "abort", "pause", "resume", "hand off"])):
@@ -145,7 +166,7 @@ def test_a_message_is_the_diff_and_one_that_is_cut_or_longer_or_of_another_versi
         for size in range(len(message)):
             with pytest.raises(ProtocolError):
                 decode(message[:size])
-        for wrong in (message + b"\0", b"\2" + message[1:]):
+        for wrong in (message + b"\0", b"\3" + message[1:]):
             with pytest.raises(ProtocolError, match="no plan of a step"):
                 decode(wrong)
 

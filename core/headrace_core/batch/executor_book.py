@@ -77,10 +77,10 @@ class ExecutorBook:
         self._book.move(row)
         self._sampled.pop(row.key, None)
         page_ids = self._book.places[row.key].page_ids
-        return Chunk(row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key])
+        return Chunk(row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key], row.num_draft)
 
     def _sampling(self, row: Row) -> SamplingRow:
-        sampler, position = self._samplers[row.key], row.start + row.num_tokens
+        sampler, position = self._samplers[row.key], row.start + row.num_tokens - row.num_draft
         told = sampler.told
         num_output = position - len(sampler.prompt_token_ids)
         if num_output < len(sampler.output_token_ids):

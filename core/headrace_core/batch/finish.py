@@ -27,6 +27,14 @@ class FinishRule:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.is_length(num_output_tokens, num_tokens) else None
 
+    def is_stop(self, token_id: int) -> bool:
+        """Return whether the sequence ends with `token_id` once it has `min_tokens`."""
+        return token_id in self._stop_ids
+
+    def num_left(self, num_output_tokens: int, num_tokens: int) -> int:
+        """Return how many tokens it can have more."""
+        return min(self._max_tokens - num_output_tokens, self._max_context_tokens - num_tokens)
+
     def is_length(self, num_output_tokens: int, num_tokens: int) -> bool:
         """Return whether the sequence ends with its newest token, whichever that is."""
-        return num_output_tokens >= self._max_tokens or num_tokens >= self._max_context_tokens
+        return self.num_left(num_output_tokens, num_tokens) <= 0

@@ -63,7 +63,9 @@ class Chunk:
     `page_ids` are the sequence's pages, in order, covering at least `start + len(token_ids)` tokens; positions before
     `start` are already in them. The list is the sequence's own, as it is until the step is applied. `is_sampled` when
     the chunk reaches the end of what is known, so that the next token is chosen from the logits at its last token.
-    `request_id` is for messages. `lane` says whose of a group's caches the pages are in (`ranks.layout`).
+    The last `num_draft` of `token_ids` are a guess at what follows those before them, and are not in the cache of the
+    next step if they were wrong; such a chunk is sampled, one token of it is known, and the logits are those at every
+    token. `request_id` is for messages. `lane` says whose of a group's caches the pages are in (`ranks.layout`).
 
     Computing a chunk again, in whatever company, writes the same to the same places.
     """
@@ -75,6 +77,18 @@ class Chunk:
     is_sampled: bool
     request_id: str = ""
     lane: int = 0
+    num_draft: int = 0
+
+    def without_draft(self) -> Chunk:
+        """Return the chunk of the tokens that are known."""
+        return replace(self, token_ids=self.token_ids[: len(self.token_ids) - self.num_draft], num_draft=0)
+
+    def rows(self) -> list[Chunk]:
+        """Return what a model is given of a chunk with a draft: a chunk for each of its tokens, which are sampled."""
+        return [
+            replace(self, token_ids=[token], start=position, num_draft=0)
+            for position, token in enumerate(self.token_ids, start=self.start)
+        ]
 
     def error(self, error: HeadraceError) -> HeadraceError:
         """Return `error` as this chunk's sequence's: its message names the request."""
@@ -92,6 +106,13 @@ class ForwardPlan:
     chunks: list[Chunk]
     zero_page_ids: list[int] = field(default_factory=list[int])
     stops: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> list[Chunk]:
+        """What a model computes: the chunks, of one with a draft each token by itself, as plain decoding would."""
+        if not any(chunk.num_draft for chunk in self.chunks):
+            return self.chunks
+        return [row for chunk in self.chunks for row in (chunk.rows() if chunk.num_draft else (chunk,))]
 
     def part(self, chunks: list[Chunk]) -> ForwardPlan:
         """Return the plan of some of the chunks alone, with their own pages to zero, and without stops."""
@@ -123,6 +144,11 @@ class StepPlan:
         """Return two plans that together do the same, each with its own chunks' pages to zero, and without stops."""
         middle = len(self.chunks) // 2
         return self._part(self.chunks[:middle]), self._part(self.chunks[middle:])
+
+    def without_drafts(self) -> StepPlan:
+        """Return the plan as it would be had nothing been guessed."""
+        chunks = [chunk.without_draft() for chunk in self.chunks]
+        return StepPlan(replace(self.forward, chunks=chunks), self.sampling)
 
     def _part(self, chunks: list[Chunk]) -> StepPlan:
         sampling = {chunk.key: self.sampling[chunk.key] for chunk in chunks if chunk.is_sampled}

@@ -30,7 +30,8 @@ class Row(NamedTuple):
     """A sequence's share of the step: `num_tokens` tokens from position `start`.
 
     Its pages from number `first_page` on are `page_ids`, those before are as they were; -1: they all are. `token_ids`
-    are empty where the executor has them: they are the ones that it sampled after the sequence's last row.
+    are empty where the executor has them: they are the ones that it sampled after the sequence's last row. Those of a
+    row with a draft (`Chunk.num_draft`) are told, and of the next: how much was right only the scheduler's side says.
     """
 
     key: int
@@ -40,6 +41,7 @@ class Row(NamedTuple):
     first_page: int = -1
     page_ids: Sequence[int] = ()
     token_ids: Sequence[int] = ()
+    num_draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class StepDiff:
 
 @dataclass(slots=True)
 class Places:
-    """Where a sequence is: its pages, the position after its last row, whether that was sampled."""
+    """Where a sequence is: its pages, the position after its last row, whether the executor has the token there."""
 
     page_ids: list[int] = field(default_factory=list[int])
     end: int = 0
@@ -83,7 +85,7 @@ class Places:
         if row.first_page >= 0:
             self.page_ids[row.first_page :] = row.page_ids
             self.pages_sum = crc32(array("q", self.page_ids).tobytes())
-        self.end, self.is_sampled = row.start + row.num_tokens, row.is_sampled
+        self.end, self.is_sampled = row.start + row.num_tokens, row.is_sampled and not row.num_draft
 
     def digest(self, key: int) -> int:
         """Return 64 bits over all of it."""
@@ -149,7 +151,7 @@ class Differ:
         places = self._book.places.get(chunk.key)
         known = places.page_ids if places else []
         first = -1 if known == chunk.page_ids else _first_other(known, chunk.page_ids)
-        has_tokens = places is not None and places.is_sampled and chunk.start == places.end
+        has_tokens = places is not None and places.is_sampled and chunk.start == places.end and not chunk.num_draft
         return Row(
             key=chunk.key,
             start=chunk.start,
@@ -158,6 +160,7 @@ class Differ:
             first_page=first,
             page_ids=chunk.page_ids[first:] if first >= 0 else (),
             token_ids=() if has_tokens else chunk.token_ids,
+            num_draft=chunk.num_draft,
         )
 
 

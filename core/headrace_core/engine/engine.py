@@ -38,12 +38,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did, for metrics."""
+    """What one step did, for metrics. Of `num_drafted` tokens `num_accepted` were guessed right."""
 
     num_tokens: int
     duration_s: float
     expert_counts: dict[int, list[int]]
     timing: StepTiming | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 E_co = TypeVar("E_co", covariant=True)
@@ -212,7 +214,7 @@ class Engine(Generic[S]):
                 log.error("a sequence failed in a step", extra=data, exc_info=error.__cause__)
         with self._books:
             self._scheduler.apply(result, self._clock())
-            self._publish(StepReport(plan.num_tokens, result.duration_s, result.expert_counts, result.timing))
+            self._publish(_report(plan, result))
 
     def _step_raised(self) -> None:
         if self._watch:
@@ -230,6 +232,14 @@ class Engine(Generic[S]):
         if report or events or load.cache_changes or load != self._load:
             self._load = replace(load, cache_changes=())
             self._loop.call_soon_threadsafe(self._deliver, News(events, report, load))
+
+
+def _report(plan: StepPlan, result: StepResult) -> StepReport:
+    num_drafted = sum(chunk.num_draft for chunk in plan.chunks)
+    num_accepted = sum(len(tokens) - 1 for tokens in result.tokens.values()) if num_drafted else 0
+    return StepReport(
+        plan.num_tokens, result.duration_s, result.expert_counts, result.timing, num_drafted, num_accepted
+    )
 
 
 def _nothing() -> None:

@@ -12,9 +12,9 @@ import torch
 from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, OnStop, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.errors import HeadraceError
 from headrace_core.grammar import Grammars
+from headrace_core.model.drafts import sample_chunks
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
-from headrace_core.model.sampler import sample
 from headrace_core.request import SampledToken
 
 
@@ -90,22 +90,25 @@ class Executor:
         failed = [(chunk, failures[chunk.key]) for chunk in plan.chunks if chunk.key in failures]
         failed += [(chunk, error) for chunk, error in pairs if isinstance(error, HeadraceError)]
         return StepResult(
-            tokens={chunk.key: [token] for chunk, token in pairs if isinstance(token, SampledToken)},
+            tokens={chunk.key: tokens for chunk, tokens in pairs if isinstance(tokens, list)},
             failures={chunk.key: chunk.error(error) for chunk, error in failed},
             duration_s=time.perf_counter() - started,
             expert_counts=expert_counts,
-            timing=StepTiming(step_load(plan.chunks), dict(running.seconds)) if running else None,
+            timing=StepTiming(step_load(plan.forward.rows), dict(running.seconds)) if running else None,
         )
 
-    def _compute(self, plan: StepPlan, timer: OpTimer, on_stop: OnStop | None) -> list[SampledToken | HeadraceError]:
+    def _compute(
+        self, plan: StepPlan, timer: OpTimer, on_stop: OnStop | None
+    ) -> list[list[SampledToken] | HeadraceError]:
         forward = plan.forward
-        rows = [plan.sampling[chunk.key] for chunk in forward.chunks if chunk.is_sampled]
+        chunks = [chunk for chunk in forward.chunks if chunk.is_sampled]
+        rows = [plan.sampling[chunk.key] for chunk in chunks]
         if forward.zero_page_ids:
             self._cache.zero_pages(forward.zero_page_ids)
         timer.mark(OTHER)
         on_layer = self._on_layer(forward.stops, on_stop)
-        logits = self._model.forward(forward.chunks, self._cache, timer, on_layer)
-        outcomes = sample(logits, rows, self._grammars) if rows else []
+        logits = self._model.forward(forward.rows, self._cache, timer, on_layer)
+        outcomes = sample_chunks(logits, chunks, rows, self._grammars)
         timer.mark(SAMPLING)
         return outcomes
 

@@ -89,7 +89,7 @@ class Follower:
         plan = self._book.plan(diff)
         self._sampled = [chunk.key for chunk in plan.chunks if chunk.is_sampled]
         self._cache.zero_pages(plan.forward.zero_page_ids)
-        self._model.forward(plan.chunks, self._cache)
+        self._model.forward(plan.forward.rows, self._cache)
         # The leader's are the group's.
         self._model.take_failures()
         self._model.take_expert_counts()

@@ -1,12 +1,14 @@
 """A step that raises is run again in halves, and they in theirs, until what raises is alone in its step.
 
-That sequence fails, the others have their tokens. So n sequences are computed at most log2 n + 1 times each.
+That sequence fails, the others have their tokens. So n sequences are computed at most log2 n + 1 times each, and once
+more if the step had drafts, which go first: no sequence fails by a guess.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from headrace_core.batch.step import Chunk, FatalStepError, StepPlan, StepResult
 from headrace_core.errors import HeadraceError
@@ -36,12 +38,15 @@ class Halves:
         except FatalStepError:
             raise
         except Exception as cause:  # noqa: BLE001 - the boundary: what fails is a sequence, not the process
-            if len(plan.chunks) == 1:
+            has_drafts = any(chunk.num_draft for chunk in plan.chunks)
+            if len(plan.chunks) == 1 and not has_drafts:
                 return _failed(plan.chunks[0], cause, self._clock() - started)
             log.warning(
-                "a step raised; its halves are run", extra={"sequences": len(plan.chunks), "problem": repr(cause)}
+                "a step raised; its parts are run", extra={"sequences": len(plan.chunks), "problem": repr(cause)}
             )
         self._on_raised()
+        if has_drafts:
+            return replace(self.run(plan.without_drafts()), duration_s=self._clock() - started)
         first, second = (self.run(half) for half in plan.halves())
         return _joined(first, second, self._clock() - started)
 

@@ -2,8 +2,8 @@
 
     header   version u8, number u64, digest u64, then how many of each that follows: u32 each
     rows     key i64, start u32, flags u8 (1: sampled; 2: more than the usual is told of it)
-    told     row, count, first page or -1, number of page ids, of token ids: i32 each; for all rows but those of one
-             token that the executor has, in pages that it has
+    told     row, count, first page or -1, number of page ids, of token ids, of a draft: i32 each; for all rows but
+             those of one token that the executor has, in pages that it has
     pages    u32; tokens u32; left i64; pages to zero u32; stops u32
     names    key i64, number of bytes u32; then UTF-8
     joins    key i64, sample u32, then how many end, prompt and output tokens, bytes of parameters: u32 each; then those
@@ -22,7 +22,7 @@ from headrace_core.batch.step_diff import Row, SamplerJoin, StepDiff
 from headrace_core.errors import ProtocolError
 from headrace_core.wire import decode_sampling, encode_sampling
 
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<BQQ9I")
 _NAME = struct.Struct("<qI")
 _JOIN = struct.Struct("<q5I")
@@ -39,7 +39,7 @@ def encode(diff: StepDiff) -> bytes:
         is_usual = row.num_tokens == 1 and not row.page_ids and not row.token_ids and row.first_page < 0
         flags.append(row.is_sampled * _SAMPLED + (not is_usual) * _TOLD)
         if not is_usual:
-            told += (index, row.num_tokens, row.first_page, len(row.page_ids), len(row.token_ids))
+            told += (index, row.num_tokens, row.first_page, len(row.page_ids), len(row.token_ids), row.num_draft)
             pages += row.page_ids
             tokens += row.token_ids
     names = [(key, name.encode()) for key, name in diff.names.items()]
@@ -83,8 +83,8 @@ def _decode(message: bytes) -> StepDiff:
     told, pages, tokens = read.numbers("i", num_told), read.numbers("I", num_pages), read.numbers("I", num_tokens)
     rows = [Row(key, start, 1, bool(flag & _SAMPLED)) for key, start, flag in zip(keys, starts, flags, strict=True)]
     page, token = 0, 0
-    for at in range(0, num_told, 5):
-        index, count, first_page, more_pages, more_tokens = told[at : at + 5]
+    for at in range(0, num_told, 6):
+        index, count, first_page, more_pages, more_tokens, num_draft = told[at : at + 6]
         rows[index] = Row(
             keys[index],
             starts[index],
@@ -93,6 +93,7 @@ def _decode(message: bytes) -> StepDiff:
             first_page,
             pages[page : page + more_pages],
             tokens[token : token + more_tokens],
+            num_draft,
         )
         page, token = page + more_pages, token + more_tokens
     left, zero, stops = read.numbers("q", num_left), read.numbers("I", num_zero), read.numbers("I", num_stops)

@@ -1,0 +1,54 @@
+"""Decode workers that draft: the tokens are transformers', also when one is killed amid its streams."""
+
+import asyncio
+import urllib.request
+
+import pytest
+from headrace_client import AsyncClient
+from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_core.request import SamplingParams
+from headrace_core.testing.async_test import WAIT_S
+from headrace_core.testing.cluster_checks import all_pages_free, eventually
+
+PROMPT = "Once upon a time there was a little fox named Zorvim."
+OPTIONS = {"dtype": "float32", "page-size": 16, "kv-pool-mib": 8, "max-step-tokens": 96}
+ACCEPTED = 'headrace_draft_tokens_total{outcome="accepted"} '
+
+
+@pytest.fixture
+def cluster(model_dir):
+    options = {"worker_options": OPTIONS, "decode_options": {"speculate": "lookup:4"}}
+    with LocalCluster(model_dir, num_prefill=1, num_decode=2, **options) as cluster:
+        yield cluster
+
+
+def num_accepted(process):
+    with urllib.request.urlopen(f"http://{process.metrics_address}/metrics", timeout=WAIT_S) as answer:
+        return next(
+            float(line.split()[-1]) for line in answer.read().decode().splitlines() if line.startswith(ACCEPTED)
+        )
+
+
+def test_greedy_streams_are_transformers_and_go_on_when_a_worker_is_killed(cluster, reference):
+    words = reference.tokenize((PROMPT + " The fox lived in the forest with a bear. ") * 6)
+    requests = [words[: 60 + 9 * i] for i in range(6)]
+    params = SamplingParams(temperature=0.0, max_tokens=96)
+
+    async def main():
+        async with AsyncClient(cluster.router_address) as client:
+            streams = [
+                asyncio.create_task(client.generate(prompt, params, timeout_s=4 * WAIT_S)) for prompt in requests
+            ]
+
+            async def is_drafting():
+                return num_accepted(victim) > 0
+
+            victim = next(process for process in cluster.workers if process.role == "decode")
+            await eventually(is_drafting, what="guesses are right")
+            victim.kill()
+            results = await asyncio.gather(*streams)
+            for prompt, result in zip(requests, results, strict=True):
+                assert list(result.token_ids) == reference.greedy(prompt, 96)
+            await all_pages_free(client.server_info)
+
+    asyncio.run(main())

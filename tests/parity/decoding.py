@@ -1,0 +1,88 @@
+"""A decode worker's scheduler over a model, without a worker around it: what parity and benchmark of drafts share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headrace_core.batch.spec import ModelLimits, SequenceSpec
+from headrace_core.engine.executor import Executor
+from headrace_core.kv.sequence_pages import PageAllocator
+from headrace_core.model.kv_cache import KvCache
+from headrace_core.model.model import Model
+from headrace_core.request import SamplingParams
+from headrace_decode.events import Output
+from headrace_decode.scheduler import DecodeScheduler
+from headrace_decode.speculation import NO_DRAFTS, Speculation
+from headrace_kernels import backend
+
+_PAGE_SIZE = 64
+_NUM_PAGES = 256
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What came of some sequences. Prompts' steps are counted apart; a row is a sequence's share of a step."""
+
+    outputs: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    num_rows: int = 0
+    num_drafted: int = 0
+    num_right: int = 0
+    seconds: float = 0.0
+    """CPU time of the thread in decode steps, planning and applying them included."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that decode steps gave."""
+        return self.num_rows + self.num_right
+
+
+class Decoding:
+    """Sequences of one model; up to `max_sequences` run at a time."""
+
+    def __init__(self, model: Model, *, max_sequences: int) -> None:
+        self._model = model
+        self._max_sequences = max_sequences
+        self._cache = KvCache(model.kv_layout(_PAGE_SIZE), _NUM_PAGES, model.device)
+        config = model.config
+        self._limits = ModelLimits(config.vocab_size, config.max_context_tokens, tuple(config.eos_token_ids))
+        if backend(self._cache.layers[0]) == "cpu":
+            model.record_decode(self._cache, max_rows=64, max_context_tokens=config.max_context_tokens)
+        self._executor = Executor(model, self._cache)
+
+    def run(
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        speculation: Speculation = NO_DRAFTS,
+        *,
+        num_pages: int = _NUM_PAGES,
+    ) -> Decoded:
+        """Go on with every prompt to its end."""
+        scheduler = DecodeScheduler(
+            PageAllocator(num_pages, _PAGE_SIZE),
+            self._limits,
+            max_step_tokens=512,
+            max_step_sequences=self._max_sequences,
+            max_waiting_sequences=len(prompts),
+            speculation=speculation,
+        )
+        for key, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+            scheduler.add(key, SequenceSpec(f"r{key}", 1, 0, prompt, len(prompt), wanted), 0.0)
+        found = Decoded({key: [] for key in range(len(prompts))})
+        started = time.thread_time()
+        while plan := scheduler.plan(0.0):
+            result = self._executor.step(plan)
+            scheduler.apply(result, 0.0)
+            for event in scheduler.take_events():
+                if isinstance(event, Output):
+                    found.outputs[event.key].append(event.token.token_id)
+            over = time.thread_time()
+            if all(len(chunk.token_ids) - chunk.num_draft == 1 for chunk in plan.chunks):
+                found.seconds += over - started
+                found.num_rows += len(plan.chunks)
+                found.num_drafted += sum(chunk.num_draft for chunk in plan.chunks)
+                found.num_right += sum(len(tokens) - 1 for tokens in result.tokens.values())
+            started = over
+        return found

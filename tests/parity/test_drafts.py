@@ -1,0 +1,52 @@
+"""Prompt lookup changes no token of a real model: the demo's, on texts that repeat and texts that do not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from headrace_core.model.load import load_model
+from headrace_core.model.numerics import Numerics
+from headrace_core.request import SamplingParams
+from headrace_decode.speculation import Speculation
+from headrace_kernels import backend
+from tokenizers import Tokenizer
+
+from tests.parity.decoding import Decoding
+
+FOLDER = Path(__file__).parents[2] / "demo" / "model"
+NUM_PROMPTS, NUM_TOKENS = 100, 40
+NAMES = ["Zorvim", "Talu", "Brin", "Okla", "Fenny"]
+
+
+def prompts() -> list[list[int]]:
+    """Return 100 beginnings of stories; every other one says so more than once."""
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    texts = [
+        f"Once upon a time there was a little fox named {NAMES[i % 5]}{i}. " * (1 + i % 2 * 3)
+        for i in range(NUM_PROMPTS)
+    ]
+    return [[0, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
+
+
+@pytest.mark.skipif(
+    backend(torch.empty(0)) != "cpu",
+    reason="bits are the same whatever the batch with compiled CPU kernels: make setup",
+)
+@pytest.mark.parametrize("numerics", Numerics, ids=lambda numerics: numerics.value)
+@pytest.mark.parametrize("num_pages", [256, 6], ids=["pages for all", "pre-emption"])
+def test_100_prompts_have_the_same_tokens_with_and_without_drafts(numerics, num_pages):
+    """Greedy, drawn by seeds, and with penalties, by turns."""
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_p": 0.95},
+        {"temperature": 0.7, "repetition_penalty": 1.05, "min_tokens": 20},
+    ]
+    params = [
+        SamplingParams(seed=i, max_tokens=NUM_TOKENS, ignore_eos=bool(i % 4), **kinds[i % 3])
+        for i in range(NUM_PROMPTS)
+    ]
+    decoding = Decoding(load_model(FOLDER, numerics=numerics), max_sequences=4)
+    plain = decoding.run(prompts(), params, num_pages=num_pages)
+    drafted = decoding.run(prompts(), params, Speculation(4, 12), num_pages=num_pages)
+    assert drafted.outputs == plain.outputs
+    assert drafted.num_right > 50
