@@ -67,6 +67,10 @@ def kernel_cases() -> list[KernelCase]:
                    2.0 * _PROMPT * weights, lambda: _linear(_PROMPT)),
         KernelCase("experts", f"{_B} tokens, {_K} of {_E} experts of {_N} × {_WIDTH}", 2.0 * active * expert,
                    2.0 * _B * _K * expert, _experts),
+        KernelCase("int8_linear", f"{_B} × {_N}, {_N} outputs", 1.0 * weights, 2.0 * _B * weights,
+                   lambda: _linear(_B, is_int8=True)),
+        KernelCase("int8_experts", f"{_B} tokens, {_K} of {_E} experts of {_N} × {_WIDTH}", 1.0 * active * expert,
+                   2.0 * _B * _K * expert, lambda: _experts(is_int8=True)),
         KernelCase("moe_router", f"{_B} tokens, {_E} experts", 4.0 * _E * _N + 4.0 * _B * _N, 2.0 * _B * _E * _N,
                    _router),
         KernelCase("mla_decode", f"{decode}, {heads}", 2.0 * rows * latents, 2.0 * _H * rows * (2 * _D + _R),
@@ -92,13 +96,13 @@ def _random(*shape: int) -> Tensor:
     return (torch.randn(shape) * shape[-1] ** -0.5).bfloat16()
 
 
-def _linear(rows: int) -> Call:
-    layer, x = Linear(_random(_N, _N)), _random(rows, _N)
+def _linear(rows: int, *, is_int8: bool = False) -> Call:
+    layer, x = Linear(_random(_N, _N), is_int8=is_int8), _random(rows, _N)
     return lambda: layer(x)
 
 
-def _experts() -> Call:
-    layer = empty_experts(_E, _N, _WIDTH, _random(1))
+def _experts(*, is_int8: bool = False) -> Call:
+    layer = empty_experts(_E, _N, _WIDTH, _random(1), is_int8=is_int8)
     for number in range(_E):
         layer.put(number, _random(_WIDTH, _N), _random(_WIDTH, _N), _random(_N, _WIDTH))
     chosen = torch.stack([torch.randperm(_E)[:_K] for _ in range(_B)])
