@@ -77,7 +77,9 @@ class ExecutorBook:
         self._book.move(row)
         self._sampled.pop(row.key, None)
         page_ids = self._book.places[row.key].page_ids
-        return Chunk(row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key], row.num_draft)
+        return Chunk(
+            row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key], num_draft=row.num_draft
+        )
 
     def _sampling(self, row: Row) -> SamplingRow:
         sampler, position = self._samplers[row.key], row.start + row.num_tokens - row.num_draft
