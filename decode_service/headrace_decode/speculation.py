@@ -30,8 +30,8 @@ far below where its arithmetic takes as long as its memory, some hundred rows.""
 _JUDGED_TOKENS = 32
 """Drafted tokens after which a sequence's drafts are judged."""
 _LEAST_SHARE = 0.4
-"""A draft pays if so many of its tokens are right: each takes a row, which takes up to a third of a step on a CPU,
-whose rows have experts of their own (docs/benchmarks.md)."""
+"""A draft pays if so many of its tokens are right: each takes a row, which is up to a third of a step on a CPU, where
+rows have experts of their own (docs/benchmarks.md)."""
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 512
 """Steps that a sequence goes without."""
 

@@ -12,7 +12,6 @@ from headrace_core.testing.cluster_checks import all_pages_free, eventually
 
 PROMPT = "Once upon a time there was a little fox named Zorvim."
 OPTIONS = {"dtype": "float32", "page-size": 16, "kv-pool-mib": 8, "max-step-tokens": 96}
-ACCEPTED = 'headrace_draft_tokens_total{outcome="accepted"} '
 
 
 @pytest.fixture
@@ -24,31 +23,28 @@ def cluster(model_dir):
 
 def num_accepted(process):
     with urllib.request.urlopen(f"http://{process.metrics_address}/metrics", timeout=WAIT_S) as answer:
-        return next(
-            float(line.split()[-1]) for line in answer.read().decode().splitlines() if line.startswith(ACCEPTED)
-        )
+        lines = answer.read().decode().splitlines()
+    found = [line for line in lines if line.startswith("headrace_draft_tokens_total") and '"accepted"' in line]
+    return sum(float(line.split()[-1]) for line in found)
 
 
 def test_greedy_streams_are_transformers_and_go_on_when_a_worker_is_killed(cluster, reference):
     words = reference.tokenize((PROMPT + " The fox lived in the forest with a bear. ") * 6)
     requests = [words[: 60 + 9 * i] for i in range(6)]
-    params = SamplingParams(temperature=0.0, max_tokens=96)
+    params = SamplingParams(temperature=0.0, max_tokens=200)
 
     async def main():
         async with AsyncClient(cluster.router_address) as client:
-            streams = [
-                asyncio.create_task(client.generate(prompt, params, timeout_s=4 * WAIT_S)) for prompt in requests
-            ]
+            generating = asyncio.gather(*(client.generate(p, params, timeout_s=4 * WAIT_S) for p in requests))
+            victims = [process for process in cluster.workers if process.role == "decode"]
 
-            async def is_drafting():
-                return num_accepted(victim) > 0
+            async def drafting():
+                return next((process for process in victims if num_accepted(process) > 0), None)
 
-            victim = next(process for process in cluster.workers if process.role == "decode")
-            await eventually(is_drafting, what="guesses are right")
-            victim.kill()
-            results = await asyncio.gather(*streams)
+            (await eventually(drafting, what="guesses are right")).kill()
+            results = await generating
             for prompt, result in zip(requests, results, strict=True):
-                assert list(result.token_ids) == reference.greedy(prompt, 96)
+                assert list(result.token_ids) == reference.greedy(prompt, 200)
             await all_pages_free(client.server_info)
 
     asyncio.run(main())

@@ -12,13 +12,12 @@ from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
 from headrace_core.request import SamplingParams
-from headrace_decode.events import Output
+from headrace_decode.events import Output, Preempted
 from headrace_decode.scheduler import DecodeScheduler
 from headrace_decode.speculation import NO_DRAFTS, Speculation
 from headrace_kernels import backend
 
-_PAGE_SIZE = 64
-_NUM_PAGES = 256
+_POOL_TOKENS = 16384
 
 
 @dataclass(slots=True)
@@ -29,6 +28,7 @@ class Decoded:
     num_rows: int = 0
     num_drafted: int = 0
     num_right: int = 0
+    num_preempted: int = 0
     seconds: float = 0.0
     """CPU time of the thread in decode steps, planning and applying them included."""
 
@@ -41,10 +41,11 @@ class Decoded:
 class Decoding:
     """Sequences of one model; up to `max_sequences` run at a time."""
 
-    def __init__(self, model: Model, *, max_sequences: int) -> None:
+    def __init__(self, model: Model, *, max_sequences: int, page_size: int = 64) -> None:
         self._model = model
         self._max_sequences = max_sequences
-        self._cache = KvCache(model.kv_layout(_PAGE_SIZE), _NUM_PAGES, model.device)
+        self._page_size = page_size
+        self._cache = KvCache(model.kv_layout(page_size), _POOL_TOKENS // page_size, model.device)
         config = model.config
         self._limits = ModelLimits(config.vocab_size, config.max_context_tokens, tuple(config.eos_token_ids))
         if backend(self._cache.layers[0]) == "cpu":
@@ -57,11 +58,11 @@ class Decoding:
         params: Sequence[SamplingParams],
         speculation: Speculation = NO_DRAFTS,
         *,
-        num_pages: int = _NUM_PAGES,
+        pool_tokens: int = _POOL_TOKENS,
     ) -> Decoded:
         """Go on with every prompt to its end."""
         scheduler = DecodeScheduler(
-            PageAllocator(num_pages, _PAGE_SIZE),
+            PageAllocator(pool_tokens // self._page_size, self._page_size),
             self._limits,
             max_step_tokens=512,
             max_step_sequences=self._max_sequences,
@@ -78,6 +79,7 @@ class Decoding:
             for event in scheduler.take_events():
                 if isinstance(event, Output):
                     found.outputs[event.key].append(event.token.token_id)
+                found.num_preempted += isinstance(event, Preempted)
             over = time.thread_time()
             if all(len(chunk.token_ids) - chunk.num_draft == 1 for chunk in plan.chunks):
                 found.seconds += over - started

@@ -1,6 +1,6 @@
 """What `--speculate lookup` gains the demo model: right guesses, tokens a step, time of a token, beside plain decoding.
 
-    PYTHONPATH=demo python -m tests.perf.drafts [--prompts 100] [--json build/bench/drafts.json]
+    PYTHONPATH=demo python -m tests.perf.drafts [--prompts 100] [--workload stories] [--json build/bench/drafts.json]
 
 Of *stories* the prompts are those of the demo model's gate; *told again* has the prompt, the story, and the prompt once
 more, as a conversation has its earlier turns. Each is gone on with to its end, so many at a time as said. Both kinds
@@ -27,6 +27,7 @@ from tests.parity.decoding import Decoded, Decoding
 from tests.perf.eight_bits import token_ids
 
 FOLDER = Path("demo/model")
+WORKLOADS = ("stories", "told again")
 _TURN = 10
 _MAX_TOKENS = 320
 
@@ -36,7 +37,8 @@ def workloads(num_prompts: int) -> dict[str, list[list[int]]]:
     prompts = token_ids(make_prompts(num_prompts), FOLDER)
     greedy = [SamplingParams(temperature=0.0, seed=0, max_tokens=_MAX_TOKENS)] * num_prompts
     told = Decoding(load_model(FOLDER), max_sequences=16).run(prompts, greedy).outputs
-    return {"stories": prompts, "told again": [prompt + told[i] + prompt for i, prompt in enumerate(prompts)]}
+    told_again = [prompt + told[i] + prompt for i, prompt in enumerate(prompts)]
+    return dict(zip(WORKLOADS, (prompts, told_again), strict=True))
 
 
 def compared(
@@ -83,6 +85,7 @@ def main() -> None:
     """Print a row for each number of sequences at a time, greedy and drawn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="*", default=WORKLOADS)
     parser.add_argument("--num-tokens", type=int, default=4)
     parser.add_argument("--max-rows", type=int, default=8)
     parser.add_argument("--json", type=Path, default=Path("build/bench/drafts.json"))
@@ -90,9 +93,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     speculation = Speculation(options.num_tokens, options.max_rows)
-    cases = itertools.product(workloads(options.prompts).items(), (1, 4), (0.0, 0.7))
-    for (name, prompts), at_a_time, temperature in cases:
-        row = compared(prompts, at_a_time=at_a_time, temperature=temperature, speculation=speculation)
+    prompts = workloads(options.prompts)
+    for name, at_a_time, temperature in itertools.product(options.workload, (1, 4), (0.0, 0.7)):
+        row = compared(prompts[name], at_a_time=at_a_time, temperature=temperature, speculation=speculation)
         rows.append({"workload": name} | row)
         sys.stdout.write(
             f"{name}, {at_a_time} at a time, temperature {temperature}: {row['same']} of {row['prompts']} the same, "
