@@ -143,7 +143,7 @@ class StepBook(Generic[E]):
             num_waiting_tokens=num_waiting_tokens,
             num_sequences=num_sequences,
             page_counts=self.pages.pool.counts(),
-            cache_changes=self.pages.take_cache_changes(),
+            cache_changes=tuple(self.pages.take_cache_changes()),
         )
 
     def check_integrity(self, held: Iterable[SequencePages]) -> None:
