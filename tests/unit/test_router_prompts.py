@@ -129,10 +129,10 @@ def test_a_clients_prompt_does_not_wait_for_all_of_anothers(tmp_path, monkeypatc
     is_open, begun = threading.Event(), []
     render = chat_renderer._Process.render
 
-    def held(process, messages):
-        begun.append(len(messages[0][1]))
+    def held(process, request):
+        begun.append(request.count(b"x"))
         assert is_open.wait(WAIT_S)
-        return render(process, messages)
+        return render(process, request)
 
     monkeypatch.setattr(chat_renderer._Process, "render", held)
 
