@@ -72,7 +72,7 @@ def model(tmp_path, model_dir) -> Path:
 def find(hub, home, *, name=NAME, revision="", most_bytes=0, what="weights", prelude="", **env):
     """Return what `find_model` of a process of its own says."""
     code = FIND.replace("PRELUDE", textwrap.dedent(prelude))
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     child = subprocess.run(
         [sys.executable, "-c", code, name, revision, str(most_bytes), what],
         env={**kept, **hub.environment(home), **env},

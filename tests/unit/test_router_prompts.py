@@ -242,7 +242,7 @@ def test_a_bad_template_costs_its_conversations_only(tmp_path, monkeypatch, temp
         (
             {"chat_template": [{"name": "rag", "template": "x"}, {"name": "default"}, "y", None]},
             None,
-            "no chat template",
+            "neither text nor a list",
         ),
         ({"chat_template": "x"}, b"\xff", "is not UTF-8: 'utf-8'"),
     ],

@@ -1,4 +1,4 @@
-"""What the wheel's build does with the compiled kernels for CPUs."""
+"""What the wheel's build does with the compiled kernels for CPUs; it has the demo model in any case."""
 
 import runpy
 import sysconfig
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DEMO = {str(ROOT / "demo" / "model"): "headrace_client/demo_model"}
 HOOK = runpy.run_path(str(ROOT / "kernels" / "hatch_build.py"))["CpuKernelsHook"]
 
 
@@ -29,7 +30,7 @@ def built(monkeypatch):
 
 def test_a_wheel_carries_the_library_and_is_for_its_platform(built):
     data, warnings = built()
-    assert data["force_include"] == {"/somewhere/headrace_cpu.so": "headrace_kernels/cpu/headrace_cpu.so"}
+    assert data["force_include"] == {"/somewhere/headrace_cpu.so": "headrace_kernels/cpu/headrace_cpu.so"} | DEMO
     assert data["tag"] == "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert not data["pure_python"]
     assert warnings == []
@@ -37,7 +38,7 @@ def test_a_wheel_carries_the_library_and_is_for_its_platform(built):
 
 def test_without_a_compiler_it_is_a_pure_one_with_a_warning(built):
     data, warnings = built(problem="no C++ compiler")
-    assert data == {"force_include": {}}
+    assert data == {"force_include": DEMO}
     (warning,) = warnings
     assert "no C++ compiler" in warning
 
