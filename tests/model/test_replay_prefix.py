@@ -97,7 +97,7 @@ class PrefixProduct:
         self.base = self.generations()
         self.commands: list = []
         limits = ModelLimits(vocab_size=1 << 20, max_context_tokens=1 << 20, eos_token_ids=())
-        model = SimpleNamespace(layout=LAYOUT, fingerprint="fa4e", cache=None, limits=limits)
+        model = SimpleNamespace(layout=LAYOUT, fingerprint="fa4e", pages=None, limits=limits)
         host = SimpleNamespace(
             model=model,
             incarnation=1,
