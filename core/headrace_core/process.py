@@ -118,6 +118,15 @@ def keep_freed_memory(num_bytes: int = 64 << 20) -> None:
             set_option(_M_TRIM_THRESHOLD, num_bytes)
 
 
+def use_huge_pages() -> None:
+    """Let torch's larger tensors lie on huge pages, where the kernel gives them to whom asks (`madvise`); before torch.
+
+    A decode step on a CPU reads all weights once: with pages of 4 KiB the look-up of their addresses is a tenth of it,
+    and more. THP_MEM_ALLOC_ENABLE=0 in the environment turns it off.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 async def _run(factory: Callable[[], Service], settings: ProcessSettings, role: str) -> int:
     stopping = _signals()
     try:

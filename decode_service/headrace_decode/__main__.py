@@ -18,7 +18,7 @@ def main() -> None:
     from headrace_core.config import DecodeSettings, complain, parse
     from headrace_core.errors import StartupError
     from headrace_core.packages import check_worker_packages
-    from headrace_core.process import keep_freed_memory
+    from headrace_core.process import keep_freed_memory, use_huge_pages
     from headrace_core.ranks.place import own_place
     from headrace_core.worker.threads import limit_threads
 
@@ -31,7 +31,8 @@ def main() -> None:
         sys.exit(2)
     limit_threads(settings.threads)
     keep_freed_memory()
-    # Only now: torch reads the thread limits when it is imported.
+    use_huge_pages()
+    # Only now: torch reads these limits when it is imported.
     from headrace_core.worker.run_worker import run_worker
 
     from headrace_decode.service import DecodeService

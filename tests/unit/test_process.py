@@ -230,3 +230,32 @@ def test_a_ready_file_that_can_not_be_written_is_told_before_anything_is_loaded(
     assert f"reason=READY_FILE problem=the ready file {path} can't be written" in err
     assert "Traceback" not in err
     assert "loading" not in err
+
+
+_HUGE = """
+from headrace_core.process import use_huge_pages
+use_huge_pages()
+import torch
+weights = torch.ones(64 << 20, dtype=torch.uint8)
+middle = weights.data_ptr() + (32 << 20)
+is_inside = False
+for line in open("/proc/self/smaps"):
+    first, *_ = line.split(" ", 1)
+    if "-" in first and not first.endswith(":"):
+        start, end = (int(each, 16) for each in first.split("-"))
+        is_inside = start <= middle < end
+    elif is_inside and first == "VmFlags:":
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="this kernel has no huge pages")
+def test_a_workers_tensors_ask_for_huge_pages_unless_somebody_says_otherwise():
+    def asks(**env) -> str:
+        kept = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+        child = subprocess.run(
+            [sys.executable, "-c", _HUGE], env=kept | env, capture_output=True, text=True, check=True
+        )
+        return child.stdout.strip()
+
+    assert (asks(), asks(THP_MEM_ALLOC_ENABLE="0")) == ("True", "False")
