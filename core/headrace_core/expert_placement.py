@@ -76,7 +76,11 @@ def balanced(
     if num_nodes < 1 or num_ranks % num_nodes:
         raise ValueError(f"{num_ranks} ranks do not divide among {num_nodes} nodes")
     if num_nodes == 1 or num_groups % num_nodes or count % num_groups or redundant % num_nodes:
-        return Placement(_placed(range(count), loads, num_ranks, redundant))
+        placed = Placement(_placed(range(count), loads, num_ranks, redundant))
+        if redundant or count % num_ranks:
+            return placed
+        # Heaviest first is near the best, not always there: nobody moves for less than what is there already.
+        return min(in_order(count, num_ranks), placed, key=lambda placement: placement.imbalance(loads))
     width = count // num_groups
     group_loads = [sum(loads[group * width : (group + 1) * width]) for group in range(num_groups)]
     ranks: list[tuple[int, ...]] = []

@@ -34,6 +34,11 @@ def test_it_is_no_worse_than_as_numbered(loads, num_ranks):
     assert balanced(loads, num_ranks).imbalance(loads) <= in_order(len(loads), num_ranks).imbalance(loads) + 1e-9
 
 
+def test_as_numbered_stays_where_heaviest_first_is_worse():
+    loads = [9.0, 12.0, 27.0, 27.0, 42.0, 0.0, 12.0, 33.0, 33.0, 39.0]
+    assert balanced(loads, 2) == in_order(10, 2)
+
+
 def best_of_all(loads, num_ranks, redundant):
     """The least load of the busiest rank over all placements with as many slots on each rank."""
     count = len(loads)
