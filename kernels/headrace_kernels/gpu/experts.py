@@ -27,16 +27,28 @@ class StackedExperts:
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`."""
-        return moe_experts(
-            routed.x,
-            routed.experts,
-            routed.weights,
-            self._gate_up,
-            self._down,
-            # So few tokens go by the experts as chosen, two launches; sorting them came with the routing.
-            blocks=None if len(routed.x) <= FEW_TOKENS else routed.blocks,
-            residual=residual,
-        )
+        return multiply(routed, residual, self._gate_up, self._down)
+
+
+def multiply(
+    routed: RoutedTokens,
+    residual: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return [T, N] for stacked weights; `scales` of both where they are in 8 bits. See `moe_experts`."""
+    return moe_experts(
+        routed.x,
+        routed.experts,
+        routed.weights,
+        gate_up,
+        down,
+        # So few tokens go by the experts as chosen, two launches; sorting them came with the routing.
+        blocks=None if len(routed.x) <= FEW_TOKENS else routed.blocks,
+        residual=residual,
+        scales=scales,
+    )
 
 
 def empty(count: int, hidden: int, width: int, like: Tensor) -> StackedExperts:

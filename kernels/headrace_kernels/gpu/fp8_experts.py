@@ -10,7 +10,8 @@ from torch import Tensor
 
 from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.fp8_groups import FP8, GROUP, num_groups
-from headrace_kernels.moe_experts import FEW_TOKENS, best_block_size, moe_experts
+from headrace_kernels.gpu.experts import multiply
+from headrace_kernels.moe_experts import best_block_size
 from headrace_kernels.routing_rule import RoutedTokens
 
 
@@ -38,16 +39,8 @@ class StackedFp8Experts:
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`."""
-        return moe_experts(
-            routed.x,
-            routed.experts,
-            routed.weights,
-            self._gate_up,
-            self._down,
-            blocks=None if len(routed.x) <= FEW_TOKENS else routed.blocks,
-            residual=residual,
-            scales=(self._gate_up_scale, self._down_scale),
-        )
+        scales = (self._gate_up_scale, self._down_scale)
+        return multiply(routed, residual, self._gate_up, self._down, scales)
 
 
 def _halves(rows: Tensor) -> Tensor:
