@@ -42,10 +42,18 @@ class Placement:
         return max(of_ranks) * len(of_ranks) / sum(of_ranks) if sum(of_ranks) else 1.0
 
 
-def in_order(num_experts: int, num_ranks: int) -> Placement:
-    """Place experts as numbered: E / R neighbours on each rank."""
+def in_order(num_experts: int, num_ranks: int, redundant: int = 0) -> Placement:
+    """Place experts as numbered: E / R neighbours on each rank, and behind them its share of `redundant` replicas.
+
+    Raises:
+        ValueError: more replicas than would differ, or no share of them for each rank.
+    """
+    _check_redundant(redundant, num_experts, num_ranks)
+    if redundant % num_ranks:
+        raise ValueError(f"{redundant} replicas do not divide among {num_ranks} ranks")
     bounds = [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
-    return Placement(tuple(tuple(range(bounds[rank], bounds[rank + 1])) for rank in range(num_ranks)))
+    runs = (range(bounds[rank], bounds[rank + 1] + redundant // num_ranks) for rank in range(num_ranks))
+    return Placement(tuple(tuple(sorted(expert % num_experts for expert in run)) for run in runs))
 
 
 def balanced(
@@ -69,10 +77,7 @@ def balanced(
         ValueError: more replicas than would differ, or ranks that do not divide among nodes.
     """
     count = len(loads)
-    if redundant < 0 or redundant > count * (num_ranks - 1):
-        raise ValueError(
-            f"{redundant} replicas of {count} experts on {num_ranks} ranks: 0 to {count * (num_ranks - 1)}"
-        )
+    _check_redundant(redundant, count, num_ranks)
     if num_nodes < 1 or num_ranks % num_nodes:
         raise ValueError(f"{num_ranks} ranks do not divide among {num_nodes} nodes")
     if num_nodes == 1 or num_groups % num_nodes or count % num_groups or redundant % num_nodes:
@@ -88,6 +93,12 @@ def balanced(
         experts = [expert for group in groups for expert in range(group * width, (group + 1) * width)]
         ranks += _placed(experts, loads, num_ranks // num_nodes, redundant // num_nodes)
     return Placement(tuple(ranks))
+
+
+def _check_redundant(redundant: int, num_experts: int, num_ranks: int) -> None:
+    most = num_experts * (num_ranks - 1)
+    if not 0 <= redundant <= most:
+        raise ValueError(f"{redundant} replicas of {num_experts} experts on {num_ranks} ranks: 0 to {most}")
 
 
 def _placed(

@@ -6,7 +6,7 @@ says `moe_experts`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ class Experts(Protocol):
 
     def put(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take one expert's `gate` [I, N], `up` [I, N] and `down` [N, I]; the caller drops its own references."""
+        ...
+
+    def copy(self, expert: int, other: Any, its: int) -> None:
+        """Take expert `its` of `other`, experts of the same class and sizes, as `expert`."""
         ...
 
     def block_size(self, num_assignments: int) -> int | None:

@@ -222,7 +222,7 @@ class _Builder:
             device = self._source.empty(0).device
             return SummedExperts(local, numbers.to(device), self._shared(1), ranks.world)
         dispatcher = Dispatcher(
-            self._sharding.owners_of(layer, moe.num_experts), ranks.world, self._source.empty(0).device
+            self._sharding.slots_of(layer, moe.num_experts), ranks.world, self._source.empty(0).device
         )
         shared = self._shared(moe.num_shared_experts)
         return DispatchedExperts(local, moe.num_shared_experts, shared, dispatcher, ranks)

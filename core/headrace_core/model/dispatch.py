@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace_core.expert_moves import Slots
+from headrace_core.expert_placement import Placement
 from headrace_core.ranks.group import RankGroup
-from headrace_core.ranks.sharding import Owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +36,26 @@ class Dispatched:
 
 
 class Dispatcher:
-    """Knows who holds the experts of a layer."""
+    """Knows in which slots of which ranks the experts of a layer are."""
 
-    def __init__(self, owners: Owners, world: RankGroup, device: torch.device) -> None:
+    def __init__(self, slots: Slots, world: RankGroup, device: torch.device) -> None:
         self._world = world
+        self._device = device
+        self.place(slots)
+
+    def place(self, slots: Slots) -> None:
+        """Send tokens to where their experts are in `slots` from now on; on all ranks between the same two steps."""
+        owners = Placement(slots).owners()
         most = max(len(ranks) for ranks in owners)
-        self._num_owners = torch.tensor([len(ranks) for ranks in owners], device=device)
-        self._owners = torch.tensor([[*ranks, *ranks[:1] * (most - len(ranks))] for ranks in owners], device=device)
-        numbers = torch.full((world.size, len(owners)), -1, dtype=torch.int32)
-        for rank in range(world.size):
-            held = [expert for expert, ranks in enumerate(owners) if rank in ranks]
-            numbers[rank, held] = torch.arange(len(held), dtype=torch.int32)
-        self._numbers = numbers.to(device)
-        """[R, E]: what number a rank's expert has there, -1: it has it not."""
+        self._num_owners = torch.tensor([len(ranks) for ranks in owners], device=self._device)
+        self._owners = torch.tensor(
+            [[*ranks, *ranks[:1] * (most - len(ranks))] for ranks in owners], device=self._device
+        )
+        numbers = torch.full((self._world.size, len(owners)), -1, dtype=torch.int32)
+        for rank, held in enumerate(slots):
+            numbers[rank, list(held)] = torch.arange(len(held), dtype=torch.int32)
+        self._numbers = numbers.to(self._device)
+        """[R, E]: what number a rank's expert has there, its slot; -1: it has it not."""
 
     def dispatch(self, x: Tensor, experts: Tensor) -> Dispatched:
         """Send `x` [T, N] to the ranks of `experts` [T, K] int64, -1: none; return what came for this rank's."""

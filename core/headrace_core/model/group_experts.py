@@ -18,6 +18,7 @@ from headrace_kernels.routing_rule import RoutedTokens
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk
+from headrace_core.expert_moves import Slots
 from headrace_core.model.dispatch import Dispatcher
 from headrace_core.ranks.group import RankGroup, Ranks, ordered_sum
 from headrace_core.ranks.layout import share
@@ -100,11 +101,19 @@ class DispatchedExperts:
     def __init__(
         self, local: Experts, num_shared: int, shared: Experts | None, dispatcher: Dispatcher, ranks: Ranks
     ) -> None:
-        self._local = local
+        self.local = local
         self._num_shared = num_shared
         self._shared = shared
         self._dispatcher = dispatcher
         self._ranks = ranks
+
+    def switch(self, local: Experts, slots: Slots) -> None:
+        """Compute with `local`, the experts of this rank's slots, from now on; on all ranks between the same two steps.
+
+        No bit changes by that: see `dispatch`.
+        """
+        self.local = local
+        self._dispatcher.place(slots)
 
     def block_size(self, num_assignments: int) -> None:
         """See `Experts`; what comes is sorted where it is computed."""
@@ -121,7 +130,7 @@ class DispatchedExperts:
         if len(outputs):
             one = torch.ones(len(outputs), 1, device=x.device)
             rows = RoutedTokens(outputs, sent.experts[:, None], one, None)
-            outputs = self._local(rows, torch.zeros_like(outputs))
+            outputs = self.local(rows, torch.zeros_like(outputs))
         return gather_shares(
             self._dispatcher.combine(outputs, sent, experts, weights, onto), len(residual), self._ranks
         )

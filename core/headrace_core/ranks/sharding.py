@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from headrace_core.expert_moves import Slots
 from headrace_core.families.weights import Part, Shard, Weight, WeightTree
 from headrace_core.ranks.layout import ExpertsBy, ParallelLayout, share
 
@@ -63,6 +64,13 @@ class Sharding:
     def owners_of(self, layer: int, num_experts: int) -> Owners:
         """Return who holds each expert of `layer`."""
         return self.owners.get(layer) or self.layout.contiguous_experts(num_experts)
+
+    def slots_of(self, layer: int, num_experts: int) -> Slots:
+        """Return which experts of `layer` each rank holds, rising."""
+        owners = self.owners_of(layer, num_experts)
+        return tuple(
+            tuple(expert for expert, ranks in enumerate(owners) if rank in ranks) for rank in range(self.layout.size)
+        )
 
     def local_experts(self, layer: int, num_experts: int) -> list[int]:
         """Return the experts of `layer` that this rank holds, wholly or its columns of them; rising."""

@@ -50,6 +50,10 @@ class PackedExperts:
         self._gate_up[expert] = side_by_side(panels.pack(gate), panels.pack(up))
         self._down[expert] = panels.pack(down)
 
+    def copy(self, expert: int, other: PackedExperts, its: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
+
     def block_size(self, num_assignments: int) -> None:
         """See `headrace_kernels.experts.Experts`."""
 

@@ -33,6 +33,12 @@ class PackedInt8Experts:
         scales = side_by_side(gates.scales.view(-1, panels.LANES), ups.scales.view(-1, panels.LANES))
         self._scales[0][expert], self._scales[1][expert] = scales.flatten(), downs.scales
 
+    def copy(self, expert: int, other: PackedInt8Experts, its: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
+        for mine, theirs in zip(self._scales, other._scales, strict=True):
+            mine[expert] = theirs[its]
+
     def block_size(self, num_assignments: int) -> None:
         """See `headrace_kernels.experts.Experts`."""
 

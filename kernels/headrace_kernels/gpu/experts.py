@@ -21,6 +21,10 @@ class StackedExperts:
         self._gate_up[expert, len(gate) :] = up
         self._down[expert] = down
 
+    def copy(self, expert: int, other: StackedExperts, its: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
+
     def block_size(self, num_assignments: int) -> int:
         """See `headrace_kernels.experts.Experts`."""
         return best_block_size(num_assignments, len(self._down))

@@ -27,6 +27,10 @@ class ListedExperts:
         self._gate_up[expert] = Linear(torch.cat((gate, up)))
         self._down[expert] = Linear(down)
 
+    def copy(self, expert: int, other: ListedExperts, its: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
+
     def block_size(self, num_assignments: int) -> None:
         """See `headrace_kernels.experts.Experts`."""
 

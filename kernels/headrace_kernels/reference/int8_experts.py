@@ -20,6 +20,10 @@ class Int8Experts:
         """See `headrace_kernels.experts.Experts`."""
         self._held[expert] = (int8_linear.pack(gate), int8_linear.pack(up), int8_linear.pack(down))
 
+    def copy(self, expert: int, other: Int8Experts, its: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._held[expert] = other._held[its]
+
     def block_size(self, num_assignments: int) -> None:
         """See `headrace_kernels.experts.Experts`."""
 

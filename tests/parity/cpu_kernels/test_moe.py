@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_kernels import use_backend
 from headrace_kernels.experts import empty_experts
 from headrace_kernels.moe_experts import moe_experts_ref
 from headrace_kernels.moe_router import route_and_sort
@@ -71,6 +72,23 @@ def test_experts_that_are_not_here_add_nothing(outside, dtype):
     assert torch.equal(out[6], inputs[3][6]), "a token of no expert is its residual"
     inputs[1][:] = outside
     assert torch.equal(layer(*inputs), inputs[3])
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_a_copied_expert_is_the_expert(kernels, is_int8, dtype):
+    with use_backend(kernels):
+        held, other = (empty_experts(4, 40, 24, torch.empty(0, dtype=dtype), is_int8=is_int8) for _ in range(2))
+        for expert in range(4):
+            shapes = ((24, 40), (24, 40), (40, 24))
+            held.put(expert, *(plain(*shape, dtype=dtype) for shape in shapes))
+            other.put(expert, *(plain(*shape, dtype=dtype) for shape in shapes))
+        (x, experts, weights, residual), took = tokens(9, 40, 4, 2, dtype), {0: 3, 1: 0, 2: 0, 3: 2}
+        for number, its in took.items():
+            other.copy(number, held, its)
+        want = held(RoutedTokens(x, torch.tensor([took[int(e)] for e in experts.flatten()]).view(9, 2), weights, None),
+                    residual)  # fmt: skip
+        assert_near(other(RoutedTokens(x, experts, weights, None), residual), want.float())
 
 
 def test_no_tokens_are_no_tokens(dtype):
