@@ -4,6 +4,7 @@
     sha256 = "3f7a…"
     requests_per_minute = 600            0 or nothing: as many as there is room for
     tokens_per_minute = 100000
+    slo_class = "interactive"            of requests that name none (`--slo-classes`)
 
 A key is 256 random bits, so one round of SHA-256 keeps it as well as a slow hash keeps a password.
 """
@@ -24,7 +25,7 @@ _PREFIX = "hr"
 _SECRET_BYTES = 32
 _NOBODY = hashlib.sha256(secrets.token_bytes(_SECRET_BYTES)).digest()
 MOST_PER_MINUTE = 10**12
-_FIELDS = {"sha256", "requests_per_minute", "tokens_per_minute"}
+_FIELDS = {"sha256", "requests_per_minute", "tokens_per_minute", "slo_class"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class ApiKey:
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     """Of prompts and answers together."""
+    slo_class: str = ""
+    """Of its requests that name none; empty: none."""
 
 
 def new_key(name: str) -> tuple[str, bytes]:
@@ -65,7 +68,8 @@ def write_entry(key: ApiKey) -> str:
     """Return a key as an entry of the file."""
     limits = {"requests_per_minute": key.requests_per_minute, "tokens_per_minute": key.tokens_per_minute}
     lines = [f"[{key.name}]", f'sha256 = "{key.sha256.hex()}"']
-    return "\n".join([*lines, *(f"{name} = {value}" for name, value in limits.items() if value)]) + "\n"
+    lines += [f"{name} = {value}" for name, value in limits.items() if value]
+    return "\n".join([*lines, *([f'slo_class = "{key.slo_class}"'] if key.slo_class else [])]) + "\n"
 
 
 def read_keys(content: bytes) -> dict[str, ApiKey]:
@@ -85,7 +89,7 @@ def _read_key(name: str, table: Any) -> ApiKey:
     if not NAME.fullmatch(name):
         raise ValueError(f"[{name[:40]}] is no name of a key")
     if not isinstance(table, dict) or not set[Any](table) <= _FIELDS:
-        raise ValueError(f"[{name}] must have sha256, and may have requests_per_minute and tokens_per_minute")
+        raise ValueError(f"[{name}] must have sha256, and may have {', '.join(sorted(_FIELDS - {'sha256'}))}")
     fields: dict[str, Any] = table
     digest: Any = fields.get("sha256")
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
@@ -93,4 +97,7 @@ def _read_key(name: str, table: Any) -> ApiKey:
     limits = [fields.get(limit, 0) for limit in ("requests_per_minute", "tokens_per_minute")]
     if any(type(limit) is not int or not 0 <= limit <= MOST_PER_MINUTE for limit in limits):
         raise ValueError(f"[{name}] a limit must be a whole number, 0 or more")
-    return ApiKey(name, bytes.fromhex(digest), *limits)
+    slo_class = fields.get("slo_class", "")
+    if not isinstance(slo_class, str) or not NAME.fullmatch(slo_class or "a"):
+        raise ValueError(f"[{name}] slo_class must be the name of a class")
+    return ApiKey(name, bytes.fromhex(digest), *limits, slo_class)

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from headrace_core.address import parse_address
 from headrace_core.roofline.hardware import HARDWARE, find_hardware
+from headrace_core.slo import read_classes
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -36,6 +37,11 @@ def _listen_or_not(text: str) -> str:
 def _reachable(text: str) -> str:
     if text:
         parse_address(text)
+    return text
+
+
+def _classes(text: str) -> str:
+    read_classes(text)
     return text
 
 
@@ -305,6 +311,11 @@ class RouterSettings(ProcessSettings):
     )
     slo_itl_ms: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="objective for the gap between two tokens, ms; for metrics, 0: none"
+    )
+    slo_classes: Annotated[str, AfterValidator(_classes)] = Field(
+        "",
+        description="classes that requests and keys may name: NAME=TTFT/ITL, milliseconds, comma-separated; a request "
+        "that can't have its target is refused",
     )
     metrics_compat: Literal["none", "vllm"] = Field(
         "none", description="vllm: show metrics by vLLM's names as well, for dashboards and autoscalers that read those"

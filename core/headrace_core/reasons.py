@@ -80,6 +80,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_FREE_PAGES": "the pages are taken, or the sequence is larger than a pool",
         "RATE_LIMITED": "the API key's requests or tokens of this minute are used up; says when to come again",
         "QUEUE_FULL": "too much is waiting; try again later",
+        "SLO_UNREACHABLE": "the request's target for its speed can't be met now; says when to come again",
         "SLOW_READER": "the reader of a session, of log-probabilities or of a stream over HTTP fell too far behind",
     },
     UnavailableError: {

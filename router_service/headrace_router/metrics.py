@@ -25,8 +25,8 @@ from headrace_router.timings import PHASES, Waterfall
 OUTCOMES = ("ok", "invalid", "overloaded", "unavailable", "deadline", "cancelled", "failed")
 REFUSALS = (
     "BAD_API_KEY", "BAD_GRAMMAR", "BAD_REQUEST", "BAD_SAMPLING", "BAD_TOKEN", "DEADLINE_EXCEEDED", "DRAINING",
-    "EMPTY_PROMPT", "MESSAGE_TIMEOUT", "NO_IDENTITY", "NO_WORKERS", "PROMPT_TOO_LONG", "QUEUE_FULL", "RATE_LIMITED",
-    "START_FAILED", "UNKNOWN_MODEL", "WRONG_ROLE",
+    "EMPTY_PROMPT", "MESSAGE_TIMEOUT", "NO_FREE_PAGES", "NO_IDENTITY", "NO_WORKERS", "PROMPT_TOO_LONG", "QUEUE_FULL",
+    "RATE_LIMITED", "SLO_UNREACHABLE", "START_FAILED", "UNKNOWN_MODEL", "WRONG_ROLE",
 )  # fmt: skip
 """What a request can be refused with before a worker has it."""
 

@@ -20,6 +20,7 @@ from headrace_core.families.generation_config import read_sampling_defaults
 from headrace_core.request import MOST_TIMEOUT_S, SamplingParams
 from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
+from headrace_core.slo import read_classes
 from headrace_core.tracing.span import Tracer
 from headrace_core.wire import encode_sampling
 
@@ -91,6 +92,7 @@ class Router:
             model_name=self.model_name,
             specials=self._tokenizer.specials,
             sampling=self._sampling,
+            classes=read_classes(settings.slo_classes),
         )
         self._waiting = WaitingRoom(settings.max_queued_requests, settings.max_queued_tokens)
         self._running: dict[str, RunningRequest] = {}
@@ -262,7 +264,12 @@ class Router:
         self, message: generation_service_pb2.GenerateRequest, caller: Caller, *, arrival_s: float, deadline_s: float
     ) -> RequestSpec:
         tokenized = await self._admission.tokenize(
-            message, self.fleet.model, caller, arrival_s=arrival_s, deadline_s=deadline_s
+            message,
+            self.fleet.model,
+            caller,
+            arrival_s=arrival_s,
+            deadline_s=deadline_s,
+            key_class=self._keys.slo_class_of(caller) if self._keys else "",
         )
         return await self._wait_fleet(tokenized)
 

@@ -16,6 +16,7 @@ from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.hub import is_hub_name, with_folder
 from headrace_core.identity import Identity, Role
 from headrace_core.outside import call_outside
+from headrace_core.slo import read_classes
 from headrace_core.telemetry import with_role
 from headrace_core.tracing.start import open_tracer
 
@@ -67,7 +68,8 @@ class RouterService:
         self._following: asyncio.Task[None] | None = None
         self._identity = Identity.load(settings.tls, Role.ROUTER)
         self._tls = front(settings, self._identity)
-        self._keys = Keys(settings.keys_file) if settings.keys_file else None
+        classes = read_classes(settings.slo_classes)
+        self._keys = Keys(settings.keys_file, classes=classes) if settings.keys_file else None
         guards: list[Guard] = [self._keys.guard] if self._keys else []
         self._caller_of = self._keys.caller_of if self._keys else caller_of
         self._door = Door(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -43,13 +44,17 @@ class StubSample:
     num_tokens: int = 16
     prefix_key: int = 1
     client: str = "one"
+    due_s: float = math.inf
+    itl_s: float = math.inf
     turn: Turn = field(init=False)
 
     def __post_init__(self) -> None:
         self.turn = Turn((self.client,), (self.place, next(_ARRIVALS)), 2 * self.num_tokens)
 
     def waiting(self) -> Waiting:
-        return Waiting(self.num_tokens, 2 * self.num_tokens, self.prefix_key, client=self.turn.client)
+        return Waiting(
+            self.num_tokens, 2 * self.num_tokens, self.prefix_key, client=self.turn.client, most_step_s=self.itl_s
+        )
 
 
 @dataclass

@@ -18,10 +18,11 @@ POSTS = [path for path, methods in DOCUMENT["paths"].items() if "post" in method
 GETS = [path for path, methods in DOCUMENT["paths"].items() if "get" in methods]
 BOUNDED = {"max_tokens": 3, "max_completion_tokens": 3, "max_output_tokens": 3}
 HI = [{"role": "user", "content": "Hi"}]
+NO_CLASS = {"service_tier": None, "slo_ttft_ms": None, "slo_itl_ms": None}
 PROMPTS = {
-    "/v1/completions": {"prompt": "Hi", "prompt_token_ids": None},
-    "/v1/chat/completions": {"messages": HI},
-    "/v1/responses": {"input": "Hi"},
+    "/v1/completions": {"prompt": "Hi", "prompt_token_ids": None, **NO_CLASS},
+    "/v1/chat/completions": {"messages": HI, **NO_CLASS},
+    "/v1/responses": {"input": "Hi", **NO_CLASS},
     "/tokenize": {"prompt": "Hi", "messages": None},
 }
 """What the document can't say that a body must have: half of the bodies have it."""

@@ -13,7 +13,8 @@ DOOR = ["core/headrace_core/door.py", "core/headrace_core/authority.py"]
 ADMISSION = [
     *DOOR, "core/headrace_core/request.py", "core/headrace_core/rpc.py",
     *(f"router_service/headrace_router/{name}.py" for name in (
-        "requests/admission", "requests/waiting", "router", "callers/keys",
+        "requests/admission", "requests/dispatch", "requests/targets", "requests/waiting", "placement/capacity",
+        "router", "callers/keys",
         "text/chat_renderer", "text/prompts", "text/size_lanes", "text/tokenizer",
     )),
 ]  # fmt: skip

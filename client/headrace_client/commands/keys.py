@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from headrace_core.api_keys import MOST_PER_MINUTE, ApiKey, new_key, read_keys, write_entry
+from headrace_core.api_keys import MOST_PER_MINUTE, NAME, ApiKey, new_key, read_keys, write_entry
 from headrace_core.errors import InvalidRequestError
 from rich.text import Text
 
@@ -37,6 +37,10 @@ def keys(  # the signature is the command line
             min=0, max=MOST_PER_MINUTE, help="Most tokens in a minute, of prompts and answers together; 0: any."
         ),
     ] = 0,
+    slo_class: Annotated[
+        str,
+        typer.Option(metavar="CLASS", help="Class of its requests that name none: one of the router's --slo-classes."),
+    ] = "",
 ) -> None:
     """Run the command.
 
@@ -49,8 +53,10 @@ def keys(  # the signature is the command line
         content = file.read_bytes() if file.exists() else b""
         if name in read_keys(content):
             raise ValueError(f"there is a key [{name}] already; delete its entry to give a new one")
+        if not NAME.fullmatch(slo_class or "a"):
+            raise ValueError(f"--slo-class {slo_class!r} is no name of a class")
         key, digest = new_key(name)
-        entry = write_entry(ApiKey(name, digest, requests_per_minute, tokens_per_minute)).encode()
+        entry = write_entry(ApiKey(name, digest, requests_per_minute, tokens_per_minute, slo_class)).encode()
         _write(file, content + (b"\n" if content else b"") + entry)
     except (OSError, ValueError) as error:
         raise InvalidRequestError("BAD_KEYS", f"{file}: {error}") from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,15 @@ class Bucket:
 class Keys:
     """The file's keys; read again when it changes. One that can't be read any more leaves the keys as they were."""
 
-    def __init__(self, path: Path, clock: Clock = time.monotonic) -> None:
-        """Read the file.
+    def __init__(self, path: Path, clock: Clock = time.monotonic, *, classes: Collection[str] = ()) -> None:
+        """Read the file; `classes` are those that keys may have.
 
         Raises:
             StartupError: BAD_KEYS.
         """
         self._path = path
         self._clock = clock
+        self._classes = classes
         self._looked_s = clock()
         self._stamp = self._look()
         self._requests: dict[str, Bucket] = {}
@@ -125,6 +126,11 @@ class Keys:
         _refuse(key, bucket.take(amount), f"{key.tokens_per_minute} tokens")
         return lambda used: bucket.give_back(amount - used)
 
+    def slo_class_of(self, caller: Caller) -> str:
+        """Return the class of a caller's requests that name none; empty: it has none."""
+        key = self._keys.get(caller.name.removeprefix("key:"))
+        return key.slo_class if key else ""
+
     def _shown(self, context: Any) -> ApiKey | None:
         self._refresh()
         authorization = authorization_of(context)
@@ -161,6 +167,9 @@ class Keys:
         return read_keys(content)
 
     def _take(self, keys: dict[str, ApiKey]) -> None:
+        for key in keys.values():
+            if key.slo_class and key.slo_class not in self._classes:
+                raise ValueError(f"[{key.name}] slo_class {key.slo_class!r} is not in --slo-classes")
         self._keys = keys
         self._requests = self._buckets(self._requests, {key.name: key.requests_per_minute for key in keys.values()})
         self._tokens = self._buckets(self._tokens, {key.name: key.tokens_per_minute for key in keys.values()})

@@ -42,6 +42,10 @@ _IDLE_ENTRY_COST = 0.01
 """Of each entry without a listener: 200,000 may come at once, of 1,000 sequences that ended together 200 steps."""
 
 
+_NEWEST = 0.2
+"""Weight of the newest step in their mean."""
+
+
 class Side(Enum):
     """Who ended a sequence's run at its decode worker."""
 
@@ -103,12 +107,16 @@ class LastTransfer:
 class Progress(Protocol):
     """Who is told how far an attempt is: `dispatch.Placement`."""
 
-    def on_prefilled(self) -> None:
-        """The prompt is computed."""
+    def on_prefilled(self, num_computed: int) -> None:
+        """The prompt is computed: so many tokens of it, the others were cached."""
         ...
 
     def on_joined(self, transfer: LastTransfer | None) -> None:
         """The decode worker runs it; `transfer` is None if no page moved."""
+        ...
+
+    def on_stepped(self, num_computed: int) -> None:
+        """The decode worker computed a token; of the prompt it had computed so many if nobody else did."""
         ...
 
 
@@ -131,6 +139,8 @@ class StepSession:
         self._outbox.put(pb.SessionRequest(open=pb.OpenSession(router_id=router_id)))
         self._listeners: dict[int, _Listener] = {}
         """By sequence."""
+        self.step_s = 0.0
+        """Of its steps with tokens, a mean of the last ones."""
         self._is_leaving = False
         self._is_silent = False
         self._lost: HeadraceError | None = None
@@ -209,6 +219,9 @@ class StepSession:
 
     def _fan_out(self, message: pb.SessionResponse) -> None:
         now_s = time.monotonic()
+        if message.step_us:
+            step_s = message.step_us / 1e6
+            self.step_s += _NEWEST * (step_s - self.step_s) if self.step_s else step_s
         num_idle = 0
         listeners, info, layout = self._listeners, self._info, self._layout
         for entry in message.entries:

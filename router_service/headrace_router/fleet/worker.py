@@ -167,6 +167,7 @@ class Worker:
             max_context_tokens=info.max_context_tokens,
             num_slots=self._num_slots,
             holders=frozenset(self._held),
+            step_s=self.session.step_s if self.load.num_running else 0.0,
             cached=self.cached,
         )
 

@@ -14,6 +14,7 @@ A fleet that lacks a whole side can't be judged: its sequences wait for one (NO_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -82,6 +83,8 @@ class Waiting:
     """Address of the decode worker that has the first of its tokens in its prefix cache."""
     num_cached_tokens: int = 0
     """How many these are. They take pages, but are not computed again."""
+    most_step_s: float = math.inf
+    """How long a decode side's step may take, for the gaps between its tokens to be what its client wants."""
 
     prefix: Beginnings = NO_PREFIX
     """Its prompt's beginnings, to be looked for in prefix caches."""
@@ -126,6 +129,8 @@ class WorkerView:
     """Sequences it can run at a time."""
     holders: frozenset[Client] = frozenset()
     """Clients whose output it generates, and the addresses that they call from, as paths of one name."""
+    step_s: float = 0.0
+    """How long its steps take with what it runs now; 0: not known, or it runs nothing."""
     cached: Any = frozenset()
     """What its prefix cache has, in the terms of `Waiting.prefix`: of the router's the pages' hashes."""
 

@@ -1,4 +1,4 @@
-"""The queue's order: fair between clients, first come, first served within one. Pure: no I/O, no clock.
+"""The queue's order: fair between clients, and among one's own as they want it: by arrival, or by urgency. Pure.
 
 Start-time fair queueing. What a client has had is a sum of costs; next comes who has had least, so that of clients that
 all wait each gets its share of what is served, within one sequence's cost. Virtual time is what a client that waits all
@@ -27,6 +27,7 @@ from typing import Generic, Protocol, TypeVar
 
 Client = tuple[str, ...]
 """A path of names, the outermost level first; of one length for all of a queue."""
+Order = tuple[float, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +35,8 @@ class Turn:
     """A sequence's standing, kept from one time in the queue to the next."""
 
     client: Client
-    order: tuple[float, int]
-    """Of arrival; no two of a queue are equal."""
+    order: Order
+    """Among its client's: of arrival, or by what is more urgent. No two of a queue are equal."""
     cost: float
     place: float | None = None
     """In virtual time of the outermost level; None while it depends on what the client gets."""
@@ -127,6 +128,13 @@ class FairQueue(Generic[E]):
         if turn.place is None:
             turn.place = place
 
+    def cost_ahead(self, turn: Turn) -> float:
+        """Return what is served before a turn that is not in the queue, if nobody comes any more.
+
+        Of every other client no more than the turn's own client has up to there. Takes a step for each client.
+        """
+        return sum(entry.turn.cost for entry in self._again) + self._tree.cost_ahead(turn)
+
     def _stand(self, entry: E) -> None:
         insort(self._again, entry, key=_place)
         insort(self._again_of.setdefault(entry.turn.client, []), entry, key=_order)
@@ -145,9 +153,11 @@ class _Level(Generic[E]):
         self.children: dict[str, _Level[E]] = {}
         """Who waits."""
         self.entries: list[E] = []
-        self._line: list[tuple[float, tuple[float, int], str]] = []
+        self.cost = 0.0
+        """Of all that waits here."""
+        self._line: list[tuple[float, Order, str]] = []
         """The children by what they have had, then by the arrival of their first entry."""
-        self._keys: dict[str, tuple[float, tuple[float, int], str]] = {}
+        self._keys: dict[str, tuple[float, Order, str]] = {}
         """Where each stands in the line."""
         self._had: dict[str, float] = {}
         """What each has had, of those who wait or are ahead of virtual time."""
@@ -156,7 +166,7 @@ class _Level(Generic[E]):
         """Cost of one sequence, since the queue was idle."""
 
     @property
-    def first(self) -> tuple[float, int]:
+    def first(self) -> Order:
         """Arrival of the entry that is first in its order."""
         return self._line[0][1] if self._line else self.entries[0].turn.order
 
@@ -164,7 +174,7 @@ class _Level(Generic[E]):
         """Yield the entries in order, with what whoever has them will have had when they come."""
         for entry in self.entries:
             yield 0.0, entry
-        again: list[tuple[float, tuple[float, int], str, E, Iterator[tuple[float, E]]]] = []
+        again: list[tuple[float, Order, str, E, Iterator[tuple[float, E]]]] = []
         position, end = 0, len(self._line)
         while position < end or again:
             if position < end and (not again or self._line[position] < again[0][:3]):
@@ -189,6 +199,7 @@ class _Level(Generic[E]):
                 level.children[name] = _Level()
                 level._had[name] = max(level._had.get(name, 0.0), level._time)
             level = level.children[name]
+            level.cost += entry.turn.cost
         insort(level.entries, entry, key=_order)
         self._settle(path)
 
@@ -197,7 +208,16 @@ class _Level(Generic[E]):
         path = list(self._path(entry.turn))
         leaf = path[-1][0].children[path[-1][1]]
         del leaf.entries[bisect_left(leaf.entries, entry.turn.order, key=_order)]
+        for level, name in path:
+            level.children[name].cost -= entry.turn.cost
         self._settle(path)
+
+    def cost_ahead(self, turn: Turn) -> float:
+        """See `FairQueue.cost_ahead`."""
+        ahead = sum(entry.turn.cost for entry in self.before(turn))
+        for level, name in reversed(list(self._path(turn))):
+            ahead += sum(min(child.cost, ahead + turn.cost) for other, child in level.children.items() if other != name)
+        return ahead
 
     def pay(self, turn: Turn) -> float:
         """Count what is served to all who it is served to; return when it started at the outermost level."""
@@ -260,11 +280,11 @@ class _Level(Generic[E]):
             self._had = ahead
 
 
-def _order(entry: HasTurn) -> tuple[float, int]:
+def _order(entry: HasTurn) -> Order:
     return entry.turn.order
 
 
-def _place(entry: HasTurn) -> tuple[float, tuple[float, int]]:
+def _place(entry: HasTurn) -> tuple[float, Order]:
     place = entry.turn.place
     assert place is not None, "what comes again has a place"
     return place, entry.turn.order

@@ -9,8 +9,8 @@ worker has pages for its prompt and expected output. The rules:
    nobody starves, however long the prompt, and nobody waits for a sequence that waits for something else.
 2. A prefill worker takes a prompt if its prompt tokens in flight stay within the budget, or if it is idle. Which of
    those is for a named policy to say (`preferences`).
-3. The decode worker that has the sequence's beginning in its prefix cache is chosen if it has room, else the one with
-   the most free pages.
+3. Of the decode workers with room one is chosen whose steps are as short as the sequence wants them; then the one that
+   has the sequence's beginning in its prefix cache, else the one with the most free pages.
 4. Workers that failed the sequence before are the last choice, not excluded: there may be no other. A prefill worker
    that computed some of it, for an attempt that failed elsewhere or another sample, is the first: its cache has it.
 5. A sequence takes the route that `Capacity` names: a pair, or one worker for all of it. A worker that could not hold
@@ -371,9 +371,10 @@ def _best_prefill(waiting: Waiting, ready: _Open) -> WorkerView:
     return best[0] if len(best) == 1 else ready.preference(waiting, best, ready.turn)
 
 
-def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, bool, int, str]:
+def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, bool, bool, int, str]:
     standing, address = _decode_standing(waiting, worker, route), worker.address
-    return standing, address in waiting.avoid, address != waiting.prefer_decode, -worker.num_free_pages, address
+    is_failed, is_slow = address in waiting.avoid, worker.step_s > waiting.most_step_s
+    return standing, is_failed, is_slow, address != waiting.prefer_decode, -worker.num_free_pages, address
 
 
 def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: bool) -> WorkerView:
@@ -396,5 +397,6 @@ def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: boo
         worker.max_context_tokens,
         worker.num_slots,
         holders,
+        worker.step_s,
         worker.cached,
     )

@@ -23,10 +23,12 @@ from headrace_core.request import (
     check_token_ids,
 )
 from headrace_core.shares import Caller
+from headrace_core.slo import NO_TARGETS, Targets
 from headrace_core.wire import decode_sampling, encode_sampling
 
 from headrace_router.fleet.registry import FleetModel
 from headrace_router.requests.encoded_prompt import EncodedPrompt
+from headrace_router.requests.targets import targets_of
 from headrace_router.text.prompts import Prompt, PromptLimits, Prompts
 from headrace_router.text.tokenizer import check_num_tokens
 
@@ -59,6 +61,10 @@ class RequestSpec:
     arrival_s: float
     tokenized_s: float
     deadline_s: float
+    targets: Targets = NO_TARGETS
+    """For its speed."""
+    priority: int = 0
+    """Among those of its client that wait: lower ones first."""
 
     @property
     def most_tokens(self) -> int:
@@ -79,15 +85,31 @@ class Tokenized:
     arrival_s: float
     deadline_s: float
     tokenized_s: float
+    targets: Targets
 
 
 class Admission:
     """Checks and tokenizes. Event loop only."""
 
     def __init__(
-        self, prompts: Prompts, *, model_name: str, specials: Mapping[str, int], sampling: SamplingParams
+        self,
+        prompts: Prompts,
+        *,
+        model_name: str,
+        specials: Mapping[str, int],
+        sampling: SamplingParams,
+        classes: Mapping[str, Targets],
     ) -> None:
-        """Args: `specials` are the model's special tokens, by text; `sampling` is for what requests leave open."""
+        """Take what to check by.
+
+        Args:
+            prompts: read them.
+            model_name: of the one model.
+            specials: the model's special tokens, by text.
+            sampling: for what requests leave open.
+            classes: that requests may name, with their targets.
+        """
+        self._classes = classes
         self._sampling = sampling
         self._prompts = prompts
         self._model_name = model_name
@@ -101,6 +123,7 @@ class Admission:
         *,
         arrival_s: float,
         deadline_s: float,
+        key_class: str = "",
     ) -> Tokenized:
         """Check what the message alone says, and tokenize its prompt unless it is too long for `model` (None: unknown).
 
@@ -117,6 +140,7 @@ class Admission:
         self.check_model(message.model)
         if message.HasField("n") and not 1 <= message.n <= MAX_SAMPLES:
             raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
+        targets = targets_of(message, self._classes, key_class)
         params = decode_sampling(message.sampling, self._sampling)
         if params.grammar is not None:
             await self._prompts.check_grammar(params.grammar, caller, deadline_s=deadline_s)
@@ -131,6 +155,7 @@ class Admission:
             arrival_s=arrival_s,
             deadline_s=deadline_s,
             tokenized_s=time.monotonic(),
+            targets=targets,
         )
 
     def check_model(self, name: str) -> None:
@@ -201,6 +226,8 @@ class Admission:
             arrival_s=tokenized.arrival_s,
             tokenized_s=tokenized.tokenized_s,
             deadline_s=tokenized.deadline_s,
+            targets=tokenized.targets,
+            priority=message.priority,
         )
 
     def _special_stops(self, stop_strings: Sequence[str], vocab_size: int) -> dict[int, str]:

@@ -1,20 +1,23 @@
 """The queue: samples wait here, and nowhere else, until `policy.plan` binds them to workers.
 
 A planning round runs once at the end of a loop tick in which anything changed: a sample came, a worker reported,
-a reservation ended. Clients share the queue fairly (`fair_queue`), each one's samples stay in order of arrival, and one
-that is retried takes its old place. One that no worker could ever hold, of those that are there, is refused at once: in
-the round after it came, or after the fleet changed.
+a reservation ended. Clients share the queue fairly (`fair_queue`), each one's samples go by priority, then by when
+their first token is due, and one that is retried takes its old place. One that no worker could ever hold, of those that
+are there, is refused at once: in the round after it came, or after the fleet changed. So is one whose target can't be
+met: when it comes, by what is forecast, or when its first token would be late.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.door import RETRY_AFTER_S
+from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 
 from headrace_router.fleet.registry import Registry
 from headrace_router.fleet.session import LastTransfer
@@ -22,10 +25,12 @@ from headrace_router.fleet.worker import Reservation, Worker
 from headrace_router.placement import policy
 from headrace_router.placement.capacity import Capacity, Kind, Waiting
 from headrace_router.placement.fair_queue import FairQueue, Turn
+from headrace_router.placement.forecast import Forecast, num_lacking, shortest_step_s
 from headrace_router.placement.preferences import Preference, prefix_cache
 from headrace_router.requests.sample import Sample
 
 _MISSING_CHECK_S = 0.25
+_MOST_RETRY_S = 30.0
 
 
 class Placement:
@@ -38,17 +43,21 @@ class Placement:
         decode: Worker,
         waiting: Waiting,
         on_change: Callable[[], None],
+        on_first_token: Callable[[int, float], None],
     ) -> None:
         self.prefill = prefill
         self.decode = decode
         self._on_change = on_change
+        self._on_first_token = on_first_token
+        self._since_s = time.monotonic()
         self._on_prefill: Reservation | None = None
         if prefill is not None:
             self._on_prefill = prefill.reserve(sample, waiting, prefills=True, decodes=False)
         self._on_decode = decode.reserve(sample, waiting, prefills=prefill is None, decodes=True)
 
-    def on_prefilled(self) -> None:
+    def on_prefilled(self, num_computed: int) -> None:
         """The prompt is computed; its pages are still held there, and reserved where they go."""
+        self._on_first_token(num_computed, time.monotonic() - self._since_s)
         if self._on_prefill is not None:
             self._on_prefill.num_prefill_tokens = 0
             self._on_prefill.is_started = self._on_decode.is_started = True
@@ -62,6 +71,11 @@ class Placement:
         if self.prefill is not None and self._on_prefill is not None:
             self.prefill.release(self._on_prefill)
             self._on_change()
+
+    def on_stepped(self, num_computed: int) -> None:
+        """The decode worker computed its first token, or the first one of any."""
+        if self.prefill is None:
+            self._on_first_token(num_computed, time.monotonic() - self._since_s)
 
     def release(self) -> None:
         """Give everything back; idempotent."""
@@ -77,6 +91,8 @@ class _Entry:
     waiting: Waiting
     placed: asyncio.Future[Placement]
     since_s: float
+    late: asyncio.TimerHandle | None = None
+    """Refuses it when its first token can't come in time any more."""
 
     @property
     def turn(self) -> Turn:
@@ -103,6 +119,7 @@ class Dispatcher:
         """Those of the queue that take another route than the fleet's first one."""
         self._fleet: list[Worker] = []
         self._capacity = Capacity(())
+        self._forecast = Forecast()
         self._is_round_due = False
         self._missing_since_s: float | None = None
         self._missing_timer: asyncio.TimerHandle | None = None
@@ -113,9 +130,10 @@ class Dispatcher:
 
         Raises:
             UnavailableError: NO_WORKERS, none were there for too long, or none with its context; says what is missing.
-            OverloadedError: NO_FREE_PAGES, no worker that is there could ever hold it.
+            OverloadedError: NO_FREE_PAGES, no worker that is there could ever hold it; SLO_UNREACHABLE.
         """
         entry = _Entry(sample, sample.waiting(), asyncio.get_running_loop().create_future(), time.monotonic())
+        self._check_targets(entry)
         self._queue.add(entry)
         self._kinds[entry.waiting.kind] += 1
         self._unchecked.append(entry)
@@ -140,8 +158,11 @@ class Dispatcher:
         self._is_round_due = False
         self._refuse_impossible()
         workers = {worker.address: worker for worker in self._registry.workers()}
-        if not workers or not self._queue:
-            return
+        cost = self._place_all(workers) if workers and self._queue else 0.0
+        self._forecast.on_round(time.monotonic(), cost, is_waiting=bool(self._queue))
+
+    def _place_all(self, workers: Mapping[str, Worker]) -> float:
+        """Bind to these workers whom there is room for; return what that costs the queue."""
         views = [worker.view() for worker in workers.values()]
         entries: list[_Entry] = []
 
@@ -168,9 +189,38 @@ class Dispatcher:
         for assignment in assignments:
             entry = entries[assignment.index]
             self._remove(entry, is_served=True)
-            prefill = workers[assignment.prefill] if assignment.prefill else None
-            placement = Placement(entry.sample, prefill, workers[assignment.decode], entry.waiting, self.kick)
-            entry.placed.set_result(placement)
+            prefill, decode = workers.get(assignment.prefill), workers[assignment.decode]
+            on_first_token = self._forecast.on_first_token
+            entry.placed.set_result(Placement(entry.sample, prefill, decode, entry.waiting, self.kick, on_first_token))
+        return sum(entries[assignment.index].turn.cost for assignment in assignments)
+
+    def _check_targets(self, entry: _Entry) -> None:
+        """Refuse whose targets can't be met, or see to it that it is refused when they can't be met any more.
+
+        Raises:
+            OverloadedError: SLO_UNREACHABLE.
+        """
+        due_s, waiting, turn = entry.sample.due_s, entry.waiting, entry.turn
+        if due_s == waiting.most_step_s == math.inf:
+            return
+        views = [worker.view() for worker in self._registry.ready()]
+        step_s = shortest_step_s(views)
+        if step_s > waiting.most_step_s and not waiting.has_output:
+            problem = f"its tokens would come {step_s:.3g} s apart, and {waiting.most_step_s:.3g} s is the target"
+            raise _unreachable(problem, RETRY_AFTER_S)
+        now_s = time.monotonic()
+        own_s = self._forecast.prompt_s(num_lacking(waiting, views))
+        wait_s = self._forecast.wait_s(now_s, self._queue.cost_ahead(turn), turn.cost)
+        if (late_s := now_s + wait_s + own_s - due_s) > 0:
+            raise _unreachable(f"its first token would come {late_s:.3g} s too late", late_s)
+
+        def on_late() -> None:
+            if entry in self._queue:
+                self._remove(entry)
+                _fail(entry, _unreachable("it has waited until its first token would come too late", RETRY_AFTER_S))
+
+        if due_s < math.inf:
+            entry.late = asyncio.get_running_loop().call_later(due_s - own_s - now_s, on_late)
 
     def _refuse_impossible(self) -> None:
         """Fail whoever no worker that is there could ever hold: those that are new, or all when the fleet is."""
@@ -194,6 +244,8 @@ class Dispatcher:
         if entry not in self._queue:
             return
         (self._queue.serve if is_served else self._queue.remove)(entry)
+        if entry.late is not None:
+            entry.late.cancel()
         self._second.discard(entry)
         kind = entry.waiting.kind
         self._kinds[kind] -= 1
@@ -223,6 +275,11 @@ class Dispatcher:
             self._watch_missing()
         else:
             self._missing_since_s = None
+
+
+def _unreachable(problem: str, retry_s: float) -> OverloadedError:
+    retry_s = min(max(retry_s, RETRY_AFTER_S), _MOST_RETRY_S)
+    return OverloadedError("SLO_UNREACHABLE", f"{problem}; ask again in {retry_s:.1f} s", retry_after_s=retry_s)
 
 
 def _fail(entry: _Entry, error: HeadraceError) -> None:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
+from headrace_core.reasons import label
 from headrace_core.tracing.span import NOT_TRACED, Span
 
 from headrace_router.metrics import RouterMetrics
@@ -232,6 +233,8 @@ class RunningRequest:
             await self._may_queue[sample.sample_index]
             await self._flow.run(sample, self._traces[sample.sample_index], on_placed=lambda: self._on_placed(sample))
         except HeadraceError as error:
+            if not any(each.attempt for each in self.samples) and self._error is None:
+                self._metrics.refused.labels(label(error.reason)).inc()
             self.fail(error)
         except Exception as error:
             log.error("unhandled error", extra={"request_id": self.spec.request_id}, exc_info=error)

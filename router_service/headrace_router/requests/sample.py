@@ -19,6 +19,7 @@ every token once, and, as randomness depends on the position alone, the same one
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -49,6 +50,10 @@ _WHOSE = {
     decode_service_pb2.FAILURE_SIDE_PREFILL: Whose.PREFILL,
     decode_service_pb2.FAILURE_SIDE_CHANNEL: Whose.CHANNEL,
 }
+
+
+_NO_TARGET_S = 60.0
+"""A request without a target for its first token is as urgent as one with this target, so that it starts one day."""
 
 
 class SampleState(Enum):
@@ -97,7 +102,8 @@ class Sample:
         """Attempts that ended because their worker went away, and it was placed elsewhere."""
         self.output_ids: list[int] = []
         cost = len(spec.prompt_ids) + min(spec.params.max_tokens or 0, EXPECTED_OUTPUT_TOKENS)
-        self.turn = Turn(client, (spec.arrival_s, sample_index), cost)
+        due_s = spec.arrival_s + min(spec.targets.ttft_s, _NO_TARGET_S)
+        self.turn = Turn(client, (spec.priority, due_s, spec.arrival_s, sample_index), cost)
         """Its standing in the queue, for all attempts."""
         self.finish_reason: FinishReason | None = None
         self.waterfall = Waterfall(spec.arrival_s)
@@ -146,6 +152,12 @@ class Sample:
         return self.state in (SampleState.FINISHED, SampleState.FAILED)
 
     @property
+    def due_s(self) -> float:
+        """When its first token is to come, as long as it can still be refused for that; infinite: at no time."""
+        is_judged = not self.attempt and not self.sample_index  # of n samples the first says whether there is time
+        return self.spec.arrival_s + self.spec.targets.ttft_s if is_judged else math.inf
+
+    @property
     def matched_stop_string(self) -> str:
         """The stop string that ended it; empty if none did."""
         return self._assembler.matched
@@ -166,6 +178,7 @@ class Sample:
             num_most_tokens=self.num_tokens + left,
             has_output=bool(self.output_ids),
             client=self.turn.client,
+            most_step_s=self.spec.targets.itl_s,
             prefix=self._prefix,
         )
 
@@ -258,7 +271,7 @@ class Sample:
         self.num_cached_tokens = prefilled.num_cached_tokens
         self.state = SampleState.JOINING
         assert self._progress is not None, "an attempt runs"
-        self._progress.on_prefilled()
+        self._progress.on_prefilled(self._num_computed())
         self._append([prefilled.token_id], logprobs, finish, now_s)
 
     def _on_joined(self, joined: decode_service_pb2.Joined, now_s: float) -> None:
@@ -297,6 +310,8 @@ class Sample:
             self._tell_cached()
             self.waterfall.mark("first_step", now_s)
             self.waterfall.mark_first_token()
+            assert self._progress is not None, "an attempt runs"
+            self._progress.on_stepped(self._num_computed())
         self._append(token_ids, logprobs, finish, now_s)
         if self.state is SampleState.DECODING and not self.has_logprobs:
             self._push = self._assembler.plain_push
@@ -324,6 +339,9 @@ class Sample:
         self.last_token_s = now_s
         self._on_news(self)
         return True
+
+    def _num_computed(self) -> int:
+        return max(0, self.num_tokens - self.num_cached_tokens)
 
     def _tell_cached(self) -> None:
         assert self._decode is not None, "an attempt runs"

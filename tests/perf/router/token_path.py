@@ -78,7 +78,10 @@ class _Flow:
 
 
 class _Progress:
-    def on_prefilled(self) -> None:
+    def on_prefilled(self, num_computed: int) -> None:
+        pass
+
+    def on_stepped(self, num_computed: int) -> None:
         pass
 
     def on_joined(self, transfer: Any) -> None:

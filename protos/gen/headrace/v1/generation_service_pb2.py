@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$headrace/v1/generation_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\x99\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x04text\x18\x03 \x01(\x0b\x32\x17.headrace.v1.TextPromptH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.headrace.v1.TokenPromptH\x00\x12\'\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x17.headrace.v1.ChatPromptH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x01n\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0finclude_timings\x18\x08 \x01(\x08\x42\x07\n\x05inputB\x04\n\x02_n\"\x1a\n\nTextPrompt\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xd9\x01\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.headrace.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x03(\t\x12\x16\n\x0evariables_json\x18\x03 \x01(\t\x12\x15\n\rtemplate_name\x18\x04 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x06 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"A\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0b\x66ields_json\x18\x03 \x01(\t\"\xa4\x02\n\x10GenerateResponse\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.Usage\x12%\n\x07timings\x18\x07 \x01(\x0b\x32\x14.headrace.v1.Timings\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x1b\n\x13matched_stop_string\x18\t \x01(\t\"X\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"\x97\x02\n\x07Timings\x12\"\n\x06phases\x18\x01 \x03(\x0b\x32\x12.headrace.v1.Phase\x12\x10\n\x08total_us\x18\x02 \x01(\x04\x12\x0f\n\x07ttft_us\x18\x03 \x01(\x04\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12num_transfer_pages\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x07 \x01(\r\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\x12\x1a\n\x12hidden_transfer_us\x18\n \x01(\x04\x12\x1d\n\x15hidden_transfer_bytes\x18\x0b \x01(\x04\"I\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_us\x18\x02 \x01(\x04\x12\x1d\n\x15is_before_first_token\x18\x03 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\x95\x02\n\x15GetServerInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12*\n\x07workers\x18\x04 \x03(\x0b\x32\x19.headrace.v1.WorkerStatus\x12\x12\n\nnum_queued\x18\x05 \x01(\r\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x14\n\x0cmetrics_port\x18\x08 \x01(\r\x12\x35\n\x10\x64\x65\x66\x61ult_sampling\x18\t \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\"\xb0\x02\n\x0cWorkerStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.headrace.v1.WorkerRole\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x11\n\tnum_pages\x18\x05 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x06 \x01(\r\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x12\n\nnum_leases\x18\t \x01(\r\x12\x12\n\ntransports\x18\n \x03(\t\x12\x18\n\x10transport_in_use\x18\x0b \x01(\t\x12\x1c\n\x14transfer_bytes_per_s\x18\x0c \x01(\x04\x12\x14\n\x0cmetrics_port\x18\r \x01(\r2\xb6\x01\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12V\n\rGetServerInfo\x12!.headrace.v1.GetServerInfoRequest\x1a\".headrace.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$headrace/v1/generation_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xdd\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x04text\x18\x03 \x01(\x0b\x32\x17.headrace.v1.TextPromptH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.headrace.v1.TokenPromptH\x00\x12\'\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x17.headrace.v1.ChatPromptH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x01n\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0finclude_timings\x18\x08 \x01(\x08\x12\x30\n\rservice_level\x18\t \x01(\x0b\x32\x19.headrace.v1.ServiceLevel\x12\x10\n\x08priority\x18\n \x01(\x05\x42\x07\n\x05inputB\x04\n\x02_n\"c\n\x0cServiceLevel\x12\x11\n\tslo_class\x18\x01 \x01(\t\x12\x14\n\x07ttft_ms\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06itl_ms\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_ttft_msB\t\n\x07_itl_ms\"\x1a\n\nTextPrompt\x12\x0c\n\x04text\x18\x01 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xd9\x01\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.headrace.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x03(\t\x12\x16\n\x0evariables_json\x18\x03 \x01(\t\x12\x15\n\rtemplate_name\x18\x04 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x06 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"A\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0b\x66ields_json\x18\x03 \x01(\t\"\xa4\x02\n\x10GenerateResponse\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.Usage\x12%\n\x07timings\x18\x07 \x01(\x0b\x32\x14.headrace.v1.Timings\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x1b\n\x13matched_stop_string\x18\t \x01(\t\"X\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"\x97\x02\n\x07Timings\x12\"\n\x06phases\x18\x01 \x03(\x0b\x32\x12.headrace.v1.Phase\x12\x10\n\x08total_us\x18\x02 \x01(\x04\x12\x0f\n\x07ttft_us\x18\x03 \x01(\x04\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12num_transfer_pages\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x07 \x01(\r\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\x12\x1a\n\x12hidden_transfer_us\x18\n \x01(\x04\x12\x1d\n\x15hidden_transfer_bytes\x18\x0b \x01(\x04\"I\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_us\x18\x02 \x01(\x04\x12\x1d\n\x15is_before_first_token\x18\x03 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\x95\x02\n\x15GetServerInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12*\n\x07workers\x18\x04 \x03(\x0b\x32\x19.headrace.v1.WorkerStatus\x12\x12\n\nnum_queued\x18\x05 \x01(\r\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x14\n\x0cmetrics_port\x18\x08 \x01(\r\x12\x35\n\x10\x64\x65\x66\x61ult_sampling\x18\t \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\"\xb0\x02\n\x0cWorkerStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.headrace.v1.WorkerRole\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x11\n\tnum_pages\x18\x05 \x01(\r\x12\x16\n\x0enum_free_pages\x18\x06 \x01(\r\x12\x13\n\x0bnum_running\x18\x07 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x12\n\nnum_leases\x18\t \x01(\r\x12\x12\n\ntransports\x18\n \x03(\t\x12\x18\n\x10transport_in_use\x18\x0b \x01(\t\x12\x1c\n\x14transfer_bytes_per_s\x18\x0c \x01(\x04\x12\x14\n\x0cmetrics_port\x18\r \x01(\r2\xb6\x01\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12V\n\rGetServerInfo\x12!.headrace.v1.GetServerInfoRequest\x1a\".headrace.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.generation_serv
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=79
-  _globals['_GENERATEREQUEST']._serialized_end=360
-  _globals['_TEXTPROMPT']._serialized_start=362
-  _globals['_TEXTPROMPT']._serialized_end=388
-  _globals['_TOKENPROMPT']._serialized_start=390
-  _globals['_TOKENPROMPT']._serialized_end=422
-  _globals['_CHATPROMPT']._serialized_start=425
-  _globals['_CHATPROMPT']._serialized_end=642
-  _globals['_CHATMESSAGE']._serialized_start=644
-  _globals['_CHATMESSAGE']._serialized_end=709
-  _globals['_GENERATERESPONSE']._serialized_start=712
-  _globals['_GENERATERESPONSE']._serialized_end=1004
-  _globals['_USAGE']._serialized_start=1006
-  _globals['_USAGE']._serialized_end=1094
-  _globals['_TIMINGS']._serialized_start=1097
-  _globals['_TIMINGS']._serialized_end=1376
-  _globals['_PHASE']._serialized_start=1378
-  _globals['_PHASE']._serialized_end=1451
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1453
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1475
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1478
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1755
-  _globals['_WORKERSTATUS']._serialized_start=1758
-  _globals['_WORKERSTATUS']._serialized_end=2062
-  _globals['_GENERATIONSERVICE']._serialized_start=2065
-  _globals['_GENERATIONSERVICE']._serialized_end=2247
+  _globals['_GENERATEREQUEST']._serialized_end=428
+  _globals['_SERVICELEVEL']._serialized_start=430
+  _globals['_SERVICELEVEL']._serialized_end=529
+  _globals['_TEXTPROMPT']._serialized_start=531
+  _globals['_TEXTPROMPT']._serialized_end=557
+  _globals['_TOKENPROMPT']._serialized_start=559
+  _globals['_TOKENPROMPT']._serialized_end=591
+  _globals['_CHATPROMPT']._serialized_start=594
+  _globals['_CHATPROMPT']._serialized_end=811
+  _globals['_CHATMESSAGE']._serialized_start=813
+  _globals['_CHATMESSAGE']._serialized_end=878
+  _globals['_GENERATERESPONSE']._serialized_start=881
+  _globals['_GENERATERESPONSE']._serialized_end=1173
+  _globals['_USAGE']._serialized_start=1175
+  _globals['_USAGE']._serialized_end=1263
+  _globals['_TIMINGS']._serialized_start=1266
+  _globals['_TIMINGS']._serialized_end=1545
+  _globals['_PHASE']._serialized_start=1547
+  _globals['_PHASE']._serialized_end=1620
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1622
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1644
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1647
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1924
+  _globals['_WORKERSTATUS']._serialized_start=1927
+  _globals['_WORKERSTATUS']._serialized_end=2231
+  _globals['_GENERATIONSERVICE']._serialized_start=2234
+  _globals['_GENERATIONSERVICE']._serialized_end=2416
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,8 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     INCLUDE_TIMINGS_FIELD_NUMBER: _builtins.int
+    SERVICE_LEVEL_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client for its logs; 1 to 64 characters of [A-Za-z0-9_-]. Empty: the router chooses. Need not be
     unique: it is no key to anything, and requests of the same id, at one time too, have nothing to do with each other.
@@ -43,6 +45,8 @@ class GenerateRequest(_message.Message):
     """Independent samples, 1 to 16. Default 1."""
     include_timings: _builtins.bool
     """Ask for the timing breakdown in each sample's last message."""
+    priority: _builtins.int
+    """Among the same client's requests that wait, those of lower ones start first. Default 0."""
     @_builtins.property
     def text(self) -> Global___TextPrompt:
         """Plain text; the tokenizer's own special tokens (such as begin-of-sequence) are added."""
@@ -61,6 +65,10 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> _types_pb2.SamplingParams:
         """Sampling."""
 
+    @_builtins.property
+    def service_level(self) -> Global___ServiceLevel:
+        """How soon its tokens should come. One that can't have its target is refused (RESOURCE_EXHAUSTED, SLO_UNREACHABLE)."""
+
     def __init__(
         self,
         *,
@@ -72,10 +80,12 @@ class GenerateRequest(_message.Message):
         sampling: _types_pb2.SamplingParams | None = ...,
         n: _builtins.int | None = ...,
         include_timings: _builtins.bool = ...,
+        service_level: Global___ServiceLevel | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "chat", b"chat", "input", b"input", "n", b"n", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "chat", b"chat", "input", b"input", "n", b"n", "sampling", b"sampling", "service_level", b"service_level", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "chat", b"chat", "include_timings", b"include_timings", "input", b"input", "model", b"model", "n", b"n", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "chat", b"chat", "include_timings", b"include_timings", "input", b"input", "model", b"model", "n", b"n", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "service_level", b"service_level", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -87,6 +97,43 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ServiceLevel(_message.Message):
+    """Targets for a request's speed. What is not said here is as the class says, what that does not say has no target."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLO_CLASS_FIELD_NUMBER: _builtins.int
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    ITL_MS_FIELD_NUMBER: _builtins.int
+    slo_class: _builtins.str
+    """One of the router's classes (BAD_REQUEST if it has none of this name). Empty: that of the caller's key, else none."""
+    ttft_ms: _builtins.int
+    """Most time until the first token of its first sample, milliseconds. 0: none, whatever the class says."""
+    itl_ms: _builtins.int
+    """Most time between two tokens, milliseconds. 0: none."""
+    def __init__(
+        self,
+        *,
+        slo_class: _builtins.str = ...,
+        ttft_ms: _builtins.int | None = ...,
+        itl_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_itl_ms", b"_itl_ms", "_ttft_ms", b"_ttft_ms", "itl_ms", b"itl_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_itl_ms", b"_itl_ms", "_ttft_ms", b"_ttft_ms", "itl_ms", b"itl_ms", "slo_class", b"slo_class", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__itl_ms: _TypeAlias = _typing.Literal["itl_ms"]  # noqa: Y015
+    _WhichOneofArgType__itl_ms: _TypeAlias = _typing.Literal["_itl_ms", b"_itl_ms"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_ms: _TypeAlias = _typing.Literal["ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ms: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__itl_ms) -> _WhichOneofReturnType__itl_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
+
+Global___ServiceLevel: _TypeAlias = ServiceLevel  # noqa: Y015
 
 @_typing.final
 class TextPrompt(_message.Message):

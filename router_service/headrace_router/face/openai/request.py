@@ -156,7 +156,24 @@ def _message(
     message = generation_service_pb2.GenerateRequest(request_id=request_id, model=fields.model, sampling=sampling)
     if fields.n is not None:
         message.n = fields.n
+    message.priority = fields.priority or 0
+    put_level(message, fields.service_tier, fields.slo_ttft_ms, fields.slo_itl_ms)
     return message
+
+
+def put_level(
+    message: generation_service_pb2.GenerateRequest,
+    tier: str | None,
+    ttft_ms: int | None = None,
+    itl_ms: int | None = None,
+) -> None:
+    """Say how soon tokens should come; what the router calls a class is OpenAI's service tier."""
+    if tier and tier not in ("auto", "default"):
+        message.service_level.slo_class = tier
+    if ttft_ms is not None:
+        message.service_level.ttft_ms = ttft_ms
+    if itl_ms is not None:
+        message.service_level.itl_ms = itl_ms
 
 
 def _bias(token: str, bias: float) -> types_pb2.LogitBias:

@@ -18,7 +18,7 @@ from headrace_router.face.http.errors import HttpError
 from headrace_router.face.openai.about import About
 from headrace_router.face.openai.parse import parse_body
 from headrace_router.face.openai.parts import quoted
-from headrace_router.face.openai.request import Asked, Wanted, float32
+from headrace_router.face.openai.request import Asked, Wanted, float32, put_level
 from headrace_router.face.openai.responses_schema import ResponsesRequest
 from headrace_router.face.openai.schema import StreamOptions
 from headrace_router.face.openai.structure import schema_grammar
@@ -41,6 +41,7 @@ def read_response(body: bytes, request_id: str) -> Asked:
             raise HttpError("`text.format.schema` is missing", param="text.format.schema")
         sampling.grammar.CopyFrom(schema_grammar(form.schema_ or {"type": "object"}))
     message = generation_service_pb2.GenerateRequest(request_id=request_id, model=fields.model, sampling=sampling)
+    put_level(message, fields.service_tier)
     message.chat.SetInParent()
     if fields.instructions is not None:
         message.chat.messages.add(role="system", content=fields.instructions)

@@ -75,7 +75,7 @@ class ResponsesRequest(Body):
     parallel_tool_calls: Annotated[bool | None, Refused(_NO_TOOLS)] = None
     max_tool_calls: Annotated[None, Refused(_NO_TOOLS)] = None
     reasoning: Annotated[None, Refused("the model's template is used as it is")] = None
-    service_tier: Annotated[Literal["auto", "default"] | None, Refused("there is one")] = None
+    service_tier: str | None = Field(None, max_length=32, description="as of completions")
     truncation: Annotated[Literal["disabled"] | None, Refused("a prompt that is too long is refused")] = None
     top_logprobs: Annotated[Literal[0] | None, Refused("not served here yet")] = None
     stream_options: Annotated[None, Refused("there are none")] = None

@@ -66,9 +66,22 @@ class _Generating(Structured):
     stop_token_ids: TokenIds | None = Field(None, description="tokens that end a choice")
     return_token_ids: bool | None = Field(None, description="`token_ids` in every choice, `prompt_token_ids` once")
     store: Annotated[Literal[False] | None, Refused("nothing is kept")] = None
-    service_tier: Annotated[Literal["auto", "default"] | None, Refused("there is one")] = None
+    service_tier: str | None = Field(
+        None,
+        max_length=32,
+        description="one of the router's `--slo-classes`; `auto` or `default`: the key's, if it has one",
+    )
+    slo_ttft_ms: Count | None = Field(
+        None, description="most time until the first token; in place of the class's; 0: any"
+    )
+    slo_itl_ms: Count | None = Field(None, description="most time between two tokens, likewise")
+    priority: int | None = Field(
+        None,
+        ge=-(1 << 31),
+        lt=1 << 31,
+        description="of one client's requests that wait lower ones start first; default 0",
+    )
     metadata: Annotated[None, Refused("nothing is kept")] = None
-    priority: Annotated[Literal[0] | None, Refused("callers share fairly")] = None
     use_beam_search: Annotated[Literal[False] | None, Refused("answers are sampled")] = None
     length_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, Refused("answers are sampled")] = None
     truncate_prompt_tokens: Annotated[None, Refused(_WHOLE_PROMPT)] = None
