@@ -61,7 +61,8 @@ from headrace_router.metrics import RouterMetrics
 from headrace_router.requests.cached import FIRST_TOKENS, Finished, cached_at
 from headrace_router.requests.dispatch import Dispatcher, Placement
 from headrace_router.requests.move import Move
-from headrace_router.requests.sample import Sample, SampleState
+from headrace_router.requests.sample import Sample
+from headrace_router.requests.sample_state import SampleState
 from headrace_router.requests.tracing import SampleTrace
 
 log = logging.getLogger(__name__)

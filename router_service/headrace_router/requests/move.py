@@ -16,7 +16,8 @@ from headrace_core.errors import HeadraceError
 from headrace_router.fleet.session import Ended, Side
 from headrace_router.requests.cached import Kept, cached_at
 from headrace_router.requests.dispatch import Dispatcher, Placement
-from headrace_router.requests.sample import Sample, SampleState
+from headrace_router.requests.sample import Sample
+from headrace_router.requests.sample_state import SampleState
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached
 from headrace_router.requests.flow import Flow
 from headrace_router.requests.piece import Piece
-from headrace_router.requests.sample import Sample, SampleState
+from headrace_router.requests.sample import Sample
+from headrace_router.requests.sample_state import SampleState
 from headrace_router.requests.tracing import SampleTrace, end_request
 from headrace_router.requests.waiting import Seat
 from headrace_router.text.tokenizer import Tokenizer

@@ -1,13 +1,4 @@
-"""One sample of one request: its state, its tokens, its text, and what the client has not been sent yet.
-
-States (moved by `flow.py` only):
-
-    QUEUED ── placed ──► PREFILLING ── Prefilled: first token ──► JOINING ── Joined ──► DECODING ──► FINISHED
-       ▲                     │  └── first token ends it ──► FINISHED │                      │
-       └─────────────────────┴──── the attempt failed, another one ──┴──────────────────────┘
-    QUEUED ── placed, colocated ──► JOINING; PREFILLING ── Joined: the decode worker computes it itself ──► DECODING
-    any but QUEUED ── its decode worker goes away, and another one has a place ──► QUEUED, and placed there
-    any but FINISHED ── cancel, deadline, an error for the client ──► FAILED
+"""One sample of one request: its state (`sample_state.py`), its tokens, its text, and what its client has not got yet.
 
 An entry of the decode worker is taken if it is at the position where the sample is: what is behind is known already,
 what is ahead would leave a gap.
@@ -21,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from enum import Enum
 
 from headrace.v1 import decode_service_pb2, types_pb2
 from headrace_core.errors import HeadraceError, ProtocolError
@@ -39,6 +29,7 @@ from headrace_router.placement.prefix import Prefix
 from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached, Kept, cached_at
 from headrace_router.requests.piece import Ending, Piece
+from headrace_router.requests.sample_state import SampleState
 from headrace_router.requests.timings_message import encode_timings
 from headrace_router.requests.unsent import Unsent
 from headrace_router.text.assembler import Assembler
@@ -54,17 +45,6 @@ _WHOSE = {
 
 _NO_TARGET_S = 60.0
 """A request without a target for its first token is as urgent as one with this target, so that it starts one day."""
-
-
-class SampleState(Enum):
-    """See the module's docstring."""
-
-    QUEUED = "queued"
-    PREFILLING = "prefilling"
-    JOINING = "joining"
-    DECODING = "decoding"
-    FINISHED = "finished"
-    FAILED = "failed"
 
 
 class Sample:

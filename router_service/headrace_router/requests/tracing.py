@@ -20,7 +20,8 @@ from headrace_core.errors import HeadraceError
 from headrace_core.tracing.span import NOT_TRACED, Kind, Span, Tracer
 
 from headrace_router.requests.admission import RequestSpec
-from headrace_router.requests.sample import Sample, SampleState
+from headrace_router.requests.sample import Sample
+from headrace_router.requests.sample_state import SampleState
 from headrace_router.timings import Waterfall
 
 Metadata = Iterable[tuple[str, str | bytes]]
