@@ -100,4 +100,5 @@ def _read_key(name: str, table: Any) -> ApiKey:
     slo_class = fields.get("slo_class", "")
     if not isinstance(slo_class, str) or not NAME.fullmatch(slo_class or "a"):
         raise ValueError(f"[{name}] slo_class must be the name of a class")
-    return ApiKey(name, bytes.fromhex(digest), *limits, slo_class)
+    requests, tokens = limits
+    return ApiKey(name, bytes.fromhex(digest), requests, tokens, slo_class)

@@ -1,6 +1,6 @@
 """The life of one sample, from the queue to its last token, and what is done about every failure on the way.
 
-`sample.py` draws the states. One attempt is
+`sample_state.py` draws the states. One attempt is
 
     place ──► start at the decode worker ──► entries: Prefilled, Joined, tokens ──► the last token, or Failure
 
@@ -276,7 +276,7 @@ class Flow:
                 f"{error.reason}: {error}",
             ) from error
         self._metrics.retries.labels(label(error.reason)).inc()
-        sample.state = SampleState.QUEUED
+        sample.move(SampleState.QUEUED)
 
     def _check_model(self, fingerprint: str, placement: Placement) -> str:
         """Return the model's fingerprint; a retry on another model would continue a text that it did not write."""

@@ -60,7 +60,7 @@ class Move:
             self._placement = None
         sample.num_moves += 1
         sample.mark_failure(time.monotonic())
-        sample.state = SampleState.QUEUED
+        sample.move(SampleState.QUEUED)
         placed = placing.result()
         data = {"request_id": sample.spec.request_id, "sample": sample.sample_index, "attempt": sample.attempt}
         log.info("moved", extra=data | {"worker": placement.decode.address, "to": placed.decode.address})

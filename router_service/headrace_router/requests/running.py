@@ -294,7 +294,7 @@ class RunningRequest:
             task.cancel()
         for sample in self.samples:
             if not sample.is_over:
-                sample.state = SampleState.FAILED
+                sample.move(SampleState.FAILED)
 
     def _observe(self, sample: Sample) -> None:
         if sample.state is SampleState.FINISHED:

@@ -29,7 +29,7 @@ from headrace_router.placement.prefix import Prefix
 from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached, Kept, cached_at
 from headrace_router.requests.piece import Ending, Piece
-from headrace_router.requests.sample_state import SampleState
+from headrace_router.requests.sample_state import EDGES, SampleState
 from headrace_router.requests.timings_message import encode_timings
 from headrace_router.requests.unsent import Unsent
 from headrace_router.text.assembler import Assembler
@@ -67,7 +67,7 @@ class Sample:
         self.sample_index = sample_index
         self.number = 0
         """Names it at the workers, in every attempt."""
-        self.state = SampleState.QUEUED
+        self._state = SampleState.QUEUED
         self.attempt = 0
         self.avoid: frozenset[str] = frozenset()
         self.reserves_all = False
@@ -91,12 +91,8 @@ class Sample:
         self.first_token_s: float | None = None
         self.last_token_s = 0.0
         self.num_cached_tokens = 0
-        self.transfer_bytes = 0
-        self.num_transfer_pages = 0
-        self.hidden_transfer_bytes = 0
-        self.transport = ""
-        self.prefill_address = ""
-        self.decode_address = ""
+        self.transfer_bytes = self.num_transfer_pages = self.hidden_transfer_bytes = 0
+        self.transport = self.prefill_address = self.decode_address = ""
         self._decode: Worker | None = None
         self.is_closed = False
         """True when the client's last message was taken."""
@@ -120,6 +116,16 @@ class Sample:
         self.unsent = Unsent(sample_index, self.output_ids)
         self._num_prompt = len(spec.prompt_ids)
         self._most_output = spec.params.max_tokens or 0
+
+    @property
+    def state(self) -> SampleState:
+        """Where it is."""
+        return self._state
+
+    def move(self, to: SampleState) -> None:
+        """Go on to another state."""
+        assert to in EDGES[self._state], f"{self._state.value} is not followed by {to.value}"
+        self._state = to
 
     @property
     def num_tokens(self) -> int:
@@ -166,7 +172,7 @@ class Sample:
         """Leave the queue."""
         self.attempt += 1
         self.prefill_address, self.decode_address, self._decode = prefill_address, decode.address, decode
-        self.state = SampleState.PREFILLING if prefill_address else SampleState.JOINING
+        self.move(SampleState.PREFILLING if prefill_address else SampleState.JOINING)
         self.attempt_over = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._is_first_step = False
@@ -227,7 +233,7 @@ class Sample:
             self.waterfall.mark("decode", self.last_token_s)
         self.unsent.text += self._assembler.finish()
         self.finish_reason = FinishReason.STOP if self._assembler.matched else reason
-        self.state = SampleState.FINISHED
+        self.move(SampleState.FINISHED)
         self._on_news(self)
 
     def take(self) -> Piece:
@@ -249,7 +255,7 @@ class Sample:
         self.waterfall.split(parts, "prefill_hop", now_s)
         self.waterfall.mark_first_token()
         self.num_cached_tokens = prefilled.num_cached_tokens
-        self.state = SampleState.JOINING
+        self.move(SampleState.JOINING)
         assert self._progress is not None, "an attempt runs"
         self._progress.on_prefilled(self._num_computed())
         self._append([prefilled.token_id], logprobs, finish, now_s)
@@ -272,7 +278,7 @@ class Sample:
         self.waterfall.split(parts, "join", now_s)
         if not is_handed_off and self.kept is None:
             self.num_cached_tokens = joined.num_cached_tokens
-        self.state = SampleState.DECODING
+        self.move(SampleState.DECODING)
         self._is_first_step = True
         assert self._progress is not None, "an attempt runs"
         self._progress.on_joined(LastTransfer.of(joined))
@@ -309,7 +315,7 @@ class Sample:
             tokens.finish_reason
             or entry.position != self._num_prompt + num_output
             or num_after >= self._most_output
-            or self.state is not SampleState.DECODING
+            or self._state is not SampleState.DECODING
         ):
             return False
         for token_id in token_ids:
