@@ -181,6 +181,11 @@ class WorkerSettings(ProcessSettings):
         description=f"what the roofline predicts for: cpu, measured when the worker starts; {', '.join(HARDWARE)}",
     )
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the checkpoint's module for multi-token prediction is run."""
+        return False
+
     @field_validator("hardware")
     @classmethod
     def _check_hardware(cls, name: str) -> str:
@@ -202,6 +207,17 @@ class PrefillSettings(WorkerSettings):
 
     model_config = _config("PREFILL")
 
+    speculate: str = Field(
+        "off",
+        pattern=r"^(off|mtp(:[1-9])?)$",
+        description="mtp: compute what decode workers with --speculate mtp need of prompts; all of a fleet alike",
+    )
+
+    @property
+    def has_mtp(self) -> bool:
+        """See `WorkerSettings`."""
+        return self.speculate.startswith("mtp")
+
 
 class DecodeSettings(WorkerSettings):
     """Decode worker: takes sequences from prefill workers and generates; with --role both it computes prompts too.
@@ -219,10 +235,16 @@ class DecodeSettings(WorkerSettings):
     role: Literal["decode", "both"] = Field("decode", description="both: prefill and decode in this one worker")
     speculate: str = Field(
         "off",
-        pattern=r"^(off|lookup(:[1-9][0-9]?)?)$",
-        description="lookup:K: guess up to K tokens (4) by what followed the newest ones before, in prompt and output, "
-        "and check them in one step: the same tokens in fewer steps; off: one token a step",
+        pattern=r"^(off|lookup(:[1-9][0-9]?)?|mtp(:[1-9])?)$",
+        description="guess up to K tokens and check them in one step: the same tokens in fewer steps; lookup:K: (4) by "
+        "what followed the newest ones before, in prompt and output; mtp:K: (1) by the checkpoint's own module, all "
+        "workers of a fleet alike, prefill workers, too; off: one token a step",
     )
+
+    @property
+    def has_mtp(self) -> bool:
+        """See `WorkerSettings`."""
+        return self.speculate.startswith("mtp")
 
 
 class RouterSettings(ProcessSettings):

@@ -146,6 +146,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_INT8": "weights can't be multiplied in 8 bits there",
         "NO_FP8_WEIGHTS": "the checkpoint's experts can't be held in 8 bits as they are stored; says why",
         "NO_GPU": "torch sees no GPU",
+        "NO_MTP": "the module that --speculate mtp asks for can't be had; says why",
         "NO_KERNEL": "the GPU's kernels do not take this network or page size",
         "NO_OPENTELEMETRY": "--trace-sample needs OpenTelemetry, which is not installed",
         "NO_WORKER_PACKAGES": "workers need packages that are not installed; says which command brings them",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -67,10 +68,12 @@ class Scheduled:
             page_ids=self.pages.page_ids,
             is_sampled=end == len(self.token_ids),
             request_id=self.spec.request_id,
+            next_id=self.token_ids[end] if end < len(self.token_ids) else None,
         )
 
-    def advance(self, chunk: Chunk, num_new: int) -> None:
-        """Take note that the chunk was computed, which gave `num_new` tokens; `token_ids` have them."""
+    def advance(self, chunk: Chunk, num_new: int, guess: Sequence[int]) -> None:
+        """Take note that the chunk was computed, which gave `num_new` tokens; `token_ids` have them, not the guess."""
+        self.drafting.told(guess, len(self.token_ids))
         self.num_computed += len(chunk.token_ids)
         if chunk.num_draft:
             # All that it gave but the last were drafted, and are computed; whatever else was drafted never was.

@@ -63,8 +63,7 @@ class DecodeScheduler:
         self._speculation = speculation
         self._limits = limits
         self._max_step_tokens = max_step_tokens
-        # More rows than tokens could never all run.
-        self._max_running = min(max_step_sequences, max_step_tokens)
+        self._max_running = min(max_step_sequences, max_step_tokens)  # more rows than tokens never all run
         self._sequences: dict[int, Scheduled] = {}
         self._waiting: TurnQueue[Scheduled] = TurnQueue()
         self._running: list[Scheduled] = []  # oldest first
@@ -102,6 +101,7 @@ class DecodeScheduler:
                 prompt_ids=spec.token_ids[: spec.num_prompt_tokens],
                 output_ids=spec.token_ids[spec.num_prompt_tokens :],
                 finish=FinishRule(spec.params, self._limits),
+                drafting=self._speculation.drafting(),
                 added_s=now,
                 # One is left to compute.
                 num_cached_elsewhere=min(num_cached_elsewhere, len(spec.token_ids) - 1) // self.pages.page_size,
@@ -206,17 +206,17 @@ class DecodeScheduler:
             chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
         chunks = self._speculation.with_drafts(chunks, self._sequences, self.pages)
         sampling = {c.key: self._sequences[c.key].sampling(self._limits) for c in chunks if c.is_sampled}
-        return self._book.plan(ForwardPlan(chunks), sampling)
+        return self._book.plan(ForwardPlan(chunks, runs_mtp=self._speculation.is_mtp), sampling)
 
     def plan_ahead(self, now: float) -> StepPlan | None:
         """Choose the step after the one under way as if that were over and had ended nobody but by length.
 
         Tokens that it samples are COMING. None if that step must be over first: a sequence needs a page and none is
-        left, one failed, or it has drafts, of which nobody knows yet how much is right.
+        left, one failed, or it has drafts, of which nobody knows yet how much is right, or makes those of the next.
         """
         planned = [(self._sequences.get(chunk.key), chunk) for chunk in self._book.planned.chunks]
         over = [(s, chunk) for s, chunk in planned if s is not None and s.state is State.RUNNING]
-        if self._book.is_spoilt or any(chunk.num_draft for _, chunk in planned):
+        if self._book.is_spoilt or self._book.planned.has_guesses:
             return None
         for sequence, chunk in over:
             sequence.num_computed += len(chunk.token_ids)
@@ -251,7 +251,7 @@ class DecodeScheduler:
                 continue
             tokens = result.tokens[chunk.key] if chunk.is_sampled else []
             has_ended = self._emit(sequence, tokens)
-            sequence.advance(chunk, len(tokens))
+            sequence.advance(chunk, len(tokens), result.guesses.get(chunk.key, ()))
             keeps_ids = self._book.is_under_way(chunk.key)
             self.pages.commit(sequence.pages, sequence.token_ids, sequence.num_computed, keeps_ids=keeps_ids)
             if has_ended:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.step import Chunk
@@ -23,10 +23,12 @@ from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 
 from headrace_decode.prompt_lookup import PromptLookup
 
-_DEFAULT_TOKENS = 4
+_DEFAULT_TOKENS = {"lookup": 4, "mtp": 1}
 _MOST_ROWS = {"cpu": 8, "cuda": 64}
 """A step's rows, after which another one costs what it costs alone: on a CPU as measured (docs/benchmarks.md), on a GPU
 far below where its arithmetic takes as long as its memory, some hundred rows."""
+_MOST_TOKENS = 99
+"""Of a draft, by the settings."""
 _JUDGED_TOKENS = 32
 """Drafted tokens after which a sequence's drafts are judged."""
 _LEAST_SHARE = 0.4
@@ -36,11 +38,31 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 512
 """Steps that a sequence goes without."""
 
 
+class Guesser(Protocol):
+    """Who makes one sequence's drafts."""
+
+    def guess(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """Return what may follow `token_ids`, at most `count` tokens."""
+        ...
+
+
+@dataclass(slots=True)
+class TokensToCome:
+    """`Guesser` of what the model's MTP module said with the last token; nothing if it said it behind another one."""
+
+    token_ids: Sequence[int] = ()
+    num_known: int = 0
+
+    def guess(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """See `Guesser`."""
+        return list(self.token_ids[:count]) if len(token_ids) == self.num_known else []
+
+
 @dataclass(slots=True)
 class Drafting:
     """One sequence's drafts: how they did of late."""
 
-    lookup: PromptLookup = field(default_factory=PromptLookup)
+    guesser: Guesser = field(default_factory=PromptLookup)
     length: int = 1
     num_drafted: int = 0
     num_right: int = 0
@@ -52,11 +74,20 @@ class Drafting:
         if self.num_steps_off:
             self.num_steps_off -= 1
             return []
-        return self.lookup.guess(token_ids, min(self.length, count))
+        return self.guesser.guess(token_ids, min(self.length, count))
+
+    def num_wanted(self, count: int) -> int:
+        """Return how many tokens of its next draft, of `count` at most, the step at hand is to guess."""
+        return 0 if self.num_steps_off else min(2 * self.length, count)
+
+    def told(self, guess: Sequence[int], num_known: int) -> None:
+        """Take note of what a step guessed, if it did: what follows the first `num_known` tokens."""
+        if guess:
+            self.guesser = TokensToCome(guess, num_known)
 
     def judge(self, num_drafted: int, num_right: int) -> None:
         """Take note of what became of a draft."""
-        self.length = 2 * self.length if num_right == num_drafted else max(num_right, 1)
+        self.length = min(2 * self.length, _MOST_TOKENS) if num_right == num_drafted else max(num_right, 1)
         self.num_drafted += num_drafted
         self.num_right += num_right
         if self.num_drafted < _JUDGED_TOKENS:
@@ -80,25 +111,54 @@ class Drafted(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Drafts of at most `num_tokens`, in steps of at most `max_rows` rows; 0 tokens: none."""
+    """Drafts of at most `num_tokens`, in steps of at most `max_rows` rows; 0 tokens: none.
+
+    `method`: by what followed before (`PromptLookup`), or by the model's MTP module, which then runs in every step.
+    """
 
     num_tokens: int = 0
     max_rows: int = 0
+    method: Literal["lookup", "mtp"] = "lookup"
+
+    @property
+    def is_mtp(self) -> bool:
+        """Whether the model's module guesses."""
+        return self.method == "mtp"
+
+    def drafting(self) -> Drafting:
+        """Return a new sequence's."""
+        return Drafting(TokensToCome()) if self.is_mtp else Drafting()
 
     @staticmethod
     def of(settings: DecodeSettings) -> Speculation:
         """Return what `--speculate` asks for. Recorded steps have no more rows than sequences may run."""
-        method, _, count = settings.speculate.partition(":")
-        if method == "off":
+        name, _, count = settings.speculate.partition(":")
+        if name == "off":
             return Speculation()
+        method: Literal["lookup", "mtp"] = "mtp" if name == "mtp" else "lookup"
         most_rows = min(_MOST_ROWS[settings.device], settings.max_step_sequences, settings.max_step_tokens)
-        return Speculation(int(count or _DEFAULT_TOKENS), most_rows)
+        return Speculation(int(count or _DEFAULT_TOKENS[method]), most_rows, method)
 
     def with_drafts(self, chunks: list[Chunk], sequences: Mapping[int, Drafted], pages: PageAllocator) -> list[Chunk]:
         """Return the chunks, those with a draft that get one; `sequences` are theirs, by key.
 
-        Takes the pages that drafts need, of which every running sequence is left one.
+        Takes the pages that drafts need, of which every running sequence is left one. Where the module guesses, those
+        that it is to guess behind, for drafts of the next step, say so.
         """
+        chunks = self._drafted(chunks, sequences, pages)
+        if not self.is_mtp or sum(chunk.is_sampled for chunk in chunks) >= self.max_rows:
+            return chunks
+        return [
+            replace(chunk, num_wanted=self._num_wanted(sequences[chunk.key])) if chunk.is_sampled else chunk
+            for chunk in chunks
+        ]
+
+    def _num_wanted(self, sequence: Drafted) -> int:
+        # It has a token more by then, and one that is drawn behind the draft.
+        num_left = sequence.finish.num_left(len(sequence.output_ids), len(sequence.token_ids)) - 2
+        return sequence.drafting.num_wanted(max(0, min(self.num_tokens, num_left)))
+
+    def _drafted(self, chunks: list[Chunk], sequences: Mapping[int, Drafted], pages: PageAllocator) -> list[Chunk]:
         num_left = self.max_rows - len(chunks)
         if num_left <= 0 or not self.num_tokens or any(len(c.token_ids) > 1 or not c.is_sampled for c in chunks):
             return chunks

@@ -87,10 +87,12 @@ class PrefillScheduler:
         max_step_sequences: int,
         max_waiting_sequences: int,
         layer_stops: LayerStops | None = None,
+        runs_mtp: bool = False,
     ) -> None:
-        """Args: `layer_stops` None: pages are sealed when their step is over."""
+        """Args: `layer_stops` None: pages are sealed when their step is over. `runs_mtp` as `ForwardPlan`'s."""
         self.pages = pages
         self._layer_stops = layer_stops
+        self._runs_mtp = runs_mtp
         self._limits = limits
         self._max_step_tokens = max_step_tokens
         self._max_step_sequences = max_step_sequences
@@ -191,7 +193,7 @@ class PrefillScheduler:
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
         sampling = {c.key: self._sampling(self._sequences[c.key].spec) for c in chunks if c.is_sampled}
-        return self._book.plan(ForwardPlan(chunks, zero_page_ids, self._stops(chunks)), sampling)
+        return self._book.plan(ForwardPlan(chunks, zero_page_ids, self._stops(chunks), self._runs_mtp), sampling)
 
     def layers_done(self, num_layers: int, mark: Mark | None) -> None:
         """See `LayerWatch`: seal what is worth a run in these layers."""
@@ -308,6 +310,7 @@ class PrefillScheduler:
             page_ids=sequence.pages.page_ids,
             is_sampled=end == sequence.num_tokens,
             request_id=spec.request_id,
+            next_id=spec.token_ids[end] if end < sequence.num_tokens else None,
         )
 
     def _num_written(self, sequence: _Sequence, chunk: Chunk) -> int:

@@ -120,6 +120,7 @@ class PrefillService:
             max_step_sequences=settings.max_step_sequences,
             max_waiting_sequences=settings.max_waiting_sequences,
             layer_stops=LayerStops.of(model.layout, least_bytes=self._least_run_bytes),
+            runs_mtp=model.mtp is not None,
         )
         host = self.host
         self._holder = PageHolder(

@@ -53,6 +53,11 @@ class Oracle:
         with torch.no_grad():
             return self._model(torch.tensor([token_ids])).logits[0]
 
+    def hidden(self, token_ids: list[int]) -> Tensor:
+        """The network's output at every position, after the final norm, [T, N]."""
+        with torch.no_grad():
+            return self._model.model(torch.tensor([token_ids])).last_hidden_state[0]
+
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """Greedy tokens, by the oracle's own cached decoding."""
         ids = torch.tensor([prompt])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
+from headrace_core.batch.step import StepPlan, StepResult
 from headrace_core.engine.executor import Executor
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.model.kv_cache import KvCache
@@ -50,7 +51,7 @@ class Decoding:
         self._limits = ModelLimits(config.vocab_size, config.max_context_tokens, tuple(config.eos_token_ids))
         if backend(self._cache.layers[0]) == "cpu":
             model.record_decode(self._cache, max_rows=64, max_context_tokens=config.max_context_tokens)
-        self._executor = Executor(model, self._cache)
+        self._executor = Executor(model, self._cache, mtp=model if model.has_mtp else None)
 
     def run(
         self,
@@ -59,8 +60,9 @@ class Decoding:
         speculation: Speculation = NO_DRAFTS,
         *,
         pool_tokens: int = _POOL_TOKENS,
+        on_step: Callable[[StepPlan, StepResult, KvCache], None] = lambda plan, result, cache: None,
     ) -> Decoded:
-        """Go on with every prompt to its end."""
+        """Go on with every prompt to its end; `on_step` is called when a step is computed, before it is applied."""
         scheduler = DecodeScheduler(
             PageAllocator(pool_tokens // self._page_size, self._page_size),
             self._limits,
@@ -75,6 +77,7 @@ class Decoding:
         started = time.thread_time()
         while plan := scheduler.plan(0.0):
             result = self._executor.step(plan)
+            on_step(plan, result, self._cache)
             scheduler.apply(result, 0.0)
             for event in scheduler.take_events():
                 if isinstance(event, Output):

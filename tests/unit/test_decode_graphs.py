@@ -23,7 +23,8 @@ class Recorder:
     def __call__(self, batch):
         self.batches.append([t.clone() for t in (batch.token_ids, batch.positions, batch.slot_mapping)])
         self.table, self.lens = batch.block_table.clone(), batch.context_lens.clone()
-        return DecodeOutput(batch.token_ids[:, None].float(), batch.positions[None, :, None])
+        tokens = batch.token_ids[:, None].float()
+        return DecodeOutput(tokens + 0.5, batch.positions[None, :, None], tokens)
 
 
 def graphs(forward, max_rows=12, max_pages=3):
@@ -42,6 +43,7 @@ def test_rows_are_padded_with_the_first_which_writes_nothing():
     steps = graphs(recorder)
     output = steps.run([chunk(0, 7, 5, [9, 2]), chunk(1, 8, 3, [4]), chunk(2, 6, 8, [1, 3, 5])])
     assert output.logits[:, 0].tolist() == [7, 8, 6]
+    assert output.hidden[:, 0].tolist() == [7.5, 8.5, 6.5]
     assert output.experts.tolist() == [[[5], [3], [8]]]
     tokens, positions, slots = (t.tolist() for t in recorder.batches[-1])
     assert tokens == [7, 8, 6, 7]
@@ -95,7 +97,7 @@ def test_only_single_sampled_tokens_behind_others_make_a_decode_step():
 def test_an_output_for_fewer_rows_is_kept_in_the_largest_ones_memory(has_experts):
     def output(rows, value):
         experts = torch.full((3, rows, 2), value) if has_experts else None
-        return DecodeOutput(torch.full((rows, 5), float(value)), experts)
+        return DecodeOutput(torch.full((rows, 3), value + 0.5), experts, torch.full((rows, 5), float(value)))
 
     largest = output(4, 0)
     largest.first(2).copy_(output(2, 7))
@@ -122,7 +124,7 @@ def test_the_inputs_lie_where_kernels_were_compiled_for(max_rows):
 
     def forward(batch):
         seen.extend((batch.token_ids, batch.positions, batch.slot_mapping, batch.context_lens, batch.block_table))
-        return DecodeOutput(batch.token_ids[:, None].float(), None)
+        return DecodeOutput(batch.token_ids[:, None].float(), None, batch.token_ids[:, None].float())
 
     graphs(forward, max_rows=max_rows).run([chunk(0, 7, 5, [9, 2])])
     assert [column.data_ptr() % 16 for column in seen] == [0] * 5

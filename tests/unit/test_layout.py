@@ -58,7 +58,10 @@ def test_a_difference_names_the_parts_and_the_options():
     assert layout.difference(other) == (
         "page_size 64, not 32 (--page-size), dtype fp8_e4m3, not bfloat16 (--kv-cache-dtype, --dtype)"
     )
-    assert layout.difference(replace(layout, num_layers=60)) == "num_layers 61, not 60"
+    assert layout.difference(replace(layout, num_layers=59)) == "num_layers 61, not 59"
+    # Of one model, that is what a layer more or less comes of.
+    hint = "num_layers 61, not 62 (--speculate mtp has one more)"
+    assert layout.difference(replace(layout, num_layers=62)) == hint
     theirs = LatentAttention(512, 32)
     assert layout.difference(replace(layout, attention=theirs)) == f"attention {layout.attention}, not {theirs}"
 

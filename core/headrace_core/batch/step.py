@@ -66,6 +66,8 @@ class Chunk:
     The last `num_draft` of `token_ids` are a guess at what follows those before them, and are not in the cache of the
     next step if they were wrong; such a chunk is sampled, one token of it is known, and the logits are those at every
     token. `request_id` is for messages. `lane` says whose of a group's caches the pages are in (`ranks.layout`).
+    Where the step runs the checkpoint's MTP module (`ForwardPlan.runs_mtp`), `next_id` is the token behind the chunk,
+    if it is known and not sampled, and `num_wanted` how many tokens to guess behind those that it gives.
 
     Computing a chunk again, in whatever company, writes the same to the same places.
     """
@@ -78,10 +80,24 @@ class Chunk:
     request_id: str = ""
     lane: int = 0
     num_draft: int = 0
+    next_id: int | None = None
+    num_wanted: int = 0
 
     def without_draft(self) -> Chunk:
         """Return the chunk of the tokens that are known."""
         return replace(self, token_ids=self.token_ids[: len(self.token_ids) - self.num_draft], num_draft=0)
+
+    def behind(self, given: Sequence[int]) -> list[int]:
+        """Return the tokens that follow its own, each by one, when it gave these: of what was right, and is known.
+
+        None if it was sampled and gave nothing; one less than it has if nobody said what follows it.
+        """
+        if self.is_sampled and not given:
+            return []
+        known = self.token_ids[1 : len(self.token_ids) - self.num_draft]
+        if self.is_sampled:
+            return [*known, *given]
+        return known if self.next_id is None else [*known, self.next_id]
 
     def rows(self) -> list[Chunk]:
         """Return what a model is given of a chunk with a draft: a chunk for each of its tokens, which are sampled."""
@@ -101,11 +117,13 @@ class ForwardPlan:
 
     `zero_page_ids` are filled with zeros before it: pages that will be handed off with unused slots, which are zero on
     the wire. `stops` are numbers of layers, rising: the scheduler is told when so many are done (`LayerWatch`).
+    `runs_mtp`: when the tokens are drawn, the MTP module has its rows written and guesses what chunks want.
     """
 
     chunks: list[Chunk]
     zero_page_ids: list[int] = field(default_factory=list[int])
     stops: tuple[int, ...] = ()
+    runs_mtp: bool = False
 
     @property
     def rows(self) -> list[Chunk]:
@@ -115,7 +133,7 @@ class ForwardPlan:
         return [row for chunk in self.chunks for row in (chunk.rows() if chunk.num_draft else (chunk,))]
 
     def part(self, chunks: list[Chunk]) -> ForwardPlan:
-        """Return the plan of some of the chunks alone, with their own pages to zero, and without stops."""
+        """Return the plan of some of the chunks alone, with their own pages to zero, without stops and guesses."""
         page_ids = set[int]().union(*(chunk.page_ids for chunk in chunks))
         return ForwardPlan(chunks, [page_id for page_id in self.zero_page_ids if page_id in page_ids])
 
@@ -146,9 +164,14 @@ class StepPlan:
         return self._part(self.chunks[:middle]), self._part(self.chunks[middle:])
 
     def without_drafts(self) -> StepPlan:
-        """Return the plan as it would be had nothing been guessed."""
+        """Return the plan as it would be had nothing been guessed, and were nothing to be."""
         chunks = [chunk.without_draft() for chunk in self.chunks]
-        return StepPlan(replace(self.forward, chunks=chunks), self.sampling)
+        return StepPlan(replace(self.forward, chunks=chunks, runs_mtp=False), self.sampling)
+
+    @property
+    def has_guesses(self) -> bool:
+        """Whether `without_drafts` is another plan."""
+        return self.forward.runs_mtp or any(chunk.num_draft for chunk in self.chunks)
 
     def _part(self, chunks: list[Chunk]) -> StepPlan:
         sampling = {chunk.key: self.sampling[chunk.key] for chunk in chunks if chunk.is_sampled}
@@ -196,7 +219,7 @@ class StepResult:
 
     A sampled chunk has one token at least, or a failure; what a failed one left in its pages is unknown.
     `duration_s` is on the engine's clock. `expert_counts` are the tokens each routed expert got, by layer. `timing` is
-    there if the step was measured.
+    there if the step was measured. `guesses` are what may follow the tokens of chunks that wanted some.
     """
 
     tokens: dict[int, list[SampledToken]]
@@ -204,3 +227,4 @@ class StepResult:
     expert_counts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     timing: StepTiming | None = None
     failures: dict[int, HeadraceError] = field(default_factory=dict[int, HeadraceError])
+    guesses: dict[int, list[int]] = field(default_factory=dict[int, list[int]])

@@ -22,7 +22,7 @@ def check_tensors(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[
     """Return the names to load, in a fixed order, after checking that the checkpoint holds what its config says.
 
     Block-FP8 weights bring their scales: `<name>_scale_inv` follows `<name>`. Tensors of multi-token-prediction layers
-    are recognised and left out.
+    that are not run are recognised and left out, and so are the copies that they have of embedding and head.
 
     Raises:
         CheckpointError: MISSING_TENSOR, EXTRA_TENSOR, BAD_TENSOR_SHAPE or UNSUPPORTED_MODEL, naming the tensor.

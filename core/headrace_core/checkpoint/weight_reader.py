@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import NoReturn
 
@@ -93,15 +93,17 @@ class WeightReader:
             self._read(name)
         return self.digests[name]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, leaving_out: Collection[str] = ()) -> str:
         """Return xxh3-128, in hexadecimal, over config, compute type, and every tensor taken: name, type, shape, bytes.
 
-        How the checkpoint is cut into files does not matter.
+        How the checkpoint is cut into files does not matter. Neither does what chooses no token: whether MTP is run,
+        and the tensors of these names.
         """
         whole = xxhash.xxh3_128()
-        whole.update(json.dumps(asdict(self._config), sort_keys=True).encode())
+        config = {name: value for name, value in asdict(self._config).items() if name != "num_run_mtp_layers"}
+        whole.update(json.dumps(config, sort_keys=True).encode())
         whole.update(str(self._dtype).encode())
-        for name in sorted(self.digests):
+        for name in sorted(self.digests.keys() - set(leaving_out)):
             tensor = self._stored[name]
             whole.update(f"\n{name} {tensor.dtype} {tensor.shape} {self.digests[name]}".encode())
         return whole.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -12,9 +12,9 @@ import torch
 from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, OnStop, StepPlan, StepResult, StepTiming, step_load
 from headrace_core.errors import HeadraceError
 from headrace_core.grammar import Grammars
-from headrace_core.model.drafts import sample_chunks
+from headrace_core.model.drafts import forget_draws, sample_chunks
 from headrace_core.model.kv_cache import KvCache
-from headrace_core.model.op_timer import OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
+from headrace_core.model.op_timer import MTP, OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
 from headrace_core.request import SampledToken
 
 
@@ -39,12 +39,25 @@ class StepModel(Protocol):
         ...
 
 
+class MtpModel(Protocol):
+    """A model whose module for multi-token prediction guesses. Engine thread only."""
+
+    def guess(
+        self, chunks: Sequence[Chunk], tokens: Mapping[int, Sequence[int]], cache: KvCache
+    ) -> dict[int, list[int]]:
+        """Write the module's rows of the step that was just computed; return guesses of chunks that want some, by key.
+
+        `tokens` are what the sampled chunks gave, by key.
+        """
+        ...
+
+
 class Executor:
     """Owns the model and its cache; engine thread only.
 
     Every `timing_period`-th step is measured operation by operation; 0: none. `num_threads` is asked before each step,
     and after each layer, on how many CPU threads to compute; None: as many as torch has. `grammars` None: no sequence
-    has one.
+    has one. `mtp` None: plans run none.
     """
 
     def __init__(
@@ -55,12 +68,14 @@ class Executor:
         timing_period: int = 0,
         num_threads: Callable[[], int] | None = None,
         grammars: Grammars | None = None,
+        mtp: MtpModel | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._timing_period = timing_period
         self._num_threads = num_threads
         self._grammars = grammars
+        self._mtp = mtp
         self._num_steps = 0
 
     def step(self, plan: StepPlan, on_stop: OnStop | None = None) -> StepResult:
@@ -78,6 +93,7 @@ class Executor:
         with torch.inference_mode(), _lost_device_is_fatal():
             try:
                 outcomes = self._compute(plan, timer, on_stop)
+                guesses = self._guess(plan, outcomes, timer)
             except torch.AcceleratorError:
                 raise
             except Exception:
@@ -95,6 +111,7 @@ class Executor:
             duration_s=time.perf_counter() - started,
             expert_counts=expert_counts,
             timing=StepTiming(step_load(plan.forward.rows), dict(running.seconds)) if running else None,
+            guesses=guesses,
         )
 
     def _compute(
@@ -111,6 +128,26 @@ class Executor:
         outcomes = sample_chunks(logits, chunks, rows, self._grammars)
         timer.mark(SAMPLING)
         return outcomes
+
+    def _guess(
+        self, plan: StepPlan, outcomes: Sequence[list[SampledToken] | HeadraceError], timer: OpTimer
+    ) -> dict[int, list[int]]:
+        if not plan.forward.runs_mtp:
+            return {}
+        assert self._mtp is not None, "plans run the module where there is one"
+        sampled = [chunk for chunk in plan.chunks if chunk.is_sampled]
+        tokens = {
+            chunk.key: [token.token_id for token in outcome]
+            for chunk, outcome in zip(sampled, outcomes, strict=True)
+            if isinstance(outcome, list)
+        }
+        try:
+            return self._mtp.guess(plan.chunks, tokens, self._cache)
+        except Exception:
+            forget_draws(plan.sampling.values())
+            raise
+        finally:
+            timer.mark(MTP)
 
     def _on_layer(self, stops: Sequence[int], on_stop: OnStop | None) -> OnLayer | None:
         def on_layer(num_layers: int) -> None:

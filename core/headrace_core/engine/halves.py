@@ -1,7 +1,7 @@
 """A step that raises is run again in halves, and they in theirs, until what raises is alone in its step.
 
 That sequence fails, the others have their tokens. So n sequences are computed at most log2 n + 1 times each, and once
-more if the step had drafts, which go first: no sequence fails by a guess.
+more if the step had drafts or was to make some, which goes first: no sequence fails by a guess.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ class Halves:
         except FatalStepError:
             raise
         except Exception as cause:  # noqa: BLE001 - the boundary: what fails is a sequence, not the process
-            has_drafts = any(chunk.num_draft for chunk in plan.chunks)
-            if len(plan.chunks) == 1 and not has_drafts:
+            if len(plan.chunks) == 1 and not plan.has_guesses:
                 return _failed(plan.chunks[0], cause, self._clock() - started)
             log.warning(
                 "a step raised; its parts are run", extra={"sequences": len(plan.chunks), "problem": repr(cause)}
             )
         self._on_raised()
-        if has_drafts:
+        if plan.has_guesses:
             return replace(self.run(plan.without_drafts()), duration_s=self._clock() - started)
         first, second = (self.run(half) for half in plan.halves())
         return _joined(first, second, self._clock() - started)

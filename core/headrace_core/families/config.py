@@ -87,8 +87,9 @@ class ModelConfig:
 
     `family` is the key of `table.FAMILIES` by which its weights are found. `checkpoint_dtype` is torch's name of the
     type that weights are meant to have ("bfloat16"; also for block-FP8 checkpoints, whose block's sides are
-    `fp8_block`). `max_context_tokens` counts prompt and output. `num_mtp_layers` are in the checkpoint after the others
-    and are not run. A token of `eos_token_ids` ends a text.
+    `fp8_block`). `max_context_tokens` counts prompt and output. `num_mtp_layers` modules for multi-token prediction
+    are in the checkpoint after the layers; `num_run_mtp_layers` of them, 0 or 1, are run: they guess tokens, and choose
+    none. A token of `eos_token_ids` ends a text.
     """
 
     family: str
@@ -107,6 +108,7 @@ class ModelConfig:
     rope: RopeShape
     moe: MoeShape
     num_mtp_layers: int = 0
+    num_run_mtp_layers: int = 0
     fp8_block: tuple[int, int] | None = None
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -124,4 +126,4 @@ class ModelConfig:
             if isinstance(shape, MlaShape)
             else KeyValueAttention(shape.num_kv_heads, shape.head_dim)
         )
-        return KvLayout(self.num_layers, page_size, dtype, attention)
+        return KvLayout(self.num_layers + self.num_run_mtp_layers, page_size, dtype, attention)

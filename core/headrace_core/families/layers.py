@@ -15,7 +15,7 @@ _SHARED = (Part.SHARED_GATE, Part.SHARED_UP, Part.SHARED_DOWN)
 def decoder(config: ModelConfig, layer: Callable[[str, int], Iterator[Weight]], root: str = "") -> WeightTree:
     """Return the tree of a decoder whose layers have two norms and what `layer` yields for (prefix, index).
 
-    `root` stands before every name.
+    `root` stands before every name. A module for multi-token prediction is a layer more, named as DeepSeek's.
     """
     hidden = config.hidden_size
     vocabulary, by_token = (config.vocab_size, hidden), Split(0, config.vocab_size)
@@ -31,8 +31,18 @@ def decoder(config: ModelConfig, layer: Callable[[str, int], Iterator[Weight]], 
         yield Weight(prefix + "input_layernorm.weight", (hidden,), Place(Part.ATTENTION_NORM))
         yield Weight(prefix + "post_attention_layernorm.weight", (hidden,), Place(Part.FEED_FORWARD_NORM))
         yield from layer(prefix, index)
+        if index >= config.num_layers:
+            yield from _multi_token_prediction(prefix, hidden)
 
-    return WeightTree(tuple(outside), config.num_layers, weights, root)
+    return WeightTree(tuple(outside), config.num_layers + config.num_run_mtp_layers, weights, root)
+
+
+def _multi_token_prediction(prefix: str, hidden: int) -> Iterator[Weight]:
+    """Yield what a module has beside its layer. Embedding and head are the network's; copies of them are not read."""
+    yield Weight(prefix + "enorm.weight", (hidden,), Place(Part.MTP_EMBEDDING_NORM))
+    yield Weight(prefix + "hnorm.weight", (hidden,), Place(Part.MTP_HIDDEN_NORM))
+    yield Weight(prefix + "eh_proj.weight", (hidden, 2 * hidden), Place(Part.MTP_JOIN))
+    yield Weight(prefix + "shared_head.norm.weight", (hidden,), Place(Part.MTP_NORM))
 
 
 def grouped_query_attention(prefix: str, config: ModelConfig, shape: GqaShape) -> Iterator[Weight]:

@@ -43,6 +43,10 @@ class Part(Enum):
     SHARED_GATE = "shared experts' gate"
     SHARED_UP = "shared experts' up"
     SHARED_DOWN = "shared experts' down"
+    MTP_EMBEDDING_NORM = "multi-token prediction's embedding norm"
+    MTP_HIDDEN_NORM = "multi-token prediction's hidden norm"
+    MTP_JOIN = "multi-token prediction's projection"
+    MTP_NORM = "multi-token prediction's final norm"
 
 
 class Place(NamedTuple):
@@ -101,7 +105,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class WeightTree:
-    """The weights outside of layers, and those of each layer.
+    """The weights outside of layers, and those of each layer; a module for multi-token prediction is the last layer.
 
     Made as they are asked for, since a config may speak of more than memory holds the names of.
     """

@@ -116,8 +116,9 @@ class KvLayout:
 
     def difference(self, other: KvLayout) -> str:
         """Say how this layout differs from `other`, with the options that decide it; empty if they are equal."""
+        is_one_more = abs(self.num_layers - other.num_layers) == 1
         parts = (
-            ("num_layers", self.num_layers, other.num_layers, ""),
+            ("num_layers", self.num_layers, other.num_layers, " (--speculate mtp has one more)" * is_one_more),
             ("page_size", self.page_size, other.page_size, " (--page-size)"),
             ("dtype", self.dtype.value, other.dtype.value, " (--kv-cache-dtype, --dtype)"),
             ("attention", self.attention, other.attention, ""),

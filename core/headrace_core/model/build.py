@@ -23,8 +23,10 @@ from headrace_core.model.feed_forward import DenseMlp, FeedForward, LayerExperts
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
 from headrace_core.model.group_experts import DispatchedExperts, GatheredExperts, LaneCounts, SummedExperts
 from headrace_core.model.group_linear import OntoResidual, SummedLinear
+from headrace_core.model.layer import Layer
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
-from headrace_core.model.model import Layer, ModelWeights
+from headrace_core.model.model import ModelWeights
+from headrace_core.model.mtp import MtpWeights
 from headrace_core.model.rope_angles import softmax_scale
 from headrace_core.model.weights_dtype import WeightsDtype, num_bytes
 from headrace_core.process import release_freed_memory
@@ -107,8 +109,9 @@ class _Builder:
         # Packing would hold a tied embedding twice.
         is_tied = self._config.is_embedding_tied
         head = Linear(embedding, is_packed=False) if is_tied else self._linear(Part.HEAD)
-        layers = [self._layer(index) for index in range(self._tree.num_layers)]
-        return ModelWeights(embedding, layers, norm, head, self._lanes)
+        layers = [self._layer(index) for index in range(self._config.num_layers)]
+        mtp = self._mtp(self._config.num_layers) if self._config.num_run_mtp_layers else None
+        return ModelWeights(embedding, layers, norm, head, self._lanes, mtp)
 
     def _take(self, part: Part, expert: int | None = None) -> Tensor:
         weight = self._places[Place(part, expert)]
@@ -127,6 +130,16 @@ class _Builder:
             attention=self._attention(),
             feed_forward_norm=self._take(Part.FEED_FORWARD_NORM),
             feed_forward=self._moe(index) if self._config.is_moe_layer(index) else self._mlp(),
+        )
+
+    def _mtp(self, index: int) -> MtpWeights:
+        layer = self._layer(index)
+        return MtpWeights(
+            embedding_norm=self._take(Part.MTP_EMBEDDING_NORM),
+            hidden_norm=self._take(Part.MTP_HIDDEN_NORM),
+            join=self._linear(Part.MTP_JOIN),
+            layer=layer,
+            norm=self._take(Part.MTP_NORM),
         )
 
     def _linear(self, *parts: Part) -> Linear:

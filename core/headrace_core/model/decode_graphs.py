@@ -25,18 +25,26 @@ _BUCKET_STEP = 8
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutput:
-    """`logits` [B, V] float32; `experts` [mixture layers, B, K], None for a network without experts."""
+    """`hidden` [B, N]: the residual stream after all layers; `experts` [mixture layers, B, K], None: they are not told.
 
-    logits: Tensor
+    `logits` [B, V] float32; None for layers without a head.
+    """
+
+    hidden: Tensor
     experts: Tensor | None
+    logits: Tensor | None = None
 
     def first(self, num_rows: int) -> DecodeOutput:
         """Return views of the first rows."""
-        return DecodeOutput(self.logits[:num_rows], None if self.experts is None else self.experts[:, :num_rows])
+        experts = None if self.experts is None else self.experts[:, :num_rows]
+        logits = None if self.logits is None else self.logits[:num_rows]
+        return DecodeOutput(self.hidden[:num_rows], experts, logits)
 
     def copy_(self, other: DecodeOutput) -> None:
         """Take the values of `other`, an output for as many rows."""
-        self.logits.copy_(other.logits)
+        self.hidden.copy_(other.hidden)
+        if self.logits is not None and other.logits is not None:
+            self.logits.copy_(other.logits)
         if self.experts is not None and other.experts is not None:
             self.experts.copy_(other.experts)
 
@@ -120,8 +128,9 @@ class CudaGraphCapture:
         torch.cuda.current_stream().wait_stream(stream)
         if self._out is None:
             experts = None if found.experts is None else torch.empty_like(found.experts)
-            self._out = DecodeOutput(torch.empty_like(found.logits), experts)
-        out = self._out.first(len(found.logits))
+            logits = None if found.logits is None else torch.empty_like(found.logits)
+            self._out = DecodeOutput(torch.empty_like(found.hidden), experts, logits)
+        out = self._out.first(len(found.hidden))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             out.copy_(run())

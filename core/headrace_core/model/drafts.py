@@ -9,7 +9,7 @@ was not drawn: a draft decides how many tokens a step gives, never which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -46,10 +46,14 @@ def sample_chunks(
     try:
         return _drawn(logits, chunks, rows, grammars)
     except Exception:
-        # The step is run again, and what was taken in of it already would be so twice.
-        for row in rows:
-            row.memo.kept = None
+        forget_draws(rows)
         raise
+
+
+def forget_draws(rows: Iterable[SamplingRow]) -> None:
+    """Let a step be run again: what was taken in of it already would be so twice."""
+    for row in rows:
+        row.memo.kept = None
 
 
 def _drawn(

@@ -12,6 +12,7 @@ from headrace_kernels import backend
 
 from headrace_core.checkpoint.check_tensors import SCALE_SUFFIX, check_tensors
 from headrace_core.checkpoint.memory import WORKING_BYTES, available_bytes, check_fits
+from headrace_core.checkpoint.mtp_tensors import check_mtp_is_stored, mtp_names, with_mtp
 from headrace_core.checkpoint.safetensors_file import StoredTensor, read_headers
 from headrace_core.checkpoint.torch_scalar import TORCH_DTYPES
 from headrace_core.checkpoint.weight_reader import WeightReader
@@ -47,6 +48,7 @@ def load_model(
     on_progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
     expert_owners: Mapping[int, Owners] | None = None,
+    has_mtp: bool = False,
 ) -> Model:
     """Load the checkpoint in `directory`; in a group of ranks, this rank's part of it, and all of them call it.
 
@@ -62,16 +64,19 @@ def load_model(
         on_progress: called with (bytes read, bytes to read) after every tensor.
         ranks: the group, and where this process stands in it.
         expert_owners: by layer, which ranks hold its experts; others' lie in a row. For whole experts (EP).
+        has_mtp: load the checkpoint's module for multi-token prediction, too.
 
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
         StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, BAD_RANKS, before anything is read but config.json;
-            NO_FP8_WEIGHTS, before weights are.
+            NO_FP8_WEIGHTS, NO_MTP, before weights are.
         UnavailableError: RANK_LOST, another rank is gone.
     """
     config = parse_config(directory)
     ranks.layout.check(config)
+    if has_mtp:
+        config = with_mtp(config, ranks.layout.size)
     check_angles(config)
     dtype = config.checkpoint_dtype if dtype == "auto" else dtype
     compute_dtype = TORCH_DTYPES[Scalar(dtype)]
@@ -84,6 +89,7 @@ def load_model(
         check_int8(device)
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
+    check_mtp_is_stored(config, stored)
     names = check_tensors(config, stored)
     sharding = Sharding(ranks.layout, ranks.rank, numerics is Numerics.EXACT, expert_owners or {})
     is_read = {weight.name for weight in sharding.weights(weight_tree(config))}
@@ -105,7 +111,7 @@ def load_model(
     release_freed_memory()
     if ranks.layout.size > 1:
         _share_digests(reader, ranks)
-    fingerprint = reader.fingerprint()
+    fingerprint = reader.fingerprint(leaving_out=mtp_names(config))
     fingerprint = held_fingerprint(fingerprint, weights_dtype)
     if numerics is Numerics.EXACT:
         fingerprint = exact_fingerprint(fingerprint, ranks.layout)

@@ -5,7 +5,7 @@ Letters: T tokens of the step, N hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,17 +17,18 @@ from headrace_core.checkpoint.torch_scalar import scalar_of
 from headrace_core.errors import HeadraceError
 from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
-from headrace_core.model.attention import Attention
 from headrace_core.model.decode_batch import DecodeBatch
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, DecodeOutput, is_decode_step
 from headrace_core.model.decode_tapes import DecodeTapes
 from headrace_core.model.expert_counts import ExpertCounts
-from headrace_core.model.feed_forward import FeedForward, MoeMlp
+from headrace_core.model.feed_forward import MoeMlp
 from headrace_core.model.group_experts import LaneCounts
 from headrace_core.model.group_linear import embed
 from headrace_core.model.group_results import gather_failures, gather_logits, not_finite
 from headrace_core.model.host_copies import to_device
 from headrace_core.model.kv_cache import KvCache
+from headrace_core.model.layer import Layer
+from headrace_core.model.mtp import Mtp, MtpWeights, Stream, TrunkWeights
 from headrace_core.model.numerics import Numerics
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
 from headrace_core.model.rope_angles import RopeAngles
@@ -40,16 +41,6 @@ _LAYERS_PER_RELEASE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer's norms and networks."""
-
-    attention_norm: Tensor
-    attention: Attention
-    feed_forward_norm: Tensor
-    feed_forward: FeedForward
-
-
-@dataclass(frozen=True, slots=True)
 class ModelWeights:
     """What the network is made of; in a group of ranks, this one's part of it, `lanes` told of each step."""
 
@@ -58,6 +49,7 @@ class ModelWeights:
     norm: Tensor
     head: Linear
     lanes: LaneCounts = field(default_factory=LaneCounts)
+    mtp: MtpWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +98,13 @@ class Model:
         # What those read and write; steps over any other cache are computed as ever.
         self._decode_cache: KvCache | None = None
         self._failures: dict[int, HeadraceError] = {}
+        self._mtp = self._new_mtp(weights)
+        self._stream: Stream | None = None
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the checkpoint's module for multi-token prediction is loaded, and `guess` can be called."""
+        return self._mtp is not None
 
     def kv_layout(self, page_size: int) -> KvLayout:
         """Return what a page of this model's cache holds; of a rank's cache."""
@@ -134,6 +133,8 @@ class Model:
                 device=self.device,
                 capture=capture,
             )
+            if self._mtp:
+                self._mtp.capture(cache, max_rows=max_rows, max_context_tokens=max_context_tokens, capture=capture)
 
     def record_decode(self, cache: KvCache, *, max_rows: int, max_context_tokens: int) -> None:
         """Let decode steps of up to `max_rows` sequences over `cache` be recorded and replayed; compiled CPU kernels.
@@ -149,10 +150,14 @@ class Model:
             max_pages=cache.layout.num_pages(max_context_tokens),
             page_size=cache.layout.page_size,
         )
+        if self._mtp:
+            self._mtp.record(cache, max_rows=max_rows, max_context_tokens=max_context_tokens)
 
     def forget_decode(self) -> None:
         """Undo `prepare_decode` or `record_decode`."""
         self._decode_steps = self._decode_cache = None
+        if self._mtp:
+            self._mtp.forget()
 
     def forward(
         self,
@@ -175,17 +180,46 @@ class Model:
             ValueError: a chunk is empty or its pages do not cover it.
             UnavailableError: RANK_LOST, another rank is gone; this group computes nothing more.
         """
-        self._failures = {}
+        self._failures, self._stream = {}, None
         with torch.inference_mode():
             steps = self._decode_steps if cache is self._decode_cache else None
             if steps is not None and len(chunks) <= steps.max_rows and is_decode_step(chunks):
                 output = steps.run(chunks, timer)
                 self._count(output.experts)
+                self._keep(output.hidden, range(len(chunks)))
+                assert output.logits is not None, "the network has a head"
                 return output.logits
             if not self._is_alone:
                 return self._forward_of_lane(chunks, cache, timer, on_layer)
             logits, self._failures = self._compute(chunks, cache, timer, on_layer)
             return logits
+
+    def guess(
+        self, chunks: Sequence[Chunk], tokens: Mapping[int, Sequence[int]], cache: KvCache
+    ) -> dict[int, list[int]]:
+        """Write the MTP module's rows of the last `forward`, of these chunks' rows; see `Mtp.guess`.
+
+        Raises:
+            ValueError: nothing was computed since the last guess, or there is no module.
+        """
+        if self._mtp is None or self._stream is None:
+            raise ValueError("guesses follow a step of a model that has an MTP module")
+        stream, self._stream = self._stream, None
+        with torch.inference_mode():
+            return self._mtp.guess(stream, chunks, tokens, cache)
+
+    def all_mtp_logits(
+        self, chunks: Sequence[Chunk], tokens: Mapping[int, Sequence[int]], cache: KvCache
+    ) -> list[Tensor]:
+        """Compute a step and its guesses, and return what each chunk's are chosen by, at every token: [tokens, V].
+
+        Of a chunk that is not sampled, and has no `next_id`, at every token but the last.
+        """
+        self.forward(chunks, cache)
+        if self._mtp is None or self._stream is None:
+            raise ValueError("there is no MTP module")
+        with torch.inference_mode():
+            return self._mtp.all_logits(self._stream, chunks, tokens, cache)
 
     def _forward_of_lane(
         self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer, on_layer: OnLayer | None
@@ -208,6 +242,7 @@ class Model:
         step = self._prepare(chunks, cache)
         hidden, experts = self._run_layers(step, cache, timer, on_layer)
         self._count(experts)
+        self._keep(hidden, step.chunk_rows)
         failures = not_finite(hidden, step.chunk_rows, chunks)
         rows = [
             row + len(chunk.token_ids) - 1
@@ -275,7 +310,18 @@ class Model:
         rows = DecodeRows(batch.block_table, batch.context_lens)
         step = StepInputs(batch.token_ids, batch.positions, batch.slot_mapping, rows, [], [])
         hidden, experts = self._run_layers(step, cache, timer)
-        return DecodeOutput(self._logits(hidden, timer), experts)
+        return DecodeOutput(hidden, experts, self._logits(hidden, timer))
+
+    def _new_mtp(self, weights: ModelWeights) -> Mtp | None:
+        if weights.mtp is None:
+            return None
+        shared = TrunkWeights(weights.embedding, weights.norm, weights.head, self._angles, self.config.rms_norm_eps)
+        return Mtp(weights.mtp, shared, self.max_decode_chunk)
+
+    def _keep(self, hidden: Tensor, chunk_rows: Sequence[int]) -> None:
+        """Keep what `guess` begins with."""
+        if self._mtp:
+            self._stream = Stream(hidden, chunk_rows)
 
     def _prepare(self, chunks: Sequence[Chunk], cache: KvCache) -> StepInputs:
         return prepare_step(
@@ -299,9 +345,8 @@ class Model:
         timer.mark("embedding")
         is_trimmed = self.device == "cpu" and len(step.token_ids) >= _MANY_TOKENS
         chosen: list[Tensor] = []
-        for index, (layer, pages) in enumerate(zip(layers, cache.layers, strict=True), start=1):
-            x = layer.attention(x, layer.attention_norm, eps, angles, step, pages, timer)
-            x, experts = layer.feed_forward(x, layer.feed_forward_norm, eps, step.slot_mapping, timer)
+        for index, (layer, pages) in enumerate(zip(layers, cache.layers[: len(layers)], strict=True), start=1):
+            x, experts = layer(x, eps, angles, step, pages, timer)
             if experts is not None:
                 chosen.append(experts)
             if on_layer is not None:

@@ -2,8 +2,8 @@
 
 A mark gives all the time since the mark before it to the operation it names, so an operation's times add up to the
 step's with nothing left over. Names are those of `headrace_core.roofline.operations`; what one kernel computes at once
-is named after all of its parts, joined by "+". Two names are beyond the roofline: `SAMPLING`, and `OTHER` for what
-prepares a step.
+is named after all of its parts, joined by "+". Three names are beyond the roofline: `SAMPLING`, `MTP` for the module
+that guesses tokens, and `OTHER` for what prepares a step.
 
 On a CPU a call returns when its work is done. On a GPU it does not: these marks would measure launches, so nobody
 may measure there.
@@ -16,6 +16,7 @@ from collections import defaultdict
 
 SAMPLING = "sampling"
 OTHER = "other"
+MTP = "mtp"
 
 
 class OpTimer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +240,10 @@ def random_tensors(config: ModelConfig, variation: Variation) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(variation.seed)
     tensors: dict[str, Tensor] = {}
     shapes = {weight.name: weight.shape for weight in weights(config)}
-    for layer in range(config.num_layers, config.num_layers + variation.num_mtp_layers):
-        shapes[f"model.layers.{layer}.eh_proj.weight"] = (config.hidden_size, 2 * config.hidden_size)
-        shapes[f"model.layers.{layer}.enorm.weight"] = (config.hidden_size,)
+    if variation.num_mtp_layers:
+        tree = weights(replace(config, num_run_mtp_layers=1))
+        for layer in range(config.num_layers, config.num_layers + variation.num_mtp_layers):
+            shapes |= {weight.name: weight.shape for weight in tree.layer(layer)}
     for name, shape in shapes.items():
         tensors[name] = random_tensor(name, shape, generator, variation.dtype)
     return tensors

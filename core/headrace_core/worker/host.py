@@ -187,6 +187,7 @@ class WorkerHost(Generic[S]):
             timing_period=timing_period,
             num_threads=lent.take if lent else None,
             grammars=model.grammars,
+            mtp=model.mtp,
         )
         leader = self._leader = self._lead(model, executor, scheduler)
         self._model = model

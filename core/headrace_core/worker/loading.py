@@ -14,7 +14,7 @@ from headrace_kernels.dispatch import objection
 from headrace_core.batch.spec import ModelLimits
 from headrace_core.checkpoint.torch_scalar import scalar_of
 from headrace_core.config import DecodeSettings, WorkerSettings
-from headrace_core.engine.executor import StepModel
+from headrace_core.engine.executor import MtpModel, StepModel
 from headrace_core.errors import StartupError
 from headrace_core.families.roofline_shape import shape_of
 from headrace_core.grammar import Grammars
@@ -66,6 +66,8 @@ class LoadedModel:
     memory: Memfd | None = None
     """What the pool is built on, if other processes can be let read it."""
     group: RankOfGroup | None = None
+    mtp: MtpModel | None = None
+    """The model, if its module for multi-token prediction guesses."""
 
     @property
     def pages(self) -> PageMemory:
@@ -82,7 +84,8 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
         HeadraceError: as `hub.find_model`.
         CheckpointError: the checkpoint can't be served.
         StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
-            NO_GPU, NO_EXACT, NO_FP8_WEIGHTS, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT; BAD_RANKS, of a group.
+            NO_GPU, NO_EXACT, NO_FP8_WEIGHTS, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT, NO_MTP; BAD_RANKS, of
+            a group.
         UnavailableError: RANK_LOST, of a group.
     """
     started = time.perf_counter()
@@ -105,6 +108,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
             step_limits=StepLimits(settings.max_step_tokens, settings.max_step_sequences, settings.max_context_tokens),
             on_progress=on_progress,
             ranks=ranks,
+            has_mtp=settings.has_mtp,
         )
     own = model.kv_layout(settings.page_size)
     num_pages = pool_bytes // own.page_bytes
@@ -123,7 +127,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
     if settings.device == "cuda" and kernels != "reference":
         _prepare_gpu(settings, model, cache, most)
     else:
-        warm_up(model, cache, max_step_tokens=_TRIED_TOKENS)
+        warm_up(model, cache, max_step_tokens=_TRIED_TOKENS, mtp=model if model.has_mtp else None)
         if kernels == "cpu" and isinstance(settings, DecodeSettings):
             model.record_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=most)
     grammars = Grammars(settings.model, config.vocab_size, config.eos_token_ids)
@@ -158,6 +162,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
         grammars=grammars,
         memory=memory,
         group=rank_of_group(ranks, cache, layout, memory) if place.size > 1 else None,
+        mtp=model if model.has_mtp else None,
     )
 
 
@@ -191,7 +196,7 @@ def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_con
         StartupError: NO_KERNEL, KERNELS_DISAGREE.
     """
     difference = check_kernels(model, settings.device, settings.page_size)
-    warm_up(model, cache, max_step_tokens=settings.max_step_tokens)
+    warm_up(model, cache, max_step_tokens=settings.max_step_tokens, mtp=model if model.has_mtp else None)
     if isinstance(settings, DecodeSettings):
         model.prepare_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=max_context_tokens)
     log.info("kernels checked against plain torch", extra={"relative_difference": difference})

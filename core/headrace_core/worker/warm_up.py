@@ -9,7 +9,7 @@ computed, tokens are sampled, and pages copied to the host and back.
 from __future__ import annotations
 
 from headrace_core.batch.step import Chunk, SamplingRow
-from headrace_core.engine.executor import StepModel
+from headrace_core.engine.executor import MtpModel, StepModel
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.sampler import sample
 from headrace_core.model.self_check import check_finite
@@ -18,10 +18,11 @@ from headrace_core.request import SamplingParams
 _PARAMS = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=0)
 
 
-def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
+def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int, mtp: MtpModel | None = None) -> None:
     """Compute throw-away prompts of 1, 2, 4 ... up to `max_step_tokens` tokens; the pages are zero afterwards.
 
-    Prompts are no longer than the pool holds. Call it before the engine starts; in a group of ranks, on all of them.
+    Each is guessed behind by `mtp`, None: nobody guesses. Prompts are no longer than the pool holds. Call it before the
+    engine starts; in a group of ranks, on all of them.
 
     Raises:
         CheckpointError: BAD_LOGITS, the network gave logits that are not finite.
@@ -31,10 +32,13 @@ def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int) -> None:
     sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     for num_tokens in (*sizes, most):
         row = SamplingRow(_PARAMS, [0] * num_tokens, [], 0, num_tokens, ())
-        logits = model.forward([Chunk(0, [0] * num_tokens, 0, pages, True)], cache)
+        chunk = Chunk(0, [0] * num_tokens, 0, pages, True, num_wanted=1)
+        logits = model.forward([chunk], cache)
         check_finite(logits)
         if len(logits):  # of a group of ranks they are one's
             sample(logits, [row])
+        if mtp:
+            mtp.guess([chunk], {0: [0]}, cache)
     cache.copy_to_host(pages[:1])
     cache.copy_from_host(pages[:1])
     cache.zero_pages(pages)

@@ -35,6 +35,7 @@ _EMPTY = (
 )
 _AGAIN: dict[Any, Any] = {
     _aten.add.Tensor: _aten.add.out,
+    _aten.cat.default: _aten.cat.out,
     _aten.cos.default: _aten.cos.out,
     _aten.div.Tensor_mode: _aten.div.out_mode,
     _aten.index_select.default: _aten.index_select.out,
