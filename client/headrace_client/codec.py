@@ -239,4 +239,5 @@ def _decode_worker(worker: Any) -> Worker:
         transport_in_use=worker.transport_in_use,
         transfer_bytes_per_s=worker.transfer_bytes_per_s,
         metrics_port=worker.metrics_port,
+        circuit=worker.circuit or "closed",
     )

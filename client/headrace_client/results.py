@@ -156,6 +156,8 @@ class Worker:
     transport_in_use: str
     transfer_bytes_per_s: int
     metrics_port: int = 0
+    circuit: str = "closed"
+    """`open` or `half-open` while it gets nothing new, or one sequence at a time, since it failed again and again."""
 
 
 @dataclass(frozen=True, slots=True)

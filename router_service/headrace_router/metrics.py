@@ -6,6 +6,7 @@ request.
 
 from __future__ import annotations
 
+import collections
 import math
 import time
 from bisect import bisect_left
@@ -156,8 +157,17 @@ class Gauges(Collector):
         requests: Callable[[], tuple[int, int]],
         workers: Callable[[], Sequence[tuple[str, str]]],
         kv_used: Callable[[], float],
+        circuits: Callable[[], Sequence[tuple[str, str]]],
     ) -> None:
-        """Take what to ask: (queued, running) requests; each worker's (role, state); the share of pages in use."""
+        """Take what to ask.
+
+        Args:
+            requests: (queued, running).
+            workers: each one's (role, state).
+            kv_used: the share of pages in use.
+            circuits: each one's (role, circuit).
+        """
+        self._circuits = circuits
         self._requests = requests
         self._workers = workers
         self._kv_used = kv_used
@@ -170,13 +180,16 @@ class Gauges(Collector):
         yield GaugeMetricFamily(
             "headrace_fleet_kv_used_ratio", "Share of the decoding workers' pages that are in use.", self._kv_used()
         )
-        family = GaugeMetricFamily("headrace_workers", "Workers the router knows.", labels=["worker_role", "state"])
-        counts: dict[tuple[str, str], int] = {}
-        for key in self._workers():
-            counts[key] = counts.get(key, 0) + 1
-        for (role, state), count in sorted(counts.items()):
-            family.add_metric([role, state], count)
-        yield family
+        yield _counted("workers", "Workers the router knows.", "state", self._workers())
+        yield _counted("circuits", "Circuits of the workers the router knows.", "circuit", self._circuits())
+
+
+def _counted(name: str, documentation: str, label: str, keys: Sequence[tuple[str, str]]) -> Metric:
+    """Return how many workers there are of each role and state."""
+    family = GaugeMetricFamily(f"headrace_{name}", documentation, labels=["worker_role", label])
+    for key, count in sorted(collections.Counter(keys).items()):
+        family.add_metric(list(key), count)
+    return family
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +208,8 @@ class RouterMetrics:
     finished: Mapping[FinishReason, Counter]
     retries: Counter
     moves: Counter
+    circuits_opened: Mapping[str, Counter]
+    """By the worker's role."""
 
     @classmethod
     def create(cls, objectives: Objectives, registry: CollectorRegistry | None = None) -> RouterMetrics:
@@ -210,6 +225,11 @@ class RouterMetrics:
             return Counter(f"headrace_{name}", documentation, labels, registry=registry)
 
         phases = histogram("phase", "Phases of the waterfall, per sample; they sum to E2E.", "phase")
+        opened = counter(
+            "circuits_opened",
+            "Workers that got nothing new for a while, since they failed again and again.",
+            "worker_role",
+        )
         finished = counter("finished_samples", "Samples that ended well, by why they ended.", "finished_reason")
         metrics = cls(
             registry=registry,
@@ -223,6 +243,7 @@ class RouterMetrics:
             finished={reason: finished.labels(reason.value) for reason in FinishReason},
             retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
             moves=counter("moved_sequences", "Sequences that went on elsewhere, since their decode worker drained."),
+            circuits_opened={role: opened.labels(role) for role in ("prefill", "decode", "both", "unknown")},
         )
         for outcome in OUTCOMES:
             metrics.requests.labels(outcome)

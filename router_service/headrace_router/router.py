@@ -29,6 +29,7 @@ from headrace_router.fleet.answers import ROLE_NAMES
 from headrace_router.fleet.link import Link
 from headrace_router.fleet.registry import Registry
 from headrace_router.metrics import RouterMetrics
+from headrace_router.placement.breaker import Circuit
 from headrace_router.placement.preferences import PREFERENCES
 from headrace_router.requests.admission import Admission, RequestSpec, Tokenized
 from headrace_router.requests.dispatch import Dispatcher
@@ -308,6 +309,11 @@ class Router:
         """Return each worker's (role, state). Also called from the metrics thread."""
         return [(_role_name(link), link.state.value) for link in self.fleet.links]
 
+    def circuits(self) -> Sequence[tuple[str, str]]:
+        """Return each worker's (role, circuit). Also called from the metrics thread."""
+        now_s = time.monotonic()
+        return [(_role_name(link), link.breaker.circuit(now_s).value) for link in self.fleet.links]
+
 
 def model_name_of(settings: RouterSettings) -> str:
     """Return what the model is called."""
@@ -325,6 +331,14 @@ def _worker_status(link: Link) -> generation_service_pb2.WorkerStatus:
         state=link.state.value,
         detail=link.detail,
     )
+    now_s = time.monotonic()
+    circuit = link.breaker.circuit(now_s)
+    status.circuit = circuit.value
+    if circuit is not Circuit.CLOSED and not status.detail:
+        until = (
+            f"for {link.breaker.left_s(now_s):.1f} s more" if circuit is Circuit.OPEN else "until a sequence succeeds"
+        )
+        status.detail = f"circuit {circuit.value} {until}; it failed last with {link.breaker.last_reason}"
     if link.info is not None:
         status.num_pages = link.info.num_pages
         status.metrics_port = link.info.metrics_port

@@ -103,7 +103,9 @@ class RouterService:
             keys=self._keys,
         )
         self.registry.register(
-            Gauges(lambda: (router.num_queued, router.num_running), router.worker_states, router.kv_used)
+            Gauges(
+                lambda: (router.num_queued, router.num_running), router.worker_states, router.kv_used, router.circuits
+            )
         )
         generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(router, self._door, self._keys), self._server.grpc

@@ -97,11 +97,17 @@ def _row(worker: Worker) -> tuple[RenderableType, ...]:
     return (
         worker.address,
         worker.role or "?",
-        Text(worker.state, style=STATE_STYLES.get(worker.state, "")),
+        _state(worker),
         _transport(worker),
         # What a lost worker last said about itself holds no longer.
         *(("-",) * len(counts) if worker.state in LOST_STATES else counts),
     )
+
+
+def _state(worker: Worker) -> Text:
+    if worker.circuit == "closed":
+        return Text(worker.state, style=STATE_STYLES.get(worker.state, ""))
+    return Text(f"{worker.state}, circuit {worker.circuit}", style="yellow")
 
 
 def _transport(worker: Worker) -> str:

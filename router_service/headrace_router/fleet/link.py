@@ -40,6 +40,7 @@ from headrace_router.fleet.answers import check_health, check_info, check_load
 from headrace_router.fleet.pace import Pace
 from headrace_router.fleet.pulse import Pulse
 from headrace_router.fleet.worker import Worker
+from headrace_router.placement.breaker import Breaker
 
 if TYPE_CHECKING:
     from headrace.v1.worker_service_pb2_grpc import WorkerServiceAsyncStub
@@ -131,6 +132,8 @@ class Link:
         self.worker: Worker | None = None
         self.info: worker_service_pb2.GetInfoResponse | None = None
         """Who it said it is, last; None until it gave an answer that can be."""
+        self.breaker = Breaker()
+        """Of whoever is at the address."""
         self._made: list[Worker] = []
         """Those of this channel, lost ones included, that sequences may still use."""
         self._is_listed = True
@@ -244,7 +247,7 @@ class Link:
         layout = check_info(info)
         self.info = info
         self._judge(info, layout)
-        worker = Worker(self.address, info, layout, channel, self._fleet.router_id)
+        worker = Worker(self.address, info, layout, channel, self._fleet.router_id, self.breaker)
         group.create_task(self._watch_load(stub, worker))
         await worker.reported.wait()
         if worker.can_decode:

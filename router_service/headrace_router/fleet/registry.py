@@ -25,6 +25,7 @@ from headrace_core.rpc import Connect, channel
 
 from headrace_router.fleet.link import Link
 from headrace_router.fleet.worker import Worker
+from headrace_router.placement.breaker import admitted
 
 _FILE_CHECK_S = 0.5
 _MOST_SHOWN_IDS = 16
@@ -71,7 +72,8 @@ class Registry:
 
     def workers(self) -> list[Worker]:
         """Return those that take new sequences now."""
-        return [link.worker for link, _ in self._links.values() if link.takes_work and link.worker is not None]
+        takers = [link.worker for link, _ in self._links.values() if link.takes_work and link.worker is not None]
+        return admitted(takers, self.ready(), time.monotonic())
 
     def ready(self) -> list[Worker]:
         """Return the fleet that is there: those that are ready, be it that they take nothing at this moment."""

@@ -8,6 +8,7 @@ what other routers use is in the report, what this one uses it knows itself.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,9 @@ from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_R
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import KvLayout
 
+from headrace_router.fleet.answers import ROLE_NAMES
 from headrace_router.fleet.session import LastTransfer, StepSession
+from headrace_router.placement.breaker import Breaker, Circuit
 from headrace_router.placement.capacity import Waiting, WorkerView
 from headrace_router.placement.fair_queue import Client
 from headrace_router.placement.policy import decode_pages, prefill_pages
@@ -63,8 +66,19 @@ class Worker:
         layout: KvLayout,
         channel: grpc.aio.Channel,
         router_id: int,
+        breaker: Breaker | None = None,
     ) -> None:
-        """Args: `info` is checked; `layout` is what it says of its pages, as a value; `router_id` is this router's."""
+        """Take who it is.
+
+        Args:
+            address: its own.
+            info: checked.
+            layout: what it says of its pages, as a value.
+            channel: to it.
+            router_id: this router's.
+            breaker: of its address; None: a new one.
+        """
+        self.breaker = breaker or Breaker()
         self.address = address
         self.info = info
         self.layout = layout
@@ -78,6 +92,9 @@ class Worker:
         self.load = worker_service_pb2.WatchLoadResponse()
         self.last_transfer: LastTransfer | None = None
         """Its last hand-off; None if there was none."""
+        self.role_name = ROLE_NAMES.get(info.role, "unknown")
+        self.is_blamed_for_loss = False
+        """True once its loss was counted as a failure: it is one, however many sequences it had."""
         self.cached: set[int] = set()
         """Pages in its prefix cache, by their hashes (`kv/page_hash`), as it last said."""
         self._reservations: set[Reservation] = set()
@@ -137,6 +154,7 @@ class Worker:
         client = waiting.client if decodes else ()
         reservation = Reservation(owner, client, num_pages, num_pages, num_tokens)
         self._reservations.add(reservation)
+        self.breaker.on_start(reservation, time.monotonic())
         self._held.update(_paths(client))
         return reservation
 
@@ -144,11 +162,14 @@ class Worker:
         """Give a reservation back; idempotent."""
         if reservation in self._reservations:
             self._reservations.remove(reservation)
+            self.breaker.on_over(reservation)
             self._held -= Counter(_paths(reservation.client))
 
     def view(self) -> WorkerView:
         """Return what policies need to know."""
         info = self.info
+        is_probed = self.breaker.circuit(time.monotonic()) is Circuit.HALF_OPEN
+        num_free_slots = self._num_slots - len(self._reservations) - self._num_foreign_sequences
         num_unseen = own_tokens = 0
         for reservation in self._reservations:
             num_unseen += reservation.num_unseen_pages
@@ -159,9 +180,9 @@ class Worker:
             num_pages=info.num_pages,
             num_usable_pages=self._num_usable_pages,
             num_free_pages=self.load.num_free_pages - num_unseen,
-            token_budget=_BUDGET_STEPS * info.max_step_tokens,
+            token_budget=0 if is_probed else _BUDGET_STEPS * info.max_step_tokens,  # of an idle one: a prompt
             num_tokens_in_flight=own_tokens + self._num_foreign_tokens,
-            num_free_slots=self._num_slots - len(self._reservations) - self._num_foreign_sequences,
+            num_free_slots=min(num_free_slots, 1) if is_probed else num_free_slots,
             can_prefill=self.can_prefill,
             can_decode=self.can_decode,
             max_context_tokens=info.max_context_tokens,

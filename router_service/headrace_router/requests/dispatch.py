@@ -57,7 +57,10 @@ class Placement:
 
     def on_prefilled(self, num_computed: int) -> None:
         """The prompt is computed; its pages are still held there, and reserved where they go."""
-        self._on_first_token(num_computed, time.monotonic() - self._since_s)
+        now_s = time.monotonic()
+        self._on_first_token(num_computed, now_s - self._since_s)
+        if self.prefill is not None:
+            self.prefill.breaker.on_success(now_s)
         if self._on_prefill is not None:
             self._on_prefill.num_prefill_tokens = 0
             self._on_prefill.is_started = self._on_decode.is_started = True
@@ -74,8 +77,10 @@ class Placement:
 
     def on_stepped(self, num_computed: int) -> None:
         """The decode worker computed its first token, or the first one of any."""
+        now_s = time.monotonic()
+        self.decode.breaker.on_success(now_s)
         if self.prefill is None:
-            self._on_first_token(num_computed, time.monotonic() - self._since_s)
+            self._on_first_token(num_computed, now_s - self._since_s)
 
     def release(self) -> None:
         """Give everything back; idempotent."""

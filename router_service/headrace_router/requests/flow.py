@@ -11,7 +11,8 @@ its pages along: `move.py`. That is no failure, and counts as no attempt.
 
 Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
 far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause. A failure says
-whose it is, and only that worker is blamed; where it is the channel's, both are avoided next time. A worker knows no
+whose it is, and only that worker is blamed, in its circuit (`placement/breaker.py`), too; where it is the channel's,
+both are avoided next time. A worker knows no
 more of a request than the router, which has checked it: what one worker makes of it is not final.
 
     InvalidRequestError   AGAIN, logged as an error; the second one of a sample: to the client.
@@ -236,6 +237,8 @@ class Flow:
     ) -> None:
         """Prepare another attempt, or raise what the client is told; count in `endings` how this one ended."""
         blamed = _blamed(placement, ended)
+        if ended.whose is not Whose.CHANNEL:
+            self._count_failure(blamed[0], ended, error)
         is_refusal = isinstance(error, InvalidRequestError) and error.reason != "BAD_HANDOFF"
         endings.num_refused += is_refusal
         if error.reason in _LOST_REASONS:
@@ -278,6 +281,23 @@ class Flow:
         self._metrics.retries.labels(label(error.reason)).inc()
         sample.move(SampleState.QUEUED)
 
+    def _count_failure(self, worker: Worker, ended: Ended, error: HeadraceError) -> None:
+        """Let a worker's circuit know of a failure that was its own, and not the request's or a matter of room."""
+        is_lost = error.reason in _LOST_REASONS
+        if (
+            isinstance(error, _NO_FAULTS)
+            or error.reason in _NO_FAULT_REASONS
+            or (is_lost and worker.is_blamed_for_loss)
+        ):
+            return
+        if ended.by is Side.ROUTER and error.reason == "BUG":  # ours
+            return
+        worker.is_blamed_for_loss |= is_lost
+        if worker.breaker.on_failure(error.reason, time.monotonic()):
+            self._metrics.circuits_opened[worker.role_name].inc()
+            data = {"worker": worker.address, "reason": error.reason, "problem": str(error)}
+            log.warning("circuit opened: it failed again and again", extra=data)
+
     def _check_model(self, fingerprint: str, placement: Placement) -> str:
         """Return the model's fingerprint; a retry on another model would continue a text that it did not write."""
         current = placement.decode.info.model_fingerprint
@@ -286,6 +306,9 @@ class Flow:
         return current
 
 
+_NO_FAULTS = (InvalidRequestError, DeadlineError, OverloadedError)
+_NO_FAULT_REASONS = frozenset({"DRAINING", "STARTING", "LEASE_ENDED", "STALE_ATTEMPT", "TAKER_LOST"})
+"""Of errors that say nothing against a worker: a process that goes or comes, an attempt that another one replaced."""
 _CLIENT_ERRORS = (InvalidRequestError, DeadlineError)
 
 

@@ -549,6 +549,7 @@ class WorkerStatus(_message.Message):
     TRANSPORT_IN_USE_FIELD_NUMBER: _builtins.int
     TRANSFER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     METRICS_PORT_FIELD_NUMBER: _builtins.int
+    CIRCUIT_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """`host:port`."""
     role: _types_pb2.WorkerRole.ValueType
@@ -573,6 +574,10 @@ class WorkerStatus(_message.Message):
     """That hand-off's bytes per second of the time that its pages moved or waited to; 0 if none."""
     metrics_port: _builtins.int
     """Port of its Prometheus metrics, at the host of `address`; 0: not known."""
+    circuit: _builtins.str
+    """Whether it gets new sequences, by what became of the last ones: `closed`, it does; `open`, not for a while, since it
+    failed again and again; `half-open`, one at a time, until one succeeds. Empty: an older router does not say.
+    """
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transports it can use, best first."""
@@ -593,10 +598,11 @@ class WorkerStatus(_message.Message):
         transport_in_use: _builtins.str = ...,
         transfer_bytes_per_s: _builtins.int = ...,
         metrics_port: _builtins.int = ...,
+        circuit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "metrics_port", b"metrics_port", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transport_in_use", b"transport_in_use", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "circuit", b"circuit", "detail", b"detail", "metrics_port", b"metrics_port", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "role", b"role", "state", b"state", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transport_in_use", b"transport_in_use", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
