@@ -167,6 +167,19 @@ class WorkerSettings(ProcessSettings):
         description="of a group of ranks: ep: each has whole experts (expert parallelism); tp: a part of every one's "
         "columns",
     )
+    rebalance: str = Field(
+        "off",
+        pattern=r"^(off|auto(:[1-9][0-9]{0,5})?)$",
+        description="of a group of ranks with whole experts: auto: move experts while serving, where ranks would wait "
+        "less for the busiest, looked at every minute; auto:N: every N seconds; tokens stay the same, and are always "
+        "dispatched; off: experts stay",
+    )
+    redundant_experts: int = Field(
+        0,
+        ge=0,
+        description="with --rebalance: copies of busy experts that each layer has room for, over all ranks, which must "
+        "divide them",
+    )
     rank_timeout_s: float = Field(
         10.0, gt=0, description="longest time that one rank lets the others wait in a step; then its group ends"
     )

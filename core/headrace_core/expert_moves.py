@@ -9,7 +9,7 @@ Pure: what decides is here, what is decided is the same for whoever asks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace_core.expert_placement import Placement, balanced
@@ -62,21 +62,20 @@ def decide(
     """
     network = network or Network()
     found: dict[int, tuple[float, Slots]] = {}
-    busiest_then = dict[int, float]()
+    ranks_then: list[list[float]] = []
     for layer, of_layer in loads.items():
         now = slots[layer]
-        busiest = max(rank_loads(of_layer, now))
+        ranks_now = rank_loads(of_layer, now)
         redundant = sum(map(len, now)) - len(of_layer)
         placed = balanced(
             of_layer, len(now), redundant=redundant, num_groups=network.num_groups, num_nodes=network.num_nodes
         )
-        then = max(placed.rank_loads(of_layer))
-        is_less = then < busiest * (1 - _LEAST_OF_LAYER)
-        busiest_then[layer] = then if is_less else busiest
+        then = placed.rank_loads(of_layer)
+        is_less = max(then) < max(ranks_now) * (1 - _LEAST_OF_LAYER)
+        ranks_then.append(then if is_less else ranks_now)
         if is_less:
-            found[layer] = (busiest - then, settled(now, placed, network.num_nodes))
-    loss_now = loss(loads, slots)
-    loss_then = _loss(loads, slots, busiest_then)
+            found[layer] = (max(ranks_now) - max(then), settled(now, placed, network.num_nodes))
+    loss_now, loss_then = loss(loads, slots), loss_of_ranks(ranks_then)
     if loss_now - loss_then < least_gain:
         return Decision({}, loss_now, loss_now)
     by_gain = sorted(found, key=lambda layer: (-found[layer][0], layer))
@@ -90,7 +89,14 @@ def is_enough(loads: Mapping[int, Sequence[float]], least_tokens: float = LEAST_
 
 def loss(loads: Mapping[int, Sequence[float]], slots: Mapping[int, Slots]) -> float:
     """Return the share of the experts' time that ranks wait for the busiest; 0 if there was nothing to do."""
-    return _loss(loads, slots, {layer: max(rank_loads(of_layer, slots[layer])) for layer, of_layer in loads.items()})
+    return loss_of_ranks([rank_loads(of_layer, slots[layer]) for layer, of_layer in loads.items()])
+
+
+def loss_of_ranks(of_layers: Iterable[Sequence[float]]) -> float:
+    """Return the same of each rank's load in each layer."""
+    pairs = [(sum(of_ranks) / len(of_ranks), max(of_ranks)) for of_ranks in of_layers]
+    busiest = sum(most for _, most in pairs)
+    return max(0.0, 1 - sum(mean for mean, _ in pairs) / busiest) if busiest else 0.0
 
 
 def as_time_more(share: float) -> float:
@@ -136,9 +142,3 @@ def arrivals(before: Sequence[int], after: Sequence[int]) -> list[int]:
 def _in_slots(before: Sequence[int], experts: set[int]) -> tuple[int, ...]:
     coming = iter(sorted(experts.difference(before)))
     return tuple(expert if expert in experts else next(coming) for expert in before)
-
-
-def _loss(loads: Mapping[int, Sequence[float]], slots: Mapping[int, Slots], busiest: Mapping[int, float]) -> float:
-    mean = sum(sum(of_layer) / len(slots[layer]) for layer, of_layer in loads.items())
-    total = sum(busiest.values())
-    return max(0.0, 1 - mean / total) if total else 0.0

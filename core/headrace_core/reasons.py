@@ -56,6 +56,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "PROMPT_TOO_LONG": "the prompt exceeds the context, or the bytes a router takes",
     },
     NotFoundError: {
+        "NO_EXPERTS": "`headrace experts`: no worker's metrics can be read, or no token was routed to an expert yet",
         "NOT_A_ROUTER": "a worker, or another gRPC server, answers at the router's address",
         "UNKNOWN_MODEL": "the router serves another model",
         "UNKNOWN_SERVICE": "health was asked about a service that is not here",

@@ -21,10 +21,12 @@ OPTIONS = {"dtype": "float32", "page-size": 16, "kv-pool-mib": 8, "max-step-toke
 """The timeout is for a machine that tests load; no rank dies here."""
 
 
-def metric(address: str, name: str) -> float:
+def metric(address: str, name: str, *labels: str) -> float:
+    """Return the sum of a metric's samples that have `labels`, each as 'outcome="done"'."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+    found = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+    return sum(float(line.split()[-1]) for line in found if all(label in line for label in labels))
 
 
 async def tokens_of(client: AsyncClient, requests: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:

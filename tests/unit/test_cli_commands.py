@@ -67,7 +67,7 @@ def test_the_planner_s_commands_complain_as_the_others_do(arguments):
 def test_subcommands_are_always_in_the_same_order():
     lines = [line.split() for line in run("--help").stdout.splitlines() if line.startswith("│")]
     names = [words[1] for words in lines if len(words) > 2 and words[1].isalpha() and words[1].islower()]
-    wanted = "demo doctor up generate chat status top dashboards certs keys roofline plan simulate"
+    wanted = "demo doctor up generate chat status top experts dashboards certs keys roofline plan simulate"
     assert [name for name in names if name in wanted.split()] == wanted.split()
 
 

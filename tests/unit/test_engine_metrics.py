@@ -12,7 +12,9 @@ WORKER = [
     "headrace_prefix_cache_hit_tokens_total", "headrace_prefix_cache_query_tokens_total",
     "headrace_prefilled_tokens_total", "headrace_sampled_tokens_total", "headrace_step_seconds",
     "headrace_queue_seconds", "headrace_transfer_bytes_total", "headrace_handoff_failures_total",
-    "headrace_expert_tokens_total",
+    "headrace_expert_tokens_total", "headrace_expert_rank_tokens", "headrace_expert_imbalance_loss",
+    "headrace_expert_slots", "headrace_rank_seconds_total", "headrace_rebalances_total", "headrace_moved_experts_total",
+    "headrace_moved_expert_bytes_total", "headrace_rebalance_seconds_total",
 ]  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def test_a_rank_that_is_gone_is_noticed_by_the_next_beat_and_nothing_is_said_any
         group.followers[0].result()
 
 
-@pytest.mark.parametrize("message", [b"", b"\x07", b"\x01\x05\x00\x00\x00", b"\x02\x00"])
+@pytest.mark.parametrize("message", [b"", b"\x2a", b"\x06\x00", b"\x06" + bytes(12), b"\x01\x05\0\0\0", b"\x02\x00"])
 def test_what_is_no_message_is_refused(message: bytes):
     with pytest.raises(ProtocolError):
         messages.decode(message)

@@ -11,7 +11,20 @@ from headrace_core import __version__
 from headrace_core.errors import HeadraceError
 from typer.core import TyperGroup
 
-from headrace_client.commands import bench, certs, chat, dashboards, demo, doctor, generate, keys, status, top, up
+from headrace_client.commands import (
+    bench,
+    certs,
+    chat,
+    dashboards,
+    demo,
+    doctor,
+    experts,
+    generate,
+    keys,
+    status,
+    top,
+    up,
+)
 from headrace_client.commands.terminal import complain, exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
@@ -26,6 +39,7 @@ _HELP = """Serve language models with separate prefill and decode workers, and t
   headrace chat          talk
   headrace status        what serves, and how full it is
   headrace top           what it does, live
+  headrace experts       how evenly experts are used
   headrace bench                            load on a server, and what its clients saw
   headrace dashboards    what Grafana shows of it
   headrace certs         certificates for development
@@ -52,6 +66,7 @@ _ORDER = (
     "chat",
     "status",
     "top",
+    "experts",
     "dashboards",
     "certs",
     "keys",
@@ -152,6 +167,7 @@ app.command(help=generate.HELP)(generate.generate)
 app.command(help=chat.HELP)(chat.chat)
 app.command(help=status.HELP)(status.status)
 app.command(help=top.HELP)(top.top)
+app.command(help=experts.HELP)(experts.experts)
 app.add_typer(bench.app, name="bench")
 app.command(help=dashboards.HELP)(dashboards.dashboards)
 app.command(help=certs.HELP)(certs.certs)

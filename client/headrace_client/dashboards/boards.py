@@ -206,6 +206,39 @@ EXPERTS = Dashboard(
             ],
             width=24,
         ),
+        Panel(
+            "Busiest rank over mean",
+            "Of groups with whole experts: a layer takes as long as its busiest rank; 1 is balanced.",
+            [
+                Query(
+                    _ratio(
+                        "max by (instance, layer) (headrace_expert_rank_tokens)",
+                        "avg by (instance, layer) (headrace_expert_rank_tokens)",
+                    ),
+                    "{{instance}} layer {{layer}}",
+                )
+            ],
+        ),
+        Panel(
+            "Time of ranks in steps",
+            "What ranks spend computing, meeting, and waiting for those that still compute.",
+            [
+                Query(
+                    f"{_rate('headrace_rank_seconds_total', 'part')} / on () group_left () "
+                    f"({_rate('headrace_rank_seconds_total')} > 0)",
+                    "{{part}}",
+                )
+            ],
+            "percentunit",
+            is_stacked=True,
+        ),
+        _counts("Rebalances", "Times that experts moved, or could not.", "headrace_rebalances_total", "outcome"),
+        Panel(
+            "Expert weights read to be moved",
+            "Bytes per second, beside the steps.",
+            [Query(_rate("headrace_moved_expert_bytes_total", "instance"), "{{instance}}")],
+            "Bps",
+        ),
     ],
     [Choice("layer", "headrace_expert_tokens_total")],
 )

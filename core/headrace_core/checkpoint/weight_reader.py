@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import NoReturn
 
@@ -31,8 +31,14 @@ class WeightReader:
         *,
         dtype: torch.dtype,
         device: str,
-        on_progress: Callable[[int], None],
+        on_progress: Callable[[int], None] = lambda _: None,
+        expected: Mapping[str, str] | None = None,
     ) -> None:
+        """Read what `stored` names. `expected` are the digests of tensors that were read before: they must be the same.
+
+        See `load_model` for the rest.
+        """
+        self._expected = expected or {}
         self._stored = stored
         self._config = config
         self._dtype = dtype
@@ -47,7 +53,8 @@ class WeightReader:
         Of a `shard` no more is kept than that; all is read, since a fingerprint is over whole tensors.
 
         Raises:
-            CheckpointError: DAMAGED_FILE; NON_FINITE_WEIGHT, a value is NaN or infinite, as stored or as `dtype`.
+            CheckpointError: DAMAGED_FILE, also where it is not what was expected; NON_FINITE_WEIGHT, a value is NaN or
+                infinite, as stored or as `dtype`.
         """
         stored = tensor = self._read(name)
         scale: Tensor | None = None
@@ -111,7 +118,10 @@ class WeightReader:
     def _read(self, name: str) -> Tensor:
         tensor = self._stored[name].read()
         data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        self.digests[name] = xxhash.xxh3_128_hexdigest(data)
+        digest = self.digests[name] = xxhash.xxh3_128_hexdigest(data)
+        if self._expected.get(name, digest) != digest:
+            path = self._stored[name].path
+            raise CheckpointError("DAMAGED_FILE", f"{path}: tensor {name} is not what was loaded of it before")
         self._on_progress(self._stored[name].size)
         return tensor
 

@@ -4,6 +4,7 @@
       ├──PAGES──► take its part of them ──► hear
       ├──ASK──► give its part of them ──► hear
       ├──BEAT──► answer ──► hear
+      ├──MOVE, SETTLE, REPORT──► its experts' part (`rank_experts`) ──► hear
       └──STOP──► over
 
 A follower that can't do its share, or whose book is another than the plan was made for, ends, and its group with it:
@@ -20,8 +21,20 @@ from headrace_core.batch.executor_book import ExecutorBook
 from headrace_core.batch.step import FatalStepError
 from headrace_core.batch.step_diff import StepDiff
 from headrace_core.engine.executor import StepModel
-from headrace_core.engine.group_messages import Ask, Beat, Message, Pages, Plan, Stop, decode
+from headrace_core.engine.group_messages import (
+    Ask,
+    Beat,
+    Message,
+    Move,
+    Pages,
+    Plan,
+    Report,
+    Settle,
+    Stop,
+    decode,
+)
 from headrace_core.engine.leader import group_over
+from headrace_core.engine.rank_experts import RankExperts
 from headrace_core.engine.rank_pages import RankPages
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.ranks.group import RankGroup
@@ -36,6 +49,7 @@ class Follower:
         model: StepModel,
         cache: KvCache,
         pages: RankPages,
+        experts: RankExperts | None = None,
         *,
         is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -44,6 +58,7 @@ class Follower:
         self._model = model
         self._cache = cache
         self._pages = pages
+        self._experts = experts or RankExperts({}, None)
         self._is_leaving = is_leaving
         self._book = ExecutorBook(f"of rank {ranks.rank}")
         self._sampled: list[int] = []
@@ -62,6 +77,7 @@ class Follower:
                     what = "hearing the leader"
                     message = decode(self._ranks.broadcast_bytes(None))
                     if isinstance(message, Stop):
+                        self._experts.close()
                         return
                     what = f"its share of {type(message).__name__.lower()}"
                     self._do(message)
@@ -80,6 +96,12 @@ class Follower:
                 self._ranks.gather_bytes(self._pages.give(message))
             case Beat():
                 self._ranks.all_sum(torch.full((1,), float(self._is_leaving())))
+            case Move():
+                self._experts.start(message)
+            case Settle():
+                self._experts.settle(self._ranks)
+            case Report():
+                self._ranks.gather_bytes(self._experts.report())
             case Stop():
                 pass
 
@@ -89,7 +111,8 @@ class Follower:
         plan = self._book.plan(diff)
         self._sampled = [chunk.key for chunk in plan.chunks if chunk.is_sampled]
         self._cache.zero_pages(plan.forward.zero_page_ids)
-        self._model.forward(plan.forward.rows, self._cache)
+        with self._experts.clock.step():
+            self._model.forward(plan.forward.rows, self._cache)
         # The leader's are the group's.
         self._model.take_failures()
         self._model.take_expert_counts()

@@ -4,6 +4,9 @@
     PAGES  first layer, layers, pages: u32 each; ids u32 each; then the pages' bytes, layer by layer
     ASK    the same without bytes: every rank gives its part of these pages
     BEAT   nothing: every rank answers, which shows that it lives, and whether it was told to leave
+    MOVE   a layer, ranks, slots of each: u32 each; then the expert of each slot, u32: have it beside what is there
+    SETTLE nothing: every rank says whether it has that, and if all have, all compute with it from now on
+    REPORT nothing: every rank gives what it counted since the last time
     STOP   nothing: the group is over
 
 A kind is one byte in front.
@@ -18,10 +21,12 @@ from dataclasses import dataclass
 from headrace_core.batch.step_diff import StepDiff
 from headrace_core.engine import plan_messages
 from headrace_core.errors import ProtocolError
+from headrace_core.expert_moves import Slots
 
-_PLAN, _PAGES, _BEAT, _STOP, _ASK = range(1, 6)
+_PLAN, _PAGES, _BEAT, _STOP, _ASK, _MOVE, _SETTLE, _REPORT = range(1, 9)
 _COUNT = struct.Struct("<I")
 _PAGES_HEAD = struct.Struct("<III")
+_MOVE_HEAD = struct.Struct("<III")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +62,29 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Where the experts of a layer are to be: all ranks have as many slots."""
+
+    layer: int
+    slots: Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Whoever hears it says how far it is with the last `Move`; all then do the same (`rank_experts`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Whoever hears it says what it counted (`rank_experts`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Nothing follows."""
 
 
-Message = Plan | Pages | Ask | Beat | Stop
+Message = Plan | Pages | Ask | Beat | Move | Settle | Report | Stop
 
 
 def encode(message: Message) -> bytes:
@@ -76,6 +99,14 @@ def encode(message: Message) -> bytes:
             return bytes([_ASK]) + _encode_pages(first_layer, num_layers, page_ids)
         case Beat():
             return bytes([_BEAT])
+        case Move(layer, slots):
+            experts = [expert for rank in slots for expert in rank]
+            head = _MOVE_HEAD.pack(layer, len(slots), len(slots[0]))
+            return b"".join((bytes([_MOVE]), head, struct.pack(f"<{len(experts)}I", *experts)))
+        case Settle():
+            return bytes([_SETTLE])
+        case Report():
+            return bytes([_REPORT])
         case Stop():
             return bytes([_STOP])
 
@@ -103,6 +134,12 @@ def decode(message: bytes) -> Message:
                 return Beat()
             case b"\x04":
                 return Stop()
+            case b"\x06":
+                return _decode_move(message)
+            case b"\x07":
+                return Settle()
+            case b"\x08":
+                return Report()
             case kind:
                 raise ProtocolError("PROTOCOL", f"a leader said {kind!r}, which is no message of this version")
     except struct.error as error:
@@ -117,3 +154,11 @@ def _encode_pages(first_layer: int, num_layers: int, page_ids: Sequence[int]) ->
 def _decode_pages(message: bytes) -> tuple[int, int, tuple[int, ...]]:
     first_layer, num_layers, count = _PAGES_HEAD.unpack_from(message, 1)
     return first_layer, num_layers, struct.unpack_from(f"<{count}I", message, 1 + _PAGES_HEAD.size)
+
+
+def _decode_move(message: bytes) -> Move:
+    layer, num_ranks, num_slots = _MOVE_HEAD.unpack_from(message, 1)
+    if not num_ranks * num_slots:
+        raise ProtocolError("PROTOCOL", f"experts move to {num_slots} slots of {num_ranks} ranks")
+    experts = struct.unpack_from(f"<{num_ranks * num_slots}I", message, 1 + _MOVE_HEAD.size)
+    return Move(layer, tuple(experts[at : at + num_slots] for at in range(0, len(experts), num_slots)))

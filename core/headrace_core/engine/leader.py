@@ -17,14 +17,17 @@ import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk, FatalStepError, OnLayer, OnStop, StepPlan, StepResult
 from headrace_core.batch.step_diff import Differ
+from headrace_core.engine.balance import Balance
 from headrace_core.engine.executor import StepModel
 from headrace_core.engine.group_messages import Ask, Beat, Message, Pages, Plan, Stop, encode
+from headrace_core.engine.rank_experts import StepClock
 from headrace_core.engine.rank_pages import RankPages, cells, pieces
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.model.kv_cache import KvCache
@@ -37,6 +40,7 @@ _STAND_IN = 0
 """A token for a row that failed: its sequence is over, so nobody looks at it."""
 
 Step = Callable[[StepPlan, OnStop | None], StepResult]
+T = TypeVar("T")
 
 
 class Leader:
@@ -53,6 +57,7 @@ class Leader:
         running_keys: Callable[[], Collection[int]],
         *,
         on_leave: Callable[[], None],
+        balance: Balance | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Lead `ranks`, all of them followers.
@@ -63,6 +68,7 @@ class Leader:
             pages: rank 0's part of them.
             running_keys: gives the keys of all sequences that may have rows.
             on_leave: called when a follower was told to leave; from the engine thread, once.
+            balance: has its turn between steps; None: ranks hold no whole experts.
             clock: seconds.
         """
         self._ranks = ranks
@@ -70,6 +76,7 @@ class Leader:
         self._pages = pages
         self._running_keys = running_keys
         self._on_leave: Callable[[], None] | None = on_leave
+        self._balance = balance
         self._clock = clock
         self._differ = Differ()
         self._sampled_ids: Sequence[int] = ()
@@ -109,7 +116,9 @@ class Leader:
             share.join(memory.page_bytes(layer, page_id), of_ranks)
 
     def beat(self) -> None:
-        """See that every rank lives, if that was not seen for `BEAT_S`."""
+        """See that every rank lives, if that was not seen for `BEAT_S`; let who balances experts have its turn."""
+        if self._balance is not None:
+            self._balance.turn(self.meet)
         if self._clock() - self._beaten_s < BEAT_S:
             return
         self._tell(Beat())
@@ -120,8 +129,16 @@ class Leader:
             self._on_leave()
             self._on_leave = None
 
+    def meet(self, message: Message, own: Callable[[], T]) -> T:
+        """Tell every rank `message`, do rank 0's part of it and return what that gives."""
+        self._tell(message)
+        with self._together(f"its share of {type(message).__name__.lower()}"):
+            return own()
+
     def close(self) -> None:
         """Let the followers go; nothing if the group is over already."""
+        if self._balance is not None:
+            self._balance.close()
         if not self._is_lost:
             self._is_lost = True
             self._ranks.broadcast_bytes(encode(Stop()))
@@ -143,9 +160,11 @@ class Leader:
 class GroupModel:
     """A model whose forward pass is one of several ranks': that it raises is fatal."""
 
-    def __init__(self, model: StepModel, ranks: RankGroup) -> None:
+    def __init__(self, model: StepModel, ranks: RankGroup, clock: StepClock | None = None) -> None:
+        """Args: `clock` is told how long forward passes take."""
         self._model = model
         self._ranks = ranks
+        self._clock = clock or StepClock([])
 
     def forward(
         self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF, on_layer: OnLayer | None = None
@@ -156,7 +175,8 @@ class GroupModel:
             FatalStepError: it raised here, or another rank is gone.
         """
         try:
-            return self._model.forward(chunks, cache, timer, on_layer)
+            with self._clock.step():
+                return self._model.forward(chunks, cache, timer, on_layer)
         except Exception as error:
             raise group_over(self._ranks, "computing a step", error) from error
 

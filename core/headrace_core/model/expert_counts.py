@@ -19,6 +19,7 @@ class ExpertCounts:
         self._counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sent = HostBuffer(self._counts.shape, self._counts.dtype, device)
+        self._since = torch.zeros(self._counts.shape, dtype=torch.int64)
 
     def add(self, experts: Tensor) -> None:
         """Count the choices of all mixture layers, [layers, T, K or more]."""
@@ -32,7 +33,13 @@ class ExpertCounts:
     def take(self) -> list[list[int]]:
         """Return the counts sent since the last call, by layer; what was counted and not sent is forgotten."""
         self._sent.wait()
+        self._since += self._sent.values
         counts: list[list[int]] = self._sent.values.numpy().tolist()
         self._sent.values.zero_()
         self._counts.zero_()
+        return counts
+
+    def take_since(self) -> Tensor:
+        """Return what `take` returned since the last call of this, summed: [layers, experts] int64, on the host."""
+        counts, self._since = self._since, torch.zeros_like(self._since)
         return counts

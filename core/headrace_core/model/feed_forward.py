@@ -69,7 +69,7 @@ class MoeMlp:
 
     def __init__(self, router: Router, experts: LayerExperts | Fp8Experts) -> None:
         self.router = router
-        self._experts = experts
+        self.experts = experts
         shared = ["shared_experts"] if router.num_shared else []
         self._name = "+".join(["dispatch", "expert_gate", "expert_up", "expert_down", "combine", *shared])
 
@@ -78,10 +78,10 @@ class MoeMlp:
     ) -> tuple[Tensor, Tensor]:
         """See `FeedForward`."""
         num_assignments = len(x) * (self.router.rule.num_experts_per_token + self.router.num_shared)
-        block_size = self._experts.block_size(num_assignments)
+        block_size = self.experts.block_size(num_assignments)
         routed = route_and_sort(x, norm_weight, eps, self.router, block_size, slot_mapping=slot_mapping)
         timer.mark("ffn_norm+router")
-        out = self._experts(routed, x)
+        out = self.experts(routed, x)
         timer.mark(self._name)
         return out, routed.experts
 
@@ -93,4 +93,4 @@ class MoeMlp:
         experts = torch.empty(
             0, self.router.rule.num_experts_per_token + self.router.num_shared, dtype=torch.int64, device=like.device
         )
-        self._experts(RoutedTokens(like, experts, experts.float(), None), like)
+        self.experts(RoutedTokens(like, experts, experts.float(), None), like)

@@ -22,6 +22,7 @@ from headrace_core.families.config_json import parse_config
 from headrace_core.families.table import weights as weight_tree
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.build import build_network, num_weight_bytes
+from headrace_core.model.expert_store import ExpertReader, num_slots, open_store, spare_bytes, with_replicas
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.model.numerics import Numerics, check_exact, exact_fingerprint
 from headrace_core.model.rope_angles import check_angles
@@ -49,6 +50,7 @@ def load_model(
     ranks: Ranks = ALONE,
     expert_owners: Mapping[int, Owners] | None = None,
     has_mtp: bool = False,
+    redundant_experts: int | None = None,
 ) -> Model:
     """Load the checkpoint in `directory`; in a group of ranks, this rank's part of it, and all of them call it.
 
@@ -65,6 +67,8 @@ def load_model(
         ranks: the group, and where this process stands in it.
         expert_owners: by layer, which ranks hold its experts; others' lie in a row. For whole experts (EP).
         has_mtp: load the checkpoint's module for multi-token prediction, too.
+        redundant_experts: replicas that each layer has from the beginning, with `Model.store` to move experts while
+            steps go on; tokens are always dispatched to their experts then. For EP; None: experts stay.
 
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
@@ -91,7 +95,10 @@ def load_model(
     stored = read_headers(directory)
     check_mtp_is_stored(config, stored)
     names = check_tensors(config, stored)
-    sharding = Sharding(ranks.layout, ranks.rank, numerics is Numerics.EXACT, expert_owners or {})
+    is_dispatched = numerics is Numerics.EXACT or redundant_experts is not None
+    if redundant_experts is not None:
+        expert_owners = with_replicas(ranks.layout, config, redundant_experts)
+    sharding = Sharding(ranks.layout, ranks.rank, is_dispatched, expert_owners or {})
     is_read = {weight.name for weight in sharding.weights(weight_tree(config))}
     names = [name for name in names if name.removesuffix(SCALE_SUFFIX) in is_read]
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
@@ -101,11 +108,17 @@ def load_model(
     weight_bytes = num_weight_bytes(config, compute_dtype, weights_dtype, sharding)
     held = dtype if weights_dtype is WeightsDtype.AUTO else weights_dtype.value
     log.info("weights", extra={"dtype": held, "compute_dtype": dtype, "bytes": weight_bytes})
+    room_bytes = 0
+    if redundant_experts is not None:
+        room_bytes = spare_bytes(
+            config, num_slots(ranks.layout, config, redundant_experts), compute_dtype, weights_dtype
+        )
+        log.info("room to move experts, beside the weights", extra={"bytes": room_bytes})
     working_bytes = WORKING_BYTES
     if device == "cuda":
         limits = step_limits or StepLimits()
         working_bytes = gpu_working_bytes(config, layout, limits, kv_pool_bytes, itemsize=compute_dtype.itemsize)
-    check_fits(weight_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
+    check_fits(weight_bytes + room_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
     weights = build_network(config, reader, weights_dtype, ranks, sharding)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
@@ -116,7 +129,13 @@ def load_model(
     if numerics is Numerics.EXACT:
         fingerprint = exact_fingerprint(fingerprint, ranks.layout)
     identity = ModelIdentity(fingerprint, compute_dtype, weight_bytes, cache_dtype, numerics)
-    return Model(config, identity, weights, ranks)
+    store = None
+    if redundant_experts is not None:
+        again = WeightReader(stored, config, dtype=compute_dtype, device=device, expected=dict(reader.digests))
+        store = open_store(
+            ExpertReader(again, config), [each.feed_forward for each in weights.layers], sharding, weights_dtype
+        )
+    return Model(config, identity, weights, ranks, store)
 
 
 def _share_digests(reader: WeightReader, ranks: Ranks) -> None:

@@ -21,6 +21,7 @@ from headrace_core.model.decode_batch import DecodeBatch
 from headrace_core.model.decode_graphs import Capture, DecodeGraphs, DecodeOutput, is_decode_step
 from headrace_core.model.decode_tapes import DecodeTapes
 from headrace_core.model.expert_counts import ExpertCounts
+from headrace_core.model.expert_store import ExpertStore
 from headrace_core.model.feed_forward import MoeMlp
 from headrace_core.model.group_experts import LaneCounts
 from headrace_core.model.group_linear import embed
@@ -75,9 +76,16 @@ class Model:
     """
 
     def __init__(
-        self, config: ModelConfig, identity: ModelIdentity, weights: ModelWeights, ranks: Ranks = ALONE
+        self,
+        config: ModelConfig,
+        identity: ModelIdentity,
+        weights: ModelWeights,
+        ranks: Ranks = ALONE,
+        store: ExpertStore | None = None,
     ) -> None:
         self.config = config
+        self.store = store
+        """What moves this rank's experts; None: they stay."""
         self.fingerprint = identity.fingerprint
         self.dtype = identity.dtype
         self.weight_bytes = identity.weight_bytes
@@ -92,7 +100,7 @@ class Model:
         # "cpu" or "cuda": the settings' name, one GPU a process.
         self.device = weights.embedding.device.type
         self._angles = RopeAngles(config.rope, self.device)
-        self._mixtures = [i for i, layer in enumerate(weights.layers) if isinstance(layer.feed_forward, MoeMlp)]
+        self.mixtures = [i for i, layer in enumerate(weights.layers) if isinstance(layer.feed_forward, MoeMlp)]
         self._expert_counts = self._new_counts()
         self._decode_steps: DecodeGraphs | DecodeTapes | None = None
         # What those read and write; steps over any other cache are computed as ever.
@@ -289,7 +297,12 @@ class Model:
     def take_expert_counts(self) -> dict[int, list[int]]:
         """Return, by layer, how many tokens each routed expert was chosen for since the last call."""
         counts = self._expert_counts
-        return {} if counts is None else dict(zip(self._mixtures, counts.take(), strict=True))
+        return {} if counts is None else dict(zip(self.mixtures, counts.take(), strict=True))
+
+    def take_expert_counts_since(self) -> Tensor:
+        """Return what `take_expert_counts` returned since the last call of this, summed: [mixtures, experts] int64."""
+        counts = self._expert_counts
+        return torch.zeros(0, 0, dtype=torch.int64) if counts is None else counts.take_since()
 
     def _new_counts(self) -> ExpertCounts | None:
         mixtures = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, MoeMlp)]

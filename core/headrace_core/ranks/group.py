@@ -25,6 +25,8 @@ class RankGroup(Protocol):
     size: int
     sent_bytes: int
     """What this rank gave others so far; what a rank keeps for itself does not count."""
+    meeting_s: float
+    """Seconds that it spent in meetings so far; where these are launched, as on GPUs, what launching took."""
 
     def all_sum(self, part: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return `onto`, which all ranks have the same, plus the ranks' `part`s of its shape and dtype, on every rank.
@@ -80,6 +82,7 @@ class OneRank:
     rank = 0
     size = 1
     sent_bytes = 0
+    meeting_s = 0.0
 
     def all_sum(self, part: Tensor, onto: Tensor | None = None) -> Tensor:
         """See `RankGroup`."""

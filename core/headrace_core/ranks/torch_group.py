@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,6 +40,7 @@ class TorchGroup:
         self.rank = dist.get_rank(group)
         self.size = len(ranks)
         self.sent_bytes = 0
+        self.meeting_s = 0.0
         self._ranks = list(ranks)
         self._group = group
 
@@ -136,10 +138,12 @@ class TorchGroup:
 
     @contextmanager
     def _meeting(self, what: str) -> Generator[None]:
+        began = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
             raise _lost(f"rank {self.rank} of {self.size}: {what}", error) from error
+        self.meeting_s += time.perf_counter() - began
 
 
 def join(size: int, *, rank: int, init_method: str, device: str, timeout_s: float) -> TorchGroup:

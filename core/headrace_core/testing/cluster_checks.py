@@ -51,18 +51,18 @@ class Reference:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
-async def eventually(condition: Callable[[], Awaitable[Any]], *, what: str) -> Any:
+async def eventually(condition: Callable[[], Awaitable[Any]], *, what: str, timeout_s: float = WAIT_S) -> Any:
     """Return the first true answer of `condition`, asked again and again.
 
     Raises:
-        AssertionError: there was none within `WAIT_S`; names `what` and the last answer.
+        AssertionError: there was none within `timeout_s`; names `what` and the last answer.
     """
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + timeout_s
     while True:
         answer = await condition()
         if answer:
             return answer
-        assert time.monotonic() < deadline, f"{what} did not happen within {WAIT_S} s; last answer {answer!r}"
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s; last answer {answer!r}"
         await asyncio.sleep(_POLL_S)
 
 

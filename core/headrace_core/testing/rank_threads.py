@@ -49,6 +49,7 @@ class ThreadRank:
         self.rank = rank
         self.size = group.size
         self.sent_bytes = 0
+        self.meeting_s = 0.0
         self.messages: list[bytes] = []
 
     def all_sum(self, part: Tensor, onto: Tensor | None = None) -> Tensor:

@@ -46,7 +46,10 @@ class FollowerService:
         model = await on_daemon(lambda: self._loader(settings), "loading")
         group = model.group
         assert group is not None, "a follower has a leader"
-        follower = Follower(group.ranks, model.model, model.cache, group.part, is_leaving=lambda: self._is_leaving)
+        experts = group.experts and group.experts.own
+        follower = Follower(
+            group.ranks, model.model, model.cache, group.part, experts, is_leaving=lambda: self._is_leaving
+        )
         self._following = asyncio.ensure_future(on_daemon(follower.run, "following"))
         self._following.add_done_callback(self._on_over)
         return str(self._place)

@@ -27,6 +27,7 @@ from headrace_core.batch.scheduler import Scheduler
 from headrace_core.batch.step import LayerWatch
 from headrace_core.config import WorkerSettings
 from headrace_core.door import LONG_CALLS, Door
+from headrace_core.engine.balance import Balance, Moved, Seen
 from headrace_core.engine.engine import Beat, Engine, News
 from headrace_core.engine.executor import Executor
 from headrace_core.engine.leader import BEAT_S, GroupModel, Leader
@@ -180,7 +181,7 @@ class WorkerHost(Generic[S]):
         if model.prediction and timing_period:
             self._metrics.show_operations(model.prediction)
         lent = self._lent = self._lent_threads(model)
-        network = GroupModel(model.model, model.group.ranks) if model.group else model.model
+        network = _of_group(model) if model.group else model.model
         executor = Executor(
             network,
             model.cache,
@@ -296,8 +297,14 @@ class WorkerHost(Generic[S]):
             # A signal of its own, if all ranks were given one, comes first: a second would end it at once.
             loop.call_soon_threadsafe(loop.call_later, _OWN_SIGNAL_S, self._leave)
 
-        group = model.group
-        return Leader(group.ranks, executor.step, group.part, scheduler.running_keys, on_leave=on_leave)
+        def on_news(news: Seen | Moved) -> None:
+            loop.call_soon_threadsafe(self._metrics.observe_balance, news)
+
+        group, experts = model.group, model.group.experts
+        balance = Balance(group.ranks, experts.own, experts.rule, on_news=on_news) if experts else None
+        return Leader(
+            group.ranks, executor.step, group.part, scheduler.running_keys, on_leave=on_leave, balance=balance
+        )
 
     def _let_go(self) -> None:
         """Let nobody wait for the engine, which is over."""
@@ -315,3 +322,10 @@ class WorkerHost(Generic[S]):
         self._draining = asyncio.ensure_future(self.server.set_ready(False))
         with contextlib.suppress(asyncio.InvalidStateError):
             self.failed.set_exception(error)
+
+
+def _of_group(model: LoadedModel) -> GroupModel:
+    """Return the model of rank 0 of a group."""
+    assert model.group is not None
+    experts = model.group.experts
+    return GroupModel(model.model, model.group.ranks, experts.own.clock if experts else None)

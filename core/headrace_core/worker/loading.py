@@ -36,7 +36,7 @@ from headrace_core.transfer.memory import PageMemory, new_memory
 from headrace_core.transfer.transports import memory_kind, usable
 from headrace_core.worker.cpu_speed import measure_worker_cpu
 from headrace_core.worker.op_metrics import Prediction
-from headrace_core.worker.rank_group import RankOfGroup, agree, join, rank_of_group
+from headrace_core.worker.rank_group import RankOfGroup, agree, group_experts, join, rank_of_group, redundant_experts
 from headrace_core.worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
             on_progress=on_progress,
             ranks=ranks,
             has_mtp=settings.has_mtp,
+            redundant_experts=redundant_experts(settings, ranks.layout),
         )
     own = model.kv_layout(settings.page_size)
     num_pages = pool_bytes // own.page_bytes
@@ -123,7 +124,8 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
     memory = new_memory(memory_kind(usable(settings.transport))) if place.rank == 0 else None
     cache = KvCache(own, num_pages, settings.device, allocate=memory.allocate if memory and own == layout else None)
     kernels = backend(cache.layers[0])
-    agree(ranks, {"model": model.fingerprint, "layout": str(layout), "pages": num_pages, "kernels": kernels})
+    loaded = {"model": model.fingerprint, "layout": str(layout), "pages": num_pages, "kernels": kernels}
+    agree(ranks, {**loaded, "rebalance": settings.rebalance, "redundant experts": settings.redundant_experts})
     if settings.device == "cuda" and kernels != "reference":
         _prepare_gpu(settings, model, cache, most)
     else:
@@ -149,6 +151,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
             **({"layout": str(ranks.layout)} if place.size > 1 else {}),
         },
     )
+    experts = group_experts(settings, model, ranks) if place.size > 1 else None
     ranks.set_timeout(settings.rank_timeout_s)
     return LoadedModel(
         name=name,
@@ -161,7 +164,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
         prediction=_prediction(settings, model, name) if place.size == 1 else None,
         grammars=grammars,
         memory=memory,
-        group=rank_of_group(ranks, cache, layout, memory) if place.size > 1 else None,
+        group=rank_of_group(ranks, cache, layout, memory, experts) if place.size > 1 else None,
         mtp=model if model.has_mtp else None,
     )
 

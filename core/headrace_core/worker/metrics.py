@@ -9,10 +9,12 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from headrace_core.batch.scheduler import Load
+from headrace_core.engine.balance import Moved, Seen
 from headrace_core.engine.engine import StepReport
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
+from headrace_core.worker.balance_metrics import BalanceMetrics
 from headrace_core.worker.op_metrics import OpMetrics, Prediction
 
 TRANSFER_REASONS = (
@@ -105,6 +107,7 @@ class WorkerMetrics:
             self.refused_calls.labels(reason)
         self.expert_tokens = ExpertTokens()
         registry.register(self.expert_tokens)
+        self._balance = BalanceMetrics(registry)
         self._registry = registry
         self._operations: OpMetrics | None = None
         for state in PageState:
@@ -131,6 +134,10 @@ class WorkerMetrics:
             self.kv_pages.labels(state.value).set(count)
         self.running.set(load.num_running)
         self.waiting.set(load.num_waiting)
+
+    def observe_balance(self, news: Seen | Moved) -> None:
+        """Show how even a group's ranks are, or what moved between them."""
+        self._balance.observe(news)
 
     def observe_step(self, report: StepReport) -> None:
         """Count one step."""

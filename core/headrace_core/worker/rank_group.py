@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headrace_core import __version__
 from headrace_core.config import WorkerSettings
+from headrace_core.engine.balance import Rule
+from headrace_core.engine.rank_experts import RankExperts, StepClock
 from headrace_core.engine.rank_pages import RankPages
 from headrace_core.errors import StartupError
+from headrace_core.expert_moves import Network
+from headrace_core.expert_placement import in_order
 from headrace_core.kv.layout import KvLayout
 from headrace_core.model.kv_cache import KvCache
+from headrace_core.model.model import Model
 from headrace_core.ranks.group import ALONE, RankGroup, Ranks, join_ranks
+from headrace_core.ranks.layout import ExpertsBy, ParallelLayout
 from headrace_core.ranks.page_share import PageShare
 from headrace_core.ranks.place import RankPlace
 from headrace_core.ranks.served import served_layout
@@ -22,17 +29,34 @@ from headrace_core.worker.group_pages import GroupPages
 
 log = logging.getLogger(__name__)
 
+_REBALANCE_S = 60
+"""Between two looks at whether experts are to move, where no other time is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupExperts:
+    """A rank's whole experts, and when they move."""
+
+    own: RankExperts
+    rule: Rule
+
 
 @dataclass(frozen=True, slots=True)
 class RankOfGroup:
-    """What one rank of several has besides its model: the others, its part of pages, and rank 0's whole ones."""
+    """What one rank of several has besides its model: the others, its part of pages, and rank 0's whole ones.
+
+    `experts` None: ranks have parts of all.
+    """
 
     ranks: RankGroup
     part: RankPages
     pages: GroupPages
+    experts: GroupExperts | None = None
 
 
-def rank_of_group(ranks: Ranks, cache: KvCache, whole: KvLayout, memory: Memfd | None) -> RankOfGroup:
+def rank_of_group(
+    ranks: Ranks, cache: KvCache, whole: KvLayout, memory: Memfd | None, experts: GroupExperts | None = None
+) -> RankOfGroup:
     """Return what a rank has whose part of pages of layout `whole` is in `cache`.
 
     `memory` is what other processes can be let read; the cache is built on it where every rank has all of each page.
@@ -42,7 +66,56 @@ def rank_of_group(ranks: Ranks, cache: KvCache, whole: KvLayout, memory: Memfd |
     if not share.is_whole and ranks.rank == 0:
         # Real memory only for the pages that are moved.
         moved = KvCache(whole, cache.num_pages, allocate=memory and memory.allocate)
-    return RankOfGroup(ranks.world, RankPages(cache, share), GroupPages(moved, is_whole=share.is_whole))
+    return RankOfGroup(ranks.world, RankPages(cache, share), GroupPages(moved, is_whole=share.is_whole), experts)
+
+
+def redundant_experts(settings: WorkerSettings, layout: ParallelLayout) -> int | None:
+    """Return how many replicas each layer of a group has; None: its experts stay, or there is no group.
+
+    Raises:
+        StartupError: BAD_RANKS, experts can't move so.
+    """
+    if layout.size == 1:
+        return None
+    if settings.rebalance == "off":
+        if settings.redundant_experts:
+            problem = "which nothing fills: give --rebalance auto, or leave it out"
+            raise StartupError("BAD_RANKS", f"--redundant-experts {settings.redundant_experts} is room {problem}")
+        return None
+    if layout.experts_by is not ExpertsBy.EXPERT:
+        problem = "moves whole experts, and with --experts tp every rank has a part of each: say --experts ep"
+        raise StartupError("BAD_RANKS", f"--rebalance {settings.rebalance} {problem}")
+    return settings.redundant_experts
+
+
+def group_experts(settings: WorkerSettings, model: Model, ranks: Ranks) -> GroupExperts | None:
+    """Return what this rank has of whole experts; None: it has parts of all, or there are none."""
+    layout, moe = ranks.layout, model.config.moe
+    if layout.experts_by is not ExpertsBy.EXPERT or not model.mixtures:
+        return None
+    slots = dict.fromkeys(model.mixtures, in_order(moe.num_experts, layout.size).ranks)
+    own = RankExperts(
+        slots,
+        # All ranks of a lane have its tokens.
+        model.take_expert_counts_since if layout.place(ranks.rank) == 0 else None,
+        store=model.store,
+        # Of a GPU the host sees launches alone.
+        clock=StepClock([ranks.world, ranks.lane] if settings.device == "cpu" else []),
+    )
+    _, _, seconds = settings.rebalance.partition(":")
+    period_s = None if model.store is None else float(seconds or _REBALANCE_S)
+    return GroupExperts(own, Rule(period_s, network=Network(moe.num_groups, _num_nodes(ranks.world))))
+
+
+def _num_nodes(world: RankGroup) -> int:
+    """Return how many machines the ranks are on, if each has as many ranks in a row; else, or with one each, 1."""
+    names = world.gather_bytes(socket.gethostname().encode())
+    count = len(set(names))
+    width = len(names) // count
+    is_even = count * width == len(names) and all(
+        len(set(names[at : at + width])) == 1 for at in range(0, len(names), width)
+    )
+    return count if is_even and width > 1 else 1
 
 
 def join(settings: WorkerSettings, place: RankPlace) -> Ranks:
