@@ -61,10 +61,15 @@ class Decoding:
         *,
         pool_tokens: int = _POOL_TOKENS,
         on_step: Callable[[StepPlan, StepResult, KvCache], None] = lambda plan, result, cache: None,
+        allocator: PageAllocator | None = None,
     ) -> Decoded:
-        """Go on with every prompt to its end; `on_step` is called when a step is computed, before it is applied."""
+        """Go on with every prompt to its end.
+
+        `on_step` is called when a step is computed, before it is applied. `allocator` has the prefix cache of runs
+        before; None: this one begins with none, and has `pool_tokens`.
+        """
         scheduler = DecodeScheduler(
-            PageAllocator(pool_tokens // self._page_size, self._page_size),
+            allocator or PageAllocator(pool_tokens // self._page_size, self._page_size),
             self._limits,
             max_step_tokens=512,
             max_step_sequences=self._max_sequences,
