@@ -68,7 +68,6 @@ class Scheduled:
             page_ids=self.pages.page_ids,
             is_sampled=end == len(self.token_ids),
             request_id=self.spec.request_id,
-            next_id=self.token_ids[end] if end < len(self.token_ids) else None,
         )
 
     def advance(self, chunk: Chunk, num_new: int, guess: Sequence[int]) -> None:

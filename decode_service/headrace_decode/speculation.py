@@ -142,21 +142,22 @@ class Speculation:
     def with_drafts(self, chunks: list[Chunk], sequences: Mapping[int, Drafted], pages: PageAllocator) -> list[Chunk]:
         """Return the chunks, those with a draft that get one; `sequences` are theirs, by key.
 
-        Takes the pages that drafts need, of which every running sequence is left one. Where the module guesses, those
-        that it is to guess behind, for drafts of the next step, say so.
+        Takes the pages that drafts need, of which every running sequence is left one. Where the module guesses, chunks
+        say what it needs, and how many tokens it is to guess for drafts of the next step.
         """
         chunks = self._drafted(chunks, sequences, pages)
-        if not self.is_mtp or sum(chunk.is_sampled for chunk in chunks) >= self.max_rows:
+        if not self.is_mtp:
             return chunks
-        return [
-            replace(chunk, num_wanted=self._num_wanted(sequences[chunk.key])) if chunk.is_sampled else chunk
-            for chunk in chunks
-        ]
+        is_full = sum(chunk.is_sampled for chunk in chunks) >= self.max_rows
+        return [self._for_module(chunk, sequences[chunk.key], is_full=is_full) for chunk in chunks]
 
-    def _num_wanted(self, sequence: Drafted) -> int:
+    def _for_module(self, chunk: Chunk, sequence: Drafted, *, is_full: bool) -> Chunk:
+        if not chunk.is_sampled:
+            return replace(chunk, next_id=sequence.token_ids[chunk.start + len(chunk.token_ids)])
         # It has a token more by then, and one that is drawn behind the draft.
         num_left = sequence.finish.num_left(len(sequence.output_ids), len(sequence.token_ids)) - 2
-        return sequence.drafting.num_wanted(max(0, min(self.num_tokens, num_left)))
+        num_wanted = sequence.drafting.num_wanted(max(0, min(self.num_tokens, num_left)))
+        return chunk if is_full or not num_wanted else replace(chunk, num_wanted=num_wanted)
 
     def _drafted(self, chunks: list[Chunk], sequences: Mapping[int, Drafted], pages: PageAllocator) -> list[Chunk]:
         num_left = self.max_rows - len(chunks)

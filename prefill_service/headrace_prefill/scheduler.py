@@ -310,7 +310,7 @@ class PrefillScheduler:
             page_ids=sequence.pages.page_ids,
             is_sampled=end == sequence.num_tokens,
             request_id=spec.request_id,
-            next_id=spec.token_ids[end] if end < sequence.num_tokens else None,
+            next_id=spec.token_ids[end] if self._runs_mtp and end < sequence.num_tokens else None,
         )
 
     def _num_written(self, sequence: _Sequence, chunk: Chunk) -> int:

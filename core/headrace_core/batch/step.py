@@ -102,7 +102,7 @@ class Chunk:
     def rows(self) -> list[Chunk]:
         """Return what a model is given of a chunk with a draft: a chunk for each of its tokens, which are sampled."""
         return [
-            replace(self, token_ids=[token], start=position, num_draft=0)
+            Chunk(self.key, [token], position, self.page_ids, self.is_sampled, self.request_id, self.lane)
             for position, token in enumerate(self.token_ids, start=self.start)
         ]
 

@@ -25,7 +25,7 @@ _BUCKET_STEP = 8
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutput:
-    """`hidden` [B, N]: the residual stream after all layers; `experts` [mixture layers, B, K], None: they are not told.
+    """`hidden` [B, N]: what whoever made it says; `experts` [mixture layers, B, K], None: they are not told.
 
     `logits` [B, V] float32; None for layers without a head.
     """

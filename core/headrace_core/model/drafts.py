@@ -70,7 +70,8 @@ def _drawn(
     while going:
         asked = [draws.asked() for draws in going]
         places = [draws.at + i for draws, some in zip(going, asked, strict=True) for i in range(len(some))]
-        chosen = logits.index_select(0, to_device(torch.tensor(places), logits.device))
+        is_all = len(places) == len(logits)  # in their order
+        chosen = logits if is_all else logits.index_select(0, to_device(torch.tensor(places), logits.device))
         found = iter(sample(chosen, [row for some in asked for row in some], grammars))
         going = [d for d, some in zip(going, asked, strict=True) if d.take(list(islice(found, len(some))))]
     return [draws.tokens or draws.error for draws in all_draws]
@@ -89,8 +90,8 @@ class _Draws:
         """Return the rows to draw now: of all its positions, or of the next one."""
         if needs_changes(self._row):
             return [self._row]
-        num_left = 1 + len(self._draft) - len(self.tokens)
-        return [replace(self._row, position=self._row.position + i) for i in range(num_left)]
+        num_more = len(self._draft) - len(self.tokens)
+        return [self._row, *(replace(self._row, position=self._row.position + 1 + i) for i in range(num_more))]
 
     def take(self, outcomes: list[SampledToken | HeadraceError]) -> bool:
         """Take what was drawn, as far as the draft was right; return whether it goes on from there."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from headrace_kernels.linear import Linear
+from headrace_kernels.rms_norm import rms_norm
 from torch import Tensor
 
 from headrace_core.batch.step import Chunk, OnLayer
@@ -194,7 +195,7 @@ class Model:
             if steps is not None and len(chunks) <= steps.max_rows and is_decode_step(chunks):
                 output = steps.run(chunks, timer)
                 self._count(output.experts)
-                self._keep(output.hidden, range(len(chunks)))
+                self._stream = Stream(output.hidden, range(len(chunks)))
                 assert output.logits is not None, "the network has a head"
                 return output.logits
             if not self._is_alone:
@@ -250,7 +251,8 @@ class Model:
         step = self._prepare(chunks, cache)
         hidden, experts = self._run_layers(step, cache, timer, on_layer)
         self._count(experts)
-        self._keep(hidden, step.chunk_rows)
+        if self._mtp:
+            self._stream = Stream(self._normed(hidden), step.chunk_rows)
         failures = not_finite(hidden, step.chunk_rows, chunks)
         rows = [
             row + len(chunk.token_ids) - 1
@@ -323,18 +325,17 @@ class Model:
         rows = DecodeRows(batch.block_table, batch.context_lens)
         step = StepInputs(batch.token_ids, batch.positions, batch.slot_mapping, rows, [], [])
         hidden, experts = self._run_layers(step, cache, timer)
-        return DecodeOutput(hidden, experts, self._logits(hidden, timer))
+        return DecodeOutput(self._normed(hidden), experts, self._logits(hidden, timer))
 
     def _new_mtp(self, weights: ModelWeights) -> Mtp | None:
         if weights.mtp is None:
             return None
-        shared = TrunkWeights(weights.embedding, weights.norm, weights.head, self._angles, self.config.rms_norm_eps)
+        shared = TrunkWeights(weights.embedding, weights.head, self._angles, self.config.rms_norm_eps)
         return Mtp(weights.mtp, shared, self.max_decode_chunk)
 
-    def _keep(self, hidden: Tensor, chunk_rows: Sequence[int]) -> None:
-        """Keep what `guess` begins with."""
-        if self._mtp:
-            self._stream = Stream(hidden, chunk_rows)
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """Return what the MTP module begins with; without one, what is at hand: nobody looks at it."""
+        return rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps) if self._mtp else hidden
 
     def _prepare(self, chunks: Sequence[Chunk], cache: KvCache) -> StepInputs:
         return prepare_step(

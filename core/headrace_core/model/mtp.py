@@ -51,10 +51,9 @@ class MtpWeights:
 
 @dataclass(frozen=True, slots=True)
 class TrunkWeights:
-    """What the module shares with the network, or takes its output with."""
+    """What the module shares with the network."""
 
     embedding: Tensor
-    norm: Tensor
     head: Linear
     angles: RopeAngles
     eps: float
@@ -62,7 +61,7 @@ class TrunkWeights:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The residual stream [T, N] of a step after the network's layers, and where each chunk's first token is in it."""
+    """The network's output [T, N] for a step, after the final norm, and where each chunk's first token is in it."""
 
     hidden: Tensor
     chunk_rows: Sequence[int]
@@ -121,24 +120,18 @@ class Mtp:
         rows, places, wanting = _rows(stream, chunks, tokens)
         if not rows:
             return {}
-        trunk = self._trunk
-        out, ends = self._run(rows, rms_norm(_picked(stream.hidden, places), trunk.norm, trunk.eps), cache)
+        hidden, logits = self._run(rows, _picked(stream.hidden, places), wanting, cache)
         going = [rows[number] for number in wanting]
-        ends = [ends[number] for number in wanting]
         guesses: dict[int, list[int]] = {}
         while going:
-            hidden = rms_norm(_picked(out, ends), self._weights.norm, trunk.eps)
-            found = trunk.head(hidden).argmax(dim=1).tolist()
-            for row, token in zip(going, found, strict=True):
+            found = logits.argmax(dim=1).tolist()
+            rows = [_row(row, token, row.start + len(row.token_ids)) for row, token in zip(going, found, strict=True)]
+            for row, token in zip(rows, found, strict=True):
                 guesses.setdefault(row.key, []).append(token)
-            rows = [
-                replace(row, token_ids=[token], start=row.start + len(row.token_ids))
-                for row, token in zip(going, found, strict=True)
-            ]
             kept = [i for i, row in enumerate(rows) if len(guesses[row.key]) < row.num_wanted and _has_slot(row, cache)]
             going = [rows[i] for i in kept]
             if going:
-                out, ends = self._run(going, _picked(hidden, kept), cache)
+                hidden, logits = self._run(going, _picked(hidden, kept), range(len(going)), cache)
         return guesses
 
     def all_logits(
@@ -146,21 +139,34 @@ class Mtp:
     ) -> list[Tensor]:
         """Write the rows, see `guess`, and return the logits at all of them, [rows, V] for each chunk that has some."""
         rows, places, _ = _rows(stream, chunks, tokens)
-        trunk = self._trunk
-        out, ends = self._run(rows, rms_norm(_picked(stream.hidden, places), trunk.norm, trunk.eps), cache)
-        firsts = [end + 1 - len(row.token_ids) for row, end in zip(rows, ends, strict=True)]
-        logits = trunk.head(rms_norm(out, self._weights.norm, trunk.eps))
-        return [logits[first : end + 1] for first, end in zip(firsts, ends, strict=True)]
+        x, firsts = self._run_eagerly(rows, _picked(stream.hidden, places), cache)
+        logits = self._trunk.head(rms_norm(x, self._weights.norm, self._trunk.eps))
+        return [logits[first : first + len(row.token_ids)] for row, first in zip(rows, firsts, strict=True)]
 
-    def _run(self, rows: Sequence[Chunk], hidden: Tensor, cache: KvCache) -> tuple[Tensor, list[int]]:
-        """Return the module's output [T, N] for chunks of next tokens, and where each chunk's last token is in it.
+    def _run(
+        self, rows: Sequence[Chunk], hidden: Tensor, wanted: Sequence[int], cache: KvCache
+    ) -> tuple[Tensor, Tensor]:
+        """Write the rows of chunks of next tokens; return output [B, N], after the norm, and logits [B, V] behind some.
 
-        `hidden` [T, N] are the network's outputs, normalised, in the order of the chunks' tokens.
+        Args:
+            rows: the chunks.
+            hidden: [T, N], the network's outputs, in the order of the chunks' tokens.
+            wanted: numbers of the chunks of which the output at their last token is wanted; rising.
+            cache: the network's.
         """
         steps = self._steps
         if steps is not None and len(rows) <= steps.max_rows and is_decode_step(rows):
             self._hidden[: len(hidden)].copy_(hidden)
-            return steps.run(rows).hidden, list(range(len(rows)))
+            output = steps.run(rows)
+            assert output.logits is not None, "the module has a head"
+            return _picked(output.hidden, wanted), _picked(output.logits, wanted)
+        x, firsts = self._run_eagerly(rows, hidden, cache)
+        ends = [firsts[number] + len(rows[number].token_ids) - 1 for number in wanted]
+        out = rms_norm(_picked(x, ends), self._weights.norm, self._trunk.eps)
+        return out, self._trunk.head(out) if ends else out
+
+    def _run_eagerly(self, rows: Sequence[Chunk], hidden: Tensor, cache: KvCache) -> tuple[Tensor, list[int]]:
+        """Return the residual stream [T, N] after the module's layer, and where each chunk's first token is in it."""
         step = prepare_step(
             rows, cache.layout.page_size, max_decode_chunk=self._max_decode_chunk, device=hidden.device.type
         )
@@ -170,14 +176,14 @@ class Mtp:
             count = len(row.token_ids)
             order[first : first + count] = range(at, at + count)
             at += count
-        hidden = _picked(hidden, order)
-        ends = [first + len(row.token_ids) - 1 for row, first in zip(rows, step.chunk_rows, strict=True)]
-        return self._compute(step, hidden, cache), ends
+        return self._compute(step, _picked(hidden, order), cache), step.chunk_rows
 
     def _decode(self, batch: DecodeBatch, cache: KvCache) -> DecodeOutput:
         rows = DecodeRows(batch.block_table, batch.context_lens)
         step = StepInputs(batch.token_ids, batch.positions, batch.slot_mapping, rows, [], [])
-        return DecodeOutput(self._compute(step, self._hidden[: len(batch.token_ids)], cache), None)
+        x = self._compute(step, self._hidden[: len(batch.token_ids)], cache)
+        out = rms_norm(x, self._weights.norm, self._trunk.eps)
+        return DecodeOutput(out, None, self._trunk.head(out))
 
     def _compute(self, step: StepInputs, hidden: Tensor, cache: KvCache, timer: OpTimer = OFF) -> Tensor:
         weights, trunk = self._weights, self._trunk
@@ -211,19 +217,28 @@ def _rows(
         behind = chunk.behind(tokens.get(chunk.key, ()))
         if not behind:
             continue
-        moved = replace(chunk, token_ids=behind, is_sampled=True, num_draft=0)
         if chunk.num_draft:
-            rows += moved.rows()
+            rows += [_row(chunk, token, position) for position, token in enumerate(behind, start=chunk.start)]
             places += firsts[: len(behind)]
         else:
-            rows.append(moved)
+            rows.append(replace(chunk, token_ids=behind, is_sampled=True))
             places += range(firsts[0], firsts[0] + len(behind))
         if chunk.num_wanted and chunk.is_sampled:
             wanting.append(len(rows) - 1)
     return rows, places, wanting
 
 
+def _row(chunk: Chunk, token: int, position: int) -> Chunk:
+    return Chunk(chunk.key, [token], position, chunk.page_ids, is_sampled=True, num_wanted=chunk.num_wanted)
+
+
 def _picked(rows: Tensor, places: Sequence[int]) -> Tensor:
+    """Return the rows at `places`: a view if they stand one behind another."""
+    if not places:
+        return rows[:0]
+    first, end = places[0], places[0] + len(places)
+    if places[-1] == end - 1 and list(places) == list(range(first, end)):
+        return rows[first:end]
     return rows.index_select(0, to_device(torch.tensor(places), rows.device))
 
 
