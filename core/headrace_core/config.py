@@ -186,6 +186,11 @@ class WorkerSettings(ProcessSettings):
     rank_start_timeout_s: float = Field(
         600.0, gt=0, description="longest time that ranks wait for one another while they start and load"
     )
+    ranks_in_clear: bool = Field(
+        False,
+        description="with --tls, let ranks on several machines talk all the same: what they say to each other is never "
+        "encrypted, so nobody else may reach their network",
+    )
     roofline_every_steps: int = Field(
         64, ge=0, description="one step in so many is measured operation by operation; 0: none"
     )

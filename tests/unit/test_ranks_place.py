@@ -17,7 +17,14 @@ from headrace_core.ranks.served import served_layout
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_torchrun_says_which_rank_a_process_is():

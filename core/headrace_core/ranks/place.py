@@ -2,6 +2,7 @@
 
     RANK, WORLD_SIZE              its number, from 0, and how many there are; a WORLD_SIZE of 1, or none: no group
     LOCAL_RANK                    its number on this machine: which of its GPUs it has; none: as RANK
+    LOCAL_WORLD_SIZE              how many are on this machine; none: all if MASTER_ADDR is loopback, else unknown
     MASTER_ADDR, MASTER_PORT      where rank 0 is met; torch.distributed reads them
 
 Torch-free: it is asked before torch is imported.
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from headrace_core.address import is_loopback
 from headrace_core.errors import StartupError
 
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
@@ -31,6 +33,8 @@ class RankPlace:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    is_one_machine: bool = True
+    """Whether all ranks are known to be on this machine."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size}"
@@ -54,7 +58,16 @@ def read_place(environment: Mapping[str, str]) -> RankPlace:
     for name in _MEETING:
         if not environment.get(name):
             raise StartupError("BAD_RANKS", f"WORLD_SIZE is {size} but {name} is not set: start ranks with torchrun")
-    return RankPlace(rank, size, _number(environment, "LOCAL_RANK", default=rank, least=0))
+    is_one_machine = (
+        is_loopback_host(environment["MASTER_ADDR"])
+        or _number(environment, "LOCAL_WORLD_SIZE", default=1, least=1) == size
+    )
+    return RankPlace(rank, size, _number(environment, "LOCAL_RANK", default=rank, least=0), is_one_machine)
+
+
+def is_loopback_host(host: str) -> bool:
+    """Return whether `host`, a name or an address without a port, is this machine's loopback."""
+    return is_loopback(f"[{host}]:0" if ":" in host else f"{host}:0")
 
 
 def own_place() -> RankPlace:

@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignor
 
 from headrace_core.errors import StartupError, UnavailableError
 from headrace_core.ranks.group import OneRank, RankGroup, check_counts, ordered_sum
+from headrace_core.ranks.meeting import meeting_store
 from headrace_core.ranks.traffic import LARGE_SUM_BYTES
 
 _FRAME_BYTES = 8192
@@ -155,13 +156,16 @@ def join(size: int, *, rank: int, init_method: str, device: str, timeout_s: floa
         rank = int(os.environ.get("RANK", "-1")) if rank < 0 else rank
     if not 0 <= rank < size:
         raise StartupError("BAD_RANKS", f"rank {rank} is none of {size}")
+    timeout = timedelta(seconds=timeout_s)
     try:
+        store = meeting_store(rank, size, timeout) if init_method == "env://" else None
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            init_method=init_method,
+            init_method=None if store else init_method,
+            store=store,
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
         )
     except RuntimeError as error:
         raise _lost(f"rank {rank} of {size}: joining at {init_method}", error) from error

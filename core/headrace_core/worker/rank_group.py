@@ -122,11 +122,18 @@ def join(settings: WorkerSettings, place: RankPlace) -> Ranks:
     """Meet the other ranks; alone, nobody is met.
 
     Raises:
+        StartupError: BAD_TLS, encryption is asked for, and ranks are on several machines.
         StartupError, CheckpointError: as `served_layout`.
         UnavailableError: RANK_LOST, not all came.
     """
     if place.size == 1:
         return ALONE
+    if settings.tls and not (place.is_one_machine or settings.ranks_in_clear):
+        problem = "--tls asks for encryption, and what ranks on several machines say to each other has none"
+        todo = (
+            "keep the group on one machine, or its ranks on a network that nobody else is on, and say --ranks-in-clear"
+        )
+        raise StartupError("BAD_TLS", f"{problem}: {todo}")
     layout = served_layout(settings.model, place.size, attention_tp=settings.attention_tp, experts=settings.experts)
     log.info("meeting the other ranks", extra={"rank": place.rank, "ranks": place.size, "layout": str(layout)})
     return join_ranks(layout, rank=place.rank, device=settings.device, timeout_s=settings.rank_start_timeout_s)
