@@ -19,7 +19,17 @@ from headrace_core.testing.async_test import WAIT_S
 
 from tests.load.prometheus import Prometheus, needs_prometheus
 from tests.load.queries import assert_numbers
-from tests.unit.helm_parts import NAMESPACE, ROLES, container, named, needs_helm, rendered, workloads
+from tests.unit.helm_parts import (
+    NAMESPACE,
+    ROLES,
+    container,
+    follower,
+    named,
+    needs_helm,
+    rendered,
+    split_arguments,
+    workloads,
+)
 
 pytestmark = needs_helm
 
@@ -31,18 +41,21 @@ class Pod:
 
     def __init__(self, role, workload, places, folder):
         given = container(workload)
-        self.probe = given["readinessProbe"]
-        self.grpc_port = {each["name"]: each["containerPort"] for each in given["ports"]}["grpc"]
+        self.probe = given.get("readinessProbe", {})
+        self.grpc_port = {each["name"]: each["containerPort"] for each in given.get("ports", [])}.get("grpc")
         self.places = {**places, ":9100": places[f"{role} :9100"], "/certs": places.get(f"{role} /certs", "")}
+        self.places["--master-port=29500"] = f"--master-port={places[f'{role} ranks'][1:]}"
         environment = {each["name"]: self._here(each.get("value") or self._from(each)) for each in given["env"]}
         self.env = {"PATH": os.environ["PATH"], **environment, "HOME": str(folder)}
         self.folder = folder
-        self.address = f"127.0.0.1:{places[f':{self.grpc_port}'][1:]}"
-        arguments = [self._here(argument) for argument in given["args"]]
+        self.address = f"127.0.0.1:{places.get(f':{self.grpc_port}', ':0')[1:]}"
+        for_torchrun, arguments = ([self._here(each) for each in part] for part in split_arguments(given))
         self.metrics_address = arguments[2].removeprefix("--metrics-listen=")
-        with (folder / f"{role}.log").open("w") as log:
+        program = given.get("command", ["tini", "--", "python", "-m", f"headrace_{role}"])
+        assert program[:3] == ["tini", "--", "python"]
+        with (folder / f"{role}.log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"headrace_{role}", *arguments],
+                [sys.executable, *program[3:], *for_torchrun, *arguments],
                 env=self.env, cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
 
@@ -57,7 +70,7 @@ class Pod:
         assert self.probe["grpc"]["port"] == self.grpc_port
         with grpc.insecure_channel(self.address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S, wait_for_ready=True):
+            for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=4 * WAIT_S, wait_for_ready=True):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
 
@@ -84,16 +97,21 @@ class Pod:
 def start(case, folder, mounts):
     """Start what the chart does for a case, and wait for it; `mounts`: what stands for which folder of the pods."""
     found = workloads(rendered(case))
-    ports = [f"{role} :9100" for role in ROLES] + [":50050", ":50051", ":50052"]
+    ports = [f"{role} {what}" for role in ROLES for what in (":9100", "ranks")] + [":50050", ":50051", ":50052"]
     with_ports = dict(zip(ports, free_ports(len(ports)), strict=True))
     names = {f"headrace-{role}.{NAMESPACE}.svc": "127.0.0.1" for role in ROLES}
     places = {**mounts, "$(POD_IP)": "127.0.0.1", "0.0.0.0": "127.0.0.1", **names, **with_ports}
     started = {}
     try:
         for role in ROLES:
-            started[role] = Pod(role, found[role], places, folder)
-        for pod in started.values():
-            pod.wait_serving()
+            # What a LeaderWorkerSet tells its pods.
+            group = {"$(LWS_GROUP_SIZE)": "2", "$(LWS_LEADER_ADDRESS)": "127.0.0.1"}
+            if found[role]["kind"] == "LeaderWorkerSet":
+                other = {**places, **group, "$(LWS_WORKER_INDEX)": "1"}
+                started[f"{role} 1"] = Pod(role, follower(rendered(case), role), other, folder)
+            started[role] = Pod(role, found[role], {**places, **group, "$(LWS_WORKER_INDEX)": "0"}, folder)
+        for role in ROLES:
+            started[role].wait_serving()
         yield started
     finally:
         for pod in started.values():

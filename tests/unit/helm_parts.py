@@ -44,11 +44,23 @@ SECURE = {
     "tracing": {"sampleShare": 0, "endpoint": "http://collector.observability.svc:4317"},
     "networkPolicy": {"collector": [COLLECTOR]},
 }
+RANKS = {
+    "prefill": {"group": {"pods": 1, "ranksPerPod": 2}, "resources": {"limits": {"cpu": "5"}}},
+    "decode": {
+        "replicas": 3,
+        "group": {"pods": 2, "ranksPerPod": 1},
+        "options": {"experts": "ep", "rank-start-timeout-s": 300},
+        "accelerator": "nvidia.com/gpu",
+        "autoscaling": {"enabled": True},
+    },
+    "monitoring": {"prometheusAddress": "http://prometheus:9090"},
+}
 CASES = {
     "defaults": {},
     "everything": EVERYTHING,
     "secure": SECURE,
     "open": {"networkPolicy": {"enabled": False}, "decode": {"options": {"drain-s": 0}}},
+    "ranks": RANKS,
     "gpu": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -89,9 +101,36 @@ def named(objects, kind, name=""):
 
 
 def workloads(objects):
-    """Return role and object of what has pods."""
-    found = {each["metadata"]["name"]: each for each in objects if each["kind"] in ("Deployment", "StatefulSet")}
-    return {role: found[f"headrace-{role}"] for role in ROLES}
+    """Return role and object of what has pods; of groups of pods as if all were their leaders."""
+    kinds = ("Deployment", "StatefulSet", "LeaderWorkerSet")
+    found = {each["metadata"]["name"]: each for each in objects if each["kind"] in kinds}
+    return {role: _leaders(found[f"headrace-{role}"]) for role in ROLES}
+
+
+def _leaders(workload):
+    if workload["kind"] != "LeaderWorkerSet":
+        return workload
+    template = workload["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
+    # The service of a LeaderWorkerSet's name is that of its pods, whoever made it.
+    told = {
+        "template": template,
+        "serviceName": workload["metadata"]["name"],
+        "selector": {"matchLabels": template["metadata"]["labels"]},
+    }
+    return {**workload, "spec": {**workload["spec"], **told}}
+
+
+def follower(objects, role):
+    """Return, as `workloads` does, the pods that follow the leader of their group."""
+    workload = named(objects, "LeaderWorkerSet", role)
+    return {**workload, "spec": {"template": workload["spec"]["leaderWorkerTemplate"]["workerTemplate"]}}
+
+
+def split_arguments(given):
+    """Return a container's arguments for torchrun, none if it starts no ranks, and those for the process."""
+    arguments = given["args"]
+    end = arguments.index("--module") + 2 if "--module" in arguments else 0
+    return arguments[:end], arguments[end:]
 
 
 def container(workload):

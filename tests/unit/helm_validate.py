@@ -25,6 +25,11 @@ def problem(resource, version):
             jsonschema.validate(resource, CUSTOM[resource["kind"].lower()])
         else:
             kubernetes_validate.validate(resource, version, strict=True)
+        if resource["kind"] == "LeaderWorkerSet":
+            for name in ("leaderTemplate", "workerTemplate"):
+                template = resource["spec"]["leaderWorkerTemplate"][name]
+                whole = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
+                kubernetes_validate.validate(whole, version, strict=True)
     except jsonschema.ValidationError as error:
         return f"{'.'.join(map(str, error.path))}: {error.message}"
     except kubernetes_validate.SchemaNotFoundError as error:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from headrace_core import __version__
 from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings
+from headrace_core.worker import run_worker
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
@@ -92,3 +93,15 @@ def test_the_legacy_builder_can_read_the_dockerfile():
 @pytest.mark.parametrize("file", COMPOSE, ids=lambda file: file.name)
 def test_a_compose_file_is_named_in_the_documentation(file):
     assert file.name in (ROOT / "docs" / "deploy.md").read_text()
+
+
+@pytest.mark.parametrize(("file", "service"), [("compose.ranks.yaml", "decode"), ("compose.gpu-ranks.yaml", "prefill")])
+def test_a_group_s_container_runs_the_image_s_program_by_torchrun(file, service):
+    it = services(file)[service]
+    (images,) = re.findall(rf"^ENTRYPOINT (\[.*headrace_{service}.*\])$", DOCKERFILE, re.M)
+    *before, module, name = it["entrypoint"]
+    assert [*before[:4], name] == yaml.safe_load(images)
+    assert (before[4], module) == ("torch.distributed.run", "--module")
+    (wait_s,) = [int(option.partition("=")[2]) for option in before if option.startswith("--shutdown-timeout=")]
+    drain_s = SETTINGS[service].model_fields["drain_s"].default
+    assert 2 * (drain_s + run_worker._LATER_S) < wait_s + 1 < int(it["stop_grace_period"].removesuffix("s"))

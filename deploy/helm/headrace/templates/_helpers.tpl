@@ -49,7 +49,9 @@ two seconds, to stop (headrace_core/process.py); a router first waits until nobo
 {{- index (index . 0).Values (index . 1) | dig "options" "drain-s" 10 | ceil | int -}}
 {{- end }}
 {{- define "headrace.graceSeconds" -}}
-{{- add (include "headrace.preStopSeconds" (index . 1)) (include "headrace.drainSeconds" . | mul 2) 5 -}}
+{{- /* A group's other ranks wait a little longer than the one that drains (worker/run_worker.py). */}}
+{{- $isGroup := and (ne (index . 1) "router") (gt (int (include "headrace.numRanks" .)) 1) -}}
+{{- add (include "headrace.preStopSeconds" (index . 1)) (include "headrace.drainSeconds" . | mul 2) 5 ($isGroup | ternary 15 0) -}}
 {{- end }}
 
 {{/*
@@ -130,6 +132,8 @@ affinity: {{ toJson . }}
 name: {{ $role }}
 image: {{ include "headrace.image" . | quote }}
 imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+{{- /* A pod that follows another of its group serves nobody: it is well as long as it runs. */}}
+{{- if ne (last . | toString) "false" }}
 ports:
   - {name: grpc, containerPort: {{ include "headrace.grpcPort" $role }}}
   {{- if eq $role "router" }}
@@ -137,6 +141,7 @@ ports:
   {{- end }}
   - {name: metrics, containerPort: 9100}
 {{ include "headrace.probes" . }}
+{{- end }}
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
