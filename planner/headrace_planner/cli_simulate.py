@@ -29,9 +29,10 @@ from headrace_planner.sim_capacity import wire_of
 from headrace_planner.sim_config import Fidelity, SimConfig, WorkerSpec, random_outages
 from headrace_planner.sim_result import SimResult, Slo, parse_slo
 from headrace_planner.sim_roofline import Machine, roofline_times
-from headrace_planner.sim_studies import STUDIES, Study
+from headrace_planner.sim_studies import Study
 from headrace_planner.simulator import simulate
 from headrace_planner.step_times import LinearStepTimes, StepTimes
+from headrace_planner.studies import STUDIES
 from headrace_planner.workload import Lengths, closed_loop, parse_workload, poisson
 
 HELP = """Run a cluster in simulated time, with the product's own schedulers.
