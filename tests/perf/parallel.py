@@ -1,4 +1,6 @@
-"""What uneven experts cost a group of ranks, and what EPLB wins back: `python -m tests.perf.parallel`.
+"""What ranks cost and win: `make bench-parallel`. Steps of each layout, uneven experts, EPLB, plans, drafts.
+
+Steps are in `parallel_steps`. The rest is what uneven experts cost a group of ranks, and what EPLB wins back.
 
 Ranks share a machine's cores here, so a clock on the wall would show nothing. The critical path does: in each layer and
 step every rank's experts compute what falls to them, one after another on one thread, and their CPU time is taken; the
@@ -8,14 +10,14 @@ busiest / mean - 1. Placements are learnt from the first half of the steps and j
     real     the demo model's router, on stories of its own grammar
     zipf-s   popularity falling as rank^-s, another order of experts in each layer
 
-Beside it the prediction of `expert_placement` by tokens alone. Writes build/bench/parallel.json; `combos` are those of
-the last `make parity-full`, null if there was none.
+Beside it the prediction of `expert_placement` by tokens alone. Writes build/bench/parallel.json. `combos` are those of
+the last `make parity-full`, `mtp_tokens_per_step` is of the last benchmark of drafts by MTP: null if there was none;
+each with the commit that it was of.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -33,13 +35,18 @@ from headrace_kernels.experts import Experts, empty_experts
 from headrace_kernels.routing_rule import RoutedTokens
 from tokenizers import Tokenizer
 
+from tests.perf import plan_size
 from tests.perf.machine import machine
-from tests.perf.report_file import merge
+from tests.perf.parallel_steps import measure_layouts
+from tests.perf.report_file import merge, read
 
 _log = logging.getLogger(__name__)
 _REPORT = Path("build/bench/parallel.json")
 _DEMO = Path("demo/model")
 _PARITY = Path("build/parity-full.json")
+_MTP = Path("build/bench/mtp.json")
+_PAGE_SIZE = 64
+"""Of the plan: a worker's own default."""
 _EXPONENTS = (0.8, 1.0, 1.2)
 _TOKENS, _LAYERS, _STEPS = 256, 4, 24
 _ROUNDS = 3
@@ -75,18 +82,33 @@ def main() -> None:
     for exponent in _EXPONENTS:
         redundant = _WIDE.num_experts // 4
         cases[f"zipf-{exponent}"] = _case(_zipf_trace(exponent), _WIDE, arguments.ranks, redundant)
-    parity = json.loads(_PARITY.read_text()) if _PARITY.is_file() else {}
+    steps = measure_layouts(_DEMO, _text())
+    for row in steps["layouts"]:
+        _log.info(
+            "%s, %d rows: %.0f us (%.0f by formula), %.0f bytes a token (%.0f)",
+            " = ".join(row["names"]), row["batch"], row["step_us"], row["step_us_predicted"],
+            row["bytes_per_token"], row["bytes_per_token_by_formula"],
+        )  # fmt: skip
+    plan = plan_size.measure(_PAGE_SIZE)
+    parity, mtp = read(_PARITY), read(_MTP)
     values = {
         "machine": machine(),
         "command": sys.argv,
         "ranks": arguments.ranks,
         "combos": parity.get("combos"),
         "combos_identical": parity.get("combos_identical"),
+        "combos_commit": parity.get("machine", {}).get("commit"),
         "imbalance_loss_zipf": cases["zipf-1.0"]["as_numbered"]["loss"],
         "imbalance_loss_eplb": cases["zipf-1.0"]["eplb"]["loss"],
+        "mtp_tokens_per_step": mtp.get("mtp_tokens_per_step"),
+        "mtp_commit": mtp.get("machine", {}).get("commit"),
+        "plan_bytes_256x4096": plan["mean_bytes"],
+        "plan": plan,
+        "steps": steps,
         "cases": cases,
     }
     merge(arguments.json, values)
+    _log.info("%s", {name: value for name, value in values.items() if not isinstance(value, (dict, list))})
     _log.info("%s", arguments.json)
 
 
@@ -188,6 +210,12 @@ def _real_trace() -> tuple[Trace, Sizes]:
         trace.append(list(model.take_expert_counts().values()))
     sizes = Sizes(model.config.hidden_size, moe.intermediate_size, moe.num_experts, moe.num_experts_per_token)
     return trace, sizes
+
+
+def _text() -> list[int]:
+    """Return the tokens of stories of the demo model's grammar, one after another."""
+    tokenizer = Tokenizer.from_file(str(_DEMO / "tokenizer.json"))
+    return [token for prompt in make_prompts(200) for token in tokenizer.encode(prompt.text).ids]
 
 
 def _texts(tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
