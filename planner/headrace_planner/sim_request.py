@@ -10,16 +10,18 @@ QUEUED ──larger than any worker's memory──► REFUSED
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from headrace_core.request_trace import Workload
 from headrace_router.placement.capacity import Waiting
+from headrace_router.placement.fair_queue import Turn
 from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.placement.prefix import prefix_key
 
 _UNKNOWN = Waiting(0, 0, 0)
+_CLIENT = ("all",)
 
 
 class State(Enum):
@@ -58,7 +60,6 @@ class SimRequest:
     key: int = -1
     state: State = State.QUEUED
     avoid: frozenset[str] = frozenset()
-    num_overtaken: int = 0
     num_to_prefill: int = 0
     """Prompt tokens of the attempt under way: the prompt and what earlier attempts produced."""
     num_cached: int = 0
@@ -68,6 +69,13 @@ class SimRequest:
     decode: int = -1
     first_token_s: float = float("nan")
     last_token_s: float = 0.0
+    turn: Turn = field(init=False)
+    """Its standing in the queue, for all attempts; all are one client's."""
+
+    def __post_init__(self) -> None:
+        """Take its place."""
+        expected = min(self.num_output, EXPECTED_OUTPUT_TOKENS)
+        self.turn = Turn(_CLIENT, (self.index,), self.num_prompt + expected)
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +88,7 @@ class SimRequest:
         return self.num_output - self.num_done
 
     def describe(self) -> None:
-        """Set `waiting` anew, as `headrace_router.requests.sample` does: when queued, and when overtaken."""
+        """Set `waiting` anew, as `headrace_router.requests.sample` does: when queued."""
         num_tokens, expected = self.num_tokens, self.num_left
         if not self.attempt and expected > EXPECTED_OUTPUT_TOKENS:
             expected = EXPECTED_OUTPUT_TOKENS
@@ -89,7 +97,6 @@ class SimRequest:
             num_tokens + expected,
             self.prefix,
             self.avoid,
-            self.num_overtaken,
             has_output=self.num_done > 0,
             prefix=self,
         )

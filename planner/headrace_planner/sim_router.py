@@ -1,8 +1,7 @@
-"""The router's queue and its book of workers, around the product's own placement (`headrace_router.placement.policy`).
+"""The product's own book (`headrace_router.placement.book`) under a simulated clock.
 
 What `headrace_router.requests.dispatch` and `headrace_router.fleet.worker` do with sockets is done here with numbers: a
-reservation for every placement, load reports, a planning round whenever something changed, retried requests at their
-old place.
+reservation for every placement, load reports, a planning round whenever something changed.
 
 Placement looks at every worker for every request; in Python that is about a millisecond for a thousand of them. With a
 `shortlist` of n, fast fidelity shows it only the n least loaded workers of each kind, and n prefill workers that
@@ -12,15 +11,14 @@ is the product's.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from headrace_router.placement import policy
-from headrace_router.placement.capacity import Capacity, WorkerView
-from headrace_router.placement.policy import Assignment
+from headrace_router.placement.book import Book
+from headrace_router.placement.capacity import WorkerView
 from headrace_router.placement.preferences import Preference
 
 from headrace_planner.sim_config import WorkerSpec
@@ -222,7 +220,7 @@ class Shortlist:
 
 
 class Router:
-    """Binds requests to workers; tells `on_placed(request, prefill or None, decode)`."""
+    """Binds requests to workers by the product's book; tells `on_placed(request, prefill or None, decode)`."""
 
     def __init__(
         self,
@@ -230,21 +228,19 @@ class Router:
         on_placed: Callable[[SimRequest, Account | None, Account], None],
         on_refused: Callable[[SimRequest], None],
         *,
+        now: Callable[[], float],
         shortlist: int,
         preference: Preference,
     ) -> None:
-        self._preference = preference
-        self._num_placed = 0
         self.accounts = accounts
         self.num_rounds = 0
+        self._book: Book[SimRequest] = Book(preference)
+        self._book.set_fleet(account.view_now() for account in accounts)
+        self._now = now
         self._by_address = {account.address: account for account in accounts}
         can_decode = [account for account in accounts if account.can_decode]
-        self._whole = self._up = Capacity(account.view_now() for account in accounts)
-        self._num_second = 0
-        """Queued requests that take another route than the first one."""
         self._on_placed = on_placed
         self._on_refused = on_refused
-        self._queue: list[SimRequest] = []
         self._is_planning = False
         self._prefills: Shortlist | None = None
         self._decodes: Shortlist | None = None
@@ -257,82 +253,48 @@ class Router:
     @property
     def num_queued(self) -> int:
         """Requests that wait."""
-        return len(self._queue)
+        return len(self._book)
 
     def enqueue(self, request: SimRequest) -> None:
         """Queue a request at its place: retried ones keep theirs."""
         request.describe()
-        if self._whole.route(request.waiting) is None:
-            self._on_refused(request)
-            return
-        self._num_second += self._is_second(request)
-        if self._queue and self._queue[-1].index > request.index:
-            insort(self._queue, request, key=_order)
-        else:
-            self._queue.append(request)
+        self._book.add(request)
         self.kick()
 
     def on_fleet(self) -> None:
-        """Take note that a worker ended or is back. Who none of those that are up could hold waits for the others."""
-        self._up = Capacity(account.view_now() for account in self.accounts if account.is_up)
-        self._num_second = sum(map(self._is_second, self._queue))
+        """Take note that a worker ended or is back."""
+        self._book.set_fleet(account.view_now() for account in self.accounts if account.is_up)
 
     def kick(self) -> None:
         """Plan, if anybody waits."""
-        if not self._queue or self._is_planning:
+        if not len(self._book) or self._is_planning:
             return
         self._is_planning = True
-        while self._queue and self._round() and self._prefills is not None:
+        while self._round() and self._prefills is not None:
             pass
         self._is_planning = False
 
     def _round(self) -> bool:
         self.num_rounds += 1
-        views = [account.view() for account in self._candidates()]
-        waiting = (request.waiting for request in self._queue)
-        assignments = policy.plan(
-            waiting,
-            views,
-            self._up,
-            num_second=self._num_second,
-            preference=self._preference,
-            turn=self._num_placed,
-        )
-        if not assignments:
+        for request, _ in self._book.refused():
+            self._on_refused(request)
+        head = next(iter(self._book), None)
+        if head is None:
             return False
-        self._num_placed += len(assignments)
-        self._count_overtaken(assignments, views)
-        placed = [(self._queue[assignment.index], assignment) for assignment in assignments]
-        if len(placed) == 1:
-            del self._queue[placed[0][1].index]
-        else:
-            gone = {assignment.index for assignment in assignments}
-            self._queue = [request for index, request in enumerate(self._queue) if index not in gone]
-        if self._num_second:
-            self._num_second -= sum(self._is_second(request) for request, _ in placed)
-        for request, assignment in placed:
-            prefill = self._by_address[assignment.prefill] if assignment.prefill else None
-            self._on_placed(request, prefill, self._by_address[assignment.decode])
-        return True
+        placed = self._book.plan_round(self._now(), [account.view() for account in self._candidates(head)])
+        for each in placed:
+            prefill = self._by_address[each.prefill] if each.prefill else None
+            self._on_placed(each.entry, prefill, self._by_address[each.decode])
+        return bool(placed)
 
-    def _is_second(self, request: SimRequest) -> bool:
-        return self._up.has_second_routes and self._up.route(request.waiting) not in (None, self._up.first)
-
-    def _candidates(self) -> list[Account]:
-        if self._prefills is None or self._decodes is None or self._is_second(self._queue[0]):
+    def _candidates(self, head: SimRequest) -> list[Account]:
+        if self._prefills is None or self._decodes is None or self._book.is_second(head):
             return [account for account in self.accounts if account.is_up]
         found = self._decodes.least()
         if self._prefills.accounts:
             found += self._prefills.least()
-            found += [account for account in self._prefills.of(self._queue[0].prefix) if account not in found]
+            found += [account for account in self._prefills.of(head.prefix) if account not in found]
         return found
-
-    def _count_overtaken(self, assignments: list[Assignment], views: list[WorkerView]) -> None:
-        """As `headrace_router.requests.dispatch`."""
-        queue = [request.waiting for request in self._queue[: assignments[-1].index]]
-        for index, count in policy.overtaken(queue, assignments, views, self._up):
-            self._queue[index].num_overtaken += count
-            self._queue[index].describe()
 
 
 def _prefill_load(account: Account) -> int:
@@ -345,7 +307,3 @@ def _decode_load(account: Account) -> int:
     free = account.num_free_pages
     used = _MOST_PAGES - (0 if free < 0 else free if free < _MOST_PAGES else _MOST_PAGES)
     return used + _FULL if is_busy or account.num_free_slots <= 0 else used
-
-
-def _order(request: SimRequest) -> int:
-    return request.index

@@ -84,6 +84,7 @@ class _Simulation:
             [self._account(number) for number in range(config.num_workers)],
             self._place,
             self._refuse,
+            now=lambda: self._clock.now_s,
             shortlist=0 if self._is_exact else config.shortlist,
             preference=PREFERENCES[config.placement],
         )
@@ -370,7 +371,6 @@ class _Simulation:
         self._forget(request)
         request.state = State.QUEUED
         request.prefill = request.decode = -1
-        request.num_overtaken = 0
 
     def _use(self, number: int) -> tuple[float, int, int]:
         before_s, before_steps, before_tokens = self._dead_use.get(number, (0.0, 0, 0))

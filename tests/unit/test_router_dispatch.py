@@ -8,9 +8,8 @@ from headrace.v1 import worker_service_pb2
 from headrace_core.errors import OverloadedError, UnavailableError
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_router.fleet.session import LastTransfer
-from headrace_router.placement import policy
+from headrace_router.placement import book, policy
 from headrace_router.placement.policy import MAX_OVERTAKEN
-from headrace_router.requests import dispatch
 
 from tests.unit.router_dispatch_parts import PAGE, StubSample, a_queue, failure, reserved
 
@@ -210,14 +209,14 @@ async def test_what_starts_is_counted_to_its_client_and_what_gives_up_is_not():
 @async_test
 async def test_a_round_is_told_of_all_that_is_there_and_of_what_takes_another_route(monkeypatch):
     told, made = [], []
-    plan, capacity = policy.plan, dispatch.Capacity
+    plan, capacity = policy.plan, book.Capacity
 
     def watch(queue, views, capacity, *, num_second, **more):
         told.append(num_second)
         return plan(queue, views, capacity, num_second=num_second, **more)
 
     monkeypatch.setattr(policy, "plan", watch)
-    monkeypatch.setattr(dispatch, "Capacity", lambda views: made.append(views) or capacity(views))
+    monkeypatch.setattr(book, "Capacity", lambda views: made.append(views) or capacity(views))
     async with a_queue() as queue:
         small = queue.add_worker("small", "prefill", num_pages=10)
         queue.add_worker("b", "both", max_step_sequences=1)
@@ -355,4 +354,4 @@ async def test_a_round_looks_no_further_than_something_free_could_hold(monkeypat
         for call in calls:
             call.cancel()
         await asyncio.wait(calls)
-        assert not queue.dispatcher._kinds
+        assert not queue.dispatcher._book._kinds

@@ -229,7 +229,7 @@ def test_one_that_waits_for_a_place_elsewhere_runs_on_meanwhile(tmp_path, how):
             assert [s.token_ids for (s,) in samples] == [remembered(PROMPT, n) for n in asked]
             assert len(second.starts) == (2 if how == "waits" else 1)
         assert (router.metric("headrace_moved_sequences_total") or 0) == (how == "waits")
-        assert not router.service._router._flow._dispatcher._queue
+        assert not len(router.service._router._flow._dispatcher._book)
 
     run_router(tmp_path, [*fleet("prefill"), *fleet("decode", "decode", max_step_sequences=1)], test)
 

@@ -287,7 +287,7 @@ def test_samples_of_a_request_queue_one_behind_the_other(tmp_path):
         running = [asyncio.create_task(router.generate(request(4), token="a"))]
         await wait_until(lambda: bool(decode.starts))
         running += [asyncio.create_task(router.generate(text_request("hi", n=16, sampling={"max_tokens": 4})))]
-        queue = router.service._router._flow._dispatcher._queue
+        queue = router.service._router._flow._dispatcher._book._queue
         await wait_until(lambda: len(queue) > 0)
         assert len(queue) == 1
         decode.faults.join_gate.set()

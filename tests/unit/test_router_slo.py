@@ -192,7 +192,7 @@ async def test_one_whose_target_is_out_of_reach_is_refused_when_it_comes():
     async with a_queue() as queue:
         queue.add_worker("p", "prefill")
         queue.add_worker("d", "decode")
-        forecast = queue.dispatcher._forecast
+        forecast = queue.dispatcher._book.forecast
         for _ in range(4):
             forecast.on_first_token(16, 2.0)
         now_s = asyncio.get_running_loop().time()
@@ -214,7 +214,7 @@ async def test_one_that_waited_too_long_is_refused_before_it_is_late():
         error = await failure(waits)
         assert error.reason == "SLO_UNREACHABLE"
         assert not patient.done()
-        assert len(queue.dispatcher._queue) == 1
+        assert len(queue.dispatcher._book) == 1
 
 
 @async_test
@@ -237,7 +237,7 @@ def test_a_router_refuses_it_with_429_and_counts_it(tmp_path):
             await router.wait_states(["ready"] * 2)
             request = text_request("x", service_level={"slo_class": "interactive"}, sampling={"max_tokens": 2})
             assert (await router.generate(request))[0].token_ids
-            forecast = router.service._router._flow._dispatcher._forecast
+            forecast = router.service._router._flow._dispatcher._book.forecast
             for _ in range(200):
                 forecast.on_first_token(2, 5.0)
             error = await router.refused(request)

@@ -1,4 +1,4 @@
-"""The queue: samples wait here, and nowhere else, until `policy.plan` binds them to workers.
+"""The queue: samples wait here, and nowhere else, until the book (`placement/book.py`) binds them to workers.
 
 A planning round runs once at the end of a loop tick in which anything changed: a sample came, a worker reported,
 a reservation ended. Clients share the queue fairly (`fair_queue`), each one's samples go by priority, then by when
@@ -12,9 +12,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from headrace_core.door import RETRY_AFTER_S
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
@@ -22,10 +21,10 @@ from headrace_core.errors import HeadraceError, OverloadedError, UnavailableErro
 from headrace_router.fleet.registry import Registry
 from headrace_router.fleet.session import LastTransfer
 from headrace_router.fleet.worker import Reservation, Worker
-from headrace_router.placement import policy
-from headrace_router.placement.capacity import Capacity, Kind, Waiting
-from headrace_router.placement.fair_queue import FairQueue, Turn
-from headrace_router.placement.forecast import Forecast, num_lacking, shortest_step_s
+from headrace_router.placement.book import Book
+from headrace_router.placement.capacity import Waiting
+from headrace_router.placement.fair_queue import Turn
+from headrace_router.placement.forecast import shortest_step_s
 from headrace_router.placement.preferences import Preference, prefix_cache
 from headrace_router.requests.sample import Sample
 
@@ -104,6 +103,11 @@ class _Entry:
         """See `fair_queue.HasTurn`."""
         return self.sample.turn
 
+    def settle(self) -> None:
+        """Wait no more."""
+        if self.late is not None:
+            self.late.cancel()
+
 
 class Dispatcher:
     """Binds samples to workers. Event loop only."""
@@ -113,18 +117,8 @@ class Dispatcher:
     ) -> None:
         self._registry = registry
         self._no_workers_timeout_s = no_workers_timeout_s
-        self._preference = preference
-        self._num_placed = 0
-        self._queue: FairQueue[_Entry] = FairQueue()
-        self._kinds: Counter[Kind] = Counter()
-        """Of the queue."""
-        self._unchecked: list[_Entry] = []
-        """Those of the queue of which it is not known yet whether the fleet could hold them."""
-        self._second: set[_Entry] = set()
-        """Those of the queue that take another route than the fleet's first one."""
+        self._book: Book[_Entry] = Book(preference, is_gone=lambda entry: entry.placed.done())
         self._fleet: list[Worker] = []
-        self._capacity = Capacity(())
-        self._forecast = Forecast()
         self._is_round_due = False
         self._missing_since_s: float | None = None
         self._missing_timer: asyncio.TimerHandle | None = None
@@ -139,9 +133,7 @@ class Dispatcher:
         """
         entry = _Entry(sample, sample.waiting(), asyncio.get_running_loop().create_future(), time.monotonic())
         self._check_targets(entry)
-        self._queue.add(entry)
-        self._kinds[entry.waiting.kind] += 1
-        self._unchecked.append(entry)
+        self._book.add(entry)
         self.kick()
         self._watch_missing()
         try:
@@ -151,53 +143,33 @@ class Dispatcher:
                 entry.placed.result().release()
             raise
         finally:
-            self._remove(entry)
+            entry.settle()
+            self._book.remove(entry)
 
     def kick(self) -> None:
         """Plan again at the end of this tick."""
-        if self._queue and not self._is_round_due:
+        if len(self._book) and not self._is_round_due:
             self._is_round_due = True
             asyncio.get_running_loop().call_soon(self._round)
 
     def _round(self) -> None:
         self._is_round_due = False
-        self._refuse_impossible()
+        fleet = self._registry.ready()
+        if fleet != self._fleet:
+            self._fleet = list(fleet)
+            self._book.set_fleet(worker.view() for worker in fleet)
+        for entry, error in self._book.refused():
+            _fail(entry, error)
+        if not len(self._book):
+            return
         workers = {worker.address: worker for worker in self._registry.workers()}
-        cost = self._place_all(workers) if workers and self._queue else 0.0
-        self._forecast.on_round(time.monotonic(), cost, is_waiting=bool(self._queue))
-
-    def _place_all(self, workers: Mapping[str, Worker]) -> float:
-        """Bind to these workers whom there is room for; return what that costs the queue."""
-        views = [worker.view() for worker in workers.values()]
-        entries: list[_Entry] = []
-
-        def queue() -> Iterator[Waiting]:
-            for entry in self._queue:
-                if not entry.placed.done():  # cancelled, and its task has not run yet
-                    entries.append(entry)
-                    yield entry.waiting
-
-        assignments = policy.plan(
-            queue(),
-            views,
-            self._capacity,
-            num_second=len(self._second),
-            kinds=self._kinds,
-            preference=self._preference,
-            turn=self._num_placed,
-        )
-        self._num_placed += sum(bool(assignment.prefill) for assignment in assignments)
-        looked_at = [entry.waiting for entry in entries]
-        for index, count in policy.overtaken(looked_at, assignments, views, self._capacity):
-            waiting = entries[index].waiting
-            entries[index].waiting = replace(waiting, num_overtaken=waiting.num_overtaken + count)
-        for assignment in assignments:
-            entry = entries[assignment.index]
-            self._remove(entry, is_served=True)
-            prefill, decode = workers.get(assignment.prefill), workers[assignment.decode]
-            on_first_token = self._forecast.on_first_token
-            entry.placed.set_result(Placement(entry.sample, prefill, decode, entry.waiting, self.kick, on_first_token))
-        return sum(entries[assignment.index].turn.cost for assignment in assignments)
+        for placed in self._book.plan_round(time.monotonic(), [worker.view() for worker in workers.values()]):
+            entry, decode = placed.entry, workers[placed.decode]
+            entry.settle()
+            on_first_token = self._book.forecast.on_first_token
+            entry.placed.set_result(
+                Placement(entry.sample, workers.get(placed.prefill), decode, entry.waiting, self.kick, on_first_token)
+            )
 
     def _check_targets(self, entry: _Entry) -> None:
         """Refuse whose targets can't be met, or see to it that it is refused when they can't be met any more.
@@ -205,7 +177,7 @@ class Dispatcher:
         Raises:
             OverloadedError: SLO_UNREACHABLE.
         """
-        due_s, waiting, turn = entry.sample.due_s, entry.waiting, entry.turn
+        due_s, waiting = entry.sample.due_s, entry.waiting
         if due_s == waiting.most_step_s == math.inf:
             return
         views = [worker.view() for worker in self._registry.ready()]
@@ -214,48 +186,17 @@ class Dispatcher:
             problem = f"its tokens would come {step_s:.3g} s apart, and {waiting.most_step_s:.3g} s is the target"
             raise _unreachable(problem, RETRY_AFTER_S)
         now_s = time.monotonic()
-        own_s = self._forecast.prompt_s(num_lacking(waiting, views))
-        wait_s = self._forecast.wait_s(now_s, self._queue.cost_ahead(turn), turn.cost)
-        if (late_s := now_s + wait_s + own_s - due_s) > 0:
+        own_s = self._book.prompt_s(entry, views)
+        if (late_s := now_s + self._book.wait_s(now_s, entry) + own_s - due_s) > 0:
             raise _unreachable(f"its first token would come {late_s:.3g} s too late", late_s)
 
         def on_late() -> None:
-            if entry in self._queue:
-                self._remove(entry)
+            if entry in self._book:
+                self._book.remove(entry)
                 _fail(entry, _unreachable("it has waited until its first token would come too late", RETRY_AFTER_S))
 
         if due_s < math.inf:
             entry.late = asyncio.get_running_loop().call_later(due_s - own_s - now_s, on_late)
-
-    def _refuse_impossible(self) -> None:
-        """Fail whoever no worker that is there could ever hold: those that are new, or all when the fleet is."""
-        fleet = self._registry.ready()
-        if fleet != self._fleet:
-            self._fleet = list(fleet)
-            self._capacity = Capacity(worker.view() for worker in fleet)
-            self._unchecked = list(self._queue)
-            self._second.clear()
-        unchecked, self._unchecked = self._unchecked, []
-        for entry in unchecked:
-            error = self._capacity.refusal(entry.waiting)
-            if error is not None:
-                self._remove(entry)
-                _fail(entry, error)
-            elif entry in self._queue and self._capacity.route(entry.waiting) not in (None, self._capacity.first):
-                self._second.add(entry)
-
-    def _remove(self, entry: _Entry, *, is_served: bool = False) -> None:
-        """Take an entry out of the queue; idempotent."""
-        if entry not in self._queue:
-            return
-        (self._queue.serve if is_served else self._queue.remove)(entry)
-        if entry.late is not None:
-            entry.late.cancel()
-        self._second.discard(entry)
-        kind = entry.waiting.kind
-        self._kinds[kind] -= 1
-        if not self._kinds[kind]:
-            del self._kinds[kind]
 
     def _watch_missing(self) -> None:
         """Keep a timer running while somebody waits."""
@@ -272,11 +213,11 @@ class Dispatcher:
             self._missing_since_s = now_s
         if self._missing_since_s is not None:
             limit_s = now_s - self._no_workers_timeout_s
-            for entry in list(self._queue):
+            for entry in list(self._book):
                 if max(entry.since_s, self._missing_since_s) <= limit_s:
-                    self._remove(entry)
+                    self._book.remove(entry)
                     _fail(entry, UnavailableError("NO_WORKERS", missing))
-        if self._queue:
+        if len(self._book):
             self._watch_missing()
         else:
             self._missing_since_s = None
@@ -288,5 +229,6 @@ def _unreachable(problem: str, retry_s: float) -> OverloadedError:
 
 
 def _fail(entry: _Entry, error: HeadraceError) -> None:
+    entry.settle()
     if not entry.placed.done():
         entry.placed.set_exception(error)
