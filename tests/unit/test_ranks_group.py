@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from headrace_core.errors import UnavailableError
-from headrace_core.ranks.group import ALONE, OneRank, RankGroup, join_ranks
+from headrace_core.ranks.group import ALONE, OneRank, RankGroup, gather_at_first, join_ranks
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.testing.rank_processes import run_ranks
 
@@ -35,11 +35,15 @@ def _meet(world: RankGroup) -> dict[str, object]:
     rows = [[rank * 10 + to] * 4 for to in range(size) for _ in range(rank * to)]
     counts = [rank * to for to in range(size)]
     seen["exchange"] = world.exchange(torch.tensor(rows, dtype=torch.bfloat16).view(-1, 4), counts, counts)
+    late = [world.begin_exchange(torch.tensor([[rank, to] for to in range(size)]), *[[1] * size] * 2) for _ in "ab"]
+    seen["begun"] = [coming.wait() for coming in late]
     seen["nothing"] = world.exchange(torch.empty(0, 4), [0] * size, [0] * size)
     for length in (0, 8184, 8185, 40_000):
         data = bytes(i % 251 for i in range(length))
         seen[f"broadcast {length}"] = world.broadcast_bytes(data if rank == 0 else None) == data
     seen["bytes"] = world.gather_bytes(b"x" * (5 * rank))
+    before = world.sent_bytes
+    seen["at first"] = gather_at_first(world, b"y" * (5 * rank)), world.sent_bytes - before
     before = world.sent_bytes
     world.all_sum(torch.zeros(300_000))
     seen["sent"] = world.sent_bytes - before
@@ -72,6 +76,21 @@ def test_rows_reach_whom_they_are_for_in_the_order_of_ranks(seen):
         assert of_rank["exchange"].tolist() == expected
         assert of_rank["nothing"].shape == (0, 4)
         assert of_rank["gather"].tolist() == [[[float(r)] * 2] * 2 for r in range(_SIZE)]
+
+
+def test_rows_that_were_begun_come_to_whoever_waits(seen):
+    for rank, of_rank in enumerate(seen):
+        expected = [[source, rank] for source in range(_SIZE)]
+        assert [rows.tolist() for rows in of_rank["begun"]] == [expected] * 2
+
+
+def test_bytes_for_the_first_rank_are_sent_to_it_alone(seen):
+    lengths = (_SIZE - 1) * 8
+    assert [of_rank["at first"] for of_rank in seen] == [
+        ([b"", b"yyyyy", b"yyyyyyyyyy"], lengths),
+        ([], lengths + 5),
+        ([], lengths + 10),
+    ]
 
 
 def test_bytes_of_any_length_reach_all(seen):
@@ -131,6 +150,8 @@ def test_a_group_of_one_gives_back_what_it_is_given():
     assert one.all_sum(x) is x
     assert torch.equal(one.all_sum(x, x), x + x)
     assert one.exchange(x, [3], [3]) is x
+    assert one.begin_exchange(x, [3], [3]).wait() is x
+    assert gather_at_first(one, b"c") == [b"c"]
     assert one.all_gather(x).data_ptr() == x.data_ptr()
     assert (one.broadcast_bytes(b"ab"), one.gather_bytes(b"c"), one.sent_bytes) == (b"ab", [b"c"], 0)
     with pytest.raises(ValueError, match="sent as"):

@@ -37,7 +37,7 @@ from headrace_core.engine.leader import group_over
 from headrace_core.engine.rank_experts import RankExperts
 from headrace_core.engine.rank_pages import RankPages
 from headrace_core.model.kv_cache import KvCache
-from headrace_core.ranks.group import RankGroup
+from headrace_core.ranks.group import RankGroup, gather_at_first
 
 
 class Follower:
@@ -93,7 +93,7 @@ class Follower:
             case Pages():
                 self._pages.take(message)
             case Ask():
-                self._ranks.gather_bytes(self._pages.give(message))
+                gather_at_first(self._ranks, self._pages.give(message))
             case Beat():
                 self._ranks.all_sum(torch.full((1,), float(self._is_leaving())))
             case Move():

@@ -32,7 +32,7 @@ from headrace_core.engine.rank_pages import RankPages, cells, pieces
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
-from headrace_core.ranks.group import RankGroup
+from headrace_core.ranks.group import RankGroup, gather_at_first
 from headrace_core.transfer.memory import PageMemory
 
 BEAT_S = 1.0
@@ -109,7 +109,7 @@ class Leader:
         self._tell(ask)
         own = self._pages.give(ask)
         with self._together("putting pages together"):
-            parts = self._ranks.gather_bytes(own)
+            parts = gather_at_first(self._ranks, own)
         share = self._pages.share
         by_cell = zip(*(pieces(part, share.own.page_layer_bytes) for part in parts), strict=True)
         for (layer, page_id), of_ranks in zip(cells(layers, page_ids), by_cell, strict=True):

@@ -16,12 +16,25 @@ from torch import Tensor
 
 from headrace_core.expert_moves import Slots
 from headrace_core.expert_placement import Placement
-from headrace_core.ranks.group import RankGroup
+from headrace_core.ranks.group import Coming, RankGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Tokens on their way; made by `Dispatcher.send`, used up by `receive`.
+
+    `coming` are packed rows, `receive` how many from each rank; `num_expected` and `places` as of `Dispatched`.
+    """
+
+    coming: Coming
+    receive: list[int]
+    num_expected: list[int]
+    places: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """What came, and how the rows go back; made by `Dispatcher.dispatch`, used up by `combine`.
+    """What came, and how the rows go back; made by `Dispatcher.receive`, used up by `combine`.
 
     `rows` [A, N] are tokens and `experts` [A] int64 which of this rank's experts each is for. `num_back`: how many of
     the rows are each rank's. `num_expected`: how many come back from each. `places` [T, K] int64: which of these is
@@ -57,8 +70,11 @@ class Dispatcher:
         self._numbers = numbers.to(self._device)
         """[R, E]: what number a rank's expert has there, its slot; -1: it has it not."""
 
-    def dispatch(self, x: Tensor, experts: Tensor) -> Dispatched:
-        """Send `x` [T, N] to the ranks of `experts` [T, K] int64, -1: none; return what came for this rank's."""
+    def send(self, x: Tensor, experts: Tensor) -> Sent:
+        """Send `x` [T, N] to the ranks of `experts` [T, K] int64, -1: none; waits for their number alone.
+
+        Whatever is computed before `receive` is computed while they travel.
+        """
         size = self._world.size
         owner = self._owner(experts)
         goes = torch.stack([(owner == rank).any(dim=1) for rank in range(size)])
@@ -67,16 +83,24 @@ class Dispatcher:
         numbers = self._numbers[to[:, None], experts[token].clamp(min=0)].masked_fill(~is_there, -1)
         counts: list[list[int]] = self._world.all_gather(goes.sum(dim=1)).tolist()
         receive = [of_rank[self._world.rank] for of_rank in counts]
-        came = self._world.exchange(_packed(x[token], numbers), counts[self._world.rank], receive)
-        rows, came_numbers = _unpacked(came, x)
+        return Sent(
+            coming=self._world.begin_exchange(_packed(x[token], numbers), counts[self._world.rank], receive),
+            receive=receive,
+            num_expected=[int(part.sum()) for part in is_there.sum(dim=1).split(counts[self._world.rank])],
+            places=_places(token, is_there, experts),
+        )
+
+    def receive(self, sent: Sent, like: Tensor) -> Dispatched:
+        """Wait for what comes for this rank's experts; `like` has the width and dtype of the tokens."""
+        rows, came_numbers = _unpacked(sent.coming.wait(), like)
         row, k = (came_numbers >= 0).nonzero(as_tuple=True)
         per_row = (came_numbers >= 0).sum(dim=1)
         return Dispatched(
             rows=rows[row],
             experts=came_numbers[row, k].long(),
-            num_back=[int(part.sum()) for part in per_row.split(receive)],
-            num_expected=[int(part.sum()) for part in is_there.sum(dim=1).split(counts[self._world.rank])],
-            places=_places(token, is_there, experts),
+            num_back=[int(part.sum()) for part in per_row.split(sent.receive)],
+            num_expected=sent.num_expected,
+            places=sent.places,
         )
 
     def combine(self, outputs: Tensor, sent: Dispatched, experts: Tensor, weights: Tensor, onto: Tensor) -> Tensor:
@@ -84,7 +108,7 @@ class Dispatcher:
 
         Args:
             outputs: [A, N], what this rank's experts made of `sent.rows`.
-            sent: what `dispatch` returned.
+            sent: what `receive` returned.
             experts: [T, K], as dispatched.
             weights: [T, K] float32.
             onto: [T, N], dtype of `outputs`.

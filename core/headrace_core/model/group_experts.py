@@ -123,9 +123,11 @@ class DispatchedExperts:
         own = own_share(len(residual), self._ranks)
         x, onto, num_routed = routed.x[own], residual[own], routed.experts.shape[1] - self._num_shared
         experts, weights = routed.experts[own, :num_routed], routed.weights[own, :num_routed]
-        sent = self._dispatcher.dispatch(x, experts)
+        underway = self._dispatcher.send(x, experts)
         if self._shared is not None and len(x):
+            # While tokens travel.
             onto = self._shared(_all_of(x, self._num_shared), onto)
+        sent = self._dispatcher.receive(underway, x)
         outputs = sent.rows
         if len(outputs):
             one = torch.ones(len(outputs), 1, device=x.device)

@@ -12,9 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from headrace_core.ranks.layout import ParallelLayout
+
+
+class Coming(Protocol):
+    """Rows that are on their way."""
+
+    def wait(self) -> Tensor:
+        """Return what came, when it is here; once. Raises as the meeting would."""
+        ...
 
 
 class RankGroup(Protocol):
@@ -52,6 +61,13 @@ class RankGroup(Protocol):
         """
         ...
 
+    def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Coming:
+        """As `exchange`, without waiting for what comes; `rows` may not be written before it did.
+
+        The meeting is this call's, in the order of all; to wait is not one.
+        """
+        ...
+
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Return the `data` of rank 0, which others pass None; one meeting for up to 8,184 bytes, two for more."""
         ...
@@ -76,6 +92,17 @@ class RankGroup(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """`Coming` rows that are here."""
+
+    rows: Tensor
+
+    def wait(self) -> Tensor:
+        """See `Coming`."""
+        return self.rows
+
+
 class OneRank:
     """A group of one: the identity."""
 
@@ -96,6 +123,10 @@ class OneRank:
         """See `RankGroup`."""
         check_counts(rows, send, receive, 1)
         return rows
+
+    def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Coming:
+        """See `RankGroup`."""
+        return Here(self.exchange(rows, send, receive))
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """See `RankGroup`."""
@@ -122,6 +153,16 @@ def check_counts(rows: Tensor, send: Sequence[int], receive: Sequence[int], size
     """Raise ValueError unless `send` and `receive` are counts that `RankGroup.exchange` takes."""
     if len(send) != size or len(receive) != size or sum(send) != len(rows) or min(*send, *receive) < 0:
         raise ValueError(f"{len(rows)} rows, sent as {list(send)}, received as {list(receive)}, among {size} ranks")
+
+
+def gather_at_first(group: RankGroup, data: bytes) -> list[bytes]:
+    """Return, on rank 0, every rank's `data`, of any length; on the others nothing. Two meetings."""
+    lengths: list[int] = group.all_gather(torch.tensor([len(data)])).flatten().tolist()
+    is_first = group.rank == 0
+    rows = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    send = [len(data) if rank == 0 else 0 for rank in range(group.size)]
+    came = group.exchange(rows, send, lengths if is_first else [0] * group.size)
+    return [part.numpy().tobytes() for part in came.split(lengths)] if is_first else []
 
 
 def ordered_sum(parts: Tensor, onto: Tensor | None) -> Tensor:

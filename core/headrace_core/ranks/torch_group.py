@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage] - the only way
 
 from headrace_core.errors import StartupError, UnavailableError
-from headrace_core.ranks.group import OneRank, RankGroup, check_counts, ordered_sum
+from headrace_core.ranks.group import Coming, OneRank, RankGroup, check_counts, ordered_sum
 from headrace_core.ranks.meeting import meeting_store
 from headrace_core.ranks.traffic import LARGE_SUM_BYTES
 
@@ -51,23 +52,36 @@ class TorchGroup:
             return ordered_sum(self.all_gather(part), onto).view(part.shape)
         width = -(-part.numel() // self.size)
         pieces = _cut(part, width, self.size)
-        received = self._exchange(pieces, [1] * self.size, [1] * self.size)
+        received = self.exchange(pieces, [1] * self.size, [1] * self.size)
         own = None if onto is None else _cut(onto, width, self.size)[self.rank]
         return self.all_gather(ordered_sum(received, own)).flatten()[: part.numel()].view(part.shape)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `RankGroup`."""
         out = x.new_empty((self.size, *x.shape))
-        if x.numel():
-            self.sent_bytes += (self.size - 1) * x.numel() * x.element_size()
-            with self._meeting("gather"):
-                _gather_into(_bytes(out).flatten(), _bytes(x.contiguous()).flatten(), group=self._group)
-        return out
+        if not x.numel():
+            return out
+        self.sent_bytes += (self.size - 1) * x.numel() * x.element_size()
+        into, given = _bytes(out).flatten(), _bytes(x.contiguous()).flatten()
+        return self._begin(
+            "gather", out, given, lambda: _gather_into(into, given, group=self._group, async_op=True)
+        ).wait()
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """See `RankGroup`."""
+        return self.begin_exchange(rows, send, receive).wait()
+
+    def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Coming:
+        """See `RankGroup`."""
         check_counts(rows, send, receive, self.size)
-        return self._exchange(rows, send, receive)
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
+        self.sent_bytes += (sum(send) - send[self.rank]) * row_bytes
+        into, given = _rows_of_bytes(out), _rows_of_bytes(rows.contiguous())
+        counts = list(receive), list(send)
+        return self._begin(
+            "exchange", out, given, lambda: dist.all_to_all_single(into, given, *counts, self._group, async_op=True)
+        )
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """See `RankGroup`."""
@@ -104,7 +118,7 @@ class TorchGroup:
         for part in parts:
             # All ranks make all groups, in the same order: torch's rule.
             ranks = [self._ranks[rank] for rank in part]
-            with self._meeting("part"):
+            with self.meeting("part"):
                 group = dist.new_group(ranks)
             if self.rank in part:
                 assert isinstance(group, dist.ProcessGroup)
@@ -121,30 +135,40 @@ class TorchGroup:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
-        self.sent_bytes += (sum(send) - send[self.rank]) * row_bytes
-        with self._meeting("exchange"):
-            dist.all_to_all_single(
-                _rows_of_bytes(out), _rows_of_bytes(rows.contiguous()), list(receive), list(send), group=self._group
-            )
-        return out
+    def _begin(self, what: str, out: Tensor, given: Tensor, begin: Callable[[], Any]) -> _Begun:
+        with self.meeting(what):
+            work = begin()
+        return _Begun(self, what, work, out, given)
 
     def _broadcast(self, data: Tensor) -> None:
         if self.rank == 0:
             self.sent_bytes += (self.size - 1) * data.numel()
-        with self._meeting("broadcast"):
+        with self.meeting("broadcast"):
             dist.broadcast(data, self._ranks[0], group=self._group)
 
     @contextmanager
-    def _meeting(self, what: str) -> Generator[None]:
+    def meeting(self, what: str) -> Generator[None]:
+        """Let what torch raises be RANK_LOST; count the time."""
         began = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
             raise _lost(f"rank {self.rank} of {self.size}: {what}", error) from error
         self.meeting_s += time.perf_counter() - began
+
+
+class _Begun:
+    """A meeting that was begun: what it is given and what comes stay where they are until it is over."""
+
+    def __init__(self, group: TorchGroup, what: str, work: Any, out: Tensor, given: Tensor) -> None:
+        self._group, self._what, self._work = group, what, work
+        self._out, self._given = out, given
+
+    def wait(self) -> Tensor:
+        """See `Coming`."""
+        with self._group.meeting(self._what):
+            self._work.wait()
+        return self._out
 
 
 def join(size: int, *, rank: int, init_method: str, device: str, timeout_s: float) -> TorchGroup:

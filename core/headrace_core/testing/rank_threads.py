@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace_core.errors import UnavailableError
-from headrace_core.ranks.group import RankGroup, check_counts
+from headrace_core.ranks.group import Coming, Here, RankGroup, check_counts
 from headrace_core.testing.async_test import WAIT_S
 
 T = TypeVar("T")
@@ -66,6 +66,10 @@ class ThreadRank:
         check_counts(rows, send, receive, self.size)
         given = self._meet("exchange", rows.clone().split(list(send)))
         return torch.cat([parts[self.rank] for parts in given])
+
+    def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Coming:
+        """See `RankGroup`; waits at once."""
+        return Here(self.exchange(rows, send, receive))
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """See `RankGroup`."""
