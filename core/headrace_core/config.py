@@ -126,6 +126,11 @@ class WorkerSettings(ProcessSettings):
         "gives other tokens; fp8_e4m3: experts as block-FP8 checkpoints store them, in half of the memory, which is "
         "slower on a CPU; all workers of a fleet alike",
     )
+    dispatch_dtype: Literal["auto", "fp8_e4m3"] = Field(
+        "auto",
+        description="as what tokens reach routed experts, here or on other ranks; auto: as values of --dtype; "
+        "fp8_e4m3: in 8 bits, half of the bytes and other tokens; all workers of a fleet alike",
+    )
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where to compute; cuda: the first GPU this process sees, NVIDIA or AMD"
     )

@@ -144,6 +144,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_LENDING": "threads can't be lent: the folder can't be used, or how many there are is not said",
         "NO_EXACT": "exact numerics can't be held with these kernels or types; says which",
         "NO_FP8_CACHE": "the cache of this network can't be kept in 8 bits",
+        "NO_FP8_DISPATCH": "experts can't be given their tokens in 8 bits; says why",
         "NO_INT8": "weights can't be multiplied in 8 bits there",
         "NO_FP8_WEIGHTS": "the checkpoint's experts can't be held in 8 bits as they are stored; says why",
         "NO_GPU": "torch sees no GPU",

@@ -12,6 +12,7 @@ from headrace_core.batch.step import Chunk
 from headrace_core.model.group_results import gather_failures, not_finite
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import ALONE, RankGroup, Ranks, ranks_of
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.sharding import Owners
@@ -57,13 +58,21 @@ class Options(NamedTuple):
     numerics: Numerics = Numerics.FAST
     dtype: str = "auto"
     kernels: Backend | None = None
+    dispatch: DispatchDtype = DispatchDtype.AUTO
 
 
 def steps(folder: Path, options: Options, ranks: Ranks = ALONE) -> Bits:
     """Return the logits of a step of prompts, of two decode steps, and of one that one sequence alone is in."""
     owners = {} if options.owners is None else dict.fromkeys((1, 2), options.owners)
     with use_backend(options.kernels) if options.kernels else nullcontext():
-        model = load_model(folder, ranks=ranks, expert_owners=owners, dtype=options.dtype, numerics=options.numerics)
+        model = load_model(
+            folder,
+            ranks=ranks,
+            expert_owners=owners,
+            dtype=options.dtype,
+            numerics=options.numerics,
+            dispatch_dtype=options.dispatch,
+        )
         sequences = PagedSequences(model, page_size=16, num_pages=16)
         logits: list[torch.Tensor] = []
         for step, keys in enumerate([range(5), range(5), range(5), range(1, 2)]):
@@ -80,7 +89,7 @@ class Found(NamedTuple):
     generated: dict[Case, Generated]
     steps: dict[tuple[Case, Options], Bits]
     failures: list[str]
-    sent_bytes: dict[Case, int]
+    sent_bytes: dict[tuple[Case, DispatchDtype], int]
 
 
 class ToDo(NamedTuple):
@@ -90,7 +99,7 @@ class ToDo(NamedTuple):
     num_tokens: int
     generate: list[Case]
     steps: list[tuple[Case, Options]]
-    send: list[Case]
+    send: list[tuple[Case, DispatchDtype]]
 
 
 def all_of(world: RankGroup, to_do: ToDo) -> Found:
@@ -99,7 +108,7 @@ def all_of(world: RankGroup, to_do: ToDo) -> Found:
         {case: generate(world, case, to_do.prompts, to_do.num_tokens) for case in to_do.generate},
         {(case, options): steps(case.folder, options, _ranks(case, world)) for case, options in to_do.steps},
         _failures(world),
-        {case: _sent_bytes(world, case) for case in to_do.send},
+        {(case, dtype): _sent_bytes(world, case, dtype) for case, dtype in to_do.send},
     )
 
 
@@ -107,10 +116,10 @@ TOKENS = [65, 64, 65, 64]
 """Of the sequences of `_sent_bytes`, which take turns at the lanes; in bfloat16 a sum over them all is a large one."""
 
 
-def _sent_bytes(world: RankGroup, case: Case) -> int:
+def _sent_bytes(world: RankGroup, case: Case, dtype: DispatchDtype) -> int:
     """Return what this rank sends in a step of prompts that are all sampled after."""
     ranks = _ranks(case, world)
-    model = load_model(case.folder, ranks=ranks)
+    model = load_model(case.folder, ranks=ranks, dispatch_dtype=dtype)
     sequences = PagedSequences(model, page_size=16, num_pages=24)
     chunks = [
         replace(

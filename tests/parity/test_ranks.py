@@ -7,6 +7,7 @@ import torch
 from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.sharding import ExpertsForm, Sharding
 from headrace_core.ranks.traffic import step_bytes
@@ -38,15 +39,32 @@ _MOVED = [
     (attention, [Options(owners, numerics) for owners in (None, _TURNED, _COPIED)])
     for attention, numerics in (("tp2", Numerics.EXACT), ("tp1", Numerics.EXACT), ("tp1", Numerics.FAST))
 ]
+_FP8 = DispatchDtype.FP8
+_MOVED.append(("tp2", [Options(owners, Numerics.EXACT, dispatch=_FP8) for owners in (None, _TURNED, _COPIED)]))
+_FP8_NEAR = [(names, Options(dispatch=_FP8)) for names in (("tp2", "ep2"), ("tp1", "ep2"))]
+"""One that sums, and one that dispatches."""
 _EXACT = Options(numerics=Numerics.EXACT)
 _NEAR = [
     (names, options)
     for names in (("tp2", "ep2"), ("tp1", "ep2"), ("tp1", "tp2"))
     for options in (Options(dtype="bfloat16"), Options(kernels="reference"))
 ]
+_PLAIN = DispatchDtype.AUTO
 _SENT = {
-    2: [("v2", "tp2", "ep2"), ("v3", "tp1", "tp2"), ("v3", "tp1", "ep2")],
-    4: [("v3", "tp4", "ep4"), ("v3", "tp2", "tp4"), ("mixtral", "tp1", "ep4"), ("v2", "tp2", "ep4")],
+    2: [
+        ("v2", "tp2", "ep2", _PLAIN),
+        ("v3", "tp1", "tp2", _PLAIN),
+        ("v3", "tp1", "ep2", _PLAIN),
+        ("v3", "tp1", "ep2", _FP8),
+    ],
+    4: [
+        ("v3", "tp4", "ep4", _PLAIN),
+        ("v3", "tp2", "tp4", _PLAIN),
+        ("mixtral", "tp1", "ep4", _PLAIN),
+        ("mixtral", "tp1", "ep4", _FP8),
+        ("v2", "tp2", "ep4", _PLAIN),
+        ("v2", "tp2", "ep4", _FP8),
+    ],
 }
 _HAS_LIBRARY = backend(torch.empty(0)) == "cpu"
 needs_library = pytest.mark.skipif(not _HAS_LIBRARY, reason="the compiled CPU kernels are not built: make setup")
@@ -60,11 +78,11 @@ def prompts():
 @pytest.fixture(scope="module")
 def of_two(checkpoint, prompts):
     """What the ranks of a group of two found."""
-    to_step = [(Case(checkpoint("v2"), *names), options) for names, options in _NEAR]
+    to_step = [(Case(checkpoint("v2"), *names), options) for names, options in [*_NEAR, *_FP8_NEAR]]
     if _HAS_LIBRARY:
         to_step += [(Case(checkpoint("v3"), attention, "ep2"), each) for attention, all_ in _MOVED for each in all_]
     cases = [Case(checkpoint(name), *names) for name, *names in _OF_TWO]
-    to_send = [Case(checkpoint(name), *names) for name, *names in _SENT[2]]
+    to_send = [(Case(checkpoint(name), *names), dtype) for name, *names, dtype in _SENT[2]]
     return run_ranks(2, all_of, ToDo(prompts, NUM_TOKENS, cases, to_step, to_send))
 
 
@@ -73,7 +91,7 @@ def of_four(checkpoint, prompts):
     """What the ranks of a group of four found."""
     to_step = [(Case(checkpoint("v3"), "tp1", "ep4"), _EXACT)] if _HAS_LIBRARY else []
     cases = [Case(checkpoint(name), *names) for name, *names in _OF_FOUR]
-    to_send = [Case(checkpoint(name), *names) for name, *names in _SENT[4]]
+    to_send = [(Case(checkpoint(name), *names), dtype) for name, *names, dtype in _SENT[4]]
     return run_ranks(4, all_of, ToDo(prompts, NUM_TOKENS, cases, to_step, to_send))
 
 
@@ -132,21 +150,34 @@ def test_logits_are_near_those_of_one_process_in_another_type_and_other_kernels(
         assert (rows - expected).norm() <= limit * expected.norm()
 
 
+@pytest.mark.parametrize(("names", "options"), _FP8_NEAR)
+def test_tokens_in_fp8_are_the_same_tokens_whoever_computes_and_near_those_that_are_not(
+    names, options, of_two, checkpoint
+):
+    """A group's logits are near those of one process that rounds as it does, much nearer than to plain ones."""
+    found = of_two[0].steps[Case(checkpoint("v2"), *names), options]
+    alone, plain = steps(checkpoint("v2"), options), steps(checkpoint("v2"), Options())
+    assert found.fingerprint == alone.fingerprint != plain.fingerprint
+    for rows, rounded, expected in zip(found.logits, alone.logits, plain.logits, strict=True):
+        assert (rows - rounded).norm() <= 1e-4 * expected.norm()
+        assert 1e-3 * expected.norm() < (rows - expected).norm() <= 0.05 * expected.norm()
+
+
 def test_every_rank_learns_of_a_chunk_that_failed_in_another_lane(of_two, of_four):
     assert [found.failures for found in (*of_two, *of_four)] == [["2 BAD_LOGITS"]] * 6
 
 
-@pytest.mark.parametrize("case", [*_SENT[2], *_SENT[4]], ids="-".join)
+@pytest.mark.parametrize("case", [*_SENT[2], *_SENT[4]], ids=lambda case: "-".join([*case[:3], case[3].value]))
 def test_ranks_send_what_the_formulas_say(case, of_two, of_four, checkpoint):
     """To the byte; where tokens travel to their experts, within a tenth of what even choices would send."""
-    name, *names = case
+    name, *names, dtype = case
     layout, config = ParallelLayout.parse(*names), parse_config(checkpoint(name))
     by_rank = of_two if layout.size == 2 else of_four
-    sent = sum(found.sent_bytes[Case(checkpoint(name), *names)] for found in by_rank)
+    sent = sum(found.sent_bytes[Case(checkpoint(name), *names), dtype] for found in by_rank)
     tokens = [sum(TOKENS[lane :: layout.num_lanes]) for lane in range(layout.num_lanes)]
     logits = [len(TOKENS[lane :: layout.num_lanes]) for lane in range(layout.num_lanes)]
     sharding = Sharding(layout, 0)
-    formula = step_bytes(config, sharding, tokens, logits, 4)
+    formula = step_bytes(config, sharding, tokens, logits, 4, dtype)
     if sharding.experts_form is ExpertsForm.DISPATCHED:
         experts = sent - (formula.total - formula.experts)
         assert abs(experts - formula.experts) <= 0.1 * formula.experts

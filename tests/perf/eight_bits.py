@@ -1,4 +1,4 @@
-"""What latents or weights in 8 bits cost the demo model: its logits, its greedy tokens, its gate.
+"""What latents, weights or dispatched tokens in 8 bits cost the demo model: its logits, its greedy tokens, its gate.
 
     PYTHONPATH=demo python -m tests.perf.eight_bits [--prompts 200] [--json build/bench/eight-bits.json]
 
@@ -22,6 +22,7 @@ import torch
 from headrace_core.model.load import load_model
 from headrace_core.model.model import Model
 from headrace_core.model.weights_dtype import WeightsDtype
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_demo.evaluate import Prompt, judge, known_capitals, make_prompts
 from tokenizers import Tokenizer
@@ -35,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, fp8 cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3"},
     "bfloat16, int8 weights": {"dtype": "bfloat16", "weights_dtype": WeightsDtype.INT8},
+    "bfloat16, fp8 dispatch": {"dtype": "bfloat16", "dispatch_dtype": DispatchDtype.FP8},
 }
 """How each is loaded."""
 PAIRS = (
@@ -44,6 +46,8 @@ PAIRS = (
     ("bfloat16, fp8 cache", "bfloat16"),
     ("bfloat16, int8 weights", "float32"),
     ("bfloat16, int8 weights", "bfloat16"),
+    ("bfloat16, fp8 dispatch", "float32"),
+    ("bfloat16, fp8 dispatch", "bfloat16"),
 )
 _BATCH = 100
 _READ, _READ_TOGETHER = 100, 10

@@ -31,7 +31,7 @@ class _Doubling:
 
 
 def _experts(world: PatientGroup) -> DispatchedExperts:
-    dispatcher = Dispatcher(((0,),) * _NUM_EXPERTS, world, torch.device("cpu"))
+    dispatcher = Dispatcher((tuple(range(_NUM_EXPERTS)),), world, torch.device("cpu"))
     local, shared = _Doubling("routed experts", world.said), _Doubling("shared expert", world.said)
     return DispatchedExperts(local, _NUM_SHARED, shared, dispatcher, Ranks(ParallelLayout(), world, world))
 

@@ -28,8 +28,10 @@ from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import ModelWeights
 from headrace_core.model.mtp import MtpWeights
 from headrace_core.model.rope_angles import softmax_scale
+from headrace_core.model.travelling_tokens import RoundedTokens
 from headrace_core.model.weights_dtype import WeightsDtype, num_bytes
 from headrace_core.process import release_freed_memory
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import ALONE, Ranks
 from headrace_core.ranks.layout import ExpertsBy, ParallelLayout
 from headrace_core.ranks.sharding import ExpertsForm, Sharding
@@ -57,14 +59,16 @@ def build_network(
     weights_dtype: WeightsDtype = WeightsDtype.AUTO,
     ranks: Ranks = ALONE,
     sharding: Sharding | None = None,
+    dispatch_dtype: DispatchDtype = DispatchDtype.AUTO,
 ) -> ModelWeights:
     """Return the network of `config`; each weight of its tree is taken once, and held only as packed.
 
-    In a group, `ranks`, it is this rank's: `sharding` says which weights are taken, and of which a part.
+    In a group, `ranks`, it is this rank's: `sharding` says which weights are taken, and of which a part. Tokens reach
+    routed experts as `dispatch_dtype`.
     """
     with torch.inference_mode():
         sharding = sharding or Sharding(ranks.layout, ranks.rank)
-        return _Builder(config, source, weights_dtype, ranks, sharding).build()
+        return _Builder(config, source, weights_dtype, ranks, sharding, dispatch_dtype).build()
 
 
 def num_weight_bytes(
@@ -91,12 +95,14 @@ class _Builder:
         weights_dtype: WeightsDtype,
         ranks: Ranks,
         sharding: Sharding,
+        dispatch_dtype: DispatchDtype,
     ) -> None:
         self._config = config
         self._source = source
         self._is_int8 = weights_dtype is WeightsDtype.INT8
         self._ranks = ranks
         self._sharding = sharding
+        self._dispatch_dtype = dispatch_dtype
         self._lanes = LaneCounts(ranks.layout.num_lanes)
         self._is_fp8 = weights_dtype is WeightsDtype.FP8
         self._tree = weight_tree(config)
@@ -220,9 +226,10 @@ class _Builder:
     def _experts(self, layer: int) -> LayerExperts:
         """Return the experts of a layer: here all of them, in a group what its form is."""
         moe, ranks = self._config.moe, self._ranks
-        if ranks.layout.size == 1:
+        is_rounded, is_alone = self._dispatch_dtype is DispatchDtype.FP8, ranks.layout.size == 1
+        if is_alone and not is_rounded:
             return self._stack(range(moe.num_experts), moe.num_shared_experts)
-        if ranks.layout.experts_by is ExpertsBy.COLUMNS:
+        if ranks.layout.experts_by is ExpertsBy.COLUMNS and not is_alone:
             local = self._stack(range(moe.num_experts), moe.num_shared_experts)
             if self._sharding.experts_form is ExpertsForm.SUMMED:
                 return SummedExperts(local, None, None, ranks.world)
@@ -233,10 +240,10 @@ class _Builder:
             numbers = torch.full((moe.num_experts + moe.num_shared_experts + 1,), -1)
             numbers[held] = torch.arange(len(held))
             device = self._source.empty(0).device
-            return SummedExperts(local, numbers.to(device), self._shared(1), ranks.world)
-        dispatcher = Dispatcher(
-            self._sharding.slots_of(layer, moe.num_experts), ranks.world, self._source.empty(0).device
-        )
+            given = RoundedTokens(local) if is_rounded else local
+            return SummedExperts(given, numbers.to(device), self._shared(1), ranks.world)
+        slots = self._sharding.slots_of(layer, moe.num_experts)
+        dispatcher = Dispatcher(slots, ranks.world, self._source.empty(0).device, self._dispatch_dtype)
         shared = self._shared(moe.num_shared_experts)
         return DispatchedExperts(local, moe.num_shared_experts, shared, dispatcher, ranks)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from headrace_core.expert_moves import Slots
 from headrace_core.expert_placement import Placement
+from headrace_core.model.travelling_tokens import from_bytes, to_bytes
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import Coming, RankGroup
 
 
@@ -51,9 +53,13 @@ class Dispatched:
 class Dispatcher:
     """Knows in which slots of which ranks the experts of a layer are."""
 
-    def __init__(self, slots: Slots, world: RankGroup, device: torch.device) -> None:
+    def __init__(
+        self, slots: Slots, world: RankGroup, device: torch.device, dtype: DispatchDtype = DispatchDtype.AUTO
+    ) -> None:
+        """Begin with experts in `slots`; tokens travel to them as `dtype`, and rows come back as they were computed."""
         self._world = world
         self._device = device
+        self._dtype = dtype
         self.place(slots)
 
     def place(self, slots: Slots) -> None:
@@ -84,7 +90,9 @@ class Dispatcher:
         counts: list[list[int]] = self._world.all_gather(goes.sum(dim=1)).tolist()
         receive = [of_rank[self._world.rank] for of_rank in counts]
         return Sent(
-            coming=self._world.begin_exchange(_packed(x[token], numbers), counts[self._world.rank], receive),
+            coming=self._world.begin_exchange(
+                _packed(to_bytes(x, self._dtype)[token], numbers), counts[self._world.rank], receive
+            ),
             receive=receive,
             num_expected=[int(part.sum()) for part in is_there.sum(dim=1).split(counts[self._world.rank])],
             places=_places(token, is_there, experts),
@@ -92,7 +100,10 @@ class Dispatcher:
 
     def receive(self, sent: Sent, like: Tensor) -> Dispatched:
         """Wait for what comes for this rank's experts; `like` has the width and dtype of the tokens."""
-        rows, came_numbers = _unpacked(sent.coming.wait(), like)
+        came = sent.coming.wait()
+        width = self._dtype.token_bytes(like.shape[1], like.element_size())
+        rows = from_bytes(came[:, :width], like, self._dtype)
+        came_numbers = came[:, width:].contiguous().view(torch.int32)
         row, k = (came_numbers >= 0).nonzero(as_tuple=True)
         per_row = (came_numbers >= 0).sum(dim=1)
         return Dispatched(
@@ -140,13 +151,6 @@ def _places(token: Tensor, is_there: Tensor, experts: Tensor) -> Tensor:
     return places
 
 
-def _packed(rows: Tensor, numbers: Tensor) -> Tensor:
-    """Return [n, bytes]: each of `rows` [n, N], then its `numbers` [n, K] int32."""
-    return torch.cat((rows.contiguous().view(torch.uint8), numbers.view(torch.uint8)), dim=1)
-
-
-def _unpacked(packed: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows, of the width and dtype of `like`, and the numbers of what `_packed` made."""
-    width = like.shape[1] * like.element_size()
-    rows, numbers = packed[:, :width].contiguous(), packed[:, width:].contiguous()
-    return rows.view(like.dtype), numbers.view(torch.int32)
+def _packed(tokens: Tensor, numbers: Tensor) -> Tensor:
+    """Return uint8 [n, bytes]: each of `tokens` [n, bytes of a token], then its `numbers` [n, K] int32."""
+    return torch.cat((tokens, numbers.view(torch.uint8)), dim=1)

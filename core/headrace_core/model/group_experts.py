@@ -20,6 +20,7 @@ from torch import Tensor
 from headrace_core.batch.step import Chunk
 from headrace_core.expert_moves import Slots
 from headrace_core.model.dispatch import Dispatcher
+from headrace_core.model.feed_forward import LayerExperts
 from headrace_core.ranks.group import RankGroup, Ranks, ordered_sum
 from headrace_core.ranks.layout import share
 
@@ -45,7 +46,7 @@ class SummedExperts:
     among `local`, or there are none.
     """
 
-    def __init__(self, local: Experts, numbers: Tensor | None, shared: Experts | None, world: RankGroup) -> None:
+    def __init__(self, local: LayerExperts, numbers: Tensor | None, shared: Experts | None, world: RankGroup) -> None:
         self._local = local
         self._numbers = numbers
         self._shared = shared

@@ -26,9 +26,11 @@ from headrace_core.model.expert_store import ExpertReader, num_slots, open_store
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.model.numerics import Numerics, check_exact, exact_fingerprint
 from headrace_core.model.rope_angles import check_angles
+from headrace_core.model.travelling_tokens import check_fp8_dispatch, dispatch_fingerprint
 from headrace_core.model.weights_dtype import WeightsDtype, check_fp8, check_int8, held_fingerprint
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import ALONE, Ranks
 from headrace_core.ranks.sharding import Owners, Sharding
 from headrace_core.scalar import Scalar
@@ -42,6 +44,7 @@ def load_model(
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
     weights_dtype: WeightsDtype = WeightsDtype.AUTO,
+    dispatch_dtype: DispatchDtype = DispatchDtype.AUTO,
     device: str = "cpu",
     numerics: Numerics = Numerics.FAST,
     kv_pool_bytes: int = 0,
@@ -59,6 +62,7 @@ def load_model(
         dtype: type of weights and compute: "float32", "bfloat16", "float16", or "auto", the checkpoint's.
         kv_cache_dtype: how latents are kept: "fp8_e4m3", or "auto", as values of `dtype`.
         weights_dtype: how weights are held.
+        dispatch_dtype: as what tokens reach routed experts, whether they travel or not.
         device: torch's name of where to compute.
         numerics: how far a token's bits are promised.
         kv_pool_bytes: memory that pages will take; counted when the model is checked against what is available.
@@ -73,8 +77,8 @@ def load_model(
     Raises:
         CheckpointError: before anything large is allocated: BAD_CONFIG, UNSUPPORTED_MODEL, MISSING_TENSOR,
             EXTRA_TENSOR, BAD_TENSOR_SHAPE, DAMAGED_FILE, MODEL_TOO_LARGE; while weights are read: NON_FINITE_WEIGHT.
-        StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, BAD_RANKS, before anything is read but config.json;
-            NO_FP8_WEIGHTS, NO_MTP, before weights are.
+        StartupError: NO_EXACT, NO_INT8, NO_FP8_CACHE, NO_FP8_DISPATCH, BAD_RANKS, before anything is read but
+            config.json; NO_FP8_WEIGHTS, NO_MTP, before weights are.
         UnavailableError: RANK_LOST, another rank is gone.
     """
     config = parse_config(directory)
@@ -91,6 +95,8 @@ def load_model(
             raise StartupError("NO_EXACT", "--numerics exact: there are no such kernels for --weights-dtype fp8_e4m3")
     if weights_dtype is WeightsDtype.INT8:
         check_int8(device)
+    if dispatch_dtype is DispatchDtype.FP8:
+        check_fp8_dispatch(config, ranks.layout, weights_dtype)
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     check_mtp_is_stored(config, stored)
@@ -119,13 +125,13 @@ def load_model(
         limits = step_limits or StepLimits()
         working_bytes = gpu_working_bytes(config, layout, limits, kv_pool_bytes, itemsize=compute_dtype.itemsize)
     check_fits(weight_bytes + room_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
-    weights = build_network(config, reader, weights_dtype, ranks, sharding)
+    weights = build_network(config, reader, weights_dtype, ranks, sharding, dispatch_dtype)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
     if ranks.layout.size > 1:
         _share_digests(reader, ranks)
-    fingerprint = reader.fingerprint(leaving_out=mtp_names(config))
-    fingerprint = held_fingerprint(fingerprint, weights_dtype)
+    fingerprint = held_fingerprint(reader.fingerprint(leaving_out=mtp_names(config)), weights_dtype)
+    fingerprint = dispatch_fingerprint(fingerprint, dispatch_dtype)
     if numerics is Numerics.EXACT:
         fingerprint = exact_fingerprint(fingerprint, ranks.layout)
     identity = ModelIdentity(fingerprint, compute_dtype, weight_bytes, cache_dtype, numerics)

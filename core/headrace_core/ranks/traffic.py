@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace_core.families.config import ModelConfig
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.sharding import ExpertsForm, Sharding
 
 LARGE_SUM_BYTES = 64 * 1024
@@ -38,7 +39,12 @@ class StepBytes:
 
 
 def step_bytes(
-    config: ModelConfig, sharding: Sharding, tokens: Sequence[int], logits: Sequence[int], itemsize: int
+    config: ModelConfig,
+    sharding: Sharding,
+    tokens: Sequence[int],
+    logits: Sequence[int],
+    itemsize: int,
+    dispatch_dtype: DispatchDtype = DispatchDtype.AUTO,
 ) -> StepBytes:
     """Return what a step sends.
 
@@ -48,6 +54,7 @@ def step_bytes(
         tokens: T of each lane.
         logits: of each lane the tokens that are sampled after.
         itemsize: bytes of a value of the compute type.
+        dispatch_dtype: as what tokens travel to their experts, where they do.
     """
     layout = sharding.layout
     of_lanes = sum(sum_bytes(count * config.hidden_size, itemsize, layout.attention_tp) for count in tokens)
@@ -58,7 +65,7 @@ def step_bytes(
         embedding=of_lanes,
         attention=config.num_layers * of_lanes,
         dense=(config.num_layers - num_mixtures) * of_lanes,
-        experts=num_mixtures * experts_bytes(config, sharding, tokens, itemsize),
+        experts=num_mixtures * experts_bytes(config, sharding, tokens, itemsize, dispatch_dtype),
         logits=others * _LOGIT_BYTES,
     )
 
@@ -71,7 +78,13 @@ def sum_bytes(num_values: int, itemsize: int, size: int) -> int:
     return 2 * size * (size - 1) * -(-num_values // size) * itemsize
 
 
-def experts_bytes(config: ModelConfig, sharding: Sharding, tokens: Sequence[int], itemsize: int) -> float:
+def experts_bytes(
+    config: ModelConfig,
+    sharding: Sharding,
+    tokens: Sequence[int],
+    itemsize: int,
+    dispatch_dtype: DispatchDtype = DispatchDtype.AUTO,
+) -> float:
     """Return what one layer's experts send; where tokens travel to theirs, on average over even choices."""
     layout, moe, size = sharding.layout, config.moe, sharding.layout.size
     count, row = sum(tokens), config.hidden_size * itemsize
@@ -81,7 +94,8 @@ def experts_bytes(config: ModelConfig, sharding: Sharding, tokens: Sequence[int]
     if sharding.experts_form is ExpertsForm.GATHERED:
         choices = (moe.num_experts_per_token + moe.num_shared_experts) * _CHOICE_BYTES
         return count * (size - 1) * (2 * row + choices) + to_lane
-    out = count * ranks_of_token(config, size) * (row + moe.num_experts_per_token * _NUMBER_BYTES)
+    sent_row = dispatch_dtype.token_bytes(config.hidden_size, itemsize) + moe.num_experts_per_token * _NUMBER_BYTES
+    out = count * ranks_of_token(config, size) * sent_row
     back = count * moe.num_experts_per_token * (size - 1) / size * row
     return size * (size - 1) * size * _COUNT_BYTES + out + back + to_lane
 

@@ -28,6 +28,7 @@ from headrace_core.model.self_check import check_kernels
 from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.model.working_memory import StepLimits
 from headrace_core.progress import shown
+from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.place import ALONE_PLACE, RankPlace
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import Dtype
@@ -84,8 +85,8 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
         HeadraceError: as `hub.find_model`.
         CheckpointError: the checkpoint can't be served.
         StartupError: NO_BACKEND, before anything else; POOL_TOO_SMALL, the pool is too small for a page; NO_FP8_CACHE,
-            NO_GPU, NO_EXACT, NO_FP8_WEIGHTS, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT, NO_MTP; BAD_RANKS, of
-            a group.
+            NO_FP8_DISPATCH, NO_GPU, NO_EXACT, NO_FP8_WEIGHTS, NO_INT8, NO_KERNEL, KERNELS_DISAGREE, NO_TRANSPORT,
+            NO_MTP; BAD_RANKS, of a group.
         UnavailableError: RANK_LOST, of a group.
     """
     started = time.perf_counter()
@@ -102,6 +103,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
             dtype=settings.dtype,
             kv_cache_dtype=settings.kv_cache_dtype,
             weights_dtype=WeightsDtype(settings.weights_dtype),
+            dispatch_dtype=DispatchDtype(settings.dispatch_dtype),
             device=settings.device,
             numerics=Numerics(settings.numerics),
             kv_pool_bytes=pool_bytes,
@@ -143,6 +145,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
             **_about(kernels, settings),
             "numerics": settings.numerics,
             "weights_dtype": settings.weights_dtype,
+            "dispatch_dtype": settings.dispatch_dtype,
             "seconds": time.perf_counter() - started,
             "pages": num_pages,
             "page_bytes": own.page_bytes,
