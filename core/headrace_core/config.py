@@ -185,6 +185,12 @@ class WorkerSettings(ProcessSettings):
         description="with --rebalance: copies of busy experts that each layer has room for, over all ranks, which must "
         "divide them",
     )
+    two_batch_rows: int = Field(
+        0,
+        ge=0,
+        description="of a group of ranks: rows of every lane from which on a decode step is computed as two "
+        "micro-batches, of which one computes while the other's tokens travel; 0: never",
+    )
     rank_timeout_s: float = Field(
         10.0, gt=0, description="longest time that one rank lets the others wait in a step; then its group ends"
     )

@@ -16,17 +16,22 @@ from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import ALONE, RankGroup, Ranks, ranks_of
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.sharding import Owners
+from headrace_core.ranks.two_batches import with_two_batches
 from headrace_core.testing.paged_sequences import PagedSequences, generate_greedy
 from headrace_kernels import use_backend
 from headrace_kernels.backend import Backend
 
 
 class Case(NamedTuple):
-    """A checkpoint, shared out: "tpN" or "dpN" attention, "tpN" or "epN" experts."""
+    """A checkpoint, shared out: "tpN" or "dpN" attention, "tpN" or "epN" experts.
+
+    Decode steps with `least_rows` in every lane are two micro-batches; 0: none is. Sequences are twice as many then.
+    """
 
     folder: Path
     attention: str
     experts: str
+    least_rows: int = 0
 
 
 class Generated(NamedTuple):
@@ -34,14 +39,28 @@ class Generated(NamedTuple):
 
     tokens: list[list[int]]
     fingerprint: str
+    num_cut: int = 0
+    """Steps that were two micro-batches."""
 
 
 def generate(world: RankGroup, case: Case, prompts: list[list[int]], num_tokens: int) -> Generated:
     """Return greedy tokens, on every rank."""
     ranks = _ranks(case, world)
+    cut = _counted(ranks)
     model = load_model(case.folder, ranks=ranks)
-    tokens = generate_greedy(model, prompts, num_tokens, page_size=16, max_chunk=8, ranks=ranks)
-    return Generated(tokens, model.fingerprint)
+    all_prompts = prompts * 2 if case.least_rows else prompts
+    tokens = generate_greedy(model, all_prompts, num_tokens, page_size=16, max_chunk=8, ranks=ranks)
+    return Generated(tokens, model.fingerprint, len(cut))
+
+
+def _counted(ranks: Ranks) -> list[None]:
+    """Return a list that grows by one with every step that is two micro-batches."""
+    cut: list[None] = []
+    turns = ranks.turns
+    if turns is not None:
+        run = turns.run
+        turns.run = lambda first, second: (cut.append(None), run(first, second))[1]
+    return cut
 
 
 class Bits(NamedTuple):
@@ -49,6 +68,7 @@ class Bits(NamedTuple):
 
     logits: list[torch.Tensor]
     fingerprint: str
+    num_cut: int = 0
 
 
 class Options(NamedTuple):
@@ -64,6 +84,7 @@ class Options(NamedTuple):
 def steps(folder: Path, options: Options, ranks: Ranks = ALONE) -> Bits:
     """Return the logits of a step of prompts, of two decode steps, and of one that one sequence alone is in."""
     owners = {} if options.owners is None else dict.fromkeys((1, 2), options.owners)
+    cut = _counted(ranks)
     with use_backend(options.kernels) if options.kernels else nullcontext():
         model = load_model(
             folder,
@@ -80,7 +101,7 @@ def steps(folder: Path, options: Options, ranks: Ranks = ALONE) -> Bits:
             tokens = {key: [3 + (key * 31 + step * 7 + i * 11) % 150 for i in range(count)] for key in keys}
             chunks = [replace(sequences.chunk(key, tokens[key]), lane=key % ranks.layout.num_lanes) for key in keys]
             logits.append(model.forward(chunks, sequences.cache).clone())
-        return Bits(logits, model.fingerprint)
+        return Bits(logits, model.fingerprint, len(cut))
 
 
 class Found(NamedTuple):
@@ -135,7 +156,7 @@ def _sent_bytes(world: RankGroup, case: Case, dtype: DispatchDtype) -> int:
 
 
 def _ranks(case: Case, world: RankGroup) -> Ranks:
-    return ranks_of(ParallelLayout.parse(case.attention, case.experts), world)
+    return with_two_batches(ranks_of(ParallelLayout.parse(case.attention, case.experts), world), case.least_rows)
 
 
 def _failures(world: RankGroup) -> list[str]:

@@ -33,6 +33,8 @@ _OF_FOUR = [
     ("mixtral", "tp1", "ep4"),
 ]
 
+_TWO_BATCHES = [("v3", "tp2", "ep2"), ("mixtral", "dp2", "ep2"), ("v2", "dp2", "tp2")]
+
 _TURNED = ((1,), (1,), (0,), (0,), (1,), (0,), (0,), (1,))
 _COPIED = ((0, 1), (1,), (0, 1), (0,), (1, 0), (1,), (0,), (1,))
 _MOVED = [
@@ -44,6 +46,8 @@ _MOVED.append(("tp2", [Options(owners, Numerics.EXACT, dispatch=_FP8) for owners
 _FP8_NEAR = [(names, Options(dispatch=_FP8)) for names in (("tp2", "ep2"), ("tp1", "ep2"))]
 """One that sums, and one that dispatches."""
 _EXACT = Options(numerics=Numerics.EXACT)
+_CUT = [("tp2", "ep2"), ("tp1", "ep2")]
+"""Which `_MOVED` has as well, as one batch."""
 _NEAR = [
     (names, options)
     for names in (("tp2", "ep2"), ("tp1", "ep2"), ("tp1", "tp2"))
@@ -81,7 +85,9 @@ def of_two(checkpoint, prompts):
     to_step = [(Case(checkpoint("v2"), *names), options) for names, options in [*_NEAR, *_FP8_NEAR]]
     if _HAS_LIBRARY:
         to_step += [(Case(checkpoint("v3"), attention, "ep2"), each) for attention, all_ in _MOVED for each in all_]
+        to_step += [(Case(checkpoint("v3"), *names, 2), _EXACT) for names in _CUT]
     cases = [Case(checkpoint(name), *names) for name, *names in _OF_TWO]
+    cases += [Case(checkpoint(name), *names, 2) for name, *names in _TWO_BATCHES]
     to_send = [(Case(checkpoint(name), *names), dtype) for name, *names, dtype in _SENT[2]]
     return run_ranks(2, all_of, ToDo(prompts, NUM_TOKENS, cases, to_step, to_send))
 
@@ -114,6 +120,26 @@ def test_greedy_tokens_of_a_group_equal_transformers(case, of_two, of_four, chec
     name, *names = case
     for found in of_two if case in _OF_TWO else of_four:
         assert found.generated[Case(checkpoint(name), *names)] == expected(name)
+
+
+@pytest.mark.parametrize("case", _TWO_BATCHES, ids="-".join)
+def test_so_do_they_in_two_micro_batches(case, of_two, checkpoint, expected):
+    name, *names = case
+    alone = expected(name)
+    for found in of_two:
+        generated = found.generated[Case(checkpoint(name), *names, 2)]
+        assert generated._replace(num_cut=0) == alone._replace(tokens=alone.tokens * 2)
+        # All but the few in which prompts are computed.
+        assert generated.num_cut >= NUM_TOKENS - 4
+
+
+@needs_library
+@pytest.mark.parametrize("names", _CUT)
+def test_exact_bits_do_not_depend_on_micro_batches(names, of_two, checkpoint):
+    at_once, as_two = (of_two[0].steps[Case(checkpoint("v3"), *names, rows), _EXACT] for rows in (0, 2))
+    assert_same_bits(at_once, as_two)
+    # The prompts' step is not cut, nor the last, in which one sequence is alone.
+    assert (at_once.num_cut, as_two.num_cut) == (0, 2)
 
 
 def assert_same_bits(one, other):

@@ -10,6 +10,7 @@ token is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -25,8 +26,11 @@ from headrace_core.ranks.group import RankGroup, Ranks, ordered_sum
 from headrace_core.ranks.layout import share
 
 
-class LaneCounts:
-    """How many tokens each lane has in the step that is computed; the model says so before its layers."""
+class LaneCounts(threading.local):
+    """How many tokens each lane has in the step that is computed; the model says so before its layers.
+
+    Each thread is told for itself: two micro-batches are computed on two.
+    """
 
     def __init__(self, num_lanes: int = 1) -> None:
         self.counts = [0] * num_lanes

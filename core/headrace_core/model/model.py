@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from headrace_kernels.linear import Linear
@@ -30,6 +31,7 @@ from headrace_core.model.group_results import gather_failures, gather_logits, no
 from headrace_core.model.host_copies import to_device
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.layer import Layer
+from headrace_core.model.micro_batches import cut
 from headrace_core.model.mtp import Mtp, MtpWeights, Stream, TrunkWeights
 from headrace_core.model.numerics import Numerics
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
@@ -234,15 +236,26 @@ class Model:
         self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer, on_layer: OnLayer | None
     ) -> Tensor:
         """Compute this lane's chunks and bring together what rank 0 needs of all lanes'."""
-        own = [chunk for chunk in chunks if chunk.lane == self._ranks.lane_number]
-        self._weights.lanes.set(chunks)
-        if own:
-            logits, failures = self._compute(own, cache, timer, on_layer)
+        turns = self._ranks.turns
+        halves = cut(chunks, self._ranks.layout.num_lanes, turns.least_rows) if turns else None
+        if turns and halves:
+            # On two threads; all chunks are sampled, so none fails unseen.
+            compute = torch.inference_mode()(self._compute_own)
+            both = turns.run(*(partial(compute, half, cache) for half in halves))
+            logits, failures = torch.cat([logits for logits, _ in both]), {}
         else:
-            logits, failures = self._compute_for_others(on_layer), {}
+            logits, failures = self._compute_own(chunks, cache, timer, on_layer)
         self._failures = gather_failures(failures, chunks, self._ranks, self.device)
         lanes = [chunk.lane for chunk in chunks if chunk.is_sampled]
         return gather_logits(logits, lanes, self.config.vocab_size, self._ranks)
+
+    def _compute_own(
+        self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer = OFF, on_layer: OnLayer | None = None
+    ) -> tuple[Tensor, dict[int, HeadraceError]]:
+        """Compute this lane's of a group's chunks, and what the others' ask of the experts here."""
+        own = [chunk for chunk in chunks if chunk.lane == self._ranks.lane_number]
+        self._weights.lanes.set(chunks)
+        return self._compute(own, cache, timer, on_layer) if own else (self._compute_for_others(on_layer), {})
 
     def _compute(
         self, chunks: Sequence[Chunk], cache: KvCache, timer: OpTimer, on_layer: OnLayer | None

@@ -8,7 +8,7 @@ the same bits and a repetition has them again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headrace_core.ranks.layout import ParallelLayout
+from headrace_core.ranks.turns import Turns
 
 
 class Coming(Protocol):
@@ -32,10 +33,16 @@ class RankGroup(Protocol):
     rank: int
     """This process's number among them, from 0."""
     size: int
-    sent_bytes: int
-    """What this rank gave others so far; what a rank keeps for itself does not count."""
-    meeting_s: float
-    """Seconds that it spent in meetings so far; where these are launched, as on GPUs, what launching took."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank gave others so far; what a rank keeps for itself does not count."""
+        ...
+
+    @property
+    def meeting_s(self) -> float:
+        """Seconds that it spent in meetings so far; where these are launched, as on GPUs, what launching took."""
+        ...
 
     def all_sum(self, part: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return `onto`, which all ranks have the same, plus the ranks' `part`s of its shape and dtype, on every rank.
@@ -76,10 +83,11 @@ class RankGroup(Protocol):
         """Return every rank's `data`, of any length."""
         ...
 
-    def part(self, parts: Sequence[Sequence[int]]) -> RankGroup:
+    def part(self, parts: Sequence[Sequence[int]], on_wait: Callable[[], None] | None = None) -> RankGroup:
         """Return a group of those ranks of `parts` that this rank is among; each rank is in exactly one of them.
 
-        It meets apart from this group: on another thread, if one likes.
+        It meets apart from this group: on another thread, if one likes. `on_wait` is called in each of its sums,
+        gatherings and exchanges, when what this rank gives is on its way and before it waits for what comes.
         """
         ...
 
@@ -137,8 +145,8 @@ class OneRank:
         """See `RankGroup`."""
         return [data]
 
-    def part(self, parts: Sequence[Sequence[int]]) -> RankGroup:
-        """See `RankGroup`."""
+    def part(self, parts: Sequence[Sequence[int]], on_wait: Callable[[], None] | None = None) -> RankGroup:
+        """See `RankGroup`; nobody is waited for."""
         assert [list(part) for part in parts] == [[0]], parts
         return self
 
@@ -175,11 +183,15 @@ def ordered_sum(parts: Tensor, onto: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Where this process stands: the model's `layout`, all ranks of it, `world`, and those of its own lane."""
+    """Where this process stands: the model's `layout`, all ranks of it, `world`, and those of its own lane.
+
+    `turns`: of a step's two micro-batches, which meet in groups of their own (`two_batches`); None: there are none.
+    """
 
     layout: ParallelLayout
     world: RankGroup
     lane: RankGroup
+    turns: Turns | None = None
 
     def set_timeout(self, seconds: float) -> None:
         """Let meetings of the world and of the lane wait so long from now on; see `RankGroup`."""

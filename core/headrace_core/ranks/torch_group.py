@@ -31,20 +31,24 @@ _FRAME_BYTES = 8192
 _LENGTH = struct.Struct("<Q")
 # torch 2.13's name, and that of the versions before.
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-_gather_into: Callable[..., object] = getattr(dist, _GATHER)
+_gather_into: Callable[..., Any] = getattr(dist, _GATHER)
+_all_to_all: Callable[..., Any] = dist.all_to_all_single
 
 
 class TorchGroup:
     """See `RankGroup`."""
 
-    def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
-        """Take the process group of the world's `ranks`, in their order."""
+    def __init__(
+        self, ranks: Sequence[int], group: dist.ProcessGroup, on_wait: Callable[[], None] | None = None
+    ) -> None:
+        """Take the process group of the world's `ranks`, in their order; `on_wait` as of `RankGroup.part`."""
         self.rank = dist.get_rank(group)
         self.size = len(ranks)
         self.sent_bytes = 0
         self.meeting_s = 0.0
         self._ranks = list(ranks)
         self._group = group
+        self.on_wait = on_wait
 
     def all_sum(self, part: Tensor, onto: Tensor | None = None) -> Tensor:
         """See `RankGroup`."""
@@ -80,7 +84,7 @@ class TorchGroup:
         into, given = _rows_of_bytes(out), _rows_of_bytes(rows.contiguous())
         counts = list(receive), list(send)
         return self._begin(
-            "exchange", out, given, lambda: dist.all_to_all_single(into, given, *counts, self._group, async_op=True)
+            "exchange", out, given, lambda: _all_to_all(into, given, *counts, self._group, async_op=True)
         )
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
@@ -111,7 +115,7 @@ class TorchGroup:
         rows = self.all_gather(padded)
         return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
-    def part(self, parts: Sequence[Sequence[int]]) -> RankGroup:
+    def part(self, parts: Sequence[Sequence[int]], on_wait: Callable[[], None] | None = None) -> RankGroup:
         """See `RankGroup`."""
         assert sorted(rank for part in parts for rank in part) == list(range(self.size)), parts
         own: RankGroup | None = None
@@ -122,7 +126,7 @@ class TorchGroup:
                 group = dist.new_group(ranks)
             if self.rank in part:
                 assert isinstance(group, dist.ProcessGroup)
-                own = OneRank() if len(part) == 1 else TorchGroup(ranks, group)
+                own = OneRank() if len(part) == 1 else TorchGroup(ranks, group, on_wait)
         assert own is not None
         return own
 
@@ -166,6 +170,8 @@ class _Begun:
 
     def wait(self) -> Tensor:
         """See `Coming`."""
+        if self._group.on_wait is not None:
+            self._group.on_wait()
         with self._group.meeting(self._what):
             self._work.wait()
         return self._out

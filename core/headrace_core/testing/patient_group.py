@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from headrace_core.ranks.group import Coming, OneRank
 
 
 class PatientGroup(OneRank):
-    """See `RankGroup`. `said`: "begin" and "wait" of each exchange, and what others append."""
+    """See `RankGroup`. `said` is told of each exchange when it begins and when it was waited for, with its `name`."""
 
-    def __init__(self) -> None:
-        self.said: list[str] = []
+    def __init__(self, said: list[str], name: str, on_wait: Callable[[], None] | None = None) -> None:
+        self.said = said
+        self._name = name
+        self._on_wait = on_wait
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """See `RankGroup`."""
@@ -22,18 +24,23 @@ class PatientGroup(OneRank):
 
     def begin_exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Coming:
         """See `RankGroup`; nothing is here before it is waited for."""
-        self.said.append("begin")
-        return _Late(super().exchange(rows, send, receive), self.said)
+        self.said.append(f"{self._name} begins")
+        return _Late(super().exchange(rows, send, receive), self._wait)
+
+    def _wait(self) -> None:
+        if self._on_wait is not None:
+            self._on_wait()
+        self.said.append(f"{self._name} waited")
 
 
 class _Late:
-    def __init__(self, rows: Tensor, said: list[str]) -> None:
+    def __init__(self, rows: Tensor, wait: Callable[[], None]) -> None:
         self._rows: Tensor | None = rows
-        self._said = said
+        self._wait = wait
 
     def wait(self) -> Tensor:
         """See `Coming`."""
         assert self._rows is not None, "waited for twice"
         rows, self._rows = self._rows, None
-        self._said.append("wait")
+        self._wait()
         return torch.clone(rows)

@@ -83,7 +83,7 @@ class ThreadRank:
         """See `RankGroup`."""
         return self._meet("gather bytes", data)
 
-    def part(self, parts: Sequence[Sequence[int]]) -> RankGroup:
+    def part(self, parts: Sequence[Sequence[int]], on_wait: Callable[[], None] | None = None) -> RankGroup:
         """See `RankGroup`."""
         raise NotImplementedError
 

@@ -24,6 +24,7 @@ from headrace_core.ranks.layout import ExpertsBy, ParallelLayout
 from headrace_core.ranks.page_share import PageShare
 from headrace_core.ranks.place import RankPlace
 from headrace_core.ranks.served import served_layout
+from headrace_core.ranks.two_batches import with_two_batches
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.worker.group_pages import GroupPages
 
@@ -136,7 +137,8 @@ def join(settings: WorkerSettings, place: RankPlace) -> Ranks:
         raise StartupError("BAD_TLS", f"{problem}: {todo}")
     layout = served_layout(settings.model, place.size, attention_tp=settings.attention_tp, experts=settings.experts)
     log.info("meeting the other ranks", extra={"rank": place.rank, "ranks": place.size, "layout": str(layout)})
-    return join_ranks(layout, rank=place.rank, device=settings.device, timeout_s=settings.rank_start_timeout_s)
+    ranks = join_ranks(layout, rank=place.rank, device=settings.device, timeout_s=settings.rank_start_timeout_s)
+    return with_two_batches(ranks, settings.two_batch_rows)
 
 
 def agree(ranks: Ranks, loaded: Mapping[str, object]) -> None:
