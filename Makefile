@@ -25,7 +25,7 @@ CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity parity-full integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-parallel bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity parity-full integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-parallel bench-two-batches bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -155,6 +155,9 @@ exactness: setup ## 10,000 random cases of every family and type, half an hour: 
 
 bench-parallel: setup ## What uneven experts cost a group of ranks, and what EPLB wins back; writes build/bench/parallel.json
 	PYTHONPATH=demo $(BIN)/python -m tests.perf.parallel $(ARGS)
+
+bench-two-batches: setup ## What two micro-batches gain ranks that are 0, 1 and 5 ms apart; root; writes build/bench/two-batches.json
+	$(BIN)/python -m tests.perf.two_batches $(ARGS)
 
 bench-transfer: setup ## What moving pages costs, beside raw gRPC, a socket and memcpy; writes build/bench/transfer.json
 	$(BIN)/python -m tests.perf.transfer
