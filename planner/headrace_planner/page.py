@@ -143,6 +143,7 @@ def _row(row: OperationFormula) -> dict[str, Any]:
         "sent": row.sent,
         "span": row.span,
         "choices": row.choices,
+        "hops": row.hops,
         "math": row.math,
         "isOverlapped": row.is_overlapped,
         "shown": {name: text for name, text in shown.items() if text != "0"},
@@ -158,6 +159,9 @@ def _hardware(hardware: Hardware) -> dict[str, Any]:
         "network": hardware.network_bytes_per_s,
         "domain": hardware.link_domain,
         "overhead": hardware.operation_overhead_s,
+        "start": hardware.collective_start_s,
+        "hop": hardware.link_hop_s,
+        "networkHop": hardware.network_hop_s,
         "cost": hardware.cost_per_hour,
         "source": hardware.source,
     }

@@ -11,8 +11,8 @@ An exchange between nodes is DeepEP's: a token crosses the network once for each
 inside; what comes back is summed inside a node first. With FP8 weights a token travels in FP8, with a float32 for each
 128 values, and what comes back is BF16.
 
-An all-reduce of x bytes over g GPUs moves 2x(g-1)/g bytes into each and out of each (ring, or two-phase).
-Rings and trees cost latency that a roof does not know: `Hardware.operation_overhead_s` is the place for it.
+An all-reduce of x bytes over g GPUs moves 2x(g-1)/g bytes into each and out of each (ring, or two-phase). However few
+they are, it starts and makes 2(g-1) hops one after the other: `LINK_LATENCY`, as NCCL's own tuning model has it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,16 @@ ONCE_A_NODE = (
     "/(domain*(1-pow(1-1/max(1, span), max(1, choices)))), min(1, choices))"
 )
 """Copies of a token that cross to other nodes, one for each, over those that would cross to other nodes' ranks."""
+
+ALL_REDUCE_HOPS = "2*(tp-1)"
+DISPATCH_HOPS = "exchange + (1-exchange)*(dp-1)"
+COMBINE_HOPS = "exchange + (1-exchange)*(n-1) + (tp-1)"
+VOCABULARY_HOPS = "tp-1"
+"""Hops that follow each other: one in an exchange, in which everybody sends to everybody; g-1 in half an all-reduce."""
+
+LINK_LATENCY = "runs*min(1, hops)*(start + hop*hops*min(1, (domain-1)/max(1, span-1)))"
+NETWORK_LATENCY = "runs*min(1, hops)*min(1, max(0, span-domain))*(start + network_hop*min(2, hops))"
+"""Seconds that collectives take however few bytes they move. Between nodes at least one hop there, and one back."""
 
 CROSSING = "max(max(0, span-domain)/max(1, span-1), 1-min(span, 1))"
 """Part of an exchange among `span` GPUs that leaves a node of `domain` GPUs; `span` 0: all of it, to another worker."""

@@ -29,6 +29,8 @@ class Hardware:
 
     `link` is what joins the `link_domain` accelerators of a node (NVLink, ICI), `network` what joins nodes; both per
     accelerator and per direction. `operation_overhead_s` is added for each operation: what starting it costs.
+    `collective_start_s` is what each collective costs besides, `link_hop_s` and `network_hop_s` each of its hops,
+    however few bytes it moves.
     """
 
     name: str
@@ -41,6 +43,9 @@ class Hardware:
     source: str
     link_domain: int = 8
     operation_overhead_s: float = 0.0
+    collective_start_s: float = 0.0
+    link_hop_s: float = 0.0
+    network_hop_s: float = 0.0
 
     def flops_per_s(self, dtype: Dtype) -> float:
         """Return the peak for `dtype`, or for the widest narrower use of it that the machine has: FP8 runs as BF16."""
@@ -71,18 +76,30 @@ def _tpu(name: str, bf16: float, memory: float, gigabytes: float, link: float, n
     # 256 chips of a pod are joined by ICI; v5p's pods are larger still.
     source = (
         "cloud.google.com/tpu/docs (peak, HBM, ICI); memory bandwidth as the MoE-intensity page has it; ICI one way, "
-        "links summed, and DCN per chip: host NICs / chips; on-demand list price"
+        "links summed, and DCN per chip: host NICs / chips; 1 us a hop of ICI (jax-ml.github.io/scaling-book), none of "
+        "DCN; on-demand list price"
     )
     flops = {Dtype.BF16: bf16}
-    return Hardware(name, flops, memory, gigabytes * 1e9, link, network, cost, source, link_domain=256)
+    return Hardware(name, flops, memory, gigabytes * 1e9, link, network, cost, source, link_domain=256, link_hop_s=1e-6)
+
+
+# What the libraries themselves reckon with to choose an algorithm: seconds to start, of a hop inside a node, of one
+# between nodes. NCCL's src/graph/tuning.cc, baseLat and hwLat; RCCL's of the same name. Others' may be faster.
+_NCCL = ("NCCL", 6.6e-6, 0.6e-6, 2.7e-6)
+_RCCL = ("RCCL", 12e-6, 0.8e-6, 9.5e-6)
 
 
 def _gpu(
     name: str, fp32: float, bf16: float, fp8: float | None, memory: float, gigabytes: float, link: float,
-    network: float, cost: float, source: str,
+    network: float, cost: float, source: str, latency: tuple[str, float, float, float] = _NCCL,
 ) -> Hardware:  # fmt: skip
     flops = {Dtype.FP32: fp32, Dtype.BF16: bf16, Dtype.FP16: bf16} | ({Dtype.FP8: fp8} if fp8 else {})
-    return Hardware(name, flops, memory, gigabytes * 1e9, link, network, cost, f"{source}; price assumed")
+    library, start, hop, network_hop = latency
+    source = f"{source}; latency of collectives: {library}'s tuning model, LL in a ring; price assumed"
+    return Hardware(
+        name, flops, memory, gigabytes * 1e9, link, network, cost, source,
+        collective_start_s=start, link_hop_s=hop, network_hop_s=network_hop,
+    )  # fmt: skip
 
 
 _TABLE = (
@@ -100,9 +117,9 @@ _TABLE = (
     _gpu("b200", 75e12, 2.25e15, 4.5e15, 8e12, 180, 900e9, 50e9, 5.00,
          "NVIDIA DGX B200 data sheet; NVLink 5 1.8 TB/s both ways; 400 Gb/s NIC"),
     _gpu("mi300x", 163.4e12, 1307.4e12, 2614.9e12, 5.3e12, 192, 448e9, 50e9, 2.50,
-         "AMD MI300X data sheet; 7 Infinity Fabric links of 64 GB/s one way; 400 Gb/s NIC"),
+         "AMD MI300X data sheet; 7 Infinity Fabric links of 64 GB/s one way; 400 Gb/s NIC", _RCCL),
     _gpu("mi355x", 157.3e12, 2.5e15, 5.0e15, 8e12, 288, 537e9, 50e9, 4.00,
-         "AMD MI355X data sheet; 7 Infinity Fabric links of 76.8 GB/s one way; 400 Gb/s NIC"),
+         "AMD MI355X data sheet; 7 Infinity Fabric links of 76.8 GB/s one way; 400 Gb/s NIC", _RCCL),
 )  # fmt: skip
 
 HARDWARE = {hardware.name: hardware for hardware in _TABLE}
@@ -124,10 +141,15 @@ class _HardwareFile(BaseModel):
     source: str | None = None
     link_domain: int | None = Field(default=None, ge=1)
     operation_overhead_s: float | None = Field(default=None, ge=0)
+    collective_start_s: float | None = Field(default=None, ge=0)
+    link_hop_s: float | None = Field(default=None, ge=0)
+    network_hop_s: float | None = Field(default=None, ge=0)
 
 
 # What an entry without `base` may leave out.
-_DEFAULTS: dict[str, Any] = {"cost_per_hour": 0.0, "link_domain": 8, "operation_overhead_s": 0.0}
+_DEFAULTS: dict[str, Any] = {"cost_per_hour": 0.0, "link_domain": 8} | dict.fromkeys(
+    ("operation_overhead_s", "collective_start_s", "link_hop_s", "network_hop_s"), 0.0
+)
 
 
 def load_hardware(path: Path) -> dict[str, Hardware]:

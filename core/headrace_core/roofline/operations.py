@@ -23,15 +23,19 @@ from functools import lru_cache
 from typing import Literal
 
 from headrace_core.roofline.communication import (
+    ALL_REDUCE_HOPS,
     ATTENTION_REDUCE,
     CHOICES,
     COMBINE,
+    COMBINE_HOPS,
     DENSE_REDUCE,
     DISPATCH,
+    DISPATCH_HOPS,
     EXCHANGE,
     ONE_GPU,
     REMOTE_RANKS,
     VOCABULARY_GATHER,
+    VOCABULARY_HOPS,
     Parallelism,
 )
 from headrace_core.roofline.formula import Symbols, evaluate
@@ -103,9 +107,9 @@ class OperationFormula:
     """One line of the table: what an operation costs each time it runs.
 
     `runs` is a symbol, how often it runs in a step. `span` is a symbol, the GPUs that `sent` goes to; "0" another
-    worker. `choices`, of an exchange, how many of them a token may choose (`communication.ONCE_A_NODE`). `math` says
-    which peak counts: "weights" that of the weights' type, "activations" that of activations. `is_overlapped`: it runs
-    beside the others and adds no time.
+    worker. `choices`, of an exchange, how many of them a token may choose (`communication.ONCE_A_NODE`); `hops`, of a
+    collective, how many follow each other (`communication.LINK_LATENCY`). `math` says which peak counts: "weights" that
+    of the weights' type, "activations" that of activations. `is_overlapped`: it runs beside the others, at no time.
     """
 
     name: str
@@ -116,6 +120,7 @@ class OperationFormula:
     sent: str = "0"
     span: str = "1"
     choices: str = "0"
+    hops: str = "0"
     math: Literal["weights", "activations"] = "activations"
     is_overlapped: bool = False
 
@@ -135,6 +140,7 @@ class Operation:
     is_overlapped: bool
     formula: OperationFormula
     choices: int = 0
+    hops: float = 0.0
 
     @property
     def intensity(self) -> float:
@@ -219,7 +225,9 @@ _GROUPED_PROJECTION = (
 def _attention_output(width: str) -> tuple[OperationFormula, ...]:
     return (
         _matmul("output_proj", "projection", "layers", "T", f"H*{width}", "N"),
-        OperationFormula("attention_all_reduce", "communication", "layers", "0", "0", ATTENTION_REDUCE, "tp"),
+        OperationFormula(
+            "attention_all_reduce", "communication", "layers", "0", "0", ATTENTION_REDUCE, "tp", hops=ALL_REDUCE_HOPS
+        ),
     )
 
 
@@ -233,24 +241,26 @@ def _feed_forward(name: str, group: Group, runs: str, width: str) -> OperationFo
 _EXPERTS = (
     OperationFormula("router", "experts", "moe_layers", "2*T*N*E", "a*N*E + a*T*N + 4*T*E"),
     OperationFormula(
-        "dispatch", "communication", "moe_layers", "0", "exchange*a*rows*N", DISPATCH, "n", choices=CHOICES
+        "dispatch", "communication", "moe_layers", "0", "exchange*a*rows*N", DISPATCH, "n", CHOICES, DISPATCH_HOPS
     ),
     OperationFormula("expert_gate", "experts", "moe_layers", "2*rows*N*F", "w*X*N*F + a*rows*N", math="weights"),
     OperationFormula("expert_up", "experts", "moe_layers", "2*rows*N*F", "w*X*N*F + a*rows*F", math="weights"),
     OperationFormula("expert_down", "experts", "moe_layers", "2*rows*F*N", "w*X*F*N + a*rows*(F+N)", math="weights"),
     OperationFormula(
-        "combine", "communication", "moe_layers", "2*rows*N", "a*rows*N + a*T*N", COMBINE, "n", choices=CHOICES
+        "combine", "communication", "moe_layers", "2*rows*N", "a*rows*N + a*T*N", COMBINE, "n", CHOICES, COMBINE_HOPS
     ),
 )
 _SHARED = _feed_forward("shared_experts", "experts", "moe_layers", "Fs")
 _DENSE = (
     _feed_forward("dense_ffn", "experts", "dense_layers", "Fd"),
-    OperationFormula("dense_all_reduce", "communication", "dense_layers", "0", "0", DENSE_REDUCE, "tp"),
+    OperationFormula(
+        "dense_all_reduce", "communication", "dense_layers", "0", "0", DENSE_REDUCE, "tp", hops=ALL_REDUCE_HOPS
+    ),
 )
 _VOCABULARY = (
     OperationFormula("final_norm", "norm", "1", "5*L*N", "3*a*L*N"),
     OperationFormula(
-        "head", "vocabulary", "1", "2*L*N*V", "a*N*V + a*L*N + 4*L*V", VOCABULARY_GATHER, "tp"
+        "head", "vocabulary", "1", "2*L*N*V", "a*N*V + a*L*N + 4*L*V", VOCABULARY_GATHER, "tp", hops=VOCABULARY_HOPS
     ),
 )  # fmt: skip
 
@@ -376,16 +386,17 @@ def step_operations(
         shape, load, parallel, routing=routing, dtype=dtype, kv_dtype=kv_dtype, experts_read=experts_read
     )
     values = evaluate(
-        [text for row in table for text in (row.runs, row.flops, row.bytes, row.sent, row.span, row.choices)], symbols
+        [text for row in table for text in (row.runs, row.flops, row.bytes, row.sent, row.span, row.choices, row.hops)],
+        symbols,
     )
     operations: list[Operation] = []
     for index, row in enumerate(table):
-        runs, flops, moved, sent, span, choices = values[6 * index : 6 * index + 6]
+        runs, flops, moved, sent, span, choices, hops = values[7 * index : 7 * index + 7]
         if flops or moved or sent:
             math = dtype if row.math == "weights" else dtype.activation
             operations.append(
                 Operation(row.name, row.group, int(runs), runs * flops, runs * moved, runs * sent, int(span), math,
-                          row.is_overlapped, row, int(choices))
+                          row.is_overlapped, row, int(choices), hops)
             )  # fmt: skip
     return operations
 

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headrace_core.roofline.communication import CROSSING, ONCE_A_NODE, ONE_GPU, Parallelism
+from headrace_core.roofline.communication import (
+    CROSSING,
+    LINK_LATENCY,
+    NETWORK_LATENCY,
+    ONCE_A_NODE,
+    ONE_GPU,
+    Parallelism,
+)
 from headrace_core.roofline.formula import evaluate
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
@@ -24,8 +31,8 @@ Bound = Literal["compute", "memory", "link", "network"]
 ROOF = {
     "compute": "flops/peak",
     "memory": "bytes/memory",
-    "link": f"sent*(1-{CROSSING})/link",
-    "network": f"sent*{CROSSING}*{ONCE_A_NODE}/network",
+    "link": f"sent*(1-{CROSSING})/link + {LINK_LATENCY}",
+    "network": f"sent*{CROSSING}*{ONCE_A_NODE}/network + {NETWORK_LATENCY}",
 }
 """Seconds that each resource needs, for an operation's totals."""
 
@@ -162,9 +169,10 @@ def _at_the_roof(
 def _roof(cost: Operation, hardware: Hardware) -> tuple[float, Bound]:
     symbols = {
         "flops": cost.flops, "bytes": cost.bytes, "sent": cost.comm_bytes,
-        "span": cost.comm_gpus, "choices": cost.choices,
+        "span": cost.comm_gpus, "choices": cost.choices, "hops": cost.hops, "runs": cost.runs,
         "peak": hardware.flops_per_s(cost.math), "memory": hardware.memory_bytes_per_s,
         "link": hardware.link_bytes_per_s, "network": hardware.network_bytes_per_s, "domain": hardware.link_domain,
+        "start": hardware.collective_start_s, "hop": hardware.link_hop_s, "network_hop": hardware.network_hop_s,
     }  # fmt: skip
     seconds = evaluate([ROOF[bound] for bound in _BOUNDS], symbols)
     slowest = max(range(len(_BOUNDS)), key=lambda index: seconds[index])

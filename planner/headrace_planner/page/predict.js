@@ -52,8 +52,9 @@ function operationOf(row, symbols, setting, hardware) {
   const total = {
     flops: runs * evaluate(row.flops, symbols), bytes: runs * evaluate(row.bytes, symbols),
     sent: runs * evaluate(row.sent, symbols), span: evaluate(row.span, symbols),
-    choices: evaluate(row.choices, symbols), peak: hardware.flops[dtype], memory: hardware.memory, link: hardware.link, network: hardware.network,
-    domain: hardware.domain,
+    choices: evaluate(row.choices, symbols), hops: evaluate(row.hops, symbols), runs,
+    peak: hardware.flops[dtype], memory: hardware.memory, link: hardware.link, network: hardware.network,
+    domain: hardware.domain, start: hardware.start, hop: hardware.hop, network_hop: hardware.networkHop,
   };
   const resources = Object.entries(evaluateAll(CONTENT.roof, total));
   const [bound, seconds] = resources.reduce((slowest, one) => (one[1] > slowest[1] ? one : slowest));
