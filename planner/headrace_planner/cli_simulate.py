@@ -193,6 +193,7 @@ def _spec(machine: Machine, times: StepTimes, max_rows: int, step_tokens: int) -
         max_step_tokens=max(step_tokens, max_rows),
         max_step_sequences=max_rows,
         num_gpus=machine.parallel.num_gpus,
+        groups=machine.parallel.dp,
     )
 
 

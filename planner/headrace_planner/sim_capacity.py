@@ -79,6 +79,7 @@ def worker_spec(machine: Machine, *, kv_tokens: int, max_rows: int, step_tokens:
         max_step_tokens=max(step_tokens, max_rows),
         max_step_sequences=max_rows,
         num_gpus=machine.parallel.num_gpus,
+        groups=machine.parallel.dp,
     )
 
 

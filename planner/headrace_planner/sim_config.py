@@ -24,6 +24,13 @@ class WorkerSpec:
     max_step_tokens: int = 8192
     max_step_sequences: int = 256
     num_gpus: int = 1
+    groups: int = 1
+    """Data-parallel groups of attention: a prompt is on one of them, and a step has room for a part in each."""
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Tokens of one prompt that a step takes at most."""
+        return max(1, self.max_step_tokens // self.groups)
 
 
 @dataclass(frozen=True, slots=True)

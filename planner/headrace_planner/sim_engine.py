@@ -173,6 +173,7 @@ class PrefillWorker:
             max_step_tokens=max(1, spec.max_step_tokens // unit_tokens),
             max_step_sequences=spec.max_step_sequences,
             max_waiting_sequences=_NO_LIMIT,
+            max_chunk_tokens=max(1, spec.max_chunk_tokens // unit_tokens),
         )
         self.num_pages, self.page_tokens = num_pages, page_size * unit_tokens
         self.engine: Engine[PrefillScheduler] = Engine(clock, scheduler, self._step_s, self._publish, host)

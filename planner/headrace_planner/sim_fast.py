@@ -227,7 +227,7 @@ class FastDecodeWorker:
         for row in self._prompts.values():
             if budget <= 0:
                 break
-            chunks.append((row, min(budget, row.num_prompt - row.num_computed)))
+            chunks.append((row, min(budget, self._spec.max_chunk_tokens, row.num_prompt - row.num_computed)))
             budget -= chunks[-1][1]
         return chunks
 

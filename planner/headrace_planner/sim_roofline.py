@@ -70,5 +70,6 @@ def roofline_times(
         max_rows=max_rows,
         max_tokens=max_tokens,
         max_context=max_context,
+        groups=machine.parallel.dp,
     )
     return table.with_imbalance(imbalance)

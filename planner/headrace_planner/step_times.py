@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import ceil
 from typing import Protocol
 
 
@@ -124,6 +125,11 @@ class TableStepTimes:
     A step costs `dense(tokens) + moe(tokens x imbalance) + decode attention + prompt attention`: the busiest rank of an
     expert-parallel group, for which all others wait, works as every rank would if there were more tokens. Decode
     attention is a family of curves over the mean context, one per batch size; between sizes it is interpolated.
+
+    With data-parallel attention the others wait for the group that has one sequence more: attention and what is dense
+    take as long as if every group had as many (a lone prompt keeps one group busy, and seven wait). Chunks are
+    taken to be of one length, and no group gets more than its part of the step's budget. Experts are spread over all
+    GPUs, whatever group a token belongs to.
     """
 
     dense: Curve
@@ -137,16 +143,33 @@ class TableStepTimes:
     """Seconds by query-key pairs."""
     imbalance: float = 1.0
     """Most loaded rank / mean rank."""
+    groups: int = 1
+    """Data-parallel groups of attention; curves of `dense` and attention are of evenly filled ones."""
+    group_tokens: float = float("inf")
+    """Prompt tokens that a step has room for in one group."""
 
     def step_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of `shape` takes."""
-        tokens = shape.num_rows + shape.prompt_tokens
-        seconds = self.dense(tokens) + self.moe(tokens * self.imbalance)
-        if shape.num_rows:
-            seconds += self._decode_attention(shape.num_rows, shape.context_tokens / shape.num_rows)
+        rows, wait = self._evened(shape.num_rows), self._wait(shape)
+        seconds = self.dense(rows + wait * shape.prompt_tokens)
+        seconds += self.moe((shape.num_rows + shape.prompt_tokens) * self.imbalance)
+        if rows:
+            seconds += self._decode_attention(rows, shape.context_tokens / shape.num_rows)
         if shape.prompt_pairs:
-            seconds += self.prompt_attention(shape.prompt_pairs)
+            seconds += self.prompt_attention(wait * shape.prompt_pairs)
         return max(0.0, seconds)
+
+    def _evened(self, count: float) -> float:
+        """Return how many sequences there were if every group had as many as the fullest."""
+        return self.groups * ceil(count / self.groups) if self.groups > 1 else count
+
+    def _wait(self, shape: StepShape) -> float:
+        """Return the prompt tokens of the fullest group over the mean of all."""
+        if self.groups == 1 or not shape.num_chunks:
+            return 1.0
+        chunk = shape.prompt_tokens / shape.num_chunks
+        fullest = min(chunk * ceil(shape.num_chunks / self.groups), max(chunk, self.group_tokens))
+        return max(1.0, fullest * self.groups / shape.prompt_tokens)
 
     def with_imbalance(self, imbalance: float) -> TableStepTimes:
         """Return the same model with the busiest rank `imbalance` times as loaded as the mean."""
@@ -170,6 +193,7 @@ def tabulate(
     max_rows: int,
     max_tokens: int,
     max_context: int,
+    groups: int = 1,
 ) -> TableStepTimes:
     """Sample a slow model on grids.
 
@@ -181,12 +205,13 @@ def tabulate(
         max_rows: largest decode batch.
         max_tokens: largest step.
         max_context: longest sequence.
+        groups: data-parallel groups of attention, over which the functions spread sequences evenly.
     """
-    tokens = powers_of_two(1, max(max_tokens, max_rows), 2)
+    tokens = powers_of_two(groups, max(max_tokens, max_rows, 2 * groups), 2)
     linear = Curve.sample(lambda n: prefill_s(n, 0) - _own_pairs_s(prefill_s, pairs_of, n), tokens)
-    moe = Curve.sample(moe_s, tokens)
+    moe = Curve.sample(moe_s, powers_of_two(1, tokens[-1], 2))
     dense = Curve(linear.xs, [max(0.0, y - moe(x)) for x, y in zip(linear.xs, linear.ys, strict=True)])
-    rows = powers_of_two(1, max(2, max_rows))
+    rows = powers_of_two(groups, max(2 * groups, max_rows))
     contexts = powers_of_two(64, max_context)
     attention = [Curve.sample(lambda c, b=b: decode_step_s(b, c) - linear(b), contexts) for b in rows]
     chunk = float(max_tokens)
@@ -196,7 +221,7 @@ def tabulate(
         [0.0, *(pairs_of(chunk, start) for start in starts)],
         [0.0, *(max(0.0, prefill_s(chunk, start) - base) for start in starts)],
     )
-    return TableStepTimes(dense, moe, rows, attention, pairs)
+    return TableStepTimes(dense, moe, rows, attention, pairs, groups=groups, group_tokens=max_tokens / groups)
 
 
 def _own_pairs_s(
