@@ -23,6 +23,7 @@ from headrace_core.roofline.memory import kv_bytes_per_token_per_gpu, weight_byt
 from headrace_core.roofline.model_shape import Dtype, ModelShape
 from headrace_core.roofline.operations import StepLoad
 
+from headrace_planner.divisible import is_divisible
 from headrace_planner.sim_result import Slo
 from headrace_planner.sim_roofline import Machine
 
@@ -31,6 +32,7 @@ MEMORY_SHARE = 0.9
 TARGET_LOAD = 0.85
 """Share of a decode worker's best rate that is planned with: arrivals are uneven."""
 MAX_ROWS = 16384
+_MOST_TP = 8
 _STEP_TOKENS_PER_GPU = 8192
 
 
@@ -124,10 +126,23 @@ class Plan:
     decode: DecodeOption
     transfer_bytes_per_s: float
     """All hand-offs together, on average."""
-    link_bytes_per_s: float
-    """What one prefill worker's link must carry for a hand-off to take no longer than a decode step."""
     prefill_options: Sequence[PrefillOption]
     decode_options: Sequence[DecodeOption]
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """What one prefill worker's link must carry for a hand-off to take no longer than a decode step."""
+        per_prompt = self.transfer_bytes_per_s / self.demand.rate
+        return max(self.transfer_bytes_per_s / self.prefill.num_workers, per_prompt / self.decode.step_s)
+
+    def with_workers(self, num_prefill: int, num_decode: int) -> Plan:
+        """Return the plan with as many workers as its simulation took."""
+        prefill, decode = self.prefill, self.decode
+        return replace(
+            self,
+            prefill=replace(prefill, num_workers=num_prefill),
+            decode=replace(decode, num_workers=num_decode),
+        )
 
     @property
     def num_gpus(self) -> int:
@@ -150,12 +165,11 @@ def divisions(shape: ModelShape, max_gpus: int = 64) -> Iterator[Parallelism]:
     """Return the ways to divide a model that are considered: TP or DP attention, experts by TP or EP."""
     gpus = 1
     while gpus <= max_gpus:
-        eps = {1, gpus} if shape.moe and shape.moe.num_experts >= gpus else {1}
-        for ep in sorted(eps):
-            if gpus <= min(8, shape.num_heads):
-                yield Parallelism(gpus, 1, ep)
-            if gpus > 1 and (ep == gpus or gpus <= 8):
-                yield Parallelism(1, gpus, ep)
+        for ep in sorted({1, gpus} if shape.moe else {1}):
+            ways = [Parallelism(gpus, 1, ep)] if gpus <= _MOST_TP else []
+            if gpus > 1 and (ep == gpus or gpus <= _MOST_TP):
+                ways.append(Parallelism(1, gpus, ep))
+            yield from (way for way in ways if is_divisible(shape, way))
         gpus *= 2
 
 
@@ -261,7 +275,6 @@ def make_plan(
         prefills[0],
         decode,
         total,
-        max(total / prefills[0].num_workers, demand.num_prompt * per_token / decode.step_s),
         prefills,
         decodes,
     )

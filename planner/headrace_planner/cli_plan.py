@@ -15,6 +15,7 @@ from headrace_core.request_trace import Workload, load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import Hardware, HardwareError, find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -64,6 +65,8 @@ def main(
         requests, demand = _demand(workload, trace, scale)
         plan = make_plan(shape, machine, demand, parse_slo(slo), dtype=dtype, kv_dtype=kv_dtype, max_gpus=max_gpus)
         verified = verify(plan, requests) if simulate else None
+        if verified:
+            plan = plan.with_workers(verified.config.num_prefill, verified.config.num_decode)
         if plot_dir:
             _plot(shape, machine, dtype, plot_dir)
     except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
@@ -76,7 +79,7 @@ def main(
 
 
 def as_dict(plan: Plan, verified: Verified | None) -> dict[str, Any]:
-    """Return the plan as plain numbers."""
+    """Return the plan, with the workers that its simulation took, as plain numbers."""
     report: dict[str, Any] = {
         "prefill": {
             "num_workers": plan.prefill.num_workers,
@@ -93,6 +96,7 @@ def as_dict(plan: Plan, verified: Verified | None) -> dict[str, Any]:
             "kv_tokens": plan.decode.kv_tokens,
             "limit": plan.decode.limit,
         },
+        "left_out": left_out(plan.decode.machine.hardware),
         "num_gpus": plan.num_gpus,
         "transfer_bytes_per_s": plan.transfer_bytes_per_s,
         "link_bytes_per_s": plan.link_bytes_per_s,
@@ -142,16 +146,21 @@ def _print(plan: Plan, verified: Verified | None) -> None:
         f"{demand.rate:.3g} requests/s, {demand.num_prompt:.0f} tokens in ({demand.cached_share:.0%} cached), "
         f"{demand.num_output:.0f} out; TTFT <= {plan.slo.ttft_s:g} s, ITL <= {plan.slo.itl_s:g} s"
     )
-    table = Table("", "workers", "division", "GPUs", "batch", "time", "limit")
-    table.add_row(
-        "prefill", str(prefill.num_workers), str(prefill.machine.parallel), str(prefill.num_gpus),
-        f"{prefill.step_tokens} tokens", f"TTFT p99 {prefill.ttft_s:.2f} s", prefill.limit,
-    )  # fmt: skip
-    table.add_row(
-        "decode", str(decode.num_workers), str(decode.machine.parallel), str(decode.num_gpus),
-        f"{decode.batch} rows", f"ITL {decode.step_s * 1e3:.1f} ms", decode.limit,
-    )  # fmt: skip
+    console.print(left_out(decode.machine.hardware))
+    if verified:
+        ttft_s, itl_s = np.nanpercentile(verified.result.ttft_s, 99), verified.result.itl_percentile(50)
+        times = (f"TTFT p99 {ttft_s:.2f} s", f"ITL p50 {itl_s * 1e3:.1f} ms")
+    else:
+        times = (f"TTFT p99 {prefill.ttft_s:.2f} s", f"ITL {decode.step_s * 1e3:.1f} ms")
+    batches = (f"{prefill.step_tokens} tokens", f"{decode.batch} rows")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "workers", "division", "GPUs", "full step", "simulated" if verified else "expected"):
+        table.add_column(name)
+    for name, option, batch, time in zip(("prefill", "decode"), (prefill, decode), batches, times, strict=True):
+        machine = str(option.machine.parallel)
+        table.add_row(name, str(option.num_workers), machine, str(option.num_gpus), batch, time)
     console.print(table)
+    console.print(f"limit of prefill: {prefill.limit}; of decode: {decode.limit}")
     console.print(
         f"hand-off: {plan.transfer_bytes_per_s / 1e9:.2f} GB/s in all, {plan.link_bytes_per_s / 1e9:.1f} GB/s per "
         f"prefill worker to move a prompt within a decode step; {plan.num_gpus} GPUs, "
@@ -162,6 +171,18 @@ def _print(plan: Plan, verified: Verified | None) -> None:
     console.print(f"next best for decode: {'; '.join(others) or 'none'}")
     if verified:
         _print_verified(console, plan, verified)
+
+
+def left_out(hardware: Hardware) -> str:
+    """Return what the plan does not know, to be read before what it promises."""
+    is_attainable = hardware.name.endswith("attainable")
+    roof = f"what good kernels reach ({hardware.name})" if is_attainable else (
+        f"the peaks of {hardware.name}, which no kernel reaches"
+    )  # fmt: skip
+    return (
+        f"Reckoned with {roof}. Left out: what starting a kernel costs, experts that are not chosen evenly, answers "
+        "that end early, workers that fail. A plan is where to start measuring."
+    )
 
 
 def _print_verified(console: Console, plan: Plan, verified: Verified) -> None:

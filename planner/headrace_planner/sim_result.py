@@ -2,7 +2,7 @@
 
 TTFT: arrival at the router to the first token at the client. ITL: a gap between two tokens of one request, a
 distribution over gaps. TPOT: (E2E - TTFT) / (output tokens - 1), one number per request. Goodput: requests per second
-whose TTFT and TPOT both met the objective.
+whose TTFT and TPOT both met the objective, over the same time as the rate of finished ones.
 """
 
 from __future__ import annotations
@@ -133,11 +133,8 @@ class SimResult:
         return float(is_met.mean()) if len(is_met) else 0.0
 
     def goodput(self, slo: Slo) -> float:
-        """Return requests per second that met `slo`, over the time in which requests arrived."""
-        duration_s = max(self.workload.duration_s, 1e-9)
-        if self.workload.max_in_flight:
-            duration_s = max(self.end_s, 1e-9)
-        return self.attainment(slo) * len(self.workload) / duration_s
+        """Return requests per second that met `slo`, first arrival to last token: never more than `request_rate`."""
+        return self.attainment(slo) * len(self.workload) / self.end_s if self.end_s else 0.0
 
     def itl_percentile(self, percent: float) -> float:
         """Return a percentile of all gaps, seconds; NaN if there were none."""

@@ -178,7 +178,7 @@ def test_workers_that_share_a_machine_slow_each_other_down() -> None:
 
 def test_goodput_counts_only_what_met_both_objectives() -> None:
     result = simulate(cluster(), small())
-    assert result.goodput(Slo()) == pytest.approx(result.workload.rate)
+    assert result.goodput(Slo()) == pytest.approx(result.request_rate)
     assert result.goodput(Slo(ttft_s=0)) == 0
     assert result.goodput(Slo(itl_s=0)) == 0
     assert result.summary(Slo(1, 0.1))["num_done"] == 60
