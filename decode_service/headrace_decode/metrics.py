@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 class DecodeMetrics:
     """`worker` has what every worker has."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, draft_method: str = "lookup") -> None:
+        """Args: `draft_method`: who guesses, as `Speculation` has it."""
         self.worker = WorkerMetrics(registry)
         self.transfer_seconds = Histogram(
             "headrace_transfer_seconds", "What was left to move after a sequence's first token", ["transport"],
@@ -47,18 +48,23 @@ class DecodeMetrics:
             "headrace_slow_readers_total", "Sessions aborted because their reader stalled", registry=registry
         )
 
-        self.draft_tokens = Counter(
-            "headrace_draft_tokens_total", "Tokens that were guessed and checked in a step", ["outcome"],
+        draft_tokens = Counter(
+            "headrace_draft_tokens_total", "Tokens that were guessed and checked in a step", ["method", "outcome"],
             registry=registry,
         )  # fmt: skip
-        for outcome in ("accepted", "rejected"):
-            self.draft_tokens.labels(outcome)
+        self._accepted, self._rejected = (
+            draft_tokens.labels(draft_method, outcome) for outcome in ("accepted", "rejected")
+        )
+        self._drafts = Counter(
+            "headrace_drafts_total", "Sequences' shares of steps that had a draft", ["method"], registry=registry
+        ).labels(draft_method)
 
     def observe_step(self, report: StepReport) -> None:
         """Count what became of a step's drafts."""
         if report.num_drafted:
-            self.draft_tokens.labels("accepted").inc(report.num_accepted)
-            self.draft_tokens.labels("rejected").inc(report.num_drafted - report.num_accepted)
+            self._drafts.inc(report.num_drafts)
+            self._accepted.inc(report.num_accepted)
+            self._rejected.inc(report.num_drafted - report.num_accepted)
 
     def observe_transfer(self, moved: TransferStats) -> None:
         """Count a hand-off whose pages are here: what it moved, and when."""

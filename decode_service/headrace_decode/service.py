@@ -72,7 +72,7 @@ class DecodeService:
         self.registry = CollectorRegistry()
         self.metrics_port = 0
         self.addresses: Mapping[str, str] = {}
-        self._metrics = DecodeMetrics(self.registry)
+        self._metrics = DecodeMetrics(self.registry, Speculation.of(settings).method)
         self._settings = settings
         self._loader = loader
         self._transports = transports or usable(settings.transport, has_tls=settings.tls is not None)

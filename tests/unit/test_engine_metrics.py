@@ -29,6 +29,7 @@ WORKER = [
                 "headrace_preemptions_total",
                 "headrace_handoffs",
                 "headrace_draft_tokens_total",
+                "headrace_drafts_total",
             ],
         ),
     ],
@@ -51,8 +52,9 @@ def test_expert_tokens_add_up():
 
 def test_drafts_are_counted_by_what_became_of_them():
     registry = CollectorRegistry()
-    metrics = DecodeMetrics(registry)
-    for report in (StepReport(1, 0.1, {}), StepReport(6, 0.1, {}, num_drafted=5, num_accepted=2)):
+    metrics = DecodeMetrics(registry, "mtp")
+    for report in (StepReport(1, 0.1, {}), StepReport(6, 0.1, {}, num_drafts=3, num_drafted=5, num_accepted=2)):
         metrics.observe_step(report)
-    labels = [{"outcome": outcome} for outcome in ("accepted", "rejected")]
+    labels = [{"method": "mtp", "outcome": outcome} for outcome in ("accepted", "rejected")]
     assert [registry.get_sample_value("headrace_draft_tokens_total", label) for label in labels] == [2, 3]
+    assert registry.get_sample_value("headrace_drafts_total", {"method": "mtp"}) == 3

@@ -38,12 +38,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did, for metrics. Of `num_drafted` tokens `num_accepted` were guessed right."""
+    """What one step did, for metrics. Of `num_drafted` tokens, of `num_drafts` sequences, `num_accepted` were right."""
 
     num_tokens: int
     duration_s: float
     expert_counts: dict[int, list[int]]
     timing: StepTiming | None = None
+    num_drafts: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
 
@@ -235,10 +236,17 @@ class Engine(Generic[S]):
 
 
 def _report(plan: StepPlan, result: StepResult) -> StepReport:
-    num_drafted = sum(chunk.num_draft for chunk in plan.chunks)
+    drafts = [chunk.num_draft for chunk in plan.chunks if chunk.num_draft]
+    num_drafted = sum(drafts)
     num_accepted = sum(len(tokens) - 1 for tokens in result.tokens.values()) if num_drafted else 0
     return StepReport(
-        plan.num_tokens, result.duration_s, result.expert_counts, result.timing, num_drafted, num_accepted
+        plan.num_tokens,
+        result.duration_s,
+        result.expert_counts,
+        result.timing,
+        len(drafts),
+        num_drafted,
+        num_accepted,
     )
 
 
