@@ -32,7 +32,7 @@ class HeldPrefixes:
 
     def hold(self, number: int, token_ids: Sequence[int], *, num_have_pages: int) -> None:
         """Keep what is cached of `token_ids`, and tell of its pages but the first `num_have_pages`."""
-        found = self._held[number] = self._pages.match(number, token_ids, num_left=0)
+        found = self._held[number] = self._pages.match_longest(number, token_ids, num_left=0)
         generation = self._pages.pool.generation
         wanted = tuple((page_id, generation(page_id)) for page_id in found.page_ids[num_have_pages:])
         self._tell(PrefixHeld(number, len(found.page_ids) * self._pages.page_size, wanted))

@@ -68,6 +68,7 @@ class Scheduled:
             page_ids=self.pages.page_ids,
             is_sampled=end == len(self.token_ids),
             request_id=self.spec.request_id,
+            lane=self.pages.lane,
         )
 
     def advance(self, chunk: Chunk, num_new: int, guess: Sequence[int]) -> None:

@@ -12,9 +12,9 @@ FETCHING leads to where WAITING would have with what was fetched in the prefix c
 ASIDE goes on at another worker, which takes its pages; a WAITING one can be set aside too, and has none.
 A RUNNING sequence computes its tokens from `num_computed` on: one in decode; many when this worker prefills it, or
 computes it again after pre-emption. Decode rows come first, then prompt chunks while the token budget lasts.
-When a running sequence needs a page and none is left, the youngest running one gives its pages back and waits, with
-all its tokens, to be computed again: no token is lost or emitted twice. One that outgrows the whole pool ends with
-NO_FREE_PAGES. Pages under transfer are never taken away: bytes may still land in them.
+When a running sequence needs a page and none is left in its lane, the youngest running there gives its pages back and
+waits, with all its tokens, to be computed again, where there is room: no token is lost or emitted twice. One that
+outgrows a whole lane ends with NO_FREE_PAGES. Pages under transfer are never taken away: bytes may still land in them.
 
 A sequence belongs to a group, its router's session. Groups take turns at admission. The rows of one that is paused,
 because its router does not read, are left out of steps and keep their pages.
@@ -30,10 +30,11 @@ from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import COMING, Chunk, ForwardPlan, StepPlan, StepResult
-from headrace_core.batch.step_book import Failed, FetchReady, StepBook
+from headrace_core.batch.step_book import Failed, FetchReady, StepBook, whole_pool
+from headrace_core.batch.step_budget import StepBudget
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
-from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
+from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken
 
 from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Started
@@ -112,16 +113,13 @@ class DecodeScheduler:
         """Give pages to the queue's head while there are some; a step under way does not mind."""
         while self._waiting and len(self._running) + self._num_transferring < self._max_running:
             sequence = self._waiting.head()
-            if self.pages.is_refused(sequence.token_ids):
-                return
             # Whoever computes here computes a token at least.
             num_left = 0 if sequence.has_handoff and not sequence.local_below else 1
-            pages = self.pages.match(sequence.key, sequence.token_ids, num_left=num_left)
-            num_have = len(pages.nodes) * self.pages.page_size
-            if not self._reserve(pages, len(sequence.token_ids)):
-                self.pages.refuse(pages, sequence.token_ids, num_left=num_left)
+            pages = self.pages.admit(sequence.key, sequence.token_ids, num_left=num_left, num_kept=self._num_kept)
+            if pages is None:
                 return
             self._waiting.take()
+            num_have = len(pages.nodes) * self.pages.page_size
             sequence.pages, sequence.num_cached = pages, num_have
             if not sequence.is_started:
                 sequence.queue_s = now - sequence.added_s
@@ -283,31 +281,29 @@ class DecodeScheduler:
         self._has_made_room = False
         self.admit(now)
         chunks: list[Chunk] = []
-        budget = self._max_step_tokens
+        budget = StepBudget(self._max_step_tokens, ((s.pages.lane, s.num_left) for s in self._running))
         # Decode rows first; sorting is stable, so each kind stays oldest first.
         for sequence in sorted(self._running, key=lambda candidate: candidate.num_left > 1):
-            if not budget:
+            if not budget.num_left:
                 break
             if sequence.state is not State.RUNNING or sequence.group in self._paused:
                 continue  # pre-empted for one before it, or nobody reads
             if is_ahead and self._ends_by_length(sequence):
                 continue
-            end = sequence.num_computed + min(sequence.num_left, budget)
+            lane = sequence.pages.lane
+            end = sequence.num_computed + min(sequence.num_left, budget.left(lane))
+            if end == sequence.num_computed:
+                continue  # what is left is other lanes'
             if is_ahead and not self._has_room(sequence, end):
                 return []
             if not self._make_room(sequence, end, chunks):
                 continue
             chunks.append(sequence.chunk(end))
-            budget -= len(chunks[-1].token_ids)
+            budget.take(lane, len(chunks[-1].token_ids))
         return chunks
 
-    def _reserve(self, pages: SequencePages, num_tokens: int) -> bool:
-        num_new = self.pages.pages_for(num_tokens) - len(pages.page_ids)
-        num_reserved = -(-len(self._running) // _RESERVE_SHARE)
-        if num_new + num_reserved > self.pages.num_available:
-            return False
-        self.pages.reserve(pages, num_tokens)
-        return True
+    def _num_kept(self, lane: int) -> int:
+        return -(-sum(sequence.pages.lane == lane for sequence in self._running) // _RESERVE_SHARE)
 
     def _go_on(self, sequence: Scheduled, num_have: int) -> None:
         """Have what follows the first `num_have` tokens brought or computed."""
@@ -337,7 +333,8 @@ class DecodeScheduler:
         return is_coming and sequence.finish.is_length(num_output, len(sequence.token_ids))
 
     def _has_room(self, sequence: Scheduled, end: int) -> bool:
-        return self.pages.pages_for(end) - len(sequence.pages.page_ids) <= self.pages.num_available
+        num_available = self.pages.num_available_in(sequence.pages.lane)
+        return self.pages.pages_for(end) - len(sequence.pages.page_ids) <= num_available
 
     def _make_room(self, sequence: Scheduled, end: int, chunks: list[Chunk]) -> bool:
         """Get pages for `end` tokens, pre-empting younger sequences if need be; False if it lost its own.
@@ -350,12 +347,12 @@ class DecodeScheduler:
                 return True
             except OverloadedError:
                 self._has_made_room = True
-                if self.pages.pages_for(end) > self.pages.num_pages:
-                    text = f"{end} tokens do not fit a pool of {self.pages.num_pages} pages; raise --kv-pool-mib"
+                if self.pages.pages_for(end) > self.pages.lane_pages:
+                    text = f"{end} tokens take more pages than there are: {whole_pool(self.pages)}; raise --kv-pool-mib"
                     self._fail(sequence, OverloadedError("NO_FREE_PAGES", text))
                     return False
-                planned = {chunk.key for chunk in chunks}
-                victim = max((s for s in self._running if s.key not in planned), key=_age)
+                planned, lane = {chunk.key for chunk in chunks}, sequence.pages.lane
+                victim = max((s for s in self._running if s.key not in planned and s.pages.lane == lane), key=_age)
                 self._preempt(victim)
                 if victim is sequence:
                     return False

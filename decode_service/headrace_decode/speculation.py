@@ -177,7 +177,7 @@ class Speculation:
         # The token that is drawn behind the draft is the sequence's last at the latest.
         count = min(count, sequence.finish.num_left(len(sequence.output_ids), num_tokens) - 1)
         num_new = pages.pages_for(num_tokens + count) - len(sequence.pages.page_ids)
-        if num_new > 0 and num_new + num_others > pages.num_available:
+        if num_new > 0 and num_new + num_others > pages.num_available_in(sequence.pages.lane):
             count = len(sequence.pages.page_ids) * pages.page_size - num_tokens
         draft = sequence.drafting.guess(sequence.token_ids, count) if count > 0 else []
         end = next((i for i, token in enumerate(draft) if sequence.finish.is_stop(token)), len(draft))

@@ -17,7 +17,7 @@ computed stays in the prefix cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -26,8 +26,9 @@ from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, ForwardPlan, Mark, SamplingRow, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed, FetchReady, StepBook
+from headrace_core.batch.step_budget import StepBudget
 from headrace_core.batch.turn_queue import TurnQueue
-from headrace_core.errors import HandoffLostError, OverloadedError
+from headrace_core.errors import HandoffLostError
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import SampledToken
 
@@ -181,24 +182,37 @@ class PrefillScheduler:
         """Choose chunks of at most `max_step_tokens` together; None when nothing can be computed."""
         chunks: list[Chunk] = []
         zero_page_ids: list[int] = []
-        budget = self._max_step_tokens
+        budget = StepBudget(self._max_step_tokens, self._work())
+
+        def choose(sequence: _Sequence, most: int) -> None:
+            if most:
+                zero_page_ids.extend(self._to_zero(sequence))
+                chunks.append(self._chunk(sequence, most))
+                budget.take(chunks[-1].lane, len(chunks[-1].token_ids))
+
         for sequence in self._running.values():
-            if not budget or len(chunks) == self._max_step_sequences:
+            if not budget.num_left or len(chunks) == self._max_step_sequences:
                 break
-            zero_page_ids += self._to_zero(sequence)
-            chunks.append(self._chunk(sequence, budget))
-            budget -= len(chunks[-1].token_ids)
-        while budget and self._waiting and len(chunks) < self._max_step_sequences:
+            assert sequence.pages is not None, "a running sequence has pages"
+            choose(sequence, budget.left(sequence.pages.lane))
+        while budget.num_left and self._waiting and len(chunks) < self._max_step_sequences:
             sequence = self._waiting.head()
             if not self._admit(sequence, now):
                 break
-            if sequence.state is State.FETCHING:
-                continue
-            zero_page_ids += self._to_zero(sequence)
-            chunks.append(self._chunk(sequence, budget))
-            budget -= len(chunks[-1].token_ids)
+            if sequence.state is State.RUNNING:
+                choose(sequence, budget.num_left)
         sampling = {c.key: self._sampling(self._sequences[c.key].spec) for c in chunks if c.is_sampled}
         return self._book.plan(ForwardPlan(chunks, zero_page_ids, self._stops(chunks), self._runs_mtp), sampling)
+
+    def _work(self) -> Iterator[tuple[int, int]]:
+        """Return (lane, tokens) of who runs, and of the next that waits in each lane in which it would have room."""
+        for sequence in self._running.values():
+            assert sequence.pages is not None, "a running sequence has pages"
+            yield sequence.pages.lane, sequence.num_left
+        head = self._waiting.head().num_tokens if self._waiting else 0
+        for lane in range(self.pages.num_lanes) if head else ():
+            if self.pages.num_available_in(lane) >= self.pages.pages_for(head):
+                yield lane, head
 
     def layers_done(self, num_layers: int, mark: Mark | None) -> None:
         """See `LayerWatch`: seal what is worth a run in these layers."""
@@ -272,13 +286,8 @@ class PrefillScheduler:
         assert num_held == num_others, "a sequence is in two queues"
 
     def _admit(self, sequence: _Sequence, now: float) -> bool:
-        if self.pages.is_refused(sequence.spec.token_ids):
-            return False
-        pages = self.pages.match(sequence.key, sequence.spec.token_ids)
-        try:
-            self.pages.reserve(pages, sequence.num_tokens)
-        except OverloadedError:
-            self.pages.refuse(pages, sequence.spec.token_ids)
+        pages = self.pages.admit(sequence.key, sequence.spec.token_ids)
+        if pages is None:
             return False
         self._waiting.take()
         sequence.pages, num_cached = pages, len(pages.nodes) * self.pages.page_size
@@ -316,6 +325,7 @@ class PrefillScheduler:
             is_sampled=end == sequence.num_tokens,
             request_id=spec.request_id,
             next_id=spec.token_ids[end] if self._runs_mtp and end < sequence.num_tokens else None,
+            lane=sequence.pages.lane,
         )
 
     def _num_written(self, sequence: _Sequence, chunk: Chunk) -> int:

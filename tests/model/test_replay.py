@@ -73,7 +73,7 @@ class Product:
         self.at_holder = Engine(PrefillScheduler, PageAllocator(NUM_PAGES, PAGE_SIZE))
         self.at_takers = [Engine(DecodeScheduler, PageAllocator(NUM_PAGES, PAGE_SIZE)) for _ in range(2)]
         for engine in self.at_takers:  # of what a taker has already (`num_have_tokens`) the model knows nothing
-            engine.scheduler.pages.match = lambda owner, token_ids, num_left=1: SequencePages(owner)
+            engine.scheduler.pages.match = lambda owner, token_ids, **_: SequencePages(owner)
         self.told: list[str] = []
         self.freed: list[int] = []
         pool = self.at_holder.scheduler.pages.pool

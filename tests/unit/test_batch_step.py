@@ -142,7 +142,7 @@ def test_the_load_counts_pages_that_can_be_had():
     b.pages.commit(pages, [1, 2, 3, 4], 2)
     load = b.load(num_running=1, num_waiting=2, num_waiting_tokens=3, num_sequences=4)
     counts = {PageState.FREE: 2, PageState.OWNED: 1, PageState.CACHED: 1, PageState.QUARANTINED: 0}
-    assert load == Load(2, 1, 2, 3, 4, counts)
+    assert load == Load(2, 1, 2, 3, 4, counts, most_free_pages=2)
     b.pages.free(pages)
     assert b.load(num_running=0, num_waiting=0, num_waiting_tokens=0, num_sequences=0).num_free_pages == 4
 
@@ -162,6 +162,6 @@ def test_pages_that_no_sequence_holds_are_noticed():
 
 def test_the_books_of_the_pool_are_checked_too():
     b = book()
-    b.pages.pool._free.append(0)
+    b.pages.pool._free[0].append(0)
     with pytest.raises(AssertionError, match="free twice"):
         b.check_integrity([])

@@ -17,9 +17,9 @@ LIMITS = ModelLimits(vocab_size=1000, max_context_tokens=40, eos_token_ids=(0,))
 PAGE = 2
 
 
-def scheduler(num_pages=16, max_step_tokens=8, max_step_sequences=4, max_waiting=100) -> DecodeScheduler:
+def scheduler(num_pages=16, max_step_tokens=8, max_step_sequences=4, max_waiting=100, num_lanes=1) -> DecodeScheduler:
     return DecodeScheduler(
-        PageAllocator(num_pages, PAGE),
+        PageAllocator(num_pages, PAGE, num_lanes=num_lanes),
         LIMITS,
         max_step_tokens=max_step_tokens,
         max_step_sequences=max_step_sequences,
@@ -283,9 +283,10 @@ OPERATIONS = st.lists(
 
 
 @settings(max_examples=250, deadline=None)
-@given(OPERATIONS, st.integers(1, 7), st.integers(5, 14))
-def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_step_tokens, num_pages):
-    s = scheduler(num_pages=num_pages, max_step_tokens=max_step_tokens)
+@given(OPERATIONS, st.integers(1, 7), st.integers(5, 14), st.sampled_from([1, 1, 2, 3]))
+def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_step_tokens, lane_pages, num_lanes):
+    num_pages = lane_pages * num_lanes
+    s = scheduler(num_pages=num_pages, max_step_tokens=max_step_tokens, num_lanes=num_lanes)
     prompts: dict[int, list[int]] = {}
     outputs: dict[int, list[int]] = {}
     over: set[int] = set()
@@ -324,6 +325,7 @@ def test_no_token_is_lost_or_repeated_and_every_page_comes_back(operations, max_
             assert chunk.token_ids == known[chunk.start : end]
             assert (chunk.is_sampled) == (end == len(known))
             assert len(chunk.page_ids) >= s.pages.pages_for(end)
+            assert {page_id // lane_pages for page_id in chunk.page_ids} == {chunk.lane}
         answer(s, plan, failing=[chunk.key for chunk in plan.chunks[:num_failing]])
         take_events()
         return True
@@ -413,7 +415,7 @@ ADDED = st.tuples(st.integers(1, 14), st.integers(1, 5), st.integers(1, 8), st.b
 def test_what_is_planned_is_as_if_the_head_were_always_looked_for(script):
     """Sequences with common beginnings come, go on for some steps, and some are given up."""
     quick, plain = scheduler(num_pages=9), scheduler(num_pages=9)
-    plain.pages.is_refused = lambda token_ids: False
+    plain.pages.is_refused = lambda token_ids, lane: False
     for key, ((shared, own, max_tokens, has_handoff), num_steps, aborted) in enumerate(script, start=1):
         tokens = [*range(1, shared + 1), *range(100 * key, 100 * key + own)]
         for s in (quick, plain):

@@ -153,13 +153,13 @@ def test_what_a_pages_state_does_not_allow_is_a_bug_of_ours(misuse, words):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda pool: pool._free.append(pool._free[0]), "a page is free twice"),
-        (lambda pool: pool._free.pop(), "pages are miscounted"),
+        (lambda pool: pool._free[0].append(pool._free[0][0]), "a page is free twice"),
+        (lambda pool: pool._free[0].pop(), "pages are miscounted"),
         (lambda pool: pool._states.__setitem__(1, PageState.FREE), "pages are miscounted"),
         (lambda pool: pool._owners.__setitem__(1, -1), "page 1: owner does not fit"),
         (lambda pool: pool._owners.__setitem__(2, 7), "page 2: owner does not fit"),
         (lambda pool: pool._references.__setitem__(1, 1), "page 1: stray references"),
-        (lambda pool: pool._free.__setitem__(0, 1), "the free list and the states differ"),
+        (lambda pool: pool._free[0].__setitem__(0, 1), "the free list and the states differ"),
         (lambda pool: pool._references.__setitem__(2, 0), "unreferenced pages are miscounted"),
     ],
 )
@@ -179,19 +179,23 @@ class Pages(RuleBasedStateMachine):
     """Sequences that come, grow, share, are quarantined and go. Content is tracked beside, as a cache would hold it."""
 
     live = Bundle("live")
+    num_lanes = 1
 
     def __init__(self):
         super().__init__()
-        self.allocator = PageAllocator(NUM_PAGES, PAGE_SIZE)
+        self.allocator = PageAllocator(
+            NUM_PAGES * self.num_lanes, PAGE_SIZE, num_lanes=self.num_lanes, tells_cache=True
+        )
+        self.told: set[int] = set()
         self.next_owner = 0
         # What each page holds: the whole token prefix that its content depends on.
         self.content: dict[int, tuple[int, ...]] = {}
         self.sequences: list[tuple[SequencePages, list[int]]] = []
 
-    @rule(target=live, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=10))
-    def admit(self, tokens):
+    @rule(target=live, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=10), turn=st.integers(0, 2))
+    def match(self, tokens, turn):
         self.next_owner += 1
-        pages = self.allocator.match(self.next_owner, tokens)
+        pages = self.allocator.match(self.next_owner, tokens, lane=turn % self.num_lanes)
         assert len(pages.page_ids) * PAGE_SIZE < len(tokens), "one token is left to compute"
         for index, page_id in enumerate(pages.page_ids):
             assert self.content[page_id] == tuple(tokens[: (index + 1) * PAGE_SIZE]), "a foreign page was matched"
@@ -200,6 +204,18 @@ class Pages(RuleBasedStateMachine):
             self.allocator.reserve(pages, len(tokens))
         except OverloadedError:
             self.allocator.free(pages)
+        self.sequences.append(entry)
+        return entry
+
+    @rule(target=live, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=10))
+    def admit(self, tokens):
+        """Into the lane that the allocator chooses; one that has no room in any has no pages."""
+        self.next_owner += 1
+        needed, had = self.allocator.pages_for(len(tokens)), self.allocator.most_available
+        pages = self.allocator.admit(self.next_owner, tokens)
+        assert pages or had < needed, "a lane had room"
+        entry = (pages or SequencePages(self.next_owner), tokens)
+        assert not pages or len(pages.page_ids) == needed
         self.sequences.append(entry)
         return entry
 
@@ -236,15 +252,33 @@ class Pages(RuleBasedStateMachine):
         self.allocator.check_integrity()
         held = [page_id for pages, _ in self.sequences for page_id in pages.own_page_ids]
         assert len(held) == len(set(held)), "two sequences own one page"
-        counts = self.allocator.pool.counts()
+        pool = self.allocator.pool
+        for pages, _ in self.sequences:
+            assert set(pages.page_ids) <= set(pool.lane_range(pages.lane)), "a sequence is in two lanes"
+        for page, is_cached in self.allocator.take_cache_changes():
+            (self.told.add if is_cached else self.told.remove)(page)
+        cached = [page_id for page_id in range(pool.num_pages) if pool.state(page_id) is PageState.CACHED]
+        assert len(self.told) == len({self.content[page_id] for page_id in cached}), "others are told something else"
+        counts = pool.counts()
         assert len(held) == counts[PageState.OWNED] + counts[PageState.QUARANTINED]
 
     def teardown(self):
         for pages, _ in self.sequences:
             self.allocator.free(pages)
         self.allocator.check_integrity()
-        assert self.allocator.num_available == NUM_PAGES
+        assert self.allocator.num_available == NUM_PAGES * self.num_lanes
+        assert self.allocator._num_holders == [0] * self.num_lanes
 
 
 TestPages = Pages.TestCase
 TestPages.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class PagesOfLanes(Pages):
+    """The same in three lanes."""
+
+    num_lanes = 3
+
+
+TestPagesOfLanes = PagesOfLanes.TestCase
+TestPagesOfLanes.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

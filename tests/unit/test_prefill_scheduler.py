@@ -17,9 +17,9 @@ LIMITS = ModelLimits(vocab_size=50, max_context_tokens=64, eos_token_ids=(0,))
 PAGE = 4
 
 
-def scheduler(num_pages=8, max_step_tokens=8, max_waiting=100, max_step_sequences=3) -> PrefillScheduler:
+def scheduler(num_pages=8, max_step_tokens=8, max_waiting=100, max_step_sequences=3, num_lanes=1) -> PrefillScheduler:
     return PrefillScheduler(
-        PageAllocator(num_pages, PAGE),
+        PageAllocator(num_pages, PAGE, num_lanes=num_lanes),
         LIMITS,
         max_step_tokens=max_step_tokens,
         max_step_sequences=max_step_sequences,
@@ -249,9 +249,10 @@ OPERATIONS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(OPERATIONS, st.integers(1, 12), st.integers(3, 9))
-def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, num_pages):
-    s = scheduler(num_pages=num_pages, max_step_tokens=max_step_tokens)
+@given(OPERATIONS, st.integers(1, 12), st.integers(3, 9), st.sampled_from([1, 1, 2, 3]))
+def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, lane_pages, num_lanes):
+    num_pages = lane_pages * num_lanes
+    s = scheduler(num_pages=num_pages, max_step_tokens=max_step_tokens, num_lanes=num_lanes)
     alive: set[int] = set()
     prompts: dict[int, list[int]] = {}
     computed: dict[int, int] = {}
@@ -269,6 +270,7 @@ def test_budgets_hold_and_every_page_comes_back(operations, max_step_tokens, num
             computed[chunk.key] = chunk.start + len(chunk.token_ids)
             assert (chunk.is_sampled) == (computed[chunk.key] == len(prompts[chunk.key]))
             assert len(chunk.page_ids) == s.pages.pages_for(len(prompts[chunk.key]))
+            assert {page_id // lane_pages for page_id in chunk.page_ids} == {chunk.lane}
         answer(s, plan, failing=[chunk.key for chunk in plan.chunks[:num_failing]])
         return True
 
@@ -304,9 +306,9 @@ def test_the_queues_head_is_not_looked_for_in_the_cache_before_anything_changed(
     lengths: list[int] = []
     match = s.pages.match
 
-    def counted(owner, token_ids):
+    def counted(owner, token_ids, **options):
         lengths.append(len(token_ids))
-        return match(owner, token_ids)
+        return match(owner, token_ids, **options)
 
     monkeypatch.setattr(s.pages, "match", counted)
     for _ in range(5):

@@ -102,7 +102,7 @@ def test_a_hot_prefix_does_not_grow_the_books():
     allocator = PageAllocator(4, PAGE)
     for owner in range(1000):
         fill(allocator, owner, [1] * 9)
-    assert len(allocator._cache._leaves) <= 2 * 4 + 2
+    assert len(allocator._caches[0]._leaves) <= 2 * 4 + 2
 
 
 def node_of(cache: PrefixCache, tokens: list[int]) -> PrefixNode:

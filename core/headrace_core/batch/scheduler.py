@@ -24,6 +24,8 @@ class Load:
     page_counts: dict[PageState, int] = field(default_factory=dict[PageState, int])
     cache_changes: Sequence[tuple[int, bool]] = ()
     """What the prefix cache got (True) and lost since the last look, by pages' hashes; in one `Load` alone."""
+    most_free_pages: int = 0
+    """Of `num_free_pages` those that one sequence could have: the lane's that has most."""
 
 
 class Scheduler(Protocol[E_co]):

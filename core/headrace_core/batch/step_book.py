@@ -67,11 +67,8 @@ class StepBook(Generic[E]):
         If it may not, a `Failed` event tells why: NO_FREE_PAGES, QUEUE_FULL.
         """
         needed = self.pages.pages_for(num_tokens)
-        if needed > self.pages.num_pages:
-            text = (
-                f"{num_tokens} tokens take {needed} pages, the whole pool has {self.pages.num_pages}; "
-                "raise --kv-pool-mib"
-            )
+        if needed > self.pages.lane_pages:
+            text = f"{num_tokens} tokens take {needed} pages, {whole_pool(self.pages)}; raise --kv-pool-mib"
             self.tell(Failed(key, OverloadedError("NO_FREE_PAGES", text)))
         elif num_waiting >= self._max_waiting:
             text = f"{num_waiting} sequences wait already; try again later"
@@ -138,6 +135,7 @@ class StepBook(Generic[E]):
         """Return what is held now, the pages counted, and once what changed in the prefix cache."""
         return Load(
             num_free_pages=self.pages.num_available,
+            most_free_pages=self.pages.most_available,
             num_running=num_running,
             num_waiting=num_waiting,
             num_waiting_tokens=num_waiting_tokens,
@@ -157,3 +155,10 @@ class StepBook(Generic[E]):
         assert num_owned == counts[PageState.OWNED] + counts[PageState.QUARANTINED], "pages without a sequence"
         num_references = sum(pool.references(page_id) for page_id in range(pool.num_pages))
         assert num_shared == num_references, "references without a sequence"
+
+
+def whole_pool(pages: PageAllocator) -> str:
+    """Say how many pages a sequence can have at most."""
+    if pages.num_lanes == 1:
+        return f"the whole pool has {pages.num_pages}"
+    return f"each of {pages.num_lanes} lanes has {pages.lane_pages}"

@@ -31,12 +31,13 @@ class PrefixNode:
 
 
 class PrefixCache:
-    """The tree over the cached pages of one pool."""
+    """The tree over the cached pages of one lane of a pool."""
 
-    def __init__(self, pool: PagePool, page_size: int, *, tells: bool = False) -> None:
+    def __init__(self, pool: PagePool, page_size: int, *, lane: int = 0, tells: bool = False) -> None:
         """Args: `tells`: keep what `take_changes` returns, for which each page is hashed."""
         self._tells = tells
         self._pool = pool
+        self._lane = lane
         self._page_size = page_size
         self._root = PrefixNode(None, (), -1, NO_PAGES)
         self._changed: dict[int, bool] = {}
@@ -141,7 +142,9 @@ class PrefixCache:
             for child in node.children.values():
                 assert self._pool.references(node.page_id) >= self._pool.references(child.page_id), "orphaned reference"
             stack += node.children.values()
-        num_cached = sum(1 for page_id in range(self._pool.num_pages) if self._pool.state(page_id).value == "cached")
+        of_lane = self._pool.lane_range(self._lane)
+        assert seen <= set(of_lane), "a page of another lane is in the tree"
+        num_cached = sum(1 for page_id in of_lane if self._pool.state(page_id).value == "cached")
         assert num_cached == len(seen), "a cached page is not in the tree"
 
     def _note(self, node: PrefixNode, *, is_cached: bool) -> None:
@@ -166,7 +169,7 @@ class PrefixCache:
     def _offer(self, node: PrefixNode) -> None:
         if node is self._root or not self._is_evictable(node):
             return
-        if len(self._leaves) > 2 * self._pool.num_pages:
+        if len(self._leaves) > 2 * self._pool.lane_pages:
             self._drop_stale_leaves()
         heapq.heappush(self._leaves, (node.last_used, next(self._tie), node))
 
