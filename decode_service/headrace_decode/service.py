@@ -127,7 +127,7 @@ class DecodeService:
         model = await self.host.load(self._loader)
         settings = self._settings
         scheduler = DecodeScheduler(
-            PageAllocator(model.num_pages, model.layout.page_size),
+            PageAllocator(model.num_pages, model.layout.page_size, num_lanes=model.num_lanes),
             model.limits,
             max_step_tokens=settings.max_step_tokens,
             max_step_sequences=settings.max_step_sequences,

@@ -114,7 +114,7 @@ class PrefillService:
         model = await self.host.load(self._loader)
         settings = self._settings
         scheduler = PrefillScheduler(
-            PageAllocator(model.num_pages, model.layout.page_size, tells_cache=True),
+            PageAllocator(model.num_pages, model.layout.page_size, num_lanes=model.num_lanes, tells_cache=True),
             model.limits,
             max_step_tokens=settings.max_step_tokens,
             max_step_sequences=settings.max_step_sequences,

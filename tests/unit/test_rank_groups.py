@@ -97,7 +97,8 @@ class Group:
     def pages_of(self, rank: int) -> RankPages:
         size = self.threads.size
         layout = ParallelLayout(size, num_expert_ranks=size)
-        return RankPages(self.caches[rank], PageShare(self.whole or self.caches[rank].layout, layout, rank))
+        share = PageShare(self.whole or self.caches[rank].layout, layout, rank)
+        return RankPages(self.caches[rank], share, self.threads.ranks[rank])
 
     def on_leave(self) -> None:
         self.left += 1

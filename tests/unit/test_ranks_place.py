@@ -115,8 +115,9 @@ def test_a_local_cluster_tells_its_ranks_what_torchrun_would():
     assert [read_place(environment) for environment in rank_environments(1)] == [ALONE_PLACE]
 
 
-def test_a_group_shares_attention_and_experts_among_all_its_ranks(tmp_path: Path):
+def test_a_group_shares_attention_and_experts_among_all_its_ranks_or_attention_among_lanes(tmp_path: Path):
     write_config(tmp_path, TINY_CONFIGS["v3"])
+    assert served_layout(tmp_path, 4, attention_tp=2, experts="ep").num_lanes == 2
     assert served_layout(tmp_path, 2, attention_tp=0, experts="ep") == ParallelLayout(2, ExpertsBy.EXPERT, 2)
     assert served_layout(tmp_path, 2, attention_tp=2, experts="tp") == ParallelLayout(2, ExpertsBy.COLUMNS, 2)
 
@@ -126,7 +127,7 @@ def test_a_group_shares_attention_and_experts_among_all_its_ranks(tmp_path: Path
     [
         ("v3", 3, {}, "4 heads by attention's 3 ranks"),
         ("v3", 2, {"experts": "dp"}, "--experts 'dp': say ep"),
-        ("v3", 4, {"attention_tp": 2}, "would be lanes, which no worker serves yet: leave --attention-tp out"),
+        ("v3", 4, {"attention_tp": 3}, "attention's 3 ranks do not divide the experts' 4"),
         ("v3", 2, {"attention_tp": 4}, "attention is over 4 ranks but experts over 2"),
         ("mixtral", 8, {}, "4 heads by attention's 8 ranks"),
     ],

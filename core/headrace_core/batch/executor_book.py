@@ -22,8 +22,10 @@ class _Sampler:
 class ExecutorBook:
     """The book of the executor called `name`. `plan`, then `sampled`, step by step."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, lane_pages: int | None = None) -> None:
+        """Args: `lane_pages`: how many ids each lane has, so that a page's id says which; None: there is one lane."""
         self._name = name
+        self._lane_pages = lane_pages
         self._book = PlacesBook()
         self._names: dict[int, str] = {}
         self._sampled: dict[int, Sequence[int]] = {}
@@ -77,8 +79,9 @@ class ExecutorBook:
         self._book.move(row)
         self._sampled.pop(row.key, None)
         page_ids = self._book.places[row.key].page_ids
+        lane = page_ids[0] // self._lane_pages if self._lane_pages else 0
         return Chunk(
-            row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key], num_draft=row.num_draft
+            row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key], lane, num_draft=row.num_draft
         )
 
     def _sampling(self, row: Row) -> SamplingRow:

@@ -37,7 +37,7 @@ from headrace_core.engine.leader import group_over
 from headrace_core.engine.rank_experts import RankExperts
 from headrace_core.engine.rank_pages import RankPages
 from headrace_core.model.kv_cache import KvCache
-from headrace_core.ranks.group import RankGroup, gather_at_first
+from headrace_core.ranks.group import RankGroup
 
 
 class Follower:
@@ -60,7 +60,7 @@ class Follower:
         self._pages = pages
         self._experts = experts or RankExperts({}, None)
         self._is_leaving = is_leaving
-        self._book = ExecutorBook(f"of rank {ranks.rank}")
+        self._book = ExecutorBook(f"of rank {ranks.rank}", lane_pages=cache.num_pages)
         self._sampled: list[int] = []
         """The keys of the last plan's sampled rows."""
 
@@ -93,7 +93,7 @@ class Follower:
             case Pages():
                 self._pages.take(message)
             case Ask():
-                gather_at_first(self._ranks, self._pages.give(message))
+                self._pages.give(message)
             case Beat():
                 self._ranks.all_sum(torch.full((1,), float(self._is_leaving())))
             case Move():

@@ -1,8 +1,8 @@
 """What the leader of a group of ranks, rank 0, says to its followers: one broadcast each, and no pickle.
 
     PLAN   which tokens the step before gave, u32 each, with their number before them; then the diff (`plan_messages`)
-    PAGES  first layer, layers, pages: u32 each; ids u32 each; then the pages' bytes, layer by layer
-    ASK    the same without bytes: every rank gives its part of these pages
+    PAGES  first layer, layers, pages: u32 each; ids u32 each; each rank is given its part of these pages next
+    ASK    the same: every rank gives its part of these pages next
     BEAT   nothing: every rank answers, which shows that it lives, and whether it was told to leave
     MOVE   a layer, ranks, slots of each: u32 each; then the expert of each slot, u32: have it beside what is there
     SETTLE nothing: every rank says whether it has that, and if all have, all compute with it from now on
@@ -39,12 +39,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Bytes of pages that came from another worker, [layers][page_ids], whole."""
+    """Pages that came from another worker; the leader has them, whole."""
 
     first_layer: int
     num_layers: int
     page_ids: Sequence[int]
-    content: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +92,8 @@ def encode(message: Message) -> bytes:
         case Plan(diff, sampled_ids):
             tokens = struct.pack(f"<{len(sampled_ids)}I", *sampled_ids)
             return b"".join((bytes([_PLAN]), _COUNT.pack(len(sampled_ids)), tokens, plan_messages.encode(diff)))
-        case Pages(first_layer, num_layers, page_ids, content):
-            return b"".join((bytes([_PAGES]), _encode_pages(first_layer, num_layers, page_ids), content))
+        case Pages(first_layer, num_layers, page_ids):
+            return bytes([_PAGES]) + _encode_pages(first_layer, num_layers, page_ids)
         case Ask(first_layer, num_layers, page_ids):
             return bytes([_ASK]) + _encode_pages(first_layer, num_layers, page_ids)
         case Beat():
@@ -112,7 +111,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(message: bytes) -> Message:
-    """Return the message; the bytes of its pages are not copied.
+    """Return the message.
 
     Raises:
         ProtocolError: PROTOCOL, it is none.
@@ -125,9 +124,7 @@ def decode(message: bytes) -> Message:
                 sampled_ids = struct.unpack_from(f"<{count}I", message, start)
                 return Plan(plan_messages.decode(message[start + 4 * count :]), sampled_ids)
             case b"\x02":
-                first_layer, num_layers, page_ids = _decode_pages(message)
-                start = 1 + _PAGES_HEAD.size + 4 * len(page_ids)
-                return Pages(first_layer, num_layers, page_ids, memoryview(message)[start:])
+                return Pages(*_decode_pages(message))
             case b"\x05":
                 return Ask(*_decode_pages(message))
             case b"\x03":

@@ -28,11 +28,11 @@ from headrace_core.engine.balance import Balance
 from headrace_core.engine.executor import StepModel
 from headrace_core.engine.group_messages import Ask, Beat, Message, Pages, Plan, Stop, encode
 from headrace_core.engine.rank_experts import StepClock
-from headrace_core.engine.rank_pages import RankPages, cells, pieces
+from headrace_core.engine.rank_pages import RankPages
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
-from headrace_core.ranks.group import RankGroup, gather_at_first
+from headrace_core.ranks.group import RankGroup
 from headrace_core.transfer.memory import PageMemory
 
 BEAT_S = 1.0
@@ -97,23 +97,18 @@ class Leader:
 
     def tell_pages(self, memory: PageMemory, page_ids: Sequence[int], layers: range) -> None:
         """Give every rank its part of what these layers of pages of `memory`, which are whole, hold by `page_bytes`."""
-        content = b"".join(memory.page_bytes(layer, page_id) for layer, page_id in cells(layers, page_ids))
-        pages = Pages(layers.start, len(layers), page_ids, content)
-        self._tell(pages)
-        if not self._pages.share.is_whole:
-            self._pages.take(pages)
+        if self._pages.is_others(page_ids):
+            pages = Pages(layers.start, len(layers), page_ids)
+            self._tell(pages)
+            with self._together("giving out pages"):
+                self._pages.give_out(pages, memory)
 
     def ask_pages(self, memory: PageMemory, page_ids: Sequence[int], layers: range) -> None:
-        """Put these layers of pages together in `memory`, whole, from every rank's part."""
+        """Put these layers of pages together in `memory`, whole, from the parts of the ranks that have them."""
         ask = Ask(layers.start, len(layers), page_ids)
         self._tell(ask)
-        own = self._pages.give(ask)
         with self._together("putting pages together"):
-            parts = gather_at_first(self._ranks, own)
-        share = self._pages.share
-        by_cell = zip(*(pieces(part, share.own.page_layer_bytes) for part in parts), strict=True)
-        for (layer, page_id), of_ranks in zip(cells(layers, page_ids), by_cell, strict=True):
-            share.join(memory.page_bytes(layer, page_id), of_ranks)
+            self._pages.collect(ask, memory)
 
     def beat(self) -> None:
         """See that every rank lives, if that was not seen for `BEAT_S`; let who balances experts have its turn."""

@@ -25,6 +25,9 @@ Allocate = Callable[[int, int], Sequence[memoryview]]
 class KvCache:
     """Memory of a pool of pages: one tensor [num_pages, *page_shape] per layer, zero at first.
 
+    Of a worker whose ranks are lanes it is one lane's: its pages' ids go from `first_page` on. Rank 0 has on the host
+    what there is of the other lanes' as well, which only passes through: `num_host_pages`.
+
     Who may read or write which page is the page pool's business. The engine thread writes pages; `page_bytes` hands
     their bytes to the transfer. On a CPU that is the same memory. On a GPU a transfer works on a copy of the pool on
     the host: `copy_to_host` brings pages there before they are sent, `copy_from_host` takes pages that arrived. The
@@ -43,28 +46,33 @@ class KvCache:
         *,
         has_host_copy: bool | None = None,
         allocate: Allocate | None = None,
+        first_page: int = 0,
+        num_host_pages: int = 0,
     ) -> None:
         """Allocate the pool; `has_host_copy` None: where the device is not the CPU.
 
-        `allocate` makes the memory that `page_bytes` shows; None: torch does.
+        `allocate` makes the memory that `page_bytes` shows; None: torch does. `num_host_pages` 0: as many as pages.
         """
         self.layout = layout
         self.num_pages = num_pages
+        self.first_page = first_page
+        self._num_host_pages = num_host_pages or num_pages
         dtype = TORCH_DTYPES[layout.dtype.element]
-        shape = (num_pages, *layout.page_shape)
+        shape = (self._num_host_pages, *layout.page_shape)
         has_copy = has_host_copy if has_host_copy is not None else device != "cpu"
         if allocate is not None:
-            buffers = allocate(layout.num_layers, num_pages * layout.page_layer_bytes)
+            buffers = allocate(layout.num_layers, shape[0] * layout.page_layer_bytes)
             self._host = [torch.frombuffer(buffer, dtype=dtype).view(shape) for buffer in buffers]
         else:
             new = torch.empty if has_copy else torch.zeros
             self._host = [new(shape, dtype=dtype) for _ in range(layout.num_layers)]
-        self.layers: list[Tensor] = self._host
+        self.layers: list[Tensor] = [layer[:num_pages] for layer in self._host]
         if has_copy:
-            self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]
+            own = (num_pages, *layout.page_shape)
+            self.layers = [torch.zeros(own, dtype=dtype, device=device) for _ in range(layout.num_layers)]
         self._stream = torch.cuda.Stream() if self.layers[0].is_cuda else None
         self._rows = [page_rows(layer) for layer in self._host]
-        self._ring = None if self._host is self.layers else PageRing(layout, dtype, self.layers[0].device)
+        self._ring = PageRing(layout, dtype, self.layers[0].device) if has_copy else None
         self._turn = threading.Lock()
 
     def page_bytes(self, layer: int, page_id: int) -> memoryview:
@@ -73,9 +81,15 @@ class KvCache:
         Raises:
             IndexError: there is no such layer or page.
         """
-        if not 0 <= page_id < self.num_pages:
-            raise IndexError(f"page {page_id} is outside a pool of {self.num_pages}")
-        return self._rows[layer][page_id].data
+        row = page_id - self.first_page
+        if not 0 <= row < self._num_host_pages:
+            raise IndexError(f"page {page_id} is outside a pool of {self._num_host_pages}")
+        return self._rows[layer][row].data
+
+    @property
+    def page_ids(self) -> range:
+        """The ids of its pages."""
+        return range(self.first_page, self.first_page + self.num_pages)
 
     def host_layers(self) -> Sequence[memoryview]:
         """Return all that `page_bytes` shows, by layer: pages in the order of their ids."""
@@ -95,15 +109,15 @@ class KvCache:
         Returns when it does. What they held at the mark `behind`, without waiting for what was launched since; None:
         what they hold now.
         """
-        if self._ring and page_ids:
+        if self._ring and (own := self._own(page_ids)):
             with self._copying(behind):
-                self._ring.copy_to_host(_part(self.layers, layers), _part(self._rows, layers), page_ids)
+                self._ring.copy_to_host(_part(self.layers, layers), _part(self._rows, layers), own)
 
     def copy_from_host(self, page_ids: Sequence[int], layers: range | None = None) -> None:
         """Set the device's pages to what `page_bytes` shows; returns when they are. Not on the event loop."""
-        if self._ring and page_ids:
+        if self._ring and (own := self._own(page_ids)):
             with self._copying():
-                self._ring.copy_to_device(_part(self.layers, layers), _part(self._rows, layers), page_ids)
+                self._ring.copy_to_device(_part(self.layers, layers), _part(self._rows, layers), own)
 
     @contextmanager
     def _copying(self, behind: Mark | None = None) -> Generator[None]:
@@ -126,12 +140,17 @@ class KvCache:
                     self._stream.synchronize()
 
     def zero_pages(self, page_ids: Sequence[int]) -> None:
-        """Set every byte of these pages to zero, in all layers."""
-        if not page_ids:
+        """Set every byte of these pages to zero, in all layers; those that are other lanes' are theirs to set."""
+        own = self._own(page_ids)
+        if not own:
             return
-        index = to_device(torch.tensor(list(page_ids)), self.layers[0].device)
+        index = to_device(torch.tensor(own), self.layers[0].device)
         for layer in self.layers:
             layer.index_fill_(0, index, 0)
+
+    def _own(self, page_ids: Sequence[int]) -> list[int]:
+        """Return where in the tensors those of these pages are that are there."""
+        return [page_id - self.first_page for page_id in page_ids if page_id in self.page_ids]
 
 
 def _part(by_layer: list[T], layers: range | None) -> list[T]:

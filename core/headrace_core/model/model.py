@@ -356,6 +356,7 @@ class Model:
             cache.layout.page_size,
             max_decode_chunk=self.max_decode_chunk,
             device=self.device,
+            first_page=cache.first_page,
         )
 
     def _run_layers(

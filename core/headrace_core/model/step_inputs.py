@@ -71,9 +71,9 @@ class StepInputs:
 
 
 def prepare_step(
-    chunks: Sequence[Chunk], page_size: int, *, max_decode_chunk: int | None, device: str = "cpu"
+    chunks: Sequence[Chunk], page_size: int, *, max_decode_chunk: int | None, device: str = "cpu", first_page: int = 0
 ) -> StepInputs:
-    """Return the step's inputs.
+    """Return the step's inputs, for a cache whose first page is number `first_page` (`KvCache`).
 
     A chunk with a cached prefix and at most `max_decode_chunk` tokens becomes decode rows; None: every chunk does.
 
@@ -94,14 +94,14 @@ def prepare_step(
         token_ids += chunk.token_ids
         position = np.arange(chunk.start, chunk.start + len(chunk.token_ids))
         positions.append(position)
-        slots.append(np.asarray(chunk.page_ids)[position // page_size] * page_size + position % page_size)
+        slots.append(_rows(chunk, first_page)[position // page_size] * page_size + position % page_size)
     first = sum(len(chunks[i].token_ids) for i in decode)
     return StepInputs(
         token_ids=to_device(torch.tensor(token_ids), device),
         positions=to_device(torch.from_numpy(np.concatenate(positions)), device),
         slot_mapping=to_device(torch.from_numpy(np.concatenate(slots)), device),
-        decode=_decode_rows([chunks[i] for i in decode], page_size, device) if decode else None,
-        prefill=_prefill_groups([chunks[i] for i in prefill], page_size, first, device),
+        decode=_decode_rows([chunks[i] for i in decode], page_size, device, first_page) if decode else None,
+        prefill=_prefill_groups([chunks[i] for i in prefill], page_size, first, device, first_page),
         chunk_rows=chunk_rows,
     )
 
@@ -119,13 +119,19 @@ def _check(chunk: Chunk, page_size: int) -> None:
         )
 
 
-def _decode_rows(chunks: list[Chunk], page_size: int, device: str) -> DecodeRows:
-    tables: list[list[int]] = []
+def _rows(chunk: Chunk, first_page: int) -> np.ndarray:
+    """Return where in the cache's tensors the chunk's pages are."""
+    return np.asarray(chunk.page_ids) - first_page
+
+
+def _decode_rows(chunks: list[Chunk], page_size: int, device: str, first_page: int) -> DecodeRows:
+    tables: list[np.ndarray] = []
     context_lens: list[int] = []
     for chunk in chunks:
+        table = _rows(chunk, first_page)
         for offset in range(1, len(chunk.token_ids) + 1):
             context_lens.append(chunk.start + offset)
-            tables.append(chunk.page_ids)
+            tables.append(table)
     num_pages = -(-max(context_lens) // page_size)
     block_table = np.zeros((len(tables), num_pages), dtype=np.int32)
     for row, table in zip(block_table, tables, strict=True):
@@ -137,25 +143,27 @@ def _decode_rows(chunks: list[Chunk], page_size: int, device: str) -> DecodeRows
     return DecodeRows(table_tensor, lens_tensor, slots)
 
 
-def _prefill_groups(chunks: list[Chunk], page_size: int, first: int, device: str) -> list[PrefillGroup]:
+def _prefill_groups(
+    chunks: list[Chunk], page_size: int, first: int, device: str, first_page: int
+) -> list[PrefillGroup]:
     groups: list[PrefillGroup] = []
     members: list[Chunk] = []
     for chunk in chunks:
         held = sum(member.start + len(member.token_ids) for member in members)
         if members and held + chunk.start + len(chunk.token_ids) > GROUP_KEY_TOKENS:
-            groups.append(_prefill_group(members, page_size, first, device))
+            groups.append(_prefill_group(members, page_size, first, device, first_page))
             first, members = groups[-1].end, []
         members.append(chunk)
     if members:
-        groups.append(_prefill_group(members, page_size, first, device))
+        groups.append(_prefill_group(members, page_size, first, device, first_page))
     return groups
 
 
-def _prefill_group(chunks: list[Chunk], page_size: int, first: int, device: str) -> PrefillGroup:
+def _prefill_group(chunks: list[Chunk], page_size: int, first: int, device: str, first_page: int) -> PrefillGroup:
     queries = np.array([len(chunk.token_ids) for chunk in chunks])
     keys = np.array([chunk.start + len(chunk.token_ids) for chunk in chunks])
     slots = [
-        (np.asarray(chunk.page_ids)[:, None] * page_size + np.arange(page_size)).ravel()[:length]
+        (_rows(chunk, first_page)[:, None] * page_size + np.arange(page_size)).ravel()[:length]
         for chunk, length in zip(chunks, keys, strict=True)
     ]
     return PrefillGroup(

@@ -36,14 +36,19 @@ class PageShare:
             return self.whole
         return replace(self.whole, attention=replace(attention, num_kv_heads=len(self._heads(self.rank))))
 
-    def cut(self, page: memoryview | bytes) -> bytes:
-        """Return this rank's part of one page of one layer, its own layout's bytes."""
+    def cut(self, page: memoryview | bytes, rank: int | None = None) -> bytes:
+        """Return the part that `rank`, None: this one, has of one page of one layer: its own layout's bytes."""
         if self.is_whole:
             return bytes(page)
-        return self._by_head(page)[:, :, _slice(self._heads(self.rank))].tobytes()
+        return self._by_head(page)[:, :, _slice(self._heads(self.rank if rank is None else rank))].tobytes()
+
+    def givers(self, lane: int) -> range:
+        """Return the ranks of `lane` whose parts together are whole pages."""
+        ranks = self.layout.lane_ranks(lane)
+        return ranks[:1] if self.is_whole else ranks
 
     def join(self, page: memoryview, parts: Sequence[memoryview | bytes]) -> None:
-        """Write one page of one layer, whole, from what each rank has of it, by rank; equal parts may come twice."""
+        """Write one page of one layer, whole, from what its lane's `givers` have of it; equal parts may come twice."""
         if self.is_whole:
             page[:] = parts[0]
             return

@@ -19,8 +19,5 @@ def served_layout(model: Path, num_ranks: int, *, attention_tp: int, experts: st
     if experts not in {by.value for by in ExpertsBy}:
         raise StartupError("BAD_RANKS", f"--experts {experts!r}: say ep, whole experts, or tp, a part of every one")
     layout = ParallelLayout(attention_tp or num_ranks, ExpertsBy(experts), num_ranks)
-    if layout.num_lanes > 1:
-        problem = f"attention over {attention_tp} of {num_ranks} ranks would be lanes, which no worker serves yet"
-        raise StartupError("BAD_RANKS", f"{problem}: leave --attention-tp out")
     layout.check(parse_config(model))
     return layout

@@ -18,13 +18,14 @@ OnEngine = Callable[[Callable[[], None]], None]
 class GroupPages:
     """See the module, and `transfer.memory.PageMemory`.
 
-    `memory` has the pages that are moved. Where every rank has all of each page it is rank 0's own cache. Else it is
-    memory beside it: what is sent is put together there from all ranks' parts, between two steps.
+    `memory` has the pages that are moved, of all lanes. Where every rank has all of each page of its lane it is the
+    host's side of rank 0's own cache. Else it is memory beside that. What is sent and is not rank 0's `own` is put
+    together there from the parts of those that have it, between two steps.
     """
 
-    def __init__(self, memory: PageMemory, *, is_whole: bool) -> None:
+    def __init__(self, memory: PageMemory, *, own: range) -> None:
         self._memory = memory
-        self._is_whole = is_whole
+        self._own = own
         self._led: tuple[Leader, OnEngine] | None = None
         self._asked: set[Future[None]] = set()
         self._is_over = False
@@ -57,15 +58,18 @@ class GroupPages:
         Raises:
             UnavailableError: RANK_LOST, the group is over.
         """
-        if self._is_whole:
-            self._memory.copy_to_host(page_ids, layers, behind)
+        own = [page_id for page_id in page_ids if page_id in self._own]
+        others = [page_id for page_id in page_ids if page_id not in self._own]
+        if own:
+            self._memory.copy_to_host(own, layers, behind)
+        if not others:
             return
         leader, on_engine = self._leading
         done: Future[None] = Future()
         self._asked.add(done)
 
         def ask() -> None:
-            leader.ask_pages(self._memory, page_ids, layers)
+            leader.ask_pages(self._memory, others, layers)
             with suppress(InvalidStateError):
                 done.set_result(None)
 

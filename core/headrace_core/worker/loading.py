@@ -52,7 +52,8 @@ _ROOFLINE_DTYPES = {dtype.scalar: dtype for dtype in Dtype}
 class LoadedModel:
     """A model ready to step, and what others must know of it.
 
-    `prediction` None: its operations are not timed. `group` None: a process alone has all of it.
+    `num_pages` are all lanes', as many each. `prediction` None: its operations are not timed. `group` None: a process
+    alone has all of it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LoadedModel:
     layout: KvLayout
     fingerprint: str
     num_pages: int
+    num_lanes: int = 1
     prediction: Prediction | None = None
     grammars: Grammars | None = None
     memory: Memfd | None = None
@@ -114,8 +116,8 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
             redundant_experts=redundant_experts(settings, ranks.layout),
         )
     own = model.kv_layout(settings.page_size)
-    num_pages = pool_bytes // own.page_bytes
-    if num_pages < 1:
+    lane_pages, num_lanes = pool_bytes // own.page_bytes, ranks.layout.num_lanes
+    if lane_pages < 1:
         raise StartupError(
             "POOL_TOO_SMALL", f"--kv-pool-mib {settings.kv_pool_mib}: one page takes {own.page_bytes} bytes"
         )
@@ -124,14 +126,23 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
     most = min(settings.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
     # Other processes read rank 0's pages alone, and whole ones.
     memory = new_memory(memory_kind(usable(settings.transport))) if place.rank == 0 else None
-    cache = KvCache(own, num_pages, settings.device, allocate=memory.allocate if memory and own == layout else None)
+    cache = KvCache(
+        own,
+        lane_pages,
+        settings.device,
+        allocate=memory.allocate if memory and own == layout else None,
+        first_page=ranks.lane_number * lane_pages,
+        # Pages of other lanes pass through rank 0, and take real memory there only if they do.
+        num_host_pages=lane_pages * num_lanes if place.rank == 0 and own == layout else 0,
+    )
     kernels = backend(cache.layers[0])
-    loaded = {"model": model.fingerprint, "layout": str(layout), "pages": num_pages, "kernels": kernels}
+    loaded = {"model": model.fingerprint, "layout": str(layout), "pages": lane_pages, "kernels": kernels}
     agree(ranks, {**loaded, "rebalance": settings.rebalance, "redundant experts": settings.redundant_experts})
     if settings.device == "cuda" and kernels != "reference":
-        _prepare_gpu(settings, model, cache, most)
+        _prepare_gpu(settings, model, cache, most, num_lanes)
     else:
-        warm_up(model, cache, max_step_tokens=_TRIED_TOKENS, mtp=model if model.has_mtp else None)
+        mtp = model if model.has_mtp else None
+        warm_up(model, cache, max_step_tokens=_TRIED_TOKENS, num_lanes=num_lanes, mtp=mtp)
         if kernels == "cpu" and isinstance(settings, DecodeSettings):
             model.record_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=most)
     grammars = Grammars(settings.model, config.vocab_size, config.eos_token_ids)
@@ -147,7 +158,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
             "weights_dtype": settings.weights_dtype,
             "dispatch_dtype": settings.dispatch_dtype,
             "seconds": time.perf_counter() - started,
-            "pages": num_pages,
+            "pages": lane_pages * num_lanes,
             "page_bytes": own.page_bytes,
             "cache_dtype": layout.dtype.value,
             "max_context_tokens": most,
@@ -163,7 +174,8 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
         limits=ModelLimits(config.vocab_size, most, tuple(config.eos_token_ids), grammars.problem),
         layout=layout,
         fingerprint=model.fingerprint,
-        num_pages=num_pages,
+        num_pages=lane_pages * num_lanes,
+        num_lanes=num_lanes,
         prediction=_prediction(settings, model, name) if place.size == 1 else None,
         grammars=grammars,
         memory=memory,
@@ -194,7 +206,9 @@ def _about(kernels: Backend, settings: WorkerSettings) -> dict[str, str]:
     return {**about, "not_compiled": problem} if problem else about
 
 
-def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int) -> None:
+def _prepare_gpu(
+    settings: WorkerSettings, model: Model, cache: KvCache, max_context_tokens: int, num_lanes: int
+) -> None:
     """Check and compile the kernels; capture a decode worker's steps.
 
     Raises:
@@ -202,7 +216,8 @@ def _prepare_gpu(settings: WorkerSettings, model: Model, cache: KvCache, max_con
         StartupError: NO_KERNEL, KERNELS_DISAGREE.
     """
     difference = check_kernels(model, settings.device, settings.page_size)
-    warm_up(model, cache, max_step_tokens=settings.max_step_tokens, mtp=model if model.has_mtp else None)
+    mtp = model if model.has_mtp else None
+    warm_up(model, cache, max_step_tokens=settings.max_step_tokens, num_lanes=num_lanes, mtp=mtp)
     if isinstance(settings, DecodeSettings):
         model.prepare_decode(cache, max_rows=settings.max_step_sequences, max_context_tokens=max_context_tokens)
     log.info("kernels checked against plain torch", extra={"relative_difference": difference})

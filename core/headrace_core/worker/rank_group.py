@@ -63,11 +63,14 @@ def rank_of_group(
     `memory` is what other processes can be let read; the cache is built on it where every rank has all of each page.
     """
     share = PageShare(whole, ranks.layout, ranks.rank)
-    moved = cache
-    if not share.is_whole and ranks.rank == 0:
-        # Real memory only for the pages that are moved.
-        moved = KvCache(whole, cache.num_pages, allocate=memory and memory.allocate)
-    return RankOfGroup(ranks.world, RankPages(cache, share), GroupPages(moved, is_whole=share.is_whole), experts)
+    moved, own = cache, cache.page_ids
+    if not share.is_whole:
+        own = range(0)
+        if ranks.rank == 0:
+            # Real memory only for the pages that are moved.
+            num_pages = cache.num_pages * ranks.layout.num_lanes
+            moved = KvCache(whole, num_pages, allocate=memory and memory.allocate)
+    return RankOfGroup(ranks.world, RankPages(cache, share, ranks.world), GroupPages(moved, own=own), experts)
 
 
 def redundant_experts(settings: WorkerSettings, layout: ParallelLayout) -> int | None:

@@ -18,28 +18,33 @@ from headrace_core.request import SamplingParams
 _PARAMS = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=0)
 
 
-def warm_up(model: StepModel, cache: KvCache, *, max_step_tokens: int, mtp: MtpModel | None = None) -> None:
+def warm_up(
+    model: StepModel, cache: KvCache, *, max_step_tokens: int, num_lanes: int = 1, mtp: MtpModel | None = None
+) -> None:
     """Compute throw-away prompts of 1, 2, 4 ... up to `max_step_tokens` tokens; the pages are zero afterwards.
 
     Each is guessed behind by `mtp`, None: nobody guesses. Prompts are no longer than the pool holds. Call it before the
-    engine starts; in a group of ranks, on all of them.
+    engine starts; in a group of ranks, on all of them: each lane computes a prompt.
 
     Raises:
         CheckpointError: BAD_LOGITS, the network gave logits that are not finite.
     """
     most = min(max_step_tokens, cache.num_pages * cache.layout.page_size)
-    pages = list(range(cache.layout.num_pages(most)))
+    count = cache.layout.num_pages(most)
+    pages = [list(range(lane * cache.num_pages, lane * cache.num_pages + count)) for lane in range(num_lanes)]
     sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     for num_tokens in (*sizes, most):
         row = SamplingRow(_PARAMS, [0] * num_tokens, [], 0, num_tokens, ())
-        chunk = Chunk(0, [0] * num_tokens, 0, pages, True, num_wanted=1)
-        logits = model.forward([chunk], cache)
+        chunks = [
+            Chunk(lane, [0] * num_tokens, 0, pages[lane], True, lane=lane, num_wanted=1) for lane in range(num_lanes)
+        ]
+        logits = model.forward(chunks, cache)
         check_finite(logits)
         if len(logits):  # of a group of ranks they are one's
-            sample(logits, [row])
+            sample(logits, [row] * num_lanes)
         if mtp:
-            mtp.guess([chunk], {0: [0]}, cache)
-    cache.copy_to_host(pages[:1])
-    cache.copy_from_host(pages[:1])
-    cache.zero_pages(pages)
+            mtp.guess(chunks, {lane: [0] for lane in range(num_lanes)}, cache)
+    cache.copy_to_host(cache.page_ids[:1])
+    cache.copy_from_host(cache.page_ids[:1])
+    cache.zero_pages(cache.page_ids[:count])
     model.take_expert_counts()
