@@ -69,6 +69,19 @@ def test_tokens_that_are_cached_take_pages_and_no_prompt_budget():
     assert plan([replace(shared, num_cached_tokens=480)] * 2, fleet) == []
 
 
+def test_a_sequence_needs_its_pages_in_one_lane():
+    lanes = {"num_lanes": 2, "num_pages": 100}
+    assert plan([waiting()], [prefill(), decode(**lanes, num_free_pages=14, most_free_pages=7)]) == []
+    assert plan([waiting()], [prefill(), decode(**lanes, num_free_pages=14, most_free_pages=8)]) != []
+    assert len(plan([waiting()] * 5, [prefill(), decode(**lanes, num_free_pages=17, most_free_pages=9)])) == 2
+    assert plan([waiting()], [prefill(num_lanes=2, num_free_pages=6, most_free_pages=3), decode()]) == []
+    assert could_decode(waiting(799), decode(**lanes))
+    assert not could_decode(waiting(800), decode(**lanes))
+    large = waiting(64, num_output=10_000)
+    assert decode_pages(large, decode(**lanes)) == 50, "it waits for a whole lane and no longer"
+    assert decode_pages(large, decode(**lanes, num_usable_pages=98)) == 48
+
+
 def test_nothing_starts_without_a_decode_worker():
     assert plan([waiting()], [prefill()]) == []
     assert plan([waiting()], []) == []

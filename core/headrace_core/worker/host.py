@@ -264,6 +264,7 @@ class WorkerHost(Generic[S]):
             model_fingerprint=model.fingerprint,
             layout=encode_layout(model.layout),
             num_pages=model.num_pages,
+            num_lanes=model.num_lanes,
             max_context_tokens=model.limits.max_context_tokens,
             max_step_tokens=self._settings.max_step_tokens,
             max_step_sequences=self._settings.max_step_sequences,

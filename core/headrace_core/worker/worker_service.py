@@ -56,6 +56,7 @@ class LoadBoard:
     def _publish(self, *, is_new: bool = False) -> None:
         report = worker_service_pb2.WatchLoadResponse(
             num_free_pages=self._load.num_free_pages,
+            most_free_pages=self._load.most_free_pages,
             num_running=self._load.num_running,
             num_waiting=self._load.num_waiting,
             num_waiting_tokens=self._load.num_waiting_tokens,

@@ -78,6 +78,8 @@ def check_info(info: worker_service_pb2.GetInfoResponse) -> KvLayout:
     }
     for name, (count, least) in counts.items():
         _require(least <= count <= MAX_COUNT, f"its {name} is {count}; it must be {least} to {MAX_COUNT}")
+    num_lanes = info.num_lanes or 1
+    _require(info.num_pages % num_lanes == 0, f"its {num_lanes} lanes do not share {info.num_pages} pages evenly")
     _require(info.metrics_port <= _MOST_PORT, f"its metrics are at port {info.metrics_port}")
     _require(layout.page_size <= _MOST_PAGE_TOKENS, f"its pages hold {layout.page_size} tokens")
     _require(len(info.eos_token_ids) <= MAX_EOS_TOKEN_IDS, f"it names {len(info.eos_token_ids)} end-of-sequence ids")
@@ -95,6 +97,8 @@ def check_load(load: worker_service_pb2.WatchLoadResponse, info: worker_service_
         ProtocolError: PROTOCOL.
     """
     _require(load.num_free_pages <= info.num_pages, f"it reports {load.num_free_pages} free pages, of {info.num_pages}")
+    most = load.most_free_pages
+    _require(most <= load.num_free_pages, f"it reports {most} free pages for one sequence, of {load.num_free_pages}")
     for pages in (load.pages_cached, load.pages_evicted):
         _require(len(pages) <= _MOST_PAGE_HASHES, f"it reports {len(pages)} pages of its cache at once")
 

@@ -180,6 +180,8 @@ class Worker:
             num_pages=info.num_pages,
             num_usable_pages=self._num_usable_pages,
             num_free_pages=self.load.num_free_pages - num_unseen,
+            num_lanes=info.num_lanes or 1,
+            most_free_pages=self.load.most_free_pages or self.load.num_free_pages,
             token_budget=0 if is_probed else _BUDGET_STEPS * info.max_step_tokens,  # of an idle one: a prompt
             num_tokens_in_flight=own_tokens + self._num_foreign_tokens,
             num_free_slots=min(num_free_slots, 1) if is_probed else num_free_slots,

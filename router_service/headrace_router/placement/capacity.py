@@ -129,10 +129,23 @@ class WorkerView:
     """Sequences it can run at a time."""
     holders: frozenset[Client] = frozenset()
     """Clients whose output it generates, and the addresses that they call from, as paths of one name."""
+    num_lanes: int = 1
+    """A sequence has pages of one of them, of which each has as many."""
+    most_free_pages: int = NO_LIMIT
+    """Free in one lane, as it last said."""
     step_s: float = 0.0
     """How long its steps take with what it runs now; 0: not known, or it runs nothing."""
     cached: Any = frozenset()
     """What its prefix cache has, in the terms of `Waiting.prefix`: of the router's the pages' hashes."""
+
+    @property
+    def lane_pages(self) -> int:
+        """The most pages that a sequence can ever have."""
+        return self.num_pages // self.num_lanes
+
+    def has_free(self, num_pages: int) -> bool:
+        """Return whether a sequence could have so many pages now."""
+        return num_pages <= self.num_free_pages and num_pages <= self.most_free_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +153,7 @@ class _Size:
     """What of a worker decides what it could hold."""
 
     tokens: int
-    """Of its whole pool."""
+    """Of its whole pool, or of a lane of it."""
     context: int
 
     def covers(self, other: _Size) -> bool:
@@ -149,12 +162,12 @@ class _Size:
 
 def could_prefill(needs: Needs, worker: WorkerView) -> bool:
     """Return False if the worker never computes the prompt for another one, however idle."""
-    return _holds_prompt(needs, worker.num_pages * worker.page_size, worker.max_context_tokens)
+    return _holds_prompt(needs, worker.lane_pages * worker.page_size, worker.max_context_tokens)
 
 
 def could_decode(needs: Needs, worker: WorkerView) -> bool:
     """Return False if the worker never generates for the sequence, be it that it also prefills it, however idle."""
-    return _holds_output(needs, worker.num_pages * worker.page_size, worker.max_context_tokens)
+    return _holds_output(needs, worker.lane_pages * worker.page_size, worker.max_context_tokens)
 
 
 class Capacity:
@@ -271,7 +284,7 @@ def _prefill_context(needs: Needs) -> int:
 
 
 def _size(worker: WorkerView) -> _Size:
-    return _Size(worker.num_pages * worker.page_size, worker.max_context_tokens)
+    return _Size(worker.lane_pages * worker.page_size, worker.max_context_tokens)
 
 
 def _largest(sizes: Iterable[_Size]) -> list[_Size]:

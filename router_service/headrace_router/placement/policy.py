@@ -246,10 +246,12 @@ def overtaken(
 def decode_pages(waiting: Waiting, worker: WorkerView) -> int:
     """Return the pages to reserve at a decode worker: for the expected output, but no more than it can ever free."""
     expected = _num_pages(waiting.num_expected_tokens, worker)
-    if expected <= worker.num_usable_pages:
+    # Those that were never free may all be one lane's.
+    usable = worker.lane_pages - (worker.num_pages - worker.num_usable_pages)
+    if expected <= usable:
         return expected
     least = _num_pages(waiting.num_tokens + 1, worker)
-    return min(expected, max(least, worker.num_usable_pages))
+    return min(expected, max(least, usable))
 
 
 def prefill_pages(waiting: Waiting, worker: WorkerView) -> int:
@@ -349,7 +351,7 @@ def _has_budget(waiting: Waiting, worker: WorkerView) -> bool:
 def _prefill_standing(waiting: Waiting, worker: WorkerView) -> int:
     if not could_prefill(waiting, worker):
         return _NEVER
-    return _FITS if _has_budget(waiting, worker) and worker.num_free_pages >= prefill_pages(waiting, worker) else _WAITS
+    return _FITS if _has_budget(waiting, worker) and worker.has_free(prefill_pages(waiting, worker)) else _WAITS
 
 
 def _decode_standing(waiting: Waiting, worker: WorkerView, route: Route) -> int:
@@ -357,7 +359,7 @@ def _decode_standing(waiting: Waiting, worker: WorkerView, route: Route) -> int:
         return _NEVER
     if _yields(waiting, worker):
         return _YIELDS
-    if worker.num_free_slots <= 0 or worker.num_free_pages < decode_pages(waiting, worker):
+    if worker.num_free_slots <= 0 or not worker.has_free(decode_pages(waiting, worker)):
         return _WAITS
     return _FITS if route is Route.PAIR or _has_budget(waiting, worker) else _WAITS
 
@@ -397,6 +399,8 @@ def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: boo
         worker.max_context_tokens,
         worker.num_slots,
         holders,
+        worker.num_lanes,
+        worker.most_free_pages,
         worker.step_s,
         worker.cached,
     )

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/worker_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\x10\n\x0eGetInfoRequest\"\x83\x03\n\x0fGetInfoResponse\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.headrace.v1.WorkerRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12%\n\x06layout\x18\x05 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x08 \x01(\r\x12\x1a\n\x12max_step_sequences\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x15\n\reos_token_ids\x18\x0b \x03(\r\x12\x12\n\ntransports\x18\x0c \x03(\t\x12\x0f\n\x07version\x18\r \x01(\t\x12\x14\n\x0cmetrics_port\x18\x0e \x01(\r\x12\x14\n\x0chas_grammars\x18\x0f \x01(\x08\"+\n\x10WatchLoadRequest\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\"\xdf\x01\n\x11WatchLoadResponse\x12\x16\n\x0enum_free_pages\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_leases\x18\x05 \x01(\r\x12\x13\n\x0bis_draining\x18\x06 \x01(\x08\x12\x14\n\x0cpages_cached\x18\x07 \x03(\x06\x12\x15\n\rpages_evicted\x18\x08 \x03(\x06\x12\x16\n\x0eis_cache_whole\x18\t \x01(\x08\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse2\xe3\x01\n\rWorkerService\x12\x44\n\x07GetInfo\x12\x1b.headrace.v1.GetInfoRequest\x1a\x1c.headrace.v1.GetInfoResponse\x12L\n\tWatchLoad\x12\x1d.headrace.v1.WatchLoadRequest\x1a\x1e.headrace.v1.WatchLoadResponse0\x01\x12>\n\x05\x44rain\x12\x19.headrace.v1.DrainRequest\x1a\x1a.headrace.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/worker_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\x10\n\x0eGetInfoRequest\"\x96\x03\n\x0fGetInfoResponse\x12%\n\x04role\x18\x01 \x01(\x0e\x32\x17.headrace.v1.WorkerRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12%\n\x06layout\x18\x05 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x08 \x01(\r\x12\x1a\n\x12max_step_sequences\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x15\n\reos_token_ids\x18\x0b \x03(\r\x12\x12\n\ntransports\x18\x0c \x03(\t\x12\x0f\n\x07version\x18\r \x01(\t\x12\x14\n\x0cmetrics_port\x18\x0e \x01(\r\x12\x14\n\x0chas_grammars\x18\x0f \x01(\x08\x12\x11\n\tnum_lanes\x18\x10 \x01(\r\"+\n\x10WatchLoadRequest\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\"\xf8\x01\n\x11WatchLoadResponse\x12\x16\n\x0enum_free_pages\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x04 \x01(\r\x12\x12\n\nnum_leases\x18\x05 \x01(\r\x12\x13\n\x0bis_draining\x18\x06 \x01(\x08\x12\x14\n\x0cpages_cached\x18\x07 \x03(\x06\x12\x15\n\rpages_evicted\x18\x08 \x03(\x06\x12\x16\n\x0eis_cache_whole\x18\t \x01(\x08\x12\x17\n\x0fmost_free_pages\x18\n \x01(\r\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse2\xe3\x01\n\rWorkerService\x12\x44\n\x07GetInfo\x12\x1b.headrace.v1.GetInfoRequest\x1a\x1c.headrace.v1.GetInfoResponse\x12L\n\tWatchLoad\x12\x1d.headrace.v1.WatchLoadRequest\x1a\x1e.headrace.v1.WatchLoadResponse0\x01\x12>\n\x05\x44rain\x12\x19.headrace.v1.DrainRequest\x1a\x1a.headrace.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETINFOREQUEST']._serialized_start=74
   _globals['_GETINFOREQUEST']._serialized_end=90
   _globals['_GETINFORESPONSE']._serialized_start=93
-  _globals['_GETINFORESPONSE']._serialized_end=480
-  _globals['_WATCHLOADREQUEST']._serialized_start=482
-  _globals['_WATCHLOADREQUEST']._serialized_end=525
-  _globals['_WATCHLOADRESPONSE']._serialized_start=528
-  _globals['_WATCHLOADRESPONSE']._serialized_end=751
-  _globals['_DRAINREQUEST']._serialized_start=753
-  _globals['_DRAINREQUEST']._serialized_end=767
-  _globals['_DRAINRESPONSE']._serialized_start=769
-  _globals['_DRAINRESPONSE']._serialized_end=784
-  _globals['_WORKERSERVICE']._serialized_start=787
-  _globals['_WORKERSERVICE']._serialized_end=1014
+  _globals['_GETINFORESPONSE']._serialized_end=499
+  _globals['_WATCHLOADREQUEST']._serialized_start=501
+  _globals['_WATCHLOADREQUEST']._serialized_end=544
+  _globals['_WATCHLOADRESPONSE']._serialized_start=547
+  _globals['_WATCHLOADRESPONSE']._serialized_end=795
+  _globals['_DRAINREQUEST']._serialized_start=797
+  _globals['_DRAINREQUEST']._serialized_end=811
+  _globals['_DRAINRESPONSE']._serialized_start=813
+  _globals['_DRAINRESPONSE']._serialized_end=828
+  _globals['_WORKERSERVICE']._serialized_start=831
+  _globals['_WORKERSERVICE']._serialized_end=1058
 # @@protoc_insertion_point(module_scope)

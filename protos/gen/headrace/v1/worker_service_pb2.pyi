@@ -57,6 +57,7 @@ class GetInfoResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     METRICS_PORT_FIELD_NUMBER: _builtins.int
     HAS_GRAMMARS_FIELD_NUMBER: _builtins.int
+    NUM_LANES_FIELD_NUMBER: _builtins.int
     role: _types_pb2.WorkerRole.ValueType
     """What it does."""
     incarnation: _builtins.int
@@ -81,6 +82,8 @@ class GetInfoResponse(_message.Message):
     """Port of its Prometheus metrics, at the host where it is reached; 0: not known."""
     has_grammars: _builtins.bool
     """Whether it can hold a sequence's output to a grammar."""
+    num_lanes: _builtins.int
+    """Lanes, which share its pages evenly: a sequence has pages of one of them. 0 is 1."""
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout:
         """Meaning of its pages' bytes."""
@@ -111,10 +114,11 @@ class GetInfoResponse(_message.Message):
         version: _builtins.str = ...,
         metrics_port: _builtins.int = ...,
         has_grammars: _builtins.bool = ...,
+        num_lanes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "has_grammars", b"has_grammars", "incarnation", b"incarnation", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "max_step_sequences", b"max_step_sequences", "max_step_tokens", b"max_step_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_pages", b"num_pages", "role", b"role", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "has_grammars", b"has_grammars", "incarnation", b"incarnation", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "max_step_sequences", b"max_step_sequences", "max_step_tokens", b"max_step_tokens", "metrics_port", b"metrics_port", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_lanes", b"num_lanes", "num_pages", b"num_pages", "role", b"role", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -157,6 +161,7 @@ class WatchLoadResponse(_message.Message):
     PAGES_CACHED_FIELD_NUMBER: _builtins.int
     PAGES_EVICTED_FIELD_NUMBER: _builtins.int
     IS_CACHE_WHOLE_FIELD_NUMBER: _builtins.int
+    MOST_FREE_PAGES_FIELD_NUMBER: _builtins.int
     num_free_pages: _builtins.int
     """Pages that could be allocated at once, those of the prefix cache that nobody uses included."""
     num_running: _builtins.int
@@ -171,6 +176,10 @@ class WatchLoadResponse(_message.Message):
     """True once draining began."""
     is_cache_whole: _builtins.bool
     """True in a call's first report, and where too much changed: what was said of its cache before is void."""
+    most_free_pages: _builtins.int
+    """Of `num_free_pages` those that one sequence could be given, where there are lanes: those of the lane that has most.
+    0: all.
+    """
     @_builtins.property
     def pages_cached(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Pages that its prefix cache has got since the report before, by their hashes (docs/wire-spec.md, Page hashes): a hint
@@ -193,10 +202,11 @@ class WatchLoadResponse(_message.Message):
         pages_cached: _abc.Iterable[_builtins.int] | None = ...,
         pages_evicted: _abc.Iterable[_builtins.int] | None = ...,
         is_cache_whole: _builtins.bool = ...,
+        most_free_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_cache_whole", b"is_cache_whole", "is_draining", b"is_draining", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "pages_cached", b"pages_cached", "pages_evicted", b"pages_evicted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_cache_whole", b"is_cache_whole", "is_draining", b"is_draining", "most_free_pages", b"most_free_pages", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "pages_cached", b"pages_cached", "pages_evicted", b"pages_evicted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
