@@ -30,7 +30,7 @@ from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import COMING, Chunk, ForwardPlan, StepPlan, StepResult
-from headrace_core.batch.step_book import Failed, FetchReady, StepBook, whole_pool
+from headrace_core.batch.step_book import Failed, FetchReady, StepBook
 from headrace_core.batch.step_budget import StepBudget
 from headrace_core.batch.turn_queue import TurnQueue
 from headrace_core.errors import HeadraceError, OverloadedError
@@ -348,8 +348,7 @@ class DecodeScheduler:
             except OverloadedError:
                 self._has_made_room = True
                 if self.pages.pages_for(end) > self.pages.lane_pages:
-                    text = f"{end} tokens take more pages than there are: {whole_pool(self.pages)}; raise --kv-pool-mib"
-                    self._fail(sequence, OverloadedError("NO_FREE_PAGES", text))
+                    self._fail(sequence, self._book.too_large(end))
                     return False
                 planned, lane = {chunk.key for chunk in chunks}, sequence.pages.lane
                 victim = max((s for s in self._running if s.key not in planned and s.pages.lane == lane), key=_age)

@@ -69,6 +69,31 @@ def test_a_rank_that_dies_or_hangs_ends_its_group_and_costs_no_token(cluster, re
     assert all(process.poll() is None for process in cluster.ranks(cluster.workers[2]))
 
 
+@pytest.mark.parametrize(("rank", "codes"), [(0, [-9, 1]), (1, [1, -9])], ids=["leader's lane", "other lane"])
+def test_a_rank_killed_in_either_lane_costs_no_token_of_any(model_dir: Path, reference, rank, codes):
+    """Two decode groups of two lanes each; the sequences of both lanes go on elsewhere."""
+    load = requests(reference, 8)
+    options = {**OPTIONS, "rank-timeout-s": TIMEOUT_S}
+
+    async def main(cluster: LocalCluster) -> None:
+        async with AsyncClient(cluster.router_address) as client:
+            want = await answers(client, load, temperature=0.0)
+            disturbed = Load(client, load, want, temperature=0.0)
+            await disturbed.begun()
+            await runs_something(client, victims[0])
+            victims[rank].kill()
+            await disturbed.settle()
+            await all_pages_free(client.server_info)
+
+    with LocalCluster(
+        model_dir, num_decode=2, decode_ranks=2, worker_options=options, decode_options={"attention-tp": 1}
+    ) as cluster:
+        victims = cluster.ranks(cluster.workers[1])
+        asyncio.run(main(cluster))
+        assert num_retries(cluster) > 0, "the group ran nothing"
+        assert ended(victims) == codes
+
+
 def test_an_idle_group_notices_a_rank_that_is_gone_and_comes_back_as_another_worker(cluster, reference):
     load = requests(reference, 6)
 

@@ -2,8 +2,9 @@
 
 For each network, attention × experts, the group computes prompts and goes on with them, hands them to a process alone,
 takes them from one, and does both with every other layout of as many ranks. 64 greedy tokens each. Prompts are chosen
-so that tokens tell something: 16 different ones at least, none of them nearly another. Writes build/parity-full.json;
-exits with 1 if any token differs.
+so that tokens tell something: 16 different ones at least, none of them nearly another. Then fleets of workers are
+served in which one side or both are groups, of lanes and of heads. Writes build/parity-full.json; exits with 1 if any
+token differs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ from rich.console import Console
 
 from tests.parity.conftest import Oracle
 from tests.parity_full.party import ONE_PROCESS, hand_off_all
+from tests.parity_full.served import Turns, serve_all, write_served
 from tests.perf.machine import machine
 
 ROOT = Path(__file__).parents[2]
@@ -45,21 +49,18 @@ def main() -> None:
     """Run and exit with 1 on any difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", default=["v3", "v2", "mixtral"], choices=list(TINY_CONFIGS))
+    parser.add_argument("--served", action="store_true", help="the fleets of workers alone")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "parity-full.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console, began_s = Console(stderr=True), time.monotonic()
     rows: list[dict[str, object]] = []
     for network in arguments.network:
-        with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder), TINY_CONFIGS[network])
-            prompts = _telling_prompts(Oracle(Path(folder)))
-            margin = min(prompt.margin for prompt in prompts)
-            for row in _rows(Path(folder), network, prompts):
-                rows.append(row)
-                state = "identical" if row["is_identical"] else "[red]OTHER TOKENS[/red]"
-                console.print(f"{network}, prompts by {row['prompts_by']}, then {row['then_by']}: {state}")
-            console.print(f"{network}: the smallest difference of two best logits is {margin:.4f}")
+        for row in _served(network) if arguments.served else chain(_stepped(network, console), _served(network)):
+            rows.append(row)
+            state = "identical" if row["is_identical"] else "[red]OTHER TOKENS[/red]"
+            how = f"{row['by']}, prompts by {row['prompts_by']}, then {row['then_by']}"
+            console.print(f"{network}, {how}: {state}")
     identical = sum(bool(row["is_identical"]) for row in rows)
     report = {
         "machine": machine(),
@@ -73,6 +74,16 @@ def main() -> None:
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     console.print(f"{identical} of {len(rows)} identical in {time.monotonic() - began_s:.0f} s; {arguments.json}")
     raise SystemExit(identical < len(rows))
+
+
+def _stepped(network: str, console: Console) -> Iterator[dict[str, object]]:
+    """Yield the rows of models that are stepped here, without workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), TINY_CONFIGS[network])
+        prompts = _telling_prompts(Oracle(Path(folder)))
+        margin = min(prompt.margin for prompt in prompts)
+        console.print(f"{network}: the smallest difference of two best logits is {margin:.4f}")
+        yield from _rows(Path(folder), network, prompts)
 
 
 def _rows(folder: Path, network: str, prompts: list[Prompt]) -> list[dict[str, object]]:
@@ -89,6 +100,7 @@ def _rows(folder: Path, network: str, prompts: list[Prompt]) -> list[dict[str, o
         rows += [
             {
                 "network": network,
+                "by": "models",
                 "ranks": size,
                 "prompts_by": _said(*pair[0], names),
                 "then_by": _said(*pair[1], names),
@@ -98,6 +110,26 @@ def _rows(folder: Path, network: str, prompts: list[Prompt]) -> list[dict[str, o
             if pair != (ONE_PROCESS, ONE_PROCESS)
         ]
     return rows
+
+
+def _served(network: str) -> Iterator[dict[str, object]]:
+    """Yield a row for each fleet of workers: its answers to prompts, and to each with its answer and some more."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_served(Path(folder), network, ROOT / "demo" / "model")
+        oracle = Oracle(Path(folder))
+        prompts = [prompt.token_ids for prompt in _telling_prompts(oracle)]
+        first = Turns(prompts, [oracle.greedy(prompt, _NUM_TOKENS) for prompt in prompts])
+        longer = [[*prompt, *output, *prompt[:9]] for prompt, output in zip(*first, strict=True)]
+        second = Turns(longer, [oracle.greedy(prompt, _NUM_TOKENS) for prompt in longer])
+        for prefill, decode, is_identical in serve_all(Path(folder), first, second):
+            names = ["one process" if of_side == ONE_PROCESS else "/".join(of_side) for of_side in (prefill, decode)]
+            yield {
+                "network": network,
+                "by": "workers",
+                "prompts_by": names[0],
+                "then_by": names[1],
+                "is_identical": is_identical,
+            }
 
 
 def _said(attention: str, experts: str, names: dict[tuple[str, str], ParallelLayout]) -> str:

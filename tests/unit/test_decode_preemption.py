@@ -125,7 +125,7 @@ def test_a_sequence_that_fills_the_pool_alone_ends_with_an_error_that_says_so():
     assert event.key == 1
     assert isinstance(event.error, OverloadedError)
     assert event.error.reason == "NO_FREE_PAGES"
-    assert str(event.error) == "5 tokens do not fit a pool of 2 pages; raise --kv-pool-mib"
+    assert str(event.error) == "5 tokens take 3 pages, the whole pool has 2; raise --kv-pool-mib"
     assert (s.load().num_sequences, s.load().num_free_pages) == (0, 2)
 
 

@@ -1,7 +1,9 @@
 """Lanes of one worker: which one a sequence goes to, and that each keeps to its own pages."""
 
+from collections.abc import Callable
+
 import pytest
-from headrace_core.batch.step import StepPlan, StepResult
+from headrace_core.batch.step import Chunk, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed
 from headrace_core.batch.step_budget import StepBudget
 from headrace_core.kv.page_pool import PagePool
@@ -14,24 +16,33 @@ from headrace_prefill.scheduler import PrefillScheduler
 
 from tests.unit.decode_plan_parts import LIMITS, PAGE, prompt, spec, step
 
-SIZES = {"max_step_tokens": 8, "max_step_sequences": 8, "max_waiting_sequences": 99}
-
 
 def pages_of(num_lanes: int, lane_pages: int) -> PageAllocator:
     return PageAllocator(num_lanes * lane_pages, PAGE, num_lanes=num_lanes, tells_cache=True)
 
 
-def decode(num_lanes=2, lane_pages=8, **sizes) -> DecodeScheduler:
-    return DecodeScheduler(pages_of(num_lanes, lane_pages), LIMITS, **(SIZES | sizes))
+def decode(num_lanes: int = 2, lane_pages: int = 8, max_step_tokens: int = 8) -> DecodeScheduler:
+    return DecodeScheduler(
+        pages_of(num_lanes, lane_pages),
+        LIMITS,
+        max_step_tokens=max_step_tokens,
+        max_step_sequences=8,
+        max_waiting_sequences=99,
+    )
 
 
-def prefill(num_lanes=2, lane_pages=8, **sizes) -> PrefillScheduler:
-    return PrefillScheduler(pages_of(num_lanes, lane_pages), LIMITS, **(SIZES | sizes))
+def prefill(num_lanes: int = 2, lane_pages: int = 8) -> PrefillScheduler:
+    return PrefillScheduler(
+        pages_of(num_lanes, lane_pages), LIMITS, max_step_tokens=8, max_step_sequences=8, max_waiting_sequences=99
+    )
 
 
-def answer(s: PrefillScheduler, plan: StepPlan | None) -> None:
-    assert plan is not None
+def answered(s: PrefillScheduler) -> list[Chunk]:
+    """Plan and answer a step; return its chunks."""
+    plan = s.plan(0.0)
+    assert plan is not None, "nothing to compute"
     s.apply(StepResult({c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled}, 0.0), 0.0)
+    return plan.chunks
 
 
 def lanes(plan: StepPlan | None) -> dict[int, int]:
@@ -114,8 +125,10 @@ def test_a_page_that_two_lanes_have_is_told_once_and_is_gone_with_the_last():
 
 
 @pytest.mark.parametrize("make", [decode, prefill])
-def test_a_sequence_must_fit_one_lane_and_is_told_so(make):
-    s = make(num_lanes=2, lane_pages=4)
+def test_a_sequence_must_fit_one_lane_and_is_told_so(
+    make: Callable[[int, int], DecodeScheduler | PrefillScheduler],
+):
+    s = make(2, 4)
     s.add(1, spec(prompt(1, 9), max_tokens=1), 0.0)
     (failed,) = s.take_events()
     assert isinstance(failed, Failed)
@@ -193,13 +206,7 @@ def test_a_step_s_tokens_are_shared_out_and_what_a_lane_does_not_want_is_the_oth
 def test_a_long_prompt_leaves_no_other_lane_idle_while_one_waits_or_runs_there():
     s = prefill(lane_pages=32)
     s.add(1, spec(prompt(1, 40)), 0.0)
-    plan = s.plan(0.0)
-    answer(s, plan)
-    assert [(c.key, len(c.token_ids)) for c in plan.chunks] == [(1, 8)], "alone it has the whole step"
+    assert [(c.key, len(c.token_ids)) for c in answered(s)] == [(1, 8)], "alone it has the whole step"
     s.add(2, spec(prompt(2, 6)), 0.0)
-    shares = []
-    for _ in range(3):
-        plan = s.plan(0.0)
-        answer(s, plan)
-        shares.append([(c.key, c.lane, len(c.token_ids)) for c in plan.chunks])
+    shares = [[(c.key, c.lane, len(c.token_ids)) for c in answered(s)] for _ in range(3)]
     assert shares == [[(1, 0, 4), (2, 1, 4)], [(1, 0, 6), (2, 1, 2)], [(1, 0, 8)]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 
 import pytest
@@ -12,12 +13,13 @@ from headrace_core.families.table import weights
 from headrace_core.families.weights import Part
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.model.build import build_network, num_weight_bytes
-from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.ranks.group import OneRank, Ranks
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.sharding import ExpertsForm, Sharding
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_config
+from headrace_core.transfer.memfd import ALIGNMENT, Memfd
+from headrace_core.worker.rank_group import rank_cache
 
 _LAYOUTS = [("tp1", "tp1"), *((a, e) for a in ("tp1", "tp2", "tp4") for e in ("tp4", "ep4")), ("dp2", "ep2")]
 
@@ -109,9 +111,16 @@ def test_a_ranks_cache_takes_what_the_formula_says(network, names, tmp_path):
         network_of_rank = build_network(config, Taken(config), ranks=ranks)
         model = Model(config, ModelIdentity("", torch.bfloat16, 0, CacheDtype.BFLOAT16), network_of_rank, ranks)
         pages_of_lane = num_sequences // layout.num_lanes * num_tokens // page_size
-        cache = KvCache(model.kv_layout(page_size), pages_of_lane)
+        whole, memory = config.kv_layout(page_size, CacheDtype.BFLOAT16), Memfd() if rank == 0 else None
+        cache = rank_cache(ranks, model.kv_layout(page_size), whole, pages_of_lane, memory=memory)
         measured = sum(layer.nbytes for layer in cache.layers)
         assert measured == layout.cache_bytes(config, num_sequences, num_tokens, 2)
+        assert cache.page_ids == range(layout.lane(rank) * pages_of_lane, (layout.lane(rank) + 1) * pages_of_lane)
+        for layer in cache.layers:
+            layer.fill_(1)
+        if memory and memory.layer_stride:
+            # What is there of other lanes at rank 0, where their pages pass through, takes nothing until they do.
+            assert os.fstat(memory.descriptor).st_blocks * 512 <= measured + (config.num_layers + 1) * ALIGNMENT
     if network == "mixtral":
         whole = config.num_layers * num_sequences * num_tokens * 2 * 2 * 8 * 2
         assert measured == whole // layout.num_lanes // min(2, layout.attention_tp)

@@ -66,16 +66,21 @@ class StepBook(Generic[E]):
 
         If it may not, a `Failed` event tells why: NO_FREE_PAGES, QUEUE_FULL.
         """
-        needed = self.pages.pages_for(num_tokens)
-        if needed > self.pages.lane_pages:
-            text = f"{num_tokens} tokens take {needed} pages, {whole_pool(self.pages)}; raise --kv-pool-mib"
-            self.tell(Failed(key, OverloadedError("NO_FREE_PAGES", text)))
+        if self.pages.pages_for(num_tokens) > self.pages.lane_pages:
+            self.tell(Failed(key, self.too_large(num_tokens)))
         elif num_waiting >= self._max_waiting:
             text = f"{num_waiting} sequences wait already; try again later"
             self.tell(Failed(key, OverloadedError("QUEUE_FULL", text)))
         else:
             return True
         return False
+
+    def too_large(self, num_tokens: int) -> OverloadedError:
+        """Return the error of a sequence that takes more pages than it could ever have."""
+        pages = self.pages
+        most = f"each of {pages.num_lanes} lanes" if pages.num_lanes > 1 else "the whole pool"
+        needed = f"{num_tokens} tokens take {pages.pages_for(num_tokens)} pages"
+        return OverloadedError("NO_FREE_PAGES", f"{needed}, {most} has {pages.lane_pages}; raise --kv-pool-mib")
 
     @property
     def planned(self) -> StepPlan:
@@ -155,10 +160,3 @@ class StepBook(Generic[E]):
         assert num_owned == counts[PageState.OWNED] + counts[PageState.QUARANTINED], "pages without a sequence"
         num_references = sum(pool.references(page_id) for page_id in range(pool.num_pages))
         assert num_shared == num_references, "references without a sequence"
-
-
-def whole_pool(pages: PageAllocator) -> str:
-    """Say how many pages a sequence can have at most."""
-    if pages.num_lanes == 1:
-        return f"the whole pool has {pages.num_pages}"
-    return f"each of {pages.num_lanes} lanes has {pages.lane_pages}"

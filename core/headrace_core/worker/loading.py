@@ -37,7 +37,15 @@ from headrace_core.transfer.memory import PageMemory, new_memory
 from headrace_core.transfer.transports import memory_kind, usable
 from headrace_core.worker.cpu_speed import measure_worker_cpu
 from headrace_core.worker.op_metrics import Prediction
-from headrace_core.worker.rank_group import RankOfGroup, agree, group_experts, join, rank_of_group, redundant_experts
+from headrace_core.worker.rank_group import (
+    RankOfGroup,
+    agree,
+    group_experts,
+    join,
+    rank_cache,
+    rank_of_group,
+    redundant_experts,
+)
 from headrace_core.worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -126,15 +134,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
     most = min(settings.max_context_tokens or config.max_context_tokens, config.max_context_tokens)
     # Other processes read rank 0's pages alone, and whole ones.
     memory = new_memory(memory_kind(usable(settings.transport))) if place.rank == 0 else None
-    cache = KvCache(
-        own,
-        lane_pages,
-        settings.device,
-        allocate=memory.allocate if memory and own == layout else None,
-        first_page=ranks.lane_number * lane_pages,
-        # Pages of other lanes pass through rank 0, and take real memory there only if they do.
-        num_host_pages=lane_pages * num_lanes if place.rank == 0 and own == layout else 0,
-    )
+    cache = rank_cache(ranks, own, layout, lane_pages, device=settings.device, memory=memory)
     kernels = backend(cache.layers[0])
     loaded = {"model": model.fingerprint, "layout": str(layout), "pages": lane_pages, "kernels": kernels}
     agree(ranks, {**loaded, "rebalance": settings.rebalance, "redundant experts": settings.redundant_experts})

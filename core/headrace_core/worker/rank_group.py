@@ -55,6 +55,25 @@ class RankOfGroup:
     experts: GroupExperts | None = None
 
 
+def rank_cache(
+    ranks: Ranks, own: KvLayout, whole: KvLayout, lane_pages: int, *, device: str = "cpu", memory: Memfd | None = None
+) -> KvCache:
+    """Return the cache of one rank: pages of layout `own`, its part of those of its lane, of which there are so many.
+
+    Where rank 0 has all of each page of layout `whole`, those of other lanes pass through the host's side of its cache,
+    which is built on `memory` if there is such: it takes real memory only for pages that do.
+    """
+    is_door = ranks.rank == 0 and own == whole
+    return KvCache(
+        own,
+        lane_pages,
+        device,
+        allocate=memory.allocate if memory and is_door else None,
+        first_page=ranks.lane_number * lane_pages,
+        num_host_pages=lane_pages * ranks.layout.num_lanes if is_door else 0,
+    )
+
+
 def rank_of_group(
     ranks: Ranks, cache: KvCache, whole: KvLayout, memory: Memfd | None, experts: GroupExperts | None = None
 ) -> RankOfGroup:
