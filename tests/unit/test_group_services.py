@@ -33,8 +33,8 @@ SETTINGS = DecodeSettings(model=".", listen="127.0.0.1:0")
 def loaded(rank: ThreadRank) -> LoadedModel:
     model = loaded_fake_model()
     share = PageShare(model.layout, ParallelLayout(2, num_expert_ranks=2), rank.rank)
-    pages = GroupPages(model.cache, is_whole=True)
-    return replace(model, group=RankOfGroup(rank, RankPages(model.cache, share), pages))
+    pages = GroupPages(model.cache, own=model.cache.page_ids)
+    return replace(model, group=RankOfGroup(rank, RankPages(model.cache, share, rank), pages))
 
 
 class Group:

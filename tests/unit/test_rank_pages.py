@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -19,8 +19,9 @@ from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.page_share import PageShare
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.fake_model import FakeModel
-from headrace_core.testing.rank_threads import OnThread, RankThreads
+from headrace_core.testing.rank_threads import OnThread, RankThreads, ThreadRank
 from headrace_core.worker.group_pages import GroupPages
+from torch import Tensor
 
 NUM_PAGES = 5
 ATTENTIONS = [LatentAttention(6, 2), KeyValueAttention(4, 3), KeyValueAttention(1, 3)]
@@ -134,18 +135,23 @@ def test_what_lands_is_its_lanes_alone_and_can_be_sent_again(pool: Pool):
                 assert bytes(cache.page_bytes(layer, page_id)) == content, f"page {page_id} of rank {share.rank}"
 
 
+def counted(rank: ThreadRank, received: dict[int, int]) -> Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]:
+    """Return its `exchange`, which adds to `received` how many rows came."""
+    exchange = rank.exchange
+
+    def exchange_and_count(rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        received[rank.rank] = received.get(rank.rank, 0) + sum(receive)
+        return exchange(rows, send, receive)
+
+    return exchange_and_count
+
+
 def test_nothing_travels_to_or_from_ranks_of_other_lanes():
     """A page's bytes go once to each rank that keeps a part of it, and come back from those that make it whole."""
     pool = Pool(LatentAttention(6, 2), tp=2, num_lanes=2)
     received: dict[int, int] = {}
     for rank in pool.threads.ranks:
-        exchange = rank.exchange
-
-        def counted(rows, send, receive, rank=rank, exchange=exchange):
-            received[rank.rank] = received.get(rank.rank, 0) + sum(receive)
-            return exchange(rows, send, receive)
-
-        rank.exchange = counted
+        rank.exchange = counted(rank, received)
     of_lane_1 = [NUM_PAGES, NUM_PAGES + 3]
     pool.pages.copy_from_host(of_lane_1, range(3))
     pool.pages.copy_to_host(of_lane_1, range(3))
