@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from headrace_client import AsyncClient
+from headrace_client import AsyncClient, SamplingParams
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.ranks.layout import ParallelLayout
-from headrace_core.request import SamplingParams
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 
 from tests.parity_full.party import ONE_PROCESS
