@@ -84,8 +84,9 @@ class Pool:
         self._engine.result()
 
     def wait(self) -> None:
-        """Wait until what was given to the engine has run."""
+        """Wait until what was given to the engine has run, and every rank has done its share."""
         is_done = threading.Event()
+        self._functions.put(lambda: self._leader.ask_pages(self.memory, [], range(1)))
         self._functions.put(is_done.set)
         assert is_done.wait(WAIT_S)
 

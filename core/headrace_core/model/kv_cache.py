@@ -109,15 +109,17 @@ class KvCache:
         Returns when it does. What they held at the mark `behind`, without waiting for what was launched since; None:
         what they hold now.
         """
-        if self._ring and (own := self._own(page_ids)):
+        if self._ring and page_ids:
             with self._copying(behind):
-                self._ring.copy_to_host(_part(self.layers, layers), _part(self._rows, layers), own)
+                places = self._places(page_ids)
+                self._ring.copy_to_host(_part(self.layers, layers), _part(self._rows, layers), places)
 
     def copy_from_host(self, page_ids: Sequence[int], layers: range | None = None) -> None:
         """Set the device's pages to what `page_bytes` shows; returns when they are. Not on the event loop."""
-        if self._ring and (own := self._own(page_ids)):
+        if self._ring and page_ids:
             with self._copying():
-                self._ring.copy_to_device(_part(self.layers, layers), _part(self._rows, layers), own)
+                places = self._places(page_ids)
+                self._ring.copy_to_device(_part(self.layers, layers), _part(self._rows, layers), places)
 
     @contextmanager
     def _copying(self, behind: Mark | None = None) -> Generator[None]:
@@ -141,16 +143,18 @@ class KvCache:
 
     def zero_pages(self, page_ids: Sequence[int]) -> None:
         """Set every byte of these pages to zero, in all layers; those that are other lanes' are theirs to set."""
-        own = self._own(page_ids)
-        if not own:
+        places = self._places([page_id for page_id in page_ids if page_id in self.page_ids])
+        if not places:
             return
-        index = to_device(torch.tensor(own), self.layers[0].device)
+        index = to_device(torch.tensor(places), self.layers[0].device)
         for layer in self.layers:
             layer.index_fill_(0, index, 0)
 
-    def _own(self, page_ids: Sequence[int]) -> list[int]:
-        """Return where in the tensors those of these pages are that are there."""
-        return [page_id - self.first_page for page_id in page_ids if page_id in self.page_ids]
+    def _places(self, page_ids: Sequence[int]) -> list[int]:
+        """Return where in the tensors pages are; raise IndexError if one is not there."""
+        if any(page_id not in self.page_ids for page_id in page_ids):
+            raise IndexError(f"of pages {list(page_ids)} not all are among {self.page_ids}")
+        return [page_id - self.first_page for page_id in page_ids]
 
 
 def _part(by_layer: list[T], layers: range | None) -> list[T]:

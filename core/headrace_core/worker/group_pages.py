@@ -48,7 +48,7 @@ class GroupPages:
         "Have in these pages what is here" is right whatever becomes of their sequence, so nobody takes it back.
         """
         if page_ids:
-            self._memory.copy_from_host(page_ids, layers)
+            self._memory.copy_from_host([page_id for page_id in page_ids if page_id in self._own], layers)
             leader, on_engine = self._leading
             on_engine(lambda: leader.tell_pages(self._memory, page_ids, layers))
 
