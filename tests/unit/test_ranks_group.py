@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from headrace_core.errors import UnavailableError
-from headrace_core.ranks.group import ALONE, OneRank, RankGroup, gather_at_first, join_ranks
+from headrace_core.ranks.group import ALONE, OneRank, RankGroup, join_ranks
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.testing.rank_processes import run_ranks
 
@@ -42,8 +42,6 @@ def _meet(world: RankGroup) -> dict[str, object]:
         data = bytes(i % 251 for i in range(length))
         seen[f"broadcast {length}"] = world.broadcast_bytes(data if rank == 0 else None) == data
     seen["bytes"] = world.gather_bytes(b"x" * (5 * rank))
-    before = world.sent_bytes
-    seen["at first"] = gather_at_first(world, b"y" * (5 * rank)), world.sent_bytes - before
     before = world.sent_bytes
     world.all_sum(torch.zeros(300_000))
     seen["sent"] = world.sent_bytes - before
@@ -82,15 +80,6 @@ def test_rows_that_were_begun_come_to_whoever_waits(seen):
     for rank, of_rank in enumerate(seen):
         expected = [[source, rank] for source in range(_SIZE)]
         assert [rows.tolist() for rows in of_rank["begun"]] == [expected] * 2
-
-
-def test_bytes_for_the_first_rank_are_sent_to_it_alone(seen):
-    lengths = (_SIZE - 1) * 8
-    assert [of_rank["at first"] for of_rank in seen] == [
-        ([b"", b"yyyyy", b"yyyyyyyyyy"], lengths),
-        ([], lengths + 5),
-        ([], lengths + 10),
-    ]
 
 
 def test_bytes_of_any_length_reach_all(seen):
@@ -151,7 +140,6 @@ def test_a_group_of_one_gives_back_what_it_is_given():
     assert torch.equal(one.all_sum(x, x), x + x)
     assert one.exchange(x, [3], [3]) is x
     assert one.begin_exchange(x, [3], [3]).wait() is x
-    assert gather_at_first(one, b"c") == [b"c"]
     assert one.all_gather(x).data_ptr() == x.data_ptr()
     assert (one.broadcast_bytes(b"ab"), one.gather_bytes(b"c"), one.sent_bytes) == (b"ab", [b"c"], 0)
     with pytest.raises(ValueError, match="sent as"):

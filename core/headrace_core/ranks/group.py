@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from headrace_core.ranks.layout import ParallelLayout
@@ -161,16 +160,6 @@ def check_counts(rows: Tensor, send: Sequence[int], receive: Sequence[int], size
     """Raise ValueError unless `send` and `receive` are counts that `RankGroup.exchange` takes."""
     if len(send) != size or len(receive) != size or sum(send) != len(rows) or min(*send, *receive) < 0:
         raise ValueError(f"{len(rows)} rows, sent as {list(send)}, received as {list(receive)}, among {size} ranks")
-
-
-def gather_at_first(group: RankGroup, data: bytes) -> list[bytes]:
-    """Return, on rank 0, every rank's `data`, of any length; on the others nothing. Two meetings."""
-    lengths: list[int] = group.all_gather(torch.tensor([len(data)])).flatten().tolist()
-    is_first = group.rank == 0
-    rows = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    send = [len(data) if rank == 0 else 0 for rank in range(group.size)]
-    came = group.exchange(rows, send, lengths if is_first else [0] * group.size)
-    return [part.numpy().tobytes() for part in came.split(lengths)] if is_first else []
 
 
 def ordered_sum(parts: Tensor, onto: Tensor | None) -> Tensor:
