@@ -20,8 +20,13 @@ TIMEOUT_S = 20
 
 
 @pytest.fixture
-def cluster(model_dir: Path) -> Iterator[LocalCluster]:
-    options = {**OPTIONS, "rank-timeout-s": TIMEOUT_S}
+def two_batch_rows() -> int:
+    return 0
+
+
+@pytest.fixture
+def cluster(model_dir: Path, two_batch_rows: int) -> Iterator[LocalCluster]:
+    options = {**OPTIONS, "rank-timeout-s": TIMEOUT_S, "two-batch-rows": two_batch_rows}
     with LocalCluster(model_dir, num_decode=2, decode_ranks=2, worker_options=options) as cluster:
         yield cluster
 
@@ -33,14 +38,23 @@ def ended(processes: list[ClusterProcess]) -> list[int | None]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "number", "codes"),
+    ("rank", "number", "codes", "two_batch_rows"),
     [
-        (0, signal.SIGKILL, [-9, 1]),
-        (1, signal.SIGKILL, [1, -9]),
-        (0, signal.SIGSTOP, [None, 1]),
-        (1, signal.SIGSTOP, [1, None]),
+        (0, signal.SIGKILL, [-9, 1], 0),
+        (1, signal.SIGKILL, [1, -9], 0),
+        (0, signal.SIGSTOP, [None, 1], 0),
+        (1, signal.SIGSTOP, [1, None], 0),
+        (1, signal.SIGKILL, [1, -9], 2),
+        (0, signal.SIGSTOP, [None, 1], 2),
     ],
-    ids=["leader killed", "follower killed", "leader stopped", "follower stopped"],
+    ids=[
+        "leader killed",
+        "follower killed",
+        "leader stopped",
+        "follower stopped",
+        "follower killed among micro-batches",
+        "leader stopped among micro-batches",
+    ],
 )
 def test_a_rank_that_dies_or_hangs_ends_its_group_and_costs_no_token(cluster, reference, rank, number, codes):
     load = requests(reference, 8)

@@ -38,11 +38,11 @@ async def tokens_of(client: AsyncClient, requests: list[tuple[list[int], Samplin
 
 
 def test_a_decode_group_takes_and_generates_as_one_process(model_dir: Path, reference):
-    """Experts by rank (EP). Prompts of 1 to 40 tokens, in a pool that has no room for all."""
+    """Experts by rank (EP), steps as two micro-batches. Prompts of 1 to 40 tokens, in a pool without room for all."""
     words = reference.tokenize(PROMPT + " The fox lived in the forest with a bear." * 20)
     requests = [(words[: 1 + 3 * i], SamplingParams(temperature=0.0, max_tokens=100)) for i in range(14)]
     want = [reference.greedy(prompt, 100) for prompt, _ in requests]
-    options = {**OPTIONS, "page-size": 32, "kv-pool-mib": 1, "max-context-tokens": 320}
+    options = {**OPTIONS, "page-size": 32, "kv-pool-mib": 1, "max-context-tokens": 320, "two-batch-rows": 2}
 
     async def main(cluster: LocalCluster) -> None:
         async with AsyncClient(cluster.router_address) as client:
