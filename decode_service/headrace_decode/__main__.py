@@ -15,7 +15,8 @@ def main() -> None:
     """Run until a signal; exit codes are in `headrace_core.process`."""
     exit_on(signal.SIGTERM, signal.SIGINT, code=0)
     # Only now: it takes a while, and may be interrupted.
-    from headrace_core.config import DecodeSettings, complain, parse
+    from headrace_core.command_line import complain, parse
+    from headrace_core.config import DecodeSettings
     from headrace_core.errors import StartupError
     from headrace_core.packages import check_worker_packages
     from headrace_core.process import keep_freed_memory, use_huge_pages

@@ -11,7 +11,8 @@ def main() -> None:
     """Run until SIGTERM."""
     exit_on(signal.SIGTERM, signal.SIGINT, code=0)
     # Only now: it takes a while, and may be interrupted.
-    from headrace_core.config import RouterSettings, parse
+    from headrace_core.command_line import parse
+    from headrace_core.config import RouterSettings
 
     settings = parse(RouterSettings)
     if settings.processes > 1:

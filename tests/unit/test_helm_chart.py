@@ -8,7 +8,8 @@ import re
 import pytest
 import yaml
 from headrace_core import process
-from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings, parse
+from headrace_core.command_line import parse
+from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings
 
 from tests.unit.helm_parts import (
     CASES,

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 from headrace_core.batch.step import Chunk
-from headrace_core.config import DecodeSettings, PrefillSettings, parse
+from headrace_core.command_line import parse
+from headrace_core.config import DecodeSettings, PrefillSettings
 from headrace_core.errors import StartupError
 from headrace_core.model.step_inputs import prepare_step
 from headrace_core.testing.pretend_gpu import pretend_gpu, recording

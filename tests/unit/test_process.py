@@ -14,7 +14,8 @@ from headrace_core.testing.async_test import WAIT_S
 SERVICE = textwrap.dedent("""
     import asyncio, gc, os, resource, sys
     from prometheus_client import CollectorRegistry
-    from headrace_core.config import RouterSettings, parse
+    from headrace_core.command_line import parse
+    from headrace_core.config import RouterSettings
     from headrace_core.errors import CheckpointError, UnavailableError
     from headrace_core.process import run
 

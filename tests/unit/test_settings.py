@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings, parse
+from headrace_core.command_line import parse
+from headrace_core.config import DecodeSettings, PrefillSettings, RouterSettings
 
 SETTINGS = [(PrefillSettings, ()), (DecodeSettings, ()), (RouterSettings, ("--workers", "a:1"))]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headrace_core.address import parse_address
-from headrace_core.config import DecodeSettings, PrefillSettings, ProcessSettings, RouterSettings, read
+from headrace_core.command_line import read
+from headrace_core.config import DecodeSettings, PrefillSettings, ProcessSettings, RouterSettings
 from headrace_core.errors import InvalidRequestError
 from headrace_core.packages import check_worker_packages
 from pydantic_settings import SettingsError

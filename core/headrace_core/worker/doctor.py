@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import sys
 
-from headrace_core.config import DecodeSettings, parse
+from headrace_core.command_line import parse
+from headrace_core.config import DecodeSettings
 from headrace_core.errors import StartupError
 from headrace_core.worker.threads import limit_threads
 
