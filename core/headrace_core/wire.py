@@ -114,7 +114,7 @@ def decode_layout(message: types_pb2.KvLayout) -> KvLayout:
             "BAD_HANDOFF", "the layout lacks dtype (or one that this version knows), attention, layers or page size"
         )
     attention = (
-        LatentAttention(message.latent.kv_lora_rank, message.latent.rope_dim)
+        LatentAttention(message.latent.kv_lora_rank, message.latent.rope_dim, message.latent.index_dim)
         if kind == "latent"
         else KeyValueAttention(message.key_value.num_kv_heads, message.key_value.head_dim)
     )
@@ -133,9 +133,10 @@ def encode_layout(layout: KvLayout) -> types_pb2.KvLayout:
         num_layers=layout.num_layers, page_size=layout.page_size, dtype=_DTYPE_TO_WIRE[layout.dtype]
     )
     match layout.attention:
-        case LatentAttention(kv_lora_rank, rope_dim):
+        case LatentAttention(kv_lora_rank, rope_dim, index_dim):
             message.latent.kv_lora_rank = kv_lora_rank
             message.latent.rope_dim = rope_dim
+            message.latent.index_dim = index_dim
         case KeyValueAttention(num_kv_heads, head_dim):
             message.key_value.num_kv_heads = num_kv_heads
             message.key_value.head_dim = head_dim

@@ -8,10 +8,18 @@ import pytest
 from headrace_core.errors import CheckpointError
 from headrace_core.families.config_json import parse_config
 from headrace_core.families.table import FAMILIES
-from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    Glm4MoeLiteConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 CLASSES = {
     "deepseek_v3": DeepseekV3Config,
+    "deepseek_v32": DeepseekV32Config,
     "deepseek_v2": DeepseekV2Config,
     "glm4_moe_lite": Glm4MoeLiteConfig,
     "mixtral": MixtralConfig,

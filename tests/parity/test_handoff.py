@@ -15,7 +15,7 @@ from headrace_core.testing.worker_pair import running
 from headrace_decode.service import DecodeService
 from headrace_prefill.service import PrefillService
 
-NAMES = ["v3", "v2-groups", "glm4-moe-lite", "kimi-k25", "mixtral", "qwen3-moe", "qwen3-moe-dense-layers"]
+NAMES = ["v3", "v32", "v2-groups", "glm4-moe-lite", "kimi-k25", "mixtral", "qwen3-moe", "qwen3-moe-dense-layers"]
 NUM_TOKENS = 64
 GREEDY = SamplingParams(temperature=0.0, seed=1, max_tokens=NUM_TOKENS, ignore_eos=True)
 SETTINGS = {"page_size": 16, "kv_pool_mib": 4, "max_step_tokens": 24, "roofline_every_steps": 0, "threads": 1}

@@ -18,7 +18,7 @@ def test_greedy_tokens_equal_transformers(name, checkpoint, oracle, random_token
     assert generate_greedy(model, prompts, NUM_TOKENS, page_size=16, max_chunk=8) == expected
 
 
-@pytest.mark.parametrize("name", ["v3-yarn", "v2-lite", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["v3-yarn", "v32", "v2-lite", "mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("batch", range(1, 9))
 def test_batches_of_mixed_lengths_give_the_tokens_of_each_alone(name, batch, checkpoint, oracle, random_tokens):
     """By induction: each token is the oracle's best after the tokens before it."""

@@ -29,6 +29,7 @@ _OF_FOUR = [
     ("v3-bias", "tp4", "ep4"),
     ("v2", "dp2", "tp4"),
     ("v3-tied", "tp2", "tp4"),
+    ("v32", "tp2", "ep4"),
     ("mixtral", "tp4", "ep4"),
     ("mixtral", "tp1", "ep4"),
 ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from headrace_core.errors import CheckpointError
-from headrace_core.families.config import GqaShape, MlaShape
+from headrace_core.families.config import GqaShape, IndexerShape, MlaShape
 from headrace_core.families.config_json import parse_config
 from headrace_core.kv.layout import CacheDtype, KeyValueAttention, LatentAttention
 from headrace_core.request import MAX_COUNT, MAX_EOS_TOKEN_IDS
@@ -400,3 +400,71 @@ def test_a_missing_field_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
     with pytest.raises(CheckpointError, match="kv_lora_rank is missing"):
         parse_config(tmp_path)
+
+
+DEEPSEEK_V32 = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}  # fmt: skip
+
+
+def test_deepseek_v32_is_v3_with_an_indexer(read):
+    config = read(DEEPSEEK_V32)
+    assert config.attention.indexer == IndexerShape(num_heads=64, head_dim=128, top_k=2048)
+    assert (config.is_attention_sparse, config.rope.yarn.factor, config.moe.num_first_dense_layers) == (True, 40.0, 3)
+    dense = replace(config, family="deepseek_v3", attention=replace(config.attention, indexer=None))
+    assert dense == read({**DEEPSEEK_V32, "model_type": "deepseek_v3"})
+    assert read(DEEPSEEK_V32, mlp_layer_types=["dense"] * 3 + ["sparse"] * 58) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index_topk": 0}, "index_topk is 0; it must be a whole number"),
+        ({"index_head_dim": 32}, "index_head_dim is 32; it must be at least qk_rope_head_dim, 64"),
+        ({"q_lora_rank": None}, "q_lora_rank is None; it must be a whole number: the indexer's queries"),
+        ({"rope_interleave": False}, "rope_interleave is False; Headrace supports true for deepseek_v32"),
+        ({"mlp_layer_types": ["sparse"] * 61}, "mlp_layer_types is .*; Headrace supports 3 times dense, then sparse"),
+    ],
+)
+def test_an_indexer_that_can_not_be_is_refused_by_name(read, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        read(DEEPSEEK_V32, **change)

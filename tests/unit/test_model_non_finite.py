@@ -28,6 +28,7 @@ NAN, INF = float("nan"), float("inf")
 CONFIGS = {
     "v3": {**TINY_CONFIGS["v3"], "num_hidden_layers": 2},
     "v3-bias": {**TINY_CONFIGS["v3-bias"], "num_hidden_layers": 2},
+    "v32": {**TINY_CONFIGS["v32"], "num_hidden_layers": 2},
     "v2-groups": {**TINY_CONFIGS["v2-groups"], "num_hidden_layers": 2},
     "mixtral": {**TINY_CONFIGS["mixtral"], "num_hidden_layers": 1},
 }

@@ -10,19 +10,19 @@ from headrace_core.request import MAX_COUNT
 from headrace_core.scalar import COMPUTE
 
 
-def refuse_windows(fields: Fields) -> None:
-    """Refuse attention that sees less than the whole context."""
+def refuse_windows(fields: Fields, layer_type: str = "full_attention") -> None:
+    """Refuse attention that sees less than the whole context; every layer's is of one `layer_type`."""
     if "sliding_window" in fields:
         # Also where the network has none: transformers' cache forgets what is behind it.
         unsupported("sliding_window", fields.raw("sliding_window"), "null")
-    refuse_layer_types(fields)
+    refuse_layer_types(fields, layer_type)
 
 
-def refuse_layer_types(fields: Fields) -> None:
-    """Refuse layers of any other kind than attention to the whole context."""
+def refuse_layer_types(fields: Fields, layer_type: str = "full_attention") -> None:
+    """Refuse layers with any other kind of attention, which is to the whole context unless said otherwise."""
     kinds: object = fields.raw("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in cast("list[object]", kinds)):
-        unsupported("layer_types", kinds, "full_attention alone")
+    if not isinstance(kinds, list) or any(kind != layer_type for kind in cast("list[object]", kinds)):
+        unsupported("layer_types", kinds, f"{layer_type} alone")
 
 
 def parse_common(fields: Fields) -> dict[str, Any]:

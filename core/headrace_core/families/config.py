@@ -12,8 +12,20 @@ from headrace_core.kv.layout import CacheDtype, KeyValueAttention, KvLayout, Lat
 
 
 @dataclass(frozen=True, slots=True)
+class IndexerShape:
+    """What chooses the `top_k` tokens that a query attends to: `num_heads` queries of `head_dim`, one key a token."""
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
 class MlaShape:
-    """Multi-head latent attention. `q_lora_rank` None: queries are projected in one step."""
+    """Multi-head latent attention.
+
+    `q_lora_rank` None: queries are projected in one step. `indexer` None: a query attends to all tokens.
+    """
 
     q_lora_rank: int | None
     kv_lora_rank: int
@@ -21,6 +33,7 @@ class MlaShape:
     rope_dim: int
     value_dim: int
     is_rope_interleaved: bool
+    indexer: IndexerShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,11 @@ class ModelConfig:
     num_run_mtp_layers: int = 0
     fp8_block: tuple[int, int] | None = None
 
+    @property
+    def is_attention_sparse(self) -> bool:
+        """True if a query attends to tokens that an indexer chooses."""
+        return isinstance(self.attention, MlaShape) and self.attention.indexer is not None
+
     def is_moe_layer(self, layer: int) -> bool:
         """True if the layer has routed experts; dense otherwise."""
         moe = self.moe
@@ -122,7 +140,7 @@ class ModelConfig:
         """Return what a page of this network's cache holds."""
         shape = self.attention
         attention = (
-            LatentAttention(shape.kv_lora_rank, shape.rope_dim)
+            LatentAttention(shape.kv_lora_rank, shape.rope_dim, shape.indexer.head_dim if shape.indexer else 0)
             if isinstance(shape, MlaShape)
             else KeyValueAttention(shape.num_kv_heads, shape.head_dim)
         )

@@ -18,16 +18,18 @@ from headrace_core.families.common_fields import (
 from headrace_core.families.config import MlaShape, ModelConfig, MoeShape
 from headrace_core.families.family import Family
 from headrace_core.families.fields import Fields, bad, unsupported
-from headrace_core.families.layers import decoder, feed_forward, latent_attention
+from headrace_core.families.layers import decoder, feed_forward, indexer, latent_attention
 from headrace_core.families.weights import Weight, WeightTree
 
 
-def parse_v3(fields: Fields, num_first_dense_layers: int | None = None) -> ModelConfig:
+def parse_v3(
+    fields: Fields, num_first_dense_layers: int | None = None, layer_type: str = "full_attention"
+) -> ModelConfig:
     """Return the network; `num_first_dense_layers` None: as `first_k_dense_replace` says. Raises CheckpointError."""
     if num_first_dense_layers is None:
         num_first_dense_layers = fields.count("first_k_dense_replace", least=0)
     attention = _parse_attention(fields, is_rope_interleaved=fields.flag("rope_interleave", True))
-    return _parse(fields, "deepseek_v3", attention, _parse_v3_moe(fields, num_first_dense_layers))
+    return _parse(fields, "deepseek_v3", attention, _parse_v3_moe(fields, num_first_dense_layers), layer_type)
 
 
 def _parse_v2(fields: Fields) -> ModelConfig:
@@ -35,8 +37,10 @@ def _parse_v2(fields: Fields) -> ModelConfig:
     return _parse(fields, "deepseek_v2", attention, _parse_v2_moe(fields))
 
 
-def _parse(fields: Fields, family: str, attention: MlaShape, moe: MoeShape) -> ModelConfig:
-    refuse_windows(fields)
+def _parse(
+    fields: Fields, family: str, attention: MlaShape, moe: MoeShape, layer_type: str = "full_attention"
+) -> ModelConfig:
+    refuse_windows(fields, layer_type)
     fields.only("mlp_bias", False, default=False)
     return ModelConfig(
         family=family,
@@ -133,6 +137,8 @@ def weights(config: ModelConfig, root: str = "") -> WeightTree:
 
     def layer(prefix: str, index: int) -> Iterator[Weight]:
         yield from latent_attention(prefix + "self_attn.", config, shape)
+        if shape.indexer is not None and shape.q_lora_rank is not None:
+            yield from indexer(prefix + "self_attn.indexer.", config, shape.indexer, shape.q_lora_rank)
         yield from feed_forward(prefix + "mlp.", config, index)
 
     return decoder(config, layer, root)

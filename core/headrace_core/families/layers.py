@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from headrace_core.families.config import GqaShape, MlaShape, ModelConfig
+from headrace_core.families.config import GqaShape, IndexerShape, MlaShape, ModelConfig
 from headrace_core.families.weights import Part, Place, Split, Weight, WeightTree
 
 _MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -77,6 +77,16 @@ def latent_attention(prefix: str, config: ModelConfig, shape: MlaShape) -> Itera
             yield Weight(prefix + "q_a_proj.bias", (rank,), Place(Part.QUERY_DOWN_BIAS))
         yield Weight(prefix + "kv_a_proj_with_mqa.bias", (row_dim,), Place(Part.LATENT_BIAS))
         yield Weight(prefix + "o_proj.bias", (hidden,), Place(Part.OUTPUT_BIAS))
+
+
+def indexer(prefix: str, config: ModelConfig, shape: IndexerShape, q_lora_rank: int) -> Iterator[Weight]:
+    """Yield the weights of what chooses the tokens that sparse attention is over; every rank has all of them."""
+    hidden, heads, width = config.hidden_size, shape.num_heads, shape.head_dim
+    yield Weight(prefix + "wq_b.weight", (heads * width, q_lora_rank), Place(Part.INDEX_QUERY))
+    yield Weight(prefix + "wk.weight", (width, hidden), Place(Part.INDEX_KEY))
+    yield Weight(prefix + "k_norm.weight", (width,), Place(Part.INDEX_KEY_NORM))
+    yield Weight(prefix + "k_norm.bias", (width,), Place(Part.INDEX_KEY_NORM_BIAS))
+    yield Weight(prefix + "weights_proj.weight", (heads, hidden), Place(Part.INDEX_HEADS), is_float32=True)
 
 
 def feed_forward(prefix: str, config: ModelConfig, index: int) -> Iterator[Weight]:

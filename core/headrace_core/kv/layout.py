@@ -32,7 +32,9 @@ class CacheDtype(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """MLA: a token caches `c_kv` [kv_lora_rank] and `k_pe` [rope_dim] per layer.
+    """MLA: a token caches `c_kv` [kv_lora_rank] and `k_pe` [rope_dim] per layer, and an indexer's key [index_dim].
+
+    `index_dim` 0: attention is over all tokens, and there is no indexer.
 
     In fp8 a token's row is kv_lora_rank bytes of float8_e4m3fn, a float32 scale for each 128 columns of them (the last
     one's may be fewer), and rope_dim values of bfloat16: `headrace_kernels.latent_fp8`, FlashMLA's format.
@@ -40,15 +42,18 @@ class LatentAttention:
 
     kv_lora_rank: int
     rope_dim: int
+    index_dim: int = 0
 
     def row_shape(self, dtype: CacheDtype) -> tuple[int, ...]:
-        """Return [kv_lora_rank + rope_dim], or in fp8 [bytes of a row].
+        """Return [kv_lora_rank + rope_dim + index_dim], or in fp8 [bytes of a row].
 
         Raises:
-            ValueError: an fp8 row of these widths would not be aligned.
+            ValueError: an fp8 row of these widths would not be aligned, or would have an indexer's key.
         """
         if dtype is not CacheDtype.FP8_E4M3:
-            return (self.kv_lora_rank + self.rope_dim,)
+            return (self.kv_lora_rank + self.rope_dim + self.index_dim,)
+        if self.index_dim:
+            raise ValueError("fp8_e4m3 has no format for the keys of an indexer (sparse attention)")
         if self.kv_lora_rank % 4 or self.rope_dim % 2:
             raise ValueError(
                 "fp8_e4m3 needs a latent width that is a multiple of 4 and an even rope width, "

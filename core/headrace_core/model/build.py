@@ -23,11 +23,13 @@ from headrace_core.model.feed_forward import DenseMlp, FeedForward, LayerExperts
 from headrace_core.model.gqa import GqaWeights, GroupedQueryAttentionLayer
 from headrace_core.model.group_experts import DispatchedExperts, GatheredExperts, LaneCounts, SummedExperts
 from headrace_core.model.group_linear import OntoResidual, SummedLinear
+from headrace_core.model.indexer import Indexer, IndexerWeights
 from headrace_core.model.layer import Layer
 from headrace_core.model.mla import LatentAttentionLayer, MlaWeights
 from headrace_core.model.model import ModelWeights
 from headrace_core.model.mtp import MtpWeights
 from headrace_core.model.rope_angles import softmax_scale
+from headrace_core.model.sparse_mla import SparseLatentAttentionLayer
 from headrace_core.model.travelling_tokens import RoundedTokens
 from headrace_core.model.weights_dtype import WeightsDtype, num_bytes
 from headrace_core.process import release_freed_memory
@@ -180,7 +182,8 @@ class _Builder:
 
     def _mla(self, shape: MlaShape, num_heads: int) -> Attention:
         has_lora = shape.q_lora_rank is not None
-        weight = torch.cat((self._take(Part.QUERY_DOWN if has_lora else Part.QUERY), self._take(Part.LATENT)))
+        parts = [Part.QUERY_DOWN if has_lora else Part.QUERY, Part.LATENT]
+        weight = torch.cat([self._take(part) for part in (*parts, *([Part.INDEX_KEY] if shape.indexer else []))])
         latent_up = self._take(Part.LATENT_UP).view(num_heads, -1, shape.kv_lora_rank)
         weights = MlaWeights(
             input_proj=self._packed(weight, self._mla_input_bias(len(weight))),
@@ -192,7 +195,18 @@ class _Builder:
             output_proj=self._onto_residual(Part.OUTPUT, Part.OUTPUT_BIAS),
         )
         scale = softmax_scale(shape, self._config.rope.yarn)
-        return LatentAttentionLayer(shape, num_heads, scale, weights)
+        if shape.indexer is None:
+            return LatentAttentionLayer(shape, num_heads, scale, weights)
+        indexer = Indexer(shape.indexer, shape.rope_dim, self._indexer())
+        return SparseLatentAttentionLayer(shape, num_heads, scale, weights, indexer)
+
+    def _indexer(self) -> IndexerWeights:
+        return IndexerWeights(
+            query=self._linear(Part.INDEX_QUERY),
+            key_norm=self._take(Part.INDEX_KEY_NORM),
+            key_norm_bias=self._take(Part.INDEX_KEY_NORM_BIAS),
+            head_weights=self._take(Part.INDEX_HEADS),
+        )
 
     def _mla_input_bias(self, width: int) -> Tensor | None:
         latent_bias = self._take_if_there(Part.LATENT_BIAS)
@@ -201,7 +215,8 @@ class _Builder:
         query_bias = self._take_if_there(Part.QUERY_DOWN_BIAS)
         if query_bias is None:
             query_bias = latent_bias.new_zeros(width - len(latent_bias))
-        return torch.cat((query_bias, latent_bias))
+        rest = latent_bias.new_zeros(width - len(query_bias) - len(latent_bias))
+        return torch.cat((query_bias, latent_bias, rest))
 
     def _mlp(self) -> DenseMlp:
         return DenseMlp(self._linear(Part.GATE, Part.UP), self._onto_residual(Part.DOWN))

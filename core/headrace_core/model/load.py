@@ -90,7 +90,7 @@ def load_model(
     compute_dtype = TORCH_DTYPES[Scalar(dtype)]
     cache_dtype = CacheDtype(dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
     if numerics is Numerics.EXACT:
-        check_exact(backend(torch.empty(0, device=device)), compute_dtype, cache_dtype)
+        check_exact(config, backend(torch.empty(0, device=device)), compute_dtype, cache_dtype)
         if weights_dtype is WeightsDtype.FP8:
             raise StartupError("NO_EXACT", "--numerics exact: there are no such kernels for --weights-dtype fp8_e4m3")
     if weights_dtype is WeightsDtype.INT8:

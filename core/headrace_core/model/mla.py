@@ -32,7 +32,7 @@ from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import DecodeRows, PrefillGroup, StepInputs
 
 # The model's own code fixes the epsilon of the two inner norms, whatever rms_norm_eps says.
-_LORA_NORM_EPS = 1e-6
+LORA_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,15 @@ class LatentAttentionLayer:
         query_dim = projected.shape[1] - shape.kv_lora_rank - shape.rope_dim
         query, c_kv, k_pe = projected.split([query_dim, shape.kv_lora_rank, shape.rope_dim], dim=1)
         if weights.query_b is not None:
-            query = weights.query_b.after_norm(query, weights.query_norm, _LORA_NORM_EPS)
+            query = weights.query_b.after_norm(query, weights.query_norm, LORA_NORM_EPS)
             timer.mark("q_up_proj")
-        new = _NewRows(query.unflatten(1, (self._num_heads, -1)), c_kv, k_pe, *angles, step.slot_mapping)
+        new = NewRows(query.unflatten(1, (self._num_heads, -1)), c_kv, k_pe, *angles, step.slot_mapping)
         num_decoded = 0 if step.decode is None else step.decode.num_rows
         outputs: list[Tensor] = []
         if step.decode is not None:
             outputs.append(self._decode(new.part(0, num_decoded), step.decode, cache, timer))
         if step.prefill:
-            outputs += self._prefill(new.part(num_decoded, len(x)), num_decoded, step.prefill, cache, timer)
+            outputs += self.prefill(new.part(num_decoded, len(x)), num_decoded, step.prefill, cache, timer)
         out = weights.output_proj.added_to(x, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
         timer.mark("output_proj")
         return out
@@ -97,7 +97,7 @@ class LatentAttentionLayer:
         """See `Attention`."""
         return plan_mla_decode(context_lens, page_size, self._num_heads)
 
-    def _decode(self, new: _NewRows, decode: DecodeRows, cache: Tensor, timer: OpTimer) -> Tensor:
+    def _decode(self, new: NewRows, decode: DecodeRows, cache: Tensor, timer: OpTimer) -> Tensor:
         """Store the latents of decode rows and return their values [B, H * Dv], absorbed."""
         absorbed = mla_prologue(
             new.query,
@@ -109,7 +109,7 @@ class LatentAttentionLayer:
             new.sin,
             cache.view(-1, cache.shape[2]),
             new.slot_mapping,
-            eps=_LORA_NORM_EPS,
+            eps=LORA_NORM_EPS,
             is_interleaved=self._shape.is_rope_interleaved,
         )
         timer.mark("latent_norms_and_rope+absorb_query")
@@ -126,8 +126,8 @@ class LatentAttentionLayer:
         timer.mark("attention_absorbed+absorb_value")
         return values
 
-    def _prefill(
-        self, new: _NewRows, first: int, groups: Sequence[PrefillGroup], cache: Tensor, timer: OpTimer
+    def prefill(
+        self, new: NewRows, first: int, groups: Sequence[PrefillGroup], cache: Tensor, timer: OpTimer
     ) -> list[Tensor]:
         """Store the latents of prompt chunks, tokens `first` ... of the step; return each group's [T, H * Dv]."""
         shape, weights = self._shape, self._weights
@@ -142,7 +142,7 @@ class LatentAttentionLayer:
             new.sin,
             flat_cache,
             new.slot_mapping,
-            eps=_LORA_NORM_EPS,
+            eps=LORA_NORM_EPS,
             is_interleaved=interleaved,
         )
         if first == 0:
@@ -171,8 +171,8 @@ class LatentAttentionLayer:
         return outputs
 
 
-class _NewRows(NamedTuple):
-    """The step's tokens: `query` [T, H, Dn + R], not rotated, `c_kv` [T, D], `k_pe` [T, R], angles [T, R/2], slots."""
+class NewRows(NamedTuple):
+    """Tokens of a step: `query` [T, H, Dn + R], not rotated, `c_kv` [T, D], `k_pe` [T, R], angles [T, R/2], slots."""
 
     query: Tensor
     c_kv: Tensor
@@ -181,5 +181,6 @@ class _NewRows(NamedTuple):
     sin: Tensor
     slot_mapping: Tensor
 
-    def part(self, first: int, end: int) -> _NewRows:
-        return _NewRows(*(each[first:end] for each in self))
+    def part(self, first: int, end: int) -> NewRows:
+        """Return some tokens."""
+        return NewRows(*(each[first:end] for each in self))

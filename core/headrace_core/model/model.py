@@ -99,6 +99,8 @@ class Model:
         self._weights = weights
         self._ranks = ranks
         self._is_alone = ranks.layout.size == 1
+        # What sparse attention computes is of sizes that a step's contexts decide, and in part plain torch's.
+        self._is_recordable = self._is_alone and not config.is_attention_sparse
         self._first_token = ranks.layout.vocabulary(ranks.rank, config.vocab_size).start
         # "cpu" or "cuda": the settings' name, one GPU a process.
         self.device = weights.embedding.device.type
@@ -130,9 +132,10 @@ class Model:
     ) -> None:
         """Let decode steps of up to `max_rows` sequences over `cache` run from captured launches; GPU only.
 
-        Takes a while: kernels are compiled. `capture` None: CUDA graphs. In a group of ranks nothing is captured.
+        Takes a while: kernels are compiled. `capture` None: CUDA graphs. In a group of ranks, and with sparse
+        attention, nothing is captured.
         """
-        if not self._is_alone:
+        if not self._is_recordable:
             return
         self._decode_cache = cache
         with torch.inference_mode():
@@ -150,9 +153,9 @@ class Model:
     def record_decode(self, cache: KvCache, *, max_rows: int, max_context_tokens: int) -> None:
         """Let decode steps of up to `max_rows` sequences over `cache` be recorded and replayed; compiled CPU kernels.
 
-        The first of each number of sequences is recorded. In a group of ranks nothing is.
+        The first of each number of sequences is recorded. In a group of ranks, and with sparse attention, nothing is.
         """
-        if not self._is_alone:
+        if not self._is_recordable:
             return
         self._decode_cache = cache
         self._decode_steps = DecodeTapes(

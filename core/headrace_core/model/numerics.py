@@ -17,6 +17,7 @@ import torch
 from headrace_kernels.cpu import library
 
 from headrace_core.errors import StartupError
+from headrace_core.families.config import ModelConfig
 from headrace_core.kv.layout import CacheDtype
 from headrace_core.ranks.layout import ParallelLayout
 
@@ -28,7 +29,7 @@ class Numerics(Enum):
     EXACT = "exact"
 
 
-def check_exact(kernels: str, dtype: torch.dtype, cache_dtype: CacheDtype) -> None:
+def check_exact(config: ModelConfig, kernels: str, dtype: torch.dtype, cache_dtype: CacheDtype) -> None:
     """Refuse what can't be computed exactly.
 
     Raises:
@@ -39,6 +40,8 @@ def check_exact(kernels: str, dtype: torch.dtype, cache_dtype: CacheDtype) -> No
         problem = f"kernels on {kernels} sum in an order of their own; compiled CPU kernels (--kernels cpu) are needed"
     elif not library.takes(dtype):
         problem = f"there are no such kernels for {str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
+    elif config.is_attention_sparse:
+        problem = "the scores by which sparse attention chooses are summed by torch, in an order of its own"
     elif cache_dtype is CacheDtype.FP8_E4M3:
         problem = "there are no such kernels for --kv-cache-dtype fp8_e4m3; use auto"
     if problem:

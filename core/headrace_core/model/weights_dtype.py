@@ -23,7 +23,7 @@ from headrace_core.families.config import ModelConfig
 from headrace_core.families.table import weights as weight_tree
 from headrace_core.families.weights import Part, Weight
 
-_NUMBERS = (Part.EMBEDDING, Part.ROUTER, Part.LATENT_UP)
+_NUMBERS = (Part.EMBEDDING, Part.ROUTER, Part.LATENT_UP, Part.INDEX_HEADS)
 _SHARED = (Part.SHARED_GATE, Part.SHARED_UP, Part.SHARED_DOWN)
 _SCALE_BYTES = 4
 

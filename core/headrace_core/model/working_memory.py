@@ -14,6 +14,7 @@ from headrace_kernels.moe_experts import best_block_size
 
 from headrace_core.families.config import GqaShape, MlaShape, ModelConfig
 from headrace_core.kv.layout import KvLayout
+from headrace_core.model.sparse_mla import BLOCK_BYTES
 from headrace_core.model.step_inputs import GROUP_KEY_TOKENS
 
 FIXED_BYTES = 768 << 20
@@ -77,7 +78,9 @@ def layer_bytes(config: ModelConfig, itemsize: int, num_tokens: int, num_keys: i
         if isinstance(shape, MlaShape)
         else _grouped_attention_values(config, shape, num_tokens)
     )
-    most = max(stream + attention * itemsize, 3 * stream + _expert_bytes(config, itemsize, num_tokens))
+    # Scores and what sorts them, and gathered rows.
+    chosen = 4 * BLOCK_BYTES if config.is_attention_sparse else 0
+    most = max(stream + attention * itemsize + chosen, 3 * stream + _expert_bytes(config, itemsize, num_tokens))
     if all(config.is_moe_layer(layer) for layer in range(config.num_layers)):
         return most
     # Gate and up, and the activation of the gate, which becomes the product with up; the normalised input is gone then.

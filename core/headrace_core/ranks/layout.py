@@ -150,14 +150,14 @@ class ParallelLayout:
         return tuple((expert * self.size // num_experts,) for expert in range(num_experts))
 
     def cached_values(self, config: ModelConfig) -> int:
-        """Return the values that a rank caches of a token in one layer: c_kv and rope key, or 2 · n · h / TP.
+        """Return the values that a rank caches of a token in one layer: a latent's row, or 2 · n · h / TP.
 
-        A latent is every head's, so each rank of a lane has it whole. Keys and values are of heads: n / TP of them,
-        or 1 where that is less.
+        A row is c_kv, the rope key and, where there is an indexer, its key: every head's, so each rank of a lane has
+        it whole. Keys and values are of heads: n / TP of them, or 1 where that is less.
         """
         shape = config.attention
         if isinstance(shape, MlaShape):
-            return shape.kv_lora_rank + shape.rope_dim
+            return shape.kv_lora_rank + shape.rope_dim + (shape.indexer.head_dim if shape.indexer else 0)
         return 2 * len(self.kv_heads(0, shape.num_kv_heads)) * shape.head_dim
 
     def cache_bytes(self, config: ModelConfig, num_sequences: int, num_tokens: int, itemsize: int) -> int:

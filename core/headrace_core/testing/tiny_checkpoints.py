@@ -75,6 +75,14 @@ _V3: Config = {
     "routed_scaling_factor": 2.5,
     "num_nextn_predict_layers": 0,
 }
+_V32: Config = {
+    **{name: value for name, value in _V3.items() if name not in ("scoring_func", "topk_method", "moe_layer_freq")},
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_n_heads": 16,
+    "index_head_dim": 12,
+    "index_topk": 9,
+}
 _V2: Config = {
     **_DEEPSEEK,
     "model_type": "deepseek_v2",
@@ -164,6 +172,8 @@ TINY_CONFIGS: dict[str, Config] = {
     "v3-half-rope": {**_V3, "rope_interleave": False},
     "v3-bias": {**_V3, "attention_bias": True},
     "v3-bias-no-q-lora": {**_V3, "attention_bias": True, "q_lora_rank": None},
+    "v32": _V32,
+    "v32-yarn-bias": {**_V32, "rope_scaling": _YARN, "attention_bias": True, "index_n_heads": 24},
     "v2": _V2,
     "v2-groups": {
         **_V2,

@@ -228,6 +228,9 @@ def _prediction(settings: WorkerSettings, model: Model, name: str) -> Prediction
         # Times are measured between calls, which on a GPU return before their work is done (model/op_timer.py).
         log.info("operations are not timed on a GPU")
         return None
+    if model.config.is_attention_sparse:
+        log.info("no operation's floor is known here: the roofline does not know sparse attention")
+        return None
     shape = shape_of(model.config, name)
     compute, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype
     # Of weights in 8 bits the roofline knows one kind.

@@ -16,6 +16,7 @@ from headrace_kernels import backend, use_backend
 WIDTHS = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 32}
 CONFIGS = {
     "v3": {**TINY_CONFIGS["v3"], **WIDTHS, "num_hidden_layers": 2},
+    "v32": {**TINY_CONFIGS["v32"], **WIDTHS, "num_hidden_layers": 2, "index_head_dim": 24},
     "v2": {**TINY_CONFIGS["v2"], **WIDTHS, "q_lora_rank": None, "num_hidden_layers": 2, "first_k_dense_replace": 0},
     "glm4-moe-lite": {**TINY_CONFIGS["glm4-moe-lite"], **WIDTHS, "num_hidden_layers": 2},
     "mixtral": {**TINY_CONFIGS["mixtral"], "head_dim": 16},

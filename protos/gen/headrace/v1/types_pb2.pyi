@@ -454,9 +454,9 @@ Global___KvLayout: _TypeAlias = KvLayout  # noqa: Y015
 
 @_typing.final
 class LatentLayout(_message.Message):
-    """One page of one layer: [page_size, kv_lora_rank + rope_dim] row-major; a row is the normalised compressed latent
-    `c_kv` followed by the rotated `k_pe` (as cosine half then sine half: de-interleaved). With CACHE_DTYPE_FP8_E4M3 a row
-    is bytes, little-endian, with nothing between or after its parts: kv_lora_rank of float8_e4m3fn (no infinity; 0x7F and
+    """One page of one layer: [page_size, kv_lora_rank + rope_dim + index_dim] row-major; a row is the normalised compressed
+    latent `c_kv` followed by the rotated `k_pe` (as cosine half then sine half: de-interleaved) and, where attention is
+    sparse, the key by which the indexer finds the token. With CACHE_DTYPE_FP8_E4M3 index_dim is 0, and a row is bytes, little-endian, with nothing between or after its parts: kv_lora_rank of float8_e4m3fn (no infinity; 0x7F and
     0xFF are NaN), the values of `c_kv` divided by their scale; ceil(kv_lora_rank / 128) scales in float32, one for each
     128 values, the last one's may be fewer; `k_pe` in bfloat16. Then kv_lora_rank is a multiple of 4, and rope_dim even.
     """
@@ -465,19 +465,23 @@ class LatentLayout(_message.Message):
 
     KV_LORA_RANK_FIELD_NUMBER: _builtins.int
     ROPE_DIM_FIELD_NUMBER: _builtins.int
+    INDEX_DIM_FIELD_NUMBER: _builtins.int
     kv_lora_rank: _builtins.int
     """Width of `c_kv`."""
     rope_dim: _builtins.int
     """Width of `k_pe`."""
+    index_dim: _builtins.int
+    """Width of the indexer's key, normalised, its first rope_dim values rotated like `k_pe`; 0: there is no indexer."""
     def __init__(
         self,
         *,
         kv_lora_rank: _builtins.int = ...,
         rope_dim: _builtins.int = ...,
+        index_dim: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_lora_rank", b"kv_lora_rank", "rope_dim", b"rope_dim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index_dim", b"index_dim", "kv_lora_rank", b"kv_lora_rank", "rope_dim", b"rope_dim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
