@@ -158,7 +158,7 @@ class WorkerSettings(ProcessSettings):
         0,
         ge=0,
         description="of a group of ranks: how many share the heads of a sequence's attention (tensor parallelism, TP); "
-        "0: all",
+        "0: all; fewer than all: lanes, each with sequences and pages of its own (data parallelism, DP)",
     )
     experts: Literal["tp", "ep"] = Field(
         "ep",

@@ -12,6 +12,7 @@ from headrace_core.batch.step import Chunk
 from headrace_core.model.group_results import gather_failures, not_finite
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
+from headrace_core.model.self_check import check_kernels
 from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import ALONE, RankGroup, Ranks, ranks_of
 from headrace_core.ranks.layout import ParallelLayout
@@ -111,6 +112,8 @@ class Found(NamedTuple):
     steps: dict[tuple[Case, Options], Bits]
     failures: list[str]
     sent_bytes: dict[tuple[Case, DispatchDtype], int]
+    checked: float
+    """By how much the kernels and plain torch differ, as a worker finds it before it serves."""
 
 
 class ToDo(NamedTuple):
@@ -130,6 +133,7 @@ def all_of(world: RankGroup, to_do: ToDo) -> Found:
         {(case, options): steps(case.folder, options, _ranks(case, world)) for case, options in to_do.steps},
         _failures(world),
         {(case, dtype): _sent_bytes(world, case, dtype) for case, dtype in to_do.send},
+        _checked(world, to_do.generate[0].folder),
     )
 
 
@@ -153,6 +157,11 @@ def _sent_bytes(world: RankGroup, case: Case, dtype: DispatchDtype) -> int:
     before = sum(group.sent_bytes for group in groups)
     model.forward(chunks, sequences.cache)
     return sum(group.sent_bytes for group in groups) - before
+
+
+def _checked(world: RankGroup, folder: Path) -> float:
+    ranks = ranks_of(ParallelLayout.parse("tp1", f"ep{world.size}"), world)
+    return check_kernels(load_model(folder, ranks=ranks), "cpu", num_lanes=ranks.layout.num_lanes)
 
 
 def _ranks(case: Case, world: RankGroup) -> Ranks:

@@ -190,6 +190,14 @@ def test_tokens_in_fp8_are_the_same_tokens_whoever_computes_and_near_those_that_
         assert 1e-3 * expected.norm() < (rows - expected).norm() <= 0.05 * expected.norm()
 
 
+@needs_library
+def test_lanes_check_their_kernels_together_and_rank_0_compares(of_two, of_four):
+    for found in (of_two, of_four):
+        first, *others = [of_rank.checked for of_rank in found]
+        assert 0 < first < 1e-3
+        assert others == [0.0] * len(others)
+
+
 def test_every_rank_learns_of_a_chunk_that_failed_in_another_lane(of_two, of_four):
     assert [found.failures for found in (*of_two, *of_four)] == [["2 BAD_LOGITS"]] * 6
 

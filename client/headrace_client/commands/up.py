@@ -98,7 +98,10 @@ def up(  # the signature is the command line
     attention_tp: Annotated[
         int,
         typer.Option(
-            "--attention-tp", min=0, max=_MOST_RANKS, help="Ranks that share the heads of attention (TP). 0: all."
+            "--attention-tp",
+            min=0,
+            max=_MOST_RANKS,
+            help="Ranks that share the heads of attention (TP). 0: all; fewer: lanes with sequences of their own (DP).",
         ),
     ] = 0,
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = DEFAULT_ADDRESS,

@@ -29,8 +29,10 @@ _TOKENS_PAST_A_PAGE = 4
 _NUM_SEQUENCES = (6, 2)
 
 
-def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
+def check_kernels(model: Model, device: str, page_size: int = 16, *, num_lanes: int = 1) -> float:
     """Return the largest relative difference found, with pages of `page_size` tokens.
+
+    In a group of ranks all call it. Each lane computes some of the sequences, and rank 0 compares for all.
 
     Raises:
         CheckpointError: BAD_LOGITS, see `check_finite`.
@@ -38,15 +40,20 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
             too large or not a number.
     """
     with use_backend("reference"):
-        expected = _logits(model, device, page_size)
+        expected = _logits(model, device, page_size, num_lanes)
     check_finite(expected)
     try:
-        found = [_logits(model, device, page_size), _logits(model, device, page_size, is_captured=True)]
+        found = [
+            _logits(model, device, page_size, num_lanes),
+            _logits(model, device, page_size, num_lanes, is_captured=True),
+        ]
     except ValueError as error:
         raise StartupError(
             "NO_KERNEL",
             f"the GPU's kernels do not take this network with --page-size {page_size}: {error}; use --device cpu",
         ) from error
+    if not len(expected):
+        return 0.0
     # torch's maximum, for which a NaN is the largest; Python's takes whichever number stands before it.
     worst = float(torch.stack([_difference(each, expected) for each in found]).max())
     limit = _FP8_LIMIT if model.cache_dtype is CacheDtype.FP8_E4M3 else _LIMITS[model.dtype]
@@ -60,8 +67,11 @@ def check_kernels(model: Model, device: str, page_size: int = 16) -> float:
     return worst
 
 
-def _logits(model: Model, device: str, page_size: int, *, is_captured: bool = False) -> Tensor:
-    """Return logits, [.., V]: after each sequence's prompt, then after a token of all, then after one of a few."""
+def _logits(model: Model, device: str, page_size: int, num_lanes: int, *, is_captured: bool = False) -> Tensor:
+    """Return logits, [.., V]: after each sequence's prompt, then after a token of all, then after one of a few.
+
+    Of a group they are rank 0's; the others have [0, V].
+    """
     num_tokens, pages = page_size + _TOKENS_PAST_A_PAGE, 2
     most, few = _NUM_SEQUENCES
     cache = KvCache(model.kv_layout(page_size), most * pages, device)
@@ -75,6 +85,7 @@ def _logits(model: Model, device: str, page_size: int, *, is_captured: bool = Fa
                 start,
                 list(range(key * pages, (key + 1) * pages)),
                 is_sampled=True,
+                lane=key % num_lanes,
             )
             for key in range(num_sequences)
         ]

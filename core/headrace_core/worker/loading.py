@@ -215,7 +215,7 @@ def _prepare_gpu(
         CheckpointError: BAD_LOGITS.
         StartupError: NO_KERNEL, KERNELS_DISAGREE.
     """
-    difference = check_kernels(model, settings.device, settings.page_size)
+    difference = check_kernels(model, settings.device, settings.page_size, num_lanes=num_lanes)
     mtp = model if model.has_mtp else None
     warm_up(model, cache, max_step_tokens=settings.max_step_tokens, num_lanes=num_lanes, mtp=mtp)
     if isinstance(settings, DecodeSettings):

@@ -8,6 +8,8 @@ computed, tokens are sampled, and pages copied to the host and back.
 
 from __future__ import annotations
 
+from itertools import product
+
 from headrace_core.batch.step import Chunk, SamplingRow
 from headrace_core.engine.executor import MtpModel, StepModel
 from headrace_core.model.kv_cache import KvCache
@@ -24,26 +26,24 @@ def warm_up(
     """Compute throw-away prompts of 1, 2, 4 ... up to `max_step_tokens` tokens; the pages are zero afterwards.
 
     Each is guessed behind by `mtp`, None: nobody guesses. Prompts are no longer than the pool holds. Call it before the
-    engine starts; in a group of ranks, on all of them: each lane computes a prompt.
+    engine starts; in a group of ranks, on all of them: each lane computes them, while the others do without tokens.
 
     Raises:
         CheckpointError: BAD_LOGITS, the network gave logits that are not finite.
     """
     most = min(max_step_tokens, cache.num_pages * cache.layout.page_size)
     count = cache.layout.num_pages(most)
-    pages = [list(range(lane * cache.num_pages, lane * cache.num_pages + count)) for lane in range(num_lanes)]
     sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
-    for num_tokens in (*sizes, most):
+    for num_tokens, lane in product((*sizes, most), range(num_lanes)):
         row = SamplingRow(_PARAMS, [0] * num_tokens, [], 0, num_tokens, ())
-        chunks = [
-            Chunk(lane, [0] * num_tokens, 0, pages[lane], True, lane=lane, num_wanted=1) for lane in range(num_lanes)
-        ]
-        logits = model.forward(chunks, cache)
+        first = lane * cache.num_pages
+        chunk = Chunk(0, [0] * num_tokens, 0, list(range(first, first + count)), True, lane=lane, num_wanted=1)
+        logits = model.forward([chunk], cache)
         check_finite(logits)
         if len(logits):  # of a group of ranks they are one's
-            sample(logits, [row] * num_lanes)
+            sample(logits, [row])
         if mtp:
-            mtp.guess(chunks, {lane: [0] for lane in range(num_lanes)}, cache)
+            mtp.guess([chunk], {0: [0]}, cache)
     cache.copy_to_host(cache.page_ids[:1])
     cache.copy_from_host(cache.page_ids[:1])
     cache.zero_pages(cache.page_ids[:count])
