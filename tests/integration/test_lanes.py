@@ -46,7 +46,7 @@ def test_a_decode_group_of_lanes_serves_what_transformers_would_say(model_dir: P
         asyncio.run(main(cluster))
         _, decode = cluster.workers
         assert metric(decode.metrics_address, "headrace_ranks") == 2
-        assert metric(decode.metrics_address, "headrace_preemptions_total") > 0
+        assert metric(decode.metrics_address, "headrace_transfer_bytes_total") > 0
         ranks = cluster.ranks(decode)
         decode.terminate()
         assert all(rank.wait(WAIT_S) for rank in ranks)
@@ -58,9 +58,8 @@ def test_a_decode_group_of_lanes_serves_what_transformers_would_say(model_dir: P
     [
         ("v3", {"ranks": 2, "attention-tp": 1}, {"ranks": 2, "attention-tp": 2}),
         ("mixtral", {"ranks": 2, "attention-tp": 2}, {"ranks": 2, "attention-tp": 1, "experts": "tp"}),
-        ("mixtral", {"ranks": 2, "attention-tp": 1}, {"ranks": 4, "attention-tp": 2}),
     ],
-    ids=["lanes to heads", "heads to lanes", "lanes to lanes of heads"],
+    ids=["lanes to heads", "heads to lanes"],
 )
 def test_pages_pass_between_lanes_and_heads_in_both_directions(
     tmp_path: Path, model_dir: Path, kind: str, prefill: dict[str, object], decode: dict[str, object]
