@@ -1,15 +1,14 @@
 """TP against DP attention, by what clients see: TTFT and E2E over concurrency, for each of the field's workloads.
 
-Both sides divide attention the same way, and experts over all eight GPUs either way. Step times are the roofline's; a
-group of prompts that does not divide evenly among the data-parallel lanes waits for the lane that has most.
+Prefill and decode divide attention the same way, and experts over all eight GPUs either way. Step times are the
+roofline's, by which a step waits for the lane that has one sequence more (`step_times.TableStepTimes`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from headrace_core.roofline.model_shape import MODELS, Dtype
 
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_capacity import wire_of
-from headrace_planner.sim_config import SimConfig, WorkerSpec
+from headrace_planner.sim_config import SimConfig
 from headrace_planner.sim_roofline import Machine
 from headrace_planner.sim_studies import Study, spec
 from headrace_planner.simulator import simulate
-from headrace_planner.step_times import StepShape, TableStepTimes
 from headrace_planner.workload import Lengths, closed_loop
 
 _GPUS = 8
@@ -40,28 +38,6 @@ _PER_CLIENT = 2
 _LEAST_REQUESTS = 24
 _MEASURED = Path("build/bench/parallel.json")
 _PAIR = ("tp2 × ep2", "dp2 × ep2")
-
-
-@dataclass(frozen=True, slots=True)
-class LaneTimes:
-    """Step times of a worker with data-parallel attention: its table, which spreads work evenly, and its lanes.
-
-    All but the experts takes as long as on the lane that has most prompts; experts have all lanes' tokens.
-    """
-
-    even: TableStepTimes
-    lanes: int
-
-    def step_s(self, shape: StepShape) -> float:
-        """Return the seconds that a step of `shape` takes."""
-        if not shape.num_chunks:
-            return self.even.step_s(shape)
-        # As many tokens as if every lane had as much as the fullest.
-        more = math.ceil(shape.num_chunks / self.lanes) * self.lanes / shape.num_chunks
-        full = replace(shape, prompt_tokens=shape.prompt_tokens * more, prompt_pairs=shape.prompt_pairs * more)
-        routed = self.even.moe
-        of_experts_s = routed(shape.num_tokens * self.even.imbalance) - routed(full.num_tokens * self.even.imbalance)
-        return max(0.0, self.even.step_s(full) + of_experts_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +84,7 @@ def _served(model: str, name: str) -> Served:
     found = Served(concurrencies, ([], []), ([], []))
     for side, parallel in enumerate((Parallelism(_GPUS, 1, _GPUS), Parallelism(1, _GPUS, _GPUS))):
         machine = attention_machine(model, parallel)
-        worker = _worker(machine, most)
+        worker = spec(machine, max_rows=most)
         config = SimConfig(worker, worker, None, 1, 1, wire=wire_of(machine), fidelity="fast")
         for concurrency in concurrencies:
             count = max(_LEAST_REQUESTS, _PER_CLIENT * concurrency)
@@ -117,12 +93,6 @@ def _served(model: str, name: str) -> Served:
             found.ttft_s[side].append(float(np.nanmedian(result.ttft_s[concurrency:])))
             found.e2e_s[side].append(float(np.nanmedian(result.e2e_s[concurrency:])))
     return found
-
-
-def _worker(machine: Machine, most: int) -> WorkerSpec:
-    even = spec(machine, max_rows=most)
-    assert isinstance(even.times, TableStepTimes), "the roofline's"
-    return replace(even, times=LaneTimes(even.times, machine.parallel.dp))
 
 
 def _rows(model: str, name: str, found: Served) -> Iterator[list[str]]:
