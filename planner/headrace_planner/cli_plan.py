@@ -21,6 +21,7 @@ from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import Demand, Plan, make_plan
+from headrace_planner.plan_experts import experts_choice
 from headrace_planner.sim_capacity import Attempt, Verified, verify
 from headrace_planner.sim_result import parse_slo
 from headrace_planner.sim_roofline import Machine
@@ -97,6 +98,7 @@ def as_dict(plan: Plan, verified: Verified | None) -> dict[str, Any]:
             "limit": plan.decode.limit,
         },
         "left_out": left_out(plan.decode.machine.hardware),
+        "experts": (why := experts_choice(plan.decode, plan.demand.context)) and asdict(why),
         "num_gpus": plan.num_gpus,
         "transfer_bytes_per_s": plan.transfer_bytes_per_s,
         "link_bytes_per_s": plan.link_bytes_per_s,
@@ -169,6 +171,8 @@ def _print(plan: Plan, verified: Verified | None) -> None:
     )
     others = [f"{o.machine.parallel} x{o.num_workers} = {o.num_gpus} GPUs" for o in plan.decode_options[1:4]]
     console.print(f"next best for decode: {'; '.join(others) or 'none'}")
+    if why := experts_choice(decode, demand.context):
+        console.print(f"decode's {why}")
     if verified:
         _print_verified(console, plan, verified)
 

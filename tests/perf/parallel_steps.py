@@ -3,15 +3,15 @@
 Real ranks over gloo with the demo model. Ranks share this machine's cores, so what counts is each rank's CPU time,
 which waiting does not add to: a layer takes as long as the rank that computes longest in it, and a step is the sum of
 that over layers, with what comes before the first and after the last. Beside it the bytes that all ranks counted, and
-both by formula: `ranks.traffic`, and the roofline of one core, whose time for each operation is fitted to one process
-alone.
+both by formula: `ranks.traffic`, and the roofline of one core. Three of its numbers are fitted, to as many steps: what
+an operation costs to start and what it reaches of the peak to one process alone, what a collective costs to one layout.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +39,8 @@ BATCHES = (8, 32, 128)
 _CONTEXT, _WARM, _STEPS = 64, 2, 10
 _PAGE_SIZE, _MAX_STEP_TOKENS = 16, 512
 _ITEMSIZE = 2
+_FITTED = ("tp2", "tp2")
+"""The layout whose step with the fewest rows says what a collective costs."""
 _READ_BYTES, _REPEATS = 128 << 20, 7
 
 
@@ -55,23 +57,33 @@ def measure_layouts(folder: Path, tokens: list[int]) -> dict[str, Any]:
     layouts = {name: ParallelLayout.parse(*name) for name in ((a, e) for a in ATTENTION for e in EXPERTS)}
     alone = _by_batch(run_ranks(1, measure_rank, folder, [None], tokens))
     found: list[dict[str, Any]] = []
-    fitted = {batch: _fitted(shape, hardware, batch, _critical_s(alone[None, batch])) for batch in BATCHES}
+    fitted = _fitted_alone(shape, hardware, {batch: _critical_s(alone[None, batch]) for batch in BATCHES})
     for size in sorted({layout.size for layout in layouts.values()}):
         once = {layout: name for name, layout in reversed(layouts.items()) if layout.size == size}
         by_case = _by_batch(run_ranks(size, measure_rank, folder, list(once.values()), tokens))
+        if (_FITTED, BATCHES[0]) in by_case:
+            fitted = _fitted(shape, fitted, layouts[_FITTED], BATCHES[0], _critical_s(by_case[_FITTED, BATCHES[0]]))
         for layout, name in once.items():
             names = [" × ".join(each) for each, other in layouts.items() if other == layout]
             for batch in BATCHES:
                 of_ranks = by_case[name, batch]
-                predicted = _predicted(shape, fitted[batch], layout, batch).time_s
+                predicted = _predicted(shape, fitted, layout, batch).time_s
                 found.append(_row(folder, names, layout, batch, of_ranks, predicted))
     return {
         "context": _CONTEXT,
         "one_core": {"source": hardware.source, "memory_bytes_per_s": hardware.memory_bytes_per_s,
                      "flops_per_s": hardware.flops_per_s(Dtype.FP32), "copy_bytes_per_s": hardware.link_bytes_per_s,
-                     "fitted_overhead_us": {batch: each.operation_overhead_s * 1e6 for batch, each in fitted.items()}},
-        "one_process": {batch: {"step_us": _critical_s(alone[None, batch]) * 1e6, "samples_us": _us(alone[None, batch])}
-                        for batch in BATCHES},
+                     "fitted": {"operation_overhead_us": fitted.operation_overhead_s * 1e6,
+                                "share_of_peak": fitted.flops_per_s(Dtype.FP32) / hardware.flops_per_s(Dtype.FP32),
+                                "collective_start_us": fitted.collective_start_s * 1e6}},
+        "one_process": {
+            batch: {
+                "step_us": _critical_s(alone[None, batch]) * 1e6,
+                "step_us_predicted": _alone_s(shape, fitted, batch) * 1e6,
+                "samples_us": _us(alone[None, batch]),
+            }
+            for batch in BATCHES
+        },
         "layouts": found,
     }  # fmt: skip
 
@@ -179,11 +191,49 @@ def _cpu_s(measured: Callable[[], object]) -> float:
     return best
 
 
-def _fitted(shape: ModelShape, hardware: Hardware, batch: int, measured_s: float) -> Hardware:
-    """Return the hardware with the time for each operation that makes one process's prediction what was measured."""
-    roof = _predicted(shape, hardware, ParallelLayout(), batch)
-    runs = sum(row.operation.runs for row in roof.operations if not row.operation.is_overlapped)
-    return hardware.derated(operation_overhead_s=max(0.0, measured_s - roof.time_s) / runs)
+def _fitted_alone(shape: ModelShape, hardware: Hardware, alone_s: Mapping[int, float]) -> Hardware:
+    """Return the hardware as one process shows it: what an operation costs to start, and what of the peak it reaches.
+
+    The first from the fewest rows, the second from the most; what is between, and all groups, is predicted.
+    """
+    few, most = min(alone_s), max(alone_s)
+    share = overhead_s = 1.0
+    for _ in range(8):
+        with_share = hardware.derated(flops=share)
+        overhead_s = _solved(
+            lambda value, h=with_share: _alone_s(shape, h.derated(operation_overhead_s=value), few), alone_s[few], 1e-8
+        )
+        share = 1 / _solved(
+            lambda value, o=overhead_s: _alone_s(
+                shape, hardware.derated(flops=1 / value, operation_overhead_s=o), most
+            ), alone_s[most], 1.0,
+        )  # fmt: skip
+    return hardware.derated(flops=share, operation_overhead_s=overhead_s)
+
+
+def _fitted(shape: ModelShape, hardware: Hardware, layout: ParallelLayout, batch: int, measured_s: float) -> Hardware:
+    """Return the hardware with what a collective costs to start, from one layout's step."""
+
+    def with_start(seconds: float) -> Hardware:
+        return replace(hardware, collective_start_s=seconds)
+
+    start_s = _solved(lambda value: _predicted(shape, with_start(value), layout, batch).time_s, measured_s, 1e-8)
+    return with_start(start_s)
+
+
+def _solved(rising: Callable[[float], float], target: float, low: float) -> float:
+    """Return where a rising function reaches `target`, from `low` on; `low` if it is there already."""
+    high = low
+    while rising(high) < target:
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < target else (low, middle)
+    return low
+
+
+def _alone_s(shape: ModelShape, hardware: Hardware, batch: int) -> float:
+    return _predicted(shape, hardware, ParallelLayout(), batch).time_s
 
 
 def _predicted(shape: ModelShape, hardware: Hardware, layout: ParallelLayout, batch: int) -> Roofline:
