@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 from headrace_client import AsyncClient
 from headrace_client.cluster.local_cluster import LocalCluster
+from headrace_client.commands.app import app
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.cluster_checks import eventually
+from typer.testing import CliRunner
 
 from tests.fault.test_kill_workers import Load, requests
 from tests.integration.test_rank_group import OPTIONS, metric
@@ -41,4 +44,11 @@ def test_experts_move_under_load_and_every_token_is_transformers(model_dir: Path
     options = {**OPTIONS, "rebalance": "auto:1", "redundant-experts": 2}
     with LocalCluster(model_dir, decode_ranks=2, worker_options=options) as cluster:
         asyncio.run(main(cluster))
+        decode = cluster.workers[1].address
+        asked = ["experts", "--server", cluster.router_address, "--worker", decode, "--json"]
+        told = json.loads(CliRunner().invoke(app, asked).stdout)
+        assert (told["worker"], told["ranks"], told["slots"], told["is_measured"]) == (decode, 2, 10, True)
+        assert all(0 <= told[name]["loss"] < 1 for name in ("now", "rebalanced"))
+        assert [len(rank) for rank in told["step_s"]["now"]] == [3, 3]
+        assert told["moved_experts"] > 0
         assert any("experts moved" in line for line in cluster.workers[1].lines())

@@ -34,6 +34,7 @@ from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.page_share import PageShare
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S
+from headrace_core.worker.rank_group import rank_cache
 from headrace_decode.events import Output
 from headrace_decode.scheduler import DecodeScheduler
 from torch import Tensor
@@ -107,21 +108,26 @@ class WatchedStore:
 
 
 def serve(
-    world: RankGroup, folder: Path, prompts: list[list[int]], num_tokens: int, failing: int | None = None
+    world: RankGroup,
+    folder: Path,
+    attention: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    failing: int | None = None,
 ) -> Served:
-    """Answer the prompts again and again until experts have moved twice, or failed to, under way."""
-    ranks = ranks_of(ParallelLayout.parse(f"tp{world.size}", f"ep{world.size}"), world)
+    """Answer the prompts again and again until experts have moved, or failed to, and once more then."""
+    ranks = ranks_of(ParallelLayout.parse(attention, f"ep{world.size}"), world)
     loaded = load_model(folder, ranks=ranks, redundant_experts=world.size)
     assert loaded.store is not None
     model = CountedModel(loaded)
     is_last = world.rank == world.size - 1
     store = WatchedStore(loaded.store, model, is_held=is_last, is_failing=failing == world.rank)
     clock = StepClock([ranks.world, ranks.lane])
-    own = RankExperts(store.slots, loaded.take_expert_counts_since, store=store, clock=clock)
-    cache = KvCache(loaded.kv_layout(_PAGE_SIZE), _NUM_PAGES)
-    pages = RankPages(
-        cache, PageShare(loaded.config.kv_layout(_PAGE_SIZE, loaded.cache_dtype), ranks.layout, world.rank)
-    )
+    take = loaded.take_expert_counts_since if ranks.layout.place(world.rank) == 0 else None
+    own = RankExperts(store.slots, take, store=store, clock=clock)
+    whole = loaded.config.kv_layout(_PAGE_SIZE, loaded.cache_dtype)
+    cache = rank_cache(ranks, loaded.kv_layout(_PAGE_SIZE), whole, _NUM_PAGES // ranks.layout.num_lanes)
+    pages = RankPages(cache, PageShare(whole, ranks.layout, world.rank), world)
     if world.rank:
         Follower(world, model, cache, pages, own).run()
         return Served([], store.begun, store.switched, [], [], dict(store.slots))
@@ -129,7 +135,7 @@ def serve(
     # Any gain is worth it, and loads of few tokens decide: the sizes are those of a test.
     rule = Rule(period_s=0.01, least_gain=0.01, least_tokens=1)
     scheduler = DecodeScheduler(
-        PageAllocator(_NUM_PAGES, _PAGE_SIZE),
+        PageAllocator(_NUM_PAGES, _PAGE_SIZE, num_lanes=ranks.layout.num_lanes),
         ModelLimits(loaded.config.vocab_size, loaded.config.max_context_tokens, ()),
         max_step_tokens=32,
         max_step_sequences=8,

@@ -30,9 +30,12 @@ def assert_as_transformers(answers, expected):
         assert answers[start : start + len(PROMPTS)] == expected
 
 
-@pytest.mark.parametrize(("name", "size"), [("v3", 2), ("v3", 4), ("mixtral", 2)])
-def test_tokens_stay_the_same_while_experts_move(name, size, checkpoint, expected):
-    first, *others = run_ranks(size, serve, checkpoint(name), PROMPTS, NUM_TOKENS)
+@pytest.mark.parametrize(
+    ("name", "size", "attention"), [("v3", 2, "tp2"), ("v3", 4, "dp4"), ("mixtral", 2, "dp2")], ids=str
+)
+def test_tokens_stay_the_same_while_experts_move(name, size, attention, checkpoint, expected):
+    """One lane, which has all tokens; four and two, each with its own, of which one may have none."""
+    first, *others = run_ranks(size, serve, checkpoint(name), attention, PROMPTS, NUM_TOKENS)
     assert_as_transformers(first.tokens, expected(name))
     assert all(not moved.problem for moved in first.moved)
     moved = first.moved[0]
@@ -52,7 +55,7 @@ def test_tokens_stay_the_same_while_experts_move(name, size, checkpoint, expecte
 
 
 def test_a_rank_that_can_t_load_leaves_all_as_it_was(checkpoint, expected):
-    first, other = run_ranks(2, serve, checkpoint("v3"), PROMPTS, NUM_TOKENS, 1)
+    first, other = run_ranks(2, serve, checkpoint("v3"), "tp2", PROMPTS, NUM_TOKENS, 1)
     assert_as_transformers(first.tokens, expected("v3"))
     assert first.moved[0].problem == "rank 1: DAMAGED_FILE: half of it is gone"
     assert first.moved[0].num_layers == 0

@@ -188,6 +188,13 @@ def test_what_was_moved_before_a_failure_stays_moved(group):
     assert len(changed) == group.moved[0].num_layers >= 1
 
 
+def test_a_decision_that_fails_moves_nothing_and_ends_nobody(group, monkeypatch):
+    monkeypatch.setattr(balancing, "decide", lambda *_, **__: 1 // 0)
+    group.turns(61, until=lambda: bool(group.moved))
+    assert group.moved == [Moved(0, 0, 0, 0.0, "deciding: ZeroDivisionError: integer division or modulo by zero")]
+    assert group.stores[0].slots == LAYERS
+
+
 def test_off_it_looks_and_moves_nothing():
     group = Group(Rule())
     group.turns(300)

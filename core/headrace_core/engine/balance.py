@@ -147,7 +147,7 @@ class Balance:
                 self._settle(meet, self._moving)
         elif self._deciding is not None:
             if self._deciding.is_over:
-                self._begin(meet, self._deciding.decision())
+                self._begin(meet, self._deciding)
         elif self._rule.period_s is not None and now - self._decided_s >= self._rule.period_s * self._waited:
             self._decide(now)
 
@@ -179,9 +179,12 @@ class Balance:
             self._decided_s = now
             self._deciding = _Deciding(loads, dict(self._own.slots), self._rule)
 
-    def _begin(self, meet: Meet, decision: Decision) -> None:
+    def _begin(self, meet: Meet, deciding: _Deciding) -> None:
         self._deciding = None
-        if decision.layers:
+        decision = deciding.decision
+        if decision is None:
+            self._end(Moved(0, 0, 0, 0.0, deciding.problem))
+        elif decision.layers:
             about = {"layers": len(decision.layers), "loss": decision.loss_now, "loss_then": decision.loss_then}
             log.info("experts move", extra=about)
             self._moving = _Moving(decision, self._clock())
@@ -201,10 +204,11 @@ class Balance:
                 self._next(meet, moving)
                 return
         self._moving = None
-        self._waited = 1 if settled.problem is None else min(2 * self._waited, _MOST_WAITED)
-        moved = Moved(
-            moving.num_layers, moving.num_experts, moving.num_bytes, self._clock() - moving.began_s, settled.problem
-        )
+        seconds = self._clock() - moving.began_s
+        self._end(Moved(moving.num_layers, moving.num_experts, moving.num_bytes, seconds, settled.problem))
+
+    def _end(self, moved: Moved) -> None:
+        self._waited = 1 if moved.problem is None else min(2 * self._waited, _MOST_WAITED)
         about = {"layers": moved.num_layers, "experts": moved.num_experts, "bytes": moved.num_bytes}
         if moved.problem:
             log.error("experts stay where they were", extra={**about, "problem": moved.problem})
@@ -228,17 +232,17 @@ class _Moving:
 
 
 class _Deciding:
-    """A decision that a thread makes: with many experts it takes longer than a step."""
+    """A decision that a thread makes: with many experts it takes longer than a step. `problem`: why there is none."""
 
     def __init__(self, loads: Mapping[int, Sequence[float]], slots: Mapping[int, Slots], rule: Rule) -> None:
-        self._decisions: list[Decision] = []
-        self._error: BaseException | None = None
+        self.decision: Decision | None = None
+        self.problem = ""
 
         def run() -> None:
             try:
-                self._decisions.append(decide(loads, slots, rule.network, least_gain=rule.least_gain))
-            except BaseException as error:  # noqa: BLE001 - told by `decision`
-                self._error = error
+                self.decision = decide(loads, slots, rule.network, least_gain=rule.least_gain)
+            except Exception as error:  # noqa: BLE001 - the boundary: experts stay, and what is served goes on
+                self.problem = f"deciding: {type(error).__name__}: {error}"
 
         self._thread = threading.Thread(target=run, name="placing", daemon=True)
         self._thread.start()
@@ -246,12 +250,6 @@ class _Deciding:
     @property
     def is_over(self) -> bool:
         return not self._thread.is_alive()
-
-    def decision(self) -> Decision:
-        """Return it; raise what it raised, which is a fault of ours."""
-        if self._error is not None:
-            raise self._error
-        return self._decisions[0]
 
 
 def _parts(counted: Sequence[Counted]) -> list[StepParts]:
