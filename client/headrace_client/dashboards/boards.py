@@ -309,6 +309,15 @@ WORKERS = Dashboard(
             [Query("sum by (role, instance) (process_resident_memory_bytes)", "{{role}} {{instance}}")],
             "bytes",
         ),
+        Panel(
+            "Workers and ranks",
+            "Workers that answer Prometheus, and the processes that they are: a group of ranks is one worker, and gone "
+            "as a whole when one of them dies.",
+            [
+                Query("count by (role) (headrace_ranks)", "{{role}} workers"),
+                Query("sum by (role) (headrace_ranks)", "{{role}} ranks"),
+            ],
+        ),
     ],
 )
 

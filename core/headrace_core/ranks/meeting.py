@@ -13,7 +13,7 @@ import socket
 import sys
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 
 from headrace_core.errors import StartupError
 from headrace_core.ranks.place import is_loopback_host
@@ -22,7 +22,7 @@ _AGENT = "TORCHELASTIC_USE_AGENT_STORE"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
-def meeting_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+def meeting_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return the store of the group that the environment names: rank 0 makes it, the others connect to it.
 
     Sets GLOO_SOCKET_IFNAME to loopback's where MASTER_ADDR is on it, unless it is set.
@@ -35,12 +35,12 @@ def meeting_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     if is_loopback_host(host):
         os.environ.setdefault(_GLOO_INTERFACE, "lo" if sys.platform == "linux" else "lo0")
     if rank or os.environ.get(_AGENT) == "True":
-        store = dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+        store = TCPStore(host, port, size, is_master=False, timeout=timeout)
     else:
         listening = _listen(host, port)
-        store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
+        store = TCPStore(host, port, size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
     # As torch does: other users of a torchrun's store may choose the same names.
-    return dist.PrefixStore("default_pg", store)
+    return PrefixStore("default_pg", store)
 
 
 def _meeting_place() -> tuple[str, int]:
