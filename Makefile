@@ -153,7 +153,7 @@ profile: setup ## Where a step's time goes on a CPU, per operation beside its fl
 exactness: setup ## 10,000 random cases of every family and type, half an hour: the same bits however computed? CASES=100 (build/exactness.json)
 	$(BIN)/python -m tests.exactness $(addprefix --cases ,$(CASES))
 
-bench-parallel: setup ## What uneven experts cost a group of ranks, and what EPLB wins back; writes build/bench/parallel.json
+bench-parallel: setup ## What ranks cost and win: steps of each layout, bytes, uneven experts, EPLB, drafts by MTP; build/bench/parallel.json
 	PYTHONPATH=demo $(BIN)/python -m tests.perf.parallel $(ARGS)
 
 bench-two-batches: setup ## What two micro-batches gain ranks that are 0, 1 and 5 ms apart; root; writes build/bench/two-batches.json

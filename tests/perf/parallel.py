@@ -11,8 +11,7 @@ busiest / mean - 1. Placements are learnt from the first half of the steps and j
     zipf-s   popularity falling as rank^-s, another order of experts in each layer
 
 Beside it the prediction of `expert_placement` by tokens alone. Writes build/bench/parallel.json. `combos` are those of
-the last `make parity-full`, `mtp_tokens_per_step` is of the last benchmark of drafts by MTP: null if there was none;
-each with the commit that it was of.
+the last `make parity-full`, with the commit that it was of; null if there was none.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from headrace_kernels.experts import Experts, empty_experts
 from headrace_kernels.routing_rule import RoutedTokens
 from tokenizers import Tokenizer
 
-from tests.perf import plan_size
+from tests.perf import drafts, plan_size
 from tests.perf.machine import machine
 from tests.perf.parallel_steps import measure_layouts
 from tests.perf.report_file import merge, read
@@ -44,7 +43,6 @@ _log = logging.getLogger(__name__)
 _REPORT = Path("build/bench/parallel.json")
 _DEMO = Path("demo/model")
 _PARITY = Path("build/parity-full.json")
-_MTP = Path("build/bench/mtp.json")
 _PAGE_SIZE = 64
 """Of the plan: a worker's own default."""
 _EXPONENTS = (0.8, 1.0, 1.2)
@@ -90,7 +88,8 @@ def main() -> None:
             row["bytes_per_token"], row["bytes_per_token_by_formula"],
         )  # fmt: skip
     plan = plan_size.measure(_PAGE_SIZE)
-    parity, mtp = read(_PARITY), read(_MTP)
+    mtp = drafts.mtp_tokens_per_step()
+    parity = read(_PARITY)
     values = {
         "machine": machine(),
         "command": sys.argv,
@@ -100,8 +99,8 @@ def main() -> None:
         "combos_commit": parity.get("machine", {}).get("commit"),
         "imbalance_loss_zipf": cases["zipf-1.0"]["as_numbered"]["loss"],
         "imbalance_loss_eplb": cases["zipf-1.0"]["eplb"]["loss"],
-        "mtp_tokens_per_step": mtp.get("mtp_tokens_per_step"),
-        "mtp_commit": mtp.get("machine", {}).get("commit"),
+        "mtp_tokens_per_step": mtp["tokens_per_row"],
+        "mtp": mtp,
         "plan_bytes_256x4096": plan["mean_bytes"],
         "plan": plan,
         "steps": steps,
