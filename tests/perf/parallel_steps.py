@@ -36,7 +36,7 @@ from headrace_core.testing.rank_processes import run_ranks
 
 ATTENTION, EXPERTS = ("tp1", "tp2", "dp2"), ("tp2", "ep2", "ep4")
 BATCHES = (8, 32, 128)
-_CONTEXT, _WARM, _STEPS = 64, 2, 10
+_CONTEXT, _WARM, _STEPS = 64, 2, 30
 _PAGE_SIZE, _MAX_STEP_TOKENS = 16, 512
 _ITEMSIZE = 2
 _FITTED = ("tp2", "tp2")
