@@ -45,9 +45,35 @@ def _meet(world: RankGroup) -> dict[str, object]:
     before = world.sent_bytes
     world.all_sum(torch.zeros(300_000))
     seen["sent"] = world.sent_bytes - before
+    seen["waits"] = _waits(world)
     part = world.part([[0], [1, 2]])
     seen["part"] = (part.size, part.rank, part.gather_bytes(bytes([rank])))
     return seen
+
+
+def _waits(world: RankGroup) -> dict[str, int]:
+    """Return how often each meeting of a part that says so waited."""
+    waits: list[None] = []
+    part = world.part([range(world.size)], lambda: waits.append(None))
+    counts = [1] * world.size
+    found: dict[str, int] = {}
+    for name, meet in {
+        "gather": lambda: part.all_gather(torch.zeros(2)),
+        "small sum": lambda: part.all_sum(torch.zeros(2)),
+        "large sum": lambda: part.all_sum(torch.zeros(30_000)),
+        "exchange": lambda: part.exchange(torch.zeros(world.size, 2), counts, counts),
+    }.items():
+        waits.clear()
+        meet()
+        found[name] = len(waits)
+    waits.clear()
+    coming = part.begin_exchange(torch.zeros(world.size, 2), counts, counts)
+    found["begun"] = len(waits)
+    coming.wait()
+    found["begun, then waited for"] = len(waits)
+    world.all_gather(torch.zeros(2))
+    found["then the whole group"] = len(waits)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +116,13 @@ def test_bytes_of_any_length_reach_all(seen):
 
 def test_a_large_sum_sends_two_thirds_of_it_twice(seen):
     assert [of_rank["sent"] for of_rank in seen] == [2 * 2 * 100_000 * 4] * _SIZE
+
+
+def test_a_part_says_when_it_waits(seen):
+    """Once in each meeting; a large sum is two."""
+    expected = {"gather": 1, "small sum": 1, "large sum": 2, "exchange": 1}
+    expected |= {"begun": 0, "begun, then waited for": 1, "then the whole group": 1}
+    assert [of_rank["waits"] for of_rank in seen] == [expected] * _SIZE
 
 
 def test_a_part_of_the_ranks_meets_apart(seen):
