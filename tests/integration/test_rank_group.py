@@ -99,3 +99,26 @@ def test_groups_on_both_sides_answer_as_one_process_does_both(tmp_path: Path, mo
             follower.send_signal(signal.SIGTERM)  # a follower is told, and all leave
         assert all(rank.wait(WAIT_S) for worker in cluster.workers for rank in cluster.ranks(worker))
         assert all(rank.poll() == 0 for worker in cluster.workers for rank in cluster.ranks(worker))
+
+
+def test_tokens_in_fp8_are_those_of_a_process_that_sends_none(model_dir: Path):
+    """One process computes prompts, a group generates and dispatches; both round what experts are given."""
+    words = [(17 * i * i + 5 * i) % 1400 + 10 for i in range(60)]
+    requests = [(words[i : 12 + 9 * i], SamplingParams(temperature=0.0, max_tokens=30)) for i in range(5)]
+
+    async def told(cluster: LocalCluster) -> list[list[int]]:
+        async with AsyncClient(cluster.router_address) as client:
+            return await tokens_of(client, requests)
+
+    fp8 = {**OPTIONS, "dispatch-dtype": "fp8_e4m3"}
+    one = {"num_prefill": 0, "num_decode": 0, "num_both": 1}
+    with LocalCluster(model_dir, **one, worker_options=OPTIONS) as cluster:
+        plain = asyncio.run(told(cluster))
+    with LocalCluster(model_dir, **one, worker_options=fp8) as cluster:
+        want = asyncio.run(told(cluster))
+    assert want != plain
+    # Experts that may move are dispatched to, also where every rank has every token.
+    with LocalCluster(model_dir, decode_ranks=2, worker_options={**fp8, "rebalance": "auto:3600"}) as cluster:
+        assert asyncio.run(told(cluster)) == want
+        sent = metric(cluster.workers[1].metrics_address, "headrace_transfer_bytes_total")
+        assert sent > 0, "nothing was handed off"
