@@ -36,7 +36,7 @@ from headrace_planner.measured import MeasuredPoints
 from headrace_planner.report import SUMMARY
 
 _FOLDER = Path(__file__).parent / "page"
-_SCRIPTS = ("predict.js", "plot.js", "view.js", "app.js")
+_SCRIPTS = ("predict.js", "plot.js", "view.js", "layer.js", "families.js", "app.js")
 _EP_DEGREES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _ROUTINGS = {
     "uniform": Routing(),

@@ -1,13 +1,8 @@
-"""The roofline page in a real browser: headless Chromium, driven over chromedriver's W3C WebDriver protocol."""
+"""The roofline page in a real browser: what it computes is what Python computes, whatever is chosen."""
 
 import json
-import os
-import shutil
-import subprocess
 import threading
-import urllib.request
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from headrace_core.roofline.communication import Parallelism
@@ -21,13 +16,10 @@ from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import page_server
 from headrace_planner.report import summary
 
-_CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-_FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1440,1500",
-    # Whatever the page might ask of a network fails at once: it must not need one.
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]  # fmt: skip
+from tests.integration.page_browser import browser, open_page, skip_without_browser
+
+__all__ = ["browser"]
+
 _MEASURED = MeasuredPoints(
     source="a test",
     points=[
@@ -36,56 +28,7 @@ _MEASURED = MeasuredPoints(
     ],
 )
 
-pytestmark = pytest.mark.skipif(
-    not (_CHROMIUM and _DRIVER), reason="no browser; to get one: apt-get install chromium chromium-driver"
-)
-
-
-class Browser:
-    """A WebDriver session: the few commands that these tests use."""
-
-    def __init__(self, driver: str, profile: Path) -> None:
-        self._url = driver
-        options = {"binary": _CHROMIUM, "args": [*_FLAGS, f"--user-data-dir={profile}"]}
-        wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
-        self._url += "/session/" + self._call("POST", "/session", {"capabilities": wanted})["sessionId"]
-
-    def open(self, url: str) -> None:
-        self._call("POST", "/url", {"url": url})
-
-    def run(self, script: str) -> object:
-        """Return what the body of a function returns; a promise is awaited."""
-        return self._call("POST", "/execute/sync", {"script": script, "args": []})
-
-    def errors(self) -> list[str]:
-        entries = self._call("POST", "/se/log", {"type": "browser"})
-        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
-
-    def close(self) -> None:
-        self._call("DELETE", "")
-
-    def _call(self, method: str, path: str, body: dict | None = None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
-            return json.load(answer)["value"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chromium")
-    environment = {**os.environ, "HOME": str(folder)}
-    process = subprocess.Popen([_DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True, env=environment)
-    # chromedriver says which port the kernel gave it in the line that says it is ready.
-    ready = next(line for line in process.stdout if "started successfully on port" in line)
-    try:
-        session = Browser(f"http://127.0.0.1:{ready.rstrip().rstrip('.').rsplit(' ', 1)[1]}", folder / "profile")
-        yield session
-        session.close()
-    finally:
-        process.terminate()
-        process.wait(WAIT_S)
-        process.stdout.close()
+pytestmark = skip_without_browser
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +37,6 @@ def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "roofline.html"
     path.write_text(build_page(content), encoding="utf-8")
     return path
-
-
-def _open(browser, page, fragment=""):
-    browser.open("about:blank")
-    browser.open((page.as_uri() if isinstance(page, Path) else page) + fragment)
-    assert browser.errors() == []
 
 
 _CASES = [
@@ -113,7 +50,7 @@ _CASES = [
 
 @pytest.mark.parametrize(("setting", "more"), _CASES, ids=[setting.model for setting, _ in _CASES])
 def test_page_computes_what_python_computes(browser, page, setting, more):
-    _open(browser, page)
+    open_page(browser, page)
     chosen = {"kv": "auto", "mla": "auto", "routing": "uniform", "cached": 0, **asdict(setting), **more}
     zipf = {"uniform": 0.0, "Zipf 0.5": 0.5, "Zipf 1.0": 1.0}[chosen["routing"]]
     for phase, batch, new in (
@@ -145,13 +82,13 @@ def test_page_computes_what_python_computes(browser, page, setting, more):
 
 def test_page_is_small_and_whole_without_a_network(browser, page):
     assert page.stat().st_size < 256 << 10
-    _open(browser, page)
+    open_page(browser, page)
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
     assert browser.run("return document.querySelectorAll('#decode circle').length") > 10
 
 
 def test_address_holds_the_setting(browser, page):
-    _open(browser, page, "#model=mixtral-8x7b&hardware=b200&batch=32&tp=2&dp=1&ep=2")
+    open_page(browser, page, "#model=mixtral-8x7b&hardware=b200&batch=32&tp=2&dp=1&ep=2")
     assert browser.run("return [setting.model, setting.hardware, setting.batch, setting.tp, setting.ep]") == [
         "mixtral-8x7b", "b200", 32, 2, 2,
     ]  # fmt: skip
@@ -160,20 +97,20 @@ def test_address_holds_the_setting(browser, page):
     )
     address = browser.run("return location.href")
     drawn = browser.run("return document.querySelector('#decode .cards').textContent")
-    _open(browser, address)
+    open_page(browser, address)
     assert "context=9000" in address
     assert browser.run("return document.querySelector('#decode .cards').textContent") == drawn
 
 
 @pytest.mark.parametrize("bad", ["batch=-1", "model=none", "ep=7", "tp=x&dp=3", "ep=256&tp=1&dp=1", "nonsense"])
 def test_address_that_makes_no_sense_still_shows_a_page(browser, page, bad):
-    _open(browser, page, f"#{bad}")
+    open_page(browser, page, f"#{bad}")
     assert browser.run("return document.querySelectorAll('#prefill circle').length") > 5
     assert browser.errors() == []
 
 
 def test_every_model_and_hardware_can_be_chosen(browser, page):
-    _open(browser, page)
+    open_page(browser, page)
     count = browser.run(
         """let drawn = 0;
         for (const model of Object.keys(CONTENT.models)) for (const hardware of Object.keys(CONTENT.hardware)) {
@@ -189,7 +126,7 @@ def test_every_model_and_hardware_can_be_chosen(browser, page):
 
 
 def test_formulas_appear_on_click(browser, page):
-    _open(browser, page)
+    open_page(browser, page)
     formula = browser.run(
         """const row = document.querySelector("#decode tr[data-operation='attention_absorbed']");
         row.click();
@@ -200,7 +137,7 @@ def test_formulas_appear_on_click(browser, page):
 
 
 def test_measured_points_are_laid_over(browser, page):
-    _open(browser, page)
+    open_page(browser, page)
     marks = "return [...document.querySelectorAll('.measured')].map((mark) => mark.dataset.operation)"
     assert browser.run(marks) == ["output_proj", "attention_absorbed"]
     assert browser.run("return document.getElementById('measured').textContent") == "Diamonds are measured: a test."
@@ -211,7 +148,7 @@ def test_page_is_served(browser):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        _open(browser, f"http://127.0.0.1:{server.server_port}/")
+        open_page(browser, f"http://127.0.0.1:{server.server_port}/")
         assert browser.run("return document.querySelector('h1').textContent") == "Headrace roofline"
         assert browser.run("return document.getElementById('measured').hidden") is True
     finally:

@@ -1,9 +1,11 @@
 // State is the URL's hash; a control changes the state, the state draws the page.
 
 const DEFAULTS = {
-  kv: "auto", mla: "auto", routing: CONTENT.routings[0], cached: 0, ...CONTENT.first,
+  kv: "auto", mla: "auto", routing: CONTENT.routings[0], cached: 0, hidden: 0, experts: 0, chosen: 0, width: 0, heads: 0,
+  ...CONTENT.first,
 };
-const LIMITS = { batch: [1, 65536], prompts: [1, 4096], context: [16, 1048576], cached: [0, 1048575] };
+const LIMITS = { batch: [1, 65536], prompts: [1, 4096], context: [16, 1048576], cached: [0, 1048575],
+  hidden: [0, 65536], experts: [0, 4096], chosen: [0, 256], width: [0, 131072], heads: [0, 1024] };
 const POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 const CHOICES = {
   model: Object.keys(CONTENT.models), hardware: Object.keys(CONTENT.hardware),
@@ -26,7 +28,12 @@ function readHash() {
 
 /** Make what can't be chosen together fit: EP divides the GPUs and needs an expert per rank; routing needs experts. */
 function valid(setting) {
-  const { routing } = CONTENT.models[setting.model];
+  const { routing, symbols } = CONTENT.models[setting.model];
+  for (const name of ["experts", "chosen", "width"]) if (!routing) setting[name] = 0;
+  for (const [name, symbol] of Object.entries(OWN)) if (setting[name] === symbols[symbol]) setting[name] = 0;
+  const experts = setting.experts || symbols.E;
+  if ((setting.chosen || symbols.K) > experts) setting.chosen = experts;
+  if (setting.experts || setting.chosen) setting.routing = "uniform";
   const possible = expertDegrees(setting);
   if (!possible.includes(setting.ep)) setting.ep = possible.filter((ep) => ep < setting.ep).pop() || 1;
   if (routing && !routing[setting.routing]) setting.routing = "uniform";
@@ -36,7 +43,8 @@ function valid(setting) {
 
 function expertDegrees(setting) {
   const { routing } = CONTENT.models[setting.model];
-  return POWERS.filter((ep) => (setting.tp * setting.dp) % ep === 0 && (!routing || ep in Object.values(routing).find(Boolean)));
+  const fits = setting.experts ? (ep) => setting.experts % ep === 0 : (ep) => !routing || ep in Object.values(routing).find(Boolean);
+  return POWERS.filter((ep) => (setting.tp * setting.dp) % ep === 0 && fits(ep));
 }
 
 function writeHash(setting) {
@@ -56,6 +64,15 @@ function showControls(setting) {
   const model = CONTENT.models[setting.model];
   control("mla").disabled = !model.isMla;
   control("routing").disabled = control("ep").disabled = !model.routing;
+  for (const [name, symbol] of Object.entries(OWN)) {
+    const value = setting[name] || model.symbols[symbol], isNone = !model.routing && name !== "hidden" && name !== "heads";
+    control(name).value = isNone ? "" : value;
+    control(`${name}-slider`).value = name === "chosen" ? value : Math.log2(value || 1);
+    control(name).disabled = control(`${name}-slider`).disabled = isNone;
+  }
+  control("as-published").hidden = !Object.keys(OWN).some((name) => setting[name]);
+  document.querySelector("#setting summary").textContent = `${nameOf(setting)} on ${setting.hardware}, ${setting.dtype}, ` +
+    `TP${setting.tp} DP${setting.dp} EP${setting.ep}: change`;
   const hardware = CONTENT.hardware[setting.hardware];
   control("source").textContent = `${setting.hardware}: ${si(hardware.flops[setting.dtype])}FLOP/s ${setting.dtype}, ` +
     `${si(hardware.memory)}B/s memory, ${si(hardware.link)}B/s link, ${si(hardware.network)}B/s network. ${hardware.source}.`;
@@ -69,6 +86,8 @@ function measuredOf(result) {
     return operation ? [{ point, operation, flops: point.flops || operation.flops, bytes: point.bytes || operation.bytes }] : [];
   });
 }
+
+const nameOf = (setting) => setting.model + (Object.keys(OWN).some((name) => setting[name]) ? ", changed" : "");
 
 function draw(setting) {
   const results = ["prefill", "decode"].map((phase) => predict(phase, setting));
@@ -84,7 +103,24 @@ function draw(setting) {
     drawTable(part("operations"), result, measured[index]);
   });
   drawReason(control("reason"), results[0], results[1], setting);
+  drawAnswer(control("answer"), results, setting);
+  drawLayer(control("layer"), results);
+  drawMachines(document.querySelector("#machines .cards"), setting, (hardware) => update({ hardware }));
+  document.title = `${nameOf(setting)} on ${setting.hardware}: prefill ${time(results[0].seconds)}, decode ${time(results[1].seconds)} · Headrace roofline`;
   document.documentElement.dataset.drawn = String(Number(document.documentElement.dataset.drawn || 0) + 1);
+}
+
+/** Copy a text; true if that went well. A page that came over plain http has no clipboard of its own. */
+async function copy(text) {
+  try {
+    if (navigator.clipboard) return await navigator.clipboard.writeText(text), true;
+  } catch { /* not allowed: the old way may be */ }
+  const box = html("textarea", { readonly: "", style: "position: fixed; opacity: 0" }, text);
+  document.body.append(box);
+  box.select();
+  const isCopied = document.execCommand("copy");
+  box.remove();
+  return isCopied;
 }
 
 let setting = readHash();
@@ -105,12 +141,14 @@ function connect() {
       update({ [name]: Math.min(high, Math.max(low, Math.round(Number(target.value)) || low)) });
     });
   }
-  for (const name of ["batch", "prompts", "context"])
-    control(`${name}-slider`).addEventListener("input", ({ target }) => update({ [name]: Math.round(2 ** Number(target.value)) }));
+  for (const name of ["batch", "prompts", "context", ...Object.keys(OWN)])
+    control(`${name}-slider`).addEventListener("input", ({ target }) =>
+      update({ [name]: name === "chosen" ? Number(target.value) : Math.round(2 ** Number(target.value)) }));
+  control("as-published").addEventListener("click", () => update(Object.fromEntries(Object.keys(OWN).map((name) => [name, 0]))));
+  control("model").addEventListener("change", () => control("as-published").click());
   window.addEventListener("hashchange", () => { setting = readHash(); showControls(setting); draw(setting); });
   control("share").addEventListener("click", async () => {
-    await navigator.clipboard.writeText(location.href);
-    control("share").textContent = "Copied";
+    control("share").textContent = await copy(location.href) ? "Copied" : "Copy it from the address bar";
     setTimeout(() => { control("share").textContent = "Copy link"; }, 1500);
   });
   for (const phase of ["prefill", "decode"]) {
@@ -124,6 +162,9 @@ function connect() {
     control("measured").hidden = false;
     control("measured").textContent = `Diamonds are measured: ${CONTENT.measured.source}.`;
   }
+  // A phone's first screen is for the answer.
+  if (matchMedia("(max-width: 620px)").matches) control("setting").open = false;
+  drawFamilies(control("families"));
   showControls(setting);
   draw(setting);
 }

@@ -20,8 +20,20 @@ function evaluateAll(formulas, symbols) {
 
 function routingSymbols(model, setting) {
   if (!model.routing) return { hot: 1, distinct: () => 0 };
+  if (setting.experts || setting.chosen) {
+    // Another number of experts than the model's: any of them is as likely to be chosen.
+    const { E, K } = { ...model.symbols, ...ownSizes(setting) };
+    return { hot: 1, distinct: (tokens) => (E / setting.ep) * (1 - Math.pow(1 - K / E, tokens)) };
+  }
   const { hot, busiest } = model.routing[setting.routing][setting.ep];
   return { hot, distinct: (tokens) => busiest.reduce((sum, [q, n]) => sum + n * (1 - Math.pow(1 - q, tokens)), 0) };
+}
+
+/** Sizes of a model of the reader's own; 0 is the published model's. Values are symbols of the formulas. */
+const OWN = { hidden: "N", experts: "E", chosen: "K", width: "expert_width", heads: "heads" };
+
+function ownSizes(setting) {
+  return Object.fromEntries(Object.entries(OWN).filter(([name]) => setting[name]).map(([name, symbol]) => [symbol, setting[name]]));
 }
 
 function load(phase, setting) {
@@ -38,7 +50,7 @@ function symbolsOf(phase, setting) {
   const weights = CONTENT.dtypes[setting.dtype];
   const cache = setting.kv === "auto" ? CONTENT.dtypes[weights.activation] : CONTENT.dtypes[setting.kv];
   const symbols = {
-    ...model.symbols, ...load(phase, setting), ...routingSymbols(model, setting),
+    ...model.symbols, ...ownSizes(setting), ...load(phase, setting), ...routingSymbols(model, setting),
     tp: setting.tp, dp: setting.dp, ep: setting.ep,
     w: weights.itemsize, a: CONTENT.dtypes[weights.activation].itemsize, c: cache.itemsize,
   };
@@ -80,10 +92,10 @@ function predict(phase, setting) {
     operation.share = operation.isOverlapped ? 0 : operation.seconds / seconds;
     bounds[operation.bound] = (bounds[operation.bound] || 0) + operation.share;
   }
-  const tokens = symbols.A;
+  const tokens = symbols.A, { E, K, N, X, ep, expert_width: width } = symbols;
   const figures = { tokens, seconds, gpus: symbols.n, cost: hardware.cost };
   return {
-    phase, operations, seconds, bounds, tokens,
+    phase, operations, seconds, bounds, tokens, layer: { E, K, N, X, ep, width, layers: symbols.layers, moeLayers: symbols.moe_layers },
     summary: evaluateAll(CONTENT.summary, figures),
     transferSeconds: sum(operations.filter((operation) => operation.isOverlapped)),
     weightBytes: evaluate(model.weightBytes, symbols),

@@ -28,6 +28,31 @@ function card(label, value, note) {
     html("span", { class: "note" }, note));
 }
 
+/** The two figures that people come for. */
+function drawAnswer(host, results, setting) {
+  host.replaceChildren(...results.map((result) => {
+    const [bound, share] = Object.entries(result.bounds).reduce((most, one) => (one[1] > most[1] ? one : most));
+    const what = result.phase === "prefill"
+      ? `${count(setting.prompts)} × ${count(setting.context)} tokens` : `${count(setting.batch)} sequences of ${count(setting.context)}`;
+    return html("div", { class: result.phase }, html("span", { class: "label" }, `${result.phase}, ${what}`),
+      html("strong", {}, time(result.seconds)), html("span", { class: "note" }, `${percent(share)} ${bound}-bound`),
+      html("span", { class: "note" }, `${count(result.summary.tokens_per_s_per_gpu)} tokens/s per GPU`));
+  }));
+}
+
+/** Every machine's critical intensities; a click chooses it. */
+function drawMachines(host, setting, choose) {
+  host.replaceChildren(...Object.entries(CONTENT.hardware).map(([name, hardware]) => {
+    const dtypes = ["bf16", "fp8"].filter((dtype) => dtype === "bf16" || hardware.flops.fp8 !== hardware.flops.bf16);
+    const button = html("button", { type: "button", class: "card", "aria-pressed": String(name === setting.hardware) },
+      html("span", { class: "label" }, name),
+      ...dtypes.map((dtype) => html("strong", {}, (hardware.flops[dtype] / hardware.memory).toFixed(0), html("small", {}, ` ${dtype}`))),
+      html("span", { class: "note" }, `${si(hardware.memory)}B/s, ${(hardware.memoryBytes / 1e9).toFixed(0)} GB`));
+    button.addEventListener("click", () => choose(name));
+    return button;
+  }));
+}
+
 function drawCards(host, result, setting) {
   const { summary } = result;
   const hardware = CONTENT.hardware[setting.hardware];
@@ -64,6 +89,7 @@ function formulaRow(operation, columns) {
 
 function drawTable(host, result, measured) {
   const isMeasured = measured.length > 0;
+  host.classList.toggle("is-measured", isMeasured);
   const titles = ["operation", "FLOP/byte", "bound by", "time", "share", ...(isMeasured ? ["measured"] : [])];
   const body = html("tbody", {});
   const greatest = Math.max(...result.operations.map(({ share }) => share));
