@@ -22,7 +22,7 @@ from rich.table import Table
 from headrace_planner import plots
 from headrace_planner.capacity import Demand, Plan, make_plan
 from headrace_planner.plan_experts import experts_choice
-from headrace_planner.sim_capacity import Attempt, Verified, verify
+from headrace_planner.sim_capacity import Attempt, Verified, verify_divisions
 from headrace_planner.sim_result import parse_slo
 from headrace_planner.sim_roofline import Machine
 from headrace_planner.sim_tradeoffs import crossover, decode_speed, kv_memory
@@ -65,9 +65,8 @@ def main(
         machine = find_hardware(hardware, hardware_file)
         requests, demand = _demand(workload, trace, scale)
         plan = make_plan(shape, machine, demand, parse_slo(slo), dtype=dtype, kv_dtype=kv_dtype, max_gpus=max_gpus)
-        verified = verify(plan, requests) if simulate else None
-        if verified:
-            plan = plan.with_workers(verified.config.num_prefill, verified.config.num_decode)
+        tried = verify_divisions(plan, requests) if simulate else []
+        plan, verified = tried[0] if tried else (plan, None)
         if plot_dir:
             _plot(shape, machine, dtype, plot_dir)
     except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
@@ -75,8 +74,14 @@ def main(
         raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(as_dict(plan, verified), indent=2))
-    else:
-        _print(plan, verified)
+        return
+    _print(plan, verified)
+    for other, found in tried[1:]:
+        typer.echo(
+            f"with prefill workers of {other.prefill.machine.parallel}: "
+            f"{_counted(found.config.num_prefill, found.config.num_decode)} ({found.config.num_gpus} GPUs), "
+            f"{found.attainment:.1%} of requests met both objectives"
+        )
 
 
 def as_dict(plan: Plan, verified: Verified | None) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class Verified:
         """Whether the goal was reached."""
         return self.attainment >= self.goal > 0
 
+    @property
+    def is_all_asked(self) -> bool:
+        """Whether as many met the objective as were asked to, not only of those that can."""
+        return self.attainment >= self.asked
+
 
 def worker_spec(machine: Machine, *, kv_tokens: int, max_rows: int, step_tokens: int, max_context: int) -> WorkerSpec:
     """Return a worker of `machine` as the simulator takes it."""
@@ -125,6 +130,23 @@ def config_of(plan: Plan) -> SimConfig:
 def verify(plan: Plan, workload: Workload, *, attainment: float = 0.95) -> Verified:
     """Simulate the plan; while fewer than `attainment` meet the objective, add workers where it is missed."""
     return correct(config_of(plan), workload, plan.slo, attainment=attainment)
+
+
+def verify_divisions(plan: Plan, workload: Workload) -> list[tuple[Plan, Verified]]:
+    """Simulate the plan; if it lacked workers, also with the best prefill workers whose attention is divided otherwise.
+
+    Steps that wait for one long prompt among data-parallel groups are what the arithmetic of means does not see.
+    Returns what was simulated, each plan with as many workers as it took, the best first: where as many requests as
+    were asked for meet the objective the one with fewer GPUs, else the one that comes closer.
+    """
+    is_dp = plan.prefill.machine.parallel.dp > 1
+    tried = [(plan, verify(plan, workload))]
+    other = next((option for option in plan.prefill_options if (option.machine.parallel.dp > 1) != is_dp), None)
+    if other and (len(tried[0][1].attempts) > 1 or not tried[0][1].is_all_asked):
+        otherwise = replace(plan, prefill=other)
+        tried.append((otherwise, verify(otherwise, workload)))
+    tried.sort(key=lambda pair: (0, pair[1].config.num_gpus) if pair[1].is_all_asked else (1, -pair[1].attainment))
+    return [(each.with_workers(found.config.num_prefill, found.config.num_decode), found) for each, found in tried]
 
 
 def correct(config: SimConfig, workload: Workload, slo: Slo, *, attainment: float = 0.95) -> Verified:

@@ -17,7 +17,7 @@ from headrace_planner.__main__ import app
 from headrace_planner.capacity import Demand, divisions, make_plan
 from headrace_planner.cli_plan import as_dict, left_out
 from headrace_planner.divisible import check_divides
-from headrace_planner.sim_capacity import config_of, verify, wire_of, worker_spec
+from headrace_planner.sim_capacity import config_of, verify, verify_divisions, wire_of, worker_spec
 from headrace_planner.sim_config import SimConfig
 from headrace_planner.sim_result import Slo
 from headrace_planner.sim_roofline import Machine
@@ -109,6 +109,20 @@ def test_table_and_cost_are_of_the_cluster_that_was_simulated() -> None:
     assert report["num_gpus"] == verified.config.num_gpus == report["simulated"]["num_gpus"]
     assert corrected.cost_per_million_tokens > plan.cost_per_million_tokens
     assert corrected.link_bytes_per_s <= plan.link_bytes_per_s
+
+
+def test_prompts_too_long_for_one_group_are_prefilled_by_all_gpus_of_a_worker() -> None:
+    """Means let data-parallel attention look best; a prompt of 26,000 tokens takes one GPU over a second."""
+    plan = make_plan(V3, H200, Demand(8000, 64, 1), Slo(1.2, 0.05), dtype=Dtype.FP8)
+    data_parallel = next(option for option in plan.prefill_options if option.machine.parallel.dp > 1)
+    plan = replace(plan, prefill=data_parallel)
+    prompts = np.where(np.arange(40) % 4 == 0, 26_000, 2000)
+    tried = verify_divisions(plan, Workload(np.arange(40.0), prompts, np.full(40, 64)))
+    assert [pair[0].prefill.machine.parallel.dp > 1 for pair in tried] == [False, True]
+    (best, found), (_, other) = tried
+    assert found.is_met
+    assert found.attainment > other.attainment
+    assert best.num_gpus == found.config.num_gpus
 
 
 @pytest.mark.parametrize("columns", ["60", "200"])
