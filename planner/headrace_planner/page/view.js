@@ -40,8 +40,12 @@ function drawAnswer(host, results, setting) {
   }));
 }
 
-/** Every machine's critical intensities; a click chooses it. */
+/** Every machine's critical intensities; a click chooses it. They are drawn once, then one is marked. */
 function drawMachines(host, setting, choose) {
+  if (host.children.length) {
+    for (const card of host.children) card.setAttribute("aria-pressed", String(card.firstChild.textContent === setting.hardware));
+    return;
+  }
   host.replaceChildren(...Object.entries(CONTENT.hardware).map(([name, hardware]) => {
     const dtypes = ["bf16", "fp8"].filter((dtype) => dtype === "bf16" || hardware.flops.fp8 !== hardware.flops.bf16);
     const button = html("button", { type: "button", class: "card", "aria-pressed": String(name === setting.hardware) },
