@@ -134,8 +134,8 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
     StartupError: {
         "BAD_ADDRESS": "an address is not host:port",
         "BAD_KEYS": "the file of API keys can't be used; says why",
-        "BAD_RANKS": "a model can't be shared out to ranks so; names what does not divide",
-        "BAD_TLS": "certificate, key or roots are missing, expired, or for another role; says which",
+        "BAD_RANKS": "a model can't be shared out to ranks so, or they can't meet; names what is wrong",
+        "BAD_TLS": "a certificate, key or root is missing, expired, of another role; or ranks are on several machines",
         "BAD_TRACING": "a variable of OpenTelemetry (OTEL_*) can't be used",
         "BIND": "an address can't be listened on",
         "DISK_FULL": "a model's download does not fit the disk",
