@@ -17,6 +17,7 @@ from headrace_core.door import Call
 from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.families.generation_config import read_sampling_defaults
+from headrace_core.hub import is_hub_name
 from headrace_core.request import MOST_TIMEOUT_S, SamplingParams
 from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
@@ -316,8 +317,10 @@ class Router:
 
 
 def model_name_of(settings: RouterSettings) -> str:
-    """Return what the model is called."""
-    return settings.model_name or settings.model.resolve().name
+    """Return what the model is called: as it was told, by its name on the hub, or as its folder is."""
+    if settings.model_name:
+        return settings.model_name
+    return str(settings.model) if is_hub_name(settings.model) else settings.model.resolve().name
 
 
 def _role_name(link: Link) -> str:
