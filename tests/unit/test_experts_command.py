@@ -80,7 +80,7 @@ def test_no_line_is_wider_than_the_terminal_and_a_loss_is_said_both_ways(width, 
         text = "\n".join(lines)
         assert "ranks wait 25% of the experts' time" in text
         assert "33% more time" in text
-        assert "rebalanced 1 times, 1 failed; moved 5 experts, 4.0 MB" in text
+        assert "rebalances: 1 done, 1 failed; moved 5 experts, 4.0 MB" in text
 
 
 def test_a_step_is_drawn_beside_its_ideal():

@@ -16,6 +16,8 @@ _GLYPHS = dict(zip(PARTS, "█▓░", strict=True))
 _STYLES = {"compute": "green", "communication": "blue", "waiting": "red"}
 _MOST_WIDTH = 100
 _LAYERS = 8
+_LEAST_SHOWN = 0.005
+"""What would be written as 0 %."""
 
 
 def picture(counted: Counted, outlook: Outlook, width: int, *, is_whole: bool = False) -> Iterator[Text]:
@@ -32,7 +34,7 @@ def picture(counted: Counted, outlook: Outlook, width: int, *, is_whole: bool = 
     if counted.rebalances and sum(counted.rebalances.values()):
         done, failed = (int(counted.rebalances.get(outcome, 0)) for outcome in ("done", "failed"))
         moved = f"{int(counted.moved_experts)} experts, {counted.moved_bytes / 1e6:.1f} MB"
-        yield Text(f"rebalanced {done} times, {failed} failed; moved {moved}")
+        yield Text(f"rebalances: {done} done, {failed} failed; moved {moved}")
     yield Text()
     if outlook.step is None:
         yield Text("How ranks spend a step is known of groups on CPUs.", style="dim")
@@ -72,7 +74,7 @@ def _losses(outlook: Outlook) -> Iterator[Text]:
     yield Text(f"{outlook.num_ranks} ranks, rebalanced (EPLB), {outlook.num_slots} slots a layer", style="bold")
     yield from _loss(outlook.rebalanced)
     faster = (1 - outlook.rebalanced.loss) / (1 - outlook.now.loss) - 1
-    if faster > 0:
+    if faster >= _LEAST_SHOWN:
         yield Text(f"  a rebalance would do {faster:.0%} more in the same time", style="green")
     else:
         yield Text("  a rebalance would win nothing")
