@@ -204,7 +204,7 @@ class DecodeScheduler:
             chunks = self._choose(now)  # what gave way left pages that a waiting sequence can have
         chunks = self._speculation.with_drafts(chunks, self._sequences, self.pages)
         sampling = {c.key: self._sequences[c.key].sampling(self._limits) for c in chunks if c.is_sampled}
-        return self._book.plan(ForwardPlan(chunks, runs_mtp=self._speculation.is_mtp), sampling)
+        return self._book.plan(ForwardPlan(chunks, runs_mtp=self._speculation.runs_module(chunks)), sampling)
 
     def plan_ahead(self, now: float) -> StepPlan | None:
         """Choose the step after the one under way as if that were over and had ended nobody but by length.

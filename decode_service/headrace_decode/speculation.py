@@ -24,9 +24,10 @@ from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_decode.prompt_lookup import PromptLookup
 
 _DEFAULT_TOKENS = {"lookup": 4, "mtp": 1}
-_MOST_ROWS = {"cpu": 8, "cuda": 64}
-"""A step's rows, after which another one costs what it costs alone: on a CPU as measured (docs/benchmarks.md), on a GPU
-far below where its arithmetic takes as long as its memory, some hundred rows."""
+_MOST_ROWS = {"lookup": {"cpu": 8, "cuda": 64}, "mtp": {"cpu": 4, "cuda": 64}}
+"""A step's rows, after which another one costs what it costs alone: on a CPU as measured (docs/benchmarks.md), less
+where a module takes its part of each step, too; on a GPU far below where its arithmetic takes as long as its memory,
+some hundred rows."""
 _MOST_TOKENS = 99
 """Of a draft, by the settings."""
 _JUDGED_TOKENS = 32
@@ -113,7 +114,7 @@ class Drafted(Protocol):
 class Speculation:
     """Drafts of at most `num_tokens`, in steps of at most `max_rows` rows; 0 tokens: none.
 
-    `method`: by what followed before (`PromptLookup`), or by the model's MTP module, which then runs in every step.
+    `method`: by what followed before (`PromptLookup`), or by the model's MTP module.
     """
 
     num_tokens: int = 0
@@ -124,6 +125,16 @@ class Speculation:
     def is_mtp(self) -> bool:
         """Whether the model's module guesses."""
         return self.method == "mtp"
+
+    def runs_module(self, chunks: Sequence[Chunk]) -> bool:
+        """Return whether a step of these chunks, as `with_drafts` made them, runs the module.
+
+        It does for prompts, and where it is to guess. Other tokens have no rows of it then: guesses behind them are a
+        little worse (docs/benchmarks.md), and steps whose drafts were turned down cost what they cost without it.
+        """
+        return self.is_mtp and any(
+            chunk.num_wanted or not chunk.is_sampled or len(chunk.token_ids) > 1 + chunk.num_draft for chunk in chunks
+        )
 
     def drafting(self) -> Drafting:
         """Return a new sequence's."""
@@ -136,7 +147,7 @@ class Speculation:
         if name == "off":
             return Speculation()
         method: Literal["lookup", "mtp"] = "mtp" if name == "mtp" else "lookup"
-        most_rows = min(_MOST_ROWS[settings.device], settings.max_step_sequences, settings.max_step_tokens)
+        most_rows = min(_MOST_ROWS[method][settings.device], settings.max_step_sequences, settings.max_step_tokens)
         return Speculation(int(count or _DEFAULT_TOKENS[method]), most_rows, method)
 
     def with_drafts(self, chunks: list[Chunk], sequences: Mapping[int, Drafted], pages: PageAllocator) -> list[Chunk]:
@@ -148,7 +159,8 @@ class Speculation:
         chunks = self._drafted(chunks, sequences, pages)
         if not self.is_mtp:
             return chunks
-        is_full = sum(chunk.is_sampled for chunk in chunks) >= self.max_rows
+        # A module runs for all rows of a step: it pays where all of the next one's may have a draft.
+        is_full = 2 * sum(chunk.is_sampled for chunk in chunks) > self.max_rows
         return [self._for_module(chunk, sequences[chunk.key], is_full=is_full) for chunk in chunks]
 
     def _for_module(self, chunk: Chunk, sequence: Drafted, *, is_full: bool) -> Chunk:

@@ -1,7 +1,7 @@
 """What `--speculate` gains the demo model: right guesses, tokens a step, time of a token, beside plain decoding.
 
     PYTHONPATH=demo python -m tests.perf.drafts [--speculate lookup mtp:1] [--prompts 100] [--workload stories]
-        [--at-a-time 1 4 8] [--temperature 0 0.7] [--max-rows 8] [--json build/bench/drafts.json]
+        [--at-a-time 1 4 8] [--temperature 0 0.7] [--max-rows 16] [--json build/bench/drafts.json]
 
 Of *stories* the prompts are those of the demo model's gate; *told again* has the prompt, the story, and the prompt once
 more, as a conversation has its earlier turns. Each is gone on with to its end, so many at a time as said. Both kinds
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--speculate", nargs="*", default=["lookup"], metavar="METHOD[:K]")
     parser.add_argument("--at-a-time", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--temperature", type=float, nargs="*", default=[0.0, 0.7])
-    parser.add_argument("--max-rows", type=int, default=8)
+    parser.add_argument("--max-rows", type=int, default=0, help="0: as many as a worker takes")
     parser.add_argument("--json", type=Path, default=Path("build/bench/drafts.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -116,9 +116,10 @@ def main() -> None:
     prompts = workloads(options.prompts, options.workload)
     cells = itertools.product(options.speculate, options.workload, options.at_a_time, options.temperature)
     for asked, name, at_a_time, temperature in cells:
-        speculation = replace(Speculation.of(DecodeSettings(model=FOLDER, speculate=asked)), max_rows=options.max_rows)
+        speculation = Speculation.of(DecodeSettings(model=FOLDER, speculate=asked))
+        speculation = replace(speculation, max_rows=options.max_rows or speculation.max_rows)
         row = compared(prompts[name], at_a_time=at_a_time, temperature=temperature, speculation=speculation)
-        rows.append({"workload": name, "speculate": asked, "max_rows": options.max_rows} | row)
+        rows.append({"workload": name, "speculate": asked, "max_rows": speculation.max_rows} | row)
         sys.stdout.write(
             f"{asked}, {name}, {at_a_time} at a time, temperature {temperature}: "
             f"{row['same']} of {row['prompts']} the same, "

@@ -39,7 +39,6 @@ def step(s: DecodeScheduler, guesses: dict[int, list[int]] | None = None, *, tok
     """Plan a step, and answer that every draft was right, with these guesses of what follows."""
     plan = s.plan(0.0)
     assert plan is not None
-    assert plan.forward.runs_mtp
     given = {
         chunk.key: [SampledToken(t) for t in (*chunk.token_ids[len(chunk.token_ids) - chunk.num_draft :], token)]
         for chunk in plan.chunks
@@ -81,12 +80,15 @@ def test_no_more_is_asked_for_than_the_next_step_may_check():
 
 
 def test_a_step_that_has_as_many_rows_as_drafts_pay_for_asks_for_none():
-    s = scheduler(Speculation(3, 2, "mtp"))
+    s = scheduler(Speculation(3, 3, "mtp"))
     for key in (1, 2):
         s.add(key, spec(prompt(key, 3)), 0.0)
     plan = step(s)
-    assert wanted(plan) == [0, 0]
-    assert plan.forward.runs_mtp, "its rows are written all the same"
+    assert (wanted(plan), plan.forward.runs_mtp) == ([0, 0], True), "prompts have their rows all the same"
+    assert not step(s).forward.runs_mtp, "what is turned down costs nothing"
+    s.abort(2)
+    plan = step(s)
+    assert (wanted(plan), plan.forward.runs_mtp) == ([2], True)
 
 
 def test_a_sequence_whose_guesses_are_wrong_asks_for_none_until_it_is_tried_again():
@@ -191,7 +193,7 @@ def test_a_module_that_raises_fails_no_sequence_and_changes_no_token():
 
 @pytest.mark.parametrize(
     ("asked", "speculation"),
-    [("mtp", Speculation(1, 8, "mtp")), ("mtp:3", Speculation(3, 8, "mtp")), ("lookup", Speculation(4, 8))],
+    [("mtp", Speculation(1, 4, "mtp")), ("mtp:3", Speculation(3, 4, "mtp")), ("lookup", Speculation(4, 8))],
 )
 def test_what_is_asked_for(asked, speculation):
     settings = DecodeSettings(model=Path("m"), speculate=asked)
