@@ -24,7 +24,7 @@ from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_decode.prompt_lookup import PromptLookup
 
 _DEFAULT_TOKENS = {"lookup": 4, "mtp": 1}
-_MOST_ROWS = {"lookup": {"cpu": 8, "cuda": 64}, "mtp": {"cpu": 4, "cuda": 64}}
+_MOST_ROWS = {"lookup": {"cpu": 8, "cuda": 64}, "mtp": {"cpu": 2, "cuda": 64}}
 """A step's rows, after which another one costs what it costs alone: on a CPU as measured (docs/benchmarks.md), less
 where a module takes its part of each step, too; on a GPU far below where its arithmetic takes as long as its memory,
 some hundred rows."""
@@ -166,10 +166,12 @@ class Speculation:
     def _for_module(self, chunk: Chunk, sequence: Drafted, *, is_full: bool) -> Chunk:
         if not chunk.is_sampled:
             return replace(chunk, next_id=sequence.token_ids[chunk.start + len(chunk.token_ids)])
+        if is_full:
+            return chunk
         # It has a token more by then, and one that is drawn behind the draft.
         num_left = sequence.finish.num_left(len(sequence.output_ids), len(sequence.token_ids)) - 2
         num_wanted = sequence.drafting.num_wanted(max(0, min(self.num_tokens, num_left)))
-        return chunk if is_full or not num_wanted else replace(chunk, num_wanted=num_wanted)
+        return replace(chunk, num_wanted=num_wanted) if num_wanted else chunk
 
     def _drafted(self, chunks: list[Chunk], sequences: Mapping[int, Drafted], pages: PageAllocator) -> list[Chunk]:
         num_left = self.max_rows - len(chunks)

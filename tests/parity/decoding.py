@@ -62,6 +62,7 @@ class Decoding:
         pool_tokens: int = _POOL_TOKENS,
         on_step: Callable[[StepPlan, StepResult, KvCache], None] = lambda plan, result, cache: None,
         allocator: PageAllocator | None = None,
+        max_step_tokens: int = 512,
     ) -> Decoded:
         """Go on with every prompt to its end.
 
@@ -71,7 +72,7 @@ class Decoding:
         scheduler = DecodeScheduler(
             allocator or PageAllocator(pool_tokens // self._page_size, self._page_size),
             self._limits,
-            max_step_tokens=512,
+            max_step_tokens=max_step_tokens,
             max_step_sequences=self._max_sequences,
             max_waiting_sequences=len(prompts),
             speculation=speculation,

@@ -57,7 +57,7 @@ def test_every_token_has_the_row_that_it_has_when_all_is_computed_at_once():
     texts = [prompt[: 20 + 5 * i] for i, prompt in enumerate(prompts()[1:16:2])]
     model, seen = load_model(FOLDER, numerics=Numerics.EXACT, has_mtp=True), Seen()
     decoding = Decoding(model, max_sequences=4, page_size=PAGE)
-    run = decoding.run(texts, [greedy(30)] * len(texts), MTP, pool_tokens=256, on_step=seen)
+    run = decoding.run(texts, [greedy(30)] * len(texts), MTP, pool_tokens=256, on_step=seen, max_step_tokens=24)
     assert run.num_preempted > 0
     assert 0 < run.num_right < run.num_drafted
     for key, text in enumerate(texts):

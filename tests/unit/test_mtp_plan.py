@@ -149,51 +149,59 @@ def test_what_stands_behind_the_tokens_of_a_chunk(chunk, given, behind):
     assert chunk.behind(given) == behind
 
 
-class Guessing:
-    """A module that is told of, and raises while it is broken."""
+PROMPT = [7, 8, 9, 10, 11, 12, 13]
 
-    def __init__(self) -> None:
-        self.is_broken = False
-        self.told: list[dict[int, Sequence[int]]] = []
+
+class Guessing:
+    """A module that guesses `text`, and raises when it is called for an odd time, or always."""
+
+    def __init__(self, text: Sequence[int] = (), *, is_broken: bool = False) -> None:
+        self.num_calls = 0
+        self._text = text
+        self._is_broken = is_broken
 
     def guess(self, chunks, tokens, cache):
-        self.told.append(dict(tokens))
-        if self.is_broken:
+        self.num_calls += 1
+        if self._is_broken or self.num_calls % 2:
             raise RuntimeError("the module is broken")
-        return {chunk.key: [1] * chunk.num_wanted for chunk in chunks if chunk.num_wanted}
+        (chunk,) = chunks
+        at = chunk.start + 1 + len(chunk.behind(tokens[chunk.key])) - len(PROMPT)
+        return {chunk.key: list(self._text[at : at + chunk.num_wanted])}
 
 
 def run_to_the_end(guessing: Guessing | None) -> tuple[list[int], int]:
-    """Return the tokens of a sequence with penalties, which the sampler keeps count of, and how often it was told."""
+    """Return the tokens of a sequence with penalties, which the sampler keeps count of, and how many were drafted."""
     loaded = loaded_fake_model(num_pages=64, page_size=4, model=FakeModel())
     executor = Executor(loaded.model, loaded.cache, mtp=guessing)
     halves = Halves(executor.step, lambda: None, clock=lambda: 0.0)
-    s = scheduler(MTP if guessing else Speculation(), max_step_tokens=6)
-    params = SamplingParams(temperature=0.0, seed=1, max_tokens=20, presence_penalty=1.0, frequency_penalty=1.0)
+    s = scheduler(MTP if guessing else Speculation())
     s.pages.page_size = 4
-    s.add(1, replace(spec([7, 8, 9, 10, 11, 12, 13]), params=params), 0.0)
+    params = SamplingParams(temperature=0.0, seed=1, max_tokens=30, repetition_penalty=1.9, frequency_penalty=1.9)
+    s.add(1, replace(spec(PROMPT), params=params), 0.0)
     found: list[int] = []
+    num_drafted = 0
     while plan := s.plan(0.0):
         result = halves.run(plan)
         assert not result.failures
+        num_drafted += sum(chunk.num_draft for chunk in plan.chunks)
         found += [token.token_id for tokens in result.tokens.values() for token in tokens]
         s.apply(result, 0.0)
-    return found, len(guessing.told) if guessing else 0
+    return found, num_drafted
 
 
-def test_a_module_that_raises_fails_no_sequence_and_changes_no_token():
+@pytest.mark.parametrize("is_broken", [True, False], ids=["always", "every other time"])
+def test_a_module_that_raises_fails_no_sequence_and_changes_no_token(is_broken):
     plain, _ = run_to_the_end(None)
-    broken = Guessing()
-    broken.is_broken = True
-    found, num_told = run_to_the_end(broken)
+    guessing = Guessing(plain, is_broken=is_broken)
+    found, num_drafted = run_to_the_end(guessing)
     assert found == plain
-    assert num_told > 10, "it was tried each time"
-    assert run_to_the_end(Guessing())[0] == plain
+    assert guessing.num_calls > 8, "it was tried each time"
+    assert (num_drafted > 5) != is_broken
 
 
 @pytest.mark.parametrize(
     ("asked", "speculation"),
-    [("mtp", Speculation(1, 4, "mtp")), ("mtp:3", Speculation(3, 4, "mtp")), ("lookup", Speculation(4, 8))],
+    [("mtp", Speculation(1, 2, "mtp")), ("mtp:3", Speculation(3, 2, "mtp")), ("lookup", Speculation(4, 8))],
 )
 def test_what_is_asked_for(asked, speculation):
     settings = DecodeSettings(model=Path("m"), speculate=asked)
