@@ -66,6 +66,13 @@ def test_a_checkpoint_whose_config_speaks_of_none_is_refused(tmp_path):
     assert told.value.reason == "NO_MTP"
 
 
+def test_a_module_of_sparse_attention_is_refused(tmp_path):
+    write_config(tmp_path, {**TINY_CONFIGS["v32"], "num_nextn_predict_layers": 1})
+    with pytest.raises(StartupError, match="not there for sparse attention, of deepseek_v32") as told:
+        with_mtp(parse_config(tmp_path), 1)
+    assert told.value.reason == "NO_MTP"
+
+
 def test_a_checkpoint_that_was_saved_without_it_is_refused(tmp_path):
     write_config(tmp_path, {**TINY_CONFIGS["v3"], "num_nextn_predict_layers": 1})
     write_tensors(tmp_path, random_tensors(parse_config(tmp_path), Variation()))

@@ -17,7 +17,7 @@ def with_mtp(config: ModelConfig, num_ranks: int) -> ModelConfig:
     """Return the network with its module, the first if it has several.
 
     Raises:
-        StartupError: NO_MTP, config.json speaks of none, or a group of ranks is to run it.
+        StartupError: NO_MTP, config.json speaks of none, its attention is sparse, or a group of ranks is to run it.
     """
     if not config.num_mtp_layers:
         raise StartupError(
@@ -25,6 +25,8 @@ def with_mtp(config: ModelConfig, num_ranks: int) -> ModelConfig:
             f"--speculate mtp: this {config.family} has no module for multi-token prediction "
             f"(num_nextn_predict_layers in config.json); {_USE}",
         )
+    if config.is_attention_sparse:
+        raise StartupError("NO_MTP", f"--speculate mtp is not there for sparse attention, of {config.family}; {_USE}")
     if num_ranks > 1:
         raise StartupError(
             "NO_MTP", f"--speculate mtp is for a worker of one process, not for a group of {num_ranks} ranks; {_USE}"
