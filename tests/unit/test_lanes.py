@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 import pytest
+from headrace_core.batch.executor_book import ExecutorBook
 from headrace_core.batch.step import Chunk, StepPlan, StepResult
 from headrace_core.batch.step_book import Failed
 from headrace_core.batch.step_budget import StepBudget
+from headrace_core.batch.step_diff import Differ
 from headrace_core.kv.page_pool import PagePool
 from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
 from headrace_core.request import SampledToken
@@ -153,6 +155,26 @@ def test_who_needs_a_page_takes_it_from_its_own_lane_and_an_empty_one_helps_nobo
     assert gone == 3, "the younger one of lane 0, though one of lane 1 is younger"
     s.abort(4)
     assert lanes(step(s)) == {1: 0, 3: 1}, "it is computed again where there is room"
+
+
+def test_a_follower_knows_a_sequence_s_lane_by_its_pages_also_when_it_is_another():
+    s = decode(lane_pages=4)
+    differ, book = Differ(), ExecutorBook("of rank 1", lane_pages=4)
+    for key, length in ((1, 3), (2, 3), (3, 2)):
+        s.add(key, spec(prompt(key, length)), 0.0)
+    seen: set[tuple[int, int]] = set()
+    for number in range(6):
+        plan = s.plan(0.0)
+        assert plan is not None
+        told = book.plan(differ.diff(plan, s.running_keys()))
+        assert told.chunks == plan.chunks
+        seen |= set(lanes(told).items())
+        tokens = {c.key: [SampledToken(5)] for c in plan.chunks if c.is_sampled}
+        s.apply(StepResult(tokens, 0.0), 0.0)
+        book.sampled({key: [5] for key in tokens})
+        if number == 1:
+            s.abort(2)
+    assert {(1, 0), (2, 1), (3, 0), (3, 1)} == seen
 
 
 def test_more_sequences_than_lanes_hold_all_end_with_their_tokens_and_cancelled_ones_leave_nothing():
