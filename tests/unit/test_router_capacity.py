@@ -12,7 +12,8 @@ import pytest
 from headrace_core.errors import OverloadedError, UnavailableError
 from headrace_router.placement import policy
 from headrace_router.placement.capacity import Capacity, Route, Waiting, WorkerView
-from headrace_router.placement.policy import MAX_OVERTAKEN, Assignment, overtaken, plan
+from headrace_router.placement.overtaken import overtaken
+from headrace_router.placement.policy import MAX_OVERTAKEN, Assignment, plan
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 from headrace_router.placement.capacity import Capacity
+from headrace_router.placement.overtaken import overtaken
 from headrace_router.placement.policy import (
     MAX_OVERTAKEN,
     Assignment,
     Waiting,
     WorkerView,
     decode_pages,
-    overtaken,
     plan,
     prefill_pages,
 )

@@ -19,6 +19,7 @@ from headrace_router.placement import policy
 from headrace_router.placement.capacity import Capacity, Kind, Waiting, WorkerView
 from headrace_router.placement.fair_queue import FairQueue, HasTurn
 from headrace_router.placement.forecast import Forecast, num_lacking
+from headrace_router.placement.overtaken import overtaken
 from headrace_router.placement.preferences import Preference, prefix_cache
 
 
@@ -146,7 +147,7 @@ class Book(Generic[E]):
         )
         self._num_placed += sum(bool(assignment.prefill) for assignment in assignments)
         looked_at = [entry.waiting for entry in entries]
-        for index, count in policy.overtaken(looked_at, assignments, workers, self.capacity):
+        for index, count in overtaken(looked_at, assignments, workers, self.capacity):
             waiting = looked_at[index]
             entries[index].waiting = replace(waiting, num_overtaken=waiting.num_overtaken + count)
         placed = [Placed(entries[each.index], each.prefill, each.decode) for each in assignments]

@@ -21,9 +21,8 @@ worker has pages for its prompt and expected output. The rules:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from headrace_router.placement.capacity import (
     Capacity,
@@ -42,8 +41,6 @@ EXPECTED_OUTPUT_TOKENS = 512
 """Most output that pages are reserved for at a time; a sequence that ran out of pages reserves all it may produce."""
 MAX_OVERTAKEN = 64
 """Sequences that may overtake a waiting one on workers that it could have used."""
-MAX_COUNTED = 256
-"""Sequences at the queue's head that are told by how many they were overtaken; the others, once they come so far."""
 _NO_END = 1 << 62
 _FITS, _WAITS, _YIELDS, _NEVER = range(4)
 """How a worker stands to a sequence: has room now, would have room when idle, keeps its room for others, never has."""
@@ -109,7 +106,7 @@ class _Open:
     def could_take(self, kind: Kind, route: Route) -> bool:
         """Return False if nothing that is open could hold such a sequence, however idle."""
         if self._held_back and not any(
-            _could_decode_for(kind, worker, route) for worker in self.decodes_for(kind.client)
+            could_decode_for(kind, worker, route) for worker in self.decodes_for(kind.client)
         ):
             return False
         if self._capacity is None:
@@ -214,35 +211,6 @@ def plan(
     return assignments
 
 
-def overtaken(
-    queue: Sequence[Waiting], assignments: Sequence[Assignment], workers: Iterable[WorkerView], capacity: Capacity
-) -> Iterator[tuple[int, int]]:
-    """Yield who in the queue was overtaken by a plan's assignments: (index, by how many that it competed with).
-
-    Args:
-        queue: as it was planned; at least up to the last one assigned.
-        assignments: what `plan` made of it.
-        workers: those that were given to `plan`.
-        capacity: of the fleet.
-    """
-    placed = {assignment.index for assignment in assignments}
-    end = max(placed, default=-1)
-    if end < len(placed):
-        return  # nobody was passed
-    by_address = {worker.address: worker for worker in workers}
-    routes: dict[Kind, Route | None] = {}
-    passed = islice((index for index in range(end) if index not in placed), MAX_COUNTED)
-    for index in passed:
-        waiting = queue[index]
-        kind = waiting.kind
-        route = routes[kind] if kind in routes else routes.setdefault(kind, capacity.route(kind))
-        if route is not None:
-            behind = (assignment for assignment in assignments if assignment.index > index)
-            count = sum(_competes(waiting, route, assignment, by_address) for assignment in behind)
-            if count:
-                yield index, count
-
-
 def decode_pages(waiting: Waiting, worker: WorkerView) -> int:
     """Return the pages to reserve at a decode worker: for the expected output, but no more than it can ever free."""
     expected = _num_pages(waiting.num_expected_tokens, worker)
@@ -296,25 +264,20 @@ def _alone(index: int, waiting: Waiting, ready: _Open, route: Route) -> Assignme
 def _claim_all(waiting: Waiting, ready: _Open, route: Route) -> None:
     """Close every worker that the sequence could use to those behind it, but those where it yields to others."""
     for worker in list(ready.prefills.values()):
-        if _could_prefill_for(waiting, worker, route):
+        if could_prefill_for(waiting, worker, route):
             ready.close_prefill(worker.address)
     for worker in list(ready.decodes.values()):
-        if _could_decode_for(waiting, worker, route) and not _yields(waiting, worker):
+        if could_decode_for(waiting, worker, route) and not _yields(waiting, worker):
             ready.close_decode(worker.address)
 
 
-def _competes(waiting: Waiting, route: Route, other: Assignment, workers: Mapping[str, WorkerView]) -> bool:
-    """Return True if another one's assignment uses a worker that the sequence could have used in its place."""
-    if other.prefill and _could_prefill_for(waiting, workers[other.prefill], route):
-        return True
-    return _could_decode_for(waiting, workers[other.decode], route)
-
-
-def _could_prefill_for(waiting: Waiting, worker: WorkerView, route: Route) -> bool:
+def could_prefill_for(waiting: Waiting, worker: WorkerView, route: Route) -> bool:
+    """Return False if a worker never computes the prompt for another one on this way."""
     return route is Route.PAIR and could_prefill(waiting, worker)
 
 
-def _could_decode_for(needs: Needs, worker: WorkerView, route: Route) -> bool:
+def could_decode_for(needs: Needs, worker: WorkerView, route: Route) -> bool:
+    """Return False if a worker never generates for the sequence on this way."""
     # On the DECODE route no worker of both roles could hold it.
     return (worker.can_prefill or route is not Route.BOTH) and could_decode(needs, worker)
 
@@ -355,7 +318,7 @@ def _prefill_standing(waiting: Waiting, worker: WorkerView) -> int:
 
 
 def _decode_standing(waiting: Waiting, worker: WorkerView, route: Route) -> int:
-    if not _could_decode_for(waiting, worker, route):
+    if not could_decode_for(waiting, worker, route):
         return _NEVER
     if _yields(waiting, worker):
         return _YIELDS
