@@ -20,7 +20,9 @@ from headrace_router.placement.capacity import Capacity, Kind, Waiting, WorkerVi
 from headrace_router.placement.fair_queue import FairQueue, HasTurn
 from headrace_router.placement.forecast import Forecast, num_lacking
 from headrace_router.placement.overtaken import overtaken
+from headrace_router.placement.policy import lacks_prefill
 from headrace_router.placement.preferences import Preference, prefix_cache
+from headrace_router.placement.roles import Roles
 
 
 class Entry(HasTurn, Protocol):
@@ -55,6 +57,7 @@ class Book(Generic[E]):
         self.capacity = Capacity(())
         """Of the fleet that is there."""
         self.forecast = Forecast()
+        self.roles = Roles()
         self._preference = preference
         self._is_gone = is_gone
         self._num_placed = 0
@@ -114,7 +117,13 @@ class Book(Generic[E]):
 
     def plan_round(self, now_s: float, workers: Sequence[WorkerView]) -> list[Placed[E]]:
         """Return who starts now on these workers, in the queue's order; they are out of the queue."""
-        placed = self._plan(workers) if workers and self._queue else []
+        head = next(iter(self._queue), None)
+        if head is None or not workers:
+            placed: list[Placed[E]] = []
+        else:
+            is_pressed = lacks_prefill(head.waiting, workers)
+            placed = self._plan(self.roles.look(now_s, workers))
+            self.roles.on_round(now_s, is_pressed=is_pressed and bool(self._queue))
         cost = sum(each.entry.turn.cost for each in placed)
         self.forecast.on_round(now_s, cost, is_waiting=bool(self._queue))
         return placed

@@ -137,6 +137,8 @@ class WorkerView:
     """How long its steps take with what it runs now; 0: not known, or it runs nothing."""
     cached: Any = frozenset()
     """What its prefix cache has, in the terms of `Waiting.prefix`: of the router's the pages' hashes."""
+    takes_prompts: bool = False
+    """Of role `both` beside prefill workers: takes sequences alone that would wait for one of these (`roles`)."""
 
     @property
     def lane_pages(self) -> int:

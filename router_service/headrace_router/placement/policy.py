@@ -13,9 +13,11 @@ worker has pages for its prompt and expected output. The rules:
    has the sequence's beginning in its prefix cache, else the one with the most free pages.
 4. Workers that failed the sequence before are the last choice, not excluded: there may be no other. A prefill worker
    that computed some of it, for an attempt that failed elsewhere or another sample, is the first: its cache has it.
-5. A sequence takes the route that `Capacity` names: a pair, or one worker for all of it. A worker that could not hold
+5. One that would wait for a prefill worker is taken alone by a worker of role `both` that helps these (`roles`). A pair
+   has such a worker for its decode side only where there is no other.
+6. A sequence takes the route that `Capacity` names: a pair, or one worker for all of it. A worker that could not hold
    it, were it idle, is no worker it waits for.
-6. A part of each decode side is kept for clients that run nothing there. Whoever does and would need it claims nothing:
+7. A part of each decode side is kept for clients that run nothing there. Whoever does and would need it claims nothing:
    it waits for its own to end, and those behind it of the same client wait as well.
 """
 
@@ -211,6 +213,14 @@ def plan(
     return assignments
 
 
+def lacks_prefill(waiting: Waiting, workers: Sequence[WorkerView]) -> bool:
+    """Return True if a sequence waits for a prefill worker, and has its place on a decode side."""
+    prefills = [worker for worker in workers if not worker.can_decode]
+    if not prefills or any(_prefill_standing(waiting, worker) == _FITS for worker in prefills):
+        return False
+    return any(_decode_standing(waiting, worker, Route.PAIR) == _FITS for worker in workers if worker.can_decode)
+
+
 def decode_pages(waiting: Waiting, worker: WorkerView) -> int:
     """Return the pages to reserve at a decode worker: for the expected output, but no more than it can ever free."""
     expected = _num_pages(waiting.num_expected_tokens, worker)
@@ -237,6 +247,8 @@ def _pair(index: int, waiting: Waiting, ready: _Open) -> Assignment | None:
         ready.prefills[prefill.address] = _after(waiting, prefill, prefills=True, decodes=False)
         ready.decodes[decode.address] = _after(waiting, decode, prefills=False, decodes=True)
         return Assignment(index, prefill.address, decode.address)
+    if at_prefill == _WAITS and (alone := _on_duty(index, waiting, ready)) is not None:
+        return alone
     if at_decode == _YIELDS:
         ready.hold_back(waiting, decode)
         return None
@@ -245,6 +257,20 @@ def _pair(index: int, waiting: Waiting, ready: _Open) -> Assignment | None:
     if at_prefill == _WAITS:
         ready.close_prefill(prefill.address)
     return None
+
+
+def _on_duty(index: int, waiting: Waiting, ready: _Open) -> Assignment | None:
+    """Assign a worker that has room for prompt and output, of those that help prefill workers."""
+    fit = [
+        worker
+        for worker in ready.decodes_for(waiting.client)
+        if worker.takes_prompts and _decode_standing(waiting, worker, Route.BOTH) == _FITS
+    ]
+    if not fit:
+        return None
+    worker = min(fit, key=lambda worker: (worker.num_tokens_in_flight, _decode_order(waiting, worker, Route.BOTH)))
+    ready.decodes[worker.address] = _after(waiting, worker, prefills=True, decodes=True)
+    return Assignment(index, "", worker.address)
 
 
 def _alone(index: int, waiting: Waiting, ready: _Open, route: Route) -> Assignment | None:
@@ -336,10 +362,11 @@ def _best_prefill(waiting: Waiting, ready: _Open) -> WorkerView:
     return best[0] if len(best) == 1 else ready.preference(waiting, best, ready.turn)
 
 
-def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, bool, bool, int, str]:
+def _decode_order(waiting: Waiting, worker: WorkerView, route: Route) -> tuple[int, bool, bool, bool, bool, int, str]:
     standing, address = _decode_standing(waiting, worker, route), worker.address
     is_failed, is_slow = address in waiting.avoid, worker.step_s > waiting.most_step_s
-    return standing, is_failed, is_slow, address != waiting.prefer_decode, -worker.num_free_pages, address
+    is_other = address != waiting.prefer_decode
+    return standing, is_failed, is_slow, is_other, worker.takes_prompts, -worker.num_free_pages, address
 
 
 def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: bool) -> WorkerView:
@@ -366,4 +393,5 @@ def _after(waiting: Waiting, worker: WorkerView, *, prefills: bool, decodes: boo
         worker.most_free_pages,
         worker.step_s,
         worker.cached,
+        worker.takes_prompts,
     )
