@@ -347,6 +347,11 @@ class RouterSettings(ProcessSettings):
         description="prompt tokens at most that a decode worker lacks and computes itself; a page at least where it is "
         "known to have the beginning",
     )
+    predict_local: bool = Field(
+        False,
+        description="in place of --local-below-tokens: as many as are likely to be cheaper computed there, by what "
+        "hand-offs and steps took; until enough was measured, as that option says",
+    )
     max_attempts: int = Field(4, ge=1, description="attempts a request has before its failure is the client's")
     request_timeout_s: float = Field(600.0, gt=0, description="deadline of a request that brings none")
     no_workers_timeout_s: float = Field(30.0, gt=0, description="how long a request waits when no worker is ready")

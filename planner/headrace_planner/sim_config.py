@@ -82,6 +82,8 @@ class SimConfig:
     machine's cores and memory. Exact fidelity only; 1: they share nothing."""
     placement: str = "affinity"
     """Which prefill worker gets a prompt: one of `headrace_router.placement.preferences`."""
+    predicts_local: bool = False
+    """Let decode workers compute prompts that are cheaper there (`placement.local_prefill`). Exact fidelity only."""
     shortlist: int = 4
     """Fast fidelity: workers of a kind that placement chooses among; see `sim_router`."""
 

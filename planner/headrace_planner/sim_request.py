@@ -67,6 +67,7 @@ class SimRequest:
     prefill: int = -1
     """Number of the worker that computes the prompt; -1: none, or the decode worker itself."""
     decode: int = -1
+    placed_s: float = 0.0
     first_token_s: float = float("nan")
     last_token_s: float = 0.0
     turn: Turn = field(init=False)

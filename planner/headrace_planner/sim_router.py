@@ -11,6 +11,7 @@ is the product's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 from headrace_router.placement import policy
 from headrace_router.placement.book import Book
 from headrace_router.placement.capacity import WorkerView
+from headrace_router.placement.local_prefill import Costs, local_below
 from headrace_router.placement.preferences import Preference
 
 from headrace_planner.sim_config import WorkerSpec
@@ -244,11 +246,24 @@ class Router:
         self._is_planning = False
         self._prefills: Shortlist | None = None
         self._decodes: Shortlist | None = None
-        if shortlist:
-            only_prefill = [a for a in accounts if a.can_prefill and not a.can_decode]
+        only_prefill = [a for a in accounts if a.can_prefill and not a.can_decode]
+        follows = bool(only_prefill) and any(a.can_prefill for a in can_decode)  # roles are a matter of the whole fleet
+        if shortlist and not follows:
             self._prefills = Shortlist(only_prefill, shortlist, _prefill_load)
             # Most free pages wins: the first few are enough.
             self._decodes = Shortlist(can_decode, max(2, shortlist // 2) if only_prefill else shortlist, _decode_load)
+
+    def on_first_token(self, num_computed: int, after_s: float) -> None:
+        """Take note of a prompt that was handed over: its first token came so long after it was placed."""
+        self._book.forecast.on_first_token(num_computed, after_s)
+
+    def local_below(self, prefill: Account, decode: Account, *, transfer_s: float, step_s: float) -> int:
+        """Return how many tokens `decode` had better compute itself, as the router's dispatcher does; 0: not known."""
+        start_s, token_s = self._book.forecast.prompts.parts()
+        if math.isnan(start_s):
+            return 0
+        costs = Costs(start_s + token_s * prefill.num_tokens, token_s, transfer_s, step_s, decode.num_held)
+        return local_below(costs, decode.spec.max_step_tokens)
 
     @property
     def num_queued(self) -> int:

@@ -168,8 +168,10 @@ class _Simulation:
             self._clock.after(self._wire.admit_s, self._router.enqueue, self._arrivals.take(self._clock.now_s))
 
     def _place(self, request: SimRequest, prefill: Account | None, decode: Account) -> None:
+        if prefill is not None and request.num_tokens <= self._local_below(prefill, decode):
+            prefill = None
         self._num_keys += 1
-        request.key = self._num_keys
+        request.key, request.placed_s = self._num_keys, self._clock.now_s
         if prefill is not None:
             prefill.reserve(request, prefills=True, decodes=False)
         decode.reserve(request, prefills=prefill is None, decodes=True)
@@ -179,6 +181,15 @@ class _Simulation:
         request.prefill, request.decode = (prefill.number if prefill else -1), decode.number
         self._requests[request.key] = request
         self._clock.after(self._wire.rpc_s, self._send, request.key)
+
+    def _local_below(self, prefill: Account, decode: Account) -> int:
+        worker, wire = self._decodes[decode.number], self._wire
+        if not (self._config.predicts_local and isinstance(worker, ExactDecodeWorker)):
+            return 0
+        engine = worker.engine
+        step_s = engine.busy_s / engine.num_steps if engine.num_steps and decode.num_held else 0.0
+        transfer_s = wire.bytes_per_token * (1 - wire.overlap) / wire.bandwidth + wire.latency_per_token_s
+        return self._router.local_below(prefill, decode, transfer_s=transfer_s, step_s=step_s)
 
     def _send(self, key: int) -> None:
         request = self._requests.get(key)
@@ -207,6 +218,7 @@ class _Simulation:
             return
         account = self._router.accounts[request.prefill]
         account.computed(key)
+        self._router.on_first_token(request.num_to_prefill, self._clock.now_s - request.placed_s)
         self._record_token(request, self._clock.now_s)
         if request.num_left == 0:
             self._prefills[request.prefill].free(key)

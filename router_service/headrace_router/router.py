@@ -82,7 +82,11 @@ class Router:
             preference=PREFERENCES[settings.placement],
         )
         self._flow = Flow(
-            dispatcher, metrics, max_attempts=settings.max_attempts, local_below=settings.local_below_tokens
+            dispatcher,
+            metrics,
+            max_attempts=settings.max_attempts,
+            local_below=settings.local_below_tokens,
+            predicts_local=settings.predict_local,
         )
         self._prompts = Prompts(
             self._tokenizer, max_bytes=settings.max_prompt_bytes, plain_user_text=settings.plain_user_text

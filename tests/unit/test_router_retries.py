@@ -1,6 +1,7 @@
 """Attempts that fail, over real gRPC with fake workers: made again or told to the client, and nothing is left."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from headrace_core.errors import (
@@ -13,6 +14,7 @@ from headrace_core.errors import (
     UnavailableError,
 )
 from headrace_core.transfer.hold import Side, TakeError
+from headrace_router.requests import flow
 from headrace_router.testing import (
     check_timings,
     remembered,
@@ -73,8 +75,8 @@ def test_rule_7_only_the_one_whose_failure_it_was_is_blamed(tmp_path, side):
     async def test(router):
         prefill, decode = router.workers
         decode.faults.join.append(TakeError(side, UnavailableError("DRAINING", "made to fail")))
-        flow, seen = router.service._router._flow, []
-        react = flow._react
+        running, seen = router.service._router._flow, []
+        react = running._react
 
         def spy(sample, placement, ended, error, endings):
             react(sample, placement, ended, error, endings)
@@ -82,7 +84,7 @@ def test_rule_7_only_the_one_whose_failure_it_was_is_blamed(tmp_path, side):
             seen.append((set(sample.avoid), held))
             assert sample.prefer == (prefill.address if side is Side.TAKER else "")
 
-        flow._react = spy
+        running._react = spy
         (sample,) = await router.generate(text_request("hi", sampling={"max_tokens": 9}))
         assert sample.token_ids == remembered("hi", 9)
         blamed = {
@@ -280,3 +282,14 @@ def test_only_what_ran_out_of_pages_reserves_those_of_all_that_it_may_produce(tm
         assert expected == num_expected
 
     run_router(tmp_path, [remembering_worker("prefill"), remembering_worker("decode")], test)
+
+
+def test_samples_without_a_token_come_again_at_different_times_and_those_with_one_at_once():
+    def failed(num_failed, *output_ids):
+        return SimpleNamespace(attempt=num_failed + 1, num_moves=1, output_ids=list(output_ids))
+
+    pauses = {num_failed: [flow._pause_s(failed(num_failed)) for _ in range(200)] for num_failed in (1, 2, 3, 9)}
+    for num_failed, most_s in ((1, 0.02), (2, 0.04), (3, 0.08), (9, 0.5)):
+        assert 0.8 * most_s < max(pauses[num_failed]) <= most_s
+        assert len(set(pauses[num_failed])) > 100
+    assert flow._pause_s(failed(3, 7)) == 0.0

@@ -22,7 +22,8 @@ class Forecast:
     """Of one queue. Mutated by what it is told."""
 
     def __init__(self) -> None:
-        self._prompts = Line()
+        self.prompts = Line()
+        """Of prompts that were handed over, or computed where they run: start to first token, by tokens computed."""
         self._seen_s = math.nan
         self._busy_s = 0.0
         self._cost = 0.0
@@ -37,11 +38,11 @@ class Forecast:
 
     def on_first_token(self, num_computed: int, after_s: float) -> None:
         """Take note of a first token: of how many prompt tokens it took, and how long after it was started."""
-        self._prompts.observe(num_computed, after_s)
+        self.prompts.observe(num_computed, after_s)
 
     def prompt_s(self, num_tokens: int) -> float:
         """Return how long a prompt takes from its start to its first token; 0 if that is not known."""
-        return self._prompts.at(num_tokens) if self._prompts.is_known else 0.0
+        return self.prompts.at(num_tokens) if self.prompts.is_known else 0.0
 
     def wait_s(self, now_s: float, ahead_cost: float, own_cost: float) -> float:
         """Return how long a sequence waits that has so much before it; 0 if that is not known."""

@@ -29,15 +29,18 @@ class Line:
 
     def at(self, amount: float) -> float:
         """Return the time of an amount; NaN while the line is not known."""
+        start_s, slope_s = self.parts()
+        return start_s + slope_s * amount
+
+    def parts(self) -> tuple[float, float]:
+        """Return the line's start and slope; NaN while it is not known."""
         if not self.is_known:
-            return math.nan
+            return math.nan, math.nan
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x**2
         # Of amounts that are all alike nothing is known but their time: it counts as theirs in proportion.
         if spread <= 1e-6 * mean_x**2:
-            return mean_y * amount / mean_x if mean_x else mean_y
+            return (0.0, mean_y / mean_x) if mean_x else (mean_y, 0.0)
         slope = max(0.0, (self._xy / self._weight - mean_x * mean_y) / spread)
         start = mean_y - slope * mean_x
-        if start < 0.0:
-            start, slope = 0.0, self._xy / self._xx
-        return start + slope * amount
+        return (start, slope) if start >= 0.0 else (0.0, self._xy / self._xx)

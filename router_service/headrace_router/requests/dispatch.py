@@ -25,6 +25,7 @@ from headrace_router.placement.book import Book
 from headrace_router.placement.capacity import Waiting
 from headrace_router.placement.fair_queue import Turn
 from headrace_router.placement.forecast import shortest_step_s
+from headrace_router.placement.local_prefill import Costs, local_below
 from headrace_router.placement.preferences import Preference, prefix_cache
 from headrace_router.requests.sample import Sample
 
@@ -53,6 +54,11 @@ class Placement:
         if prefill is not None:
             self._on_prefill = prefill.reserve(sample, waiting, prefills=True, decodes=False)
         self._on_decode = decode.reserve(sample, waiting, prefills=prefill is None, decodes=True)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Of its prompt, that a prefill worker has still to compute."""
+        return self._on_prefill.num_prefill_tokens if self._on_prefill is not None else 0
 
     def on_prefilled(self, num_computed: int) -> None:
         """The prompt is computed; its pages are still held there, and reserved where they go."""
@@ -145,6 +151,19 @@ class Dispatcher:
         finally:
             entry.settle()
             self._book.remove(entry)
+
+    def local_below(self, placement: Placement) -> int | None:
+        """Return how many tokens its decode worker had better compute itself; None: too little was measured yet."""
+        prefill, decode, line = placement.prefill, placement.decode, self._book.forecast.prompts
+        transfer = decode.last_transfer
+        if prefill is None or transfer is None or not transfer.bytes_per_s or not line.is_known:
+            return None
+        start_s, token_s = line.parts()
+        own = placement.num_prefill_tokens
+        start_s += token_s * max(0, prefill.view().num_tokens_in_flight - own)
+        transfer_s = decode.layout.page_bytes / decode.layout.page_size / transfer.bytes_per_s
+        costs = Costs(start_s, token_s, transfer_s, decode.view().step_s, decode.load.num_running)
+        return local_below(costs, decode.info.max_step_tokens)
 
     def kick(self) -> None:
         """Plan again at the end of this tick."""

@@ -10,10 +10,10 @@ elsewhere it lets go of by itself. One whose decode worker goes away is placed e
 its pages along: `move.py`. That is no failure, and counts as no attempt.
 
 Reactions to a worker's error (`errors.py` has the tree); AGAIN means: a new attempt with the prompt and every token so
-far, other workers preferred, at most `max_attempts` in all, then RETRIES_EXHAUSTED with the last cause. A failure says
-whose it is, and only that worker is blamed, in its circuit (`placement/breaker.py`), too; where it is the channel's,
-both are avoided next time. A worker knows no
-more of a request than the router, which has checked it: what one worker makes of it is not final.
+far, after a pause of random length if it has no token yet, other workers preferred, at most `max_attempts` in all, then
+RETRIES_EXHAUSTED with the last cause. A failure says whose it is, and only that worker is blamed, in its circuit, too
+(`placement/breaker.py`); where it is the channel's, both are avoided next time. A worker knows no more of a request
+than the router, which has checked it: what one worker makes of it is not final.
 
     InvalidRequestError   AGAIN, logged as an error; the second one of a sample: to the client.
                           But BAD_HANDOFF, which is between workers: AGAIN, as often as anything
@@ -36,6 +36,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,6 +71,8 @@ log = logging.getLogger(__name__)
 
 _DEADLINE_SLACK_S = 0.05
 """A worker's time for a sequence is up so much before the client's, by two clocks and what lies between."""
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.02, 0.5
+"""Before the second attempt of a sample without a token, at most; twice as long before each that follows."""
 _MOST_REFUSALS = 2
 _MOST_LOST_WORKERS = 2
 _LOST_REASONS = frozenset({"WORKER_LOST", "HOLDER_LOST"})
@@ -110,9 +113,24 @@ class Flow:
     """Runs samples. Event loop only."""
 
     def __init__(
-        self, dispatcher: Dispatcher, metrics: RouterMetrics, *, max_attempts: int, local_below: int = 0
+        self,
+        dispatcher: Dispatcher,
+        metrics: RouterMetrics,
+        *,
+        max_attempts: int,
+        local_below: int = 0,
+        predicts_local: bool = False,
     ) -> None:
-        """Args: `local_below` is `StartSequence.local_below`, at least."""
+        """Take what it runs by.
+
+        Args:
+            dispatcher: places samples.
+            metrics: counts.
+            max_attempts: of one sample.
+            local_below: `StartSequence.local_below`, at least.
+            predicts_local: take what is predicted in place of that, once enough was measured.
+        """
+        self._predicts_local = predicts_local
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._max_attempts = max_attempts
@@ -158,6 +176,8 @@ class Flow:
                     sample.mark_failure(time.monotonic())
                     trace.end_attempt(sample, reason=ended.error.reason)
                     self._react(sample, placement, ended, ended.error, endings)
+                    if pause_s := _pause_s(sample):
+                        await asyncio.sleep(pause_s)
         finally:
             sample.let_go()
 
@@ -179,7 +199,7 @@ class Flow:
         try:
             if prefill is not None:
                 prefill.lost.add_done_callback(on_prefill_lost)
-            session.start(sample, self._start(sample, placement.decode, trace), on_leaving=move.begin)
+            session.start(sample, self._start(sample, placement, trace), on_leaving=move.begin)
             assert sample.attempt_over is not None, "it has begun"
             ended = await sample.attempt_over
             if ended.is_moved and sample.is_over:  # it ended before it was moved
@@ -194,8 +214,10 @@ class Flow:
             session.end(sample.number, sample.attempt, tell=not knows_end, keeps_pages=keeps_pages)
         return ended
 
-    def _start(self, sample: Sample, decode: Worker, trace: SampleTrace) -> decode_service_pb2.StartSequence:
-        local_below, cached = self._local_below, sample.cached
+    def _start(self, sample: Sample, placement: Placement, trace: SampleTrace) -> decode_service_pb2.StartSequence:
+        decode, cached = placement.decode, sample.cached
+        predicted = self._dispatcher.local_below(placement) if self._predicts_local else None
+        local_below = self._local_below if predicted is None else predicted
         # Of a worker that went away and came back it has them already.
         takes = sample.kept is not None and cached is not None and cached.worker is sample.kept.worker is not decode
         if takes or (
@@ -310,6 +332,15 @@ _NO_FAULTS = (InvalidRequestError, DeadlineError, OverloadedError)
 _NO_FAULT_REASONS = frozenset({"DRAINING", "STARTING", "LEASE_ENDED", "STALE_ATTEMPT", "TAKER_LOST"})
 """Of errors that say nothing against a worker: a process that goes or comes, an attempt that another one replaced."""
 _CLIENT_ERRORS = (InvalidRequestError, DeadlineError)
+
+
+def _pause_s(sample: Sample) -> float:
+    """Return how long a sample waits before it queues again; what its client reads already, waits for nothing.
+
+    A worker that fails has many at once: they are not to come to the next one in the same moment.
+    """
+    num_failed = sample.attempt - sample.num_moves
+    return 0.0 if sample.output_ids else random.uniform(0.0, min(_FIRST_PAUSE_S * 2 ** (num_failed - 1), _MOST_PAUSE_S))
 
 
 def _remaining_s(sample: Sample) -> float:
