@@ -24,6 +24,7 @@ SAYS = {
     "headrace generate": ("Zorvim", "Time to the first token", "Handed off"),
     "headrace status": ("prefill", "unreachable"),
     "for dataset": 4 * ("Serving Benchmark Result",),
+    "headrace experts": ("layer", "ranks"),
     "headrace roofline": ("DECODE", "FLOP"),
     "headrace plan": ("prefill", "decode", "GPUs"),
 }
@@ -58,9 +59,9 @@ def cluster():
     assert process.returncode == 0
 
 
-def test_there_are_eight():
-    assert len(COMMANDS) == 8
-    assert len({command for command in COMMANDS if command != UP and any(map(command.startswith, SAYS))}) == 7
+def test_there_are_nine():
+    assert len(COMMANDS) == 9
+    assert len({command for command in COMMANDS if command != UP and any(map(command.startswith, SAYS))}) == 8
 
 
 def test_each_command_does_what_the_page_says(cluster):
