@@ -5,9 +5,9 @@ rows before it, which a layer of the cache behind the network's keeps at the sam
 
     h'_i = layer(join [norm(embedding(t_i+1)); norm(h_i)])        guess = argmax head(norm(h'_i))
 
-So a step's rows are computed when the step's tokens are drawn. Every token of a sequence has its row, whoever computed
-it: a page is moved, cached and taken with it. One row of a page, the last, is made of a token of the next page. Where
-a sequence shares the page and not that token, the row is another's: a guess may be worse for it, and a guess chooses no
+So a step's rows are computed when the step's tokens are drawn. A page is moved, cached and taken with them. One row of
+a page, the last, is made of a token of the next page. Where a sequence shares the page and not that token, the row is
+another's; where a step had nobody to guess for, there is none: a guess may be worse for it, and a guess chooses no
 token (ADR 0027). A longer draft goes on with the module's own output in place of the network's.
 
 Letters: T tokens, B rows that guess, N hidden.
