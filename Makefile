@@ -15,6 +15,9 @@ WIRE := protos/headrace.v1.binpb
 MUTMUT := build/mutants/tool/.installed
 COMPOSE := build/compose/tool/.installed
 HELM := build/helm/.installed
+# Files of tests run next to each other, on up to four cores: more would want much memory. JOBS=0: one after another.
+JOBS ?= logical
+PYTEST = $(BIN)/pytest -n $(JOBS) --maxprocesses 4 --dist loadfile
 SUM := $(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 # Everything, and before it what running needs, which is all that `make demo` installs.
 STAMP := $(VENV)/.installed-$(SUM)
@@ -81,19 +84,19 @@ protos-image: setup ## Keep the wire as it is now for protos-check to compare wi
 	$(BIN)/buf build protos --exclude-source-info -o $(WIRE)
 
 unit: setup ## Fast tests: no GPU, no other process
-	$(BIN)/pytest tests/unit
+	$(PYTEST) tests/unit
 
 parity: setup ## Against transformers; kernels against their specifications, on a GPU or a pretended one
-	$(BIN)/pytest tests/parity
+	$(PYTEST) tests/parity
 
 parity-full: setup ## Every layout of 2 and 4 ranks, on both sides of a hand-off, against transformers (build/parity-full.json)
 	$(BIN)/python -m tests.parity_full
 
 integration: setup ## Real processes on loopback
-	$(BIN)/pytest tests/integration
+	$(PYTEST) tests/integration
 
 fault: setup ## Kill, corrupt, expire, disconnect
-	$(BIN)/pytest tests/fault
+	$(PYTEST) tests/fault
 
 model-check: setup
 	$(BIN)/pytest tests/model
