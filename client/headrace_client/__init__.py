@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from headrace_client.retry import RetryPolicy
     from headrace_client.sampling import SamplingParams
+    from headrace_client.service_level import ServiceLevel
 
 __all__ = [
     "AsyncClient",
@@ -55,6 +56,7 @@ __all__ = [
     "Sample",
     "SamplingParams",
     "ServerInfo",
+    "ServiceLevel",
     "Stream",
     "Timings",
     "TokenLogprobs",
@@ -73,6 +75,7 @@ _HOMES = {
         "UnavailableError",
     ),
     "headrace_client.sampling": ("SamplingParams",),
+    "headrace_client.service_level": ("ServiceLevel",),
     "headrace_core.request": ("FinishReason", "TokenLogprobs"),
     "headrace_client.async_client": ("AsyncClient", "AsyncStream"),
     "headrace_client.client": ("Client", "Stream"),

@@ -14,10 +14,11 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn, TypeVar, cast
 
 from headrace_core.errors import InvalidRequestError
-from headrace_core.request import Grammar, GrammarKind, SamplingParams
+from headrace_core.request import MAX_COUNT, Grammar, GrammarKind, SamplingParams
 
 from headrace_client.results import ChatMessage
 from headrace_client.sampling import SamplingParams as AskedParams
+from headrace_client.service_level import ServiceLevel
 
 _MAX_SHOWN = 60
 _MOST_TIMEOUT_S = 1e9
@@ -72,6 +73,21 @@ def sampling_of(sampling: object) -> tuple[SamplingParams, tuple[str, ...]]:
     return replace(_DEFAULTS, **changed), left
 
 
+def service_level_of(level: object) -> ServiceLevel:
+    """Return targets that the wire takes, whatever their types.
+
+    Raises:
+        InvalidRequestError: BAD_REQUEST.
+    """
+    if level is None:
+        return ServiceLevel()
+    if not isinstance(level, ServiceLevel):
+        _refuse("service_level", level, "a ServiceLevel")
+    return ServiceLevel(
+        text_of("slo_class", level.slo_class), _ms("ttft_ms", level.ttft_ms), _ms("itl_ms", level.itl_ms)
+    )
+
+
 def text_of(name: str, value: object) -> str:
     """Return `value`, which is text, or None for an empty one.
 
@@ -105,6 +121,14 @@ def timeout_of(value: object) -> float | None:
     if not timeout_s >= 0:
         _refuse("timeout_s", value, "a number of seconds from 0 on")
     return min(timeout_s, _MOST_TIMEOUT_S)
+
+
+def _ms(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    expected = f"whole milliseconds, 0 to {MAX_COUNT}"
+    count = whole(name, value, expected)
+    return count if 0 <= count <= MAX_COUNT else _refuse(name, value, expected)
 
 
 def _items(values: Iterable[object]) -> list[object]:

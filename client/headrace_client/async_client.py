@@ -19,6 +19,7 @@ from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, Connecti
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
 from headrace_client.retry import Attempts
 from headrace_client.sampling import SamplingParams
+from headrace_client.service_level import ServiceLevel
 
 
 class AsyncClient:
@@ -48,6 +49,7 @@ class AsyncClient:
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         *,
+        service_level: ServiceLevel | None = None,
         n: int = 1,
         model: str = "",
         request_id: str = "",
@@ -59,6 +61,7 @@ class AsyncClient:
         async with self.stream(
             prompt,
             sampling,
+            service_level=service_level,
             n=n,
             model=model,
             request_id=request_id,
@@ -74,6 +77,7 @@ class AsyncClient:
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         *,
+        service_level: ServiceLevel | None = None,
         n: int = 1,
         model: str = "",
         request_id: str = "",
@@ -84,6 +88,7 @@ class AsyncClient:
         request = encode_request(
             prompt,
             sampling,
+            service_level=service_level,
             n=n,
             model=model,
             request_id=request_id,

@@ -18,6 +18,7 @@ from headrace_client.connection import DEFAULT_ADDRESS, INFO_TIMEOUT_S, Connecti
 from headrace_client.results import Delta, Generation, Prompt, ServerInfo
 from headrace_client.retry import Attempts
 from headrace_client.sampling import SamplingParams
+from headrace_client.service_level import ServiceLevel
 
 
 class Client:
@@ -51,6 +52,7 @@ class Client:
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         *,
+        service_level: ServiceLevel | None = None,
         n: int = 1,
         model: str = "",
         request_id: str = "",
@@ -62,6 +64,7 @@ class Client:
         Args:
             prompt: text, token ids, or `ChatMessage`s.
             sampling: how tokens are chosen; None: the defaults.
+            service_level: how soon tokens should come; None: as the caller's key says, else no target.
             n: independent samples, 1 to 16.
             model: its name; empty: the one served.
             request_id: for logs, 1 to 64 characters of [A-Za-z0-9_-], not necessarily unique; empty: the router
@@ -73,7 +76,7 @@ class Client:
             InvalidRequestError: it can't succeed as written: EMPTY_PROMPT, PROMPT_TOO_LONG, BAD_SAMPLING, BAD_REQUEST,
                 BAD_TOKEN; CLIENT_CLOSED.
             NotFoundError: UNKNOWN_MODEL.
-            OverloadedError: QUEUE_FULL, also after retries.
+            OverloadedError: QUEUE_FULL, SLO_UNREACHABLE, also after retries.
             UnavailableError: UNREACHABLE, NO_WORKERS, DRAINING, also after retries; RETRIES_EXHAUSTED.
             DeadlineError: `timeout_s` passed.
             HeadraceError: anything else; its `reason` says what.
@@ -81,6 +84,7 @@ class Client:
         with self.stream(
             prompt,
             sampling,
+            service_level=service_level,
             n=n,
             model=model,
             request_id=request_id,
@@ -94,6 +98,7 @@ class Client:
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         *,
+        service_level: ServiceLevel | None = None,
         n: int = 1,
         model: str = "",
         request_id: str = "",
@@ -108,6 +113,7 @@ class Client:
         request = encode_request(
             prompt,
             sampling,
+            service_level=service_level,
             n=n,
             model=model,
             request_id=request_id,

@@ -18,7 +18,7 @@ from headrace_core.request import (
 from headrace_core.rpc import MAX_MESSAGE_BYTES, answered
 from headrace_core.wire import decode_finish, decode_logprobs, encode_sampling, without_float32
 
-from headrace_client.arguments import OF_THE_MODEL, prompt_of, sampling_of, text_of, whole
+from headrace_client.arguments import OF_THE_MODEL, prompt_of, sampling_of, service_level_of, text_of, whole
 from headrace_client.results import (
     ChatMessage,
     Delta,
@@ -32,6 +32,7 @@ from headrace_client.results import (
     Worker,
 )
 from headrace_client.sampling import SamplingParams
+from headrace_client.service_level import ServiceLevel
 
 _ROLES: dict[types_pb2.WorkerRole.ValueType, str] = {
     types_pb2.WORKER_ROLE_PREFILL: "prefill",
@@ -41,13 +42,21 @@ _ROLES: dict[types_pb2.WorkerRole.ValueType, str] = {
 
 
 def encode_request(
-    prompt: Prompt, sampling: SamplingParams | None, *, n: int, model: str, request_id: str, include_timings: bool
+    prompt: Prompt,
+    sampling: SamplingParams | None,
+    *,
+    service_level: ServiceLevel | None = None,
+    n: int,
+    model: str,
+    request_id: str,
+    include_timings: bool,
 ) -> pb.GenerateRequest:
     """Return the message of what callers passed, whatever its types are.
 
     Raises:
         InvalidRequestError: what can be seen to be wrong without the model: EMPTY_PROMPT, PROMPT_TOO_LONG (for one
-            message), BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST (request id, `n`, text that is not Unicode, another type).
+            message), BAD_TOKEN, BAD_SAMPLING, BAD_REQUEST (request id, `n`, service level,
+            text that is not Unicode, another type).
     """
     (params, left), request_id = sampling_of(sampling), text_of("request_id", request_id)
     if request_id:
@@ -59,9 +68,10 @@ def encode_request(
     request = pb.GenerateRequest(request_id=request_id, n=n, include_timings=bool(include_timings))
     try:
         request.model = text_of("model", model)
+        _set_level(request, service_level)
         request.sampling.CopyFrom(encode_sampling(params))
     except UnicodeEncodeError:
-        raise InvalidRequestError("BAD_REQUEST", "model or stop_strings is not valid Unicode text") from None
+        raise InvalidRequestError("BAD_REQUEST", "model, slo_class or stop_strings is not valid Unicode text") from None
     except ValueError as error:
         raise InvalidRequestError("BAD_SAMPLING", f"a sampling parameter does not fit the wire: {error}") from None
     for name in left:
@@ -74,6 +84,16 @@ def encode_request(
             f"the request is {size_bytes / 2**20:.1f} MiB; a router takes at most {MAX_MESSAGE_BYTES >> 20} MiB",
         )
     return request
+
+
+def _set_level(request: pb.GenerateRequest, service_level: ServiceLevel | None) -> None:
+    level = service_level_of(service_level)
+    if level.slo_class:
+        request.service_level.slo_class = level.slo_class
+    if level.ttft_ms is not None:
+        request.service_level.ttft_ms = level.ttft_ms
+    if level.itl_ms is not None:
+        request.service_level.itl_ms = level.itl_ms
 
 
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:

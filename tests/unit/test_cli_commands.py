@@ -105,6 +105,15 @@ def test_generate_sends_every_sampling_option():
     assert request.request_id == "mine"
 
 
+def test_generate_says_how_soon_tokens_should_come():
+    with FakeRouter() as router:
+        flags = ["--slo-class", "interactive", "--slo-ttft-ms", "500", "--slo-itl-ms", "0"]
+        result = run("generate", "Tell", *flags, "-s", router.address)
+    assert result.exit_code == 0, result.stderr
+    level = router.requests[0].service_level
+    assert (level.slo_class, level.ttft_ms, level.HasField("itl_ms"), level.itl_ms) == ("interactive", 500, True, 0)
+
+
 def test_generate_prints_the_whole_result_as_json():
     with FakeRouter() as router:
         result = run("generate", "Tell", "--json", "--timings", "-s", router.address)

@@ -12,6 +12,7 @@ import torch
 from headrace_client.arguments import timeout_of
 from headrace_client.codec import encode_request
 from headrace_client.results import ChatMessage
+from headrace_client.service_level import ServiceLevel
 from headrace_core.errors import InvalidRequestError
 from headrace_core.request import Grammar, GrammarKind, SamplingParams
 
@@ -179,6 +180,24 @@ def test_what_else_is_of_no_use_is_refused_by_name(arguments):
     error = refusal(**arguments)
     assert error.reason == "BAD_REQUEST"
     assert next(iter(arguments)) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [
+        ("interactive", "service_level is 'interactive', of type str; it must be a ServiceLevel"),
+        (ServiceLevel(slo_class=7), "slo_class is 7"),
+        (ServiceLevel(slo_class="\ud800"), "slo_class"),
+        (ServiceLevel(ttft_ms=-1), "ttft_ms is -1, of type int; it must be whole milliseconds, 0 to"),
+        (ServiceLevel(ttft_ms=1 << 32), "ttft_ms is 4294967296"),
+        (ServiceLevel(itl_ms=0.5), "itl_ms is 0.5, of type float"),
+        (ServiceLevel(itl_ms=True), "itl_ms is True"),
+    ],
+)
+def test_what_is_no_service_level_is_refused_by_name(level, words):
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        encode_request("a", None, service_level=level, n=1, model="", request_id="", include_timings=False)
+    assert caught.value.reason == "BAD_REQUEST"
 
 
 def test_none_is_what_is_left_out():

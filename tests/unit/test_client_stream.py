@@ -23,6 +23,7 @@ from headrace_client import (
     OverloadedError,
     RetryPolicy,
     SamplingParams,
+    ServiceLevel,
     UnavailableError,
 )
 from headrace_core.testing.async_test import WAIT_S
@@ -67,6 +68,22 @@ def test_the_whole_answer_comes_back(generate):
     sent = router.requests[0]
     assert (sent.text.text, sent.sampling.seed, sent.include_timings, sent.n) == ("Tell", 3, True, 1)
     assert sent.sampling.temperature == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("level", "sent"),
+    [
+        (None, None),
+        (ServiceLevel(), None),
+        (ServiceLevel("interactive"), pb.ServiceLevel(slo_class="interactive")),
+        (ServiceLevel(ttft_ms=800, itl_ms=0), pb.ServiceLevel(ttft_ms=800, itl_ms=0)),
+    ],
+)
+def test_the_router_is_told_how_soon_tokens_should_come(generate, level, sent):
+    with FakeRouter() as router:
+        generate(router, "Tell", service_level=level)
+    (request,) = router.requests
+    assert (request.service_level if request.HasField("service_level") else None) == sent
 
 
 def test_timings_keep_every_phase_and_sum_to_the_whole(generate):

@@ -19,6 +19,7 @@ from headrace_client.commands.waterfall import waterfall
 from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage, Generation, Prompt
 from headrace_client.sampling import SamplingParams
+from headrace_client.service_level import ServiceLevel
 
 HELP = """Generate text from a prompt and stream it to standard output.
 
@@ -27,6 +28,7 @@ Examples:
   headrace generate "Once upon a time" --temperature 0 --max-tokens 50 --timings
   headrace generate --chat "Tell me a story about a fox named Zorvim."
   cat prompt.txt | headrace generate - --stop "The end."
+  headrace generate "Once upon a time" --slo-class interactive --slo-ttft-ms 500
   headrace generate --tokens "0 17 42" --json --top-logprobs 5
 
 Text goes to standard output and nothing else does, so it can be piped; timings go to standard error. A prompt \
@@ -66,6 +68,9 @@ def generate(  # the signature is the command line
     stop_token_id: options.StopTokenId = None,
     logit_bias: options.LogitBias = None,
     top_logprobs: options.TopLogprobs = None,
+    slo_class: options.SloClass = "",
+    slo_ttft_ms: options.SloTtftMs = None,
+    slo_itl_ms: options.SloItlMs = None,
     server: options.Server = DEFAULT_ADDRESS,
     api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,
@@ -90,7 +95,8 @@ def generate(  # the signature is the command line
         logit_bias=options.parse_logit_bias(logit_bias),
         top_logprobs=top_logprobs,
     )
-    job = _Job(_prompt(prompt, tokens, is_chat=chat), sampling, n, model, request_id, timeout, timings, wait)
+    level = ServiceLevel(slo_class, slo_ttft_ms, slo_itl_ms)
+    job = _Job(_prompt(prompt, tokens, is_chat=chat), sampling, level, n, model, request_id, timeout, timings, wait)
     with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity, wait_s=wait) as client:
         result = job.run(client, is_streamed=not as_json and n == 1)
     if as_json:
@@ -106,6 +112,7 @@ def generate(  # the signature is the command line
 class _Job:
     prompt: Prompt
     sampling: SamplingParams
+    service_level: ServiceLevel
     n: int
     model: str
     request_id: str
@@ -122,6 +129,7 @@ class _Job:
                 client.stream(
                     self.prompt,
                     self.sampling,
+                    service_level=self.service_level,
                     n=self.n,
                     model=self.model,
                     request_id=self.request_id,

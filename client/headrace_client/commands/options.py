@@ -19,6 +19,7 @@ API_KEY_VARIABLE = "HEADRACE_API_KEY"
 _MOST_KEY_BYTES = 4096
 _CONNECTION = "Connection"
 _SAMPLING = "Sampling"
+_SPEED = "Speed"
 
 
 def finite(value: float | None) -> float | None:
@@ -147,6 +148,29 @@ TopLogprobs = Annotated[
         help="Report each token's log-probability and those of this many likeliest; see --json.",
         rich_help_panel=_SAMPLING,
     ),
+]
+
+SloClass = Annotated[
+    str,
+    typer.Option(
+        metavar="CLASS",
+        help="One of the router's --slo-classes. Default: the key's, if it has one.",
+        rich_help_panel=_SPEED,
+        show_default=False,
+    ),
+]
+SloTtftMs = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="MS",
+        help="Most milliseconds until the first token, in place of the class's; 0: any. What can't be had is refused.",
+        rich_help_panel=_SPEED,
+    ),
+]
+SloItlMs = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="MS", help="Most milliseconds between two tokens, likewise.", rich_help_panel=_SPEED),
 ]
 
 
