@@ -28,7 +28,7 @@ CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity parity-full integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-parallel bench-two-batches bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity parity-full integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-parallel bench-two-batches bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock lock-check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -233,6 +233,13 @@ helm-values: setup ## Write the processes' options into the Helm chart's schema 
 
 lock: setup ## Write requirements.lock from what is installed
 	tools/write-lock.sh
+
+lock-check: setup ## See whether what is pinned, but torch, has wheels for other Pythons; asks the index: PYTHONS="3.12 3.13"
+	@for version in $(or $(PYTHONS),3.12 3.13); do \
+	  $(BIN)/pip download --disable-pip-version-check -q --no-deps --only-binary :all: --python-version $$version \
+	    -d build/lock-$$version -r <(grep -v '^torch==' requirements.lock) || exit 1; \
+	  echo "Python $$version: every package has a wheel for it"; \
+	done
 
 clean: ## Remove what was built; .venv stays
 	rm -rf build .pytest_cache .ruff_cache .import_linter_cache $(CPU_LIBRARY)

@@ -65,7 +65,7 @@ def check(stack: Stack, service: str, image: Any) -> dict[str, Any]:
 def pinned() -> set[str]:
     """Return what the lock file and the images' constraints pin."""
     return {
-        _pin(*line.split("=="))
+        _pin(*line.partition(";")[0].strip().split("=="))
         for file in ("requirements.lock", "deploy/docker/constraints.txt")
         for line in (ROOT / file).read_text().splitlines()
         if "==" in line
