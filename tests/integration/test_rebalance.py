@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
 from headrace_client import AsyncClient
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_client.commands.app import app
@@ -16,8 +17,12 @@ from typer.testing import CliRunner
 from tests.fault.test_kill_workers import Load, requests
 from tests.integration.test_rank_group import OPTIONS, metric
 
+TOGETHER = {"attention-tp": 1, "two-batch-rows": 2, "speculate": "lookup:4"}
+"""What else a group can be asked for: a lane a rank, micro-batches, drafts."""
 
-def test_experts_move_under_load_and_every_token_is_transformers(model_dir: Path, reference):
+
+@pytest.mark.parametrize("more", [{}, TOGETHER], ids=["alone", "with-lanes-micro-batches-and-drafts"])
+def test_experts_move_under_load_and_every_token_is_transformers(model_dir: Path, reference, more):
     load = requests(reference, 6)
     want = [reference.greedy(prompt, most) for prompt, most in load]
 
@@ -42,7 +47,7 @@ def test_experts_move_under_load_and_every_token_is_transformers(model_dir: Path
         assert 0 <= metric(decode.metrics_address, "headrace_expert_imbalance_loss") < 1
 
     options = {**OPTIONS, "rebalance": "auto:1", "redundant-experts": 2}
-    with LocalCluster(model_dir, decode_ranks=2, worker_options=options) as cluster:
+    with LocalCluster(model_dir, decode_ranks=2, worker_options=options, decode_options=more) as cluster:
         asyncio.run(main(cluster))
         decode = cluster.workers[1].address
         asked = ["experts", "--server", cluster.router_address, "--worker", decode, "--json"]
