@@ -53,7 +53,8 @@ def _lets_all_go(patch):
         for found in held.held:
             held._pages.free(found)
         held._held.clear()
-        held._pages._cache.evict(99)
+        for cache in held._pages._caches:
+            cache.evict(99)
 
     patch.setattr(HeldPrefixes, "let_go", let_go)
 
