@@ -21,7 +21,7 @@ from headrace_router.face.http.exchange import Exchange
 from headrace_router.face.openai.about import About
 from headrace_router.face.openai.events import Events, error_event
 from headrace_router.face.openai.request import Asked, Wanted
-from headrace_router.face.openai.responses import ResponseEvents, WholeResponse
+from headrace_router.face.openai.responses_events import ResponseEvents, WholeResponse
 from headrace_router.face.openai.said import ForcedCalls, MakeReader, Plain, TaggedCalls, Thinking
 from headrace_router.face.openai.several import Pieces, Several
 from headrace_router.face.openai.whole import Whole
