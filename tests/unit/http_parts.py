@@ -6,7 +6,12 @@ import json
 from dataclasses import dataclass
 
 from headrace_core.testing.async_test import WAIT_S
-from headrace_router.testing import run_router
+from headrace_router.testing import byte_ids, run_router, scripted_worker, write_tokenizer
+
+END = 999
+HERMES = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}
+{%- endfor %}<tool_call>{"name": .., "arguments": ..}</tool_call>"""
+THINKS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
 
 
 @dataclass
@@ -127,3 +132,17 @@ def run_http(folder, workers, test, **settings):
         await test(router, router.service.addresses["http_address"])
 
     run_router(folder, workers, with_address, http_listen="127.0.0.1:0", **settings)
+
+
+def run_saying(folder, text, test, template):
+    """`run_http` with a model that answers `text`, whatever it is asked, and has this chat template."""
+    model = write_tokenizer(folder / "tiny")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    ids = [*byte_ids(text), END]
+
+    def next_token(tokens, num_prompt):
+        return ids[len(tokens) - num_prompt]
+
+    options = {"eos_token_ids": (END,), "next_token": next_token, "vocab_size": END + 1}
+    run_http(folder, [scripted_worker("prefill", **options), scripted_worker("decode", **options)], test)

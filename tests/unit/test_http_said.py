@@ -4,16 +4,15 @@ import json
 
 import pytest
 from headrace_router.face.openai.said import ForcedCalls, Plain, Said, TaggedCalls, Thinking, joined
-from headrace_router.testing import byte_ids, scripted_worker, write_tokenizer
+from headrace_router.testing import scripted_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.http_parts import once, run_http
+from tests.unit.http_parts import HERMES, THINKS, once, run_http, run_saying
 
 PATH = "/v1/chat/completions"
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "}\\"é"}}\n</tool_call>'
 ARGUMENTS = {"a": 1, "b": '}"é'}
-END = 999
 
 
 def thinking(*, has_begun=False, inner=Plain):
@@ -81,22 +80,6 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "description": "d", "parameters": {"type": "object"}}}
     for name in ("add", "see")
 ]
-HERMES = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}
-{%- endfor %}<tool_call>{"name": .., "arguments": ..}</tool_call>"""
-THINKS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
-
-
-def run(folder, text, test, template):
-    model = write_tokenizer(folder / "tiny")
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-    ids = [*byte_ids(text), END]
-
-    def next_token(tokens, num_prompt):
-        return ids[len(tokens) - num_prompt]
-
-    options = {"eos_token_ids": (END,), "next_token": next_token, "vocab_size": END + 1}
-    run_http(folder, [scripted_worker("prefill", **options), scripted_worker("decode", **options)], test)
 
 
 def streamed(answer):
@@ -148,7 +131,7 @@ def test_thoughts_and_calls_stand_apart_whole_and_streamed(tmp_path, text, templ
         assert calls(said) == message["calls"]
         assert finish == message["finish"]
 
-    run(tmp_path, text, test, template)
+    run_saying(tmp_path, text, test, template)
 
 
 def test_an_answer_that_must_call_is_held_to_the_functions(tmp_path):
