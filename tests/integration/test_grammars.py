@@ -123,3 +123,22 @@ def test_calls_that_are_forced_fit_their_functions_whole_and_streamed(client, ch
             arguments += call.function.arguments
     call = whole.choices[0].message.tool_calls[0]
     assert (name, arguments) == (call.function.name, call.function.arguments)
+
+
+def test_a_response_calls_and_goes_on_from_what_the_call_gave(client):
+    tools = [{"type": "function", "strict": True, **tool["function"]} for tool in TOOLS]
+    asked = {"model": "demo", "tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
+    text = TURN[0]["content"]
+    whole = client.responses.create(**asked, input=text, max_output_tokens=500)
+    (call,) = whole.output
+    assert (call.type, call.status) == ("function_call", "completed")
+    check_call(call.name, call.arguments)
+    with client.responses.stream(**asked, input=text, max_output_tokens=500) as stream:
+        events = list(stream)
+        (streamed,) = stream.get_final_response().output
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert (streamed.name, "".join(deltas)) == (call.name, call.arguments)
+    gave = {"type": "function_call_output", "call_id": call.call_id, "output": "7"}
+    turns = [{"role": "user", "content": text}, call, gave]
+    after = client.responses.create(model="demo", input=turns, max_output_tokens=8, temperature=0)
+    assert (after.output[0].type, after.usage.output_tokens) == ("message", 8)

@@ -14,6 +14,10 @@ class Refused:
     why: str
 
 
+SAYS_ITSELF = "says_itself"
+"""Type of an error whose message goes on from the field's name."""
+
+
 class Body(BaseModel):
     """Knows its fields: another one, or one of another type, is an error."""
 

@@ -94,7 +94,7 @@ def make_reader_of(wanted: Wanted, router: Router, prompt: list[int]) -> MakeRea
 
 def _about(wanted: Wanted, opened: Sequence[RunningRequest], router: Router) -> About:
     prompts = [each.spec.prompt_ids for each in opened]
-    make_reader = make_reader_of(wanted, router, prompts[0]) if wanted.is_chat and wanted.prefix != "resp" else None
+    make_reader = make_reader_of(wanted, router, prompts[0]) if wanted.is_chat else None
     return About(
         wanted,
         answer_id=f"{wanted.prefix}-{opened[0].spec.request_id}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from headrace.v1 import generation_service_pb2
 from pydantic import Field
@@ -126,14 +126,23 @@ def _fields(index: int, message: Message) -> dict[str, Any]:
 
 def _call(path: str, call: ToolCall) -> dict[str, Any]:
     """Return a call with its arguments as an object: templates write them in their own way."""
+    arguments = arguments_of(call.function.arguments, f"{path}.function.arguments")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def arguments_of(text: str, name: str) -> dict[str, Any]:
+    """Return what a call's arguments are.
+
+    Raises:
+        HttpError: `name`, by which the text's sender knows it, is no JSON object.
+    """
     try:
-        arguments: object = json.loads(call.function.arguments or "{}")
+        arguments: object = json.loads(text or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        name = f"{path}.function.arguments"
         raise HttpError(f"`{name}` must be a JSON object, as text", param=name)
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return cast("dict[str, Any]", arguments)
 
 
 def _dumps(value: Any) -> str:

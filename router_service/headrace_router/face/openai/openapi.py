@@ -14,7 +14,13 @@ from pydantic.json_schema import models_json_schema
 
 from headrace_router.face.openai.body import Refused
 from headrace_router.face.openai.messages import Message
-from headrace_router.face.openai.responses_schema import InputItem, ResponsesRequest
+from headrace_router.face.openai.responses_schema import (
+    FunctionCall,
+    FunctionCallOutput,
+    InputItem,
+    ReasoningItem,
+    ResponsesRequest,
+)
 from headrace_router.face.openai.schema import ChatRequest, CompletionRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
@@ -86,10 +92,12 @@ def table() -> str:
         word, text = _say(Message, name)
         lines.append(f"| `messages[].{name}` | | {word} | {text} |")
     lines += ["", "`/v1/responses`:", "", "| field | | |", "|---|---|---|"]
-    for prefix, model in (("", ResponsesRequest), ("input[].", InputItem)):
+    lines += [f"| `{name}` | {' | '.join(_say(ResponsesRequest, name))} |" for name in ResponsesRequest.model_fields]
+    items: dict[str, tuple[str, str]] = {}
+    for model in (InputItem, FunctionCall, FunctionCallOutput, ReasoningItem):
         for name in model.model_fields:
-            word, text = _say(model, name)
-            lines.append(f"| `{prefix}{name}` | {word} | {text} |")
+            items.setdefault(name, _say(model, name))
+    lines += [f"| `input[].{name}` | {' | '.join(said)} |" for name, said in items.items()]
     return "\n".join(lines) + "\n"
 
 

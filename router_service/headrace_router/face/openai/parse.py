@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from headrace_router.face.http.errors import HttpError
-from headrace_router.face.openai.body import Refused
+from headrace_router.face.openai.body import SAYS_ITSELF, Refused
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -65,6 +65,8 @@ def _named(schema: type[BaseModel], error: ValidationError) -> HttpError:
         text = f"`{path}` is no field that this endpoint knows"
     elif kind == "missing":
         text = f"`{path}` is missing"
+    elif kind == SAYS_ITSELF:
+        text = f"`{path}` {problem['msg']}"
     elif refused is not None:
         text = f"`{path}` is not served with this value: {refused.why}"
     elif field is not None and field.description and len(place) > len(path.split(".")):  # it may be of several types
@@ -89,6 +91,10 @@ def _field_of(schema: type[BaseModel], place: tuple[int | str, ...]) -> tuple[st
             field = found
             refused = next((each for each in found.metadata if isinstance(each, Refused)), refused)
             models = _models_in(found.annotation)
+        of_type = next((model for model in models if model.__name__ == step), None)
+        if of_type is not None and path:  # of several objects that a value may be, this one was read
+            models = [of_type]
+            continue
         if found is not None or isinstance(step, int) or not path or (models and _is_name(step)):
             path.append(str(step))
     return ".".join(path), field, refused

@@ -1,17 +1,18 @@
-"""`POST /v1/responses`, as OpenAI's clients write it: one answer in text to a text or a conversation, nothing kept."""
+"""`POST /v1/responses`, as OpenAI's clients write it: one answer to a text or a conversation, nothing kept."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from headrace_router.face.openai.body import Body, Refused
+from headrace_router.face.openai.body import SAYS_ITSELF, Body, Refused
 from headrace_router.face.openai.schema import Count
+from headrace_router.face.openai.tools import CHOICES, PARALLEL, Function, NamedFunction, NamedTool, Tool, Tooled
 
 _NOTHING = Annotated[list[Any], Field(max_length=0)]
 _NOTHING_KEPT = "nothing is kept; send the whole conversation as `input`"
-_NO_TOOLS = "tools are called by /v1/chat/completions"
+_OWN_TOOLS = "functions are the clients' own: what is called is told"
 
 
 class InputPart(Body):
@@ -28,10 +29,106 @@ class InputItem(Body):
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="as of messages")
     content: str | list[InputPart] = Field(description="a text, or parts of text, which are joined")
-    type: Literal["message"] | None = Field(None, description="`message`")
+    type: Literal["message"] | None = Field(
+        None, description="`message` (default), `function_call`, `function_call_output` or `reasoning`"
+    )
     id: str | None = Field(None, description="taken, and used for nothing")
     status: str | None = Field(None, description="taken, and used for nothing")
     phase: Annotated[None, Refused("text only")] = None
+
+
+class ReasoningPart(Body):
+    """A part of what was thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(Body):
+    """What the model thought before what follows."""
+
+    type: Literal["reasoning"]
+    content: list[ReasoningPart] | None = Field(None, description="thoughts, for templates that show them")
+    summary: Annotated[_NOTHING | None, Refused("thoughts are told whole")] = None
+    encrypted_content: Annotated[None, Refused(_NOTHING_KEPT)] = None
+    id: str | None = None
+    status: str | None = None
+
+
+class FunctionCall(Body):
+    """What the model called."""
+
+    type: Literal["function_call"]
+    call_id: str = Field(description="which call and which output belong together")
+    name: str = Field(description="the function that was called")
+    arguments: str = Field(description="a JSON object, as text, with which it was called")
+    namespace: Annotated[None, Refused(_OWN_TOOLS)] = None
+    caller: Annotated[None, Refused(_OWN_TOOLS)] = None
+    id: str | None = None
+    status: str | None = None
+
+
+class FunctionCallOutput(Body):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputPart] = Field(description="a text, or parts of text, which are joined, that a call gave")
+    namespace: Annotated[None, Refused(_OWN_TOOLS)] = None
+    caller: Annotated[None, Refused(_OWN_TOOLS)] = None
+    name: str | None = None
+    id: str | None = None
+    status: str | None = None
+
+
+_KINDS = {
+    "message": "InputItem",
+    "reasoning": "ReasoningItem",
+    "function_call": "FunctionCall",
+    "function_call_output": "FunctionCallOutput",
+}
+
+
+def _class_of(value: object) -> str | None:
+    """Return by its `type` which class an item is of; a message may have none."""
+    if not isinstance(value, dict):
+        return None
+    kind = cast("dict[str, object]", value).get("type")
+    return "InputItem" if kind is None else _KINDS.get(kind) if isinstance(kind, str) else None
+
+
+Item = Annotated[
+    Annotated[InputItem, Tag("InputItem")]
+    | Annotated[ReasoningItem, Tag("ReasoningItem")]
+    | Annotated[FunctionCall, Tag("FunctionCall")]
+    | Annotated[FunctionCallOutput, Tag("FunctionCallOutput")],
+    Discriminator(
+        _class_of,
+        custom_error_type=SAYS_ITSELF,
+        custom_error_message=f"must be an object whose `type` is one of {', '.join(_KINDS)}",
+    ),
+]
+
+
+Input = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[Item], Tag("list[Item]")],
+    Discriminator(lambda value: "str" if isinstance(value, str) else "list[Item]"),
+]
+"""Read as one or the other, so that what is wrong with an item is told of the item."""
+
+
+class _OfFunction(Body):
+    """Comes before what it says the type of."""
+
+    type: Literal["function"]
+
+
+class NamedFlat(NamedFunction, _OfFunction):
+    """The one function that must be called."""
+
+
+class FlatTool(Function, _OfFunction):
+    """One function, as this endpoint's clients write it."""
 
 
 class TextFormat(Body):
@@ -55,7 +152,7 @@ class ResponsesRequest(Body):
     """`POST /v1/responses`."""
 
     model: str = Field("", description="as /v1/models names it; empty: the one served")
-    input: str | list[InputItem] = Field(description="what a user says, or a conversation")
+    input: Input = Field(description="what a user says, or a conversation's items")
     instructions: str | None = Field(None, description="a system message before it")
     max_output_tokens: Count | None = Field(None, description="most tokens; default: what the context leaves")
     temperature: float | None = Field(None, description="0 is greedy; default 1")
@@ -69,13 +166,26 @@ class ResponsesRequest(Body):
     conversation: Annotated[None, Refused(_NOTHING_KEPT)] = None
     prompt: Annotated[None, Refused(_NOTHING_KEPT)] = None
     metadata: Annotated[None, Refused(_NOTHING_KEPT)] = None
-    include: Annotated[_NOTHING | None, Refused("there is text alone")] = None
-    tools: Annotated[_NOTHING | None, Refused(_NO_TOOLS)] = None
-    tool_choice: Annotated[Literal["none", "auto"] | None, Refused(_NO_TOOLS)] = None
-    parallel_tool_calls: Annotated[bool | None, Refused(_NO_TOOLS)] = None
-    max_tool_calls: Annotated[None, Refused(_NO_TOOLS)] = None
+    include: Annotated[_NOTHING | None, Refused("there is nothing to include")] = None
+    tools: Annotated[list[FlatTool], Field(max_length=128)] | None = Field(
+        None, description="functions, up to 128, which the template is told of; no tools of OpenAI's own"
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedFlat | None = Field(None, description=CHOICES)
+    parallel_tool_calls: bool | None = Field(None, description=PARALLEL)
+    max_tool_calls: Annotated[None, Refused(_OWN_TOOLS)] = None
     reasoning: Annotated[None, Refused("the model's template is used as it is")] = None
     service_tier: str | None = Field(None, max_length=32, description="as of completions")
     truncation: Annotated[Literal["disabled"] | None, Refused("a prompt that is too long is refused")] = None
     top_logprobs: Annotated[Literal[0] | None, Refused("not served here yet")] = None
     stream_options: Annotated[None, Refused("there are none")] = None
+
+    def tooled(self) -> Tooled:
+        """Return what it says of tools, as a conversation's body says it."""
+        tools = [
+            Tool(type="function", function=Function.model_validate(tool.model_dump(exclude={"type"})))
+            for tool in self.tools or ()
+        ]
+        choice = self.tool_choice
+        if isinstance(choice, NamedFlat):
+            choice = NamedTool(type="function", function=NamedFunction(name=choice.name))
+        return Tooled(tools=tools or None, tool_choice=choice, parallel_tool_calls=self.parallel_tool_calls)

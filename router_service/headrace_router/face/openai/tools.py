@@ -16,6 +16,8 @@ from headrace_router.face.http.errors import HttpError
 from headrace_router.face.openai.body import Body
 from headrace_router.face.openai.structure import schema_grammar
 
+CHOICES = "`none`, `auto` (default; for templates with `<tool_call>`), `required`, or a named function"
+PARALLEL = "default true: an answer may call several times; false not with `auto`"
 _DEFINITIONS = ("$defs", "definitions")
 _NO_WHITE_SPACE = {"whitespace_flexible": False, "whitespace_pattern": None}
 
@@ -55,13 +57,8 @@ class Tooled(Body):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
         None, description="functions, up to 128, which the template is told of"
     )
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
-        None,
-        description="`none`, `auto` (default; for templates with `<tool_call>`), `required`, or a named function",
-    )
-    parallel_tool_calls: bool | None = Field(
-        None, description="default true: an answer may call several times; false not with `auto`"
-    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description=CHOICES)
+    parallel_tool_calls: bool | None = Field(None, description=PARALLEL)
 
 
 CallForm = Literal["", "tagged", "forced"]
