@@ -239,6 +239,10 @@ class Router:
         """Return whether a chat template of the model's has `word` in it."""
         return any(word in text for text in self._tokenizer.config.templates.values())
 
+    def hides(self, word: str) -> bool:
+        """Return whether `word` is a special token, which answers do not show."""
+        return word in self._tokenizer.specials
+
     def count_refused(self, error: HeadraceError | None) -> None:
         """Count a request that was not opened; None: its client left."""
         self._metrics.requests.labels("cancelled" if error is None else outcome_of(error)).inc()

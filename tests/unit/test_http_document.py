@@ -46,8 +46,8 @@ def of(schema):
         return st.just(schema["const"])
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
-    if "anyOf" in schema:
-        return st.one_of(*map(of, schema["anyOf"]))
+    if several := schema.get("anyOf") or schema.get("oneOf"):
+        return st.one_of(*map(of, several))
     match schema.get("type"):
         case "null":
             return st.none()

@@ -29,8 +29,8 @@ from headrace_router.requests.running import RunningRequest
 from headrace_router.router import Router
 
 _NO_CALLS = (
-    "`tool_choice` `auto`: this model's template has no calls in a form that is known here; `required`, or a named "
-    "function, holds any model's answer to calls"
+    "`tool_choice` `auto`: this model's template has no calls in a form that is known here, which is "
+    "`<tool_call>{…}</tool_call>` in plain tokens; `required`, or a named function, holds any model's answer to calls"
 )
 _OTHER_CALLS = ("<arg_key>", "<function=", "<parameter=")
 """Of templates whose `<tool_call>` is not JSON."""
@@ -77,8 +77,10 @@ async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door,
 
 def calls_by_tags(router: Router) -> bool:
     """Return whether the model's template has calls as `TaggedCalls` reads them."""
-    knows = router.template_knows
-    return all(map(knows, (TaggedCalls.BEGIN, TaggedCalls.END, "arguments"))) and not any(map(knows, _OTHER_CALLS))
+    knows, marks = router.template_knows, (TaggedCalls.BEGIN, TaggedCalls.END)
+    if any(map(router.hides, marks)):
+        return False
+    return all(map(knows, (*marks, "arguments"))) and not any(map(knows, _OTHER_CALLS))
 
 
 def make_reader_of(wanted: Wanted, router: Router, prompt: list[int]) -> MakeReader | None:

@@ -91,7 +91,9 @@ def read_completion(body: bytes, request_id: str) -> Asked:
     fields = parse_body(CompletionRequest, body)
     has_logprobs, echo = fields.logprobs is not None, bool(fields.echo)
     if echo and has_logprobs:
-        raise HttpError("`echo` is not served with `logprobs`: prompts have none", param="echo")
+        raise HttpError(
+            "`echo` is not served with `logprobs`: a prompt's tokens have none here; send one of them", param="echo"
+        )
     max_tokens = _DEFAULT_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
     message = _message(fields, request_id, max_tokens, fields.logprobs)
     prompt = fields.prompt if fields.prompt_token_ids is None else fields.prompt_token_ids
