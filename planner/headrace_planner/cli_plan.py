@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from headrace_client.commands.terminal import complain
 from headrace_core.errors import InvalidRequestError
 from headrace_core.request_trace import Workload, load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
-from headrace_core.roofline.hardware import Hardware, HardwareError, find_hardware
-from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_core.roofline.hardware import Hardware, find_hardware
+from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import Demand, Plan, make_plan
+from headrace_planner.cli_errors import readable_errors
 from headrace_planner.plan_experts import experts_choice
 from headrace_planner.sim_capacity import Attempt, Verified, verify_divisions
 from headrace_planner.sim_result import parse_slo
@@ -60,7 +60,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Plan a disaggregated cluster: workers, division, batch sizes, bandwidth, cost, and what limits."""
-    try:
+    with readable_errors():
         shape = ModelShape.load(model)
         machine = find_hardware(hardware, hardware_file)
         requests, demand = _demand(workload, trace, scale)
@@ -69,9 +69,6 @@ def main(
         plan, verified = tried[0] if tried else (plan, None)
         if plot_dir:
             _plot(shape, machine, dtype, plot_dir)
-    except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
-        complain(str(error))
-        raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(as_dict(plan, verified), indent=2))
         return

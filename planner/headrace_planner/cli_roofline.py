@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from headrace_client.commands.terminal import complain
 from headrace_core.roofline.communication import Parallelism
-from headrace_core.roofline.hardware import HARDWARE, Hardware, HardwareError, find_hardware, load_hardware
+from headrace_core.roofline.hardware import HARDWARE, Hardware, find_hardware, load_hardware
 from headrace_core.roofline.hardware_measure import measure_cpu
-from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape
 from headrace_core.roofline.operations import MlaPath, Phase
 from headrace_core.roofline.roofline import Roofline, roofline
 from headrace_core.roofline.routing import Routing
 from rich.console import Console
 
-from headrace_planner.cli_kernels import KernelsError, measure_kernels, show_kernels
+from headrace_planner.cli_errors import readable_errors
+from headrace_planner.cli_kernels import measure_kernels, show_kernels
 from headrace_planner.cli_live import read_workers, save_points, show_live
 from headrace_planner.compat import CompatSetting
 from headrace_planner.divisible import check_divides
-from headrace_planner.live import PHASES, LiveError, Reading, mean_load, measured_points
-from headrace_planner.measured import MeasuredError, load_measured
+from headrace_planner.live import PHASES, Reading, mean_load, measured_points
+from headrace_planner.measured import load_measured
 from headrace_planner.page import PageContent, PageSetting, build_page
 from headrace_planner.page_server import serve_page
 from headrace_planner.report import as_json, print_compat, print_roofline
@@ -142,12 +141,12 @@ def main(
         print_compat(Console(), CompatSetting())
         return
     if kernels:
-        with _readable_errors():
+        with readable_errors():
             found = measure_kernels()
         typer.echo(json.dumps(found, indent=2)) if as_json_output else show_kernels(Console(), found)
         return
     output = _Output(as_json_output, formulas, (host, port) if serve else None, build_page_at, measured)
-    with _readable_errors():
+    with readable_errors():
         readings = _readings(metrics or [], model, save_measured) if live else None
         if readings is not None and not output.is_page:
             show_live(Console(), readings, as_json=as_json_output, watch=watch)
@@ -158,16 +157,6 @@ def main(
         )  # fmt: skip
         check_divides(setting.shape, setting.parallel)
         _show(setting, _Steps(phase, prefill_batch, batch, context, cached), output, readings)
-
-
-@contextmanager
-def _readable_errors() -> Generator[None]:
-    """Turn what the command line, a file or a worker can cause into one line and exit status 2."""
-    try:
-        yield
-    except (ModelShapeError, HardwareError, MeasuredError, LiveError, KernelsError, ValueError, OSError) as error:
-        complain(str(error))
-        raise typer.Exit(2) from None
 
 
 def _readings(metrics: Sequence[str], model: str, save_measured: Path | None) -> list[Reading]:

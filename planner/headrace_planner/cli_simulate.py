@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from headrace_client.commands.terminal import complain
 from headrace_core.errors import InvalidRequestError
 from headrace_core.expert_placement import balanced, in_order
 from headrace_core.request_trace import Workload, load_trace
 from headrace_core.roofline.communication import Parallelism
-from headrace_core.roofline.hardware import HardwareError, find_hardware
-from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape, ModelShapeError
+from headrace_core.roofline.hardware import find_hardware
+from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape
 from headrace_core.roofline.routing import Routing
 from headrace_router.placement.preferences import PREFERENCES
 from rich.console import Console
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import kv_tokens
+from headrace_planner.cli_errors import readable_errors
 from headrace_planner.divisible import check_divides
 from headrace_planner.measured_times import load_tables, measured_times
 from headrace_planner.plots import Figure, Line
@@ -97,7 +97,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Simulate, and report goodput, percentiles and utilisation."""
-    try:
+    with readable_errors():
         if study:
             _run_study(study, trace, plot)
             return
@@ -122,9 +122,6 @@ def main(
         result = simulate(config, load)
         if plot:
             plots.save(_figures(result), plot)
-    except (InvalidRequestError, ModelShapeError, HardwareError, ValueError, OSError) as error:
-        complain(str(error))
-        raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(result.summary(objective), indent=2))
     else:

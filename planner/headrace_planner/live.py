@@ -44,6 +44,10 @@ class LiveError(ValueError):
     """A worker's metrics can't be read, or it measures nothing."""
 
 
+class UnreachableError(LiveError):
+    """Nothing answers there with metrics."""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What a worker predicts for, as it says."""
@@ -132,13 +136,18 @@ def read_worker(address: str) -> Reading:
     """Read a worker's metrics over HTTP.
 
     Raises:
-        LiveError: It does not answer, or does not measure operations.
+        UnreachableError: It does not answer.
+        LiveError: That is no address, or it does not measure operations.
     """
+    hint = "the worker's log line `serving` names its metrics"
     try:
         parse_address(address)
+    except ValueError as error:
+        raise LiveError(f"{error}; {hint}") from None
+    try:
         text = read_metrics(address, _TIMEOUT_S)
     except ValueError as error:
-        raise LiveError(f"{error}; the worker's log line `serving` names its metrics") from None
+        raise UnreachableError(f"{error}; {hint}") from None
     return parse_reading(address, text)
 
 

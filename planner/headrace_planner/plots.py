@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headrace_core.errors import InvalidRequestError
+from headrace_core.errors import StartupError
 
 _COLOURS = ("#0b6e99", "#d9480f", "#5f3dc4", "#2b8a3e", "#868e96", "#c2255c")
 _DASHES = ("-", "--", "-.", ":")
@@ -46,7 +46,7 @@ def save(figures: Sequence[Figure], path: Path) -> None:
     """Draw figures side by side into one file; its ending chooses the format.
 
     Raises:
-        InvalidRequestError: NO_MATPLOTLIB.
+        StartupError: NO_MATPLOTLIB.
     """
     pyplot: Any = _pyplot()
     # Text stays text: smaller files, and a browser's own fonts. Fixed salt: the same plot is the same file.
@@ -87,7 +87,7 @@ def _pyplot() -> Any:
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
     except ImportError:
-        text = "plots need matplotlib, which is not installed: pip install matplotlib, or leave the plots out"
-        raise InvalidRequestError("NO_MATPLOTLIB", text) from None
+        text = "plots need matplotlib, which is not installed: pip install 'headrace[plots]', or leave the plots out"
+        raise StartupError("NO_MATPLOTLIB", text) from None
     matplotlib.use("Agg")
     return importlib.import_module("matplotlib.pyplot")

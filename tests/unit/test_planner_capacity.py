@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from headrace_core.errors import InvalidRequestError
+from headrace_core.errors import InvalidRequestError, StartupError
 from headrace_core.request_trace import load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import find_hardware
@@ -185,8 +185,12 @@ def test_missing_matplotlib_is_a_readable_error(tmp_path: Path, monkeypatch: pyt
         raise ImportError(name)
 
     monkeypatch.setattr(plots.importlib, "import_module", missing)
-    with pytest.raises(InvalidRequestError, match="pip install matplotlib"):
+    with pytest.raises(StartupError, match=r"pip install 'headrace\[plots\]'"):
         plots.save([], tmp_path / "a.svg")
+    asked = ["simulate", "--prefill", "1", "--decode", "1", "--workload", "64,2,5", "--requests", "2"]
+    ended = CliRunner().invoke(app, [*asked, "--plot", str(tmp_path / "a.svg")])
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("error: plots need matplotlib")
 
 
 def test_commands_print_json_and_refuse_nonsense() -> None:

@@ -51,7 +51,7 @@ _HELP = """Serve language models with separate prefill and decode workers, and t
   headrace simulate      a cluster in simulated time
 
 [bold]Exit codes[/bold]
-  0 done, 1 the server failed or is not there,
+  0 done, 1 it failed, or something is not there,
   2 wrong input, 130 interrupted
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from headrace_core.errors import InvalidRequestError
+from headrace_core.errors import StartupError
 from rich.text import Text
 
 from headrace_client.commands.terminal import stdout
@@ -31,13 +31,13 @@ def make(folder: Path, *, name: str = _NAME, days: int = _DAYS, hosts: Sequence[
     """Make the set; see `certificates.make_set`.
 
     Raises:
-        InvalidRequestError: NO_CRYPTOGRAPHY; and as it does.
+        StartupError: NO_CRYPTOGRAPHY; and as it does.
     """
     try:
         from headrace_client.certificates import make_set
     except ImportError:
         problem = "certificates are made by the package cryptography: pip install 'headrace[certs]'"
-        raise InvalidRequestError("NO_CRYPTOGRAPHY", problem) from None
+        raise StartupError("NO_CRYPTOGRAPHY", problem) from None
     return make_set(folder, name=name, days=days, hosts=hosts)
 
 
