@@ -71,13 +71,6 @@ def test_subcommands_are_always_in_the_same_order():
     assert [name for name in names if name in wanted.split()] == wanted.split()
 
 
-def test_a_package_that_is_not_installed_is_no_wrong_input(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "headrace_client.certificates", None)
-    result = run("certs", str(tmp_path / "certs"))
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "pip install 'headrace[certs]'" in result.stderr
-
-
 def test_help_and_version_of_the_command_itself():
     assert "headrace demo" in run("--help").stdout
     assert run("--version").stdout.startswith("headrace ")
