@@ -32,7 +32,7 @@ def read_response(body: bytes, request_id: str) -> Asked:
         sampling.grammar.CopyFrom(forced_calls(tooled))
     message = generation_service_pb2.GenerateRequest(request_id=request_id, model=fields.model, sampling=sampling)
     put_level(message, fields.service_tier)
-    put_messages(message, messages_of(fields), Templated(), tools_json(tooled))
+    put_messages(message, messages_of(fields), Templated.model_construct(), tools_json(tooled))
     wanted = Wanted(
         prefix="resp",
         is_chat=True,

@@ -25,9 +25,9 @@ def messages_of(fields: ResponsesRequest) -> list[Message]:
     """
     messages: list[Message] = []
     if fields.instructions is not None:
-        messages.append(Message(role="system", content=fields.instructions))
+        messages.append(Message.model_construct(role="system", content=fields.instructions))
     if isinstance(fields.input, str):
-        return [*messages, Message(role="user", content=fields.input)]
+        return [*messages, Message.model_construct(role="user", content=fields.input)]
     called: set[str] = set()
     thought: str | None = None
     for index, item in enumerate(fields.input):
@@ -36,7 +36,7 @@ def messages_of(fields: ResponsesRequest) -> list[Message]:
                 thought = "".join(part.text for part in item.content or ())
                 continue
             case InputItem():
-                messages.append(Message(role=item.role, content=_text(item.content)))
+                messages.append(Message.model_construct(role=item.role, content=_text(item.content)))
                 if item.role == "assistant":
                     messages[-1].reasoning_content = thought
             case FunctionCall():
@@ -48,7 +48,9 @@ def messages_of(fields: ResponsesRequest) -> list[Message]:
                     name = f"input.{index}.call_id"
                     problem = f"`{name}`: no `function_call` before it has it; send the whole conversation as `input`"
                     raise HttpError(problem, param=name)
-                messages.append(Message(role="tool", content=_text(item.output), tool_call_id=item.call_id))
+                messages.append(
+                    Message.model_construct(role="tool", content=_text(item.output), tool_call_id=item.call_id)
+                )
         thought = None
     return messages
 
@@ -56,9 +58,9 @@ def messages_of(fields: ResponsesRequest) -> list[Message]:
 def _add_call(messages: list[Message], item: FunctionCall, thought: str | None) -> None:
     """Make a call part of the turn that it belongs to."""
     function = CalledFunction(name=item.name, arguments=item.arguments)
-    call = ToolCall(id=item.call_id, function=function)
+    call = ToolCall.model_construct(id=item.call_id, function=function)
     if not messages or messages[-1].role != "assistant" or thought is not None:
-        messages.append(Message(role="assistant", reasoning_content=thought, tool_calls=[call]))
+        messages.append(Message.model_construct(role="assistant", reasoning_content=thought, tool_calls=[call]))
     elif messages[-1].tool_calls is None:
         messages[-1].tool_calls = [call]
     else:
