@@ -1,5 +1,4 @@
 import json
-import socket
 
 import pytest
 from headrace_planner.__main__ import app
@@ -99,15 +98,6 @@ def test_mistakes_are_named(arguments, said):
     result = _run(*arguments)
     assert result.exit_code == 2
     assert said in result.stderr
-
-
-def test_a_worker_that_does_not_answer_is_no_mistake_of_who_asks():
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        result = _run("--live", "--metrics", f"127.0.0.1:{silent.getsockname()[1]}")
-    assert result.exit_code == 1
-    assert "the worker's log line `serving` names its metrics" in result.stderr
-    assert _run("--live", "--metrics", "nowhere").exit_code == 2
 
 
 def test_page_is_built_with_what_was_asked_for(tmp_path):
