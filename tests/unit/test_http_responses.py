@@ -53,6 +53,7 @@ def followed(events):
         match event["type"].removeprefix("response."):
             case "output_item.added":
                 assert at == len(items)
+                assert all(each in done or items[each]["type"] == "message" for each in items)
                 assert event["item"]["status"] == "in_progress"
                 items[at], texts[at] = event["item"], ""
             case "output_text.delta" | "reasoning_text.delta" | "function_call_arguments.delta":
