@@ -15,6 +15,10 @@ ROOT = Path(__file__).parents[1]
 # every core is busy: 40 tokens of the oracle took 42 s for 5.8 s of CPU, and 0.4 s without.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# xdist tells its processes how wide the terminal is; a console that is made while a module is imported keeps to it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("COLUMNS", None)
+
 # Tests press Ctrl-C. What a shell starts in the background ignores the signal, and so would its children.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

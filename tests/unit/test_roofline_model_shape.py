@@ -130,7 +130,7 @@ def test_configs_of_other_families_are_read(tmp_path):
     assert dense.attention == GqaShape(32, 128)
 
 
-@pytest.mark.parametrize("name", TINY_CONFIGS)
+@pytest.mark.parametrize("name", [name for name, config in TINY_CONFIGS.items() if "index_topk" not in config])
 def test_the_engines_networks_have_the_rooflines_shapes(name, tmp_path):
     """The engine's reading of a config.json, its weights and the roofline's reading are of one network."""
     write_config(tmp_path, TINY_CONFIGS[name])
@@ -139,6 +139,11 @@ def test_the_engines_networks_have_the_rooflines_shapes(name, tmp_path):
     assert shape == ModelShape.from_config(TINY_CONFIGS[name], "tiny")
     # Norms, biases and correction biases are not counted.
     assert parameters(shape) == sum(math.prod(weight.shape) for weight in weights(config) if len(weight.shape) == 2)
+
+
+def test_sparse_attention_is_refused_by_name():
+    with pytest.raises(ModelShapeError, match="index_topk: attention over chosen tokens is not known here"):
+        ModelShape.from_config(TINY_CONFIGS["v32"])
 
 
 def test_unusable_configs_are_refused_by_the_name_of_the_field(tmp_path):

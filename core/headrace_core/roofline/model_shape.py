@@ -121,10 +121,12 @@ class ModelShape:
         """Read the fields of a Hugging Face config.json.
 
         Raises:
-            ModelShapeError: Naming the field that is missing or not a whole number.
+            ModelShapeError: Naming the field that is missing, not a whole number, or of what is not counted.
         """
         if isinstance(text := config.get("text_config"), dict):
             return cls.from_config(cast("dict[str, Any]", text), name)
+        if config.get("index_topk"):
+            raise ModelShapeError("config.json: index_topk: attention over chosen tokens is not known here")
         hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
         attention = _latent_attention(config) if config.get("kv_lora_rank") else _grouped_attention(config)
         moe = _moe(config)
