@@ -61,7 +61,7 @@ def test_a_decode_worker_on_a_gpu_generates_what_one_on_a_cpu_does(kv_cache_dtyp
     with use_backend("reference"):
         tokens, counts, pages = generated(load_worker_model(settings))
     # It takes as long as the rest and has tests of its own.
-    monkeypatch.setattr(loading, "check_kernels", lambda *_: 0.0)
+    monkeypatch.setattr(loading, "check_kernels", lambda *_, **__: 0.0)
     replayed = []
     run = decode_graphs.DecodeGraphs.run
     monkeypatch.setattr(decode_graphs.DecodeGraphs, "run", lambda *each: replayed.append(each) or run(*each))
