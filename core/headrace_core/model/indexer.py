@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from headrace_kernels.linear import Linear
-from headrace_kernels.rms_norm import rms_norm
 from headrace_kernels.rope import rope
 from torch import Tensor
 
@@ -122,8 +121,3 @@ class Indexer:
         """Return heads [T, J, I] of which the first R columns are turned; pairs lie half a width apart."""
         turned = rope(heads[..., : self._rope_dim], cos, sin, is_interleaved=False)
         return torch.cat((turned, heads[..., self._rope_dim :]), dim=-1)
-
-
-def normalised(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    """Return [T, N], the residual stream after attention's norm, in the type of `x`."""
-    return rms_norm(x, norm_weight, eps)

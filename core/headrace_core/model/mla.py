@@ -99,19 +99,7 @@ class LatentAttentionLayer:
 
     def _decode(self, new: NewRows, decode: DecodeRows, cache: Tensor, timer: OpTimer) -> Tensor:
         """Store the latents of decode rows and return their values [B, H * Dv], absorbed."""
-        absorbed = mla_prologue(
-            new.query,
-            self._weights.w_uk,
-            new.c_kv,
-            new.k_pe,
-            self._weights.kv_norm,
-            new.cos,
-            new.sin,
-            cache.view(-1, cache.shape[2]),
-            new.slot_mapping,
-            eps=LORA_NORM_EPS,
-            is_interleaved=self._shape.is_rope_interleaved,
-        )
+        absorbed = self.absorb(new, cache.view(-1, cache.shape[2]))
         timer.mark("latent_norms_and_rope+absorb_query")
         values = mla_decode_values(
             absorbed,
@@ -125,6 +113,22 @@ class LatentAttentionLayer:
         )
         timer.mark("attention_absorbed+absorb_value")
         return values
+
+    def absorb(self, new: NewRows, rows: Tensor) -> Tensor:
+        """Store tokens' latents in the cache's `rows` [S, D + R]; return their queries [T, H, D + R], absorbed."""
+        return mla_prologue(
+            new.query,
+            self._weights.w_uk,
+            new.c_kv,
+            new.k_pe,
+            self._weights.kv_norm,
+            new.cos,
+            new.sin,
+            rows,
+            new.slot_mapping,
+            eps=LORA_NORM_EPS,
+            is_interleaved=self._shape.is_rope_interleaved,
+        )
 
     def prefill(
         self, new: NewRows, first: int, groups: Sequence[PrefillGroup], cache: Tensor, timer: OpTimer

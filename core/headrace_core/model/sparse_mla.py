@@ -15,13 +15,13 @@ from itertools import pairwise
 import torch
 from headrace_kernels.latent_store import latent_store
 from headrace_kernels.mla_decode import mla_decode_values
-from headrace_kernels.mla_prologue import mla_prologue
 from headrace_kernels.paged_slots import paged_slots
+from headrace_kernels.rms_norm import rms_norm
 from headrace_kernels.split_ranges import SplitPlan
 from torch import Tensor
 
 from headrace_core.families.config import MlaShape
-from headrace_core.model.indexer import Choice, Indexer, IndexQueries, normalised
+from headrace_core.model.indexer import Choice, Indexer, IndexQueries
 from headrace_core.model.mla import LORA_NORM_EPS, LatentAttentionLayer, MlaWeights, NewRows
 from headrace_core.model.op_timer import OpTimer
 from headrace_core.model.step_inputs import DecodeRows, PrefillGroup, StepInputs
@@ -70,9 +70,7 @@ class SparseLatentAttentionLayer:
             1, (self._num_heads, -1)
         )
         timer.mark("q_up_proj")
-        index = self._indexer.queries(
-            latent, weights.query_norm, LORA_NORM_EPS, normalised(x, norm_weight, eps), angles
-        )
+        index = self._indexer.queries(latent, weights.query_norm, LORA_NORM_EPS, rms_norm(x, norm_weight, eps), angles)
         # Nothing else would show that a choice was none: attention over other tokens is as finite.
         is_sound = index.are_finite() & key.isfinite().all(dim=1)
         query = query.masked_fill(~is_sound[:, None, None], float("nan"))
@@ -106,19 +104,7 @@ class SparseLatentAttentionLayer:
 
     def _absorb(self, new: NewRows, latents: Tensor, timer: OpTimer) -> Tensor:
         """Store the latents of tokens and return their queries [T, H, D + R], absorbed."""
-        absorbed = mla_prologue(
-            new.query,
-            self._weights.w_uk,
-            new.c_kv,
-            new.k_pe,
-            self._weights.kv_norm,
-            new.cos,
-            new.sin,
-            latents,
-            new.slot_mapping,
-            eps=LORA_NORM_EPS,
-            is_interleaved=self._shape.is_rope_interleaved,
-        )
+        absorbed = self._whole.absorb(new, latents)
         # A token need not choose itself.
         is_sound = latents.index_select(0, new.slot_mapping).isfinite().all(dim=1)
         absorbed = absorbed.masked_fill(~is_sound[:, None, None], float("nan"))
