@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from headrace_core.errors import HeadraceError
 from headrace_core.request import SamplingParams
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.cluster_checks import all_pages_free
-from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 
-from tests.integration.test_rank_group import OPTIONS, PROMPT, metric, sampled, tokens_of
+from tests.integration.test_rank_group import OPTIONS, PROMPT, metric, tokens_of, turns, turns_of_one_process
 
 LANES = {"attention-tp": 1}
 
@@ -65,26 +63,7 @@ def test_pages_pass_between_lanes_and_heads_in_both_directions(
     tmp_path: Path, model_dir: Path, kind: str, prefill: dict[str, object], decode: dict[str, object]
 ):
     """A second turn brings pages back from the lane of a decode group that generated the first."""
-    for file in model_dir.glob("token*"):
-        tmp_path.mkdir(exist_ok=True)
-        shutil.copy(file, tmp_path)
-    write_checkpoint(tmp_path, {**TINY_CONFIGS[kind], "vocab_size": 1536, "max_position_embeddings": 512})
-    words = [(17 * i * i + 5 * i) % 1500 + 10 for i in range(150)]
-    firsts = [(words[3 * i : 30 + 12 * i], sampled(i) if i % 2 else SamplingParams(temperature=0.0, max_tokens=40))
-              for i in range(8)]  # fmt: skip
-
-    async def turns(cluster: LocalCluster) -> list[list[list[int]]]:
-        async with AsyncClient(cluster.router_address) as client:
-            first = await tokens_of(client, firsts)
-            seconds = [
-                ([*prompt, *told, *words[:40]], params) for (prompt, params), told in zip(firsts, first, strict=True)
-            ]
-            second = await tokens_of(client, seconds)
-            await all_pages_free(client.server_info)
-            return [first, second]
-
-    with LocalCluster(tmp_path, num_prefill=0, num_decode=0, num_both=1, worker_options=OPTIONS) as alone:
-        want = asyncio.run(turns(alone))
+    want = turns_of_one_process(tmp_path, model_dir, kind)
     sides = {
         f"{side}_{name}": options.pop("ranks") if name == "ranks" else options
         for side, options in (("prefill", dict(prefill)), ("decode", dict(decode)))

@@ -68,29 +68,35 @@ def sampled(seed: int) -> SamplingParams:
     return SamplingParams(temperature=0.8, top_p=0.95, seed=seed, max_tokens=40)
 
 
-@pytest.mark.parametrize("kind", ["v3", "mixtral"])
-def test_groups_on_both_sides_answer_as_one_process_does_both(tmp_path: Path, model_dir: Path, kind: str):
-    """Latents, which every rank has, and keys and values, of which each has its heads; a second turn comes back."""
-    for file in model_dir.glob("token*"):
-        tmp_path.mkdir(exist_ok=True)
-        shutil.copy(file, tmp_path)
-    write_checkpoint(tmp_path, {**TINY_CONFIGS[kind], "vocab_size": 1536, "max_position_embeddings": 512})
+async def turns(cluster: LocalCluster) -> list[list[list[int]]]:
+    """Return the answers to prompts, greedy and drawn, and to second turns, of which pages come back."""
     words = [(17 * i * i + 5 * i) % 1500 + 10 for i in range(150)]
     firsts = [(words[3 * i : 30 + 12 * i], sampled(i) if i % 2 else SamplingParams(temperature=0.0, max_tokens=40))
               for i in range(8)]  # fmt: skip
+    async with AsyncClient(cluster.router_address) as client:
+        first = await tokens_of(client, firsts)
+        seconds = [
+            ([*prompt, *told, *words[:40]], params) for (prompt, params), told in zip(firsts, first, strict=True)
+        ]
+        second = await tokens_of(client, seconds)
+        await all_pages_free(client.server_info)
+        return [first, second]
 
-    async def turns(cluster: LocalCluster) -> list[list[list[int]]]:
-        async with AsyncClient(cluster.router_address) as client:
-            first = await tokens_of(client, firsts)
-            seconds = [
-                ([*prompt, *told, *words[:40]], params) for (prompt, params), told in zip(firsts, first, strict=True)
-            ]
-            second = await tokens_of(client, seconds)
-            await all_pages_free(client.server_info)
-            return [first, second]
 
-    with LocalCluster(tmp_path, num_prefill=0, num_decode=0, num_both=1, worker_options=OPTIONS) as alone:
-        want = asyncio.run(turns(alone))
+def turns_of_one_process(folder: Path, model_dir: Path, kind: str) -> list[list[list[int]]]:
+    """Write a tiny checkpoint with the demo model's tokenizer to `folder`; return one worker's `turns`."""
+    for file in model_dir.glob("token*"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(file, folder)
+    write_checkpoint(folder, {**TINY_CONFIGS[kind], "vocab_size": 1536, "max_position_embeddings": 512})
+    with LocalCluster(folder, num_prefill=0, num_decode=0, num_both=1, worker_options=OPTIONS) as alone:
+        return asyncio.run(turns(alone))
+
+
+@pytest.mark.parametrize("kind", ["v3", "mixtral"])
+def test_groups_on_both_sides_answer_as_one_process_does_both(tmp_path: Path, model_dir: Path, kind: str):
+    """Latents, which every rank has, and keys and values, of which each has its heads; a second turn comes back."""
+    want = turns_of_one_process(tmp_path, model_dir, kind)
     with LocalCluster(tmp_path, prefill_ranks=2, decode_ranks=2, worker_options=OPTIONS) as cluster:
         assert asyncio.run(turns(cluster)) == want
         assert metric(cluster.workers[0].metrics_address, "headrace_prefix_fetched_tokens_total") > 0

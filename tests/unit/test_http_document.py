@@ -144,7 +144,7 @@ def schema_of(path):
 
 
 @pytest.mark.parametrize("path", POSTS)
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))  # how many are served is chance: 8 of 60 were seen
 @given(data=st.data())
 def test_a_body_that_fits_the_document_has_an_answer_of_the_document(address, path, data):
     body = data.draw(bodies(path))
@@ -155,8 +155,7 @@ def test_a_body_that_fits_the_document_has_an_answer_of_the_document(address, pa
 
 @pytest.mark.parametrize("path", POSTS)
 def test_bodies_that_fit_the_document_are_served_as_well_as_refused(path):
-    # How many is chance: 8 of 60 were seen.
-    assert not SEEN[path] or SEEN[path][200] >= 3, SEEN[path]
+    assert not SEEN[path] or SEEN[path][200] >= 10, SEEN[path]
 
 
 @pytest.mark.parametrize("path", POSTS)
