@@ -1,7 +1,6 @@
 """The router's door: who is turned away before the message is read, and whose place a full queue gives to whom."""
 
 import asyncio
-import random
 from dataclasses import replace
 
 import grpc
@@ -17,13 +16,10 @@ from headrace_core.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from headrace_core.shares import Caller
 from headrace_core.testing.api_keys import make_keys
 from headrace_core.testing.fake_script import scripted
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_router import service
-from headrace_router.callers.caller import caller_of
-from headrace_router.requests.waiting import WaitingRoom
 from headrace_router.testing import VOCAB_SIZE, RouterUnderTest, byte_ids, scripted_worker, text_request, wait_until
 
 from tests.unit.raw_http2 import call_without_window, wait_idle_close
@@ -281,87 +277,6 @@ def test_every_refusal_is_counted_by_reason_and_none_twice(tmp_path):
     run(tmp_path, test)
 
 
-class Context:
-    def __init__(self, peer, *metadata):
-        self._peer, self._metadata = peer, metadata
-
-    def peer(self):
-        return self._peer
-
-    def invocation_metadata(self):
-        return self._metadata
-
-    def auth_context(self):
-        return {}
-
-
-def test_a_caller_is_its_token_and_its_address():
-    here, there = "ipv4:10.0.0.1:1234", "ipv4:10.0.0.2:1234"
-    assert caller_of(Context(here)).name == caller_of(Context("ipv4:10.0.0.1:99")).name == "10.0.0.1"
-    named = {caller_of(Context(peer, *bearer(token))).name for peer in (here, there) for token in ("", "one", "two")}
-    assert len(named) == 6
-    assert not any("one" in name for name in named)
-    assert caller_of(Context(here, *bearer("one"))).address == "10.0.0.1"
-
-
-def test_prompts_that_wait_are_bounded_in_tokens_but_for_one_of_each_caller():
-    room = WaitingRoom(100, most_tokens=1000)
-
-    def take(name, num_tokens):
-        seat = room.take(Caller(name, name), evict=lambda _: False)
-        try:
-            seat.weigh(num_tokens)
-        except OverloadedError as error:
-            seat.leave()
-            return error.reason, error.retry_after_s > 0
-        return seat
-
-    first = take("a", 900)
-    assert take("a", 101) == ("QUEUE_FULL", True), "it has another that waits"
-    other = take("b", 5000)
-    assert other.num_tokens == 5000, "nothing else of its caller waits"
-    assert take("a", 1) == ("QUEUE_FULL", True)
-    other.leave()
-    assert take("a", 100).num_tokens == 100
-    first.leave()
-    first.leave()
-    assert take("a", 900).num_tokens == 900
-
-
-def test_a_name_that_is_made_up_puts_nobody_at_another_address_out():
-    room = WaitingRoom(4)
-    put_out = []
-
-    def seat(name, address):
-        return room.take(Caller(name, address), evict=lambda error: put_out.append(name) or True)
-
-    for name in "ab":
-        seat(name, "honest")
-        seat(name, "honest")
-    seat("made up 1", "hostile")
-    seat("made up 2", "hostile")
-    assert put_out == ["a", "b"]
-    for number in range(3, 9):
-        with pytest.raises(OverloadedError):
-            seat(f"made up {number}", "hostile")
-    assert (put_out, room.num_taken) == (["a", "b"], 4)
-
-
-@pytest.mark.parametrize("address", ["one", "another"])
-def test_if_nothing_of_who_has_most_can_be_put_out_it_is_the_next_ones_turn(address):
-    room, put_out = WaitingRoom(12), []
-
-    def fill(name, count, *, address="one", is_stuck=False):
-        for _ in range(count):
-            room.take(Caller(name, address), evict=lambda error: not is_stuck and (put_out.append(name) or True))
-
-    fill("greedy", 6, is_stuck=True)
-    fill("middle", 5)
-    fill("small", 1)
-    fill("late", 1, address=address)
-    assert (put_out, room.num_taken) == (["middle"], 12)
-
-
 def test_a_request_leaves_the_queue_with_its_first_sample(tmp_path):
     async def test(router):
         held = router.workers[0].faults.join_gate
@@ -393,25 +308,3 @@ def test_a_router_that_stops_tells_everybody_why(tmp_path):
             assert num_queued(router) == 0
 
     asyncio.run(main())
-
-
-def test_seats_are_conserved_whoever_comes_and_goes():
-    die, room, seats = random.Random(5), WaitingRoom(20), set()
-    for _ in range(5000):
-        caller = Caller(die.choice("abcd"), die.choice("xyz"))
-
-        def evict(_):
-            return die.random() < 0.7
-
-        if die.random() < 0.6:
-            try:
-                seats.add(room.take(caller, is_arriving=die.random() < 0.5, evict=evict))
-            except OverloadedError:
-                assert room.num_taken == 20
-        elif seats:
-            seats.pop().leave()
-        assert room.num_taken == sum(seat._room is not None for seat in seats) <= 20
-    for seat in seats:
-        seat.leave()
-        seat.leave()
-    assert (room.num_taken, room._seats) == (0, {})
