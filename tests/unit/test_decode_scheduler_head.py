@@ -1,4 +1,4 @@
-"""The head of a decode worker's queue is looked for in the prefix cache when something changed, and joins as if always."""
+"""The head of a decode worker's queue: looked for in the prefix cache only when something changed, as if always."""
 
 from headrace_decode.scheduler import DecodeScheduler, Output, PagesReady
 from hypothesis import given, settings
