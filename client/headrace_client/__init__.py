@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         OverloadedError,
         UnavailableError,
     )
-    from headrace_core.request import FinishReason, TokenLogprobs
+    from headrace_core.request import FinishReason
 
     from headrace_client.async_client import AsyncClient, AsyncStream
     from headrace_client.client import Client, Stream
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Sample,
         ServerInfo,
         Timings,
+        TokenLogprobs,
         Usage,
         Worker,
     )
@@ -76,7 +77,7 @@ _HOMES = {
     ),
     "headrace_client.sampling": ("SamplingParams",),
     "headrace_client.service_level": ("ServiceLevel",),
-    "headrace_core.request": ("FinishReason", "TokenLogprobs"),
+    "headrace_core.request": ("FinishReason",),
     "headrace_client.async_client": ("AsyncClient", "AsyncStream"),
     "headrace_client.client": ("Client", "Stream"),
     "headrace_client.connection": ("ConnectionOptions",),
@@ -88,6 +89,7 @@ _HOMES = {
         "Sample",
         "ServerInfo",
         "Timings",
+        "TokenLogprobs",
         "Usage",
         "Worker",
     ),

@@ -12,11 +12,10 @@ from headrace_core.request import (
     MAX_COUNT,
     MAX_SAMPLES,
     FinishReason,
-    TokenLogprobs,
     check_request_id,
 )
 from headrace_core.rpc import MAX_MESSAGE_BYTES, answered
-from headrace_core.wire import decode_finish, decode_logprobs, encode_sampling, without_float32
+from headrace_core.wire import decode_finish, encode_sampling, without_float32
 
 from headrace_client.arguments import OF_THE_MODEL, prompt_of, sampling_of, service_level_of, text_of, whole
 from headrace_client.results import (
@@ -28,6 +27,7 @@ from headrace_client.results import (
     Sample,
     ServerInfo,
     Timings,
+    TokenLogprobs,
     Usage,
     Worker,
 )
@@ -136,7 +136,7 @@ class Reader:
             sample_index=response.sample_index,
             text=response.text,
             token_ids=tuple(response.token_ids),
-            logprobs=tuple(decode_logprobs(logprobs) for logprobs in response.logprobs),
+            logprobs=tuple(_decode_logprobs(entry) for entry in response.logprobs),
             finish_reason=decode_finish(response.finish_reason),
             usage=_decode_usage(response.usage) if response.HasField("usage") else None,
             timings=_decode_timings(response.timings) if response.HasField("timings") else None,
@@ -197,6 +197,11 @@ def _sample(deltas: list[Delta]) -> Sample:
         timings=last.timings,
         matched_stop_string=last.matched_stop_string,
     )
+
+
+def _decode_logprobs(entry: types_pb2.TokenLogprobs) -> TokenLogprobs:
+    top = tuple((each.token_id, each.logprob) for each in entry.top)
+    return TokenLogprobs(entry.logprob, top, entry.token, tuple(each.token for each in entry.top))
 
 
 def _decode_usage(usage: pb.Usage) -> Usage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from headrace_core.request import FinishReason, TokenLogprobs
+from headrace_core.request import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,20 @@ class Timings:
     decode_worker: str
     hidden_transfer_us: int = 0
     hidden_transfer_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one position; `top` is [(token id, logprob)], most probable first.
+
+    `token`, and `top_tokens` for each of `top`, are what these tokens stand for, alone. Bytes: a character may be made
+    of several tokens. Empty where the router does not say.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    token: bytes = b""
+    top_tokens: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

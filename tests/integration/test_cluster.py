@@ -103,8 +103,10 @@ def test_logprobs_cover_every_token_the_first_included(cluster):
         assert len(result.logprobs) == len(result.token_ids) == 8
         for token_id, logprobs in zip(result.token_ids, result.logprobs, strict=True):
             assert logprobs.top[0] == (token_id, logprobs.logprob)
-            assert len(logprobs.top) == 3
+            assert len(logprobs.top) == len(logprobs.top_tokens) == 3
+            assert logprobs.top_tokens[0] == logprobs.token
             assert logprobs.logprob <= 0
+        assert b"".join(logprobs.token for logprobs in result.logprobs).decode() == result.text
 
     run(cluster, test)
 

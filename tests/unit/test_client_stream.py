@@ -60,6 +60,9 @@ def test_the_whole_answer_comes_back(generate):
     assert result.token_ids == (100, 101, 102)
     assert [entry.logprob for entry in result.logprobs] == [-0.5, -1.0, -1.5]
     assert result.logprobs[0].top == ((7, -0.25),)
+    assert [(entry.token, entry.top_tokens) for entry in result.logprobs] == [
+        (token, (b" likelier",)) for token in (b"Once", b" upon", b" a")
+    ]
     assert result.finish_reason is FinishReason.STOP
     assert (result.usage.num_prompt_tokens, result.usage.num_output_tokens, result.usage.num_cached_tokens) == (3, 3, 1)
     assert result.request_id == "fake-1"

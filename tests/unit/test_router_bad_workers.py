@@ -191,6 +191,7 @@ OUTPUT_FAULTS = {
     "log-probability above 0": tokens(lambda it: setattr(it.logprobs[0], "logprob", 3.0)),
     "probable token outside": tokens(lambda it: setattr(it.logprobs[0].top[0], "token_id", VOCAB_SIZE)),
     "many probable tokens": tokens(lambda it: it.logprobs[0].top.extend([it.logprobs[0].top[0]] * 30)),
+    "what a token stands for": tokens(lambda it: setattr(it.logprobs[0], "token", b"no worker's to say")),
     "more tokens than asked for": _forever,
     "nothing": lambda entry: entry.ClearField("tokens"),
     "a position ahead": lambda entry: setattr(entry, "position", entry.position + 1),

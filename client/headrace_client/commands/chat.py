@@ -11,8 +11,9 @@ from headrace_core.errors import HeadraceError, InvalidRequestError
 
 from headrace_client.arguments import sampling_of
 from headrace_client.client import Client
-from headrace_client.commands import options
-from headrace_client.commands.terminal import exit_code, report, stdout, write_text
+from headrace_client.codec import Collector
+from headrace_client.commands import logprobs, options
+from headrace_client.commands.terminal import exit_code, report, stderr, stdout, write_text
 from headrace_client.commands.waiting import Waiting
 from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage
@@ -43,6 +44,7 @@ def chat(  # the signature is the command line
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
+    top_logprobs: options.TopLogprobs = None,
     server: options.Server = DEFAULT_ADDRESS,
     api_key_file: options.ApiKeyFile = None,
     tls: options.Tls = False,
@@ -58,6 +60,7 @@ def chat(  # the signature is the command line
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        top_logprobs=top_logprobs,
     )
     sampling_of(sampling)[0].validate()
     with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity, wait_s=wait) as client:
@@ -120,8 +123,8 @@ class _Conversation:
         return code
 
     def _answer(self, messages: list[ChatMessage]) -> tuple[str, int]:
-        parts: list[str] = []
-        code = 0
+        collector = Collector()
+        has_text, code = False, 0
         try:
             with (
                 self._client.stream(messages, self._sampling, model=self._model, timeout_s=self._timeout_s) as stream,
@@ -129,16 +132,22 @@ class _Conversation:
             ):
                 for delta in stream:
                     waiting.heard()
-                    parts.append(delta.text)
+                    collector.add(delta)
+                    has_text = True
                     write_text(delta.text)
         except KeyboardInterrupt:
             code = 130
         finally:
-            if parts:
+            if has_text:
                 write_text("\n")
         if code:
             stdout.print("stopped", style="dim")
-        return "".join(parts), code
+        if not has_text:
+            return "", code
+        (answer,) = collector.generation().samples
+        if self._sampling.top_logprobs is not None:
+            stderr.print(logprobs.table(answer))
+        return answer.text, code
 
 
 def _read_line() -> str | None:

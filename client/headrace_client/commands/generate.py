@@ -12,7 +12,7 @@ from headrace_core.errors import InvalidRequestError
 
 from headrace_client.client import Client
 from headrace_client.codec import Collector
-from headrace_client.commands import options
+from headrace_client.commands import logprobs, options
 from headrace_client.commands.terminal import read_prompt, stderr, write_text
 from headrace_client.commands.waiting import Waiting
 from headrace_client.commands.waterfall import waterfall
@@ -29,10 +29,11 @@ Examples:
   headrace generate --chat "Tell me a story about a fox named Zorvim."
   cat prompt.txt | headrace generate - --stop "The end."
   headrace generate "Once upon a time" --slo-class interactive --slo-ttft-ms 500
-  headrace generate --tokens "0 17 42" --json --top-logprobs 5
+  headrace generate "Once upon a time" --max-tokens 9 --top-logprobs 3
+  headrace generate --tokens "0 17 42" --json
 
-Text goes to standard output and nothing else does, so it can be piped; timings go to standard error. A prompt \
-from standard input loses one newline at its end.
+Text goes to standard output and nothing else does, so it can be piped; timings and log-probabilities go to standard \
+error. A prompt from standard input loses one newline at its end.
 """
 
 
@@ -104,8 +105,8 @@ def generate(  # the signature is the command line
     elif n > 1:
         for index, sample in enumerate(result.samples):
             write_text(f"--- sample {index} ({sample.finish_reason.value})\n{sample.text}\n")
-    if timings and not as_json:
-        _show_timings(result)
+    if not as_json:
+        _explain(result, has_logprobs=top_logprobs is not None, has_timings=timings)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,19 +160,25 @@ def _prompt(prompt: str | None, tokens: str | None, *, is_chat: bool) -> Prompt:
     return [ChatMessage("user", text)] if is_chat else text
 
 
-def _show_timings(result: Generation) -> None:
+def _explain(result: Generation, *, has_logprobs: bool, has_timings: bool) -> None:
+    """Show what was asked for besides the text."""
     for sample in result.samples:
-        if sample.timings:
+        if has_logprobs:
+            stderr.print()
+            stderr.print(logprobs.table(sample))
+        if has_timings and sample.timings:
             stderr.print()
             stderr.print(waterfall(sample.timings, sample.usage))
 
 
 def to_plain(value: Any) -> Any:
-    """Return dataclasses as dicts and enums as their values, all the way down, for JSON."""
+    """Return dataclasses as dicts, enums as their values and bytes as text, all the way down, for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return value

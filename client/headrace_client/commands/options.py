@@ -145,7 +145,7 @@ LogitBias = Annotated[
 TopLogprobs = Annotated[
     int | None,
     typer.Option(
-        help="Report each token's log-probability and those of this many likeliest; see --json.",
+        help="Show each token's log-probability, and those of this many likeliest tokens; 0 to 20.",
         rich_help_panel=_SAMPLING,
     ),
 ]

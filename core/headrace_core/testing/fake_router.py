@@ -135,7 +135,8 @@ def answer(*texts: str, sample_index: int = 0, with_timings: bool = True) -> Ite
     """Yield a whole sample: one response, with one token, for each text; the last one ends it."""
     for position, text in enumerate(texts):
         response = pb.GenerateResponse(sample_index=sample_index, text=text, token_ids=[100 + position])
-        response.logprobs.add(logprob=-0.5 * (position + 1)).top.add(token_id=7, logprob=-0.25)
+        entry = response.logprobs.add(logprob=-0.5 * (position + 1), token=text.encode())
+        entry.top.add(token_id=7, logprob=-0.25, token=b" likelier")
         if position == 0:
             response.request_id = "fake-1"
         if position == len(texts) - 1:

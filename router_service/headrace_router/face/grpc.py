@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
@@ -13,6 +13,9 @@ from headrace_router.callers.caller import caller_of
 from headrace_router.callers.keys import Keys
 from headrace_router.requests.piece import Piece
 from headrace_router.router import Router
+
+_MOST_TOKEN_BYTES = 256
+"""What is longer is left out: a message holds a thousand tokens with twenty others each."""
 
 
 class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
@@ -42,7 +45,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         context.add_done_callback(on_done)
         try:
             async for piece in running.pieces():
-                yield encode_piece(piece, running.spec.request_id)
+                yield encode_piece(piece, running.spec.request_id, self._router.token_bytes)
         finally:
             self._router.close(running)
 
@@ -54,13 +57,19 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         return self._router.info()
 
 
-def encode_piece(piece: Piece, request_id: str) -> generation_service_pb2.GenerateResponse:
-    """Return the message."""
+def encode_piece(
+    piece: Piece, request_id: str, token_bytes: Callable[[int], bytes]
+) -> generation_service_pb2.GenerateResponse:
+    """Return the message. `token_bytes` says what a token stands for, which log-probabilities are sent with."""
     message = generation_service_pb2.GenerateResponse(
         sample_index=piece.sample_index, text=piece.text, token_ids=piece.token_ids
     )
     if piece.logprobs:
         message.logprobs.extend(piece.logprobs)
+        for token_id, entry in zip(piece.token_ids, message.logprobs, strict=True):
+            entry.token = _shown(token_bytes(token_id))
+            for top in entry.top:
+                top.token = _shown(token_bytes(top.token_id))
     if piece.is_first:
         message.request_id = request_id
     if ending := piece.ending:
@@ -72,3 +81,7 @@ def encode_piece(piece: Piece, request_id: str) -> generation_service_pb2.Genera
         if ending.timings is not None:
             message.timings.CopyFrom(ending.timings)
     return message
+
+
+def _shown(token: bytes) -> bytes:
+    return token if len(token) <= _MOST_TOKEN_BYTES else b""

@@ -170,6 +170,7 @@ def _check_logprobs(logprobs: Sequence[types_pb2.TokenLogprobs], vocab_size: int
     for entry in logprobs:
         _require(len(entry.top) <= MAX_TOP_LOGPROBS, f"it sent {len(entry.top)} log-probabilities for a position")
         _check_ids([top.token_id for top in entry.top], vocab_size, "one of its most probable tokens")
+        _require(not entry.token and not any(top.token for top in entry.top), "it sent what a token stands for")
         for value in (entry.logprob, *[top.logprob for top in entry.top]):
             if not value <= _MOST_LOGPROB:  # so, and not by `>`, NaN is refused
                 raise ProtocolError("PROTOCOL", f"it sent {value} as a log-probability")

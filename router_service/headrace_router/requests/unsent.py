@@ -8,8 +8,9 @@ from headrace.v1 import types_pb2
 
 from headrace_router.requests.piece import Ending, Piece
 
-_MOST_TOKENS, _MOST_CHARS = 4096, 1 << 20
-"""What one message to the client holds at most: with 20 log-probabilities a token, about a megabyte of 8 MiB."""
+_MOST_TOKENS, _MOST_LOGPROBS, _MOST_CHARS = 4096, 1024, 1 << 20
+"""What one message to the client holds at most: with 20 log-probabilities a token, each with the token's bytes, at most
+six of 8 MiB."""
 
 
 class Unsent:
@@ -48,12 +49,13 @@ class Unsent:
             token_ids = self._token_ids[self._num_sent :]
             self._num_sent, self.text = num_tokens, ""
             return Piece(self._sample_index, text, token_ids, (), False, None)
-        end = self._num_sent + _MOST_TOKENS
+        most = _MOST_LOGPROBS if self.logprobs else _MOST_TOKENS
+        end = self._num_sent + most
         text, token_ids = text[:_MOST_CHARS], self._token_ids[self._num_sent : end]
         self.text = self.text[_MOST_CHARS:]
         self._num_sent = min(end, num_tokens)
-        logprobs = self.logprobs[:_MOST_TOKENS]
-        del self.logprobs[:_MOST_TOKENS]
+        logprobs = self.logprobs[:most]
+        del self.logprobs[:most]
         is_first, self._is_introduced = not self._is_introduced, True
         ending = close() if close is not None and self.is_empty else None
         return Piece(self._sample_index, text, token_ids, logprobs, is_first, ending)

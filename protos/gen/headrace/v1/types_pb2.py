@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headrace/v1/types.proto\x12\x0bheadrace.v1\"\xf7\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x14\n\x0cstop_strings\x18\r \x03(\t\x12*\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x16.headrace.v1.LogitBias\x12\x19\n\x0ctop_logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12%\n\x07grammar\x18\x10 \x01(\x0b\x32\x14.headrace.v1.GrammarB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_top_logprobs\"I\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"F\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.headrace.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"E\n\rSamplingState\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\"\xc5\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.headrace.v1.CacheDtype\x12+\n\x06latent\x18\x04 \x01(\x0b\x32\x19.headrace.v1.LatentLayoutH\x00\x12\x30\n\tkey_value\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.KeyValueLayoutH\x00\x42\x0b\n\tattention\"I\n\x0cLatentLayout\x12\x14\n\x0ckv_lora_rank\x18\x01 \x01(\r\x12\x10\n\x08rope_dim\x18\x02 \x01(\r\x12\x11\n\tindex_dim\x18\x03 \x01(\r\"8\n\x0eKeyValueLayout\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\".\n\x07PageRef\x12\x0f\n\x07page_id\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"#\n\x0eLayerChecksums\x12\x11\n\tpage_xxh3\x18\x01 \x03(\x06\"H\n\x0c\x43\x61\x63hedPrefix\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\"\xcb\x01\n\x0eTransportOffer\x12*\n\x04grpc\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.GrpcTransportH\x00\x12*\n\x04\x66\x61ke\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.FakeTransportH\x00\x12(\n\x03shm\x18\x03 \x01(\x0b\x32\x19.headrace.v1.ShmTransportH\x00\x12*\n\x04nixl\x18\x04 \x01(\x0b\x32\x1a.headrace.v1.NixlTransportH\x00\x42\x0b\n\ttransport\"$\n\rGrpcTransport\x12\x13\n\x0b\x66rame_bytes\x18\x01 \x01(\r\"^\n\x0cShmTransport\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0e\n\x06socket\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\x12\x14\n\x0clayer_stride\x18\x05 \x01(\x04\"`\n\rNixlTransport\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\x17\n\x0flayer_addresses\x18\x02 \x03(\x06\x12\x15\n\rproof_address\x18\x03 \x01(\x06\x12\r\n\x05proof\x18\x04 \x01(\x0c\"\x1d\n\rFakeTransport\x12\x0c\n\x04pool\x18\x01 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*\x8f\x01\n\nCacheDtype\x12\x1b\n\x17\x43\x41\x43HE_DTYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41\x43HE_DTYPE_FLOAT32\x10\x01\x12\x18\n\x14\x43\x41\x43HE_DTYPE_BFLOAT16\x10\x02\x12\x17\n\x13\x43\x41\x43HE_DTYPE_FLOAT16\x10\x03\x12\x18\n\x14\x43\x41\x43HE_DTYPE_FP8_E4M3\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headrace/v1/types.proto\x12\x0bheadrace.v1\"\xf7\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x14\n\x0cstop_strings\x18\r \x03(\t\x12*\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x16.headrace.v1.LogitBias\x12\x19\n\x0ctop_logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12%\n\x07grammar\x18\x10 \x01(\x0b\x32\x14.headrace.v1.GrammarB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_top_logprobs\"I\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.headrace.v1.TopLogprob\x12\r\n\x05token\x18\x03 \x01(\x0c\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\"E\n\rSamplingState\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\"\xc5\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.headrace.v1.CacheDtype\x12+\n\x06latent\x18\x04 \x01(\x0b\x32\x19.headrace.v1.LatentLayoutH\x00\x12\x30\n\tkey_value\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.KeyValueLayoutH\x00\x42\x0b\n\tattention\"I\n\x0cLatentLayout\x12\x14\n\x0ckv_lora_rank\x18\x01 \x01(\r\x12\x10\n\x08rope_dim\x18\x02 \x01(\r\x12\x11\n\tindex_dim\x18\x03 \x01(\r\"8\n\x0eKeyValueLayout\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\".\n\x07PageRef\x12\x0f\n\x07page_id\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"#\n\x0eLayerChecksums\x12\x11\n\tpage_xxh3\x18\x01 \x03(\x06\"H\n\x0c\x43\x61\x63hedPrefix\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\"\xcb\x01\n\x0eTransportOffer\x12*\n\x04grpc\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.GrpcTransportH\x00\x12*\n\x04\x66\x61ke\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.FakeTransportH\x00\x12(\n\x03shm\x18\x03 \x01(\x0b\x32\x19.headrace.v1.ShmTransportH\x00\x12*\n\x04nixl\x18\x04 \x01(\x0b\x32\x1a.headrace.v1.NixlTransportH\x00\x42\x0b\n\ttransport\"$\n\rGrpcTransport\x12\x13\n\x0b\x66rame_bytes\x18\x01 \x01(\r\"^\n\x0cShmTransport\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0e\n\x06socket\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\x12\x14\n\x0clayer_stride\x18\x05 \x01(\x04\"`\n\rNixlTransport\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\x17\n\x0flayer_addresses\x18\x02 \x03(\x06\x12\x15\n\rproof_address\x18\x03 \x01(\x06\x12\r\n\x05proof\x18\x04 \x01(\x0c\"\x1d\n\rFakeTransport\x12\x0c\n\x04pool\x18\x01 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*\x8f\x01\n\nCacheDtype\x12\x1b\n\x17\x43\x41\x43HE_DTYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41\x43HE_DTYPE_FLOAT32\x10\x01\x12\x18\n\x14\x43\x41\x43HE_DTYPE_BFLOAT16\x10\x02\x12\x17\n\x13\x43\x41\x43HE_DTYPE_FLOAT16\x10\x03\x12\x18\n\x14\x43\x41\x43HE_DTYPE_FP8_E4M3\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1947
-  _globals['_FINISHREASON']._serialized_end=2042
-  _globals['_WORKERROLE']._serialized_start=2044
-  _globals['_WORKERROLE']._serialized_end=2156
-  _globals['_CACHEDTYPE']._serialized_start=2159
-  _globals['_CACHEDTYPE']._serialized_end=2302
+  _globals['_FINISHREASON']._serialized_start=1977
+  _globals['_FINISHREASON']._serialized_end=2072
+  _globals['_WORKERROLE']._serialized_start=2074
+  _globals['_WORKERROLE']._serialized_end=2186
+  _globals['_CACHEDTYPE']._serialized_start=2189
+  _globals['_CACHEDTYPE']._serialized_end=2332
   _globals['_SAMPLINGPARAMS']._serialized_start=41
   _globals['_SAMPLINGPARAMS']._serialized_end=672
   _globals['_GRAMMAR']._serialized_start=674
@@ -44,31 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOGITBIAS']._serialized_start=749
   _globals['_LOGITBIAS']._serialized_end=792
   _globals['_TOKENLOGPROBS']._serialized_start=794
-  _globals['_TOKENLOGPROBS']._serialized_end=864
-  _globals['_TOPLOGPROB']._serialized_start=866
-  _globals['_TOPLOGPROB']._serialized_end=913
-  _globals['_SAMPLINGSTATE']._serialized_start=915
-  _globals['_SAMPLINGSTATE']._serialized_end=984
-  _globals['_KVLAYOUT']._serialized_start=987
-  _globals['_KVLAYOUT']._serialized_end=1184
-  _globals['_LATENTLAYOUT']._serialized_start=1186
-  _globals['_LATENTLAYOUT']._serialized_end=1259
-  _globals['_KEYVALUELAYOUT']._serialized_start=1261
-  _globals['_KEYVALUELAYOUT']._serialized_end=1317
-  _globals['_PAGEREF']._serialized_start=1319
-  _globals['_PAGEREF']._serialized_end=1365
-  _globals['_LAYERCHECKSUMS']._serialized_start=1367
-  _globals['_LAYERCHECKSUMS']._serialized_end=1402
-  _globals['_CACHEDPREFIX']._serialized_start=1404
-  _globals['_CACHEDPREFIX']._serialized_end=1476
-  _globals['_TRANSPORTOFFER']._serialized_start=1479
-  _globals['_TRANSPORTOFFER']._serialized_end=1682
-  _globals['_GRPCTRANSPORT']._serialized_start=1684
-  _globals['_GRPCTRANSPORT']._serialized_end=1720
-  _globals['_SHMTRANSPORT']._serialized_start=1722
-  _globals['_SHMTRANSPORT']._serialized_end=1816
-  _globals['_NIXLTRANSPORT']._serialized_start=1818
-  _globals['_NIXLTRANSPORT']._serialized_end=1914
-  _globals['_FAKETRANSPORT']._serialized_start=1916
-  _globals['_FAKETRANSPORT']._serialized_end=1945
+  _globals['_TOKENLOGPROBS']._serialized_end=879
+  _globals['_TOPLOGPROB']._serialized_start=881
+  _globals['_TOPLOGPROB']._serialized_end=943
+  _globals['_SAMPLINGSTATE']._serialized_start=945
+  _globals['_SAMPLINGSTATE']._serialized_end=1014
+  _globals['_KVLAYOUT']._serialized_start=1017
+  _globals['_KVLAYOUT']._serialized_end=1214
+  _globals['_LATENTLAYOUT']._serialized_start=1216
+  _globals['_LATENTLAYOUT']._serialized_end=1289
+  _globals['_KEYVALUELAYOUT']._serialized_start=1291
+  _globals['_KEYVALUELAYOUT']._serialized_end=1347
+  _globals['_PAGEREF']._serialized_start=1349
+  _globals['_PAGEREF']._serialized_end=1395
+  _globals['_LAYERCHECKSUMS']._serialized_start=1397
+  _globals['_LAYERCHECKSUMS']._serialized_end=1432
+  _globals['_CACHEDPREFIX']._serialized_start=1434
+  _globals['_CACHEDPREFIX']._serialized_end=1506
+  _globals['_TRANSPORTOFFER']._serialized_start=1509
+  _globals['_TRANSPORTOFFER']._serialized_end=1712
+  _globals['_GRPCTRANSPORT']._serialized_start=1714
+  _globals['_GRPCTRANSPORT']._serialized_end=1750
+  _globals['_SHMTRANSPORT']._serialized_start=1752
+  _globals['_SHMTRANSPORT']._serialized_end=1846
+  _globals['_NIXLTRANSPORT']._serialized_start=1848
+  _globals['_NIXLTRANSPORT']._serialized_end=1944
+  _globals['_FAKETRANSPORT']._serialized_start=1946
+  _globals['_FAKETRANSPORT']._serialized_end=1975
 # @@protoc_insertion_point(module_scope)
