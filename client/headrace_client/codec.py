@@ -8,13 +8,14 @@ from typing import Any
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1 import types_pb2
 from headrace_core.errors import InvalidRequestError, ProtocolError
+from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from headrace_core.request import (
     MAX_COUNT,
     MAX_SAMPLES,
     FinishReason,
     check_request_id,
 )
-from headrace_core.rpc import MAX_MESSAGE_BYTES, answered
+from headrace_core.rpc import answered
 from headrace_core.wire import decode_finish, encode_sampling, without_float32
 
 from headrace_client.arguments import OF_THE_MODEL, prompt_of, sampling_of, service_level_of, text_of, whole

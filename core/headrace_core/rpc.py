@@ -37,6 +37,7 @@ from headrace_core.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from headrace_core.grpc_options import CHANNEL_OPTIONS, MAX_IDLE_MS, SERVER_OPTIONS
 from headrace_core.health import HealthServicer
 from headrace_core.identity import ChannelTls
 from headrace_core.message_parts import has_more_parts
@@ -48,62 +49,13 @@ log = logging.getLogger(__name__)
 REASON_KEY = "headrace-reason"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """gRPC's own word for when to come again; `OverloadedError.retry_after_s` travels in it."""
-MAX_MESSAGE_BYTES = 8 << 20
-"""Largest control message; a prompt of a million token ids fits. Page frames are smaller."""
 
 _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _PUSHBACK = re.compile(r"[0-9]{1,7}")
 _MOST_MESSAGE_BYTES = 2000
 
-_WINDOW_BYTES = 16 << 10
-"""What a caller may send of a message before we read it."""
-_MAX_PENDING_CALLS = 8192
-"""Of one method, not yet seen by Python; about 30 kB each. Past it core cancels calls, without our reason."""
 MAX_CONNECTIONS = 4096
 """Of one server; half as many as it may open files, if that is less."""
-_MAX_IDLE_MS = 15_000
-"""Of a connection without a call: then it is closed, and its place is free. A channel connects again by itself."""
-_HANDSHAKE_TIMEOUT_MS = 5_000
-"""So whoever takes every place and says nothing keeps others out for no longer than these two."""
-
-# A stopped peer is noticed after about 10 s: a ping every 5 s, answered within 5 s.
-_KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-MAX_METADATA_BYTES = 8 << 10
-"""Of one call. Core's own limits are this and twice it, between which it refuses by chance."""
-_LIMITS = [
-    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-]
-_SERVER_OPTIONS = [
-    *_LIMITS,
-    *_KEEPALIVE,
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    # Without a fixed window core takes up to 4 MB of each unread message; while one is read, the window follows it.
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
-    # Core's own limits are 1000 and 3000, between which it cancels calls by chance.
-    ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
-    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
-]
-_CHANNEL_OPTIONS = [
-    *_LIMITS,
-    *_KEEPALIVE,
-    # From this time to twice it, so always before the server: what a server closes is a line in grpc's log.
-    ("grpc.client_idle_timeout_ms", _MAX_IDLE_MS // 3),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    # This one also bounds a connection attempt: a loaded peer needs more than a moment to answer.
-    ("grpc.min_reconnect_backoff_ms", 5_000),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-]
 
 _BY_STATUS: dict[str, type[HeadraceError]] = {
     error.status: error
@@ -307,10 +259,10 @@ class Server:
     ) -> None:
         """Args: `shares_port`: other processes of this user may bind its port, too, and get some of the connections."""
         options = [
-            *_SERVER_OPTIONS,
+            *SERVER_OPTIONS,
             ("grpc.so_reuseport", int(shares_port)),
             ("grpc.max_allowed_incoming_connections", _max_connections()),
-            ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
+            ("grpc.max_connection_idle_ms", MAX_IDLE_MS),
         ]
         self.door = door or Door()
         self._tls = tls
@@ -395,7 +347,7 @@ def blocking_channel(address: str, *, tls: ChannelTls | None = None, by_proxy: b
 def _channel_options(address: str, tls: ChannelTls | None, *, by_proxy: bool = False) -> list[tuple[str, Any]]:
     # By itself gRPC takes whatever proxy the environment names, also to this machine and between our processes.
     has_proxy = by_proxy and not is_loopback(address)
-    options: list[tuple[str, Any]] = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(has_proxy))]
+    options: list[tuple[str, Any]] = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(has_proxy))]
     if tls is not None and tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options

@@ -13,6 +13,7 @@ from headrace_core import rpc
 from headrace_core.config import RouterSettings
 from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from headrace_core.hub import is_hub_name, with_folder
 from headrace_core.identity import Identity, Role
 from headrace_core.outside import call_outside
@@ -45,7 +46,7 @@ def generate_limits(settings: RouterSettings) -> MethodLimits:
     half_bytes = settings.max_body_mib << 19
     return MethodLimits(
         open_calls=settings.max_open_requests,
-        readers=half_bytes // rpc.MAX_MESSAGE_BYTES,
+        readers=half_bytes // MAX_MESSAGE_BYTES,
         message_bytes=half_bytes,
         max_parts=_MAX_PARTS,
         message_timeout_s=settings.message_timeout_s,

@@ -243,8 +243,8 @@ def _keys_are_not_asked_for(stack: ExitStack) -> None:
 
 def _server_option(*names: str, value: int) -> Callable[[ExitStack], None]:
     def patch(stack: ExitStack) -> None:
-        kept = [(name, old) for name, old in rpc._SERVER_OPTIONS if name not in names]
-        stack.enter_context(mock.patch.object(rpc, "_SERVER_OPTIONS", [*kept, *((name, value) for name in names)]))
+        kept = [(name, old) for name, old in rpc.SERVER_OPTIONS if name not in names]
+        stack.enter_context(mock.patch.object(rpc, "SERVER_OPTIONS", [*kept, *((name, value) for name in names)]))
 
     return patch
 

@@ -158,7 +158,7 @@ def test_a_refusal_is_raised_as_itself_and_not_retried(generate, error):
 def test_a_request_too_large_for_grpc_is_no_passing_failure(generate, monkeypatch):
     monkeypatch.setattr("headrace_client.codec.MAX_MESSAGE_BYTES", 1 << 30)
     options = [("grpc.max_send_message_length", -1)]
-    monkeypatch.setattr("headrace_core.rpc._CHANNEL_OPTIONS", options)
+    monkeypatch.setattr("headrace_core.rpc.CHANNEL_OPTIONS", options)
     with FakeRouter() as router, pytest.raises(InvalidRequestError) as caught:
         generate(router, "x" * (9 << 20))
     assert (caught.value.reason, router.requests) == ("PROMPT_TOO_LONG", [])

@@ -305,7 +305,7 @@ async def test_an_answer_that_went_wrong_ends_the_connection_and_is_logged(caplo
 
 
 def test_limits_are_those_of_grpc():
-    from headrace_core.rpc import MAX_MESSAGE_BYTES
+    from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 
     assert exchange.MAX_BODY_BYTES == MAX_MESSAGE_BYTES
     assert WAIT_S > connection.STALL_TIMEOUT_S

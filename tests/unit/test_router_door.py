@@ -222,7 +222,7 @@ def test_a_request_of_too_many_parts_is_refused_before_it_is_decoded(tmp_path, m
 
 
 def test_clients_and_links_that_were_idle_go_on_as_if_nothing_was(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(rpc, "_MAX_IDLE_MS", 100)
+    monkeypatch.setattr(rpc, "MAX_IDLE_MS", 100)
     once = ConnectionOptions(retry=RetryPolicy(max_attempts=1))
 
     async def test(router):

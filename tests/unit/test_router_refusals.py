@@ -6,7 +6,7 @@ import grpc
 import pytest
 from headrace.v1 import generation_service_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
-from headrace_core import rpc
+from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from headrace_core.testing.async_test import WAIT_S
 from headrace_router.testing import (
     VOCAB_SIZE,
@@ -55,7 +55,7 @@ def test_a_message_over_grpcs_limit_is_refused(tmp_path):
     async def test(router):
         options = [("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(router.address, options=options) as channel:
-            request = text_request("x" * (rpc.MAX_MESSAGE_BYTES + 1))
+            request = text_request("x" * (MAX_MESSAGE_BYTES + 1))
             call = GenerationServiceStub(channel).Generate(request, timeout=WAIT_S)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()

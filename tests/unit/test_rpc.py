@@ -16,6 +16,7 @@ from headrace_core.errors import (
     OverloadedError,
     ProtocolError,
 )
+from headrace_core.grpc_options import MAX_METADATA_BYTES
 from headrace_core.reasons import label
 from headrace_core.telemetry import setup_logging
 from headrace_core.testing.async_test import WAIT_S
@@ -55,13 +56,11 @@ async def serve(test):
 def test_metadata_is_bounded_and_what_is_below_the_bound_passes():
     async def test(server, channel):
         stub = pb_grpc.WorkerServiceStub(channel)
-        for size in (rpc.MAX_METADATA_BYTES, 12 << 10, 15 << 10):  # core's own limits let these pass by chance
+        for size in (MAX_METADATA_BYTES, 12 << 10, 15 << 10):  # core's own limits let these pass by chance
             for _ in range(8):
                 call = stub.GetInfo(pb.GetInfoRequest(), metadata=(("x", "a" * size),), timeout=WAIT_S)
                 assert (await failure(call)).reason == "RESOURCE_EXHAUSTED"
-        call = stub.GetInfo(
-            pb.GetInfoRequest(), metadata=(("x", "a" * (rpc.MAX_METADATA_BYTES - 1024)),), timeout=WAIT_S
-        )
+        call = stub.GetInfo(pb.GetInfoRequest(), metadata=(("x", "a" * (MAX_METADATA_BYTES - 1024)),), timeout=WAIT_S)
         assert (await failure(call)).reason == "QUEUE_FULL"
 
     asyncio.run(serve(test))
@@ -197,7 +196,7 @@ def test_health_follows_readiness():
 
 
 def test_an_idle_connection_is_closed_a_stream_is_not_idle_and_a_channel_connects_again(monkeypatch):
-    monkeypatch.setattr(rpc, "_MAX_IDLE_MS", 100)
+    monkeypatch.setattr(rpc, "MAX_IDLE_MS", 100)
     gate = asyncio.Event()
 
     class Idle(Worker):
@@ -231,7 +230,7 @@ def test_an_idle_connection_is_closed_a_stream_is_not_idle_and_a_channel_connect
 
 def test_a_channel_of_ours_disconnects_before_the_server_does():
     """grpc's client would write a line to standard error; its own limit takes from the time set to twice that."""
-    assert 2 * dict(rpc._CHANNEL_OPTIONS)["grpc.client_idle_timeout_ms"] < rpc._MAX_IDLE_MS
+    assert 2 * dict(rpc.CHANNEL_OPTIONS)["grpc.client_idle_timeout_ms"] < rpc.MAX_IDLE_MS
 
 
 def test_reflection_lists_the_service():

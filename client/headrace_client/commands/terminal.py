@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from headrace_core.errors import HeadraceError, InvalidRequestError, NotFoundError
-from headrace_core.rpc import MAX_MESSAGE_BYTES
+from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from rich.console import Console
 from rich.text import Text
 

@@ -22,7 +22,8 @@ from headrace.v1 import generation_service_pb2_grpc as pb_grpc
 from headrace.v1 import types_pb2
 
 from headrace_core.errors import HeadraceError
-from headrace_core.rpc import MAX_MESSAGE_BYTES, REASON_KEY, status_code
+from headrace_core.grpc_options import MAX_MESSAGE_BYTES
+from headrace_core.rpc import REASON_KEY, status_code
 from headrace_core.testing.async_test import WAIT_S
 
 _OPTIONS = [
