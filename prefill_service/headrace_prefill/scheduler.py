@@ -18,8 +18,6 @@ computed stays in the prefix cache.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
 
 from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.scheduler import Load
@@ -34,46 +32,7 @@ from headrace_core.request import SampledToken
 
 from headrace_prefill.events import Admitted, Prefilled, PrefillEvent, Sealed
 from headrace_prefill.layer_stops import LayerStops
-
-
-class State(Enum):
-    """Where a sequence is; see the module."""
-
-    WAITING = "waiting"
-    FETCHING = "fetching"
-    RUNNING = "running"
-    PUBLISHED = "published"
-    QUARANTINED = "quarantined"
-
-
-@dataclass(slots=True)
-class _Sequence:
-    key: int
-    group: int
-    spec: SequenceSpec
-    added_s: float
-    num_cached_elsewhere: int = 0
-    """Pages."""
-    state: State = State.WAITING
-    pages: SequencePages | None = None
-    num_computed: int = 0
-    num_cached: int = 0
-    num_sealed: int = 0
-    """Pages, in all layers; those counted that the taker has."""
-    num_sealed_layers: int = 0
-    """Layers of the planned chunk's pages that are sealed already."""
-    is_lost: bool = False
-    """True when sealed pages were written again."""
-    started_s: float = 0.0
-    num_chunks: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.spec.token_ids)
-
-    @property
-    def num_left(self) -> int:
-        return self.num_tokens - self.num_computed
+from headrace_prefill.scheduled import Scheduled, State
 
 
 class PrefillScheduler:
@@ -102,10 +61,10 @@ class PrefillScheduler:
         self._max_step_tokens = max_step_tokens
         self._max_chunk_tokens = max_chunk_tokens or max_step_tokens
         self._max_step_sequences = max_step_sequences
-        self._sequences: dict[int, _Sequence] = {}
-        self._waiting: TurnQueue[_Sequence] = TurnQueue()
-        self._fetching: dict[int, _Sequence] = {}
-        self._running: dict[int, _Sequence] = {}
+        self._sequences: dict[int, Scheduled] = {}
+        self._waiting: TurnQueue[Scheduled] = TurnQueue()
+        self._fetching: dict[int, Scheduled] = {}
+        self._running: dict[int, Scheduled] = {}
         """In order of admission."""
         self._book = StepBook[PrefillEvent](pages, max_waiting_sequences=max_waiting_sequences)
 
@@ -127,7 +86,7 @@ class PrefillScheduler:
         if self._book.admits(key, num_tokens=len(spec.token_ids), num_waiting=len(self._waiting)):
             most = len(spec.token_ids) - 1  # one is left to compute
             num_pages = min(num_cached_elsewhere, most) // self.pages.page_size
-            sequence = _Sequence(key, group, spec, now, num_cached_elsewhere=num_pages, num_sealed=num_have_pages)
+            sequence = Scheduled(key, group, spec, now, num_cached_elsewhere=num_pages, num_sealed=num_have_pages)
             self._sequences[key] = sequence
             self._waiting.add(sequence)
 
@@ -167,7 +126,7 @@ class PrefillScheduler:
         else:
             self._free(sequence)
 
-    def _free(self, sequence: _Sequence) -> None:
+    def _free(self, sequence: Scheduled) -> None:
         key = sequence.key
         del self._sequences[key]
         if sequence.state is State.WAITING:
@@ -184,7 +143,7 @@ class PrefillScheduler:
         zero_page_ids: list[int] = []
         budget = StepBudget(self._max_step_tokens, self._work())
 
-        def choose(sequence: _Sequence, most: int) -> None:
+        def choose(sequence: Scheduled, most: int) -> None:
             if most:
                 zero_page_ids.extend(self._to_zero(sequence))
                 chunks.append(self._chunk(sequence, most))
@@ -285,7 +244,7 @@ class PrefillScheduler:
         num_held = states.count(State.PUBLISHED) + states.count(State.QUARANTINED)
         assert num_held == num_others, "a sequence is in two queues"
 
-    def _admit(self, sequence: _Sequence, now: float) -> bool:
+    def _admit(self, sequence: Scheduled, now: float) -> bool:
         pages = self.pages.admit(sequence.key, sequence.spec.token_ids)
         if pages is None:
             return False
@@ -300,20 +259,20 @@ class PrefillScheduler:
             self._run(sequence, pages, num_cached, now)
         return True
 
-    def _run(self, sequence: _Sequence, pages: SequencePages, num_cached: int, now: float) -> None:
+    def _run(self, sequence: Scheduled, pages: SequencePages, num_cached: int, now: float) -> None:
         sequence.num_computed = sequence.num_cached = num_cached
         sequence.state, sequence.started_s = State.RUNNING, now
         self._running[sequence.key] = sequence
         self._book.tell(Admitted(sequence.key, num_cached, now - sequence.added_s))
         self._seal(sequence, pages, len(pages.nodes))
 
-    def _to_zero(self, sequence: _Sequence) -> list[int]:
+    def _to_zero(self, sequence: Scheduled) -> list[int]:
         """Return the page of which slots will be left unused, with the sequence's first chunk."""
         assert sequence.pages is not None, "a running sequence has pages"
         is_first = sequence.num_computed == sequence.num_cached
         return sequence.pages.page_ids[-1:] if is_first and sequence.num_tokens % self.pages.page_size else []
 
-    def _chunk(self, sequence: _Sequence, budget: int) -> Chunk:
+    def _chunk(self, sequence: Scheduled, budget: int) -> Chunk:
         assert sequence.pages is not None, "a running sequence has pages"
         spec, start = sequence.spec, sequence.num_computed
         end = min(start + min(budget, self._max_chunk_tokens), sequence.num_tokens)
@@ -328,12 +287,12 @@ class PrefillScheduler:
             lane=sequence.pages.lane,
         )
 
-    def _num_written(self, sequence: _Sequence, chunk: Chunk) -> int:
+    def _num_written(self, sequence: Scheduled, chunk: Chunk) -> int:
         """Return how many pages nothing writes any more once the chunk is computed."""
         end = chunk.start + len(chunk.token_ids)
         return self.pages.pages_for(end) if end == sequence.num_tokens else end // self.pages.page_size
 
-    def _is_worth_sealing(self, sequence: _Sequence, chunk: Chunk, num_layers: int) -> bool:
+    def _is_worth_sealing(self, sequence: Scheduled, chunk: Chunk, num_layers: int) -> bool:
         num_pages = self._num_written(sequence, chunk) - sequence.num_sealed
         stops = self._layer_stops
         return stops is not None and stops.is_worth(num_layers - sequence.num_sealed_layers, num_pages)
@@ -357,7 +316,7 @@ class PrefillScheduler:
             eos_token_ids=self._limits.eos_token_ids,
         )
 
-    def _publish(self, sequence: _Sequence, pages: SequencePages, token: SampledToken, now: float) -> None:
+    def _publish(self, sequence: Scheduled, pages: SequencePages, token: SampledToken, now: float) -> None:
         spec = sequence.spec
         del self._running[sequence.key]
         sequence.state = State.PUBLISHED
@@ -380,7 +339,7 @@ class PrefillScheduler:
         if not finish:
             self._seal(sequence, pages, len(pages.page_ids))
 
-    def _seal(self, sequence: _Sequence, pages: SequencePages, end: int) -> None:
+    def _seal(self, sequence: Scheduled, pages: SequencePages, end: int) -> None:
         """Tell of the pages up to number `end` that are sealed now, in the layers that were not."""
         if sequence.num_sealed < end:
             self._tell_sealed(sequence, pages, end)
@@ -388,7 +347,7 @@ class PrefillScheduler:
 
     def _tell_sealed(
         self,
-        sequence: _Sequence,
+        sequence: Scheduled,
         pages: SequencePages,
         end: int,
         end_layer: int | None = None,
