@@ -21,7 +21,7 @@ from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.memory import kv_bytes_per_token_per_gpu, weight_bytes_per_gpu
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.operations import StepLoad
+from headrace_core.roofline.step_load import StepLoad
 
 from headrace_planner.divisible import is_divisible
 from headrace_planner.sim_result import Slo

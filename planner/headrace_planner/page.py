@@ -20,17 +20,10 @@ from headrace_core.roofline.formula import pretty
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.memory import CACHED_BYTES, weight_bytes_formula
 from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
-from headrace_core.roofline.operations import (
-    DECODE_LOAD,
-    DERIVED_SYMBOLS,
-    PREFILL_LOAD,
-    OperationFormula,
-    StepLoad,
-    operation_formulas,
-    shape_symbols,
-)
+from headrace_core.roofline.operations import DERIVED_SYMBOLS, OperationFormula, operation_formulas, shape_symbols
 from headrace_core.roofline.roofline import ROOF
 from headrace_core.roofline.routing import Routing
+from headrace_core.roofline.step_load import DECODE_LOAD, PREFILL_LOAD, StepLoad
 
 from headrace_planner.measured import MeasuredPoints
 from headrace_planner.report import SUMMARY

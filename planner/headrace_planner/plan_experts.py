@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline
+from headrace_core.roofline.step_load import StepLoad
 
 from headrace_planner.capacity import DecodeOption
 from headrace_planner.sim_roofline import Machine

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from headrace_core.roofline.communication import ONE_GPU, Parallelism
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline, predict_step
+from headrace_core.roofline.step_load import StepLoad
 
 from headrace_planner.step_times import TableStepTimes, chunk_pairs, tabulate
 

@@ -9,8 +9,8 @@ from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import predict_step
+from headrace_core.roofline.step_load import StepLoad
 from headrace_core.testing.async_test import eventually
 from headrace_planner.__main__ import app
 from headrace_planner.measured import load_measured

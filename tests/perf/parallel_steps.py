@@ -29,8 +29,8 @@ from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.hardware_measure import cpu_hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline, predict_step
+from headrace_core.roofline.step_load import StepLoad
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_core.testing.rank_processes import run_ranks
 

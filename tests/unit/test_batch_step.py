@@ -10,7 +10,7 @@ from headrace_core.errors import OverloadedError
 from headrace_core.kv.page_pool import PageState
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SamplingParams
-from headrace_core.roofline.operations import StepLoad
+from headrace_core.roofline.step_load import StepLoad
 
 ROW = SamplingRow(SamplingParams(seed=1), [1], [], 0, 1, (0,))
 

@@ -15,8 +15,9 @@ from headrace_core.model.op_timer import OTHER, SAMPLING
 from headrace_core.request import SamplingParams
 from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape
-from headrace_core.roofline.operations import StepLoad, operation_formulas
+from headrace_core.roofline.operations import operation_formulas
 from headrace_core.roofline.roofline import predict_step
+from headrace_core.roofline.step_load import StepLoad
 from headrace_core.testing.async_test import async_test, eventually
 from headrace_core.testing.fake_model import loaded_fake_model
 from headrace_core.testing.mini_router import MiniRouter

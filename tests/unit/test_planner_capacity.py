@@ -13,8 +13,8 @@ from headrace_core.request_trace import load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.routing import Routing
+from headrace_core.roofline.step_load import StepLoad
 from headrace_planner import plots
 from headrace_planner.__main__ import app
 from headrace_planner.capacity import Demand, erlang_c, kv_tokens, make_plan, wait_percentile

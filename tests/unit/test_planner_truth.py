@@ -12,7 +12,7 @@ from headrace_core.request_trace import Workload
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype, GqaShape
-from headrace_core.roofline.operations import StepLoad
+from headrace_core.roofline.step_load import StepLoad
 from headrace_planner.__main__ import app
 from headrace_planner.capacity import Demand, divisions, make_plan
 from headrace_planner.cli_plan import as_dict, left_out

@@ -4,8 +4,8 @@ import pytest
 from headrace_core.batch.step import StepTiming
 from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import MODELS, Dtype
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import predict_step
+from headrace_core.roofline.step_load import StepLoad
 from headrace_core.worker.op_metrics import OpMetrics, Prediction
 from headrace_planner.live import LiveError, live_rows, mean_load, measured_points, parse_reading
 from prometheus_client import CollectorRegistry, generate_latest

@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.model_shape import DEEPSEEK_V2_LITE, DEEPSEEK_V3, LLAMA_3_8B, MIXTRAL_8X7B, MODELS, Dtype
-from headrace_core.roofline.operations import StepLoad, operations, step_operations
+from headrace_core.roofline.operations import operations, step_operations
 from headrace_core.roofline.routing import Routing
+from headrace_core.roofline.step_load import StepLoad
 
 
 def _by_name(found):

@@ -2,8 +2,8 @@ import pytest
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import HARDWARE
 from headrace_core.roofline.model_shape import DEEPSEEK_V2_LITE, DEEPSEEK_V3, LLAMA_3_8B, MIXTRAL_8X7B, Dtype
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import decode_step_s, predict_step, prefill_s, roofline
+from headrace_core.roofline.step_load import StepLoad
 
 _H200 = HARDWARE["h200-attainable"]
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from headrace_core.errors import HeadraceError
 from headrace_core.request import SampledToken, SamplingParams
-from headrace_core.roofline.operations import StepLoad
+from headrace_core.roofline.step_load import StepLoad
 
 Mark = object
 """A point in what a device was given to do, as the cache marks it; whoever copies pages waits for it."""

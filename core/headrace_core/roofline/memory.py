@@ -17,7 +17,8 @@ from __future__ import annotations
 from headrace_core.roofline.communication import ONE_GPU, Parallelism
 from headrace_core.roofline.formula import evaluate
 from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
-from headrace_core.roofline.operations import StepLoad, operation_symbols
+from headrace_core.roofline.operations import operation_symbols
+from headrace_core.roofline.step_load import StepLoad
 
 CACHED_BYTES = "layers*kv"
 """The bytes that a token of one of a GPU's own sequences takes on it."""

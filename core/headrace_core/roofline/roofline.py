@@ -23,8 +23,9 @@ from headrace_core.roofline.communication import (
 from headrace_core.roofline.formula import evaluate
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.operations import MlaPath, Operation, Phase, StepLoad, operations, step_operations
+from headrace_core.roofline.operations import MlaPath, Operation, Phase, operations, step_operations
 from headrace_core.roofline.routing import UNIFORM, Routing
+from headrace_core.roofline.step_load import StepLoad
 
 Bound = Literal["compute", "memory", "link", "network"]
 

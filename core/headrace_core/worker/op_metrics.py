@@ -19,8 +19,8 @@ from prometheus_client.registry import Collector
 from headrace_core.batch.step import StepTiming
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline, predict_step
+from headrace_core.roofline.step_load import StepLoad
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from headrace_core.roofline.hardware import Hardware
 from headrace_core.roofline.model_shape import ModelShape
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline, predict_step
+from headrace_core.roofline.step_load import StepLoad
 
 from tests.perf.engine.peer import CONTEXT, Samples, medians
 

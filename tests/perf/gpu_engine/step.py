@@ -19,9 +19,9 @@ from headrace_core.model.model import Model
 from headrace_core.model.self_check import check_kernels
 from headrace_core.roofline.hardware import Hardware, find_hardware
 from headrace_core.roofline.model_shape import Dtype, ModelShape
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline, predict_step
 from headrace_core.roofline.routing import UNIFORM, expected_distinct
+from headrace_core.roofline.step_load import StepLoad
 
 from tests.perf.gpu_engine.shapes import Shape
 from tests.perf.kernels.ceilings import Ceilings
