@@ -50,6 +50,9 @@ class Wire:
     """From the client to the router's queue: one call and the tokenizer."""
     rpc_s: float = 0.0
     """One call between router and worker, or a token's way to the client."""
+    crowding: float = 0.0
+    """How much longer calls and hand-offs take, as a share, for each sequence that is in a step meanwhile: they wait
+    for cores that workers compute on, and for loops that send others' tokens. Exact fidelity only; 0: not at all."""
 
 
 @dataclass(frozen=True, slots=True)

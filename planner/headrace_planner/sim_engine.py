@@ -130,7 +130,7 @@ class Engine(Generic[S]):
                 return
         self._is_looping = False
         self._plan = plan
-        self._job = self._host.start(self._step_s(plan), self._end)
+        self._job = self._host.start(self._step_s(plan), self._end, len(plan.chunks))
 
     def _end(self, duration_s: float) -> None:
         plan, self._plan, self._job = self._plan, None, None

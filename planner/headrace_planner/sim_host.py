@@ -1,7 +1,7 @@
 """Workers that share a machine: a step slows down while one of the other kind computes. Time is shared continuously.
 
 With factors of 1 a job is one event. Otherwise, whenever a kind starts or stops being busy, what is left of each job
-of the other kind is stretched or shortened.
+of the other kind is stretched or shortened. Calls take longer, too, the more sequences are in steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class HostJob:
     since_s: float
     began_s: float
     done: Callable[[float], None]
+    num_sequences: int
     rate: float = 1.0
     version: int = 0
     is_over: bool = False
@@ -29,16 +30,21 @@ class HostJob:
 class SharedMachine:
     """One machine with two kinds of workers, 0 (prefill) and 1 (decode or colocated)."""
 
-    def __init__(self, clock: Clock, factors: tuple[float, float]) -> None:
+    def __init__(self, clock: Clock, factors: tuple[float, float], crowding: float = 0.0) -> None:
+        """Args: `factors` as `SimConfig.interference`; `crowding` as `Wire.crowding`."""
         self._clock = clock
         self._factors = factors
         self._is_shared = factors != (1.0, 1.0)
         self._jobs: tuple[set[HostJob], set[HostJob]] = (set(), set())
+        self._crowding = crowding
+        self._num_sequences = 0
+        """In steps under way."""
 
-    def start(self, kind: int, seconds: float, done: Callable[[float], None]) -> HostJob:
-        """Run a step that takes `seconds` alone; call `done` with the seconds it took."""
+    def start(self, kind: int, seconds: float, done: Callable[[float], None], num_sequences: int) -> HostJob:
+        """Run a step of so many sequences that takes `seconds` alone; call `done` with the seconds it took."""
         now_s = self._clock.now_s
-        job = HostJob(kind, seconds, now_s, now_s, done)
+        job = HostJob(kind, seconds, now_s, now_s, done, num_sequences)
+        self._num_sequences += num_sequences
         if not self._is_shared:
             self._clock.after(seconds, self._end_alone, job)
             return job
@@ -48,6 +54,10 @@ class SharedMachine:
         if len(self._jobs[kind]) == 1:
             self._rerate(1 - kind)
         return job
+
+    def crowded(self, seconds: float) -> float:
+        """Return how long a call takes now that takes `seconds` while nothing is computed."""
+        return seconds * (1 + self._crowding * self._num_sequences)
 
     def cancel(self, job: HostJob) -> None:
         """Forget a job; idempotent."""
@@ -67,11 +77,12 @@ class SharedMachine:
 
     def _end_alone(self, job: HostJob) -> None:
         if not job.is_over:
-            job.is_over = True
+            self._remove(job)
             job.done(self._clock.now_s - job.began_s)
 
     def _remove(self, job: HostJob) -> None:
         job.is_over = True
+        self._num_sequences -= job.num_sequences
         if not self._is_shared:
             return
         self._jobs[job.kind].discard(job)
@@ -97,9 +108,9 @@ class Host:
     machine: SharedMachine
     kind: int
 
-    def start(self, seconds: float, done: Callable[[float], None]) -> HostJob:
+    def start(self, seconds: float, done: Callable[[float], None], num_sequences: int) -> HostJob:
         """Run a step; see `SharedMachine.start`."""
-        return self.machine.start(self.kind, seconds, done)
+        return self.machine.start(self.kind, seconds, done, num_sequences)
 
     def cancel(self, job: HostJob) -> None:
         """Forget a step under way."""

@@ -79,7 +79,7 @@ class _Simulation:
         self._links: dict[int, float] = {}
         self._transfer_bytes = 0.0
         self._dead_use: dict[int, tuple[float, int, int]] = {}
-        self._machine = SharedMachine(self._clock, config.interference)
+        self._machine = SharedMachine(self._clock, config.interference, config.wire.crowding)
         self._router = Router(
             [self._account(number) for number in range(config.num_workers)],
             self._place,
@@ -165,7 +165,8 @@ class _Simulation:
     def _arrive_in_turn(self, _: object) -> None:
         """Begin a request of a closed loop, unless the last one was asked for by others."""
         if self._arrivals.num_arrived < len(self._workload):
-            self._clock.after(self._wire.admit_s, self._router.enqueue, self._arrivals.take(self._clock.now_s))
+            request = self._arrivals.take(self._clock.now_s)
+            self._clock.after(self._machine.crowded(self._wire.admit_s), self._router.enqueue, request)
 
     def _place(self, request: SimRequest, prefill: Account | None, decode: Account) -> None:
         if prefill is not None and request.num_tokens <= self._local_below(prefill, decode):
@@ -180,7 +181,7 @@ class _Simulation:
         request.num_to_prefill = request.num_tokens
         request.prefill, request.decode = (prefill.number if prefill else -1), decode.number
         self._requests[request.key] = request
-        self._clock.after(self._wire.rpc_s, self._send, request.key)
+        self._clock.after(self._machine.crowded(self._wire.rpc_s), self._send, request.key)
 
     def _local_below(self, prefill: Account, decode: Account) -> int:
         worker, wire = self._decodes[decode.number], self._wire
@@ -210,7 +211,7 @@ class _Simulation:
         request = self._requests.get(key)
         if request is not None:
             request.num_cached += min(num_cached, request.num_to_prefill)
-            self._clock.after(self._wire.rpc_s, self._take_first, key)
+            self._clock.after(self._machine.crowded(self._wire.rpc_s), self._take_first, key)
 
     def _take_first(self, key: int) -> None:
         request = self._requests.get(key)
@@ -225,7 +226,7 @@ class _Simulation:
             self._end(request)
         else:
             request.state = State.HANDOFF
-            self._clock.after(self._wire.rpc_s, self._start, key)
+            self._clock.after(self._machine.crowded(self._wire.rpc_s), self._start, key)
         self._router.kick()
 
     def _start(self, key: int) -> None:
@@ -244,7 +245,7 @@ class _Simulation:
         begin_s = max(now_s, self._links.get(request.prefill, 0.0), self._links.get(request.decode, 0.0))
         end_s = begin_s + num_bytes * (1 - wire.overlap) / wire.bandwidth
         self._links[request.prefill] = self._links[request.decode] = end_s
-        end_s += wire.latency_s + wire.latency_per_token_s * request.num_to_prefill
+        end_s += self._machine.crowded(wire.latency_s + wire.latency_per_token_s * request.num_to_prefill)
         self._clock.at(end_s, self._transferred, key)
 
     def _transferred(self, key: int) -> None:
@@ -281,7 +282,7 @@ class _Simulation:
         if request.state is State.PREFILL:  # colocated: the prompt is computed
             request.state = State.DECODE
             self._started(request)
-        self._record_token(request, at_s + self._wire.rpc_s)
+        self._record_token(request, at_s + self._machine.crowded(self._wire.rpc_s))
         if is_last:
             self._end(request)
             self._router.kick()
@@ -319,6 +320,8 @@ class _Simulation:
             self._router.kick()
 
     def _record_token(self, request: SimRequest, at_s: float) -> None:
+        """Take a token that is at the client at `at_s`, or later: a stream's tokens are in order."""
+        at_s = max(at_s, request.last_token_s)
         request.num_done += 1
         if request.num_done == 1:
             request.first_token_s = at_s
@@ -337,7 +340,7 @@ class _Simulation:
     def _finish(self) -> None:
         self._num_over += 1
         if self._workload.max_in_flight and self._arrivals.num_arrived < len(self._workload):
-            self._clock.after(self._wire.rpc_s, self._arrive_in_turn)
+            self._clock.after(self._machine.crowded(self._wire.rpc_s), self._arrive_in_turn)
 
     def _forget(self, request: SimRequest) -> None:
         """Release both reservations; nothing that still comes for this attempt finds anybody."""

@@ -2,7 +2,9 @@
 
     step times     workers' own step seconds, over rows, context, prompt tokens and pairs
     slowdowns      the same, over the share of its time in which a worker's steps met the other worker's
+    between steps  one client: the gap between two tokens without the step
     calls          one client: time to first token without the prefill step; first to second token without a step
+    crowding       many clients: first to second token without steps, over what it is of one client
 
 Nothing is fitted to what the simulation gives, so queues and batches, which only the simulation knows, are predicted.
 """
@@ -40,6 +42,8 @@ class Fitted:
     wire: Wire
     prefill_slowdown: float = 1.0
     decode_slowdown: float = 1.0
+    between_steps_s: float = 0.0
+    """From the end of a decode step to the next one's begin: what it brought is told, the next is planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,9 @@ def fit(trials: Sequence[Trial]) -> Fitted:
     """
     prefill, prefill_slowdown = fit_shared(by_cell(trials, prefill_step))
     decode, decode_slowdown = fit_shared(by_cell(trials, decode_step), knees=_KNEES)
-    return Fitted(prefill, decode, fit_wire(trials), prefill_slowdown, decode_slowdown)
+    alone = fit_wire(trials)
+    wire = replace(alone, crowding=fit_crowding(trials, alone))
+    return Fitted(prefill, decode, wire, prefill_slowdown, decode_slowdown, between_steps(trials))
 
 
 def prefill_step(trial: Trial) -> MeanStep:
@@ -120,38 +126,78 @@ def fit_wire(trials: Iterable[Trial]) -> Wire:
     """Return what calls and hand-offs take, from requests that were alone.
 
     A first token takes the prefill step and three calls: to the router, to the worker, back. The second takes a call,
-    the hand-off, a step, and a call.
+    the hand-off, a step, and a call. The router's own part, more than a call takes, is in the first.
 
     Raises:
         InvalidRequestError: BAD_FIT, fewer than 3 trials of one client.
     """
-    calls_s: list[float] = []
+    firsts_s: list[float] = []
     handoffs: list[MeasuredStep] = []
     for trial in trials:
-        if trial.cell.concurrency > 1:
-            continue
-        counted = trial.requests[1:]
-        first_s = statistics.median(request.first_s for request in counted)
-        second_s = statistics.median(request.second_s - request.first_s for request in counted)
-        calls_s.append((first_s - prefill_step(trial).seconds) / 3)
-        handoffs.append(MeasuredStep(StepShape(prompt_tokens=trial.cell.isl), second_s - decode_step(trial).seconds))
+        if trial.cell.concurrency == 1:
+            first_s, second_s = _first_and_second_s(trial)
+            firsts_s.append(first_s - prefill_step(trial).seconds)
+            seconds = second_s - decode_step(trial).seconds
+            handoffs.append(MeasuredStep(StepShape(prompt_tokens=trial.cell.isl), seconds))
     handoff = fit_linear(handoffs)
-    call_s = max(0.0, statistics.median(calls_s))
+    calls_s = max(0.0, statistics.median(firsts_s))
+    rpc_s = min(calls_s / 3, handoff.fixed_s / 2)
     return Wire(
         bytes_per_token=0.0,
-        latency_s=max(0.0, handoff.fixed_s - 2 * call_s),
+        latency_s=handoff.fixed_s - 2 * rpc_s,
         latency_per_token_s=handoff.prompt_token_s,
-        admit_s=call_s,
-        rpc_s=call_s,
+        admit_s=calls_s - 2 * rpc_s,
+        rpc_s=rpc_s,
     )
+
+
+def fit_crowding(trials: Iterable[Trial], alone: Wire) -> float:
+    """Return `Wire.crowding`: how the way to the second token grows with the sequences that are computed meanwhile.
+
+    It takes two calls, the hand-off, and two decode steps: the one it comes in, and half of one that is under way, both
+    when pages are asked for and when they arrived. The fit is in relative error.
+    """
+    weighted, squares = 0.0, 0.0
+    for trial in trials:
+        if trial.cell.concurrency == 1:
+            continue
+        decode, prefill = decode_step(trial), prefill_step(trial)
+        computing = (
+            decode.shape.num_rows * trial.decode.seconds + prefill.shape.num_chunks * trial.prefill.seconds
+        ) / trial.wall_s
+        _, second_s = _first_and_second_s(trial)
+        alone_s = 2 * alone.rpc_s + alone.latency_s + alone.latency_per_token_s * trial.cell.isl
+        stretch = (second_s - 2 * decode.seconds) / alone_s
+        weighted += computing / stretch * (1 - 1 / stretch)
+        squares += (computing / stretch) ** 2
+    return max(0.0, weighted / squares) if squares else 0.0
+
+
+def between_steps(trials: Iterable[Trial]) -> float:
+    """Return what lone requests' later tokens took beside the step, seconds; 0 if there were none."""
+    gaps_s: list[float] = []
+    for trial in trials:
+        later = [request for request in trial.requests[1:] if request.num_tokens > 2]
+        if trial.cell.concurrency == 1 and later:
+            seconds = sum(request.last_s - request.second_s for request in later)
+            gaps_s.append(seconds / sum(request.num_tokens - 2 for request in later) - decode_step(trial).seconds)
+    return max(0.0, statistics.median(gaps_s)) if gaps_s else 0.0
+
+
+def _first_and_second_s(trial: Trial) -> tuple[float, float]:
+    """Return the median seconds to the first token, and from it to the second."""
+    counted = trial.requests[trial.cell.concurrency :]
+    first_s = statistics.median(request.first_s for request in counted)
+    return first_s, statistics.median(request.second_s - request.first_s for request in counted)
 
 
 def predict(fitted: Fitted, cell: Cell, rounds: Iterable[int]) -> Outcome:
     """Simulate the rounds of a cell."""
     spec = WorkerSpec(fitted.prefill, num_pages=4096, max_step_tokens=1024, max_step_sequences=64)
+    decode = replace(fitted.decode, fixed_s=fitted.decode.fixed_s + fitted.between_steps_s)
     config = SimConfig(
         prefill=spec,
-        decode=replace(spec, times=fitted.decode),
+        decode=replace(spec, times=decode),
         num_prefill=1,
         num_decode=1,
         wire=fitted.wire,

@@ -30,7 +30,16 @@ from headrace_planner.validation import (
     trial_workload,
 )
 from headrace_planner.validation_cluster import read_saved, undisturbed
-from headrace_planner.validation_fit import Fitted, MeanStep, fit, fit_shared, fit_wire, predict
+from headrace_planner.validation_fit import (
+    Fitted,
+    MeanStep,
+    between_steps,
+    fit,
+    fit_crowding,
+    fit_shared,
+    fit_wire,
+    predict,
+)
 
 TRUTH = Fitted(
     LinearStepTimes(fixed_s=0.006, prompt_token_s=4e-5, pair_s=2e-8),
@@ -78,9 +87,42 @@ def test_the_fit_predicts_cells_it_has_not_seen() -> None:
 
 def test_calls_and_handoffs_are_found_from_lone_requests() -> None:
     wire = fit_wire([run(Cell(isl, 96, 1)) for isl in (64, 256, 1024)])
-    assert wire.rpc_s == wire.admit_s == pytest.approx(0.001, rel=0.01)
+    assert (wire.rpc_s, wire.admit_s) == pytest.approx((0.001, 0.001), rel=0.01)
     assert wire.latency_s == pytest.approx(0.003, rel=0.05)
     assert wire.latency_per_token_s == pytest.approx(1e-6, rel=0.2)
+
+
+def test_a_hand_off_shorter_than_two_calls_leaves_the_rest_to_the_router() -> None:
+    """Calls are the same before the first token and after it; what else a first token takes is the router's own."""
+    lone = [run(Cell(isl, 96, 1)) for isl in (64, 256, 1024)]
+    quick = [
+        replace(trial, requests=[replace(r, second_s=r.second_s - 0.004) for r in trial.requests]) for trial in lone
+    ]
+    wire = fit_wire(quick)
+    assert wire.latency_s == pytest.approx(0, abs=1e-6)
+    assert wire.rpc_s == pytest.approx(0.0005, rel=0.1)
+    assert wire.admit_s + 2 * wire.rpc_s == pytest.approx(0.003, rel=0.01)
+
+
+def test_what_a_crowd_costs_is_found_from_second_tokens() -> None:
+    wire = Wire(bytes_per_token=0.0, latency_s=0.003, admit_s=0.001, rpc_s=0.001)
+    step_s, rows = 0.002, 3.0
+    for crowding in (0.0, 0.5):
+        trials: list[Trial] = []
+        for busy in (0.25, 0.5):  # of the time the decode worker computes three rows, and prefill never
+            second_s = 2 * step_s + 0.005 * (1 + crowding * rows * busy)
+            requests = [RequestTimes(0.1, 0.1 + second_s, 0.4, 20)] * 8
+            decode = StepSums(100, 100 * step_s, 100 * rows)
+            trials.append(Trial(Cell(64, 32, 4), 0, requests, StepSums(8, 0.0, 512), decode, 100 * step_s / busy))
+        assert fit_crowding(trials, wire) == pytest.approx(crowding)
+    assert fit_crowding([], wire) == 0
+
+
+def test_time_between_steps_is_what_later_tokens_of_a_lone_request_take_beside_them() -> None:
+    requests = [RequestTimes(0.1, 0.2, 0.2 + 9 * 0.0025, 11)] * 3
+    trial = Trial(Cell(64, 11, 1), 0, requests, StepSums(3, 0.03, 192), StepSums(30, 0.06, 30), 1.0)
+    assert between_steps([trial]) == pytest.approx(0.0005)
+    assert between_steps([replace(trial, cell=Cell(64, 11, 2))]) == 0
 
 
 def test_a_slowdown_is_told_from_a_slow_step() -> None:

@@ -176,6 +176,19 @@ def test_workers_that_share_a_machine_slow_each_other_down() -> None:
     assert shared.end_s < 2.0 * alone.end_s + 0.1
 
 
+def test_calls_take_longer_while_sequences_are_computed() -> None:
+    wires = WIRE, replace(WIRE, crowding=5.0)
+    for concurrency in (1, 6):
+        lengths = Lengths(1000, 50, output_spread=0.5)
+        workload = closed_loop(lengths, concurrency=concurrency, num_requests=8 * concurrency)
+        plain, slow = (run(replace(cluster(1, 1, fidelity="exact"), wire=wire), workload) for wire in wires)
+        if concurrency == 1:
+            assert slow.end_s == plain.end_s
+        else:
+            assert slow.ttft_s[concurrency:].mean() > 1.05 * plain.ttft_s[concurrency:].mean()
+            assert slow.recorder.gaps()[0].min() >= 0, "a stream's tokens are in order"
+
+
 def test_goodput_counts_only_what_met_both_objectives() -> None:
     result = simulate(cluster(), small())
     assert result.goodput(Slo()) == pytest.approx(result.request_rate)
