@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from headrace_planner.published import DEPLOYMENTS, table
 
-from tests.perf.planner_report import too_far
+from tests.perf.planner_figures import too_far
 
 PAGE = (Path(__file__).parents[2] / "docs/planner.md").read_text()
 
