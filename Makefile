@@ -193,7 +193,7 @@ gpu-day: setup ## On a GPU for a quarter of an hour: all of it by what is worth 
 tune: setup ## On a GPU: time the kernels' configurations and keep the best: FAMILY=mla_decode KEY="heads 16, 16 bits" LIMIT=60
 	$(BIN)/python -m tests.perf.kernels.tune $(addprefix --family ,$(FAMILY)) $(if $(KEY),--key "$(KEY)") $(addprefix --seconds ,$(LIMIT))
 
-planner-report: setup ## Predictions against measurements on this machine; writes build/bench/planner.json
+planner-report: setup ## Predictions against measurements on this machine; writes tests/perf/planner_record.json and docs/planner.md
 	$(BIN)/python -m tests.perf.planner_report
 
 wheels: setup ## Get what the images are built of into build/wheels, so that their build asks no index

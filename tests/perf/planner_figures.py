@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from headrace_planner.validation import (
@@ -21,7 +18,6 @@ from headrace_planner.validation import (
 )
 from headrace_planner.validation_fit import Fitted, fit, predict
 
-TRIALS = Path(__file__).parents[2] / "build" / "bench" / "planner-trials.jsonl"
 MOST_ERROR = 0.15
 """Median error on held-out cells above which the command ends with 1."""
 
@@ -30,7 +26,7 @@ def judge(cells: Sequence[Cell], trials: Sequence[Trial]) -> tuple[dict[str, Any
     """Fit on half of the cells; return the errors and every cell's line."""
     held_out = {cell for index, cell in enumerate(cells) if is_held_out(index, cell)}
     fitted = fit([trial for trial in trials if trial.cell not in held_out])
-    rows = [_row(fitted, cell, trials, is_held_out=cell in held_out) for cell in cells]
+    rows = [row_of(fitted, cell, trials, is_held_out=cell in held_out) for cell in cells]
     report: dict[str, Any] = {f"{_short(metric)}_median_error": median_error(rows, metric) for metric in METRICS}
     for metric in METRICS:
         report[f"fitted_{_short(metric)}_median_error"] = median_error(rows, metric, held_out=False)
@@ -41,13 +37,11 @@ def judge(cells: Sequence[Cell], trials: Sequence[Trial]) -> tuple[dict[str, Any
         "num_disturbed": sum(trial.is_disturbed for trial in trials),
         "num_unwatched": sum(trial.others_share is None for trial in trials),
         "fitted": asdict(fitted),
-        "machine": platform.processor() or platform.machine(),
-        "at": datetime.fromtimestamp(TRIALS.stat().st_mtime, UTC).isoformat(timespec="seconds"),
     }
     return report, rows
 
 
-def _row(fitted: Fitted, cell: Cell, trials: Sequence[Trial], *, is_held_out: bool) -> Row:
+def row_of(fitted: Fitted, cell: Cell, trials: Sequence[Trial], *, is_held_out: bool) -> Row:
     """Predict a cell's trials and put them beside what was measured."""
     measured = [trial for trial in trials if trial.cell == cell]
     num_requests = sum(len(trial.requests) - cell.concurrency for trial in measured)
@@ -71,12 +65,13 @@ def too_far(report: dict[str, Any]) -> list[str]:
 
 
 def text_of(report: dict[str, Any], rows: str) -> str:
+    """Return what the docs say of a report, with its table; `report` also says when it was measured, and in rounds."""
     held_out, fitted = (
         ", ".join(f"{_short(metric)} {report[f'{kind}{_short(metric)}_median_error']:.1%}" for metric in METRICS)
         for kind in ("", "fitted_")
     )
     return (
-        f"Median error of the held-out cells: {held_out}; of the fitted ones: {fitted}. Measured {report['at'][:10]} "
+        f"Median error of the held-out cells: {held_out}; of the fitted ones: {fitted}. Measured {report['at']} "
         f"in {report['num_rounds']} rounds, CPU, demo model, one prefill and one decode worker of one thread each. "
         f"{_others_text(report)} "
         f"10^6 requests on 1,000 workers: {_sim_text(report)}.\n\n{rows}"
@@ -99,11 +94,11 @@ def _others_text(report: dict[str, Any]) -> str:
 
 
 def _sim_text(report: dict[str, Any]) -> str:
-    if "sim_seconds_for_1e6" not in report:
+    if not report["simulated"]:
         return "not measured"
     others = report["simulated"].get("others_share")
     busy = f" while other programs used {others:.0%} of the machine" if others and others > MAX_OTHERS_SHARE else ""
-    return f"{report['sim_seconds_for_1e6']:.0f} s{busy}"
+    return f"{report['simulated']['seconds_for_1e6']:.0f} s{busy}"
 
 
 def _short(metric: str) -> str:
