@@ -7,7 +7,7 @@ from headrace.v1 import decode_service_pb2 as pb
 from headrace.v1 import worker_service_pb2
 from headrace_core.errors import ProtocolError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
-from headrace_router.fleet.pace import Pace
+from headrace_core.pace import Pace
 from headrace_router.fleet.session import StepSession
 from headrace_router.testing import remembered, remembering_worker, run_router, text_request
 

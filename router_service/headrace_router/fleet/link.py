@@ -35,9 +35,9 @@ from headrace_core.errors import (
     UnavailableError,
 )
 from headrace_core.kv.layout import KvLayout
+from headrace_core.pace import Pace
 
 from headrace_router.fleet.answers import check_health, check_info, check_load
-from headrace_router.fleet.pace import Pace
 from headrace_router.fleet.pulse import Pulse
 from headrace_router.fleet.worker import Worker
 from headrace_router.placement.breaker import Breaker

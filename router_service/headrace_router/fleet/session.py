@@ -22,10 +22,10 @@ from headrace.v1 import worker_service_pb2
 from headrace_core.beats import Outbox, Silence
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.kv.layout import KvLayout
+from headrace_core.pace import Pace
 from headrace_core.rpc import answered, raised_from
 
 from headrace_router.fleet.answers import check_entry
-from headrace_router.fleet.pace import Pace
 
 if TYPE_CHECKING:
     from headrace.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
