@@ -54,6 +54,31 @@ class Silence:
         self._timer = self._loop.call_at(self._due_s, self._tick)
 
 
+class Beat:
+    """Says a beat whenever nothing was said for a while. Event loop only."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat = beat
+        self._loop = asyncio.get_running_loop()
+        self._said_s = self._loop.time()
+        self._timer = self._loop.call_later(BEAT_S, self._tick)
+
+    def said(self) -> None:
+        """Take note that something was said."""
+        self._said_s = self._loop.time()
+
+    def close(self) -> None:
+        """Say nothing more. Idempotent."""
+        self._timer.cancel()
+
+    def _tick(self) -> None:
+        due_s = self._said_s + BEAT_S
+        if due_s <= self._loop.time():
+            self._beat()
+            due_s = self._loop.time() + BEAT_S
+        self._timer = self._loop.call_at(due_s, self._tick)
+
+
 class Outbox(Generic[T]):
     """What one end of a call has yet to say, in order, and a beat where there is nothing. Event loop only.
 

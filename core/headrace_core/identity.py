@@ -10,6 +10,7 @@ found by address, and have new ones all the time (docs/adr/0015-identities.md).
 from __future__ import annotations
 
 import re
+import ssl
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -74,6 +75,14 @@ class ChannelTls:
     server_name: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class CallTls:
+    """What a call without gRPC's library encrypts with; `server_name` is what the server's certificate must say."""
+
+    context: ssl.SSLContext
+    server_name: str
+
+
 class Identity(TlsFiles):
     """A process's own certificate. Any thread."""
 
@@ -109,6 +118,10 @@ class Identity(TlsFiles):
     def to_worker(self) -> ChannelTls:
         """Return what a new channel to a worker encrypts with."""
         return self._to(Role.DECODE)
+
+    def call_worker(self) -> CallTls:
+        """Return what a new call to a worker, on a connection of its own, encrypts with."""
+        return CallTls(self.client_context(), Role.DECODE.server_name)
 
     def to_router(self) -> ChannelTls:
         """Return what a new channel to a router encrypts with."""

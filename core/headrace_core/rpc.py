@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -216,12 +216,15 @@ def raised_from(error: grpc.RpcError) -> HeadraceError:
 
     A status without our reason came from the transport itself: its reason is the code's name.
     """
-    code = error.code()
     trailing: Any = error.trailing_metadata() or ()
-    metadata: dict[str, str | bytes] = dict(trailing)
+    return error_of(error.code(), error.details() or "", dict(trailing))
+
+
+def error_of(code: grpc.StatusCode, details: str, metadata: Mapping[str, str | bytes]) -> HeadraceError:
+    """Return what `raised_from` does, of a status and its metadata."""
     reason = metadata.get(REASON_KEY, code.name)
     reason = reason.decode() if isinstance(reason, bytes) else reason
-    raised = from_status(code, reason, error.details() or code.name)
+    raised = from_status(code, reason, details or code.name)
     pushback = metadata.get(PUSHBACK_KEY, "")
     if isinstance(raised, OverloadedError) and isinstance(pushback, str) and _PUSHBACK.fullmatch(pushback):
         raised.retry_after_s = int(pushback) / 1000

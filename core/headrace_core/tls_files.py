@@ -57,6 +57,8 @@ class TlsFiles:
         self._cert, self._key, self._roots = cert, key, roots
         self._server_name = server_name
         self._lock = threading.Lock()
+        self._calling: tuple[Pems, ssl.SSLContext] | None = None
+        """What was called with last, and of which files' content it was made."""
         self._stamp = self._look()
         self._pems = self._read()
 
@@ -117,6 +119,25 @@ class TlsFiles:
         outer = self._context()
         outer.sni_callback = follow  # called in every handshake, with a name or without
         return outer
+
+    def client_context(self) -> ssl.SSLContext:
+        """Return what `ssl` calls a server of HTTP/2 with: of files in order, or of those that were it last."""
+        pems = self.current()
+        if self._calling is None or self._calling[0] is not pems:
+            try:
+                self._calling = pems, self._client_context()
+            except (OSError, ssl.SSLError):  # replaced once more meanwhile: the next one's business
+                if self._calling is None:
+                    raise
+        return self._calling[1]
+
+    def _client_context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2"])
+        context.load_cert_chain(self._cert, self._key, password=_no_passphrase)
+        context.load_verify_locations(self._roots)
+        return context
 
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

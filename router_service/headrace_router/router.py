@@ -17,6 +17,7 @@ from headrace_core.door import Call
 from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.families.generation_config import read_sampling_defaults
+from headrace_core.http2.call import Dial, open_call
 from headrace_core.hub import is_hub_name
 from headrace_core.request import MOST_TIMEOUT_S, SamplingParams
 from headrace_core.rpc import Connect, channel
@@ -55,9 +56,10 @@ class Router:
         *,
         metrics_port: int = 0,
         connect: Connect = channel,
+        dial: Dial = open_call,
         keys: Keys | None = None,
     ) -> None:
-        """Load the tokenizer; `connect` reaches workers, `keys` say how many tokens a caller may use.
+        """Load the tokenizer; `connect` and `dial` reach workers, `keys` say how many tokens a caller may use.
 
         Raises:
             CheckpointError: the model folder can't be used.
@@ -67,6 +69,7 @@ class Router:
             Discovery(settings.workers, settings.workers_file),
             dns_refresh_s=settings.dns_refresh_s,
             connect=connect,
+            dial=dial,
         )
         self._settings = settings
         self._tracer = tracer

@@ -14,6 +14,7 @@ from headrace_core.config import RouterSettings
 from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.grpc_options import MAX_MESSAGE_BYTES
+from headrace_core.http2 import call as http2_call
 from headrace_core.hub import is_hub_name, with_folder
 from headrace_core.identity import Identity, Role
 from headrace_core.outside import call_outside
@@ -101,6 +102,7 @@ class RouterService:
             self._tracer,
             metrics_port=self.metrics_port,
             connect=self._connect,
+            dial=self._dial,
             keys=self._keys,
         )
         self.registry.register(
@@ -156,6 +158,10 @@ class RouterService:
 
     def _connect(self, address: str) -> grpc.aio.Channel:
         return rpc.channel(address, tls=self._identity and self._identity.to_worker())
+
+    async def _dial(self, address: str, method: str, on_message: http2_call.OnMessage) -> http2_call.Call:
+        tls = self._identity.call_worker() if self._identity else None
+        return await http2_call.open_call(address, method, on_message, tls=tls)
 
     def _arriving(self, call: Call) -> AbstractContextManager[None]:
         if call.method == _GENERATE and self._router is not None:

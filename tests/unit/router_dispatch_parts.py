@@ -9,7 +9,6 @@ import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-import grpc.aio
 import pytest
 from headrace.v1 import types_pb2, worker_service_pb2
 from headrace_core.errors import HeadraceError
@@ -84,8 +83,7 @@ class StubFleet:
 class Queue:
     """A dispatcher over a stub fleet, and what it has placed so far, in order."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, no_workers_timeout_s: float = 60.0) -> None:
-        self._channel = channel
+    def __init__(self, *, no_workers_timeout_s: float = 60.0) -> None:
         self.fleet = StubFleet()
         self.dispatcher = Dispatcher(self.fleet, no_workers_timeout_s=no_workers_timeout_s)
         self.placed: list[StubSample] = []
@@ -102,7 +100,7 @@ class Queue:
             max_step_tokens=max_step_tokens,
             max_step_sequences=max_step_sequences,
         )
-        worker = Worker(address, info, LAYOUT, self._channel, 1)
+        worker = Worker(address, info, LAYOUT, 1)
         worker.on_report(worker_service_pb2.WatchLoadResponse(num_free_pages=num_pages))
         self.fleet.fleet.append(worker)
         return worker
@@ -137,14 +135,13 @@ async def a_queue(**settings) -> AsyncGenerator[Queue]:
     """Fail if a round did: the loop would only log that."""
     faults: list[dict] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
-    async with grpc.aio.insecure_channel("127.0.0.1:9") as channel:
-        queue = Queue(channel, **settings)
-        try:
-            yield queue
-        finally:
-            for call in queue.calls:
-                call.cancel()
-            await asyncio.gather(*queue.calls, return_exceptions=True)
+    queue = Queue(**settings)
+    try:
+        yield queue
+    finally:
+        for call in queue.calls:
+            call.cancel()
+        await asyncio.gather(*queue.calls, return_exceptions=True)
     assert not faults, faults
 
 

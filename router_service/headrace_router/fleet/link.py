@@ -34,6 +34,7 @@ from headrace_core.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from headrace_core.http2.call import Dial, open_call
 from headrace_core.kv.layout import KvLayout
 from headrace_core.pace import Pace
 
@@ -125,7 +126,7 @@ class Fleet(Protocol):
 class Link:
     """The connection to one address."""
 
-    def __init__(self, address: str, fleet: Fleet, connect: rpc.Connect = rpc.channel) -> None:
+    def __init__(self, address: str, fleet: Fleet, connect: rpc.Connect = rpc.channel, dial: Dial = open_call) -> None:
         self.address = address
         self.state = LinkState.UNREACHABLE
         self.detail = "not tried yet"
@@ -140,6 +141,7 @@ class Link:
         self._is_tried = False
         self._fleet = fleet
         self._connect = connect
+        self._dial = dial
         self._is_serving = False
         self._pulse: Pulse | None = None
 
@@ -247,11 +249,11 @@ class Link:
         layout = check_info(info)
         self.info = info
         self._judge(info, layout)
-        worker = Worker(self.address, info, layout, channel, self._fleet.router_id, self.breaker)
+        worker = Worker(self.address, info, layout, self._fleet.router_id, self.breaker)
         group.create_task(self._watch_load(stub, worker))
         await worker.reported.wait()
         if worker.can_decode:
-            group.create_task(worker.session.run(worker.decode))
+            group.create_task(worker.session.run(self.address, self._dial))
             await worker.session.opened.wait()
         self._judge(info, layout)  # again: another may have joined meanwhile, and decided what the fleet serves
         self._made = [*(made for made in self._made if made.is_busy), worker]

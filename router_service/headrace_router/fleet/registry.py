@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from headrace.v1 import worker_service_pb2
 from headrace_core.discovery import Discovery
+from headrace_core.http2.call import Dial, open_call
 from headrace_core.kv.layout import KvLayout
 from headrace_core.rpc import Connect, channel
 
@@ -47,7 +48,10 @@ class FleetModel:
 class Registry:
     """All links. `run` it as a task. Event loop only."""
 
-    def __init__(self, discovery: Discovery, *, dns_refresh_s: float, connect: Connect = channel) -> None:
+    def __init__(
+        self, discovery: Discovery, *, dns_refresh_s: float, connect: Connect = channel, dial: Dial = open_call
+    ) -> None:
+        """Args: `connect` reaches workers, `dial` opens their sessions."""
         self.listeners: list[Callable[[], None]] = []
         self.router_id = secrets.randbits(64) | 1
         """Names this process at its workers; never 0."""
@@ -56,6 +60,7 @@ class Registry:
         self._discovery = discovery
         self._dns_refresh_s = dns_refresh_s
         self._connect = connect
+        self._dial = dial
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._has_model = asyncio.Event()
@@ -163,7 +168,7 @@ class Registry:
         listed = set(addresses)
         for address in addresses:
             if address not in self._links:
-                link = Link(address, self, self._connect)
+                link = Link(address, self, self._connect, self._dial)
                 self._links[address] = link, asyncio.create_task(link.run(), name=f"link-{address}")
         for address, (link, _) in self._links.items():
             link.set_listed(address in listed)

@@ -14,25 +14,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-import grpc.aio
+from google.protobuf.message import DecodeError
 from headrace.v1 import decode_service_pb2 as pb
 from headrace.v1 import worker_service_pb2
-from headrace_core.beats import Outbox, Silence
+from headrace_core.beats import Beat, Silence
 from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.http2.call import Call, Dial
 from headrace_core.kv.layout import KvLayout
 from headrace_core.pace import Pace
-from headrace_core.rpc import answered, raised_from
+from headrace_core.rpc import answered
 
 from headrace_router.fleet.answers import check_entry
 
-if TYPE_CHECKING:
-    from headrace.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
-
 log = logging.getLogger(__name__)
 
-
+_METHOD = "/headrace.v1.DecodeService/Session"
 _MOST_IDLE_PER_S = 200.0
 """Messages that bring no listener anything. An honest worker sends one with each step between the end of a run here and
 its cancel there, and beats; what brings a listener tokens is bounded by what it asked for."""
@@ -135,14 +133,15 @@ class StepSession:
         self.opened = asyncio.Event()
         self._info = info
         self._layout = layout
-        self._outbox = Outbox(pb.SessionRequest())
-        self._outbox.put(pb.SessionRequest(open=pb.OpenSession(router_id=router_id)))
+        self._opening = pb.SessionRequest(open=pb.OpenSession(router_id=router_id))
+        self._call: Call | None = None
+        self._beat: Beat | None = None
+        self._silence: Silence | None = None
         self._listeners: dict[int, _Listener] = {}
         """By sequence."""
         self.step_s = 0.0
         """Of its steps with tokens, a mean of the last ones."""
         self._is_leaving = False
-        self._is_silent = False
         self._lost: HeadraceError | None = None
         self._idle = Pace("messages for nobody", per_s=_MOST_IDLE_PER_S, burst=_MOST_IDLE_AT_ONCE)
 
@@ -157,7 +156,7 @@ class StepSession:
         if self._lost is not None:
             raise self._lost
         self._listeners[message.sequence_number] = _Listener(message.attempt, sink, on_leaving)
-        self._outbox.put(pb.SessionRequest(start=message))
+        self._say(pb.SessionRequest(start=message))
 
     def end(self, number: int, attempt: int, *, tell: bool, keeps_pages: bool = False) -> None:
         """Drop what still comes for an attempt, and if the worker does not know that it is over, `tell` it.
@@ -169,7 +168,7 @@ class StepSession:
             del self._listeners[number]
         if tell and self._lost is None:
             cancel = pb.CancelSequence(sequence_number=number, attempt=attempt, keeps_pages=keeps_pages)
-            self._outbox.put(pb.SessionRequest(cancel=cancel))
+            self._say(pb.SessionRequest(cancel=cancel))
 
     def leave(self) -> None:
         """Tell those who run here that the worker goes away. Only the first call counts."""
@@ -178,37 +177,27 @@ class StepSession:
             for listener in list(self._listeners.values()):
                 listener.on_leaving()
 
-    async def run(self, stub: DecodeServiceAsyncStub) -> None:
-        """Speak and listen until the call ends.
+    async def run(self, address: str, dial: Dial) -> None:
+        """Open the session at the worker, speak and listen until the call ends.
 
         Raises:
             HeadraceError: always; why it ended. PROTOCOL: too much came for nobody.
         """
-        call = stub.Session(aiter(self._outbox))
+        call = self._call = await dial(address, _METHOD, self._on_message)
 
         def on_silent() -> None:
-            self._is_silent = True
-            call.cancel()
-
-        silence = Silence(on_silent)
-        try:
-            async for message in call:
-                silence.heard()
-                self._fan_out(answered(message))
-                self.opened.set()
-        except grpc.aio.AioRpcError as error:
-            raise raised_from(error) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._is_silent or (task is not None and task.cancelling()):
-                raise
             problem = "the worker says nothing any more, though its connection stands"
-            raise UnavailableError("WORKER_LOST", problem) from None
+            call.end(UnavailableError("WORKER_LOST", problem))
+
+        self._beat, self._silence = Beat(lambda: self._say(pb.SessionRequest())), Silence(on_silent)
+        try:
+            self._say(self._opening)
+            error = await call.ended
         finally:
-            silence.close()
-            self._outbox.close()
-            call.cancel()
-        raise UnavailableError("WORKER_LOST", "the worker ended the session")
+            self._silence.close()
+            self._beat.close()
+            call.close()
+        raise error or UnavailableError("WORKER_LOST", "the worker ended the session")
 
     def fail(self, error: HeadraceError) -> None:
         """End the session: every sequence in it fails with `error`."""
@@ -216,6 +205,22 @@ class StepSession:
         listeners, self._listeners = self._listeners, {}
         for listener in listeners.values():
             listener.sink.on_ended(Ended(Side.WORKER, error))
+
+    def _say(self, request: pb.SessionRequest) -> None:
+        """Tell the worker, in this turn of the loop; nobody hears it when the call is over."""
+        if self._call is not None and self._beat is not None:
+            self._call.say(request.SerializeToString())
+            self._beat.said()
+
+    def _on_message(self, data: bytes) -> None:
+        try:
+            message = pb.SessionResponse.FromString(data)
+        except DecodeError:
+            message = None
+        if self._silence is not None:
+            self._silence.heard()
+        self._fan_out(answered(message))
+        self.opened.set()
 
     def _fan_out(self, message: pb.SessionResponse) -> None:
         now_s = time.monotonic()

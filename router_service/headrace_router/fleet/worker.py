@@ -13,9 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
-import grpc.aio
 from headrace.v1 import worker_service_pb2
-from headrace.v1.decode_service_pb2_grpc import DecodeServiceStub
 from headrace.v1.types_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_PREFILL
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import KvLayout
@@ -64,7 +62,6 @@ class Worker:
         address: str,
         info: worker_service_pb2.GetInfoResponse,
         layout: KvLayout,
-        channel: grpc.aio.Channel,
         router_id: int,
         breaker: Breaker | None = None,
     ) -> None:
@@ -74,7 +71,6 @@ class Worker:
             address: its own.
             info: checked.
             layout: what it says of its pages, as a value.
-            channel: to it.
             router_id: this router's.
             breaker: of its address; None: a new one.
         """
@@ -82,7 +78,6 @@ class Worker:
         self.address = address
         self.info = info
         self.layout = layout
-        self.decode = DecodeServiceStub(channel)
         self.session = StepSession(router_id, info, layout)
         self.can_decode = info.role in (WORKER_ROLE_DECODE, WORKER_ROLE_BOTH)
         self.can_prefill = info.role in (WORKER_ROLE_PREFILL, WORKER_ROLE_BOTH)
