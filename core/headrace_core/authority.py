@@ -6,8 +6,7 @@ who drains a worker must then call from its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +47,7 @@ def caller_uri(context: Any) -> str:
     return named[0].decode("utf-8", "replace") if len(named) == 1 else ""
 
 
-@contextmanager
-def guard_without_tls(call: Call) -> Generator[None]:
+def guard_without_tls(call: Call) -> None:
     """Let a call pass or raise, where nobody is known; a `door.Guard`.
 
     Raises:
@@ -58,7 +56,6 @@ def guard_without_tls(call: Call) -> Generator[None]:
     if call.method == _DRAIN and not is_local(call.context):
         problem = "without --tls a worker is drained from its own machine alone; send it SIGTERM, or give it --tls"
         raise UnauthenticatedError("NO_IDENTITY", problem)
-    yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +66,7 @@ class ServerTls:
     serves_as: Role
     anonymous: Role | None = None
 
-    @contextmanager
-    def guard(self, call: Call) -> Generator[None]:
+    def guard(self, call: Call) -> None:
         """Let a call pass or raise; a `door.Guard`.
 
         Raises:
@@ -86,7 +82,6 @@ class ServerTls:
             raise PermissionDeniedError(
                 "WRONG_ROLE", f"the role {role.value} may not call {call.method} of a {self.serves_as.value}; {who} may"
             )
-        yield
 
     def _role_of(self, uri: str) -> Role:
         peer = Peer.of(uri)

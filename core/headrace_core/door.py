@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -50,9 +50,9 @@ class Call:
         return self.wait is not None and self.wait.end(error)
 
 
-Guard = Callable[[Call], AbstractContextManager[None]]
-"""Entered when a call has its place, left when its message has been read, or at once if it sends a stream of them;
-raises the `HeadraceError` that refuses it."""
+Guard = Callable[[Call], Callable[[], None] | None]
+"""Asked when a call has its place; raises the `HeadraceError` that refuses it, or returns what is to be done when its
+message has been read, or at once if it sends a stream of them; None: nothing."""
 
 OnRefused = Callable[[str, HeadraceError | None], None]
 """Takes the method of a call that did not come in, or whose next message did not, and what refused it; None if it ended
@@ -100,7 +100,12 @@ waits for a turn, which would end another's; of silence both ends hear sooner (`
 
 def address_of(context: Any) -> str:
     """Return the host that a call comes from; an IPv6 network of 64 bits, which one host may own, counts as one."""
-    peer = urllib.parse.unquote(context.peer())
+    return _host_of(context.peer())
+
+
+@lru_cache(maxsize=4096)
+def _host_of(peer: str) -> str:
+    peer = urllib.parse.unquote(peer)
     kind, _, rest = peer.partition(":")
     host = rest.rpartition(":")[0]
     if kind == "ipv4":
@@ -171,21 +176,30 @@ class Door:
         Raises:
             HeadraceError: it is refused, now or where a message is asked for, as by `receive`; its stream may be empty.
         """
-        with self._counting(method):
+        try:
             call = Call(method, self._caller_of(context), context)
-            with ExitStack() as guards:
-                room = self._let_in(call, STREAM_LIMITS, guards)
+            leave: list[Callable[[], None]] = []
+            try:
+                room = self._let_in(call, STREAM_LIMITS, leave)
+            finally:
+                _leave(leave)
+        except HeadraceError as error:
+            self._on_refused(method, error)
+            raise
         return self._each(call, room, decode)
 
     async def _each(self, call: Call, room: _Room, decode: Callable[[bytes], T]) -> AsyncIterator[T]:
         share = _Share(room.messages, call, "bytes of messages are held")
         while True:
-            with self._counting(call.method):
+            try:
                 message = await self._read(call, room)
                 if message is None:
                     return
                 share.take(len(message))
                 decoded = decode(message)
+            except HeadraceError as error:
+                self._on_refused(call.method, error)
+                raise
             yield decoded
             share.give_back()
 
@@ -196,51 +210,52 @@ class Door:
             HeadraceError: it is refused: by a guard or `decode`; QUEUE_FULL, there is no place, turn or memory for it;
                 MESSAGE_TIMEOUT; BAD_REQUEST, it sent no message, or one that is too large for the method.
         """
+        leave: list[Callable[[], None]] = []
         try:
-            with self._counting(method), ExitStack() as guards:
-                call = Call(method, self._caller_of(context), context)
-                room = self._let_in(call, self._default, guards)
-                message = await self._read(call, room)
-                if message is None:
-                    raise InvalidRequestError("BAD_REQUEST", "the call ended before a message came")
-                share = self._messages[context] = _Share(room.messages, call, "bytes of messages are held")
-                context.add_done_callback(self._messages.pop)
-                share.take(len(message))
-                return decode(message)
+            call = Call(method, self._caller_of(context), context)
+            room = self._let_in(call, self._default, leave)
+            message = await self._read(call, room)
+            if message is None:
+                raise InvalidRequestError("BAD_REQUEST", "the call ended before a message came")
+            share = self._messages[context] = _Share(room.messages, call, "bytes of messages are held")
+            context.add_done_callback(self._messages.pop)
+            share.take(len(message))
+            return decode(message)
+        except HeadraceError as error:
+            self._on_refused(method, error)
+            raise
         except asyncio.CancelledError:
             self._on_refused(method, None)
             raise
+        finally:
+            _leave(leave)
 
     def forget_message(self, context: Any) -> None:
         """Give back the bytes of a call's message before the call ends: nothing of it is kept any more. Idempotent."""
         if share := self._messages.get(context):
             share.give_back()
 
-    @contextmanager
-    def _counting(self, method: str) -> Generator[None]:
-        try:
-            yield
-        except HeadraceError as error:
-            self._on_refused(method, error)
-            raise
-
-    def _let_in(self, call: Call, default: MethodLimits, guards: ExitStack) -> _Room:
+    def _let_in(self, call: Call, default: MethodLimits, leave: list[Callable[[], None]]) -> _Room:
+        """Give a call its place, and ask the guards; `leave` gets what is to be done when its message has been read."""
         room = self._rooms.get(call.method)
         if room is None:
             room = self._rooms[call.method] = _Room(self._methods.get(call.method, default))
         _Share(room.places, call, "calls are open").take(1)
         for guard in self._guards:
-            guards.enter_context(guard(call))
+            if (after := guard(call)) is not None:
+                leave.append(after)
         return room
 
     async def _read(self, call: Call, room: _Room) -> bytes | None:
         """Return a call's next message; None after its last."""
         limits = room.limits
+        if (message := _whole_message(call.context)) is not None:  # what has come already takes no turn from anybody
+            return self._fit(call, limits, message)
         call.wait, call.has_turn = EndableWait(limits.message_timeout_s), False
         try:
             async with call.wait, room.turns.turn(call.caller, call.wait.timer):
                 call.has_turn = True
-                message: Any = await call.context.read()
+                message = await call.context.read()
         except TimeoutError:
             if call.has_turn:
                 problem = "the request's message took too long to arrive"
@@ -250,6 +265,9 @@ class Door:
         if message is grpc.aio.EOF:
             await asyncio.sleep(_ENDING_S)  # if grpc has ended the call, it cancels us here
             return None
+        return self._fit(call, limits, message)
+
+    def _fit(self, call: Call, limits: MethodLimits, message: bytes) -> bytes:
         if limits.max_message_bytes is not None and len(message) > limits.max_message_bytes:
             problem = f"a message of {len(message)} bytes; {call.method} takes {limits.max_message_bytes}"
             raise InvalidRequestError("BAD_REQUEST", problem)
@@ -275,10 +293,7 @@ class _Share:
         self._what = what
         self._held = 0
 
-        def on_done(_: Any) -> None:
-            self.give_back()
-
-        call.context.add_done_callback(on_done)
+        call.context.add_done_callback(self._on_done)
 
     def take(self, amount: int) -> None:
         """Hold `amount` more.
@@ -299,4 +314,19 @@ class _Share:
     def give_back(self) -> None:
         """Hold nothing any more; idempotent."""
         held, self._held = self._held, 0
-        self._pot.give_back(self._caller, held)
+        if held:
+            self._pot.give_back(self._caller, held)
+
+    def _on_done(self, _: Any) -> None:
+        self.give_back()
+
+
+def _whole_message(context: Any) -> bytes | None:
+    """Return a call's message if all of it has come, and nobody has read it; None where that is not known."""
+    read_now: Callable[[], bytes | None] | None = getattr(context, "read_now", None)
+    return read_now() if read_now is not None else None
+
+
+def _leave(guards: Sequence[Callable[[], None]]) -> None:
+    for after in reversed(guards):
+        after()

@@ -1,7 +1,6 @@
 """The router's metrics. Seconds and tokens; one object, on its own registry.
 
-What every token counts in is plain numbers, turned into samples when somebody scrapes; the rest is observed once a
-request.
+What every token and every request counts in is plain numbers, turned into samples when somebody scrapes.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from headrace_core.config import RouterSettings
 from headrace_core.request import FinishReason
 from headrace_core.telemetry import LATENCY_BUCKETS, PHASE_BUCKETS
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
@@ -32,29 +32,26 @@ REFUSALS = (
 """What a request can be refused with before a worker has it."""
 
 
-class TokenHistogram(Collector):
-    """A histogram whose `observe` costs a bisection. Written by the event loop, read by the metrics thread."""
+class Observed:
+    """One histogram's counts, whose `observe` costs a bisection. The event loop writes, the metrics thread reads."""
 
-    def __init__(self, name: str, documentation: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
-        self._name = name
-        self._documentation = documentation
-        self._edges = tuple(buckets)
-        self._counts = [0] * (len(self._edges) + 1)
+    def __init__(self, edges: tuple[float, ...]) -> None:
+        self._edges = edges
+        self._counts = [0] * (len(edges) + 1)
         self._sum = 0.0
         self._exemplars: list[Exemplar | None] = [None] * len(self._counts)
-        registry.register(self)
 
-    def observe(self, value: float, num_tokens: int = 1) -> None:
-        """Count `num_tokens` observations of `value`."""
-        self._counts[bisect_left(self._edges, value)] += num_tokens
-        self._sum += value * num_tokens
+    def observe(self, value: float, num_times: int = 1) -> None:
+        """Count `num_times` observations of `value`."""
+        self._counts[bisect_left(self._edges, value)] += num_times
+        self._sum += value * num_times
 
     def show(self, value: float, labels: dict[str, str]) -> None:
         """Let what was observed just now stand for its bucket."""
         self._exemplars[bisect_left(self._edges, value)] = Exemplar(labels, value, time.time())
 
-    def collect(self) -> Iterable[Metric]:
-        """Return the samples; called by the registry."""
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Add the counts to what is shown."""
         total = 0
         buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
         for edge, count, exemplar in zip(
@@ -62,8 +59,38 @@ class TokenHistogram(Collector):
         ):
             total += count
             buckets.append((str(edge), total) if exemplar is None else (str(edge), total, exemplar))
-        family = HistogramMetricFamily(self._name, self._documentation)
-        family.add_metric([], buckets, self._sum)
+        family.add_metric(labels, buckets, self._sum)
+
+
+class Histograms(Collector):
+    """A family of histograms, one for each value of its label; or the one of a family without."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        buckets: Sequence[float],
+        registry: CollectorRegistry,
+        *,
+        label: str = "",
+        values: Sequence[str] = ("",),
+    ) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._label = label
+        self.by_value = {value: Observed(tuple(buckets)) for value in values}
+        registry.register(self)
+
+    @property
+    def only(self) -> Observed:
+        """The one of a family without a label."""
+        return self.by_value[""]
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the samples; called by the registry."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=[self._label] if self._label else None)
+        for value, observed in self.by_value.items():
+            observed.add_to(family, [value] if self._label else [])
         yield family
 
 
@@ -81,19 +108,18 @@ class Objectives:
 
 
 class TokenMetrics(Collector):
-    """What is counted as tokens come: TTFT, ITL, the tokens, and those that miss an objective. As `TokenHistogram`."""
+    """What is counted as tokens come: TTFT, ITL, the tokens, and those that miss an objective. As `Observed`."""
 
     def __init__(self, registry: CollectorRegistry, objectives: Objectives) -> None:
         self._objectives = objectives
         self._num_late_first = 0
         self._num_late = 0
-        self._ttft = Histogram(
-            "headrace_ttft_seconds", "Arrival at the router to first token, per sample.", buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )  # fmt: skip
-        self._itl = TokenHistogram(
+        self._ttft = Histograms(
+            "headrace_ttft_seconds", "Arrival at the router to first token, per sample.", LATENCY_BUCKETS, registry
+        ).only
+        self._itl = Histograms(
             "headrace_itl_seconds", "Gap between two tokens of a sample, per token.", LATENCY_BUCKETS, registry
-        )
+        ).only
         self._num_tokens = 0
         registry.register(self)
 
@@ -103,7 +129,9 @@ class TokenMetrics(Collector):
 
     def first(self, ttft_s: float, num_tokens: int, exemplar: dict[str, str] | None = None) -> None:
         """Count a sample's first message of tokens."""
-        self._ttft.observe(ttft_s, exemplar)
+        self._ttft.observe(ttft_s)
+        if exemplar is not None:
+            self._ttft.show(ttft_s, exemplar)
         self._num_tokens += num_tokens
         self._num_late_first += ttft_s > self._objectives.ttft_s
 
@@ -134,7 +162,7 @@ class TokenMetrics(Collector):
 class TracedTokens:
     """Counts in `TokenMetrics`, and makes what it counts examples of their buckets that name the trace."""
 
-    def __init__(self, tokens: TokenMetrics, itl: TokenHistogram, labels: dict[str, str]) -> None:
+    def __init__(self, tokens: TokenMetrics, itl: Observed, labels: dict[str, str]) -> None:
         self._tokens = tokens
         self._itl = itl
         self._labels = labels
@@ -198,12 +226,13 @@ class RouterMetrics:
 
     registry: CollectorRegistry
     tokens: TokenMetrics
-    tpot: Histogram
-    e2e: Histogram
-    phase: Mapping[str, Histogram]
-    """By name: to look one up by its label takes as long as to observe it."""
+    tpot: Observed
+    e2e: Observed
+    phase: Mapping[str, Observed]
+    """By name."""
     prompt_tokens: Counter
-    requests: Counter
+    requests: Mapping[str, Counter]
+    """By outcome."""
     refused: Counter
     finished: Mapping[FinishReason, Counter]
     retries: Counter
@@ -217,42 +246,46 @@ class RouterMetrics:
         registry = registry or CollectorRegistry()
 
         def histogram(
-            name: str, documentation: str, *labels: str, buckets: Sequence[float] = PHASE_BUCKETS
-        ) -> Histogram:
-            return Histogram(f"headrace_{name}_seconds", documentation, labels, buckets=buckets, registry=registry)
+            name: str, documentation: str, buckets: Sequence[float] = PHASE_BUCKETS, **labels: Any
+        ) -> Histograms:
+            return Histograms(f"headrace_{name}_seconds", documentation, buckets, registry, **labels)
 
         def counter(name: str, documentation: str, *labels: str) -> Counter:
             return Counter(f"headrace_{name}", documentation, labels, registry=registry)
 
-        phases = histogram("phase", "Phases of the waterfall, per sample; they sum to E2E.", "phase")
+        phases = histogram(
+            "phase", "Phases of the waterfall, per sample; they sum to E2E.", label="phase", values=PHASES
+        )
         opened = counter(
             "circuits_opened",
             "Workers that got nothing new for a while, since they failed again and again.",
             "worker_role",
         )
+        requests = counter("requests", "Requests, by how they ended.", "outcome")
         finished = counter("finished_samples", "Samples that ended well, by why they ended.", "finished_reason")
         metrics = cls(
             registry=registry,
             tokens=TokenMetrics(registry, objectives),
-            tpot=histogram("tpot", "(E2E - TTFT) / (output tokens - 1), per sample.", buckets=LATENCY_BUCKETS),
-            e2e=histogram("e2e", "Arrival at the router to last token, per sample."),
-            phase={name: phases.labels(name) for name in PHASES},
+            tpot=histogram("tpot", "(E2E - TTFT) / (output tokens - 1), per sample.", LATENCY_BUCKETS).only,
+            e2e=histogram("e2e", "Arrival at the router to last token, per sample.").only,
+            phase=phases.by_value,
             prompt_tokens=counter("prompt_tokens", "Prompt tokens of accepted requests."),
-            requests=counter("requests", "Requests, by how they ended.", "outcome"),
+            requests={outcome: requests.labels(outcome) for outcome in OUTCOMES},
             refused=counter("refused_requests", "Requests that ended before a worker had them, by reason.", "reason"),
             finished={reason: finished.labels(reason.value) for reason in FinishReason},
             retries=counter("retries", "Attempts that failed and were made again, by reason.", "reason"),
             moves=counter("moved_sequences", "Sequences that went on elsewhere, since their decode worker drained."),
             circuits_opened={role: opened.labels(role) for role in ("prefill", "decode", "both", "unknown")},
         )
-        for outcome in OUTCOMES:
-            metrics.requests.labels(outcome)
         for reason in REFUSALS:
             metrics.refused.labels(reason)
         return metrics
 
     def observe_phases(self, waterfall: Waterfall, trace_id: str = "") -> None:
         """Count one sample's phases when it ended well; its trace, if it has one, is an exemplar of E2E."""
-        self.e2e.observe(waterfall.total_us / 1e6, {"trace_id": trace_id} if trace_id else None)
+        total_s = waterfall.total_us / 1e6
+        self.e2e.observe(total_s)
+        if trace_id:
+            self.e2e.show(total_s, {"trace_id": trace_id})
         for name, seconds in waterfall.sums_s().items():
             self.phase[name].observe(seconds)

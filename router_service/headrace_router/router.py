@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from headrace.v1 import generation_service_pb2
 from headrace.v1.types_pb2 import WORKER_ROLE_UNSPECIFIED
@@ -29,11 +28,11 @@ from headrace_core.wire import encode_sampling
 from headrace_router.callers.keys import Keys
 from headrace_router.fleet.answers import ROLE_NAMES
 from headrace_router.fleet.link import Link
-from headrace_router.fleet.registry import Registry
+from headrace_router.fleet.registry import FleetModel, Registry
 from headrace_router.metrics import RouterMetrics
 from headrace_router.placement.breaker import Circuit
 from headrace_router.placement.preferences import PREFERENCES
-from headrace_router.requests.admission import Admission, RequestSpec, Tokenized
+from headrace_router.requests.admission import Admission, RequestSpec
 from headrace_router.requests.dispatch import Dispatcher
 from headrace_router.requests.flow import Flow
 from headrace_router.requests.running import RunningRequest, deadline_error, outcome_of, outcome_of_leaving
@@ -140,20 +139,17 @@ class Router:
         """End threads and processes."""
         await self._prompts.close()
 
-    @contextmanager
-    def arriving(self, call: Call) -> Generator[None]:
+    def arriving(self, call: Call) -> Callable[[], None]:
         """Keep a place in the queue for a request whose message is on its way; `open` gives it another at once.
+
+        Returns what gives the place up.
 
         Raises:
             UnavailableError: DRAINING.
             OverloadedError: QUEUE_FULL.
         """
         self._check_open()
-        seat = self._waiting.take(call.caller, is_arriving=True, evict=call.refuse, end=call.end)
-        try:
-            yield
-        finally:
-            seat.leave()
+        return self._waiting.take(call.caller, is_arriving=True, evict=call.refuse, end=call.end).leave
 
     async def open(
         self,
@@ -187,8 +183,7 @@ class Router:
             self._check_open()
             wait = EndableWait()
             seat = self._waiting.take(caller, evict=wait.end)
-            async with wait:
-                spec = await self._admit(message, caller, arrival_s=arrival_s, deadline_s=deadline_s)
+            spec = await self._admit(message, caller, wait, arrival_s=arrival_s, deadline_s=deadline_s)
             seat.weigh(len(spec.prompt_ids))
 
             def close(failed: RunningRequest) -> None:
@@ -209,7 +204,7 @@ class Router:
             log.info("request refused", extra={"request_id": message.request_id[:64], "reason": error.reason})
             raise
         except asyncio.CancelledError:
-            self._metrics.requests.labels(outcome_of_leaving(deadline_s)).inc()
+            self._metrics.requests[outcome_of_leaving(deadline_s)].inc()
             span.set({"headrace.outcome": outcome_of_leaving(deadline_s)})
             span.end()
             raise
@@ -248,7 +243,7 @@ class Router:
 
     def count_refused(self, error: HeadraceError | None) -> None:
         """Count a request that was not opened; None: its client left."""
-        self._metrics.requests.labels("cancelled" if error is None else outcome_of(error)).inc()
+        self._metrics.requests["cancelled" if error is None else outcome_of(error)].inc()
         if error is not None:
             self._metrics.refused.labels(error.reason).inc()
 
@@ -274,32 +269,39 @@ class Router:
         )
 
     async def _admit(
-        self, message: generation_service_pb2.GenerateRequest, caller: Caller, *, arrival_s: float, deadline_s: float
+        self,
+        message: generation_service_pb2.GenerateRequest,
+        caller: Caller,
+        wait: EndableWait,
+        *,
+        arrival_s: float,
+        deadline_s: float,
     ) -> RequestSpec:
-        tokenized = await self._admission.tokenize(
-            message,
-            self.fleet.model,
-            caller,
-            arrival_s=arrival_s,
-            deadline_s=deadline_s,
-            key_class=self._keys.slo_class_of(caller) if self._keys else "",
-        )
-        return await self._wait_fleet(tokenized)
+        """Check and tokenize; whatever takes time is waited for in `wait`."""
+        admission, model = self._admission, self.fleet.model
+        asked = admission.check(message, self._keys.slo_class_of(caller) if self._keys else "")
+        prompt = admission.prompt_now(asked, model)
+        tokenized_s = time.monotonic()
+        if prompt is None or model is None:
+            async with wait:
+                if prompt is None:
+                    prompt = await admission.prompt(asked, model, caller, deadline_s=deadline_s)
+                    tokenized_s = time.monotonic()
+                model = self.fleet.model or await self._wait_fleet(arrival_s, deadline_s)
+        times = {"arrival_s": arrival_s, "tokenized_s": tokenized_s, "deadline_s": deadline_s}
+        return admission.admit(asked, prompt, model, **times)
 
-    async def _wait_fleet(self, tokenized: Tokenized) -> RequestSpec:
-        """Wait until workers are there to say what the fleet can do, then check against it."""
-        if self.fleet.model is not None:
-            return self._admission.admit(tokenized, self.fleet.model)
-        left_s = tokenized.deadline_s - time.monotonic()
+    async def _wait_fleet(self, arrival_s: float, deadline_s: float) -> FleetModel:
+        """Wait until workers are there to say what the fleet can do."""
+        left_s = deadline_s - time.monotonic()
         try:
             async with asyncio.timeout(min(self._settings.no_workers_timeout_s, left_s)):
-                model = await self.fleet.wait_model()
+                return await self.fleet.wait_model()
         except TimeoutError:
             if left_s <= self._settings.no_workers_timeout_s:
-                raise deadline_error(tokenized.deadline_s - tokenized.arrival_s) from None
+                raise deadline_error(deadline_s - arrival_s) from None
             missing = self.fleet.missing() or "no worker was ready in time"
             raise UnavailableError("NO_WORKERS", missing) from None
-        return self._admission.admit(tokenized, model)
 
     def _check_open(self) -> None:
         if self._is_draining:

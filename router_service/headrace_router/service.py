@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 
 import grpc.aio
 from headrace.v1 import generation_service_pb2_grpc
@@ -163,12 +162,12 @@ class RouterService:
         tls = self._identity.call_worker() if self._identity else None
         return await http2_call.open_call(address, method, on_message, tls=tls)
 
-    def _arriving(self, call: Call) -> AbstractContextManager[None]:
+    def _arriving(self, call: Call) -> Callable[[], None] | None:
         if call.method == _GENERATE and self._router is not None:
             if self._keys is not None:
                 self._keys.take_request(call.context)
             return self._router.arriving(call)
-        return nullcontext()
+        return None
 
     def _on_refused(self, method: str, error: HeadraceError | None) -> None:
         if method == _GENERATE and self._router is not None:

@@ -22,9 +22,8 @@ retried sample has further `queue`, `prefill`, ... phases after `retry`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PHASES = (
     "tokenize", "queue", "decode_queue", "prefill_queue", "prefill", "prefill_hop", "transfer", "join", "first_step",
@@ -33,8 +32,7 @@ PHASES = (
 """Their names, in the order of an attempt."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(NamedTuple):
     """One part of the time."""
 
     name: str
@@ -88,9 +86,9 @@ class Waterfall:
 
     def sums_s(self) -> Mapping[str, float]:
         """Return the seconds spent in each phase, over all attempts."""
-        sums_us: Counter[str] = Counter()
-        for phase in self._phases:
-            sums_us[phase.name] += phase.duration_us
+        sums_us: dict[str, int] = {}
+        for name, duration_us, _ in self._phases:
+            sums_us[name] = sums_us.get(name, 0) + duration_us
         return {name: sum_us / 1e6 for name, sum_us in sums_us.items()}
 
     def _add(self, name: str, duration_us: int) -> None:

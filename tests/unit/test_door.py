@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import weakref
-from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -21,10 +20,8 @@ INFO, LOAD, DRAIN = (f"/{NAME}/{method}" for method in ("GetInfo", "WatchLoad", 
 
 
 def test_a_guard_refuses_before_a_message_is_sent():
-    @contextmanager
     def guard(call):
         raise UnavailableError("DRAINING", f"no {call.method}")
-        yield
 
     async def test():
         async with served(guards=[guard]) as serving:
@@ -39,10 +36,8 @@ def test_a_guard_refuses_before_a_message_is_sent():
 def test_a_place_is_taken_before_a_guard_is_asked():
     asked = []
 
-    @contextmanager
     def guard(call):
         asked.append(call.method)
-        yield
 
     async def test():
         async with served(guards=[guard], methods={LOAD: MethodLimits(open_calls=1)}) as serving:
@@ -56,11 +51,9 @@ def test_a_place_is_taken_before_a_guard_is_asked():
 def test_a_guard_stays_until_the_message_is_read_and_no_longer():
     inside = []
 
-    @contextmanager
     def guard(call):
         inside.append(call.method)
-        yield
-        inside.remove(call.method)
+        return lambda: inside.remove(call.method)
 
     async def test():
         async with served(guards=[guard], limits=MethodLimits(message_timeout_s=WAIT_S)) as serving:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,7 @@ class Keys:
         key = self._shown(context)
         return Caller(f"key:{key.name}", f"key:{key.name}") if key else caller_of(context, is_asked=True)
 
-    @contextmanager
-    def guard(self, call: Call) -> Generator[None]:
+    def guard(self, call: Call) -> None:
         """Refuse calls without a key; a `door.Guard`.
 
         Raises:
@@ -101,7 +99,6 @@ class Keys:
             raise UnauthenticatedError(
                 "BAD_API_KEY", "send a key of this router as metadata `authorization: Bearer KEY`"
             )
-        yield
 
     def take_request(self, context: Any, count: int = 1) -> None:
         """Count a request, or several, against their key's limit.

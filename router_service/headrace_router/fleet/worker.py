@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,7 +48,7 @@ class Reservation:
     num_unseen_pages: int
     """The part that the last load report does not show."""
     num_prefill_tokens: int
-    """Prompt tokens in flight; 0 once they are computed."""
+    """Prompt tokens in flight; 0 once they are computed. `Worker.on_prefilled` changes it."""
     is_started: bool = False
     """True when the worker has allocated the sequence's pages."""
 
@@ -93,8 +92,12 @@ class Worker:
         self.cached: set[int] = set()
         """Pages in its prefix cache, by their hashes (`kv/page_hash`), as it last said."""
         self._reservations: set[Reservation] = set()
-        self._held: Counter[Client] = Counter()
+        self._num_unseen = self._own_tokens = 0
+        """Of all reservations together: pages that the last report does not show, prompt tokens in flight."""
+        self._held: dict[Client, int] = {}
         """Reservations by client, and by its address."""
+        self._holders: frozenset[Client] | None = frozenset()
+        """Of `_held`, the keys; None while they are to be taken again."""
         self._is_held = False
         self._num_usable_pages = 0
         # As the worker's scheduler: a step has a token at least for every sequence.
@@ -118,14 +121,14 @@ class Worker:
         self._is_held = False
         self._take_cache(load)
         self._num_usable_pages = max(self._num_usable_pages, load.num_free_pages)
-        own_tokens = num_started = 0
+        num_unseen = 0
         for reservation in self._reservations:
-            own_tokens += reservation.num_prefill_tokens
             if reservation.is_started:
-                num_started += 1
                 num_seen = -(-reservation.owner.num_tokens // self.layout.page_size)
                 reservation.num_unseen_pages = max(0, reservation.num_pages - num_seen)
-        self._num_foreign_tokens = max(0, load.num_waiting_tokens - own_tokens)
+            num_unseen += reservation.num_unseen_pages
+        self._num_unseen = num_unseen
+        self._num_foreign_tokens = max(0, load.num_waiting_tokens - self._own_tokens)
         self._num_foreign_sequences = max(0, load.num_running + load.num_waiting - len(self._reservations))
         self.reported.set()
 
@@ -149,42 +152,57 @@ class Worker:
         client = waiting.client if decodes else ()
         reservation = Reservation(owner, client, num_pages, num_pages, num_tokens)
         self._reservations.add(reservation)
+        self._num_unseen += num_pages
+        self._own_tokens += num_tokens
         self.breaker.on_start(reservation, time.monotonic())
-        self._held.update(_paths(client))
+        for path in _paths(client):
+            self._held[path] = self._held.get(path, 0) + 1
+            if self._held[path] == 1:
+                self._holders = None
         return reservation
+
+    def on_prefilled(self, reservation: Reservation) -> None:
+        """The sequence runs here, or its pages are held here: nothing of its prompt is left to compute."""
+        if reservation in self._reservations:
+            self._own_tokens -= reservation.num_prefill_tokens
+        reservation.num_prefill_tokens, reservation.is_started = 0, True
 
     def release(self, reservation: Reservation) -> None:
         """Give a reservation back; idempotent."""
         if reservation in self._reservations:
             self._reservations.remove(reservation)
+            self._num_unseen -= reservation.num_unseen_pages
+            self._own_tokens -= reservation.num_prefill_tokens
             self.breaker.on_over(reservation)
-            self._held -= Counter(_paths(reservation.client))
+            for path in _paths(reservation.client):
+                self._held[path] -= 1
+                if not self._held[path]:
+                    del self._held[path]
+                    self._holders = None
 
     def view(self) -> WorkerView:
         """Return what policies need to know."""
         info = self.info
         is_probed = self.breaker.circuit(time.monotonic()) is Circuit.HALF_OPEN
         num_free_slots = self._num_slots - len(self._reservations) - self._num_foreign_sequences
-        num_unseen = own_tokens = 0
-        for reservation in self._reservations:
-            num_unseen += reservation.num_unseen_pages
-            own_tokens += reservation.num_prefill_tokens
+        if self._holders is None:
+            self._holders = frozenset(self._held)
         return WorkerView(
             address=self.address,
             page_size=self.layout.page_size,
             num_pages=info.num_pages,
             num_usable_pages=self._num_usable_pages,
-            num_free_pages=self.load.num_free_pages - num_unseen,
+            num_free_pages=self.load.num_free_pages - self._num_unseen,
             num_lanes=info.num_lanes or 1,
             most_free_pages=self.load.most_free_pages or self.load.num_free_pages,
             token_budget=0 if is_probed else _BUDGET_STEPS * info.max_step_tokens,  # of an idle one: a prompt
-            num_tokens_in_flight=own_tokens + self._num_foreign_tokens,
+            num_tokens_in_flight=self._own_tokens + self._num_foreign_tokens,
             num_free_slots=min(num_free_slots, 1) if is_probed else num_free_slots,
             can_prefill=self.can_prefill,
             can_decode=self.can_decode,
             max_context_tokens=info.max_context_tokens,
             num_slots=self._num_slots,
-            holders=frozenset(self._held),
+            holders=self._holders,
             step_s=self.session.step_s if self.load.num_running else 0.0,
             cached=self.cached,
         )

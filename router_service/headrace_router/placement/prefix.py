@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ _KEY_TOKENS = 64
 
 def prefix_key(token_ids: Sequence[int]) -> int:
     """Return a number that is equal for equal first tokens, `_KEY_TOKENS` of them."""
-    return xxhash.xxh3_64_intdigest(repr(token_ids[:_KEY_TOKENS]).encode())
+    return xxhash.xxh3_64_intdigest(array("q", token_ids[:_KEY_TOKENS]).tobytes())
 
 
 class Beginnings(Protocol):

@@ -66,16 +66,15 @@ class Placement:
         self._on_first_token(num_computed, now_s - self._since_s)
         if self.prefill is not None:
             self.prefill.breaker.on_success(now_s)
-        if self._on_prefill is not None:
-            self._on_prefill.num_prefill_tokens = 0
-            self._on_prefill.is_started = self._on_decode.is_started = True
+        if self.prefill is not None and self._on_prefill is not None:
+            self.prefill.on_prefilled(self._on_prefill)
+            self._on_decode.is_started = True
             self._on_change()
 
     def on_joined(self, transfer: LastTransfer | None) -> None:
         """The decode worker runs it; the prefill worker is free of it."""
         self.decode.last_transfer = transfer or self.decode.last_transfer
-        self._on_decode.num_prefill_tokens = 0
-        self._on_decode.is_started = True
+        self.decode.on_prefilled(self._on_decode)
         if self.prefill is not None and self._on_prefill is not None:
             self.prefill.release(self._on_prefill)
             self._on_change()

@@ -39,6 +39,9 @@ _DEADLINE_SLACK_S = 0.02
 _MOST_UNREAD_LOGPROBS = 65_536
 """Tokens of a request whose log-probabilities may wait for its client: with 20 each, about 100 MB."""
 
+_LONG_PROMPT = 1024
+"""Tokens; a longer one is not kept for a request that is over, though its client may not know."""
+
 _OUTCOMES = {
     "INVALID_ARGUMENT": "invalid",
     "NOT_FOUND": "invalid",
@@ -108,10 +111,10 @@ class RunningRequest:
         self._num_open = spec.num_samples
         self._is_closed = False
         loop = asyncio.get_running_loop()
-        self._may_queue = [loop.create_future() for _ in range(spec.num_samples)]
-        """When each may queue: the second once the first's decode worker has the prompt's full pages, where the others
-        are to find them; from there on one behind the other, so that many cost the queue no more than one."""
-        self._may_queue[0].set_result(None)
+        self._may_queue = [loop.create_future() for _ in range(1, spec.num_samples)]
+        """When each but the first may queue: the second once the first's decode worker has the prompt's full pages,
+        where the others are to find them; from there on one behind the other, so that many cost the queue no more than
+        one."""
         prefix = Prefix(spec.prompt_ids)
         self.samples = [self._sample(index, prefix, tokenizer) for index in range(spec.num_samples)]
         self._traces = [
@@ -119,7 +122,10 @@ class RunningRequest:
         ]
         metrics.prompt_tokens.inc(len(spec.prompt_ids))
         self._timer = loop.call_later(max(0.0, spec.deadline_s - time.monotonic()), self._on_deadline)
-        self._tasks = [asyncio.create_task(self._run(sample)) for sample in self.samples]
+        self._num_running = spec.num_samples
+        self._settled: asyncio.Future[None] | None = None
+        """Done when none runs any more, if somebody waits for it."""
+        self._tasks = [loop.create_task(self._run(sample)) for sample in self.samples]
 
     @property
     def is_told(self) -> bool:
@@ -181,8 +187,9 @@ class RunningRequest:
 
     async def settle(self) -> None:
         """Wait until nothing runs any more of a request whose client was told everything: then `close` cuts nothing."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if self._num_running:
+            self._settled = asyncio.get_running_loop().create_future()
+            await self._settled
 
     def fail(self, error: HeadraceError) -> None:
         """End the request with `error`; only the first error counts."""
@@ -204,7 +211,7 @@ class RunningRequest:
             outcome = outcome_of(self._error)
         elif self._num_open:
             outcome = outcome_of_leaving(self.spec.deadline_s)
-        self._metrics.requests.labels(outcome).inc()
+        self._metrics.requests[outcome].inc()
         self._log(outcome)
         if self._on_used is not None:
             self._on_used(self._num_used_tokens())
@@ -213,7 +220,8 @@ class RunningRequest:
         end_request(self._span, self.spec, self.samples, outcome=outcome, error=self._error)
         self.samples, self._tasks = [], []
         self._news.clear()
-        self.spec = replace(self.spec, prompt_ids=[])
+        if len(self.spec.prompt_ids) > _LONG_PROMPT:
+            self.spec = replace(self.spec, prompt_ids=[])
 
     def _sample(self, index: int, prefix: Prefix, tokenizer: Tokenizer) -> Sample:
         spec = self.spec
@@ -231,7 +239,8 @@ class RunningRequest:
 
     async def _run(self, sample: Sample) -> None:
         try:
-            await self._may_queue[sample.sample_index]
+            if sample.sample_index:
+                await self._may_queue[sample.sample_index - 1]
             await self._flow.run(sample, self._traces[sample.sample_index], on_placed=lambda: self._on_placed(sample))
         except HeadraceError as error:
             if not any(each.attempt for each in self.samples) and self._error is None:
@@ -244,6 +253,9 @@ class RunningRequest:
             self._seat.leave()
             self._let_next(sample)
             self._observe(sample)
+            self._num_running -= 1
+            if not self._num_running and self._settled is not None and not self._settled.done():
+                self._settled.set_result(None)
 
     def _on_placed(self, sample: Sample) -> None:
         self._seat.leave()
@@ -259,7 +271,7 @@ class RunningRequest:
     def _let_next(self, sample: Sample) -> None:
         """Let the sample behind this one queue."""
         for following in self.samples[sample.sample_index + 1 :][:1]:
-            turn = self._may_queue[following.sample_index]
+            turn = self._may_queue[sample.sample_index]
             if not turn.done():
                 following.prefer = sample.prefill_address or sample.prefer
                 turn.set_result(None)
@@ -310,6 +322,8 @@ class RunningRequest:
         return sum(len(sample.output_ids) for sample in self.samples) + has_begun * len(self.spec.prompt_ids)
 
     def _log(self, outcome: str) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
         first = self.samples[0]
         extra: dict[str, object] = {
             "request_id": self.spec.request_id,

@@ -22,6 +22,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WINDOW_TOKENS = 6
 """Tokens of context that the third kind decodes before a new one."""
@@ -36,6 +37,7 @@ class Vocabulary:
         specials = [(token.content, each) for each, token in fast.get_added_tokens_decoder().items() if token.special]
         self.specials = dict(specials)
         self.special_ids = frozenset(token_id for _, token_id in specials)
+        self._last_silent: tuple[frozenset[int], frozenset[int]] | None = None
         self.decode: Callable[[list[int]], str] = fast.decode
         # By id, and no lists: an id may be as large as the file says.
         self.token_bytes: dict[int, bytes] | None = None
@@ -54,6 +56,12 @@ class Vocabulary:
             self.token_pieces = {token_id: _fallback_piece(text, replace) for token_id, text in texts.items()}
         self._special_texts = {token_id: text for text, token_id in specials}
 
+    def with_specials(self, token_ids: frozenset[int]) -> frozenset[int]:
+        """Return these ids and those of the special tokens; of the ids that were asked for last it is known."""
+        if self._last_silent is None or self._last_silent[0] != token_ids:
+            self._last_silent = token_ids, self.special_ids | token_ids
+        return self._last_silent[1]
+
     def bytes_of(self, token_id: int) -> bytes:
         """Return what a token stands for, alone; of a special token its text. Empty if there is no such token."""
         if token_id in self._special_texts:
@@ -70,8 +78,8 @@ class Detokenizer:
     """Decodes one sample. `push` each token in order, then `finish` once; the texts, joined, are the whole."""
 
     def __init__(self, vocabulary: Vocabulary, *, silent_ids: frozenset[int], is_continuation: bool) -> None:
-        self._silent = vocabulary.special_ids | silent_ids
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._silent = vocabulary.with_specials(silent_ids)
+        self._utf8 = _Utf8(errors="replace")
         self._is_inside = False
         """True while the last character lacks bytes."""
         self._vocabulary = vocabulary

@@ -88,6 +88,20 @@ class Prompts:
         self._lanes.close()
         await self._chat.close()
 
+    def read_now(self, message: generation_service_pb2.GenerateRequest, max_tokens: int) -> Prompt | None:
+        """Return the message's prompt if it is a short text; None: `read` takes it. Raises as that does."""
+        if message.WhichOneof("input") != "text":
+            return None
+        text = message.text.text
+        if not text or len(text) > _INLINE_BYTES:
+            return None
+        num_bytes = self._check_size(len(text.encode()))
+        if num_bytes > _INLINE_BYTES:
+            return None
+        self._tokenizer.check_size(num_bytes, max_tokens)
+        prompt = self._tokens_of(text, max_tokens, with_special=True)
+        return prompt if prompt.token_ids else None
+
     async def read(self, message: generation_service_pb2.GenerateRequest, limits: PromptLimits) -> Prompt:
         """Return the message's prompt.
 
@@ -126,12 +140,15 @@ class Prompts:
         self._tokenizer.check_size(num_bytes, limits.max_tokens)
 
         def encode(_: int = 0) -> Prompt:
-            ids = self._tokenizer.encode(text, with_special=with_special, max_tokens=limits.max_tokens)
-            return Prompt(ids, max(ids, default=0))
+            return self._tokens_of(text, limits.max_tokens, with_special=with_special)
 
         if num_bytes <= _INLINE_BYTES:
             return encode()
         return await self._lanes.run(num_bytes, limits.caller, limits.deadline_s, encode)
+
+    def _tokens_of(self, text: str, max_tokens: int, *, with_special: bool) -> Prompt:
+        ids = self._tokenizer.encode(text, with_special=with_special, max_tokens=max_tokens)
+        return Prompt(ids, max(ids, default=0))
 
     async def _read_ids(self, prompt: generation_service_pb2.TokenPrompt, limits: PromptLimits) -> Prompt:
         num_ids = len(prompt.token_ids)

@@ -65,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._body_bytes = 0
         self._target = b""
         self._headers: Headers = []
+        self._field_bytes = 0
         self._arriving: Exchange | None = None
         """Whose body is coming."""
         self._ahead: deque[Exchange] = deque()
@@ -75,6 +76,9 @@ class Connection(asyncio.Protocol):
         self._is_deaf = False
         """True when nothing more is taken, but what has come is answered."""
         self._timer: asyncio.TimerHandle | None = None
+        self._due: tuple[float, Callable[[], None]] | None = None
+        """When what is to happen if nothing else does; the timer may go off earlier, and is set again."""
+        self._loop = asyncio.get_running_loop()
         self._stall: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
 
@@ -111,9 +115,9 @@ class Connection(asyncio.Protocol):
         """Take what the client sent."""
         if self._is_closing or self._is_deaf:
             return  # read, so that a client that still sends can read our answer, and dropped
-        if self._current is None and not self._head_bytes:
+        begins = self._current is None and not self._head_bytes
+        if begins:
             self._connections.set_idle(self, False)
-            self._set_timer(HEAD_TIMEOUT_S, self._on_head_timeout)
         if self._is_in_head:
             self._head_bytes += len(data)
         else:
@@ -134,6 +138,8 @@ class Connection(asyncio.Protocol):
             self._fail(_too_large_head())
         elif not self._is_in_head and self._body_bytes > _MAX_RAW_BODY_BYTES:
             self._fail(HttpError("the request's chunks are mostly no body"))
+        elif begins and self._is_in_head and self._current is None:  # a head that came whole needs no timer
+            self._set_timer(HEAD_TIMEOUT_S, self._on_head_timeout)
 
     def eof_received(self) -> bool:
         """Take an end of what the client sends for its end: nobody answers into half a connection."""
@@ -157,7 +163,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """Begin a request."""
-        self._target, self._headers = b"", []
+        self._target, self._headers, self._field_bytes = b"", [], 0
 
     def on_url(self, url: bytes) -> None:
         """Take its target."""
@@ -166,8 +172,8 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header."""
         self._headers.append((name.decode("latin-1").lower(), value.decode("latin-1")))
-        size = sum(len(each) + len(said) for each, said in self._headers) + len(self._target)
-        if len(self._headers) > _MAX_HEADERS or size > MAX_HEAD_BYTES:
+        self._field_bytes += len(name) + len(value)
+        if len(self._headers) > _MAX_HEADERS or self._field_bytes + len(self._target) > MAX_HEAD_BYTES:
             self._problem = _too_large_head()
             raise self._problem
 
@@ -243,10 +249,8 @@ class Connection(asyncio.Protocol):
             self._current.keeps_alive = False
 
     def _begin(self, exchange: Exchange) -> None:
-        self._current = exchange
-        if self._timer is not None:
-            self._timer.cancel()
-        self._task = asyncio.get_running_loop().create_task(self._run(exchange))
+        self._current, self._due = exchange, None
+        self._task = self._loop.create_task(self._run(exchange))
 
     async def _run(self, exchange: Exchange) -> None:
         try:
@@ -305,9 +309,24 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _set_timer(self, after_s: float, callback: Callable[[], None]) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(after_s, callback)
+        due_s = self._loop.time() + after_s
+        self._due = due_s, callback
+        # Requests that follow each other put it off again and again: a timer that goes off too early costs less.
+        if self._timer is None or self._timer.when() > due_s:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._due is None:
+            return
+        due_s, callback = self._due
+        if due_s > self._loop.time():
+            self._timer = self._loop.call_at(due_s, self._on_timer)
+        else:
+            self._due = None
+            callback()
 
     def _on_head_timeout(self) -> None:
         if self._current is not None:

@@ -113,6 +113,14 @@ class Exchange:
         body, self._body = b"".join(self._body), []
         return body
 
+    def read_now(self) -> bytes | None:
+        """Return the whole body, as `read` does, if it has come and nobody has read it; None: it must be waited for."""
+        if not self.is_received or self._is_read or self._problem is not None:
+            return None
+        self._is_read = True
+        body, self._body = b"".join(self._body), []
+        return body
+
     # What the connection tells.
 
     def on_body(self, data: bytes) -> None:

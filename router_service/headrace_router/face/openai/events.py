@@ -50,7 +50,8 @@ class Events:
         self._readers = [make() for _ in range(about.num_choices)] if make else []
         self._is_short = self._is_plain and not self._readers
         """Whether most pieces are their text alone."""
-        self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(about.num_choices)]
+        num_shown = about.num_choices if about.wanted.has_logprobs else 0
+        self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(num_shown)]
 
     def take(self, piece: Piece) -> str:
         """Return the events of a piece; empty if it has none."""

@@ -99,7 +99,10 @@ def read_completion(body: bytes, request_id: str) -> Asked:
     prompt = fields.prompt if fields.prompt_token_ids is None else fields.prompt_token_ids
     if fields.prompt is not None and fields.prompt_token_ids is not None:
         raise HttpError("send one of `prompt` and `prompt_token_ids`", param="prompt")
-    messages = [_with_prompt(message, each) for each in _each_prompt(prompt)]
+    prompts = _each_prompt(prompt)
+    messages = [_with_prompt(message, each) for each in prompts] if len(prompts) > 1 else [message]
+    if len(prompts) == 1:
+        _put_prompt(message, prompts[0])
     num_choices = len(messages) * (fields.n or 1)
     if num_choices > MAX_CHOICES:
         raise HttpError(f"`prompt`: {num_choices} choices in all; at most {MAX_CHOICES}", param="prompt")
@@ -136,17 +139,17 @@ def _wanted(fields: ChatRequest | CompletionRequest, *, is_chat: bool, has_logpr
 def _message(
     fields: ChatRequest | CompletionRequest, request_id: str, max_tokens: int, top_logprobs: int | None
 ) -> generation_service_pb2.GenerateRequest:
-    stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-    check_num_entries("stop_strings", len(stop))
-    check_num_entries("stop_token_ids", len(fields.stop_token_ids or ()))
-    check_num_entries("logit_bias", len(fields.logit_bias or ()))
-    sampling = types_pb2.SamplingParams(
-        max_tokens=max_tokens,
-        stop_strings=stop,
-        stop_token_ids=fields.stop_token_ids,
-        logit_bias=[_bias(token, bias) for token, bias in (fields.logit_bias or {}).items()],
-        top_logprobs=top_logprobs,
-    )
+    sampling = types_pb2.SamplingParams(max_tokens=max_tokens, top_logprobs=top_logprobs)
+    if fields.stop is not None:
+        stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop
+        check_num_entries("stop_strings", len(stop))
+        sampling.stop_strings.extend(stop)
+    if fields.stop_token_ids:
+        check_num_entries("stop_token_ids", len(fields.stop_token_ids))
+        sampling.stop_token_ids.extend(fields.stop_token_ids)
+    if fields.logit_bias:
+        check_num_entries("logit_bias", len(fields.logit_bias))
+        sampling.logit_bias.extend(_bias(token, bias) for token, bias in fields.logit_bias.items())
     if (grammar := grammar_of(fields)) is not None:
         sampling.grammar.CopyFrom(grammar)
     for name in _SAME_NAME:
@@ -205,8 +208,12 @@ def _with_prompt(
 ) -> generation_service_pb2.GenerateRequest:
     own = generation_service_pb2.GenerateRequest()
     own.CopyFrom(message)
-    if isinstance(prompt, str):
-        own.text.text = prompt
-    else:
-        own.tokens.token_ids.extend(prompt)
+    _put_prompt(own, prompt)
     return own
+
+
+def _put_prompt(message: generation_service_pb2.GenerateRequest, prompt: str | list[int]) -> None:
+    if isinstance(prompt, str):
+        message.text.text = prompt
+    else:
+        message.tokens.token_ids.extend(prompt)

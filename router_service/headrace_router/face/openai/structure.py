@@ -60,6 +60,8 @@ def grammar_of(fields: Structured) -> types_pb2.Grammar | None:
     Raises:
         HttpError: several are named, or one says nothing.
     """
+    if fields.model_fields_set.isdisjoint(Structured.model_fields):
+        return None  # as nearly all
     said = fields.structured_outputs or StructuredOutputs.model_validate({})
     found = {
         "response_format": _of_format(fields.response_format),
