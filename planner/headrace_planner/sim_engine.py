@@ -255,13 +255,20 @@ class ExactDecodeWorker:
         """As a load report has it."""
         return self.engine.scheduler.pages.num_available
 
+    @property
+    def num_running(self) -> int:
+        """As a load report has it."""
+        return self.engine.scheduler.load().num_running
+
+    @property
+    def mean_step_s(self) -> float:
+        """How long its steps took; 0 while it runs nothing."""
+        return self.engine.busy_s / self.engine.num_steps if self.engine.num_steps and self.num_running else 0.0
+
     def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
-        """Queue an attempt; with `has_handoff` its pages come by transfer and one token is known."""
+        """Queue an attempt; with `has_handoff` its pages come by transfer, and one token with them."""
         key, now_s = request.key, self._clock.now_s
-        token_ids = request.token_ids(block_tokens, 1)
-        if has_handoff:
-            del token_ids[request.num_to_prefill :]
-        spec = spec_of(request, token_ids)
+        spec = spec_of(request, request.token_ids(block_tokens, 1))
         self.engine.submit(lambda scheduler: scheduler.add(key, spec, now_s, has_handoff=has_handoff))
 
     def arrived(self, key: int) -> None:

@@ -110,12 +110,11 @@ class FastDecodeWorker:
         return (self.num_pages if pages is None else pages.num_available) - self._num_owned
 
     def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
-        """Queue an attempt; with `has_handoff` its pages come by transfer and one token is known."""
+        """Queue an attempt; with `has_handoff` its pages come by transfer, and one token with them."""
         units = [] if has_handoff or self._pages is None else request.token_ids(block_tokens, self.page_tokens)
         num_pages = min(self.num_pages, -(-(request.num_to_prefill + request.num_left) // self.page_tokens))
-        row = _Row(
-            request.key, request.num_left, request.num_to_prefill, has_handoff, units, _NO_PAGES, num_pages=num_pages
-        )
+        num_left = request.num_left - has_handoff
+        row = _Row(request.key, num_left, request.num_to_prefill, has_handoff, units, _NO_PAGES, num_pages=num_pages)
         span = self._span
         if has_handoff and span is not None and span.num_steps > 1:
             self._waiting.append(row)

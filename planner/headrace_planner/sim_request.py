@@ -12,13 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from headrace_core.request_trace import Workload
 from headrace_router.placement.capacity import Waiting
 from headrace_router.placement.fair_queue import Turn
 from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.placement.prefix import prefix_key
+
+if TYPE_CHECKING:
+    from headrace_router.placement.placed import Placed
+
+    from headrace_planner.sim_router import Account
 
 _UNKNOWN = Waiting(0, 0, 0)
 _CLIENT = ("all",)
@@ -64,6 +69,14 @@ class SimRequest:
     """Prompt tokens of the attempt under way: the prompt and what earlier attempts produced."""
     num_cached: int = 0
     """Prompt tokens that were found in caches, of all attempts."""
+    takes_all_pages: bool = False
+    """True where a worker gives a sequence the pages of its whole output at once: fast fidelity."""
+    placed: Placed[SimRequest, Account] | None = None
+    """What the attempt under way was promised."""
+    has_pages: bool = False
+    """Of the attempt under way: its decode worker has pages for what is handed over."""
+    is_offered: bool = False
+    """Its decode worker knows that the prompt is computed."""
     prefill: int = -1
     """Number of the worker that computes the prompt; -1: none, or the decode worker itself."""
     decode: int = -1
@@ -79,9 +92,20 @@ class SimRequest:
         self.turn = Turn(_CLIENT, (self.index,), self.num_prompt + expected)
 
     @property
+    def promised(self) -> Placed[SimRequest, Account]:
+        """What the attempt under way was promised; there is one."""
+        assert self.placed is not None, "an attempt is under way"
+        return self.placed
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output so far."""
         return self.num_prompt + self.num_done
+
+    @property
+    def num_held_tokens(self) -> int:
+        """See `promises.Grows`."""
+        return self.num_prompt + self.num_output if self.takes_all_pages else self.num_prompt + self.num_done
 
     @property
     def num_left(self) -> int:
@@ -125,8 +149,9 @@ class SimRequest:
 class Arrivals:
     """Makes a workload's requests, in its order."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, *, takes_all_pages: bool) -> None:
         self.num_arrived = 0
+        self._takes_all_pages = takes_all_pages
         self._workload = workload
         self._prefixes: dict[int, int] = {}
 
@@ -142,7 +167,10 @@ class Arrivals:
             count = -(-num_prompt // workload.block_tokens)
             blocks = range(index << 20, (index << 20) + count)
             prefix = index * 0x9E3779B97F4A7C15 & (1 << 64) - 1
-        return SimRequest(index, arrival_s, num_prompt, int(workload.num_output[index]), blocks, prefix)
+        num_output = int(workload.num_output[index])
+        return SimRequest(
+            index, arrival_s, num_prompt, num_output, blocks, prefix, takes_all_pages=self._takes_all_pages
+        )
 
     def _prefix(self, first_block: int) -> int:
         """Return the router's prefix key of prompts that begin with `first_block`."""

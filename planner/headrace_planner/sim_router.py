@@ -1,7 +1,7 @@
 """The product's own book (`headrace_router.placement.book`) under a simulated clock.
 
-What `headrace_router.requests.dispatch` and `headrace_router.fleet.worker` do with sockets is done here with numbers: a
-reservation for every placement, load reports, a planning round whenever something changed.
+What `headrace_router.requests.dispatch` and `headrace_router.fleet.worker` do with sockets is done here with numbers:
+load reports, and a planning round whenever something changed. What is promised of workers is the product's own account.
 
 Placement looks at every worker for every request; in Python that is about a millisecond for a thousand of them. With a
 `shortlist` of n, fast fidelity shows it only the n least loaded workers of each kind, and n prefill workers that
@@ -13,30 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from headrace_router.placement import policy
 from headrace_router.placement.book import Book
 from headrace_router.placement.capacity import WorkerView
 from headrace_router.placement.local_prefill import Costs, local_below
+from headrace_router.placement.placed import Placed
 from headrace_router.placement.preferences import Preference
+from headrace_router.placement.promises import Promises, Report, WorkerSize
 
-from headrace_planner.sim_config import WorkerSpec
+from headrace_planner.sim_config import Wire, WorkerSpec
 from headrace_planner.sim_request import SimRequest
 
-_BUDGET_STEPS = 2
-"""As `headrace_router.fleet.worker`: one step's tokens computing, one step's waiting."""
 _LOAD_STEPS = 4
 _MOST_PAGES = 1 << 28
 _FULL = 1 << 29
 """Added to the load of a worker that can't take more. Loads stay below 2^30, and their keys below 2^62."""
 _NEVER = np.iinfo(np.int64).max
-
-
-def _ignore(_: Account) -> None:
-    """Nobody keeps a shortlist."""
 
 
 class Reporting(Protocol):
@@ -51,130 +45,54 @@ class Reporting(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Reservation:
-    request: SimRequest
-    num_pages: int
-    num_unseen: int
-    num_tokens: int
-    is_started: bool = False
-
-
-@dataclass(slots=True, eq=False)
 class Account:
     """What the router knows of one worker and has promised of it."""
 
-    number: int
-    address: str
-    worker: Reporting
-    spec: WorkerSpec
-    can_prefill: bool
-    can_decode: bool
-    grows: bool
-    """True if sequences take pages as they grow; else the worker's report holds them from the start."""
-    is_up: bool = True
-    num_unseen: int = 0
-    num_tokens: int = 0
-    place: int = -1
-    """In the shortlist that it is on."""
-    on_change: Callable[[Account], None] = _ignore
-    """Told of every reservation and of what becomes of it; of `is_up` by whoever sets it."""
-    _view: WorkerView | None = None
-    _held: dict[int, _Reservation] = field(default_factory=dict[int, _Reservation])
+    def __init__(
+        self, number: int, address: str, worker: Reporting, spec: WorkerSpec, *, can_prefill: bool, can_decode: bool
+    ) -> None:
+        self.number = number
+        self.address = address
+        self.worker = worker
+        self.spec = spec
+        self.is_up = True
+        self.place = -1
+        """In the shortlist that it is on."""
+        self.on_change: Callable[[Account], None] = lambda account: None
+        """Told of every change of its promises, and of its reports; of `is_up` by whoever sets it."""
+        size = WorkerSize(
+            address, worker.page_tokens, worker.num_pages, spec.max_step_tokens, spec.max_step_sequences,
+            can_prefill, can_decode,
+        )  # fmt: skip
+        self.promises = Promises(size, on_change=self._changed)
+        self._view: WorkerView | None = None
+        self.report()
 
     @property
-    def num_held(self) -> int:
-        """Sequences with a reservation."""
-        return len(self._held)
+    def can_prefill(self) -> bool:
+        """Whether it computes prompts."""
+        return self.promises.size.can_prefill
 
     @property
-    def num_free_pages(self) -> int:
-        """Pages neither taken nor promised."""
-        return self.worker.num_free_pages - self.num_unseen
+    def can_decode(self) -> bool:
+        """Whether it generates."""
+        return self.promises.size.can_decode
 
-    @property
-    def num_free_slots(self) -> int:
-        """Sequences it can still run."""
-        return min(self.spec.max_step_sequences, self.spec.max_step_tokens) - len(self._held)
-
-    def view(self) -> WorkerView:
+    def view(self, now_s: float = 0.0) -> WorkerView:
         """Return what policies need to know."""
+        del now_s  # nothing here is a matter of time
         view = self._view
         if view is None:
-            view = self._view = self.view_now()
+            view = self._view = self.promises.view(cached=self.worker)
         return view
-
-    def view_now(self) -> WorkerView:
-        """Return the view, made anew; the one that policies get is as old as the worker's last report."""
-        worker = self.worker
-        return WorkerView(
-            self.address,
-            worker.page_tokens,
-            worker.num_pages,
-            worker.num_pages,
-            worker.num_free_pages - self.num_unseen,
-            _BUDGET_STEPS * self.spec.max_step_tokens,
-            self.num_tokens,
-            self.num_free_slots,
-            self.can_prefill,
-            self.can_decode,
-            cached=self.worker,
-        )
-
-    def reserve(self, request: SimRequest, *, prefills: bool, decodes: bool) -> None:
-        """Set aside what an attempt needs."""
-        view, waiting = self.view(), request.waiting
-        pages = policy.decode_pages(waiting, view) if decodes else policy.prefill_pages(waiting, view)
-        tokens = waiting.num_tokens if prefills else 0
-        self._held[request.key] = _Reservation(request, pages, pages, tokens)
-        self._count(pages, tokens)
-        self.on_change(self)
-
-    def computed(self, key: int) -> None:
-        """The prompt is computed; its pages are in the worker's report."""
-        held = self._held.get(key)
-        if held is not None:
-            self._count(-held.num_unseen, -held.num_tokens)
-            held.num_unseen = held.num_tokens = 0
-            held.is_started = True
-            self.on_change(self)
-
-    def started(self, key: int) -> None:
-        """The sequence runs: what it has is in the worker's report, what it will grow by is not."""
-        held = self._held.get(key)
-        if held is not None:
-            seen = min(self._num_seen(held), held.num_unseen) if self.grows else held.num_unseen
-            self._count(-seen, -held.num_tokens)
-            held.num_unseen -= seen
-            held.num_tokens = 0
-            held.is_started = True
-            self.on_change(self)
 
     def report(self) -> None:
         """Take a load report."""
+        self.promises.on_report(Report(self.worker.num_free_pages))
+
+    def _changed(self, _: Promises) -> None:
         self._view = None
-        if not self.grows:
-            return
-        for held in self._held.values():
-            if held.is_started and held.num_unseen:
-                unseen = max(0, held.num_pages - self._num_seen(held))
-                self._count(unseen - held.num_unseen, 0)
-                held.num_unseen = unseen
-
-    def release(self, key: int) -> None:
-        """Give a reservation back; idempotent."""
-        held = self._held.pop(key, None)
-        if held is not None:
-            self._count(-held.num_unseen, -held.num_tokens)
-            self.on_change(self)
-
-    def _num_seen(self, held: _Reservation) -> int:
-        return -(-held.request.num_tokens // self.worker.page_tokens)
-
-    def _count(self, pages: int, tokens: int) -> None:
-        self.num_unseen += pages
-        self.num_tokens += tokens
-        self._view = None
+        self.on_change(self)
 
 
 class Shortlist:
@@ -222,12 +140,12 @@ class Shortlist:
 
 
 class Router:
-    """Binds requests to workers by the product's book; tells `on_placed(request, prefill or None, decode)`."""
+    """Binds requests to workers by the product's book; tells `on_placed` of each."""
 
     def __init__(
         self,
         accounts: list[Account],
-        on_placed: Callable[[SimRequest, Account | None, Account], None],
+        on_placed: Callable[[Placed[SimRequest, Account]], None],
         on_refused: Callable[[SimRequest], None],
         *,
         now: Callable[[], float],
@@ -236,10 +154,9 @@ class Router:
     ) -> None:
         self.accounts = accounts
         self.num_rounds = 0
-        self._book: Book[SimRequest] = Book(preference)
-        self._book.set_fleet(account.view_now() for account in accounts)
+        self._book: Book[SimRequest, Account] = Book(preference)
+        self._book.set_fleet(account.view() for account in accounts)
         self._now = now
-        self._by_address = {account.address: account for account in accounts}
         can_decode = [account for account in accounts if account.can_decode]
         self._on_placed = on_placed
         self._on_refused = on_refused
@@ -257,13 +174,18 @@ class Router:
         """Take note of a prompt that was handed over: its first token came so long after it was placed."""
         self._book.forecast.on_first_token(num_computed, after_s)
 
-    def local_below(self, prefill: Account, decode: Account, *, transfer_s: float, step_s: float) -> int:
-        """Return how many tokens `decode` had better compute itself, as the router's dispatcher does; 0: not known."""
+    def local_below(self, placed: Placed[SimRequest, Account], num_running: int, step_s: float, wire: Wire) -> int:
+        """Return how many tokens its decode worker had better compute itself, as the router's dispatcher does.
+
+        0: nothing was measured yet, or there is no prefill worker.
+        """
         start_s, token_s = self._book.forecast.prompts.parts()
-        if math.isnan(start_s):
+        if math.isnan(start_s) or placed.prefill is None:
             return 0
-        costs = Costs(start_s + token_s * prefill.num_tokens, token_s, transfer_s, step_s, decode.num_held)
-        return local_below(costs, decode.spec.max_step_tokens)
+        start_s += token_s * (placed.prefill.promises.num_tokens - placed.num_prefill_tokens)
+        transfer_s = wire.bytes_per_token * (1 - wire.overlap) / wire.bandwidth + wire.latency_per_token_s
+        costs = Costs(start_s, token_s, transfer_s, step_s, num_running)
+        return local_below(costs, placed.decode.spec.max_step_tokens)
 
     @property
     def num_queued(self) -> int:
@@ -278,7 +200,7 @@ class Router:
 
     def on_fleet(self) -> None:
         """Take note that a worker ended or is back."""
-        self._book.set_fleet(account.view_now() for account in self.accounts if account.is_up)
+        self._book.set_fleet(account.view() for account in self.accounts if account.is_up)
 
     def kick(self) -> None:
         """Plan, if anybody waits."""
@@ -296,10 +218,9 @@ class Router:
         head = next(iter(self._book), None)
         if head is None:
             return False
-        placed = self._book.plan_round(self._now(), [account.view() for account in self._candidates(head)])
+        placed = self._book.plan_round(self._now(), self._candidates(head))
         for each in placed:
-            prefill = self._by_address[each.prefill] if each.prefill else None
-            self._on_placed(each.entry, prefill, self._by_address[each.decode])
+            self._on_placed(each)
         return bool(placed)
 
     def _candidates(self, head: SimRequest) -> list[Account]:
@@ -313,12 +234,13 @@ class Router:
 
 
 def _prefill_load(account: Account) -> int:
-    load = account.num_tokens * _LOAD_STEPS // (_BUDGET_STEPS * account.spec.max_step_tokens)
+    load = account.promises.num_tokens * _LOAD_STEPS // account.view().token_budget
     return load if load < _MOST_PAGES else _MOST_PAGES
 
 
 def _decode_load(account: Account) -> int:
-    is_busy = account.can_prefill and account.num_tokens > account.spec.max_step_tokens
-    free = account.num_free_pages
+    promises = account.promises
+    is_busy = account.can_prefill and promises.num_tokens > account.spec.max_step_tokens
+    free = promises.num_free_pages
     used = _MOST_PAGES - (0 if free < 0 else free if free < _MOST_PAGES else _MOST_PAGES)
-    return used + _FULL if is_busy or account.num_free_slots <= 0 else used
+    return used + _FULL if is_busy or promises.num_free_slots <= 0 else used

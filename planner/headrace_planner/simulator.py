@@ -1,6 +1,6 @@
 """A discrete-event simulation of router, prefill, hand-off and decode, around the product's own policies.
 
-    arrive ─admit─► queue ─policy.plan─► prefill ─first token─► decode queue ─► transfer ─► batch ─► last token
+    arrive ─admit─► queue ─policy.plan─► decode's pages, prefill ─first token─► transfer ─► batch ─► last token
                       ▲                                                                       │
                       └────── a worker ended: prompt and tokens so far, another attempt ◄─────┘
 
@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from headrace_core.request_trace import Workload
+from headrace_router.placement.placed import Placed
 from headrace_router.placement.preferences import PREFERENCES
 
 from headrace_planner.sim_clock import Clock
@@ -74,7 +75,7 @@ class _Simulation:
         self._decodes: dict[int, DecodeWorker] = {}
         self._requests: dict[int, SimRequest] = {}
         self._num_keys = 0
-        self._arrivals = Arrivals(workload)
+        self._arrivals = Arrivals(workload, takes_all_pages=not self._is_exact)
         self._num_over = 0
         self._links: dict[int, float] = {}
         self._transfer_bytes = 0.0
@@ -124,8 +125,9 @@ class _Simulation:
     def check_integrity(self) -> None:
         """Assert that no worker holds anything: for tests, after `run`."""
         for account in self._router.accounts:
-            assert account.num_held == 0, f"{account.address} has reservations"
-            assert account.num_unseen == account.num_tokens == 0, f"{account.address}'s books are open"
+            promises = account.promises
+            assert not len(promises), f"{account.address} is promised to somebody"
+            assert promises.num_unseen_pages == promises.num_tokens == 0, f"{account.address}'s books are open"
         for worker in (*self._prefills.values(), *self._decodes.values()):
             worker.check_integrity()
             assert worker.num_free_pages == worker.num_pages, f"worker {worker.number} lost pages"
@@ -142,7 +144,7 @@ class _Simulation:
                 host=host, unit_tokens=unit, block_tokens=self._workload.block_tokens,
             )  # fmt: skip
             self._prefills[number] = prefill
-            return Account(number, f"prefill-{number}", prefill, spec, True, False, grows=False)
+            return Account(number, f"prefill-{number}", prefill, spec, can_prefill=True, can_decode=False)
         is_both = number >= config.num_prefill + config.num_decode
         spec = _need(config.both if is_both else config.decode)
         if self._is_exact:
@@ -152,7 +154,7 @@ class _Simulation:
             decode = FastDecodeWorker(number, spec, self._clock, self, unit_tokens=page_tokens, is_colocated=is_both)
         self._decodes[number] = decode
         name = f"{'both' if is_both else 'decode'}-{number}"
-        return Account(number, name, decode, spec, is_both, True, grows=self._is_exact)
+        return Account(number, name, decode, spec, can_prefill=is_both, can_decode=True)
 
     def _arrive_next(self, _: object) -> None:
         """Queue a request of an open loop, admitted since it arrived; its arrival is the workload's."""
@@ -168,38 +170,35 @@ class _Simulation:
             request = self._arrivals.take(self._clock.now_s)
             self._clock.after(self._machine.crowded(self._wire.admit_s), self._router.enqueue, request)
 
-    def _place(self, request: SimRequest, prefill: Account | None, decode: Account) -> None:
-        if prefill is not None and request.num_tokens <= self._local_below(prefill, decode):
+    def _place(self, placed: Placed[SimRequest, Account]) -> None:
+        request, prefill, decode = placed.entry, placed.prefill, placed.decode
+        if prefill is not None and request.num_tokens <= self._local_below(placed):
             prefill = None
         self._num_keys += 1
-        request.key, request.placed_s = self._num_keys, self._clock.now_s
-        if prefill is not None:
-            prefill.reserve(request, prefills=True, decodes=False)
-        decode.reserve(request, prefills=prefill is None, decodes=True)
+        request.key, request.placed_s, request.placed = self._num_keys, self._clock.now_s, placed
         request.attempt += 1
         request.state = State.PREFILL
         request.num_to_prefill = request.num_tokens
         request.prefill, request.decode = (prefill.number if prefill else -1), decode.number
+        request.has_pages = request.is_offered = False
         self._requests[request.key] = request
         self._clock.after(self._machine.crowded(self._wire.rpc_s), self._send, request.key)
 
-    def _local_below(self, prefill: Account, decode: Account) -> int:
-        worker, wire = self._decodes[decode.number], self._wire
+    def _local_below(self, placed: Placed[SimRequest, Account]) -> int:
+        worker = self._decodes[placed.decode.number]
         if not (self._config.predicts_local and isinstance(worker, ExactDecodeWorker)):
             return 0
-        engine = worker.engine
-        step_s = engine.busy_s / engine.num_steps if engine.num_steps and decode.num_held else 0.0
-        transfer_s = wire.bytes_per_token * (1 - wire.overlap) / wire.bandwidth + wire.latency_per_token_s
-        return self._router.local_below(prefill, decode, transfer_s=transfer_s, step_s=step_s)
+        return self._router.local_below(placed, worker.num_running, worker.mean_step_s, self._wire)
 
     def _send(self, key: int) -> None:
         request = self._requests.get(key)
         if request is None:
             return
-        if request.prefill >= 0:
+        has_handoff = request.prefill >= 0
+        # It has pages for the prompt before that is ordered.
+        self._decodes[request.decode].add(request, self._workload.block_tokens, has_handoff=has_handoff)
+        if has_handoff:
             self._prefills[request.prefill].add(request)
-        else:
-            self._decodes[request.decode].add(request, self._workload.block_tokens, has_handoff=False)
 
     def _refuse(self, request: SimRequest) -> None:
         request.state = State.REFUSED
@@ -217,29 +216,37 @@ class _Simulation:
         request = self._requests.get(key)
         if request is None:
             return
-        account = self._router.accounts[request.prefill]
-        account.computed(key)
+        placed = request.promised
+        placed.on_prefilled()
+        self._router.accounts[request.prefill].report()
         self._router.on_first_token(request.num_to_prefill, self._clock.now_s - request.placed_s)
         self._record_token(request, self._clock.now_s)
         if request.num_left == 0:
             self._prefills[request.prefill].free(key)
+            self._decodes[request.decode].abort(key)
             self._end(request)
         else:
             request.state = State.HANDOFF
-            self._clock.after(self._machine.crowded(self._wire.rpc_s), self._start, key)
+            self._clock.after(self._machine.crowded(self._wire.rpc_s), self._offer, key)
         self._router.kick()
 
-    def _start(self, key: int) -> None:
+    def _offer(self, key: int) -> None:
         request = self._requests.get(key)
         if request is not None:
-            self._decodes[request.decode].add(request, self._workload.block_tokens, has_handoff=True)
+            request.is_offered = True
+            self._transfer(request)
 
     def on_pages_ready(self, key: int) -> None:
         """See `DecodeFlow`."""
         request = self._requests.get(key)
-        if request is None:
+        if request is not None:
+            request.has_pages = True
+            self._transfer(request)
+
+    def _transfer(self, request: SimRequest) -> None:
+        if not (request.has_pages and request.is_offered):
             return
-        wire, now_s = self._wire, self._clock.now_s
+        key, wire, now_s = request.key, self._wire, self._clock.now_s
         num_bytes = request.num_to_prefill * wire.bytes_per_token
         self._transfer_bytes += num_bytes
         begin_s = max(now_s, self._links.get(request.prefill, 0.0), self._links.get(request.decode, 0.0))
@@ -260,18 +267,11 @@ class _Simulation:
         if request is None:
             return
         if request.prefill >= 0:
-            request.state = State.DECODE
-            self._started(request)
+            request.state, request.prefill = State.DECODE, -1
         else:
             request.num_cached += num_cached
-
-    def _started(self, request: SimRequest) -> None:
-        decode = self._router.accounts[request.decode]
-        decode.started(request.key)
-        if request.prefill >= 0:
-            prefill = self._router.accounts[request.prefill]
-            prefill.release(request.key)
-            request.prefill = -1
+        request.promised.on_joined()
+        self._router.accounts[request.decode].report()
         self._router.kick()
 
     def on_token(self, key: int, at_s: float, *, is_last: bool) -> None:
@@ -281,7 +281,8 @@ class _Simulation:
             return
         if request.state is State.PREFILL:  # colocated: the prompt is computed
             request.state = State.DECODE
-            self._started(request)
+            request.promised.on_stepped()
+            self._router.kick()
         self._record_token(request, at_s + self._machine.crowded(self._wire.rpc_s))
         if is_last:
             self._end(request)
@@ -343,13 +344,10 @@ class _Simulation:
             self._clock.after(self._machine.crowded(self._wire.rpc_s), self._arrive_in_turn)
 
     def _forget(self, request: SimRequest) -> None:
-        """Release both reservations; nothing that still comes for this attempt finds anybody."""
+        """Give back what was promised; nothing that still comes for this attempt finds anybody."""
         del self._requests[request.key]
-        for number in (request.prefill, request.decode):
-            if number >= 0:
-                account = self._router.accounts[number]
-                account.release(request.key)
-        request.key = -1
+        request.promised.release()
+        request.key, request.placed = -1, None
 
     def _fail(self, outage: Outage) -> None:
         account = self._router.accounts[outage.worker]

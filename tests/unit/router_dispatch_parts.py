@@ -154,5 +154,5 @@ async def failure(call: asyncio.Task[Placement]) -> HeadraceError:
 
 def reserved(worker: Worker) -> tuple[int, int, int]:
     """Return what is promised of a worker of 100 pages and 8 slots: pages, prompt tokens, slots."""
-    view = worker.view()
+    view = worker.view(0.0)
     return 100 - view.num_free_pages, view.num_tokens_in_flight, 8 - view.num_free_slots

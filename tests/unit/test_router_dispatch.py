@@ -67,6 +67,8 @@ async def test_a_colocated_placement_reserves_everything_of_one_worker():
         placement.on_prefilled(16)
         assert reserved(worker) == (3, 20, 1)
         placement.on_joined(None)
+        assert reserved(worker) == (3, 20, 1), "it computes the prompt now"
+        placement.on_stepped(20)
         assert reserved(worker) == (3, 0, 1)
         placement.release()
         assert reserved(worker) == (0, 0, 0)
@@ -172,7 +174,7 @@ async def test_who_gives_up_as_it_is_placed_gives_its_workers_to_the_next():
         loop.call_soon(lambda: first.cancel() if decode.is_busy else None)
         await queue.result(second)
         assert first.cancelled()
-        assert decode.view().num_free_slots == 0
+        assert decode.view(0.0).num_free_slots == 0
         second.result().release()
         assert not decode.is_busy
 

@@ -2,54 +2,36 @@
 
 The router runs it on its event loop (`requests/dispatch.py`), the simulator on a simulated clock (`sim_router.py`).
 Clients share the queue fairly (`fair_queue`). A round looks at the workers as they are now, less what is promised of
-them (`policy.plan`); what it places is no longer in the queue. Who could not be held by any worker that is there, were
-it idle, is found in the round after it came, or after the fleet changed.
+them (`policy.plan`); what it places is no longer in the queue, and promised room at its workers (`promises`), which
+`Placed` gives back as they are done with it. Who could not be held by any worker that is there, were it idle, is found
+in the round after it came, or after the fleet changed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from dataclasses import replace
+from typing import Generic
 
 from headrace_core.errors import HeadraceError
 
 from headrace_router.placement import policy
 from headrace_router.placement.capacity import Capacity, Kind, Waiting, WorkerView
-from headrace_router.placement.fair_queue import FairQueue, HasTurn
+from headrace_router.placement.fair_queue import FairQueue
 from headrace_router.placement.forecast import Forecast, num_lacking
 from headrace_router.placement.overtaken import overtaken
+from headrace_router.placement.placed import E, Placed, W
 from headrace_router.placement.policy import lacks_prefill
 from headrace_router.placement.preferences import Preference, prefix_cache
 from headrace_router.placement.roles import Roles
-
-
-class Entry(HasTurn, Protocol):
-    """What queues."""
-
-    waiting: Waiting
-    """What placement knows of it; the book counts in it by how many it was overtaken."""
-
-
-E = TypeVar("E", bound=Entry)
-
-
-@dataclass(frozen=True, slots=True)
-class Placed(Generic[E]):
-    """An entry starts."""
-
-    entry: E
-    prefill: str
-    """Address; empty: `decode` computes the prompt as well."""
-    decode: str
 
 
 def _nobody(_: object) -> bool:
     return False
 
 
-class Book(Generic[E]):
+class Book(Generic[E, W]):
     """One router's."""
 
     def __init__(self, preference: Preference = prefix_cache, is_gone: Callable[[E], bool] = _nobody) -> None:
@@ -115,15 +97,21 @@ class Book(Generic[E]):
         """Return True if an entry takes another route than nearly all: `refused` found it so."""
         return entry in self._second
 
-    def plan_round(self, now_s: float, workers: Sequence[WorkerView]) -> list[Placed[E]]:
+    def plan_round(self, now_s: float, workers: Iterable[W]) -> list[Placed[E, W]]:
         """Return who starts now on these workers, in the queue's order; they are out of the queue."""
         head = next(iter(self._queue), None)
-        if head is None or not workers:
-            placed: list[Placed[E]] = []
+        by_address = {worker.promises.size.address: worker for worker in workers}
+        if head is None or not by_address:
+            placed: list[Placed[E, W]] = []
         else:
-            is_pressed = lacks_prefill(head.waiting, workers)
-            placed = self._plan(self.roles.look(now_s, workers))
+            views = [worker.view(now_s) for worker in by_address.values()]
+            is_pressed = lacks_prefill(head.waiting, views)
+            starts = self._plan(self.roles.look(now_s, views))
             self.roles.on_round(now_s, is_pressed=is_pressed and bool(self._queue))
+            placed = [
+                Placed(entry, by_address.get(assignment.prefill), by_address[assignment.decode])
+                for entry, assignment in starts
+            ]
         cost = sum(each.entry.turn.cost for each in placed)
         self.forecast.on_round(now_s, cost, is_waiting=bool(self._queue))
         return placed
@@ -136,7 +124,7 @@ class Book(Generic[E]):
         """Return how long an entry's prompt is likely to take, once it starts."""
         return self.forecast.prompt_s(num_lacking(entry.waiting, workers))
 
-    def _plan(self, workers: Sequence[WorkerView]) -> list[Placed[E]]:
+    def _plan(self, workers: Sequence[WorkerView]) -> list[tuple[E, policy.Assignment]]:
         entries: list[E] = []
 
         def queue() -> Iterator[Waiting]:
@@ -159,11 +147,11 @@ class Book(Generic[E]):
         for index, count in overtaken(looked_at, assignments, workers, self.capacity):
             waiting = looked_at[index]
             entries[index].waiting = replace(waiting, num_overtaken=waiting.num_overtaken + count)
-        placed = [Placed(entries[each.index], each.prefill, each.decode) for each in assignments]
-        for each in placed:
-            self._queue.serve(each.entry)
-            self._forget(each.entry)
-        return placed
+        starts = [(entries[each.index], each) for each in assignments]
+        for entry, _ in starts:
+            self._queue.serve(entry)
+            self._forget(entry)
+        return starts
 
     def _takes_second(self, waiting: Waiting) -> bool:
         capacity = self.capacity

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace_core.door import RETRY_AFTER_S
@@ -20,12 +20,13 @@ from headrace_core.errors import HeadraceError, OverloadedError, UnavailableErro
 
 from headrace_router.fleet.registry import Registry
 from headrace_router.fleet.session import LastTransfer
-from headrace_router.fleet.worker import Reservation, Worker
+from headrace_router.fleet.worker import Worker
 from headrace_router.placement.book import Book
 from headrace_router.placement.capacity import Waiting
 from headrace_router.placement.fair_queue import Turn
 from headrace_router.placement.forecast import shortest_step_s
 from headrace_router.placement.local_prefill import Costs, local_below
+from headrace_router.placement.placed import Placed
 from headrace_router.placement.preferences import Preference, prefix_cache
 from headrace_router.requests.sample import Sample
 
@@ -34,31 +35,27 @@ _MOST_RETRY_S = 30.0
 
 
 class Placement:
-    """The workers of one attempt and what is reserved of them; `on_change` is called when it becomes less."""
+    """The workers of one attempt and what is promised of them; `on_change` is called when it becomes less."""
 
     def __init__(
         self,
-        sample: Sample,
-        prefill: Worker | None,
-        decode: Worker,
-        waiting: Waiting,
+        placed: Placed[_Entry, Worker],
         on_change: Callable[[], None],
         on_first_token: Callable[[int, float], None],
     ) -> None:
-        self.prefill = prefill
-        self.decode = decode
+        self.prefill = placed.prefill
+        self.decode = placed.decode
+        self._placed = placed
         self._on_change = on_change
         self._on_first_token = on_first_token
         self._since_s = time.monotonic()
-        self._on_prefill: Reservation | None = None
-        if prefill is not None:
-            self._on_prefill = prefill.reserve(sample, waiting, prefills=True, decodes=False)
-        self._on_decode = decode.reserve(sample, waiting, prefills=prefill is None, decodes=True)
+        for worker in self._workers():
+            worker.breaker.on_start(self, self._since_s)
 
     @property
     def num_prefill_tokens(self) -> int:
         """Of its prompt, that a prefill worker has still to compute."""
-        return self._on_prefill.num_prefill_tokens if self._on_prefill is not None else 0
+        return self._placed.num_prefill_tokens
 
     def on_prefilled(self, num_computed: int) -> None:
         """The prompt is computed; its pages are still held there, and reserved where they go."""
@@ -66,32 +63,35 @@ class Placement:
         self._on_first_token(num_computed, now_s - self._since_s)
         if self.prefill is not None:
             self.prefill.breaker.on_success(now_s)
-        if self.prefill is not None and self._on_prefill is not None:
-            self.prefill.on_prefilled(self._on_prefill)
-            self._on_decode.is_started = True
+            self._placed.on_prefilled()
             self._on_change()
 
     def on_joined(self, transfer: LastTransfer | None) -> None:
         """The decode worker runs it; the prefill worker is free of it."""
         self.decode.last_transfer = transfer or self.decode.last_transfer
-        self.decode.on_prefilled(self._on_decode)
-        if self.prefill is not None and self._on_prefill is not None:
-            self.prefill.release(self._on_prefill)
+        self._placed.on_joined()
+        if self.prefill is not None:
+            self.prefill.breaker.on_over(self)
             self._on_change()
 
     def on_stepped(self, num_computed: int) -> None:
         """The decode worker computed its first token, or the first one of any."""
         now_s = time.monotonic()
         self.decode.breaker.on_success(now_s)
+        self._placed.on_stepped()
         if self.prefill is None:
             self._on_first_token(num_computed, now_s - self._since_s)
+            self._on_change()
 
     def release(self) -> None:
         """Give everything back; idempotent."""
-        if self.prefill is not None and self._on_prefill is not None:
-            self.prefill.release(self._on_prefill)
-        self.decode.release(self._on_decode)
+        self._placed.release()
+        for worker in self._workers():
+            worker.breaker.on_over(self)
         self._on_change()
+
+    def _workers(self) -> Sequence[Worker]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +108,11 @@ class _Entry:
         """See `fair_queue.HasTurn`."""
         return self.sample.turn
 
+    @property
+    def num_held_tokens(self) -> int:
+        """See `promises.Grows`."""
+        return self.sample.num_tokens
+
     def settle(self) -> None:
         """Wait no more."""
         if self.late is not None:
@@ -122,7 +127,7 @@ class Dispatcher:
     ) -> None:
         self._registry = registry
         self._no_workers_timeout_s = no_workers_timeout_s
-        self._book: Book[_Entry] = Book(preference, is_gone=lambda entry: entry.placed.done())
+        self._book: Book[_Entry, Worker] = Book(preference, is_gone=lambda entry: entry.placed.done())
         self._fleet: list[Worker] = []
         self._is_round_due = False
         self._missing_since_s: float | None = None
@@ -158,10 +163,10 @@ class Dispatcher:
         if prefill is None or transfer is None or not transfer.bytes_per_s or not line.is_known:
             return None
         start_s, token_s = line.parts()
-        own = placement.num_prefill_tokens
-        start_s += token_s * max(0, prefill.view().num_tokens_in_flight - own)
+        own, now_s = placement.num_prefill_tokens, time.monotonic()
+        start_s += token_s * max(0, prefill.view(now_s).num_tokens_in_flight - own)
         transfer_s = decode.layout.page_bytes / decode.layout.page_size / transfer.bytes_per_s
-        costs = Costs(start_s, token_s, transfer_s, decode.view().step_s, decode.load.num_running)
+        costs = Costs(start_s, token_s, transfer_s, decode.view(now_s).step_s, decode.load.num_running)
         return local_below(costs, decode.info.max_step_tokens)
 
     def kick(self) -> None:
@@ -172,22 +177,18 @@ class Dispatcher:
 
     def _round(self) -> None:
         self._is_round_due = False
-        fleet = self._registry.ready()
+        fleet, now_s = self._registry.ready(), time.monotonic()
         if fleet != self._fleet:
             self._fleet = list(fleet)
-            self._book.set_fleet(worker.view() for worker in fleet)
+            self._book.set_fleet(worker.view(now_s) for worker in fleet)
         for entry, error in self._book.refused():
             _fail(entry, error)
         if not len(self._book):
             return
-        workers = {worker.address: worker for worker in self._registry.workers()}
-        for placed in self._book.plan_round(time.monotonic(), [worker.view() for worker in workers.values()]):
-            entry, decode = placed.entry, workers[placed.decode]
+        for placed in self._book.plan_round(now_s, self._registry.workers()):
+            entry = placed.entry
             entry.settle()
-            on_first_token = self._book.forecast.on_first_token
-            entry.placed.set_result(
-                Placement(entry.sample, workers.get(placed.prefill), decode, entry.waiting, self.kick, on_first_token)
-            )
+            entry.placed.set_result(Placement(placed, self.kick, self._book.forecast.on_first_token))
 
     def _check_targets(self, entry: _Entry) -> None:
         """Refuse whose targets can't be met, or see to it that it is refused when they can't be met any more.
@@ -198,12 +199,12 @@ class Dispatcher:
         due_s, waiting = entry.sample.due_s, entry.waiting
         if due_s == waiting.most_step_s == math.inf:
             return
-        views = [worker.view() for worker in self._registry.ready()]
+        now_s = time.monotonic()
+        views = [worker.view(now_s) for worker in self._registry.ready()]
         step_s = shortest_step_s(views)
         if step_s > waiting.most_step_s and not waiting.has_output:
             problem = f"its tokens would come {step_s:.3g} s apart, and {waiting.most_step_s:.3g} s is the target"
             raise _unreachable(problem, RETRY_AFTER_S)
-        now_s = time.monotonic()
         own_s = self._book.prompt_s(entry, views)
         if (late_s := now_s + self._book.wait_s(now_s, entry) + own_s - due_s) > 0:
             raise _unreachable(f"its first token would come {late_s:.3g} s too late", late_s)
