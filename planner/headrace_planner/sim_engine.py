@@ -70,8 +70,8 @@ class DecodeFlow(Protocol):
         """Take `count` tokens whose gaps `on_gaps` has told; the last was computed at `at_s`."""
         ...
 
-    def on_gaps(self, gap_s: float, count: int) -> None:
-        """Take `count` gaps between tokens of some sequences."""
+    def on_gaps(self, gap_s: float, count: int, begin_s: float, num_steps: int) -> None:
+        """Take `count` gaps between tokens of some sequences, which came with `num_steps` steps from `begin_s` on."""
         ...
 
     def on_refused(self, key: int) -> None:

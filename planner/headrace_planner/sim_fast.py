@@ -253,7 +253,7 @@ class FastDecodeWorker:
         self._context += num_rows * num_steps
         regular = num_rows * num_steps - len(fresh)
         if regular:
-            self._flow.on_gaps(duration_s / num_steps, regular)
+            self._flow.on_gaps(duration_s / num_steps, regular, span.start_s, num_steps)
         self._fresh = []
         for row in fresh:
             row.num_left -= 1

@@ -1,15 +1,19 @@
 """What a simulation measured: latencies, goodput, utilisation. Definitions are docs/glossary.md's.
 
-TTFT: arrival at the router to the first token at the client. ITL: a gap between two tokens of one request, a
-distribution over gaps. TPOT: (E2E - TTFT) / (output tokens - 1), one number per request. Goodput: requests per second
-whose TTFT and TPOT both met the objective, over the same time as the rate of finished ones.
+Every latency is a client's, as in `headrace bench`. TTFT: sending to the first token at the client. ITL: a gap between
+two tokens of one request, a distribution over gaps. TPOT: (E2E - TTFT) / (output tokens - 1), one number per request.
+Rates are over the time from the first arrival to the last token, and of requests that ended well. Goodput: requests per
+second whose TTFT and TPOT both met the objective, over the same time. Percentiles lie between two observations as
+`numpy.percentile` has it.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -28,6 +32,7 @@ class Slo:
 
     ttft_s: float = float("inf")
     itl_s: float = float("inf")
+    """Of a step; of what was simulated each request's TPOT is held against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class Recorder:
         self.num_cached = np.zeros(num_requests, dtype=np.int64)
         self.num_attempts = np.zeros(num_requests, dtype=np.int64)
         self.num_refused = 0
+        self.tokens_in_second: dict[int, float] = defaultdict(float)
+        """Output tokens that reached clients in each second since time 0."""
         self._gaps = array("d")
         self._weights = array("d")
 
@@ -75,6 +82,17 @@ class Recorder:
         self._gaps.append(seconds)
         self._weights.append(count)
 
+    def tokens(self, begin_s: float, step_s: float, num_steps: int, num_tokens: float) -> None:
+        """Count tokens that came with `num_steps` steps of equal length after `begin_s`, as many with each."""
+        done = 0
+        while done < num_steps:
+            second = int(begin_s + (done + 1) * step_s)
+            until = num_steps
+            if begin_s + num_steps * step_s >= second + 1:
+                until = max(done + 1, ceil((second + 1 - begin_s) / step_s) - 1)  # what ends later is another second's
+            self.tokens_in_second[second] += num_tokens * (until - done) / num_steps
+            done = until
+
     def gaps(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the gaps and how often each occurred."""
         return np.frombuffer(self._gaps, dtype=np.float64), np.frombuffer(self._weights, dtype=np.float64)
@@ -88,6 +106,7 @@ class SimResult:
     recorder: Recorder
     workers: Sequence[WorkerUse]
     end_s: float
+    """When the last token came, in simulated time."""
     wall_s: float
     num_events: int
     fidelity: str
@@ -117,14 +136,25 @@ class SimResult:
         return int(self.recorder.is_done.sum())
 
     @property
+    def duration_s(self) -> float:
+        """From the first arrival to the last token."""
+        arrival_s = self.recorder.arrival_s
+        return self.end_s - float(np.nanmin(arrival_s)) if self.num_done else 0.0
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens of requests that got their last one."""
+        return int(self.recorder.num_tokens[self.recorder.is_done].sum())
+
+    @property
     def request_rate(self) -> float:
-        """Finished requests per second, first arrival to last token."""
-        return self.num_done / self.end_s if self.end_s else 0.0
+        """Finished requests per second."""
+        return self._per_second(self.num_done)
 
     @property
     def output_rate(self) -> float:
-        """Output tokens per second, first arrival to last token."""
-        return float(self.recorder.num_tokens.sum()) / self.end_s if self.end_s else 0.0
+        """Output tokens per second, of finished requests."""
+        return self._per_second(self.num_output)
 
     def attainment(self, slo: Slo) -> float:
         """Return the share of requests that met `slo`; those that did not end, or were refused, did not."""
@@ -133,13 +163,13 @@ class SimResult:
         return float(is_met.mean()) if len(is_met) else 0.0
 
     def goodput(self, slo: Slo) -> float:
-        """Return requests per second that met `slo`, first arrival to last token: never more than `request_rate`."""
-        return self.attainment(slo) * len(self.workload) / self.end_s if self.end_s else 0.0
+        """Return requests per second that met `slo`: never more than `request_rate`."""
+        return self._per_second(self.attainment(slo) * len(self.workload))
 
     def itl_percentile(self, percent: float) -> float:
         """Return a percentile of all gaps, seconds; NaN if there were none."""
         gaps, weights = self.recorder.gaps()
-        return _weighted_percentile(gaps, weights, percent)
+        return weighted_percentile(gaps, weights, percent)
 
     def itl_mean(self) -> float:
         """Return the mean of all gaps, seconds."""
@@ -149,7 +179,10 @@ class SimResult:
     def utilisation(self, role: str) -> float:
         """Return the share of time that workers of `role` computed."""
         busy = [worker.busy_s for worker in self.workers if worker.role == role]
-        return float(np.mean(busy)) / self.end_s if busy and self.end_s else 0.0
+        return self._per_second(float(np.mean(busy))) if busy else 0.0
+
+    def _per_second(self, amount: float) -> float:
+        return amount / self.duration_s if self.duration_s else 0.0
 
     def summary(self, slo: Slo | None = None) -> dict[str, Any]:
         """Return everything as plain numbers, for JSON and tables."""
@@ -186,16 +219,19 @@ def _mean(values: NDArray[np.float64]) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _weighted_percentile(values: NDArray[np.float64], weights: NDArray[np.float64], percent: float) -> float:
+def weighted_percentile(values: NDArray[np.float64], weights: NDArray[np.float64], percent: float) -> float:
+    """Return what `numpy.percentile` would of each value repeated as often as its weight says; NaN of none."""
     if not len(values):
         return float("nan")
     order = np.argsort(values)
-    share = np.cumsum(weights[order]) / weights.sum()
-    return float(values[order][min(np.searchsorted(share, percent / 100), len(values) - 1)])
+    below = np.cumsum(weights[order])
+    place = (below[-1] - 1) * percent / 100
+    low, high = (values[order][np.searchsorted(below, at, side="right")] for at in (np.floor(place), np.ceil(place)))
+    return float(low + (high - low) * (place - np.floor(place)))
 
 
 def parse_slo(text: str) -> Slo:
-    """Read `ttft=2,itl=0.05`; seconds, or milliseconds as `50ms`; either may be left out.
+    """Read `ttft=2,itl=0.05`; seconds, or milliseconds as `50ms`; either may be left out, `tpot` is another name for itl.
 
     Raises:
         InvalidRequestError: BAD_SLO.
@@ -205,7 +241,7 @@ def parse_slo(text: str) -> Slo:
         for part in text.split(","):
             name, value = part.split("=")
             scale = 1e-3 if value.strip().endswith("ms") else 1.0
-            limits[name.strip()] = float(value.strip().removesuffix("ms").removesuffix("s")) * scale
+            limits[name.strip().replace("tpot", "itl")] = float(value.strip().removesuffix("ms").removesuffix("s")) * scale
     except ValueError:
         raise InvalidRequestError("BAD_SLO", f"{text!r} is not ttft=SECONDS,itl=SECONDS, as ttft=2,itl=50ms") from None
     unknown = set(limits) - {"ttft", "itl"}

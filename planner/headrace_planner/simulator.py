@@ -299,9 +299,10 @@ class _Simulation:
             self._end(request)
             self._router.kick()
 
-    def on_gaps(self, gap_s: float, count: int) -> None:
+    def on_gaps(self, gap_s: float, count: int, begin_s: float, num_steps: int) -> None:
         """See `DecodeFlow`."""
         self._recorder.gap(gap_s, count)
+        self._recorder.tokens(begin_s + self._wire.rpc_s, gap_s, num_steps, count)
 
     def on_refused(self, key: int) -> None:
         """See both flows."""
@@ -324,6 +325,7 @@ class _Simulation:
         """Take a token that is at the client at `at_s`, or later: a stream's tokens are in order."""
         at_s = max(at_s, request.last_token_s)
         request.num_done += 1
+        self._recorder.tokens_in_second[int(at_s)] += 1
         if request.num_done == 1:
             request.first_token_s = at_s
         else:

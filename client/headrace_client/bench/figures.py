@@ -57,14 +57,14 @@ def figures_of(records: Sequence[Record], goodput: Goodput | None = None) -> Fig
         **throughput(duration_s, len(answered), num_input, num_output),
         "request_goodput": None,
         "max_output_tokens_per_s": max(tokens_per_second(answered), default=0),
-        "max_concurrent_requests": _peak(records),
+        "max_concurrent_requests": peak_concurrency([(each.sent_s, each.end_s) for each in records]),
         "max_send_delay_ms": 1e3 * max((each.sent_s - each.intended_s for each in records), default=0.0),
         "prefix_hit_rate": _hit_rate(answered, num_input),
     }
     if goodput is not None and duration_s:
         figures["request_goodput"] = sum(map(goodput.is_met_by, answered)) / duration_s
     for name, values in latencies_ms(records).items():
-        figures |= _statistics(name, values)
+        figures |= statistics_of(name, values)
     return figures
 
 
@@ -78,7 +78,8 @@ def tokens_per_second(records: Sequence[Record]) -> list[int]:
     return counts
 
 
-def _statistics(name: str, values: Sequence[float]) -> Figures:
+def statistics_of(name: str, values: Sequence[float]) -> Figures:
+    """Return mean, median, standard deviation and percentiles of a latency's observations, ms; None where none is."""
     if not values:
         none = ("mean", "median", "std", *(f"p{percent}" for percent in PERCENTILES))
         return {f"{statistic}_{name}_ms": None for statistic in none}
@@ -92,9 +93,9 @@ def _statistics(name: str, values: Sequence[float]) -> Figures:
     }
 
 
-def _peak(records: Sequence[Record]) -> int:
-    """Return how many requests were under way at most."""
-    events = sorted([(each.sent_s, 1) for each in records] + [(each.end_s, -1) for each in records])
+def peak_concurrency(spans: Sequence[tuple[float, float]]) -> int:
+    """Return how many of these (begin, end) were under way at once, at most."""
+    events = sorted([(begin, 1) for begin, _ in spans] + [(end, -1) for _, end in spans])
     return max(np.cumsum([change for _, change in events]).tolist(), default=0)
 
 
