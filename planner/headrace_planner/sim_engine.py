@@ -26,7 +26,7 @@ from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import WorkerSpec
 from headrace_planner.sim_host import Host, HostJob
 from headrace_planner.sim_request import SimRequest
-from headrace_planner.step_times import StepShape, StepTimes, chunk_pairs
+from headrace_planner.step_times import StepShape, StepTimes
 
 _LIMITS = ModelLimits(vocab_size=1 << 60, max_context_tokens=1 << 60, eos_token_ids=())
 _NO_LIMIT = 1 << 30
@@ -208,15 +208,14 @@ class PrefillWorker:
         self.engine.scheduler.check_integrity()
 
     def _step_s(self, plan: StepPlan) -> float:
-        tokens, pairs = 0, 0.0
+        shape = StepShape()
         for chunk in plan.chunks:
             request, start = self._requests.get(chunk.key), chunk.start * self._unit
             count = len(chunk.token_ids) * self._unit
             if request is not None and start + count > request.num_to_prefill:
                 count = max(1, request.num_to_prefill - start)
-            tokens += count
-            pairs += chunk_pairs(start, count)
-        return self._times.step_s(StepShape(0, 0, tokens, pairs, len(plan.chunks)))
+            shape.add_chunk(start, count)
+        return self._times.step_s(shape)
 
     def _publish(self) -> None:
         events: Sequence[PrefillEvent] = self.engine.scheduler.take_events()
@@ -293,17 +292,14 @@ class ExactDecodeWorker:
         self.engine.scheduler.check_integrity()
 
     def _step_s(self, plan: StepPlan) -> float:
-        rows = context = tokens = chunks = 0
-        pairs = 0.0
+        shape = StepShape()
         for chunk in plan.chunks:
             if _is_row(chunk):
-                rows += 1
-                context += chunk.start + 1
+                shape.num_rows += 1
+                shape.context_tokens += chunk.start + 1
             else:
-                chunks += 1
-                tokens += len(chunk.token_ids)
-                pairs += chunk_pairs(chunk.start, len(chunk.token_ids))
-        return self._times.step_s(StepShape(rows, context, tokens, pairs, chunks))
+                shape.add_chunk(chunk.start, len(chunk.token_ids))
+        return self._times.step_s(shape)
 
     def _publish(self) -> None:
         now_s, flow = self._clock.now_s, self._flow

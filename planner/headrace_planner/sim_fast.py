@@ -24,7 +24,7 @@ from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import WorkerSpec
 from headrace_planner.sim_engine import DecodeFlow
 from headrace_planner.sim_request import SimRequest
-from headrace_planner.step_times import StepShape, chunk_pairs
+from headrace_planner.step_times import StepShape
 
 _NO_PAGES = SequencePages(-1)
 """Of a row whose pages are only counted, or not taken yet."""
@@ -200,13 +200,12 @@ class FastDecodeWorker:
         self._begin()
 
     def _begin(self) -> None:
-        rows, tokens, pairs = len(self._rows), 0, 0.0
+        rows, step_s, context = len(self._rows), self._times.step_s, self._context
         chunks = self._take_chunks() if self._prompts else []
+        shape = StepShape(rows, context)
         for row, count in chunks:
-            tokens += count
-            pairs += chunk_pairs(row.num_computed, count)
-        step_s, context = self._times.step_s, self._context
-        first_s = step_s(StepShape(rows, context, tokens, pairs, len(chunks)))
+            shape.add_chunk(row.num_computed, count)
+        first_s = step_s(shape)
         slope_s, steps = 0.0, 1
         if not (chunks or self._ready):
             ends = self._ends

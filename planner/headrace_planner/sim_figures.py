@@ -1,4 +1,4 @@
-"""What a simulation measured by the names that `headrace bench` writes, with its definitions; a test holds them together.
+"""What a simulation measured, by the names and definitions of `headrace bench`; a test holds them together.
 
 What a bench counts and a simulation can't know is left out: failures by reason, how late requests were sent.
 """

@@ -230,8 +230,11 @@ def weighted_percentile(values: NDArray[np.float64], weights: NDArray[np.float64
     return float(low + (high - low) * (place - np.floor(place)))
 
 
+_SLO_NAMES = {"tpot": "itl"}
+
+
 def parse_slo(text: str) -> Slo:
-    """Read `ttft=2,itl=0.05`; seconds, or milliseconds as `50ms`; either may be left out, `tpot` is another name for itl.
+    """Read `ttft=2,itl=0.05`; seconds, or `50ms`; either may be left out, and `tpot` is another name for itl.
 
     Raises:
         InvalidRequestError: BAD_SLO.
@@ -241,7 +244,9 @@ def parse_slo(text: str) -> Slo:
         for part in text.split(","):
             name, value = part.split("=")
             scale = 1e-3 if value.strip().endswith("ms") else 1.0
-            limits[name.strip().replace("tpot", "itl")] = float(value.strip().removesuffix("ms").removesuffix("s")) * scale
+            limits[_SLO_NAMES.get(name.strip(), name.strip())] = (
+                float(value.strip().removesuffix("ms").removesuffix("s")) * scale
+            )
     except ValueError:
         raise InvalidRequestError("BAD_SLO", f"{text!r} is not ttft=SECONDS,itl=SECONDS, as ttft=2,itl=50ms") from None
     unknown = set(limits) - {"ttft", "itl"}

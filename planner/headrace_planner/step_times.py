@@ -18,7 +18,8 @@ from typing import Protocol
 class StepShape:
     """The sums over one step's batch that its time depends on; of a mean step they have fractions.
 
-    A value, changed by nobody; not frozen, because one is made per simulated step, and that costs three times.
+    A value, changed by nobody once it is filled; not frozen, because one is made per simulated step, and that costs
+    three times.
     """
 
     num_rows: float = 0
@@ -31,11 +32,26 @@ class StepShape:
     """Query-key pairs of prompt chunks; see `chunk_pairs`."""
     num_chunks: float = 0
     """Prompt chunks."""
+    most_tokens: float = 0
+    """Tokens of the longest chunk; 0: all are of one length."""
+    most_pairs: float = 0.0
+    """Query-key pairs of the chunk that has most; 0: all have as many."""
 
     @property
     def num_tokens(self) -> float:
         """Tokens the step computes."""
         return self.num_rows + self.prompt_tokens
+
+    def add_chunk(self, start: int, num_tokens: int) -> None:
+        """Add a prompt's chunk of `num_tokens` at position `start` and on."""
+        pairs = chunk_pairs(start, num_tokens)
+        self.num_chunks += 1
+        self.prompt_tokens += num_tokens
+        self.prompt_pairs += pairs
+        if num_tokens > self.most_tokens:
+            self.most_tokens = num_tokens
+        if pairs > self.most_pairs:
+            self.most_pairs = pairs
 
 
 def chunk_pairs(start: int, num_tokens: int) -> float:
@@ -127,9 +143,9 @@ class TableStepTimes:
     attention is a family of curves over the mean context, one per batch size; between sizes it is interpolated.
 
     With data-parallel attention the others wait for the group that has one sequence more: attention and what is dense
-    take as long as if every group had as many (a lone prompt keeps one group busy, and seven wait). Chunks are
-    taken to be of one length, and no group gets more than its part of the step's budget. Experts are spread over all
-    GPUs, whatever group a token belongs to.
+    take as long as if every group had as many (a lone prompt keeps one group busy, and seven wait). The
+    fullest group has as many chunks of mean length as any, within its part of the step's budget, and no less than the
+    longest chunk. Experts are spread over all GPUs, whatever group a token belongs to.
     """
 
     dense: Curve
@@ -150,26 +166,27 @@ class TableStepTimes:
 
     def step_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of `shape` takes."""
-        rows, wait = self._evened(shape.num_rows), self._wait(shape)
-        seconds = self.dense(rows + wait * shape.prompt_tokens)
+        rows, tokens = self._evened(shape.num_rows), self._fullest_tokens(shape)
+        seconds = self.dense(rows + tokens)
         seconds += self.moe((shape.num_rows + shape.prompt_tokens) * self.imbalance)
         if rows:
             seconds += self._decode_attention(rows, shape.context_tokens / shape.num_rows)
         if shape.prompt_pairs:
-            seconds += self.prompt_attention(wait * shape.prompt_pairs)
+            pairs = shape.prompt_pairs * (tokens / shape.prompt_tokens)
+            seconds += self.prompt_attention(max(pairs, self.groups * shape.most_pairs))
         return max(0.0, seconds)
 
     def _evened(self, count: float) -> float:
         """Return how many sequences there were if every group had as many as the fullest."""
         return self.groups * ceil(count / self.groups) if self.groups > 1 else count
 
-    def _wait(self, shape: StepShape) -> float:
-        """Return the prompt tokens of the fullest group over the mean of all."""
+    def _fullest_tokens(self, shape: StepShape) -> float:
+        """Return how many prompt tokens there were if every group had as many as the fullest."""
         if self.groups == 1 or not shape.num_chunks:
-            return 1.0
+            return shape.prompt_tokens
         chunk = shape.prompt_tokens / shape.num_chunks
         fullest = min(chunk * ceil(shape.num_chunks / self.groups), max(chunk, self.group_tokens))
-        return max(1.0, fullest * self.groups / shape.prompt_tokens)
+        return max(shape.prompt_tokens, self.groups * max(fullest, shape.most_tokens))
 
     def with_imbalance(self, imbalance: float) -> TableStepTimes:
         """Return the same model with the busiest rank `imbalance` times as loaded as the mean."""

@@ -80,12 +80,12 @@ def _workload(lengths: Lengths, arrival_s: NDArray[np.float64], random: np.rando
         arrival_s,
         _draw(lengths.num_prompt, lengths.prompt_spread, count, random),
         _draw(lengths.num_output, lengths.output_spread, count, random),
-        block_tokens=_block_tokens(lengths.num_prompt),
+        block_tokens=block_tokens_of(lengths.num_prompt),
     )
 
 
-def _block_tokens(num_prompt: float) -> int:
-    """Return the unit of fast fidelity's memory: about a tenth of a prompt, in pages of 64 tokens."""
+def block_tokens_of(num_prompt: float) -> int:
+    """Return fast fidelity's unit of memory, pages of 64 tokens: about a tenth of prompts of a mean length."""
     return 64 * int(min(16, max(1, num_prompt // 640)))
 
 

@@ -136,3 +136,13 @@ def test_a_plan_says_what_it_leaves_out_before_what_it_promises(columns: str) ->
     report = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert report["left_out"] == left_out(H200)
     assert report["num_gpus"] == report["simulated"]["num_gpus"]
+
+
+def test_a_step_of_prompts_of_several_lengths_waits_for_the_longest():
+    times = cluster(Machine(V3, H200, NODES[1], Dtype.FP8)).prefill.times
+    mixed, alone = StepShape(), StepShape()
+    alone.add_chunk(0, 6000)
+    for tokens in (6000, 500, 500, 500):
+        mixed.add_chunk(0, tokens)
+    even = StepShape(0, 0, mixed.prompt_tokens, mixed.prompt_pairs, mixed.num_chunks)
+    assert times.step_s(even) < times.step_s(alone) < times.step_s(mixed)
