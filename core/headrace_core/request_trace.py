@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -71,22 +72,27 @@ class Workload:
 
 
 def load_trace(path: Path) -> Workload:
-    """Read a trace: `.jsonl` in Mooncake's format, `.csv` in Azure's.
+    """Read a trace: `.jsonl` in Mooncake's format, `.csv` in Azure's. Its first request arrives at 0, in any order.
 
     Raises:
-        InvalidRequestError: BAD_TRACE, naming the file and what is wrong.
+        InvalidRequestError: BAD_TRACE, naming the file, the line and what is wrong.
     """
     if not path.is_file():
         raise InvalidRequestError("BAD_TRACE", f"{path} is no file")
     try:
-        workload = _mooncake(path) if path.suffix == ".jsonl" else _azure(path)
-    except (KeyError, ValueError, TypeError) as error:
-        expected = "JSON lines with timestamp, input_length, output_length, hash_ids; or CSV with TIMESTAMP, "
-        text = f"{path}: {error!r}; expected {expected}ContextTokens, GeneratedTokens"
-        raise InvalidRequestError("BAD_TRACE", text) from error
-    if not len(workload):
+        requests = sorted(_requests(path), key=lambda request: request.arrival_s)
+    except (OSError, csv.Error) as error:
+        raise InvalidRequestError("BAD_TRACE", f"{path}: {error}") from error
+    if not requests:
         raise InvalidRequestError("BAD_TRACE", f"{path} has no requests")
-    return workload
+    first_s = requests[0].arrival_s
+    has_blocks = any(request.blocks for request in requests)
+    return Workload(
+        np.array([request.arrival_s - first_s for request in requests]),
+        np.array([max(1, request.num_prompt) for request in requests]),
+        np.array([max(1, request.num_output) for request in requests]),
+        [request.blocks for request in requests] if has_blocks else None,
+    )
 
 
 def prefix_hits(workload: Workload) -> NDArray[np.int64]:
@@ -105,35 +111,54 @@ def prefix_hit_share(workload: Workload) -> float:
     return float(prefix_hits(workload).sum() / workload.num_prompt.sum())
 
 
-def _mooncake(path: Path) -> Workload:
-    arrivals: list[float] = []
-    prompts: list[int] = []
-    outputs: list[int] = []
-    blocks: list[tuple[int, ...]] = []
-    with path.open() as lines:
-        for line in lines:
-            record: dict[str, Any] = json.loads(line)
-            arrivals.append(float(record["timestamp"]) / 1000)
-            prompts.append(int(record["input_length"]))
-            outputs.append(int(record["output_length"]))
-            blocks.append(tuple(record.get("hash_ids", ())))
-    order = np.argsort(np.array(arrivals), kind="stable")
-    has_blocks = any(blocks)
-    return Workload(
-        np.array(arrivals)[order],
-        np.maximum(1, np.array(prompts))[order],
-        np.maximum(1, np.array(outputs))[order],
-        [blocks[i] for i in order] if has_blocks else None,
-    )
+_MOST_TOKENS = 100_000_000
 
 
-def _azure(path: Path) -> Workload:
-    with path.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """One line. A length of 0, which some recorders write, is taken for 1."""
+
+    arrival_s: float
+    num_prompt: int
+    num_output: int
+    blocks: tuple[int, ...] = ()
+
+    def checked(self) -> _Recorded:
+        if not math.isfinite(self.arrival_s):
+            raise ValueError(f"the time {self.arrival_s} is no number")
+        for length in (self.num_prompt, self.num_output):
+            if not 0 <= length <= _MOST_TOKENS:
+                raise ValueError(f"the length {length} is not from 0 to {_MOST_TOKENS}")
+        return self
+
+
+def _requests(path: Path) -> Iterator[_Recorded]:
+    with path.open(newline="", errors="replace") as lines:
+        is_json = path.suffix == ".jsonl"
+        rows: Iterator[tuple[int, Any]] = enumerate(lines, 1) if is_json else enumerate(csv.DictReader(lines), 2)
+        for number, row in rows:
+            if is_json and not row.strip():
+                continue
+            try:
+                yield (_mooncake if is_json else _azure)(row).checked()
+            except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+                expected = "JSON lines with timestamp, input_length, output_length, hash_ids; or CSV with TIMESTAMP, "
+                text = f"{path}, line {number}: {error!r}; expected {expected}ContextTokens, GeneratedTokens"
+                raise InvalidRequestError("BAD_TRACE", text) from error
+
+
+def _mooncake(line: str) -> _Recorded:
+    record: dict[str, Any] = json.loads(line)
+    arrival_s = float(record["timestamp"]) / 1000
+    blocks = tuple(int(block) % _HASHES for block in record.get("hash_ids") or ())
+    return _Recorded(arrival_s, int(record["input_length"]), int(record["output_length"]), blocks)
+
+
+_HASHES = 1 << 64
+"""Hashes that were written as signed numbers become unsigned."""
+
+
+def _azure(row: dict[str, str]) -> _Recorded:
     # Seven digits of a second: one more than Python reads.
-    times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
-    arrivals = np.array(times)
-    order = np.argsort(arrivals, kind="stable")
-    prompts = np.array([int(row["ContextTokens"]) for row in rows])
-    outputs = np.array([int(row["GeneratedTokens"]) for row in rows])
-    return Workload(arrivals[order] - arrivals.min(), np.maximum(1, prompts)[order], np.maximum(1, outputs)[order])
+    arrival_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+    return _Recorded(arrival_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
