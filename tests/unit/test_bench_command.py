@@ -1,10 +1,16 @@
 """`headrace bench` against a scripted router."""
 
+import asyncio
 import json
+import signal
+import subprocess
+import sys
 
+import pytest
 from headrace_client.commands.app import app
 from headrace_core.errors import OverloadedError
-from headrace_core.testing.fake_router import FakeRouter, answer
+from headrace_core.testing.async_test import WAIT_S, eventually
+from headrace_core.testing.fake_router import FakeRouter, Hold, answer
 from typer.testing import CliRunner
 
 
@@ -71,3 +77,88 @@ def test_options_that_make_no_sense_are_one_line(tmp_path):
         result = run(*arguments)
         assert (result.exit_code, result.stdout) == (2, "")
         assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--time-scale", "2"), "--time-scale has no effect here: it belongs to --trace"),
+        (("--trace", "x.jsonl", "--input-tokens", "5"), "--input-tokens has no effect here"),
+        (("--trace", "x.jsonl", "--dataset", "random"), "--dataset has no effect here"),
+        (("--turns", "3"), "--dataset multi-turn"),
+        (("--prefixes", "3"), "--dataset shared-prefix"),
+        (("--burstiness", "2", "--concurrency", "2"), "--request-rate"),
+        (("--chat",), "--base-url"),
+        (("--no-continuous-usage",), "--base-url"),
+        (("--base-url", "x:1", "--server", "y:1"), "gRPC"),
+        (("--request-rate", "1", "--burstiness", "nan"), "--burstiness"),
+        (("--range-ratio", "nan"), "--range-ratio"),
+        (("--length-scale", "nan"), "--length-scale"),
+        (("--request-rate", "nan"), "'nan'"),
+        (("--concurrency", "inf"), "whole"),
+        (("--request-rate", "1e-9"), "days"),
+        (("--input-tokens", "0"), "--input-tokens"),
+        (("--output-tokens", "100000000000"), "--output-tokens"),
+        (("--num-requests", "100000000000"), "--num-requests"),
+        (("--json", "/nowhere/a.json"), "can't write /nowhere/a.json"),
+        (("--html", "/"), "folder"),
+    ],
+)
+def test_what_would_not_be_heeded_or_makes_no_sense_is_refused_before_anything_is_asked(arguments, says):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert says in " ".join(result.stderr.split())
+
+
+def test_a_report_is_json_whatever_the_burstiness(tmp_path):
+    out = tmp_path / "a.json"
+    with FakeRouter([*answer("Once", " upon")]) as router:
+        options = ["--num-requests", "3", "--output-tokens", "2", "--request-rate", "1000", "--burstiness", "inf"]
+        result = run(*options, "--json", str(out), "-s", router.address)
+    assert result.exit_code == 0, result.stderr
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    report = json.loads(out.read_text(), parse_constant=no_constant)
+    assert report["runs"][0]["setting"]["burstiness"] == "even"
+
+
+def test_why_requests_failed_is_said_in_words_warm_ups_too():
+    with FakeRouter([OverloadedError("QUEUE_FULL", "the queue of 7 is full")]) as router:
+        result = run("--num-requests", "3", "--warm-up", "1", "--input-tokens", "8", "-s", router.address)
+    said = " ".join(result.stderr.split())
+    assert "error: QUEUE_FULL: the queue of 7 is full" in said
+    assert "warming up: QUEUE_FULL: the queue of 7 is full" in said
+    assert result.exit_code == 1
+
+
+def test_answers_that_are_too_short_are_said():
+    with FakeRouter([*answer("Once", " upon")]) as router:
+        result = run("--num-requests", "3", "--input-tokens", "8", "--output-tokens", "5", "-s", router.address)
+    assert "answered with fewer tokens than asked for: 3" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_says_and_writes_what_was_answered(tmp_path, number):
+    out, html = tmp_path / "a.json", tmp_path / "a.html"
+    with FakeRouter(answer("Once", " upon"), answer("Once", " upon"), [Hold.UNTIL_CANCELLED]) as router:
+        options = ["--num-requests", "9", "--input-tokens", "8", "--output-tokens", "2", "--concurrency", "1,2"]
+        files = ["--json", str(out), "--html", str(html)]
+        command = [sys.executable, "-m", "headrace_client", "bench", *options, *files, "-s", router.address]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            asyncio.run(eventually(lambda: len(router.requests) == 3, "the third request"))
+            child.send_signal(number)
+            stdout, stderr = child.communicate(timeout=WAIT_S)
+        finally:
+            child.kill()
+    assert child.returncode == 128 + number, stderr
+    assert "Successful requests:                     2" in stdout
+    assert "interrupted: 1 requests were under way, 6 not sent; none of them counts" in stdout
+    assert stdout.count("Serving Benchmark Result") == 1, "the other level is not begun"
+    (only,) = json.loads(out.read_text())["runs"]
+    assert only["figures"]["interrupted"] == {"under_way": 1, "not_sent": 6}
+    assert (only["figures"]["completed"], only["figures"]["failed"], len(only["requests"])) == (2, 0, 2)
+    assert "interrupted: 1 requests" in html.read_text()
+    assert "Traceback" not in stderr

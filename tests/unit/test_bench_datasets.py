@@ -88,6 +88,13 @@ def test_a_trace_keeps_what_its_prompts_share_when_it_is_scaled(tmp_path):
     assert len(Dataset("", trace=path, num_requests=2).sessions()) == 2
 
 
+def test_every_dataset_is_made_shorter_by_the_same_scale():
+    (session, *_), of_prefixes = (Dataset(name, length_scale=16).sessions() for name in ("reasoning", "shared-prefix"))
+    assert (session.turns[0].num_new_tokens, session.turns[0].num_output) == (16, 256)
+    assert [part.num_tokens for part in of_prefixes[0].turns[0].parts] == [32, 64]
+    assert Dataset("random", num_output=4, length_scale=16).sessions()[0].turns[0].num_output == 1
+
+
 def test_warming_up_shares_nothing_with_what_is_measured():
     sessions = Dataset("random", num_requests=4, num_input=50).sessions()
     warm = warm_up_of(sessions, 3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from headrace_client.bench.block import block
-from headrace_client.bench.compare import differences, table
+from headrace_client.bench.compare import cautions, differences, table
 from headrace_client.bench.figures import figures_of, throughput, tokens_per_second
 from headrace_client.bench.goodput import parse_goodput
 from headrace_client.bench.page import page
@@ -157,3 +157,29 @@ def test_the_page_needs_nothing_else():
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org)", made)
     assert "NaN" not in made
     assert "nan" not in made.partition("</style>")[2]
+
+
+def test_a_report_of_an_older_version_is_read(tmp_path):
+    import json
+
+    records = answers(2, 0.02)
+    content = encode_report([Run({}, figures_of(records), records)], command="", target="x:1")
+    for request in content["runs"][0]["requests"]:
+        del request[8:]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    assert len(read_report(path)[0].records) == 2
+
+
+def test_what_makes_two_runs_incomparable_is_said_before_their_figures():
+    failed = [*answers(5, 0.02), record(5, error="QUEUE_FULL")]
+    first = Run({"dataset": "random", "rate": 2.0}, figures_of(failed), failed)
+    cut = {"under_way": 1, "not_sent": 0}
+    figures = {**figures_of(answers(5, 0.02)), "interrupted": cut}
+    stopped = Run({"dataset": "reasoning", "rate": 2.0}, figures, answers(5, 0.02))
+    assert cautions(first, stopped) == [
+        "not the same: dataset is random in A, reasoning in B",
+        "1 of 6 requests of A failed, and are in no latency",
+        "B was interrupted",
+    ]
+    assert cautions(first, first)[0].startswith("1 of 6")

@@ -166,3 +166,21 @@ def test_a_server_that_names_no_model_needs_one_named():
 def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(InvalidRequestError, match="base-url"):
         HttpTarget(url, HttpOptions())
+
+
+def test_lines_may_end_as_windows_ends_them():
+    whole = b"".join([event([{"text": "a"}], usage(1)), event([{"text": "b"}], usage(2)), DONE])
+    _, tokens, told, _ = asyncio.run(ask(STREAM + chunked(whole.replace(b"\n", b"\r\n"))))
+    assert (tokens, told.num_output) == ([1, 1], 2)
+
+
+def test_a_count_that_comes_at_the_end_is_no_token_that_came_then():
+    events = [event([{"text": "ab"}]), event([{"text": "cd"}]), event([], usage(4)), DONE]
+    _, tokens, told, _ = asyncio.run(ask(STREAM + chunked(*events), HttpOptions(counts_always=False)))
+    assert tokens == [1, 1]
+    assert told.num_output == 4
+
+
+def test_an_ipv6_address_is_named_in_brackets():
+    target = HttpTarget("http://[::1]:8000", HttpOptions(model="m"))
+    assert b"\r\nhost: [::1]:8000\r\n" in target._head("GET", "/v1/models")

@@ -7,7 +7,7 @@ import pytest
 from headrace_client.bench.load import Arrivals, Load
 from headrace_client.bench.prompts import Part, Session, Turn
 from headrace_client.bench.target import Answered
-from headrace_core.errors import OverloadedError
+from headrace_core.errors import InvalidRequestError, OverloadedError
 
 
 class Clock:
@@ -116,3 +116,65 @@ def test_gaps_have_the_rate_and_the_burstiness_asked_for(burstiness, spread):
     assert times[0] == 0.0
     assert 0.17 < mean < 0.23
     assert spread[0] - 1e-6 <= variation <= spread[1] + 1e-6
+
+
+def test_tokens_that_no_event_told_of_are_spread_over_those_that_came():
+    server = Server(Clock())
+
+    async def ask(prompt, num_output, on_tokens):
+        for _ in range(4):
+            server.clock.now_s += 1.0
+            on_tokens(1)
+        return Answered(len(prompt), num_output=9)
+
+    server.ask = ask
+    (record,) = run(server, sessions(1), Arrivals())
+    assert [count for _, count in record.deltas] == [2, 2, 2, 3]
+    assert record.itls_s() == [0.5] * 4 + [pytest.approx(1 / 3)] * 3
+
+
+def test_a_run_that_is_stopped_keeps_what_was_answered_and_counts_nothing_else():
+    server = Server(Clock())
+    load = Load(server, sessions(12), Arrivals(concurrency=2), vocab_size=100, clock=server.clock)
+    answer = server.ask
+
+    async def ask(prompt, num_output, on_tokens):
+        if len(load.tally.records) == 3:
+            load.stop()
+            await asyncio.Event().wait()
+        return await answer(prompt, num_output, on_tokens)
+
+    server.ask = ask
+    records = asyncio.run(load.run())
+    assert len(records) in (3, 4), "the other client may be just through"
+    assert all(record.is_ok for record in records)
+    tally = load.tally
+    assert tally.is_interrupted
+    assert tally.num_under_way + len(records) == tally.num_sent < tally.num_requests == 12
+
+
+def test_a_conversation_does_not_go_on_without_its_answers_tokens():
+    server = Server(Clock())
+
+    async def ask(prompt, num_output, on_tokens):
+        on_tokens(num_output)
+        return Answered(len(prompt))
+
+    server.ask = ask
+    assert run(server, sessions(1), Arrivals())[0].is_ok, "a single turn needs none"
+    with pytest.raises(InvalidRequestError, match="token ids"):
+        run(server, sessions(2, turns=2), Arrivals(concurrency=1))
+
+
+def test_answers_that_end_early_are_counted():
+    server = Server(Clock())
+    asked = [Session([Turn([Part((0, i), 4)], num_output)]) for i, num_output in enumerate((2, 3, 9))]
+    assert [record.is_short for record in run(server, asked, Arrivals())] == [False, True, True]
+
+
+@pytest.mark.parametrize(("rate", "count"), [(1e-300, 2), (1e-6, 10)])
+def test_a_load_that_takes_months_is_refused(rate, count):
+    with pytest.raises(InvalidRequestError, match="days"):
+        Arrivals(rate=rate).check(sessions(count))
+    Arrivals(rate=rate).check(sessions(1))
+    Arrivals(concurrency=1).check(sessions(count))

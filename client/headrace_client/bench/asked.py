@@ -52,17 +52,21 @@ class Dataset:
             raise InvalidRequestError("BAD_OPTION", f"--dataset {self.name!r} is none of {known}")
         shape = datasets.Shape(
             self.num_requests or preset.num_requests,
-            self.num_input or preset.num_input,
-            self.num_output or preset.num_output,
+            self._scaled(self.num_input or preset.num_input),
+            self._scaled(self.num_output or preset.num_output),
             self.spread,
             self.seed,
         )
         if self.name == "shared-prefix":
-            prefixes = {"num_prefixes": self.num_prefixes, "num_prefix_tokens": self.num_prefix_tokens}
+            num_tokens = self._scaled(self.num_prefix_tokens)
+            prefixes = {"num_prefixes": self.num_prefixes, "num_prefix_tokens": num_tokens}
             return datasets.shared_prefix(shape, **prefixes)
         if self.name == "multi-turn":
             return datasets.multi_turn(shape, num_turns=self.num_turns)
         return datasets.independent(shape)
+
+    def _scaled(self, num_tokens: int) -> int:
+        return max(1, round(num_tokens / self.length_scale))
 
 
 def warm_up_of(sessions: Sequence[Session], count: int) -> list[Session]:

@@ -42,7 +42,15 @@ def block(figures: Figures, setting: dict[str, Any]) -> str:
     for name in LATENCIES:
         lines += _latency(name, figures)
     lines.append("=" * _WIDTH)
-    return "\n".join([*lines, *(f"failed with {reason}: {count}" for reason, count in figures["errors"].items())])
+    lines += [f"failed with {reason}: {count}" for reason, count in figures["errors"].items()]
+    if figures.get("short"):
+        lines.append(f"answered with fewer tokens than asked for: {figures['short']}")
+    if stopped := figures.get("interrupted"):
+        lines.append(
+            f"interrupted: {stopped['under_way']} requests were under way, {stopped['not_sent']} not sent; "
+            "none of them counts"
+        )
+    return "\n".join(lines)
 
 
 def _latency(name: str, figures: Figures) -> list[str]:

@@ -52,6 +52,22 @@ def differences(first: Run, second: Run, *, seed: int = 0) -> list[Difference]:
     return found
 
 
+def cautions(first: Run, second: Run) -> list[str]:
+    """Return what to know before the figures are compared: other settings, requests that failed, a run cut short."""
+    names = list({**first.setting, **second.setting})
+    told = [
+        f"not the same: {name} is {first.setting.get(name)} in A, {second.setting.get(name)} in B"
+        for name in names
+        if first.setting.get(name) != second.setting.get(name)
+    ]
+    for side, run in (("A", first), ("B", second)):
+        if failed := run.figures.get("failed"):
+            told.append(f"{failed} of {len(run.records)} requests of {side} failed, and are in no latency")
+        if run.figures.get("interrupted"):
+            told.append(f"{side} was interrupted")
+    return told
+
+
 def table(found: list[Difference]) -> str:
     """Return the differences as text, a line each."""
     lines = [f"{'':<22} {'A':>12} {'B':>12} {'B ÷ A':>8}   95 % of resamples"]

@@ -51,6 +51,7 @@ def figures_of(records: Sequence[Record], goodput: Goodput | None = None) -> Fig
         "duration": duration_s,
         "completed": len(answered),
         "failed": len(records) - len(answered),
+        "short": sum(record.is_short for record in records),
         "errors": dict(Counter(record.error or "EMPTY" for record in records if not record.is_ok)),
         "total_input_tokens": num_input,
         "total_output_tokens": num_output,

@@ -121,7 +121,8 @@ class HttpTarget:
         }  # fmt: skip
 
     def _head(self, method: str, path: str, body: bytes = b"") -> bytes:
-        lines = [f"{method} {self._path}{path} HTTP/1.1", f"host: {self._host}:{self._port}"]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        lines = [f"{method} {self._path}{path} HTTP/1.1", f"host: {host}:{self._port}"]
         if self._options.api_key:
             lines.append(f"authorization: Bearer {self._options.api_key}")
         if body:
@@ -169,11 +170,10 @@ class _Events:
         self.rest += data
         if status != 200:
             return
-        *events, self.rest = self.rest.split(b"\n\n")
-        for event in events:
-            for line in event.splitlines():
-                if line.startswith(_DATA):
-                    self._take(line[len(_DATA) :].strip())
+        *lines, self.rest = self.rest.split(b"\n")  # a line ends with \r\n or \n, and an event is one line of data
+        for line in lines:
+            if line.startswith(_DATA):
+                self._take(line[len(_DATA) :].strip())
 
     def _take(self, data: bytes) -> None:
         if data == b"[DONE]":
@@ -191,8 +191,10 @@ class _Events:
             self.answered.token_ids += choice.get("token_ids") or []
         num_tokens = self._num_tokens + any(map(_text_of, choices))
         if usage:
-            num_tokens = max(self._num_tokens, usage["completion_tokens"])
-            self.answered.num_prompt, self.answered.num_output = usage["prompt_tokens"], num_tokens
+            num_output = max(self._num_tokens, usage["completion_tokens"])
+            if choices:  # else it is the whole answer's, and nothing comes with it
+                num_tokens = num_output
+            self.answered.num_prompt, self.answered.num_output = usage["prompt_tokens"], num_output
             details = usage.get("prompt_tokens_details") or {}
             self.answered.num_cached = details.get("cached_tokens", self.answered.num_cached)
         if num_tokens > self._num_tokens:

@@ -3,6 +3,8 @@
 *Open*: requests are due at times that do not depend on the server (a trace's, or drawn for a rate), and every latency
 counts from then. *Closed*: so many clients, each of which asks again once it is answered; what they see are latencies
 under a load that gives way, which says nothing of requests that would have come meanwhile.
+
+A run may be stopped: what was answered until then counts, what is under way is cancelled and does not.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from headrace_core.errors import HeadraceError
+from headrace_core.errors import HeadraceError, InvalidRequestError
 
 from headrace_client.bench.prompts import Session
 from headrace_client.bench.record import Record
 from headrace_client.bench.target import Answered, Target
+
+_MONTH_S = 30 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,13 @@ class Arrivals:
             return recorded
         return None if self.concurrency is not None else [0.0] * len(sessions)
 
+    def check(self, sessions: Sequence[Session]) -> None:
+        """See that the last session is due within a month. Raises InvalidRequestError, BAD_OPTION."""
+        last_s = max(self.times_s(sessions) or [0.0])
+        if not last_s <= _MONTH_S:
+            problem = f"the last request would be due after {last_s / 86400:.3g} days: ask faster, or less"
+            raise InvalidRequestError("BAD_OPTION", problem)
+
     def _drawn_s(self, count: int, rate: float) -> list[float]:
         if rate == float("inf"):
             return [0.0] * count
@@ -63,6 +74,14 @@ class Tally:
     num_tokens: int = 0
     records: list[Record] = field(default_factory=list[Record])
     """Of those that ended, in that order."""
+    said: dict[str, str] = field(default_factory=dict[str, str])
+    """Of each reason to fail what the first error said."""
+    is_interrupted: bool = False
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests that were sent and did not end."""
+        return self.num_sent - len(self.records)
 
 
 class Load:
@@ -86,10 +105,33 @@ class Load:
         self._places = asyncio.Semaphore(arrivals.concurrency or self.tally.num_requests or 1)
         self._began_s = 0.0
         self._num_begun = 0
+        self._asking: asyncio.Task[None] | None = None
 
     async def run(self) -> list[Record]:
-        """Ask everything; return what became of each request, in the order in which they were due."""
+        """Ask everything; return what became of each request, in the order in which they were due.
+
+        Raises:
+            InvalidRequestError: BAD_OPTION, a conversation can't go on.
+        """
         self._began_s = self._clock()
+        self._asking = asyncio.create_task(self._ask_all())
+        try:
+            await self._asking
+        except ExceptionGroup as group:  # of clients that could not go on, the first
+            raise group.exceptions[0] from None
+        except asyncio.CancelledError:
+            self._asking.cancel()
+            if not self.tally.is_interrupted:
+                raise
+        return sorted(self.tally.records, key=lambda record: record.index)
+
+    def stop(self) -> None:
+        """Ask nothing more, cancel what is under way, and let `run` return."""
+        self.tally.is_interrupted = True
+        if self._asking is not None:
+            self._asking.cancel()
+
+    async def _ask_all(self) -> None:
         times_s = self._arrivals.times_s(self._sessions)
         if times_s is None:
             left = iter(self._sessions)
@@ -103,7 +145,6 @@ class Load:
                     if early_s > 0:
                         await asyncio.sleep(early_s)
                     under_way.create_task(self._session(session, due_s))
-        return sorted(self.tally.records, key=lambda record: record.index)
 
     async def _client(self, sessions: Iterator[Session]) -> None:
         for session in sessions:
@@ -111,20 +152,25 @@ class Load:
 
     async def _session(self, session: Session, due_s: float) -> None:
         prompt: list[int] = []
-        for turn in session.turns:
+        for place, turn in enumerate(session.turns):
             prompt += turn.tokens(self._vocab_size)
             index, self._num_begun = self._num_begun, self._num_begun + 1
             async with self._places:
                 record, answered = await self._ask(Record(index, due_s, 0.0), prompt, turn.num_output)
             self.tally.records.append(record)
+            num_left = len(session.turns) - place - 1
             if answered is None:  # who was not answered does not go on
-                self.tally.num_requests -= len(session.turns) - session.turns.index(turn) - 1
+                self.tally.num_requests -= num_left
                 return
+            if num_left and not answered.token_ids:
+                problem = "a conversation goes on from its answers' token ids, which this server does not tell"
+                raise InvalidRequestError("BAD_OPTION", f"{problem}; another --dataset needs none")
             prompt += answered.token_ids
             due_s = self._now_s()
 
     async def _ask(self, record: Record, prompt: list[int], num_output: int) -> tuple[Record, Answered | None]:
         tally, deltas = self.tally, record.deltas
+        record.num_asked = num_output
 
         def on_tokens(count: int) -> None:
             tally.num_tokens += count
@@ -139,13 +185,21 @@ class Load:
             record.num_prompt, record.num_cached = answered.num_prompt or len(prompt), answered.num_cached
             if not deltas:
                 record.error = "EMPTY"
+                tally.said.setdefault("EMPTY", "the answer had no tokens")
             elif answered.num_output is not None and answered.num_output > record.num_output:
-                at_s, count = deltas[-1]  # tokens without text, of which no event told
-                deltas[-1] = (at_s, count + answered.num_output - record.num_output)
+                _spread(deltas, answered.num_output - record.num_output)
         except HeadraceError as error:
             record.error = error.reason
+            tally.said.setdefault(error.reason, str(error))
         record.end_s = self._now_s()
         return record, answered
 
     def _now_s(self) -> float:
         return self._clock() - self._began_s
+
+
+def _spread(deltas: list[tuple[float, int]], count: int) -> None:
+    """Add tokens of which no event told to those that came, evenly; what is left over to the last of them."""
+    each, left = divmod(count, len(deltas))
+    for place, (at_s, told) in enumerate(deltas):
+        deltas[place] = (at_s, told + each + (place >= len(deltas) - left))

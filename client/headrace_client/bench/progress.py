@@ -26,7 +26,7 @@ _MOST_SHOWN = 500
 def line_of(tally: Tally, tokens_per_s: float) -> str:
     """Return the line."""
     num_done = len(tally.records)
-    parts = [f"{num_done}/{tally.num_requests} requests", f"{tally.num_sent - num_done} under way"]
+    parts = [f"{num_done}/{tally.num_requests} requests", f"{tally.num_under_way} under way"]
     parts.append(f"{tokens_per_s:.0f} tokens/s")
     if (ttft_ms := _median_ttft_ms(tally.records[-_MOST_SHOWN:])) is not None:
         parts.append(f"TTFT {ttft_ms:.0f} ms")

@@ -28,11 +28,18 @@ class Record:
     """Of the prompt's tokens, found in a prefix cache; None where the server does not say."""
     error: str = ""
     """Why it failed; empty if it did not."""
+    num_asked: int = 0
+    """Tokens asked for; 0: a report of an older version does not say."""
 
     @property
     def is_ok(self) -> bool:
         """Whether it was answered, to the end."""
         return not self.error and bool(self.deltas)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it was answered with fewer tokens than asked for."""
+        return self.is_ok and self.num_output < self.num_asked
 
     @property
     def num_output(self) -> int:

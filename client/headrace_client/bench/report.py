@@ -2,8 +2,8 @@
 
     {"headrace_bench": 1, "date", "command", "machine", "target", "runs": [{"setting", "figures", "requests"}]}
 
-A request is [intended, sent, end, prompt tokens, cached tokens or null, error, [times of deltas], [their tokens]], with
-times in whole microseconds from the beginning of the run.
+A request is [intended, sent, end, prompt tokens, cached tokens or null, error, [times of deltas], [their tokens],
+tokens asked for], with times in whole microseconds from the beginning of the run.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def _encode(record: Record) -> list[Any]:
     times = [_us(at_s) for at_s, _ in record.deltas]
     return [
         _us(record.intended_s), _us(record.sent_s), _us(record.end_s), record.num_prompt, record.num_cached,
-        record.error, times, [count for _, count in record.deltas],
+        record.error, times, [count for _, count in record.deltas], record.num_asked,
     ]  # fmt: skip
 
 
 def _decode(index: int, values: Sequence[Any]) -> Record:
-    intended, sent, end, num_prompt, num_cached, error, times, counts = values
+    intended, sent, end, num_prompt, num_cached, error, times, counts, *asked = values
     deltas = [(at / 1e6, count) for at, count in zip(times, counts, strict=True)]
-    return Record(index, intended / 1e6, sent / 1e6, deltas, end / 1e6, num_prompt, num_cached, error)
+    return Record(index, intended / 1e6, sent / 1e6, deltas, end / 1e6, num_prompt, num_cached, error, *asked)
 
 
 def _us(seconds: float) -> int:
