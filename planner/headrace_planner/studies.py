@@ -7,6 +7,7 @@ from pathlib import Path
 
 from headrace_planner.sim_attention import attention
 from headrace_planner.sim_studies import Study, disaggregation, dp_attention, experts, ratio
+from headrace_planner.sim_workloads import workloads
 
 STUDIES: Mapping[str, Callable[[Path | None], Study]] = {
     "attention": attention,
@@ -14,4 +15,5 @@ STUDIES: Mapping[str, Callable[[Path | None], Study]] = {
     "experts": experts,
     "disaggregation": disaggregation,
     "ratio": ratio,
+    "workloads": workloads,
 }
