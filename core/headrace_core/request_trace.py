@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -135,12 +135,13 @@ class _Recorded:
 def _requests(path: Path) -> Iterator[_Recorded]:
     with path.open(newline="", errors="replace") as lines:
         is_json = path.suffix == ".jsonl"
-        rows: Iterator[tuple[int, Any]] = enumerate(lines, 1) if is_json else enumerate(csv.DictReader(lines), 2)
-        for number, row in rows:
+        rows: Iterator[Any] = iter(lines) if is_json else csv.DictReader(lines)
+        parse: Callable[[Any], _Recorded] = _mooncake if is_json else _azure
+        for number, row in enumerate(rows, 1 if is_json else 2):
             if is_json and not row.strip():
                 continue
             try:
-                yield (_mooncake if is_json else _azure)(row).checked()
+                yield parse(row).checked()
             except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
                 expected = "JSON lines with timestamp, input_length, output_length, hash_ids; or CSV with TIMESTAMP, "
                 text = f"{path}, line {number}: {error!r}; expected {expected}ContextTokens, GeneratedTokens"
