@@ -8,6 +8,7 @@ from headrace_client.bench.load import Arrivals, Load
 from headrace_client.bench.prompts import Part, Session, Turn
 from headrace_client.bench.target import Answered
 from headrace_core.errors import InvalidRequestError, OverloadedError
+from headrace_core.testing.async_test import WAIT_S
 
 
 class Clock:
@@ -72,8 +73,16 @@ def test_in_a_closed_loop_a_client_asks_when_it_has_its_answer():
 
 def test_without_a_rate_or_clients_everything_comes_at_once():
     server = Server(Clock())
-    run(server, sessions(5), Arrivals())
-    assert server.most_at_once == 5
+    answer = server.ask
+
+    async def ask(prompt, num_output, on_tokens):
+        async with asyncio.timeout(WAIT_S):
+            await everybody.wait()
+        return await answer(prompt, num_output, on_tokens)
+
+    everybody, server.ask = asyncio.Barrier(5), ask
+    records = run(server, sessions(5), Arrivals())
+    assert [record.intended_s for record in records] == [0.0] * 5
 
 
 def test_a_turn_goes_on_from_the_answer_to_the_turn_before():
@@ -178,3 +187,18 @@ def test_a_load_that_takes_months_is_refused(rate, count):
         Arrivals(rate=rate).check(sessions(count))
     Arrivals(rate=rate).check(sessions(1))
     Arrivals(concurrency=1).check(sessions(count))
+
+
+def test_answers_are_read_while_others_are_still_being_sent():
+    server = Server(Clock())
+    answered: list[int] = []
+    answer = server.ask
+
+    async def ask(prompt, num_output, on_tokens):
+        result = await answer(prompt, num_output, on_tokens)
+        answered.append(len(server.asked))
+        return result
+
+    server.ask = ask
+    run(server, sessions(50), Arrivals(rate=float("inf")))
+    assert answered[0] < 10, "not only when all 50 were sent"

@@ -7,6 +7,8 @@ from typing import Any
 from headrace_client.bench.figures import LATENCIES, PERCENTILES, Figures
 
 _WIDTH = 50
+_DELAY_MS = 100.0
+"""Above which it is said how late requests were sent: by a load generator that is slow, or with `--concurrency`."""
 _TITLES = {
     "ttft": ("Time to First Token", "TTFT"),
     "tpot": ("Time per Output Token (excl. 1st token)", "TPOT"),
@@ -43,6 +45,8 @@ def block(figures: Figures, setting: dict[str, Any]) -> str:
         lines += _latency(name, figures)
     lines.append("=" * _WIDTH)
     lines += [f"failed with {reason}: {count}" for reason, count in figures["errors"].items()]
+    if figures["max_send_delay_ms"] > _DELAY_MS:
+        lines.append(f"sent up to {figures['max_send_delay_ms']:.0f} ms after they were due, which latencies count")
     if figures.get("short"):
         lines.append(f"answered with fewer tokens than asked for: {figures['short']}")
     if stopped := figures.get("interrupted"):

@@ -141,9 +141,8 @@ class Load:
         else:
             async with asyncio.TaskGroup() as under_way:
                 for session, due_s in zip(self._sessions, times_s, strict=True):
-                    early_s = due_s - self._now_s()
-                    if early_s > 0:
-                        await asyncio.sleep(early_s)
+                    # Not early: answers are read between any two that are sent, or they would seem to come late.
+                    await asyncio.sleep(max(0.0, due_s - self._now_s()))
                     under_way.create_task(self._session(session, due_s))
 
     async def _client(self, sessions: Iterator[Session]) -> None:
