@@ -28,7 +28,7 @@ CPU_LIBRARY := $(CPU_KERNELS)/headrace_cpu.so
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity parity-full integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served profile bench-scheduling bench-plan bench-parallel bench-two-batches bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock lock-check clean
+.PHONY: help setup demo test check format format-check lint types contracts protos protos-check protos-image unit parity parity-full integration fault fuzz matrix soak model model-check stress mutants exactness bench bench-engine bench-router bench-served bench-workloads profile bench-scheduling bench-plan bench-parallel bench-two-batches bench-lending bench-transfer bench-handoff kernels-check kernels-aot kernels-bench gpu-bench gpu-day tune planner-report wheels images test-compose demo-model pictures helm-tools helm-values lock lock-check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -148,6 +148,9 @@ bench-router: setup ## What the router costs for a token and a request, beside o
 bench-served: setup ## The whole system beside vLLM's server on the same cores, in turns (build/bench/served.json)
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m
 	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.perf.served build/checkpoint-280m $(ARGS)
+
+bench-workloads: setup ## The field's four workloads, served at a smaller size and simulated at their own (build/bench/workloads.json)
+	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.perf.workloads $(ARGS)
 
 profile: setup ## Where a step's time goes on a CPU, per operation beside its floor: ARGS="--decode 1 16 --prefill 512 --json"
 	@test -d build/checkpoint-280m || $(BIN)/python -m tests.perf.checkpoint_280m build/checkpoint-280m

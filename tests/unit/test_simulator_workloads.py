@@ -14,9 +14,12 @@ from headrace_planner.sim_workloads import (
     cluster_of,
     machine_of,
     rate_of,
+    simulated,
     workload_of,
 )  # fmt: skip
 from headrace_planner.simulator import simulate
+
+from tests.perf.workloads.table import BEGIN, DOCS, END, latency_row, of_simulated, rate_row, table, write
 
 
 def test_what_is_simulated_is_what_a_bench_would_ask():
@@ -42,3 +45,23 @@ def test_nothing_simulated_is_faster_than_the_roofline(model, name):
     assert gaps_s.min() > machine.step(StepLoad.decode(1, least_context)).time_s * 0.99
     assert cell.figures["mean_itl_ms"] > 1e3 * cell.step().time_s * 0.99
     assert cell.result.num_done == 256
+
+
+@pytest.mark.parametrize(("model", "name"), [("deepseek-v3", "summarization"), ("mixtral-8x7b", AT_ONCE)])
+def test_the_docs_show_what_is_simulated_now(model, name):
+    cell, page = of_simulated(simulated(model, name)), DOCS.read_text()
+    shown = page.partition(BEGIN)[2].partition(END)[0].splitlines()
+    assert rate_row(cell) in shown, "make bench-workloads writes it"
+    assert latency_row(cell) in shown
+    assert len(shown) > 2 * 4 * len(MODELS), "each workload has a row in both halves for what is simulated and served"
+
+
+def test_a_table_is_put_between_its_marks_and_says_what_was_not_measured(tmp_path):
+    rate = rate_of("mixtral-8x7b", "summarization")
+    found = simulate(cluster_of("mixtral-8x7b"), workload_of("summarization", rate, 20))
+    text = table([of_simulated(Simulated("mixtral-8x7b", "summarization", rate, found))], [])
+    assert text.startswith("Served: not measured.")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write(text, page)
+    assert page.read_text() == f"before\n{BEGIN}\n{text}\n{END}\nafter\n"

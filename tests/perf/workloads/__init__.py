@@ -1,0 +1,1 @@
+"""The field's four workloads: served here at a smaller size, simulated at their own."""
