@@ -42,9 +42,10 @@ def steps(*numbers, position=5):
 
 
 def a_session():
-    """Return one with a listener, of sequence 1."""
+    """Return one with a listener, of sequence 1, in which no time passes."""
     info = worker_service_pb2.GetInfoResponse(vocab_size=10)
     session = StepSession(7, info, KvLayout(1, 16, CacheDtype.BFLOAT16, LatentAttention(16, 8)))
+    session._idle._clock = lambda: session._idle._seen_s
     session.start(Sink(), pb.StartSequence(sequence_number=1, attempt=1))
     return session
 

@@ -12,6 +12,7 @@ from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.testing.async_test import async_test
 from headrace_core.testing.handoff_parts import PlainMemory
 from headrace_core.transfer.sealer import Sealer
+from headrace_core.transfer.verify import yield_to_steps
 
 LAYOUT = KvLayout(2, 4, CacheDtype.FLOAT32, LatentAttention(3, 1))
 """Of `PlainMemory`'s pages: 64 bytes in each of two layers."""
@@ -136,3 +137,13 @@ async def test_runs_of_few_layers_have_more_pages():
     assert [len(part) for _, part in sealer.parts(0, pages, num_layers=2)] == [2, 2, 1]
     assert [len(part) for _, part in sealer.parts(0, pages, num_layers=1)] == [4, 1]
     sealer.close()
+
+
+@pytest.mark.parametrize(("own", "becomes"), [(0, 10), (5, 15), (15, 19), (19, 19), (-5, 5)])
+def test_what_gives_way_never_asks_for_more_than_its_process_has(monkeypatch, own, becomes):
+    """Only root may make a thread less nice again: a nice process's hand-offs would all fail."""
+    became: list[int] = []
+    monkeypatch.setattr(os, "getpriority", lambda which, who: own)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, niceness: became.append(niceness))
+    yield_to_steps()
+    assert became == [becomes]

@@ -21,6 +21,7 @@ from headrace_core.transfer.transport import Read
 from headrace_core.transfer.values import Run
 
 _NICENESS = 10
+_NICEST = 19
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,9 +47,14 @@ async def to_its_end(running: asyncio.Future[R]) -> R:
 
 
 def yield_to_steps() -> None:
-    """Let the engine's thread go before the calling one: on Linux a thread has a niceness of its own."""
+    """Let the engine's thread go before the calling one: on Linux a thread has a niceness of its own.
+
+    It is by so much nicer than its process, which may be a nice one itself: without rights none may be less so again.
+    """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, min(niceness, _NICEST))
 
 
 def accept_pages(
