@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from headrace_core.errors import StartupError
 
@@ -40,6 +40,8 @@ class Figure:
     y_log: bool = False
     marks: Sequence[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     """Vertical lines: x and what they mean."""
+    legend: Literal["inside", "beside", "none"] = "inside"
+    """Where lines are named; of figures with the same lines the last may do it for all."""
 
 
 def save(figures: Sequence[Figure], path: Path) -> None:
@@ -80,7 +82,9 @@ def _draw(figure: Figure, axis: Any) -> None:
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=7)
+    if figure.legend != "none":
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axis.legend(frameon=False, fontsize=7, **(beside if figure.legend == "beside" else {}))
 
 
 def _pyplot() -> Any:

@@ -125,7 +125,7 @@ def study_of(cells: Sequence[Simulated]) -> Study:
     """Return simulated cells as figures and rows."""
     columns = ["model", "workload", "requests/s", "done/s", "output tok/s", "TTFT p50, p99", "mean ITL", "mean TPOT",
                "a step's floor", "bound by"]  # fmt: skip
-    percents = list(range(1, 100))
+    percents = list(range(1, 100, 2))
     ttft, itl = list[Line](), list[Line]()
     for cell in cells:
         style, colour = MODELS.index(cell.model), WORKLOADS.index(cell.workload)
@@ -135,8 +135,8 @@ def study_of(cells: Sequence[Simulated]) -> Study:
         ttft.append(Line(label, percents, firsts_ms, style=style, colour=colour))
         itl.append(Line(label, percents, gaps_ms, style=style, colour=colour))
     figures = [
-        Figure("TTFT, simulated on 8 + 8 H200", "percent of requests", "ms", ttft, y_log=True),
-        Figure("ITL", "percent of tokens", "ms", itl, y_log=True),
+        Figure("TTFT, simulated on 8 + 8 H200", "percent of requests", "ms", ttft, y_log=True, legend="none"),
+        Figure("ITL", "percent of tokens", "ms", itl, y_log=True, legend="beside"),
     ]
     return Study(figures, columns, [_row(cell) for cell in cells])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from headrace_client.bench.asked import Dataset
 from headrace_core.roofline.operations import StepLoad
@@ -43,16 +45,23 @@ def test_nothing_simulated_is_faster_than_the_roofline(model, name):
         assert ttft_s > 0.96 * machine.step(StepLoad.prefill(int(tokens), 0, batch=1)).time_s
     least_context = int(workload.num_prompt.min())
     assert gaps_s.min() > machine.step(StepLoad.decode(1, least_context)).time_s * 0.99
-    assert cell.figures["mean_itl_ms"] > 1e3 * cell.step().time_s * 0.99
+    # Batches of several sizes take a little less on average than one of mean size.
+    assert cell.figures["mean_itl_ms"] > 1e3 * cell.step().time_s * 0.97
     assert cell.result.num_done == 256
+
+
+def numbers(row):
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", row)]
 
 
 @pytest.mark.parametrize(("model", "name"), [("deepseek-v3", "summarization"), ("mixtral-8x7b", AT_ONCE)])
 def test_the_docs_show_what_is_simulated_now(model, name):
     cell, page = of_simulated(simulated(model, name)), DOCS.read_text()
     shown = page.partition(BEGIN)[2].partition(END)[0].splitlines()
-    assert rate_row(cell) in shown, "make bench-workloads writes it"
-    assert latency_row(cell) in shown
+    rows = [row for row in shown if row.startswith(f"| {name} | {model} |")]
+    for row, now in zip(rows, (rate_row(cell), latency_row(cell)), strict=True):
+        # 3 %: what is simulated may change a little without a new table.
+        assert numbers(row) == pytest.approx(numbers(now), rel=0.03), "make bench-workloads writes it"
     assert len(shown) > 2 * 4 * len(MODELS), "each workload has a row in both halves for what is simulated and served"
 
 
