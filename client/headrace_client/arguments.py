@@ -67,7 +67,7 @@ def sampling_of(sampling: object) -> tuple[SamplingParams, tuple[str, ...]]:
         value = getattr(sampling, field.name)
         if value is not None:
             changed[field.name] = _FIELDS[field.name](field.name, value)
-        elif field.name not in ("max_tokens", "seed", "top_logprobs", "grammar"):
+        elif field.name not in ("max_tokens", "seed", "top_logprobs", "prompt_logprobs", "grammar"):
             changed[field.name] = getattr(_DEFAULTS, field.name)
     left = tuple(name for name in OF_THE_MODEL if getattr(sampling, name) is None)
     return replace(_DEFAULTS, **changed), left
@@ -232,6 +232,7 @@ _FIELDS: dict[str, Callable[[str, object], Any]] = {
     "stop_strings": _texts,
     "logit_bias": _biases,
     "top_logprobs": _count,
+    "prompt_logprobs": _count,
     "grammar": _grammar,
 }
 

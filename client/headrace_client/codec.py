@@ -25,6 +25,7 @@ from headrace_client.results import (
     Generation,
     Phase,
     Prompt,
+    PromptTokenLogprobs,
     Sample,
     ServerInfo,
     Timings,
@@ -142,6 +143,7 @@ class Reader:
             usage=_decode_usage(response.usage) if response.HasField("usage") else None,
             timings=_decode_timings(response.timings) if response.HasField("timings") else None,
             matched_stop_string=response.matched_stop_string,
+            prompt_logprobs=_decode_prompt(response.prompt_logprobs) if response.HasField("prompt_logprobs") else (),
         )
         if delta.sample_index not in self._unfinished:
             raise ProtocolError(
@@ -197,12 +199,36 @@ def _sample(deltas: list[Delta]) -> Sample:
         logprobs=tuple(logprobs),
         timings=last.timings,
         matched_stop_string=last.matched_stop_string,
+        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
     )
 
 
 def _decode_logprobs(entry: types_pb2.TokenLogprobs) -> TokenLogprobs:
     top = tuple((each.token_id, each.logprob) for each in entry.top)
     return TokenLogprobs(entry.logprob, top, entry.token, tuple(each.token for each in entry.top))
+
+
+def _decode_prompt(said: types_pb2.PromptLogprobs) -> tuple[PromptTokenLogprobs, ...]:
+    count = len(said.logprobs)
+    num_top = len(said.top_token_ids) // count if count else 0
+    columns = (said.ranks, said.token_ids, said.tokens)
+    tops = (said.top_logprobs, said.top_tokens)
+    if any(len(each) != count for each in columns) or any(len(each) != num_top * count for each in tops):
+        raise ProtocolError("PROTOCOL", "the router sent log-probabilities of a prompt with parts missing")
+    pairs = list(zip(said.top_token_ids, said.top_logprobs, strict=False))
+    return tuple(
+        PromptTokenLogprobs(
+            said.token_ids[i],
+            said.ranks[i],
+            TokenLogprobs(
+                said.logprobs[i],
+                tuple(pairs[i * num_top : (i + 1) * num_top]),
+                said.tokens[i],
+                tuple(said.top_tokens[i * num_top : (i + 1) * num_top]),
+            ),
+        )
+        for i in range(count)
+    )
 
 
 def _decode_usage(usage: pb.Usage) -> Usage:

@@ -76,13 +76,26 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokenLogprobs:
+    """Log-probabilities in the place of one token of a prompt: `TokenLogprobs`, the token's id, and its rank.
+
+    One more than there are tokens more probable than it.
+    """
+
+    token_id: int
+    rank: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """The next piece of one sample.
 
     `text` may be empty while a character or a possible stop string is incomplete. `logprobs` has one entry for each of
     `token_ids` when asked for, else it is empty. The last delta of a sample has `finish_reason` and `usage`, and
     `timings` when asked for. `matched_stop_string` is empty unless one ended the sample. `request_id` is the router's
-    when the caller gave none.
+    when the caller gave none. `prompt_logprobs`, when asked for, are of prompt tokens behind those of the delta before,
+    from the second on; all of them come before the first token.
     """
 
     request_id: str
@@ -94,11 +107,15 @@ class Delta:
     usage: Usage | None = None
     timings: Timings | None = None
     matched_stop_string: str = ""
+    prompt_logprobs: tuple[PromptTokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One finished sample. `logprobs` is empty unless asked for, and then as long as `token_ids`."""
+    """One finished sample. `logprobs` is empty unless asked for, and then as long as `token_ids`.
+
+    `prompt_logprobs`, when asked for, are of the prompt's tokens but its first, of which nothing is known.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -107,6 +124,7 @@ class Sample:
     logprobs: tuple[TokenLogprobs, ...] = ()
     timings: Timings | None = None
     matched_stop_string: str = ""
+    prompt_logprobs: tuple[PromptTokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +158,11 @@ class Generation:
     def logprobs(self) -> tuple[TokenLogprobs, ...]:
         """Log-probabilities of the first sample's tokens; empty unless asked for."""
         return self.samples[0].logprobs
+
+    @property
+    def prompt_logprobs(self) -> tuple[PromptTokenLogprobs, ...]:
+        """Log-probabilities of the prompt's tokens but its first; empty unless asked for."""
+        return self.samples[0].prompt_logprobs
 
     @property
     def timings(self) -> Timings | None:

@@ -12,7 +12,8 @@ class SamplingParams:
 
     `temperature`, `top_p`, `top_k` and `repetition_penalty` None: as the model's generation_config.json says, else off
     (temperature 1). `max_tokens` None: the router's default, cut to what the context leaves. `seed` None: the router
-    draws one. `top_logprobs` None: no log-probabilities. `grammar` is one of `json_schema`, `regex` and `lark` with its
+    draws one. `top_logprobs` None: no log-probabilities; `prompt_logprobs` None: none of the prompt's tokens; with them
+    `max_tokens` may be 0, and nothing is generated. `grammar` is one of `json_schema`, `regex` and `lark` with its
     text, as {"regex": "[0-9]+"}.
     """
 
@@ -31,4 +32,5 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict[int, float])
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Mapping[str, str] | None = None

@@ -6,7 +6,7 @@ import hashlib
 import re
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -20,6 +20,8 @@ MAX_COUNT = (1 << 31) - 1
 MAX_EOS_TOKEN_IDS = 1024
 """Most tokens of a model that end a text."""
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Most log-probabilities of one prompt, those of all its tokens' places together: 8,192 tokens with 20 each fit."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_SAMPLES = 16
@@ -85,7 +87,7 @@ class SamplingParams:
     """How tokens are chosen. `types.proto` says what each field means and may be; defaults are the wire's.
 
     `max_tokens` None means: the default, cut to what the context leaves. `seed` None means: the router draws one.
-    `top_logprobs` None means: no log-probabilities.
+    `top_logprobs` and `prompt_logprobs` None mean: no log-probabilities. `max_tokens` is 0 only with the latter.
     """
 
     max_tokens: int | None = None
@@ -104,6 +106,7 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict[int, float])
     top_logprobs: int | None = None
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -122,7 +125,8 @@ class SamplingParams:
         for name in MAX_ENTRIES:
             check_num_entries(name, len(getattr(self, name)))
         max_tokens, is_default = (DEFAULT_MAX_TOKENS, True) if self.max_tokens is None else (self.max_tokens, False)
-        _require(max_tokens >= 1, "max_tokens", max_tokens, "at least 1")
+        if self.prompt_logprobs is None:  # with them the prompt may be all that is looked at
+            _require(max_tokens >= 1, "max_tokens", max_tokens, "at least 1, or 0 with prompt_logprobs")
         most = f"{max_tokens}], max_tokens{' if it is not set' if is_default else ''}"
         _require(0 <= self.min_tokens <= max_tokens, "min_tokens", self.min_tokens, f"in [0, {most}")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
@@ -133,14 +137,25 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             is_fit = -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS
             _require(is_fit, f"logit_bias[{token_id}]", bias, f"in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]")
-        _require(
-            self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
-            "top_logprobs", self.top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]",
-        )  # fmt: skip
+        for name, count in (("top_logprobs", self.top_logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            _require(count is None or 0 <= count <= MAX_TOP_LOGPROBS, name, count, f"in [0, {MAX_TOP_LOGPROBS}]")
         if self.grammar is not None:  # which says itself where the output ends
             _require(not self.ignore_eos, "ignore_eos", self.ignore_eos, "false with a grammar")
             _require(not self.min_tokens, "min_tokens", self.min_tokens, "0 with a grammar")
             self.grammar.validate()
+
+    def num_prompt_logprobs(self, num_prompt_tokens: int) -> int:
+        """Return how many log-probabilities are wanted of a prompt, all in all.
+
+        Raises:
+            InvalidRequestError: BAD_SAMPLING, they are too many.
+        """
+        if self.prompt_logprobs is None:
+            return 0
+        count = (num_prompt_tokens - 1) * (1 + self.prompt_logprobs)
+        fit = f"so small that {num_prompt_tokens} tokens have {MAX_PROMPT_LOGPROBS} log-probabilities at most"
+        _require(count <= MAX_PROMPT_LOGPROBS, "prompt_logprobs", self.prompt_logprobs, fit)
+        return count
 
     def validate_tokens(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         """Check the token ids it names against the model's vocabulary, and that they leave a token to choose.
@@ -164,6 +179,36 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Natural log-probabilities of consecutive tokens of a prompt, the first of them at position `first`, in columns.
+
+    Of each: its own, its rank (1: none is more probable), and the `num_top` most probable tokens in its place, most
+    probable first, one place's behind another's.
+    """
+
+    first: int
+    logprobs: Sequence[float]
+    ranks: Sequence[int]
+    num_top: int
+    top_ids: Sequence[int]
+    top_logprobs: Sequence[float]
+
+    def parts(self, most_tokens: int) -> Iterator[PromptLogprobs]:
+        """Yield it in parts of at most so many tokens."""
+        for start in range(0, len(self.logprobs), most_tokens):
+            end = start + most_tokens
+            tops = slice(start * self.num_top, end * self.num_top)
+            yield PromptLogprobs(
+                self.first + start,
+                self.logprobs[start:end],
+                self.ranks[start:end],
+                self.num_top,
+                self.top_ids[tops],
+                self.top_logprobs[tops],
+            )
 
 
 @dataclass(frozen=True, slots=True)

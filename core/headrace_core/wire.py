@@ -18,6 +18,7 @@ from headrace_core.request import (
     FinishReason,
     Grammar,
     GrammarKind,
+    PromptLogprobs,
     SamplingParams,
     TokenLogprobs,
     check_num_entries,
@@ -26,7 +27,7 @@ from headrace_core.rpc import from_status, status_code
 
 _OPTIONAL_SCALARS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "seed", "min_tokens", "ignore_eos", "top_logprobs",
+    "frequency_penalty", "seed", "min_tokens", "ignore_eos", "top_logprobs", "prompt_logprobs",
 )  # fmt: skip
 
 _DTYPE_TO_WIRE = {
@@ -171,6 +172,17 @@ def encode_logprobs(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
     return types_pb2.TokenLogprobs(
         logprob=logprobs.logprob,
         top=[types_pb2.TopLogprob(token_id=token, logprob=value) for token, value in logprobs.top],
+    )
+
+
+def encode_prompt_logprobs(logprobs: PromptLogprobs) -> types_pb2.PromptLogprobs:
+    """Return the message."""
+    return types_pb2.PromptLogprobs(
+        first_position=logprobs.first,
+        logprobs=logprobs.logprobs,
+        ranks=logprobs.ranks,
+        top_token_ids=logprobs.top_ids,
+        top_logprobs=logprobs.top_logprobs,
     )
 
 

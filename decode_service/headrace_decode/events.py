@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace_core.batch.step_book import Failed, FetchReady
-from headrace_core.request import FinishReason, SampledToken
+from headrace_core.request import FinishReason, PromptLogprobs, SampledToken
 
 from headrace_decode.held_prefixes import PrefixHeld
 
@@ -42,11 +42,19 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities of a sequence's prompt, which go on from those of the event before."""
+
+    key: int
+    logprobs: PromptLogprobs
+
+
+@dataclass(frozen=True, slots=True)
 class Preempted:
     """A sequence gave its pages back and waits to be computed again."""
 
     key: int
 
 
-SequenceEvent = FetchReady | PagesReady | Started | Output | Failed | Preempted
+SequenceEvent = FetchReady | PagesReady | Started | Scored | Output | Failed | Preempted
 DecodeEvent = SequenceEvent | PrefixHeld

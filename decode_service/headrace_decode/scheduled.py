@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from headrace_core.batch.finish import FinishRule
+from headrace_core.batch.prompt_progress import PromptProgress
 from headrace_core.batch.spec import ModelLimits, SequenceSpec
 from headrace_core.batch.step import Chunk, SamplingMemo, SamplingRow
 from headrace_core.kv.sequence_pages import SequencePages
@@ -42,6 +44,7 @@ class Scheduled:
     prompt_ids: list[int]
     output_ids: list[int]
     finish: FinishRule
+    prompt: PromptProgress
     added_s: float
     num_cached_elsewhere: int = 0
     """Pages, as long as they were not asked for."""
@@ -53,6 +56,18 @@ class Scheduled:
     is_started: bool = False
     memo: SamplingMemo = field(default_factory=SamplingMemo)
     drafting: Drafting = field(default_factory=Drafting)
+
+    @staticmethod
+    def of(spec: SequenceSpec, **values: Any) -> Scheduled:
+        """Return a sequence that waits; `values` are the fields that `spec` does not say."""
+        return Scheduled(
+            spec=spec,
+            token_ids=list(spec.token_ids),
+            prompt_ids=spec.token_ids[: spec.num_prompt_tokens],
+            output_ids=spec.token_ids[spec.num_prompt_tokens :],
+            prompt=PromptProgress(spec),
+            **values,
+        )
 
     @property
     def num_left(self) -> int:
@@ -69,6 +84,7 @@ class Scheduled:
             is_sampled=end == len(self.token_ids),
             request_id=self.spec.request_id,
             lane=self.pages.lane,
+            scoring=self.prompt.scoring(self.token_ids, self.num_computed, end),
         )
 
     def advance(self, chunk: Chunk, num_new: int, guess: Sequence[int]) -> None:

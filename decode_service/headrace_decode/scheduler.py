@@ -37,7 +37,7 @@ from headrace_core.errors import HeadraceError, OverloadedError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.request import SampledToken
 
-from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Started
+from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Scored, Started
 from headrace_decode.held_prefixes import HeldPrefixes
 from headrace_decode.scheduled import MOVING, Scheduled, State
 from headrace_decode.speculation import NO_DRAFTS, Speculation
@@ -92,21 +92,18 @@ class DecodeScheduler:
         tokens are fetched, if that is a page more at least than is cached here.
         """
         if self._book.admits(key, num_tokens=len(spec.token_ids) + 1, num_waiting=len(self._waiting)):
-            sequence = self._sequences[key] = Scheduled(
+            sequence = self._sequences[key] = Scheduled.of(
+                spec,
                 key=key,
                 group=group,
-                spec=spec,
                 has_handoff=has_handoff,
                 local_below=local_below,
-                token_ids=list(spec.token_ids),
-                prompt_ids=spec.token_ids[: spec.num_prompt_tokens],
-                output_ids=spec.token_ids[spec.num_prompt_tokens :],
                 finish=FinishRule(spec.params, self._limits),
                 drafting=self._speculation.drafting(),
                 added_s=now,
-                # One is left to compute.
-                num_cached_elsewhere=min(num_cached_elsewhere, len(spec.token_ids) - 1) // self.pages.page_size,
             )
+            most = sequence.prompt.most_cached(len(spec.token_ids) - 1)  # one is left to compute
+            sequence.num_cached_elsewhere = min(num_cached_elsewhere, most) // self.pages.page_size
             self._waiting.add(sequence)
 
     def admit(self, now: float) -> None:
@@ -115,6 +112,8 @@ class DecodeScheduler:
             sequence = self._waiting.head()
             # Whoever computes here computes a token at least.
             num_left = 0 if sequence.has_handoff and not sequence.local_below else 1
+            num_tokens = len(sequence.token_ids)
+            num_left = num_tokens - sequence.prompt.most_cached(num_tokens - num_left)
             pages = self.pages.admit(sequence.key, sequence.token_ids, num_left=num_left, num_kept=self._num_kept)
             if pages is None:
                 return
@@ -247,6 +246,10 @@ class DecodeScheduler:
                 self._book.give_back(sequence.key, sequence.pages, is_discarded=True)
                 self._fail(sequence, error)
                 continue
+            scored = result.prompt_logprobs.get(chunk.key)
+            if scored is not None:
+                sequence.prompt.take(len(scored.logprobs))
+                self._book.tell(Scored(chunk.key, scored))
             tokens = result.tokens[chunk.key] if chunk.is_sampled else []
             has_ended = self._emit(sequence, tokens)
             sequence.advance(chunk, len(tokens), result.guesses.get(chunk.key, ()))

@@ -10,12 +10,18 @@ from typing import Any
 from headrace.v1 import decode_service_pb2 as pb
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import DeadlineError, HeadraceError, InvalidRequestError
-from headrace_core.request import hash_tokens
+from headrace_core.request import PromptLogprobs, hash_tokens
 from headrace_core.tracing.stages import Stages
 from headrace_core.transfer.hold import Side
 from headrace_core.transfer.taker import TransferStats
 from headrace_core.transfer.values import Admission, CachedPrefix, FirstToken, Order, decode_cached, timeout_s
-from headrace_core.wire import decode_sampling, encode_failure, encode_finish, encode_logprobs
+from headrace_core.wire import (
+    decode_sampling,
+    encode_failure,
+    encode_finish,
+    encode_logprobs,
+    encode_prompt_logprobs,
+)
 from headrace_core.worker.loading import LoadedModel
 
 from headrace_decode.events import Output, Started
@@ -26,6 +32,9 @@ _SIDES = {
     Side.HOLDER: pb.FAILURE_SIDE_PREFILL,
     Side.CHANNEL: pb.FAILURE_SIDE_CHANNEL,
 }
+
+_SCORED_BYTES, _LOGPROB_BYTES = 32 << 10, 9
+"""Of an entry with log-probabilities of a prompt, at most, and of each: so that no part of them takes a router long."""
 
 
 def decode_spec(message: pb.StartSequence) -> SequenceSpec:
@@ -43,6 +52,7 @@ def decode_spec(message: pb.StartSequence) -> SequenceSpec:
         token_ids=list(message.token_ids),
         num_prompt_tokens=message.num_prompt_tokens,
         params=decode_sampling(message.sampling),
+        num_prompt_logprobs=message.num_prompt_logprobs,
     )
 
 
@@ -153,6 +163,12 @@ class Sequence:
                 hidden_transfer_bytes=moved.num_hidden_bytes if moved else 0,
             )
         )
+
+    def tell_scored(self, logprobs: PromptLogprobs) -> None:
+        """Tell what is known of its prompt."""
+        per_token = _LOGPROB_BYTES * (1 + logprobs.num_top)
+        for part in logprobs.parts(_SCORED_BYTES // per_token):
+            self._tell(prompt_logprobs=encode_prompt_logprobs(part))
 
     def tell_output(self, output: Output) -> None:
         """Tell of its next token."""

@@ -31,19 +31,13 @@ from headrace_core.transfer.grpc import SERVICE as TRANSFER_SERVICE
 from headrace_core.transfer.hold import HOLD_SERVICE, Side, TakeError, add_hold_servicer
 from headrace_core.transfer.taker import DRAIN_TIMEOUT_S, Taker, TransferStats
 from headrace_core.transfer.transports import usable
-from headrace_core.transfer.values import (
-    Admission,
-    FirstToken,
-    Owner,
-    replaced,
-    stale_attempt,
-)
+from headrace_core.transfer.values import Admission, FirstToken, Owner, replaced, stale_attempt
 from headrace_core.worker.host import Loader, WorkerHost
 from headrace_core.worker.loading import load_worker_model
 from headrace_core.worker.prefix_fetcher import PrefixFetcher, model_taker
 from prometheus_client import CollectorRegistry
 
-from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, SequenceEvent, Started
+from headrace_decode.events import DecodeEvent, Output, PagesReady, Preempted, Scored, SequenceEvent, Started
 from headrace_decode.held_prefixes import PrefixHeld
 from headrace_decode.metrics import DecodeMetrics
 from headrace_decode.prefix_holder import PrefixHolder
@@ -369,6 +363,8 @@ class DecodeService:
                 worker.cache_hit_tokens.inc(num_cached)
                 sequence.has_joined = True
                 sequence.tell_joined(event)
+            case Scored(logprobs=logprobs):
+                sequence.tell_scored(logprobs)
             case Output(finish=finish):
                 worker.sampled_tokens.inc()
                 sequence.tell_output(event)

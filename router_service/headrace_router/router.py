@@ -14,7 +14,7 @@ from headrace_core.config import RouterSettings
 from headrace_core.discovery import Discovery
 from headrace_core.door import Call
 from headrace_core.endable import EndableWait
-from headrace_core.errors import HeadraceError, UnavailableError
+from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 from headrace_core.families.generation_config import read_sampling_defaults
 from headrace_core.http2.call import Dial, open_call
 from headrace_core.hub import is_hub_name
@@ -42,6 +42,9 @@ from headrace_router.text.prompts import Prompts
 from headrace_router.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+MOST_PROMPT_LOGPROBS = 1 << 22
+"""Of all prompts of requests under way: 32 MB, and 120 where answers are collected as JSON."""
 
 
 class Router:
@@ -105,6 +108,8 @@ class Router:
         self._waiting = WaitingRoom(settings.max_queued_requests, settings.max_queued_tokens)
         self._running: dict[str, RunningRequest] = {}
         self._num_entering = 0
+        self._num_prompt_logprobs = 0
+        """Of the requests under way."""
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -185,6 +190,10 @@ class Router:
             seat = self._waiting.take(caller, evict=wait.end)
             spec = await self._admit(message, caller, wait, arrival_s=arrival_s, deadline_s=deadline_s)
             seat.weigh(len(spec.prompt_ids))
+            if self._num_prompt_logprobs + spec.num_prompt_logprobs > MOST_PROMPT_LOGPROBS:
+                raise OverloadedError(
+                    "QUEUE_FULL", "log-probabilities of so many prompts' tokens are under way already; try again later"
+                )
 
             def close(failed: RunningRequest) -> None:
                 self.close(failed)
@@ -195,6 +204,7 @@ class Router:
                 spec, self._flow, self._tokenizer, self._metrics, seat, on_failed=close, on_used=on_used, span=span
             )
             self._running[spec.sent_id] = running
+            self._num_prompt_logprobs += spec.num_prompt_logprobs
             seat = None
             return running
         except HeadraceError as error:
@@ -250,7 +260,8 @@ class Router:
     def close(self, running: RunningRequest) -> None:
         """End a request's bookkeeping, and what still runs of it; idempotent."""
         running.close()
-        self._running.pop(running.spec.sent_id, None)
+        if self._running.pop(running.spec.sent_id, None) is not None:
+            self._num_prompt_logprobs -= running.spec.num_prompt_logprobs
         self._check_idle()
 
     def info(self) -> generation_service_pb2.GetServerInfoResponse:

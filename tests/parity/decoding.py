@@ -12,8 +12,8 @@ from headrace_core.engine.executor import Executor
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.model import Model
-from headrace_core.request import SamplingParams
-from headrace_decode.events import Output, Preempted
+from headrace_core.request import PromptLogprobs, SamplingParams
+from headrace_decode.events import Output, Preempted, Scored
 from headrace_decode.scheduler import DecodeScheduler
 from headrace_decode.speculation import NO_DRAFTS, Speculation
 from headrace_kernels import backend
@@ -26,6 +26,7 @@ class Decoded:
     """What came of some sequences. Prompts' steps are counted apart; a row is a sequence's share of a step."""
 
     outputs: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    scored: dict[int, list[PromptLogprobs]] = field(default_factory=dict[int, list[PromptLogprobs]])
     num_rows: int = 0
     num_drafted: int = 0
     num_right: int = 0
@@ -88,6 +89,8 @@ class Decoding:
             for event in scheduler.take_events():
                 if isinstance(event, Output):
                     found.outputs[event.key].append(event.token.token_id)
+                if isinstance(event, Scored):
+                    found.scored.setdefault(event.key, []).append(event.logprobs)
                 found.num_preempted += isinstance(event, Preempted)
             over = time.thread_time()
             if all(len(chunk.token_ids) - chunk.num_draft == 1 for chunk in plan.chunks):

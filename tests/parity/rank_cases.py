@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from headrace_core.batch.step import Chunk
+from headrace_core.batch.step import Chunk, Scoring
 from headrace_core.model.group_results import gather_failures, not_finite
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
@@ -18,6 +18,7 @@ from headrace_core.ranks.group import ALONE, RankGroup, Ranks, ranks_of
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.sharding import Owners
 from headrace_core.ranks.two_batches import with_two_batches
+from headrace_core.request import PromptLogprobs
 from headrace_core.testing.paged_sequences import PagedSequences, generate_greedy
 from headrace_kernels import use_backend
 from headrace_kernels.backend import Backend
@@ -135,6 +136,36 @@ def all_of(world: RankGroup, to_do: ToDo) -> Found:
         {(case, dtype): _sent_bytes(world, case, dtype) for case, dtype in to_do.send},
         _checked(world, to_do.generate[0].folder),
     )
+
+
+def scores(world: RankGroup, cases: list[Case]) -> list[dict[int, list[PromptLogprobs]]]:
+    """Return what rank 0 learns of five prompts of `scored_prompt`, two chunks each, which take turns at the lanes."""
+    found: list[dict[int, list[PromptLogprobs]]] = []
+    for case in cases:
+        ranks = _ranks(case, world)
+        model = load_model(case.folder, ranks=ranks)
+        sequences = PagedSequences(model, page_size=16, num_pages=16)
+        said: dict[int, list[PromptLogprobs]] = {}
+        for start, end in ((0, 7), (7, 19)):
+            chunks = [
+                replace(
+                    sequences.chunk(key, scored_prompt(key)[start:end]),
+                    lane=key % ranks.layout.num_lanes,
+                    is_sampled=end == 19,
+                    scoring=Scoring(0, scored_prompt(key)[start + 1 : end + 1], 4),
+                )
+                for key in range(5)
+            ]
+            model.forward(chunks, sequences.cache)
+            for key, each in model.take_prompt_logprobs().items():
+                said.setdefault(key, []).append(each)
+        found.append(said)
+    return found
+
+
+def scored_prompt(key: int) -> list[int]:
+    """Return 19 tokens."""
+    return [3 + (key * 31 + i * 11) % 150 for i in range(19)]
 
 
 TOKENS = [65, 64, 65, 64]

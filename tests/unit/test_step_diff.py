@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from headrace_core.batch.executor_book import ExecutorBook
-from headrace_core.batch.step import Chunk, FatalStepError, ForwardPlan, SamplingRow, StepPlan, StepResult
+from headrace_core.batch.step import Chunk, FatalStepError, ForwardPlan, SamplingRow, Scoring, StepPlan, StepResult
 from headrace_core.batch.step_diff import BookDisagreesError, Differ, StepDiff
 from headrace_core.engine.plan_messages import decode, encode
 from headrace_core.errors import HeadraceError, ProtocolError
@@ -138,7 +138,12 @@ def plans() -> list[StepPlan]:
     return [
         StepPlan(
             ForwardPlan(
-                [Chunk(1, [4, 5], 0, [8, 9], False, "one"), Chunk(-2, [6], 2, [3], True, "zwei ü")], [9], (1, 3)
+                [
+                    Chunk(1, [4, 5], 0, [8, 9], False, "one", scoring=Scoring(1, [6], 3)),
+                    Chunk(-2, [6], 2, [3], True, "zwei ü"),
+                ],
+                [9],
+                (1, 3),
             ),
             {-2: row(3, [])},
         ),
@@ -159,6 +164,9 @@ def test_a_message_is_the_diff_and_one_that_is_cut_or_longer_or_of_another_versi
         message = encode(diff)
         again = decode(message)
         assert encode(again) == message
+        assert [each.scoring and each.scoring.num_top for each in again.rows] == [
+            each.scoring and each.scoring.num_top for each in diff.rows
+        ]
         assert (again.number, again.digest, again.names, again.stops) == (
             diff.number, diff.digest, diff.names, diff.stops,
         )  # fmt: skip
@@ -166,7 +174,7 @@ def test_a_message_is_the_diff_and_one_that_is_cut_or_longer_or_of_another_versi
         for size in range(len(message)):
             with pytest.raises(ProtocolError):
                 decode(message[:size])
-        for wrong in (message + b"\0", b"\3" + message[1:]):
+        for wrong in (message + b"\0", b"\4" + message[1:]):
             with pytest.raises(ProtocolError, match="no plan of a step"):
                 decode(wrong)
 

@@ -81,7 +81,15 @@ class ExecutorBook:
         page_ids = self._book.places[row.key].page_ids
         lane = page_ids[0] // self._lane_pages if self._lane_pages else 0
         return Chunk(
-            row.key, token_ids, row.start, page_ids, row.is_sampled, self._names[row.key], lane, num_draft=row.num_draft
+            row.key,
+            token_ids,
+            row.start,
+            page_ids,
+            row.is_sampled,
+            self._names[row.key],
+            lane,
+            num_draft=row.num_draft,
+            scoring=row.scoring,
         )
 
     def _sampling(self, row: Row) -> SamplingRow:

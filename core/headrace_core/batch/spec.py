@@ -32,6 +32,8 @@ class SequenceSpec:
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
+    num_prompt_logprobs: int = 0
+    """Tokens of the prompt, from its second on, whose log-probabilities are known already."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -71,6 +73,10 @@ class SequenceSpec:
         max_tokens = DEFAULT_MAX_TOKENS if self.params.max_tokens is None else self.params.max_tokens
         if self.num_output_tokens >= max_tokens:
             raise InvalidRequestError("BAD_REQUEST", f"all of max_tokens={max_tokens} tokens are produced already")
+        if not 0 <= self.num_prompt_logprobs < self.num_prompt_tokens:
+            problem = f"num_prompt_logprobs is {self.num_prompt_logprobs}, of {self.num_prompt_tokens} tokens"
+            raise InvalidRequestError("BAD_REQUEST", problem)
+        self.params.num_prompt_logprobs(self.num_prompt_tokens)
         check_token_ids(self.token_ids, limits.vocab_size, "token_ids")
         if self.params.grammar is not None and limits.grammar_problem:
             problem = f"this worker can't hold answers to a grammar: {limits.grammar_problem}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from headrace_core.errors import HeadraceError
-from headrace_core.request import SampledToken, SamplingParams
+from headrace_core.request import PromptLogprobs, SampledToken, SamplingParams
 from headrace_core.roofline.step_load import StepLoad
 
 Mark = object
@@ -57,6 +57,18 @@ class SamplingRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """Tokens of a prompt whose log-probabilities a chunk's rows give: row `first_row` + i that of number i.
+
+    `num_top` most probable tokens in each one's place are wanted besides.
+    """
+
+    first_row: int
+    token_ids: Sequence[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """One sequence's share of a step: compute `token_ids` at positions `start` ... and, if `is_sampled`, the logits.
 
@@ -67,7 +79,8 @@ class Chunk:
     next step if they were wrong; such a chunk is sampled, one token of it is known, and the logits are those at every
     token. `request_id` is for messages. `lane` says whose of a group's caches the pages are in (`ranks.layout`).
     Where the step runs the checkpoint's MTP module (`ForwardPlan.runs_mtp`), `next_id` is the token behind the chunk,
-    if it is known and not sampled, and `num_wanted` how many tokens to guess behind those that it gives.
+    if it is known and not sampled, and `num_wanted` how many tokens to guess behind those that it gives. `scoring` is
+    what is to be said of the prompt besides, by rows that are not sampled.
 
     Computing a chunk again, in whatever company, writes the same to the same places.
     """
@@ -82,6 +95,7 @@ class Chunk:
     num_draft: int = 0
     next_id: int | None = None
     num_wanted: int = 0
+    scoring: Scoring | None = None
 
     def without_draft(self) -> Chunk:
         """Return the chunk of the tokens that are known."""
@@ -220,6 +234,7 @@ class StepResult:
     A sampled chunk has one token at least, or a failure; what a failed one left in its pages is unknown.
     `duration_s` is on the engine's clock. `expert_counts` are the tokens each routed expert got, by layer. `timing` is
     there if the step was measured. `guesses` are what may follow the tokens of chunks that wanted some.
+    `prompt_logprobs` are those of chunks that have a `scoring` and no failure.
     """
 
     tokens: dict[int, list[SampledToken]]
@@ -228,3 +243,4 @@ class StepResult:
     timing: StepTiming | None = None
     failures: dict[int, HeadraceError] = field(default_factory=dict[int, HeadraceError])
     guesses: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict[int, PromptLogprobs])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from zlib import crc32
 
-from headrace_core.batch.step import Chunk, FatalStepError, SamplingRow, StepPlan
+from headrace_core.batch.step import Chunk, FatalStepError, SamplingRow, Scoring, StepPlan
 from headrace_core.request import SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -32,6 +32,7 @@ class Row(NamedTuple):
     Its pages from number `first_page` on are `page_ids`, those before are as they were; -1: they all are. `token_ids`
     are empty where the executor has them: they are the ones that it sampled after the sequence's last row. Those of a
     row with a draft (`Chunk.num_draft`) are told, and of the next: how much was right only the scheduler's side says.
+    `scoring` is the chunk's.
     """
 
     key: int
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     page_ids: Sequence[int] = ()
     token_ids: Sequence[int] = ()
     num_draft: int = 0
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ class Differ:
             page_ids=chunk.page_ids[first:] if first >= 0 else (),
             token_ids=() if has_tokens else chunk.token_ids,
             num_draft=chunk.num_draft,
+            scoring=chunk.scoring,
         )
 
 

@@ -15,7 +15,7 @@ from headrace_core.grammar import Grammars
 from headrace_core.model.drafts import forget_draws, sample_chunks
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import MTP, OFF, OTHER, SAMPLING, OpTimer, RunningOpTimer
-from headrace_core.request import SampledToken
+from headrace_core.request import PromptLogprobs, SampledToken
 
 
 class StepModel(Protocol):
@@ -32,6 +32,10 @@ class StepModel(Protocol):
 
     def take_failures(self) -> dict[int, HeadraceError]:
         """Return, by key, why chunks that are not sampled of the last step can't be gone on with."""
+        ...
+
+    def take_prompt_logprobs(self) -> dict[int, PromptLogprobs]:
+        """Return what the last step said of prompts, by the keys of its chunks with a `scoring`."""
         ...
 
     def take_expert_counts(self) -> dict[int, list[int]]:
@@ -99,6 +103,8 @@ class Executor:
             except Exception:
                 self._model.take_expert_counts()
                 raise
+            is_scored = any(chunk.scoring is not None for chunk in plan.chunks)
+            prompt_logprobs = self._model.take_prompt_logprobs() if is_scored else {}
             failures = self._model.take_failures()
             expert_counts = self._model.take_expert_counts()
         chunks = [chunk for chunk in plan.chunks if chunk.is_sampled]
@@ -112,6 +118,7 @@ class Executor:
             expert_counts=expert_counts,
             timing=StepTiming(step_load(plan.forward.rows), dict(running.seconds)) if running else None,
             guesses=guesses,
+            prompt_logprobs={key: each for key, each in prompt_logprobs.items() if key not in failures},
         )
 
     def _compute(

@@ -75,4 +75,5 @@ def _joined(first: StepResult, second: StepResult, duration_s: float) -> StepRes
         duration_s=duration_s,
         expert_counts=counts,
         failures=first.failures | second.failures,
+        prompt_logprobs=first.prompt_logprobs | second.prompt_logprobs,
     )

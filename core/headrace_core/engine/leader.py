@@ -33,6 +33,7 @@ from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.op_timer import OFF, OpTimer
 from headrace_core.ranks.group import RankGroup
+from headrace_core.request import PromptLogprobs
 from headrace_core.transfer.memory import PageMemory
 
 BEAT_S = 1.0
@@ -178,6 +179,10 @@ class GroupModel:
     def take_failures(self) -> dict[int, HeadraceError]:
         """See `StepModel`."""
         return self._model.take_failures()
+
+    def take_prompt_logprobs(self) -> dict[int, PromptLogprobs]:
+        """See `StepModel`."""
+        return self._model.take_prompt_logprobs()
 
     def take_expert_counts(self) -> dict[int, list[int]]:
         """See `StepModel`."""

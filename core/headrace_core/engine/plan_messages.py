@@ -3,8 +3,9 @@
     header   version u8, number u64, digest u64, then how many of each that follows: u32 each
     rows     key i64, start u32, flags u8 (1: sampled; 2: more than the usual is told of it)
     told     row, count, first page or -1, number of page ids, of token ids, of a draft: i32 each; for all rows but
-             those of one token that the executor has, in pages that it has
-    pages    u32; tokens u32; left i64; pages to zero u32; stops u32
+             those of one token that the executor has, in pages that it has, whose logits say nothing of the prompt
+    scored   row, first of its tokens' that is, number of tokens that are scored, of most probable ones: u32 each
+    pages    u32; tokens u32, those that are scored behind the others; left i64; pages to zero u32; stops u32
     names    key i64, number of bytes u32; then UTF-8
     joins    key i64, sample u32, then how many end, prompt and output tokens, bytes of parameters: u32 each; then those
 
@@ -18,12 +19,13 @@ from collections.abc import Sequence
 
 from headrace.v1 import types_pb2
 
+from headrace_core.batch.step import Scoring
 from headrace_core.batch.step_diff import Row, SamplerJoin, StepDiff
 from headrace_core.errors import ProtocolError
 from headrace_core.wire import decode_sampling, encode_sampling
 
-_VERSION = 2
-_HEADER = struct.Struct("<BQQ9I")
+_VERSION = 3
+_HEADER = struct.Struct("<BQQ10I")
 _NAME = struct.Struct("<qI")
 _JOIN = struct.Struct("<q5I")
 _SAMPLED, _TOLD = 1, 2
@@ -42,8 +44,13 @@ def encode(diff: StepDiff) -> bytes:
             told += (index, row.num_tokens, row.first_page, len(row.page_ids), len(row.token_ids), row.num_draft)
             pages += row.page_ids
             tokens += row.token_ids
+    scored: list[int] = []
+    for index, row in enumerate(diff.rows):
+        if row.scoring is not None:
+            scored += (index, row.scoring.first_row, len(row.scoring.token_ids), row.scoring.num_top)
+            tokens += row.scoring.token_ids
     names = [(key, name.encode()) for key, name in diff.names.items()]
-    sizes = (diff.rows, told, pages, tokens, diff.left, diff.zero_page_ids, diff.stops, names, diff.joins)
+    sizes = (diff.rows, told, scored, pages, tokens, diff.left, diff.zero_page_ids, diff.stops, names, diff.joins)
     return b"".join(
         (
             _HEADER.pack(_VERSION, diff.number, diff.digest, *map(len, sizes)),
@@ -51,7 +58,7 @@ def encode(diff: StepDiff) -> bytes:
             _pack("I", [row.start for row in diff.rows]),
             flags,
             _pack("i", told),
-            *(_pack("I", values) for values in (pages, tokens)),
+            *(_pack("I", values) for values in (scored, pages, tokens)),
             _pack("q", diff.left),
             _pack("I", diff.zero_page_ids),
             _pack("I", diff.stops),
@@ -77,10 +84,11 @@ def _decode(message: bytes) -> StepDiff:
     version, number, digest, *sizes = _HEADER.unpack_from(message)
     if version != _VERSION:
         raise ValueError(f"version {version}, not {_VERSION}")
-    num_rows, num_told, num_pages, num_tokens, num_left, num_zero, num_stops, num_names, num_joins = sizes
+    num_rows, num_told, num_scored, num_pages, num_tokens, num_left, num_zero, num_stops, num_names, num_joins = sizes
     read = _Reader(message, _HEADER.size)
     keys, starts, flags = read.numbers("q", num_rows), read.numbers("I", num_rows), read.bytes(num_rows)
-    told, pages, tokens = read.numbers("i", num_told), read.numbers("I", num_pages), read.numbers("I", num_tokens)
+    told, scored = read.numbers("i", num_told), read.numbers("I", num_scored)
+    pages, tokens = read.numbers("I", num_pages), read.numbers("I", num_tokens)
     rows = [Row(key, start, 1, bool(flag & _SAMPLED)) for key, start, flag in zip(keys, starts, flags, strict=True)]
     page, token = 0, 0
     for at in range(0, num_told, 6):
@@ -96,6 +104,10 @@ def _decode(message: bytes) -> StepDiff:
             num_draft,
         )
         page, token = page + more_pages, token + more_tokens
+    for at in range(0, num_scored, 4):
+        index, first_row, count, num_top = scored[at : at + 4]
+        rows[index] = rows[index]._replace(scoring=Scoring(first_row, tokens[token : token + count], num_top))
+        token += count
     left, zero, stops = read.numbers("q", num_left), read.numbers("I", num_zero), read.numbers("I", num_stops)
     names = dict(read.name() for _ in range(num_names))
     joins = [read.join() for _ in range(num_joins)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from headrace_kernels.routing_rule import Router
 from torch import Tensor
 
 from headrace_core.model.host_copies import HostBuffer
@@ -20,6 +23,12 @@ class ExpertCounts:
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sent = HostBuffer(self._counts.shape, self._counts.dtype, device)
         self._since = torch.zeros(self._counts.shape, dtype=torch.int64)
+
+    @staticmethod
+    def of(routers: Sequence[Router]) -> ExpertCounts:
+        """Return the counts of mixtures with these routers, at least one, all alike."""
+        weight, rule = routers[0].weight, routers[0].rule
+        return ExpertCounts(len(routers), len(weight), rule.num_experts_per_token, weight.device)
 
     def add(self, experts: Tensor) -> None:
         """Count the choices of all mixture layers, [layers, T, K or more]."""

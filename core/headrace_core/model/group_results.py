@@ -50,7 +50,7 @@ def gather_logits(logits: Tensor, lanes: Sequence[int], vocab_size: int, ranks: 
 def not_finite(hidden: Tensor, chunk_rows: Sequence[int], chunks: Sequence[Chunk]) -> dict[int, HeadraceError]:
     """Return, by key, BAD_LOGITS for chunks that are not sampled and whose rows of `hidden` [T, N] are not finite."""
     return {
-        chunk.key: _bad_logits(chunk)
+        chunk.key: bad_logits(chunk)
         for row, chunk in zip(chunk_rows, chunks, strict=True)
         if not chunk.is_sampled and not is_finite(hidden[row : row + len(chunk.token_ids)])
     }
@@ -67,10 +67,11 @@ def gather_failures(
         return failures
     flags = torch.tensor([chunk.key in failures for chunk in chunks], dtype=torch.uint8, device=device)
     failed = ranks.world.all_gather(flags).any(dim=0).tolist()
-    return {chunk.key: _bad_logits(chunk) for chunk, is_bad in zip(chunks, failed, strict=True) if is_bad}
+    return {chunk.key: bad_logits(chunk) for chunk, is_bad in zip(chunks, failed, strict=True) if is_bad}
 
 
-def _bad_logits(chunk: Chunk) -> HeadraceError:
+def bad_logits(chunk: Chunk) -> HeadraceError:
+    """Return what a chunk fails with of which the network makes no numbers."""
     end = chunk.start + len(chunk.token_ids)
     return HeadraceError(
         "BAD_LOGITS",

@@ -35,10 +35,12 @@ from headrace_core.model.micro_batches import cut
 from headrace_core.model.mtp import Mtp, MtpWeights, Stream, TrunkWeights
 from headrace_core.model.numerics import Numerics
 from headrace_core.model.op_timer import OFF, OTHER, OpTimer
+from headrace_core.model.prompt_scores import PromptScores
 from headrace_core.model.rope_angles import RopeAngles
 from headrace_core.model.step_inputs import DecodeRows, StepInputs, prepare_step
 from headrace_core.process import release_freed_memory
 from headrace_core.ranks.group import ALONE, Ranks
+from headrace_core.request import PromptLogprobs
 
 _MANY_TOKENS = 256
 _LAYERS_PER_RELEASE = 4
@@ -93,8 +95,7 @@ class Model:
         self.dtype = identity.dtype
         self.weight_bytes = identity.weight_bytes
         self.cache_dtype = identity.cache_dtype or CacheDtype(scalar_of(identity.dtype).value)
-        # Chunks up to this long that have a cached prefix are computed as decode rows; None: all are, so that prompts
-        # go by one formula, and one order of its sums, with what is generated.
+        # Chunks up to so long behind a cached prefix are decode rows; None: all are, summed as what is generated.
         self.max_decode_chunk: int | None = None if identity.numerics is Numerics.EXACT else 1
         self._weights = weights
         self._ranks = ranks
@@ -106,11 +107,13 @@ class Model:
         self.device = weights.embedding.device.type
         self._angles = RopeAngles(config.rope, self.device)
         self.mixtures = [i for i, layer in enumerate(weights.layers) if isinstance(layer.feed_forward, MoeMlp)]
-        self._expert_counts = self._new_counts()
+        routers = [layer.feed_forward.router for layer in weights.layers if isinstance(layer.feed_forward, MoeMlp)]
+        self._expert_counts = ExpertCounts.of(routers) if routers else None
         self._decode_steps: DecodeGraphs | DecodeTapes | None = None
         # What those read and write; steps over any other cache are computed as ever.
         self._decode_cache: KvCache | None = None
         self._failures: dict[int, HeadraceError] = {}
+        self._prompts = PromptScores(self._logits, config.vocab_size, ranks, self._no_logits())
         self._mtp = self._new_mtp(weights)
         self._stream: Stream | None = None
 
@@ -195,6 +198,7 @@ class Model:
             UnavailableError: RANK_LOST, another rank is gone; this group computes nothing more.
         """
         self._failures, self._stream = {}, None
+        self._prompts.forget()
         with torch.inference_mode():
             steps = self._decode_steps if cache is self._decode_cache else None
             if steps is not None and len(chunks) <= steps.max_rows and is_decode_step(chunks):
@@ -203,9 +207,11 @@ class Model:
                 self._stream = Stream(output.hidden, range(len(chunks)))
                 assert output.logits is not None, "the network has a head"
                 return output.logits
-            if not self._is_alone:
-                return self._forward_of_lane(chunks, cache, timer, on_layer)
-            logits, self._failures = self._compute(chunks, cache, timer, on_layer)
+            if self._is_alone:
+                logits, self._failures = self._compute(chunks, cache, timer, on_layer)
+            else:
+                logits = self._forward_of_lane(chunks, cache, timer, on_layer)
+            self._failures = self._prompts.score(chunks, timer) | self._failures
             return logits
 
     def guess(
@@ -270,6 +276,7 @@ class Model:
         if self._mtp:
             self._stream = Stream(self._normed(hidden), step.chunk_rows)
         failures = not_finite(hidden, step.chunk_rows, chunks)
+        self._prompts.keep(hidden, step.chunk_rows, chunks)
         rows = [
             row + len(chunk.token_ids) - 1
             for row, chunk in zip(step.chunk_rows, chunks, strict=True)
@@ -277,9 +284,8 @@ class Model:
         ]
         timer.mark(OTHER)
         if not rows:
-            return hidden.new_empty((0, self._weights.head.out_features), dtype=torch.float32), failures
-        rows_there = to_device(torch.tensor(rows), hidden.device)
-        return self._logits(hidden.index_select(0, rows_there), timer), failures
+            return self._no_logits(), failures
+        return self._logits(hidden.index_select(0, to_device(torch.tensor(rows), hidden.device)), timer), failures
 
     def _compute_for_others(self, on_layer: OnLayer | None) -> Tensor:
         """Compute what other lanes' tokens ask of the experts here, in a step without any of this lane's."""
@@ -289,7 +295,10 @@ class Model:
                 layer.feed_forward.without_tokens(nothing)
             if on_layer is not None:
                 on_layer(index)
-        return nothing.new_empty((0, self._weights.head.out_features), dtype=torch.float32)
+        return self._no_logits()
+
+    def _no_logits(self) -> Tensor:
+        return self._weights.embedding.new_empty((0, self._weights.head.out_features), dtype=torch.float32)
 
     def all_logits(self, chunks: Sequence[Chunk], cache: KvCache) -> list[Tensor]:
         """Compute a step like `forward` and return every chunk's logits at every token, [tokens, V] float32 each.
@@ -312,6 +321,10 @@ class Model:
         failures, self._failures = self._failures, {}
         return failures
 
+    def take_prompt_logprobs(self) -> dict[int, PromptLogprobs]:
+        """Return what the last step said of prompts, by the keys of its chunks with a `scoring`."""
+        return self._prompts.take()
+
     def take_expert_counts(self) -> dict[int, list[int]]:
         """Return, by layer, how many tokens each routed expert was chosen for since the last call."""
         counts = self._expert_counts
@@ -321,14 +334,6 @@ class Model:
         """Return what `take_expert_counts` returned since the last call of this, summed: [mixtures, experts] int64."""
         counts = self._expert_counts
         return torch.zeros(0, 0, dtype=torch.int64) if counts is None else counts.take_since()
-
-    def _new_counts(self) -> ExpertCounts | None:
-        mixtures = [layer.feed_forward for layer in self._weights.layers if isinstance(layer.feed_forward, MoeMlp)]
-        if not mixtures:
-            return None
-        router = mixtures[0].router
-        num_per_token = router.rule.num_experts_per_token
-        return ExpertCounts(len(mixtures), len(router.weight), num_per_token, router.weight.device)
 
     def _count(self, experts: Tensor | None) -> None:
         """Count what a step chose, [mixture layers, T, K or more]."""

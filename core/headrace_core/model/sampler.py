@@ -28,6 +28,7 @@ from headrace_core.errors import HeadraceError, InvalidRequestError
 from headrace_core.grammar import Grammars
 from headrace_core.model.host_copies import to_device, to_host
 from headrace_core.model.logit_changes import banned_tokens, change_logits, needs_changes
+from headrace_core.model.logprobs import logprobs_of
 from headrace_core.request import SampledToken, TokenLogprobs
 
 _NOT_FINITE = -2
@@ -140,33 +141,15 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], askin
     """Return the most probable tokens of the rows that ask, [A, n] int64, and log-probabilities, [A, 1 + n] float32.
 
     The first of these is that of the row's own of `tokens` [L], the others are the most probable ones'; n is as many as
-    any row asks for. Of equal logits the lower id comes first, as a greedy row takes it. A row that has no token gets
-    numbers that mean nothing. Empty if no row asks.
+    any row asks for. A row that has no token gets numbers that mean nothing. Empty if no row asks.
     """
     if not asking:
         return []
     places = to_device(torch.tensor(asking), logits.device)
     logits = logits.index_select(0, places)
     most = max(rows[i].params.top_logprobs or 0 for i in asking)
-    # By logits: of two that differ a little, the log-probabilities may be equal.
-    best = _ranks(logits).topk(min(most, logits.shape[1]), dim=-1).indices
-    logprobs = logits.log_softmax(dim=-1)
-    # Of logits as far apart as float32 goes, the logarithm overflows; no client expects an infinity.
-    logprobs = logprobs.clamp_(min=torch.finfo(torch.float32).min)
-    own = tokens.index_select(0, places).clamp_(0, logits.shape[1] - 1)[:, None]
-    return [best, logprobs.gather(1, torch.cat((own, best), dim=1))]
-
-
-def _ranks(logits: Tensor) -> Tensor:
-    """Return numbers [A, V] int64, no two of a row equal: larger for larger `logits`, of equal ones for the lower id.
-
-    So the best k of a row are the first k of its best n, whatever its neighbours ask for. A row with a NaN gets numbers
-    that mean nothing.
-    """
-    bits = (logits + 0.0).view(torch.int32)  # -0.0 equals 0.0, and becomes it
-    bits ^= (bits >> 31) & 0x7FFFFFFF  # the less, the more negative
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    return bits.long().mul_(1 << 32).sub_(ids)
+    own = tokens.index_select(0, places).clamp_(0, logits.shape[1] - 1)
+    return list(logprobs_of(logits, own, most))
 
 
 def _by_row(found: Sequence[Tensor], rows: Sequence[SamplingRow], asking: Sequence[int]) -> dict[int, TokenLogprobs]:

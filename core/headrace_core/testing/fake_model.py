@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from headrace_core.batch.spec import ModelLimits
-from headrace_core.batch.step import Chunk, OnLayer
+from headrace_core.batch.step import Chunk, OnLayer, Scoring
 from headrace_core.errors import HeadraceError
 from headrace_core.kv.layout import CacheDtype, KvLayout, LatentAttention
 from headrace_core.model.kv_cache import KvCache
+from headrace_core.model.logprobs import logprobs_of
 from headrace_core.model.op_timer import OFF, OpTimer
+from headrace_core.request import PromptLogprobs
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.transfer.memfd import Memfd
 from headrace_core.worker.loading import LoadedModel
@@ -49,6 +51,7 @@ class FakeModel:
         self.is_damaged: Callable[[Chunk], bool] = lambda chunk: False
         self.between_layers: OnLayer = lambda num_layers: None
         self.num_steps = 0
+        self._said: dict[int, PromptLogprobs] = {}
         self._turn = threading.Condition()
         self._num_free: int | None = None
         """Steps that may still run; None: any number."""
@@ -77,13 +80,22 @@ class FakeModel:
             if on_layer is not None:
                 on_layer(layer + 1)
                 self.between_layers(layer + 1)
-        pairs = zip(computed, slots, strict=True)
+        pairs = list(zip(computed, slots, strict=True))
+        self._said = {
+            chunk.key: self._score(chunk, chunk.scoring, its_slots, cache)
+            for chunk, its_slots in pairs
+            if chunk.scoring is not None
+        }
         rows = [self._logits(its_slots, cache) for chunk, its_slots in pairs if chunk.is_sampled]
         return torch.stack(rows) if rows else _NONE
 
     def take_failures(self) -> dict[int, HeadraceError]:
         """See `StepModel`."""
         return {}
+
+    def take_prompt_logprobs(self) -> dict[int, PromptLogprobs]:
+        """See `StepModel`."""
+        return self._said
 
     def take_expert_counts(self) -> dict[int, list[int]]:
         """See `StepModel`."""
@@ -126,6 +138,16 @@ class FakeModel:
             values[slots[position]] = torch.tensor([value % _MODULUS for value in row], dtype=torch.float32)
         if self.is_damaged(chunk):
             values[slots[chunk.start :]] = torch.nan
+
+    def _score(self, chunk: Chunk, scoring: Scoring, slots: Tensor, cache: KvCache) -> PromptLogprobs:
+        first = chunk.start + scoring.first_row + 1
+        ends = range(first, first + len(scoring.token_ids))
+        logits = torch.stack([self._logits(slots[:end], cache) for end in ends])
+        own = torch.tensor(scoring.token_ids)
+        best, logprobs = logprobs_of(logits, own, scoring.num_top)
+        ranks = (logits > logits.gather(1, own[:, None])).sum(dim=-1) + 1
+        tops = best.flatten().tolist(), logprobs[:, 1:].flatten().tolist()
+        return PromptLogprobs(first, logprobs[:, 0].tolist(), ranks.tolist(), best.shape[1], *tops)
 
     def _logits(self, slots: Tensor, cache: KvCache) -> Tensor:
         """Return the logits after the tokens in `slots`."""

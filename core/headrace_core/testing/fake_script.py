@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from headrace.v1 import decode_service_pb2, worker_service_pb2
 
 from headrace_core.batch.spec import SequenceSpec
 from headrace_core.errors import HeadraceError, InvalidRequestError, OverloadedError
-from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, SamplingParams
+from headrace_core.request import DEFAULT_MAX_TOKENS, FinishReason, PromptLogprobs, SamplingParams
 from headrace_core.transfer.hold import TakeError
 from headrace_core.wire import decode_sampling
 
 NextToken = Callable[[Sequence[int], int], int]
 """From the tokens so far and how many of them are the prompt's, the next token."""
+
+FAKE_PART = 5
+"""Of a prompt's log-probabilities, in an entry."""
 
 
 def scripted(token_ids: Sequence[int]) -> NextToken:
@@ -75,6 +78,8 @@ class FakeFaults:
     """What Hold calls end with, in place of a first token."""
     join: deque[HeadraceError | TakeError] = field(default_factory=deque[HeadraceError | TakeError])
     """What sequences end with, in place of joining; a `HeadraceError` is the decode worker's own."""
+    scored: deque[HeadraceError] = field(default_factory=deque[HeadraceError])
+    """What sequences end with behind the first of a prompt's log-probabilities."""
     sequence: deque[tuple[int, HeadraceError]] = field(default_factory=deque[tuple[int, HeadraceError]])
     """(output tokens after which, error) for the sequences started next."""
     prefilled: deque[Callable[[decode_service_pb2.Prefilled], None]] = field(
@@ -120,4 +125,28 @@ def spec_of(message: decode_service_pb2.StartSequence) -> SequenceSpec:
         token_ids=list(message.token_ids),
         num_prompt_tokens=message.num_prompt_tokens,
         params=decode_sampling(message.sampling),
+        num_prompt_logprobs=message.num_prompt_logprobs,
     )
+
+
+def prompt_logprobs(spec: SequenceSpec, faults: FakeFaults) -> Iterator[PromptLogprobs]:
+    """Yield what a fake worker says of a prompt, by its tokens and their places, `FAKE_PART` of them at a time.
+
+    Raises:
+        HeadraceError: the next of `faults.scored`, behind the first part.
+    """
+    num_top = spec.params.prompt_logprobs or 0
+    first = spec.num_prompt_logprobs + 1
+    places = range(first, spec.num_prompt_tokens)
+    logprobs = PromptLogprobs(
+        first,
+        [-0.5 - place % 7 for place in places],
+        [1 + place % 3 for place in places],
+        num_top,
+        [(spec.token_ids[place] + rank) % 256 for place in places for rank in range(num_top)],
+        [-0.25 - rank for _ in places for rank in range(num_top)],
+    )
+    for part in logprobs.parts(FAKE_PART):
+        yield part
+        if faults.scored:
+            raise faults.scored.popleft()

@@ -34,6 +34,7 @@ from headrace_core.testing.fake_script import (
     check_size,
     finish_of,
     mixed,
+    prompt_logprobs,
     scripted,
     spec_of,
 )
@@ -42,7 +43,7 @@ from headrace_core.testing.garbler import Garbler
 from headrace_core.transfer.connections import Connections
 from headrace_core.transfer.hold import Side, TakeError
 from headrace_core.transfer.values import Admission, FirstToken, Order, Owner
-from headrace_core.wire import decode_layout, encode_failure, encode_finish, encode_logprobs
+from headrace_core.wire import decode_layout, encode_failure, encode_finish, encode_logprobs, encode_prompt_logprobs
 
 FakeRole = Literal["prefill", "decode", "both"]
 _ROLES: dict[FakeRole, types_pb2.WorkerRole.ValueType] = {
@@ -259,7 +260,8 @@ class FakeWorker:
                 raise UnavailableError("DRAINING", "draining")
             check_size(self.info, len(spec.token_ids), num_more=1)
             joined = pb.Joined(queue_us=10)
-            if message.prefill_address:
+            is_scored = spec.params.prompt_logprobs is not None
+            if message.prefill_address and not is_scored:
                 order = Order(
                     owner=key,
                     spec=spec,
@@ -286,6 +288,8 @@ class FakeWorker:
             else:
                 await self._wait_to_join()
             self._tell(key, message.attempt, position, joined=joined)
+            for part in prompt_logprobs(spec, self.faults) if is_scored else ():
+                self._tell(key, message.attempt, position, prompt_logprobs=encode_prompt_logprobs(part))
         except (HeadraceError, TakeError) as error:
             cause, side = (error.error, error.side) if isinstance(error, TakeError) else (error, Side.TAKER)
             self._tell(key, message.attempt, position, failure=encode_failure(cause, _SIDES[side]))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc
+from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc, types_pb2
 from headrace_core.door import Door
 from headrace_core.wire import encode_finish
 
@@ -43,9 +43,10 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
             self._router.close(running)
 
         context.add_done_callback(on_done)
+        spec = running.spec
         try:
             async for piece in running.pieces():
-                yield encode_piece(piece, running.spec.request_id, self._router.token_bytes)
+                yield encode_piece(piece, spec.request_id, self._router.token_bytes, spec.prompt_ids)
         finally:
             self._router.close(running)
 
@@ -58,7 +59,7 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
 
 
 def encode_piece(
-    piece: Piece, request_id: str, token_bytes: Callable[[int], bytes]
+    piece: Piece, request_id: str, token_bytes: Callable[[int], bytes], prompt_ids: Sequence[int] = ()
 ) -> generation_service_pb2.GenerateResponse:
     """Return the message. `token_bytes` says what a token stands for, which log-probabilities are sent with."""
     message = generation_service_pb2.GenerateResponse(
@@ -70,6 +71,8 @@ def encode_piece(
             entry.token = _shown(token_bytes(token_id))
             for top in entry.top:
                 top.token = _shown(token_bytes(top.token_id))
+    if piece.prompt_logprobs is not None:
+        _put_prompt(message.prompt_logprobs, piece.prompt_logprobs, prompt_ids, token_bytes)
     if piece.is_first:
         message.request_id = request_id
     if ending := piece.ending:
@@ -81,6 +84,18 @@ def encode_piece(
         if ending.timings is not None:
             message.timings.CopyFrom(ending.timings)
     return message
+
+
+def _put_prompt(
+    message: types_pb2.PromptLogprobs,
+    logprobs: types_pb2.PromptLogprobs,
+    prompt_ids: Sequence[int],
+    token_bytes: Callable[[int], bytes],
+) -> None:
+    message.CopyFrom(logprobs)
+    message.token_ids.extend(prompt_ids[logprobs.first_position :][: len(logprobs.logprobs)])
+    message.tokens.extend([_shown(token_bytes(token_id)) for token_id in message.token_ids])
+    message.top_tokens.extend([_shown(token_bytes(token_id)) for token_id in message.top_token_ids])
 
 
 def _shown(token: bytes) -> bytes:

@@ -7,6 +7,7 @@ sent; what it costs is the business of the caller (a link, an attempt), and neve
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -124,6 +125,8 @@ def check_entry(entry: decode_service_pb2.StepEntry, info: worker_service_pb2.Ge
             _require(num_cached <= entry.position, f"{num_cached} of {entry.position} tokens were cached")
         case "joined":
             _check_joined(entry.joined, entry.position, info, layout)
+        case "prompt_logprobs":
+            _check_prompt_logprobs(entry.prompt_logprobs, info.vocab_size)
         case "failure":
             failure = entry.failure
             _require(1 <= failure.code <= _LAST_CODE, f"it sent a failure of code {failure.code}")
@@ -174,6 +177,21 @@ def _check_logprobs(logprobs: Sequence[types_pb2.TokenLogprobs], vocab_size: int
         for value in (entry.logprob, *[top.logprob for top in entry.top]):
             if not value <= _MOST_LOGPROB:  # so, and not by `>`, NaN is refused
                 raise ProtocolError("PROTOCOL", f"it sent {value} as a log-probability")
+
+
+def _check_prompt_logprobs(logprobs: types_pb2.PromptLogprobs, vocab_size: int) -> None:
+    count, num_tops = len(logprobs.logprobs), len(logprobs.top_token_ids)
+    _require(count > 0 and logprobs.first_position > 0, "it sent log-probabilities of no token of a prompt")
+    is_whole = len(logprobs.ranks) == count and len(logprobs.top_logprobs) == num_tops and num_tops % count == 0
+    _require(is_whole, "it sent log-probabilities of a prompt with parts missing")
+    _require(not (logprobs.token_ids or logprobs.tokens or logprobs.top_tokens), "it sent what a router says of tokens")
+    _require(num_tops <= count * MAX_TOP_LOGPROBS, f"it sent {num_tops} log-probabilities for {count} tokens")
+    _require(1 <= min(logprobs.ranks) <= max(logprobs.ranks) <= vocab_size, "it sent a rank that there is not")
+    _check_ids(logprobs.top_token_ids, vocab_size, "one of its most probable tokens")
+    for values in (logprobs.logprobs, logprobs.top_logprobs):
+        # Of finite numbers of float32 the sum, a double, is finite.
+        if values and not (max(values) <= _MOST_LOGPROB and math.isfinite(sum(values))):
+            raise ProtocolError("PROTOCOL", "it sent a log-probability that can't be")
 
 
 def _check_ids(token_ids: Sequence[int], vocab_size: int, what: str) -> None:

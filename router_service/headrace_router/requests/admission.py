@@ -63,6 +63,10 @@ class RequestSpec:
     """For its speed."""
     priority: int = 0
     """Among those of its client that wait: lower ones first."""
+    is_prompt_only: bool = False
+    """Nothing is to be told but what is asked of the prompt: the one token that is made is nobody's."""
+    num_prompt_logprobs: int = 0
+    """Log-probabilities that are asked for of the prompt, in all."""
 
     @property
     def most_tokens(self) -> int:
@@ -121,6 +125,8 @@ class Admission:
             raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
         targets = targets_of(message, self._classes, key_class)
         sampling, seed = self._samplings.check(message.sampling)
+        if message.n > 1 and sampling.params.prompt_logprobs is not None:
+            raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 with prompt_logprobs")
         return Asked(message, sampling, secrets.randbits(63) if seed is None else seed, targets)
 
     def check_model(self, name: str) -> None:
@@ -181,6 +187,8 @@ class Admission:
         check_num_tokens(num_prompt, model.max_context_tokens - 1)
         if not 0 <= prompt.largest_id < model.vocab_size:
             check_token_ids([prompt.largest_id], model.vocab_size, "prompt")
+        params, num_samples = asked.sampling.params, message.n if message.HasField("n") else 1
+        num_prompt_logprobs = params.num_prompt_logprobs(num_prompt)
         sampling = asked.sampling.settle(model, asked.seed, model.max_context_tokens - num_prompt)
         sent_id = _sent_id(message.request_id)
         return RequestSpec(
@@ -190,7 +198,7 @@ class Admission:
             encoded_prompt=EncodedPrompt(prompt.token_ids),
             params=sampling.params,
             sampling=sampling.message,
-            num_samples=message.n if message.HasField("n") else 1,
+            num_samples=num_samples,
             include_timings=message.include_timings,
             is_continuation=message.WhichOneof("input") != "chat" or message.chat.continue_final_message,
             silent_ids=sampling.silent_ids,
@@ -200,6 +208,8 @@ class Admission:
             deadline_s=deadline_s,
             targets=asked.targets,
             priority=message.priority,
+            is_prompt_only=params.max_tokens == 0,
+            num_prompt_logprobs=num_prompt_logprobs,
         )
 
 

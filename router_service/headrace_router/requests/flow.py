@@ -56,6 +56,7 @@ from headrace_core.errors import (
     UnavailableError,
 )
 from headrace_core.reasons import label
+from headrace_core.request import MAX_COUNT
 
 from headrace_router.fleet.session import Ended, Side, Whose
 from headrace_router.fleet.worker import Worker
@@ -224,6 +225,9 @@ class Flow:
             cached is not None and cached.worker is decode
         ):  # what is left of a page is sooner computed than fetched
             local_below = max(local_below, decode.layout.page_size)
+        is_scored = sample.prompt_scores.is_whole
+        if not is_scored:
+            local_below = MAX_COUNT  # who generates says what is probable in a prompt, too
         message = decode_service_pb2.StartSequence(
             sequence_number=sample.number,
             attempt=sample.attempt,
@@ -235,7 +239,10 @@ class Flow:
             prefill_address=sample.prefill_address,
             local_below=local_below,
             traceparent=trace.traceparent,
+            num_prompt_logprobs=sample.prompt_scores.num_known,
         )
+        if is_scored:
+            message.sampling.ClearField("prompt_logprobs")
         has_use = bool(sample.prefill_address) or takes
         if cached is not None and cached.num_tokens and not cached.is_lost and has_use:
             message.cached_prefix.address = cached.worker.address

@@ -36,3 +36,6 @@ class Piece:
     is_first: bool
     ending: Ending | None
     """In a sample's last piece."""
+    prompt_logprobs: types_pb2.PromptLogprobs | None = None
+    """Of prompt tokens behind those of the piece before, when asked for: all of them before the first token, of a part
+    of them each piece, which has nothing else."""

@@ -168,7 +168,7 @@ class RunningRequest:
         return None
 
     def take_all(self) -> list[Piece]:
-        """Return every piece that there is now; they count as told.
+        """Return every piece that there is now; they count as told. What comes after a long one is there a turn later.
 
         Raises:
             HeadraceError: the request failed; nothing follows.
@@ -178,6 +178,10 @@ class RunningRequest:
             piece = self.take()
             if piece is not None:
                 pieces.append(piece)
+            if piece is not None and piece.prompt_logprobs is not None:
+                # Thousands of texts are made of it: others have their turn before the next.
+                asyncio.get_running_loop().call_soon(self._on_told)
+                break
         return pieces
 
     def listen(self, on_news: Callable[[], None]) -> None:

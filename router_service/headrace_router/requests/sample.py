@@ -28,9 +28,10 @@ from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.placement.prefix import Prefix
 from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached, Kept, cached_at
+from headrace_router.requests.ending import ending_of
 from headrace_router.requests.piece import Ending, Piece
+from headrace_router.requests.prompt_scores import PromptScores
 from headrace_router.requests.sample_state import EDGES, SampleState
-from headrace_router.requests.timings_message import encode_timings
 from headrace_router.requests.unsent import Unsent
 from headrace_router.text.assembler import Assembler
 from headrace_router.text.detokenizer import Detokenizer
@@ -114,6 +115,7 @@ class Sample:
         """Makes text of a token, while a step's tokens need nothing else: see `_take_plainly`."""
         self.has_logprobs = spec.params.top_logprobs is not None
         self.unsent = Unsent(sample_index, self.output_ids)
+        self.prompt_scores = PromptScores(spec, self.unsent)
         self._num_prompt = len(spec.prompt_ids)
         self._most_output = spec.params.max_tokens or 0
 
@@ -191,6 +193,8 @@ class Sample:
             failure = entry.failure
             self.on_ended(Ended(Side.WORKER, decode_failure(failure), _WHOSE[failure.side]))
             return True
+        if event == "prompt_logprobs":
+            return self.prompt_scores.take(entry.prompt_logprobs) and (self._on_news(self) is None)
         if entry.position != self.num_tokens:
             if entry.position > self.num_tokens:
                 raise ProtocolError(
@@ -342,6 +346,8 @@ class Sample:
     ) -> None:
         """Take new, checked tokens; with `finish`, or when a stop string is complete, the sample ends, and its run."""
         by = Side.WORKER if finish else Side.ROUTER  # of a stop string the worker knows nothing
+        if self.spec.is_prompt_only:
+            token_ids, logprobs, self.last_token_s = (), (), now_s
         num_new = 0
         for token_id in token_ids:
             num_new += 1
@@ -370,6 +376,8 @@ class Sample:
         Raises:
             ProtocolError: PROTOCOL.
         """
+        if not self.prompt_scores.is_whole:
+            raise ProtocolError("PROTOCOL", "it sent a token before the log-probabilities of the prompt")
         if self.has_logprobs and num_logprobs != num_new:
             raise ProtocolError("PROTOCOL", f"it sent {num_logprobs} log-probabilities for {num_new} tokens")
         most, num_output = self.spec.params.max_tokens or 0, len(self.output_ids) + num_new
@@ -386,13 +394,5 @@ class Sample:
         self.last_token_s = now_s
 
     def _close(self) -> Ending:
-        assert self.finish_reason is not None, "it has ended"
         self.is_closed = True
-        return Ending(
-            self.finish_reason,
-            self.matched_stop_string,
-            num_prompt_tokens=len(self.spec.prompt_ids),
-            num_output_tokens=len(self.output_ids),
-            num_cached_tokens=self.num_cached_tokens,
-            timings=encode_timings(self) if self.spec.include_timings else None,
-        )
+        return ending_of(self)

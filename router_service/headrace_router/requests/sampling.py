@@ -65,7 +65,8 @@ class Checked:
     def _settle(self, model: FleetModel) -> Sampling:
         params = self.params
         special_stops = self._special_stops(params.stop_strings, model.vocab_size)
-        max_tokens = params.max_tokens or DEFAULT_MAX_TOKENS
+        # Who is asked for none makes one, which nobody is told of (`RequestSpec.is_prompt_only`).
+        max_tokens = DEFAULT_MAX_TOKENS if params.max_tokens is None else max(1, params.max_tokens)
         params = replace(
             params,
             stop_token_ids=(*params.stop_token_ids, *special_stops),

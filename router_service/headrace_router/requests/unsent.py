@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from headrace.v1 import types_pb2
@@ -20,6 +21,7 @@ class Unsent:
         """Args: `token_ids` are all that the sample has, to which it appends."""
         self.text = ""
         self.logprobs: list[types_pb2.TokenLogprobs] = []
+        self._prompt: deque[types_pb2.PromptLogprobs] = deque()
         self._sample_index = sample_index
         self._token_ids = token_ids
         self._num_sent = 0
@@ -28,7 +30,13 @@ class Unsent:
     @property
     def is_empty(self) -> bool:
         """True if the client has been sent everything."""
-        return self._num_sent == len(self._token_ids) and not self.text
+        return self._num_sent == len(self._token_ids) and not self.text and not self._prompt
+
+    def add_prompt_logprobs(self, logprobs: types_pb2.PromptLogprobs) -> None:
+        """Keep a copy, as `add_logprobs` does."""
+        copy = types_pb2.PromptLogprobs()
+        copy.CopyFrom(logprobs)
+        self._prompt.append(copy)
 
     def add_logprobs(self, logprobs: Iterable[types_pb2.TokenLogprobs]) -> None:
         """Keep copies: what is a part of a step's message keeps all of it in memory."""
@@ -43,6 +51,9 @@ class Unsent:
         Args:
             close: of a sample that has ended: makes what its last piece says of it.
         """
+        if self._prompt:
+            is_first, self._is_introduced = not self._is_introduced, True
+            return Piece(self._sample_index, "", (), (), is_first, None, self._prompt.popleft())
         num_tokens, text = len(self._token_ids), self.text
         is_whole = num_tokens - self._num_sent <= _MOST_TOKENS and len(text) <= _MOST_CHARS
         if is_whole and close is None and self._is_introduced and not self.logprobs:  # as nearly all are

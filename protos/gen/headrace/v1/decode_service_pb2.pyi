@@ -129,6 +129,7 @@ class StartSequence(_message.Message):
     CACHED_PREFIX_FIELD_NUMBER: _builtins.int
     TAKES_PREFIX_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """Chosen by the router, the same for all attempts at a sequence, unique among its sequences."""
     attempt: _builtins.int
@@ -157,6 +158,8 @@ class StartSequence(_message.Message):
     """The router's span of this attempt, as W3C's `traceparent`: what this worker traces of the sequence goes under it. Empty:
     not traced. One that is none is ignored.
     """
+    num_prompt_logprobs: _builtins.int
+    """With `sampling.prompt_logprobs`: so many tokens' are known already, from the prompt's second on. No others are told."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, followed by tokens that an earlier attempt already produced; at least one id."""
@@ -185,10 +188,11 @@ class StartSequence(_message.Message):
         cached_prefix: _types_pb2.CachedPrefix | None = ...,
         takes_prefix: _builtins.bool = ...,
         traceparent: _builtins.str = ...,
+        num_prompt_logprobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cached_prefix", b"cached_prefix", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prefix", b"cached_prefix", "local_below", b"local_below", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "takes_prefix", b"takes_prefix", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prefix", b"cached_prefix", "local_below", b"local_below", "num_prompt_logprobs", b"num_prompt_logprobs", "num_prompt_tokens", b"num_prompt_tokens", "prefill_address", b"prefill_address", "request_id", b"request_id", "sample_index", b"sample_index", "sampling", b"sampling", "sequence_number", b"sequence_number", "takes_prefix", b"takes_prefix", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,6 +272,7 @@ class StepEntry(_message.Message):
     JOINED_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """As in `StartSequence`."""
     attempt: _builtins.int
@@ -292,6 +297,12 @@ class StepEntry(_message.Message):
     def failure(self) -> Global___Failure:
         """It could not go on: its last entry."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _types_pb2.PromptLogprobs:
+        """Log-probabilities of tokens of the prompt, when asked for: all of them, in order, before the first token. Where they
+        are its `first_position` says, by the same rule as `position` does of others.
+        """
+
     def __init__(
         self,
         *,
@@ -302,12 +313,13 @@ class StepEntry(_message.Message):
         joined: Global___Joined | None = ...,
         tokens: Global___Tokens | None = ...,
         failure: Global___Failure | None = ...,
+        prompt_logprobs: _types_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failure", b"failure", "joined", b"joined", "prefilled", b"prefilled", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failure", b"failure", "joined", b"joined", "prefilled", b"prefilled", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event", "failure", b"failure", "joined", b"joined", "position", b"position", "prefilled", b"prefilled", "sequence_number", b"sequence_number", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event", "failure", b"failure", "joined", b"joined", "position", b"position", "prefilled", b"prefilled", "prompt_logprobs", b"prompt_logprobs", "sequence_number", b"sequence_number", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["prefilled", "joined", "tokens", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["prefilled", "joined", "tokens", "failure", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -282,6 +282,7 @@ class GenerateResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MATCHED_STOP_STRING_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     sample_index: _builtins.int
     """Which sample, from 0."""
     text: _builtins.str
@@ -308,6 +309,12 @@ class GenerateResponse(_message.Message):
     def timings(self) -> Global___Timings:
         """Set in a sample's last message, when asked for."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _types_pb2.PromptLogprobs:
+        """Log-probabilities of the prompt's tokens, when asked for: those that follow what earlier messages had, all of them
+        before the first token.
+        """
+
     def __init__(
         self,
         *,
@@ -320,10 +327,11 @@ class GenerateResponse(_message.Message):
         timings: Global___Timings | None = ...,
         request_id: _builtins.str = ...,
         matched_stop_string: _builtins.str = ...,
+        prompt_logprobs: _types_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_logprobs", b"prompt_logprobs", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop_string", b"matched_stop_string", "request_id", b"request_id", "sample_index", b"sample_index", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop_string", b"matched_stop_string", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sample_index", b"sample_index", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

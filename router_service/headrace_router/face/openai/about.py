@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace_router.face.openai.parts import TokenBytes
@@ -25,6 +26,8 @@ class About:
     """Of each, empty unless they are to be echoed."""
     num_samples: int
     token_bytes: TokenBytes
+    hides: Callable[[str], bool]
+    """Whether a text is a special token, which answers do not show."""
     make_reader: MakeReader | None = None
     """What reads each choice's text; None: it is all content."""
 

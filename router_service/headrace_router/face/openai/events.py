@@ -51,7 +51,7 @@ class Events:
         self._is_short = self._is_plain and not self._readers
         """Whether most pieces are their text alone."""
         num_shown = about.num_choices if about.wanted.has_logprobs else 0
-        self._logprobs = [CompletionLogprobs(about.token_bytes) for _ in range(num_shown)]
+        self._logprobs = [CompletionLogprobs(about.token_bytes, about.hides) for _ in range(num_shown)]
 
     def take(self, piece: Piece) -> str:
         """Return the events of a piece; empty if it has none."""
@@ -118,10 +118,16 @@ class Events:
         return "".join(parts)
 
     def _logprobs_of(self, piece: Piece) -> str:
+        index, wanted = piece.sample_index, self._about.wanted
+        if piece.prompt_logprobs is not None or (piece.is_first and wanted.echo and wanted.has_logprobs):
+            prompt = self._about.prompts[index // self._about.num_samples]
+            said = self._logprobs[index].take_prompt(prompt, piece.prompt_logprobs)
+            more = self._logprobs[index].take(piece.token_ids, piece.logprobs)
+            return json.dumps({name: values + more[name] for name, values in said.items()})
         if not piece.logprobs:
             return "null"
         if not self._is_chat:
-            return json.dumps(self._logprobs[piece.sample_index].take(piece.token_ids, piece.logprobs))
+            return json.dumps(self._logprobs[index].take(piece.token_ids, piece.logprobs))
         content = chat_logprobs(piece.token_ids, piece.logprobs, self._about.token_bytes)
         return json.dumps({"content": content, "refusal": None})
 

@@ -106,6 +106,7 @@ def _about(wanted: Wanted, opened: Sequence[RunningRequest], router: Router) -> 
         prompt_texts=[router.text_of(prompt) if wanted.echo else "" for prompt in prompts],
         num_samples=opened[0].spec.num_samples,
         token_bytes=router.token_bytes,
+        hides=router.hides,
         make_reader=make_reader,
     )
 

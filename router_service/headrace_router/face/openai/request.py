@@ -47,6 +47,8 @@ class Wanted:
     has_logprobs: bool
     has_token_ids: bool
     echo: bool
+    has_prompt_logprobs: bool = False
+    """As vLLM says them."""
     call_form: CallForm = ""
     is_free: bool = True
     """Not held to a grammar: it may think first."""
@@ -90,12 +92,13 @@ def read_completion(body: bytes, request_id: str) -> Asked:
     """Return what a body of /v1/completions asks for. Raises as `read_chat` does."""
     fields = parse_body(CompletionRequest, body)
     has_logprobs, echo = fields.logprobs is not None, bool(fields.echo)
-    if echo and has_logprobs:
-        raise HttpError(
-            "`echo` is not served with `logprobs`: a prompt's tokens have none here; send one of them", param="echo"
-        )
+    if echo and has_logprobs and fields.prompt_logprobs is not None:
+        raise HttpError("`echo` with `logprobs` has the prompt's, too", param="prompt_logprobs")
     max_tokens = _DEFAULT_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
     message = _message(fields, request_id, max_tokens, fields.logprobs)
+    if echo and fields.logprobs is not None:
+        _check_prompt_logprobs(fields, "echo")
+        message.sampling.prompt_logprobs = fields.logprobs
     prompt = fields.prompt if fields.prompt_token_ids is None else fields.prompt_token_ids
     if fields.prompt is not None and fields.prompt_token_ids is not None:
         raise HttpError("send one of `prompt` and `prompt_token_ids`", param="prompt")
@@ -133,6 +136,7 @@ def _wanted(fields: ChatRequest | CompletionRequest, *, is_chat: bool, has_logpr
         has_logprobs=has_logprobs,
         has_token_ids=bool(fields.return_token_ids),
         echo=echo,
+        has_prompt_logprobs=fields.prompt_logprobs is not None,
     )
 
 
@@ -156,6 +160,11 @@ def _message(
         value = getattr(fields, name)
         if value is not None:
             setattr(sampling, name, float32(value) if isinstance(value, float) else value)
+    if fields.prompt_logprobs is not None:
+        _check_prompt_logprobs(fields, "prompt_logprobs")
+        if fields.stream:
+            raise HttpError("`prompt_logprobs` is not served with `stream`", param="prompt_logprobs")
+        sampling.prompt_logprobs = fields.prompt_logprobs
     if fields.top_k is not None:
         sampling.top_k = max(0, fields.top_k)
     message = generation_service_pb2.GenerateRequest(request_id=request_id, model=fields.model, sampling=sampling)
@@ -179,6 +188,11 @@ def put_level(
         message.service_level.ttft_ms = ttft_ms
     if itl_ms is not None:
         message.service_level.itl_ms = itl_ms
+
+
+def _check_prompt_logprobs(fields: ChatRequest | CompletionRequest, name: str) -> None:
+    if (fields.n or 1) > 1:
+        raise HttpError(f"`n` must be 1 with log-probabilities of the prompt, which `{name}` asks for", param="n")
 
 
 def _bias(token: str, bias: float) -> types_pb2.LogitBias:

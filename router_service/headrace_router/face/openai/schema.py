@@ -88,7 +88,9 @@ class _Generating(Structured):
     skip_special_tokens: Annotated[Literal[True] | None, Refused("special tokens have no text")] = None
     spaces_between_special_tokens: Annotated[Literal[True] | None, Refused("special tokens have no text")] = None
     include_stop_str_in_output: Annotated[Literal[False] | None, Refused("a choice ends before it")] = None
-    prompt_logprobs: Annotated[None, Refused("prompts have none")] = None
+    prompt_logprobs: Count | None = Field(
+        None, description="of every prompt token but the first and of so many in its place, 0 to 20; not with `stream`"
+    )
 
 
 class CompletionRequest(_Generating):
@@ -105,7 +107,9 @@ class CompletionRequest(_Generating):
         ),
     ] = None
     prompt_token_ids: TokenIds | None = Field(None, description="in place of `prompt`")
-    echo: bool | None = Field(None, description="the prompt's text first; not with `logprobs`")
+    echo: bool | None = Field(
+        None, description="the prompt's text first, with `logprobs` theirs as well; `max_tokens` may be 0 then"
+    )
     logprobs: Count | None = Field(None, description="of the chosen token and of so many most probable ones, 0 to 20")
     add_special_tokens: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
     best_of: Annotated[Literal[1] | None, Refused("all `n` choices are returned")] = None

@@ -53,11 +53,13 @@ class Several:
 
     def take_all(self) -> list[Piece]:
         """See `Pieces`."""
-        return [
-            replace(piece, sample_index=index * self._num_samples + piece.sample_index)
-            for index, request in enumerate(self._requests)
-            for piece in request.take_all()
-        ]
+        pieces: list[Piece] = []
+        for index, request in enumerate(self._requests):
+            for piece in request.take_all():
+                pieces.append(replace(piece, sample_index=index * self._num_samples + piece.sample_index))
+            if pieces and pieces[-1].prompt_logprobs is not None:
+                break  # it is long, and what is left is asked for again
+        return pieces
 
     def listen(self, on_news: Callable[[], None]) -> None:
         """See `Pieces`."""
