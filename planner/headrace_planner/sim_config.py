@@ -25,12 +25,7 @@ class WorkerSpec:
     max_step_sequences: int = 256
     num_gpus: int = 1
     groups: int = 1
-    """Data-parallel groups of attention: a prompt is on one of them, and a step has room for a part in each."""
-
-    @property
-    def max_chunk_tokens(self) -> int:
-        """Tokens of one prompt that a step takes at most."""
-        return max(1, self.max_step_tokens // self.groups)
+    """Lanes, the data-parallel groups of attention: a prompt is in one of them, which has a part of the pages."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,22 +166,26 @@ class PrefillWorker:
         self._unit, self._block = unit_tokens, block_tokens
         self._requests: dict[int, SimRequest] = {}
         page_size = 1 if unit_tokens > 1 else spec.page_size
-        num_pages = max(1, spec.num_pages * spec.page_size // (page_size * unit_tokens))
+        pages = lanes_of(spec, page_size, unit_tokens)
         scheduler = PrefillScheduler(
-            PageAllocator(num_pages, page_size),
+            pages,
             _LIMITS,
             max_step_tokens=max(1, spec.max_step_tokens // unit_tokens),
             max_step_sequences=spec.max_step_sequences,
             max_waiting_sequences=_NO_LIMIT,
-            max_chunk_tokens=max(1, spec.max_chunk_tokens // unit_tokens),
         )
-        self.num_pages, self.page_tokens = num_pages, page_size * unit_tokens
+        self.num_pages, self.page_tokens, self.num_lanes = pages.num_pages, page_size * unit_tokens, pages.num_lanes
         self.engine: Engine[PrefillScheduler] = Engine(clock, scheduler, self._step_s, self._publish, host)
 
     @property
     def num_free_pages(self) -> int:
         """As a load report has it."""
         return self.engine.scheduler.pages.num_available
+
+    @property
+    def most_free_pages(self) -> int:
+        """Of a lane, likewise."""
+        return self.engine.scheduler.pages.most_available
 
     def num_cached_tokens(self, request: SimRequest) -> int:
         """Return how many of a request's tokens its prefix cache has; as a router knows that hears of it at once."""
@@ -214,7 +218,7 @@ class PrefillWorker:
             count = len(chunk.token_ids) * self._unit
             if request is not None and start + count > request.num_to_prefill:
                 count = max(1, request.num_to_prefill - start)
-            shape.add_chunk(start, count)
+            shape.add_chunk(start, count, chunk.lane)
         return self._times.step_s(shape)
 
     def _publish(self) -> None:
@@ -236,12 +240,13 @@ class ExactDecodeWorker:
 
     def __init__(self, number: int, spec: WorkerSpec, clock: Clock, flow: DecodeFlow, *, host: Host) -> None:
         self.number = number
-        self.num_pages, self.page_tokens = spec.num_pages, spec.page_size
+        pages = lanes_of(spec, spec.page_size)
+        self.num_pages, self.page_tokens, self.num_lanes = pages.num_pages, spec.page_size, pages.num_lanes
         self._times: StepTimes = spec.times
         self._clock = clock
         self._flow = flow
         scheduler = DecodeScheduler(
-            PageAllocator(spec.num_pages, spec.page_size),
+            pages,
             _LIMITS,
             max_step_tokens=spec.max_step_tokens,
             max_step_sequences=spec.max_step_sequences,
@@ -253,6 +258,11 @@ class ExactDecodeWorker:
     def num_free_pages(self) -> int:
         """As a load report has it."""
         return self.engine.scheduler.pages.num_available
+
+    @property
+    def most_free_pages(self) -> int:
+        """Of a lane, likewise."""
+        return self.engine.scheduler.pages.most_available
 
     @property
     def num_running(self) -> int:
@@ -298,7 +308,7 @@ class ExactDecodeWorker:
                 shape.num_rows += 1
                 shape.context_tokens += chunk.start + 1
             else:
-                shape.add_chunk(chunk.start, len(chunk.token_ids))
+                shape.add_chunk(chunk.start, len(chunk.token_ids), chunk.lane)
         return self._times.step_s(shape)
 
     def _publish(self) -> None:
@@ -317,6 +327,12 @@ class ExactDecodeWorker:
                     flow.on_refused(key)
                 case _:
                     pass  # pre-empted: it comes back by itself
+
+
+def lanes_of(spec: WorkerSpec, page_size: int, unit_tokens: int = 1) -> PageAllocator:
+    """Return a worker's pages, of so many units of so many tokens: lanes of as many each, at least one."""
+    num_pages = spec.num_pages * spec.page_size // (page_size * unit_tokens)
+    return PageAllocator(max(1, num_pages // spec.groups) * spec.groups, page_size, num_lanes=spec.groups)
 
 
 def spec_of(request: SimRequest, token_ids: list[int]) -> SequenceSpec:

@@ -18,11 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace_core.kv.sequence_pages import PageAllocator, SequencePages
+from headrace_core.batch.step_budget import StepBudget
+from headrace_core.kv.sequence_pages import SequencePages
 
 from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import WorkerSpec
-from headrace_planner.sim_engine import DecodeFlow
+from headrace_planner.sim_engine import DecodeFlow, lanes_of
 from headrace_planner.sim_request import SimRequest
 from headrace_planner.step_times import StepShape
 
@@ -81,14 +82,18 @@ class FastDecodeWorker:
         self.num_steps = 0
         self.num_tokens = 0
         self.page_tokens = unit_tokens
-        self.num_pages = max(1, spec.num_pages * spec.page_size // unit_tokens)
+        # Pages of handed-off sequences are only counted, as if all lanes had them, and those of the few that a decode
+        # worker prefills itself.
+        self._pages = lanes_of(spec, 1, unit_tokens) if is_colocated else None
+        self.num_pages = (
+            self._pages.num_pages if self._pages else max(1, spec.num_pages * spec.page_size // unit_tokens)
+        )
+        self.num_lanes = self._pages.num_lanes if self._pages else 1
         self._spec = spec
         self._times = spec.times
         self._clock = clock
         self._flow = flow
         self._max_running = min(spec.max_step_sequences, spec.max_step_tokens)
-        # Pages of handed-off sequences are only counted, and those of the few that a decode worker prefills itself.
-        self._pages = PageAllocator(self.num_pages, 1) if is_colocated else None
         self._num_owned = 0
         self._commands: list[Callable[[], None]] = []
         self._waiting: deque[_Row] = deque()
@@ -109,10 +114,16 @@ class FastDecodeWorker:
         pages = self._pages
         return (self.num_pages if pages is None else pages.num_available) - self._num_owned
 
+    @property
+    def most_free_pages(self) -> int:
+        """Of a lane, likewise."""
+        return self.num_free_pages if self._pages is None else self._pages.most_available
+
     def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
         """Queue an attempt; with `has_handoff` its pages come by transfer, and one token with them."""
         units = [] if has_handoff or self._pages is None else request.token_ids(block_tokens, self.page_tokens)
-        num_pages = min(self.num_pages, -(-(request.num_to_prefill + request.num_left) // self.page_tokens))
+        num_pages = -(-(request.num_to_prefill + request.num_left) // self.page_tokens)
+        num_pages = min(self.num_pages // self.num_lanes, num_pages)
         num_left = request.num_left - has_handoff
         row = _Row(request.key, num_left, request.num_to_prefill, has_handoff, units, _NO_PAGES, num_pages=num_pages)
         span = self._span
@@ -204,7 +215,7 @@ class FastDecodeWorker:
         chunks = self._take_chunks() if self._prompts else []
         shape = StepShape(rows, context)
         for row, count in chunks:
-            shape.add_chunk(row.num_computed, count)
+            shape.add_chunk(row.num_computed, count, row.pages.lane)
         first_s = step_s(shape)
         slope_s, steps = 0.0, 1
         if not (chunks or self._ready):
@@ -221,12 +232,14 @@ class FastDecodeWorker:
     def _take_chunks(self) -> list[tuple[_Row, int]]:
         """Decode rows come first, then prompts while the token budget lasts: as `headrace_decode.scheduler`."""
         chunks: list[tuple[_Row, int]] = []
-        budget = self._spec.max_step_tokens - len(self._rows)
+        work = ((row.pages.lane, row.num_prompt - row.num_computed) for row in self._prompts.values())
+        budget = StepBudget(self._spec.max_step_tokens - len(self._rows), work)
         for row in self._prompts.values():
-            if budget <= 0:
-                break
-            chunks.append((row, min(budget, self._spec.max_chunk_tokens, row.num_prompt - row.num_computed)))
-            budget -= chunks[-1][1]
+            lane = row.pages.lane
+            count = min(budget.left(lane), row.num_prompt - row.num_computed)
+            if count > 0:
+                chunks.append((row, count))
+                budget.take(lane, count)
         return chunks
 
     def _end(self, version: int) -> None:
@@ -318,13 +331,14 @@ class FastDecodeWorker:
                 return False
             self._num_owned += row.num_pages
             return True
-        row.pages = self._pages.match(row.key, row.units)
-        cached = len(row.pages.page_ids)
-        if row.num_pages - cached > self.num_free_pages:
-            self._pages.free(row.pages)
+        # For its output, too; and a lane has its part of what is only counted.
+        num_kept = row.num_pages - len(row.units) - (-self._num_owned // self.num_lanes)
+        pages = self._pages.admit(row.key, row.units, num_kept=lambda _: num_kept)
+        if pages is None:
             return False
+        row.pages = pages
+        row.num_computed = min(len(pages.nodes) * self.page_tokens, row.num_prompt - 1)
         self._pages.reserve(row.pages, row.num_pages)
-        row.num_computed = min(cached * self.page_tokens, row.num_prompt - 1)
         return True
 
     def _is_counted(self, row: _Row) -> bool:

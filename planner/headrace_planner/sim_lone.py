@@ -33,7 +33,7 @@ def lone_ttft_s(spec: WorkerSpec, wire: Wire, num_prompt: int, num_cached: int =
     seconds = wire.admit_s + 2 * wire.rpc_s
     start = min(num_cached, num_prompt - 1)
     while start < num_prompt:
-        count = min(spec.max_chunk_tokens, num_prompt - start)
+        count = min(spec.max_step_tokens, num_prompt - start)
         seconds += spec.times.step_s(
             StepShape(prompt_tokens=count, prompt_pairs=chunk_pairs(start, count), num_chunks=1)
         )

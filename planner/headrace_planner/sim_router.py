@@ -38,10 +38,16 @@ class Reporting(Protocol):
 
     num_pages: int
     page_tokens: int
+    num_lanes: int
 
     @property
     def num_free_pages(self) -> int:
         """Free pages now."""
+        ...
+
+    @property
+    def most_free_pages(self) -> int:
+        """Free pages now of the lane that has most."""
         ...
 
 
@@ -62,7 +68,7 @@ class Account:
         """Told of every change of its promises, and of its reports; of `is_up` by whoever sets it."""
         size = WorkerSize(
             address, worker.page_tokens, worker.num_pages, spec.max_step_tokens, spec.max_step_sequences,
-            can_prefill, can_decode,
+            can_prefill, can_decode, num_lanes=worker.num_lanes,
         )  # fmt: skip
         self.promises = Promises(size, on_change=self._changed)
         self._view: WorkerView | None = None
@@ -88,7 +94,7 @@ class Account:
 
     def report(self) -> None:
         """Take a load report."""
-        self.promises.on_report(Report(self.worker.num_free_pages))
+        self.promises.on_report(Report(self.worker.num_free_pages, self.worker.most_free_pages))
 
     def _changed(self, _: Promises) -> None:
         self._view = None

@@ -121,12 +121,17 @@ def disaggregation(trace: Path | None) -> Study:
     slo = Slo(ttft_s=10.0, itl_s=0.04)
     machine = node(Parallelism(1, 8, 8))
     wire = wire_of(machine)
-    full, chunked = spec(machine), spec(machine, step_tokens=8192)
+    whole, one = spec(machine), spec(node(Parallelism(8, 1, 8)))
+    chunked, one_chunked = (spec(node(way), step_tokens=8192) for way in (Parallelism(1, 8, 8), Parallelism(8, 1, 8)))
+    # Prompts by TP8 or DP8; what only decodes is DP8, whose caches are not copied.
     clusters = {
-        "3 prefill + 1 decode": SimConfig(full, full, None, 3, 1, wire=wire, fidelity="fast"),
-        "2 prefill + 2 decode": SimConfig(full, full, None, 2, 2, wire=wire, fidelity="fast"),
-        "4 colocated, whole prompts": SimConfig(None, None, full, num_both=4, wire=wire, fidelity="fast"),
-        "4 colocated, 8k chunks": SimConfig(None, None, chunked, num_both=4, wire=wire, fidelity="fast"),
+        "3 prefill TP8 + 1 decode": SimConfig(one, whole, None, 3, 1, wire=wire, fidelity="fast"),
+        "2 prefill TP8 + 2 decode": SimConfig(one, whole, None, 2, 2, wire=wire, fidelity="fast"),
+        "3 prefill DP8 + 1 decode": SimConfig(whole, whole, None, 3, 1, wire=wire, fidelity="fast"),
+        "4 colocated TP8, whole prompts": SimConfig(None, None, one, num_both=4, wire=wire, fidelity="fast"),
+        "4 colocated TP8, 8k chunks": SimConfig(None, None, one_chunked, num_both=4, wire=wire, fidelity="fast"),
+        "4 colocated DP8, whole prompts": SimConfig(None, None, whole, num_both=4, wire=wire, fidelity="fast"),
+        "4 colocated DP8, 8k chunks": SimConfig(None, None, chunked, num_both=4, wire=wire, fidelity="fast"),
     }
     scales = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
     rates = [recorded.rate * scale for scale in scales]

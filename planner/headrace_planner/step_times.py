@@ -7,7 +7,7 @@ sums over the batch (`StepShape`), so a thousand rows cost as much to look up as
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -32,26 +32,27 @@ class StepShape:
     """Query-key pairs of prompt chunks; see `chunk_pairs`."""
     num_chunks: float = 0
     """Prompt chunks."""
-    most_tokens: float = 0
-    """Tokens of the longest chunk; 0: all are of one length."""
-    most_pairs: float = 0.0
-    """Query-key pairs of the chunk that has most; 0: all have as many."""
+    lanes: dict[int, tuple[float, float]] | None = None
+    """Prompt tokens and pairs of each lane that has chunks; None: not known, chunks are spread evenly."""
 
     @property
     def num_tokens(self) -> float:
         """Tokens the step computes."""
         return self.num_rows + self.prompt_tokens
 
-    def add_chunk(self, start: int, num_tokens: int) -> None:
-        """Add a prompt's chunk of `num_tokens` at position `start` and on."""
+    def add_chunk(self, start: int, num_tokens: int, lane: int = 0) -> None:
+        """Add a prompt's chunk of `num_tokens` at position `start` and on, in a lane."""
         pairs = chunk_pairs(start, num_tokens)
         self.num_chunks += 1
         self.prompt_tokens += num_tokens
         self.prompt_pairs += pairs
-        if num_tokens > self.most_tokens:
-            self.most_tokens = num_tokens
-        if pairs > self.most_pairs:
-            self.most_pairs = pairs
+        if self.lanes is None:
+            self.lanes = {lane: (num_tokens, pairs)}
+        elif lane in self.lanes:
+            tokens_before, pairs_before = self.lanes[lane]
+            self.lanes[lane] = tokens_before + num_tokens, pairs_before + pairs
+        else:
+            self.lanes[lane] = num_tokens, pairs
 
 
 def chunk_pairs(start: int, num_tokens: int) -> float:
@@ -142,10 +143,9 @@ class TableStepTimes:
     expert-parallel group, for which all others wait, works as every rank would if there were more tokens. Decode
     attention is a family of curves over the mean context, one per batch size; between sizes it is interpolated.
 
-    With data-parallel attention the others wait for the group that has one sequence more: attention and what is dense
-    take as long as if every group had as many (a lone prompt keeps one group busy, and seven wait). The
-    fullest group has as many chunks of mean length as any, within its part of the step's budget, and no less than the
-    longest chunk. Experts are spread over all GPUs, whatever group a token belongs to.
+    With data-parallel attention the others wait for the fullest group, or lane: attention and what is dense take as
+    long as if every lane had as much (a lone prompt keeps one lane busy, and seven wait). Decode rows are taken to be
+    spread evenly, as admission leaves them. Experts are spread over all GPUs, whatever lane a token belongs to.
     """
 
     dense: Curve
@@ -161,32 +161,31 @@ class TableStepTimes:
     """Most loaded rank / mean rank."""
     groups: int = 1
     """Data-parallel groups of attention; curves of `dense` and attention are of evenly filled ones."""
-    group_tokens: float = float("inf")
-    """Prompt tokens that a step has room for in one group."""
 
     def step_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of `shape` takes."""
-        rows, tokens = self._evened(shape.num_rows), self._fullest_tokens(shape)
-        seconds = self.dense(rows + tokens)
-        seconds += self.moe((shape.num_rows + shape.prompt_tokens) * self.imbalance)
+        rows = self._evened(shape.num_rows)
+        seconds = self.moe((shape.num_rows + shape.prompt_tokens) * self.imbalance)
         if rows:
             seconds += self._decode_attention(rows, shape.context_tokens / shape.num_rows)
-        if shape.prompt_pairs:
-            pairs = shape.prompt_pairs * (tokens / shape.prompt_tokens)
-            seconds += self.prompt_attention(max(pairs, self.groups * shape.most_pairs))
+        seconds += max((self._lane_s(rows, *lane) for lane in self._lanes(shape)), default=self.dense(rows))
         return max(0.0, seconds)
+
+    def _lane_s(self, rows: float, tokens: float, pairs: float) -> float:
+        """Return what is dense and attention of prompts, where every lane has as many tokens and pairs."""
+        seconds = self.dense(rows + self.groups * tokens)
+        return seconds + self.prompt_attention(self.groups * pairs) if pairs else seconds
 
     def _evened(self, count: float) -> float:
         """Return how many sequences there were if every group had as many as the fullest."""
         return self.groups * ceil(count / self.groups) if self.groups > 1 else count
 
-    def _fullest_tokens(self, shape: StepShape) -> float:
-        """Return how many prompt tokens there were if every group had as many as the fullest."""
-        if self.groups == 1 or not shape.num_chunks:
-            return shape.prompt_tokens
-        chunk = shape.prompt_tokens / shape.num_chunks
-        fullest = min(chunk * ceil(shape.num_chunks / self.groups), max(chunk, self.group_tokens))
-        return max(shape.prompt_tokens, self.groups * max(fullest, shape.most_tokens))
+    def _lanes(self, shape: StepShape) -> Iterable[tuple[float, float]]:
+        """Return tokens and pairs of the lanes; of the fullest if chunks are spread evenly."""
+        if shape.lanes is not None or not shape.prompt_tokens:
+            return shape.lanes.values() if shape.lanes else ()
+        part = ceil(shape.num_chunks / self.groups) / shape.num_chunks if shape.num_chunks else 1 / self.groups
+        return [(part * shape.prompt_tokens, part * shape.prompt_pairs)]
 
     def with_imbalance(self, imbalance: float) -> TableStepTimes:
         """Return the same model with the busiest rank `imbalance` times as loaded as the mean."""
@@ -238,7 +237,7 @@ def tabulate(
         [0.0, *(pairs_of(chunk, start) for start in starts)],
         [0.0, *(max(0.0, prefill_s(chunk, start) - base) for start in starts)],
     )
-    return TableStepTimes(dense, moe, rows, attention, pairs, groups=groups, group_tokens=max_tokens / groups)
+    return TableStepTimes(dense, moe, rows, attention, pairs, groups=groups)
 
 
 def _own_pairs_s(

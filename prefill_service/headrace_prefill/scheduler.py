@@ -48,18 +48,13 @@ class PrefillScheduler:
         max_waiting_sequences: int,
         layer_stops: LayerStops | None = None,
         runs_mtp: bool = False,
-        max_chunk_tokens: int | None = None,
     ) -> None:
-        """Args: `layer_stops` None: pages are sealed when their step is over. `runs_mtp` as `ForwardPlan`'s.
-
-        `max_chunk_tokens` is of one prompt in a step; None: as many as the step has room for.
-        """
+        """Args: `layer_stops` None: pages are sealed when their step is over. `runs_mtp` as `ForwardPlan`'s."""
         self.pages = pages
         self._layer_stops = layer_stops
         self._runs_mtp = runs_mtp
         self._limits = limits
         self._max_step_tokens = max_step_tokens
-        self._max_chunk_tokens = max_chunk_tokens or max_step_tokens
         self._max_step_sequences = max_step_sequences
         self._sequences: dict[int, Scheduled] = {}
         self._waiting: TurnQueue[Scheduled] = TurnQueue()
@@ -275,7 +270,7 @@ class PrefillScheduler:
     def _chunk(self, sequence: Scheduled, budget: int) -> Chunk:
         assert sequence.pages is not None, "a running sequence has pages"
         spec, start = sequence.spec, sequence.num_computed
-        end = min(start + min(budget, self._max_chunk_tokens), sequence.num_tokens)
+        end = min(start + budget, sequence.num_tokens)
         return Chunk(
             key=sequence.key,
             token_ids=spec.token_ids[start:end],
