@@ -17,6 +17,7 @@ computed stays in the prefix cache.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from headrace_core.batch.finish import FinishRule
@@ -240,7 +241,12 @@ class PrefillScheduler:
         assert num_held == num_others, "a sequence is in two queues"
 
     def _admit(self, sequence: Scheduled, now: float) -> bool:
-        pages = self.pages.admit(sequence.key, sequence.spec.token_ids)
+        # Room says little of work: pages are held until they are handed off, long after they were computed.
+        work = Counter[int]()
+        for running in self._running.values() if self.pages.num_lanes > 1 else ():
+            assert running.pages is not None, "a running sequence has pages"
+            work[running.pages.lane] += running.num_left
+        pages = self.pages.admit(sequence.key, sequence.spec.token_ids, work=work.__getitem__)
         if pages is None:
             return False
         self._waiting.take()

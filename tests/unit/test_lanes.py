@@ -75,6 +75,16 @@ def test_sequences_go_where_most_room_is():
     ]  # fmt: skip
 
 
+def test_prompts_go_where_least_is_to_compute_though_what_is_held_there_leaves_less_room():
+    s = prefill(lane_pages=16)
+    s.add(1, spec(prompt(1, 8)), 0.0)
+    assert [chunk.lane for chunk in answered(s)] == [0]
+    # Computed, and held until it is handed off: lane 0 has less room than lane 1 with one of these.
+    for key in (2, 3):
+        s.add(key, spec(prompt(key, 4)), 0.0)
+    assert {chunk.key: chunk.lane for chunk in answered(s)} == {2: 1, 3: 0}
+
+
 def test_what_is_cached_draws_a_sequence_to_its_lane_and_is_found_in_no_other():
     allocator = pages_of(2, 16)
     first, other = taken(allocator, 1, prompt(1, 9)), taken(allocator, 2, prompt(2, 5))

@@ -5,7 +5,7 @@ The first `len(nodes)` pages of a sequence are shared ones of the prefix cache, 
 
 Where there are lanes, each has its own pages and a prefix cache of its own, and a sequence has all of its pages in one.
 Which, `admit` chooses: what is cached of it, if that is half of it at least, draws it to a lane that is not much fuller
-than another; else it goes where most room is.
+than another; else it goes where least is to compute, and then where most room is.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class PageAllocator:
         *,
         num_left: int = 1,
         num_kept: Callable[[int], int] = lambda lane: 0,
+        work: Callable[[int], int] = lambda lane: 0,
     ) -> SequencePages | None:
         """Return pages for all of `token_ids`, the first of them cached ones that leave `num_left` tokens at least.
 
@@ -142,9 +143,10 @@ class PageAllocator:
             token_ids: the sequence's.
             num_left: tokens that are not looked for in the cache.
             num_kept: says how many pages a lane keeps free.
+            work: says how many tokens a lane has to compute, if lanes differ in that more than in their pages.
         """
         lanes = [lane for lane in range(self.num_lanes) if not self.is_refused(token_ids, lane)]
-        for lane in self._preferred(lanes, token_ids, num_left):
+        for lane in self._preferred(lanes, token_ids, num_left, work):
             pages = self.match(owner, token_ids, num_left=num_left, lane=lane)
             num_new = self.pages_for(len(token_ids)) - len(pages.page_ids)
             if num_new + num_kept(lane) <= self.num_available_in(lane):
@@ -153,16 +155,19 @@ class PageAllocator:
             self.refuse(pages, token_ids, num_left=num_left)
         return None
 
-    def _preferred(self, lanes: list[int], token_ids: Sequence[int], num_left: int) -> list[int]:
+    def _preferred(
+        self, lanes: list[int], token_ids: Sequence[int], num_left: int, work: Callable[[int], int]
+    ) -> list[int]:
         """Return the lanes, the one that the sequence goes to if it has room first."""
         if len(lanes) < 2:
             return lanes
         fewest, half = min(self._num_holders), len(token_ids) // (2 * self.page_size)
 
-        def order(lane: int) -> tuple[int, int, int, int]:
+        def order(lane: int) -> tuple[int, int, int, int, int]:
             num_matched = self._num_matched(token_ids, num_left, lane)
             draws = num_matched >= max(half, 1) and self._num_holders[lane] <= 2 * fewest + 1
-            return -num_matched if draws else 0, -self.num_available_in(lane), self._num_holders[lane], lane
+            room = self.num_available_in(lane)
+            return -num_matched if draws else 0, work(lane), -room, self._num_holders[lane], lane
 
         return sorted(lanes, key=order)
 
