@@ -58,7 +58,7 @@ def test_missed_itl_adds_decode_workers_only() -> None:
 def test_a_full_decode_side_that_delays_first_tokens_is_found() -> None:
     few_slots = WorkerSpec(TIMES, num_pages=20_000, max_step_tokens=8192, max_step_sequences=2)
     config = SimConfig(WORKER, few_slots, None, 2, 1, wire=WIRE, fidelity="fast")
-    verified = correct(config, steady(0.1, num_output=30), SLO)
+    verified = correct(config, steady(0.13, num_output=30), SLO)
     assert verified.is_met
     assert verified.config.num_prefill == 2
     assert verified.config.num_decode > 1
