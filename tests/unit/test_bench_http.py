@@ -134,6 +134,9 @@ BODY = b'{"error": {"message": "no room", "code": "rate_limit_exceeded"}}'
         (STREAM + chunked(ERROR), UnavailableError, "WORKER_LOST"),
         (STREAM + chunked(event([{"text": "a"}])), ProtocolError, "PROTOCOL"),
         (STREAM + chunked(b"data: {]\n\n"), ProtocolError, "PROTOCOL"),
+        (STREAM + chunked(b"data: [1]\n\n"), ProtocolError, "PROTOCOL"),
+        (STREAM + chunked(b'data: {"choices": [null]}\n\n'), ProtocolError, "PROTOCOL"),
+        (STREAM + chunked(b'data: {"choices": [], "usage": {}}\n\n'), ProtocolError, "PROTOCOL"),
         (STREAM + b"5\r\nabc", UnavailableError, "CONNECTION_LOST"),
         (b"SSH-2.0\r\n\r\n0\r\n\r\n", ProtocolError, "PROTOCOL"),
     ],
@@ -184,3 +187,8 @@ def test_a_count_that_comes_at_the_end_is_no_token_that_came_then():
 def test_an_ipv6_address_is_named_in_brackets():
     target = HttpTarget("http://[::1]:8000", HttpOptions(model="m"))
     assert b"\r\nhost: [::1]:8000\r\n" in target._head("GET", "/v1/models")
+
+
+def test_an_event_that_is_none_of_openai_s_is_quoted():
+    with pytest.raises(ProtocolError, match=r"none of OpenAI's.*completion"):
+        asyncio.run(ask(STREAM + chunked(b'data: {"choices": [], "usage": {"completion": 1}}\n\n')))

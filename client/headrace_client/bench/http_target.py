@@ -173,16 +173,18 @@ class _Events:
         *lines, self.rest = self.rest.split(b"\n")  # a line ends with \r\n or \n, and an event is one line of data
         for line in lines:
             if line.startswith(_DATA):
-                self._take(line[len(_DATA) :].strip())
+                data = line[len(_DATA) :].strip()
+                try:
+                    self._take(data)
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    problem = f"the server sent an event that is none of OpenAI's: {data[:80]!r}"
+                    raise ProtocolError("PROTOCOL", problem) from None
 
     def _take(self, data: bytes) -> None:
         if data == b"[DONE]":
             self.is_done = True
             return
-        try:
-            event = json.loads(data)
-        except ValueError:
-            raise ProtocolError("PROTOCOL", f"the server sent an event that is no JSON: {data[:80]!r}") from None
+        event: dict[str, Any] = json.loads(data)
         if event.get("error"):
             raise _said(event["error"], 500)
         usage = event.get("usage")
