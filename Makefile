@@ -51,7 +51,8 @@ setup: $(STAMP) $(CPU_LIBRARY) ## Install everything into .venv (done by every o
 demo: $(RUN_STAMP) $(CPU_LIBRARY) ## Start router, prefill and decode; stream a story; show where its time went
 	@$(BIN)/headrace demo
 
-test: check unit parity kernels-check model-check fault integration ## Everything CI runs: check, then all tests
+# Two at a time in this order (`make -j2 -O test`, as CI does) keep two cores busy: one waits beside one that computes.
+test: check unit fault parity integration kernels-check model-check ## Everything CI runs: check, then all tests
 
 check: setup format-check lint types contracts protos-check ## Format, lint, types, import contracts, protos
 
