@@ -55,9 +55,9 @@ class ClusterProcess:
         self.address = ""
         """`host:port` that it serves; empty while it starts."""
         self.metrics_address = ""
+        """`host:port` of its Prometheus metrics; empty while it starts."""
         self.http_address = ""
         """Of a router that serves OpenAI's API."""
-        """`host:port` of its Prometheus metrics; empty while it starts."""
         self._ready_file = ready_file
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._log_sink = log_sink
