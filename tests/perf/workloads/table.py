@@ -108,9 +108,9 @@ def _percentiles(figures: Mapping[str, Any], name: str, scale: float = 1.0) -> s
 
 def _short(value: float) -> str:
     """Return a number with three digits, or all of those before the point."""
-    if value >= 100:
+    if value >= 99.95:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _line(words: Sequence[str]) -> str:
