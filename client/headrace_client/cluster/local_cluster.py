@@ -179,10 +179,6 @@ class LocalCluster:
         """Start one more decode worker and return when the router has it. Raises as `start` does."""
         return self._add("decode")
 
-    def add_both(self) -> ClusterProcess:
-        """Start one more colocated worker and return when the router has it. Raises as `start` does."""
-        return self._add("both")
-
     def restart(self, process: ClusterProcess) -> ClusterProcess:
         """Start a successor of an ended process, with all its ranks, at its address; return it when it serves.
 
