@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from headrace.v1 import generation_service_pb2, generation_service_pb2_grpc, types_pb2
@@ -26,10 +26,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self._caller_of = keys.caller_of if keys else caller_of
         self._door = door
 
-    async def Generate(
-        self, request: generation_service_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[generation_service_pb2.GenerateResponse]:
-        """Serve one request; see generation_service.proto."""
+    async def Generate(self, request: generation_service_pb2.GenerateRequest, context: Any) -> None:
+        """Serve one request; see generation_service.proto. What comes while a message leaves goes into the next one."""
         running = await self._router.open(
             request,
             self._caller_of(context),
@@ -45,8 +43,8 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         context.add_done_callback(on_done)
         spec = running.spec
         try:
-            async for piece in running.pieces():
-                yield encode_piece(piece, spec.request_id, self._router.token_bytes, spec.prompt_ids)
+            while (piece := await running.next()) is not None:
+                await context.write(encode_piece(piece, spec.request_id, self._router.token_bytes, spec.prompt_ids))
         finally:
             self._router.close(running)
 

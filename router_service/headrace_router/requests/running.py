@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 
 from headrace_core.errors import DeadlineError, HeadraceError, OverloadedError
@@ -25,7 +25,7 @@ from headrace_router.requests.admission import RequestSpec
 from headrace_router.requests.cached import Cached
 from headrace_router.requests.flow import Flow
 from headrace_router.requests.piece import Piece
-from headrace_router.requests.sample import Sample
+from headrace_router.requests.sample import OnText, Sample
 from headrace_router.requests.sample_state import SampleState
 from headrace_router.requests.tracing import SampleTrace, end_request
 from headrace_router.requests.waiting import Seat
@@ -132,8 +132,8 @@ class RunningRequest:
         """True when the client has been told everything."""
         return not self._num_open
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield what the client is told until every sample is finished.
+    async def next(self) -> Piece | None:
+        """Wait for what the client is to be told next; None: every sample is finished, and it was told all.
 
         Raises:
             HeadraceError: the request failed; nothing follows.
@@ -141,12 +141,12 @@ class RunningRequest:
         while self._num_open:
             piece = self.take()
             if piece is not None:
-                yield piece
-            else:
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
+                return piece
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
         if self._error is not None:
             raise self._error
+        return None
 
     def take(self) -> Piece | None:
         """Return the next piece, which counts as told; None if there is none now.
@@ -184,9 +184,14 @@ class RunningRequest:
                 break
         return pieces
 
-    def listen(self, on_news: Callable[[], None]) -> None:
-        """Call `on_news` now and whenever `take` has something, or raises, in the very call that brought it."""
+    def listen(self, on_news: Callable[[], None], on_text: OnText | None = None) -> None:
+        """Call `on_news` now and whenever `take` has something, or raises, in the very call that brought it.
+
+        What is nothing but a few tokens' text is given to `on_text` in place of that, once all before it was taken.
+        """
         self._on_told = on_news
+        for sample in self.samples:
+            sample.on_text = on_text
         on_news()
 
     async def settle(self) -> None:

@@ -44,6 +44,9 @@ _WHOSE = {
 }
 
 
+OnText = Callable[[int, str, int], bool]
+"""Takes a sample's index, new text and how many tokens that is; returns False if it can't tell the client now."""
+
 _NO_TARGET_S = 60.0
 """A request without a target for its first token is as urgent as one with this target, so that it starts one day."""
 
@@ -111,6 +114,8 @@ class Sample:
         )
         self._progress: Progress | None = None
         self._is_first_step = False
+        self.on_text: OnText | None = None
+        """Tells the client of plain tokens at once, if it can."""
         self._push: Callable[[int], str] | None = None
         """Makes text of a token, while a step's tokens need nothing else: see `_take_plainly`."""
         self.has_logprobs = spec.params.top_logprobs is not None
@@ -322,12 +327,19 @@ class Sample:
             or self._state is not SampleState.DECODING
         ):
             return False
+        unsent, on_text = self.unsent, self.on_text
+        has_told_all = on_text is not None and unsent.is_empty
+        text = ""
         for token_id in token_ids:
             output_ids.append(token_id)
-            self.unsent.text += push(token_id)
+            text += push(token_id)
         self._tokens.more(now_s - self.last_token_s, num_after - num_output)
         self.last_token_s = now_s
-        self._on_news(self)
+        if has_told_all and on_text is not None and on_text(self.sample_index, text, num_after - num_output):
+            unsent.skip()
+        else:
+            unsent.text += text
+            self._on_news(self)
         return True
 
     def _num_computed(self) -> int:

@@ -38,6 +38,10 @@ class Unsent:
         copy.CopyFrom(logprobs)
         self._prompt.append(copy)
 
+    def skip(self) -> None:
+        """Take note that the client was sent all tokens that there are, some other way."""
+        self._num_sent = len(self._token_ids)
+
     def add_logprobs(self, logprobs: Iterable[types_pb2.TokenLogprobs]) -> None:
         """Keep copies: what is a part of a step's message keeps all of it in memory."""
         for each in logprobs:

@@ -48,17 +48,16 @@ class Events:
         self._is_plain = not (self._is_counted_always or about.wanted.has_logprobs or about.wanted.has_token_ids)
         make = about.make_reader
         self._readers = [make() for _ in range(about.num_choices)] if make else []
-        self._is_short = self._is_plain and not self._readers
-        """Whether most pieces are their text alone."""
+        self.is_short = self._is_plain and not self._readers
+        """Whether most pieces are their text alone, as `plain` has it."""
         num_shown = about.num_choices if about.wanted.has_logprobs else 0
         self._logprobs = [CompletionLogprobs(about.token_bytes, about.hides) for _ in range(num_shown)]
 
     def take(self, piece: Piece) -> str:
         """Return the events of a piece; empty if it has none."""
         ending, index = piece.ending, piece.sample_index
-        if self._is_short and ending is None and not piece.is_first:
-            self._counts.num_output += len(piece.token_ids)
-            return f"{self._heads[index]}{quoted(piece.text)}{self._plain}" if piece.text else ""
+        if self.is_short and ending is None and not piece.is_first:
+            return self.plain(index, piece.text, len(piece.token_ids))
         self._counts.add(index, len(piece.token_ids), ending)
         if self._readers:
             return self._read(piece, self._readers[index])
@@ -66,6 +65,11 @@ class Events:
             prompt = index // self._about.num_samples
             return self._rest(piece, self._first_heads[index], self._about.prompt_texts[prompt] + piece.text)
         return self._rest(piece, self._heads[index], piece.text)
+
+    def plain(self, index: int, text: str, num_tokens: int) -> str:
+        """Return the event of a choice's text, not its first and not its last; if `is_short`."""
+        self._counts.num_output += num_tokens
+        return f"{self._heads[index]}{quoted(text)}{self._plain}" if text else ""
 
     def last(self) -> str:
         """Return the events after the last piece."""

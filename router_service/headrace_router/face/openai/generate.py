@@ -133,6 +133,7 @@ async def _collect(exchange: Exchange, running: Pieces, whole: Whole | WholeResp
 
 async def _stream(exchange: Exchange, running: Pieces, events: Events | ResponseEvents) -> None:
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    plain = events.plain if isinstance(events, Events) and events.is_short else None
 
     def on_news() -> None:
         if done.done() or exchange.is_blocked:
@@ -150,6 +151,13 @@ async def _stream(exchange: Exchange, running: Pieces, events: Events | Response
         elif text:
             exchange.send(text)
 
+    def on_text(index: int, text: str, num_tokens: int) -> bool:
+        if plain is None or exchange.is_blocked or not exchange.has_begun or done.done():
+            return False
+        if event := plain(index, text, num_tokens):
+            exchange.send(event)
+        return True
+
     def on_stalled() -> None:
         problem = f"nothing of the stream was read for {STALL_TIMEOUT_S:g} s; read it faster"
         error = OverloadedError("SLOW_READER", problem)
@@ -159,7 +167,7 @@ async def _stream(exchange: Exchange, running: Pieces, events: Events | Response
             done.set_exception(error)
 
     exchange.on_writable, exchange.on_stalled = on_news, on_stalled
-    running.listen(on_news)
+    running.listen(on_news, on_text if plain is not None else None)
     try:
         await done
     except HeadraceError as error:

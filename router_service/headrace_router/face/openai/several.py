@@ -11,6 +11,7 @@ from headrace_core.errors import HeadraceError
 
 from headrace_router.requests.piece import Piece
 from headrace_router.requests.running import RunningRequest
+from headrace_router.requests.sample import OnText
 
 
 class Pieces(Protocol):
@@ -25,8 +26,8 @@ class Pieces(Protocol):
         """Return every piece that there is now; raises what ended the request."""
         ...
 
-    def listen(self, on_news: Callable[[], None]) -> None:
-        """Call `on_news` now and whenever `take_all` has something, or raises."""
+    def listen(self, on_news: Callable[[], None], on_text: OnText | None = None) -> None:
+        """Call `on_news` now and whenever `take_all` has something, or raises; see `RunningRequest`."""
         ...
 
     async def settle(self) -> None:
@@ -61,8 +62,9 @@ class Several:
                 break  # it is long, and what is left is asked for again
         return pieces
 
-    def listen(self, on_news: Callable[[], None]) -> None:
-        """See `Pieces`."""
+    def listen(self, on_news: Callable[[], None], on_text: OnText | None = None) -> None:
+        """See `Pieces`; here everything is a piece."""
+        del on_text
         for request in self._requests:
             request.listen(on_news)
 
