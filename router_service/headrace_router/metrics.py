@@ -137,7 +137,7 @@ class TokenMetrics(Collector):
 
     def more(self, gap_s: float, num_tokens: int) -> None:
         """Count tokens that came together, `gap_s` after those before them."""
-        itl_s = gap_s / num_tokens
+        itl_s = gap_s / num_tokens if num_tokens > 1 else gap_s
         self._itl.observe(itl_s, num_tokens)
         self._num_tokens += num_tokens
         if itl_s > self._objectives.itl_s:

@@ -45,7 +45,8 @@ class Waterfall:
 
     def __init__(self, arrival_s: float) -> None:
         self._start_us = self._last_us = _us(arrival_s)
-        self._phases: list[Phase] = []
+        self._phases: list[tuple[str, int, bool]] = []
+        """As `Phase`; made of it when somebody asks, which few do."""
         self.ttft_us: int | None = None
         self.hidden_us = 0
         """Pages were moved for so long while their prompts were computed; no phase of its own."""
@@ -53,7 +54,7 @@ class Waterfall:
     @property
     def phases(self) -> Sequence[Phase]:
         """What was marked so far, in order."""
-        return self._phases
+        return [Phase(*each) for each in self._phases]
 
     @property
     def total_us(self) -> int:
@@ -62,7 +63,9 @@ class Waterfall:
 
     def mark(self, name: str, now_s: float) -> None:
         """Close the interval since the last mark."""
-        self.split((), name, now_s)
+        now_us = max(round(now_s * 1e6), self._last_us)
+        self._phases.append((name, now_us - self._last_us, self.ttft_us is None))
+        self._last_us = now_us
 
     def split(self, parts: Sequence[tuple[str, int]], rest: str, now_s: float) -> None:
         """Close the interval since the last mark, reported parts (name, us) first, the remainder as `rest`."""
@@ -71,8 +74,8 @@ class Waterfall:
         for name, reported_us in parts:
             part_us = min(max(reported_us, 0), left_us)
             left_us -= part_us
-            self._add(name, part_us)
-        self._add(rest, left_us)
+            self._phases.append((name, part_us, self.ttft_us is None))
+        self._phases.append((rest, left_us, self.ttft_us is None))
         self._last_us = now_us
 
     def hide(self, reported_us: int) -> None:
@@ -90,9 +93,6 @@ class Waterfall:
         for name, duration_us, _ in self._phases:
             sums_us[name] = sums_us.get(name, 0) + duration_us
         return {name: sum_us / 1e6 for name, sum_us in sums_us.items()}
-
-    def _add(self, name: str, duration_us: int) -> None:
-        self._phases.append(Phase(name, duration_us, self.ttft_us is None))
 
 
 def _us(seconds: float) -> int:

@@ -28,6 +28,8 @@ def test_a_burst_passes_and_a_pace_and_nothing_above_both():
 
 
 class Sink:
+    take_plainly = None
+
     def on_entry(self, entry, event, now_s):
         return entry.position > 0
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import uvloop
 from headrace.v1 import decode_service_pb2 as pb
 from headrace.v1 import hold_service_pb2, types_pb2, worker_service_pb2
 
@@ -397,4 +398,4 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    uvloop.run(_main())

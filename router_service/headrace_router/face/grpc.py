@@ -26,7 +26,9 @@ class GenerationServicer(generation_service_pb2_grpc.GenerationServiceServicer):
         self._caller_of = keys.caller_of if keys else caller_of
         self._door = door
 
-    async def Generate(self, request: generation_service_pb2.GenerateRequest, context: Any) -> None:
+    async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub knows generators alone
+        self, request: generation_service_pb2.GenerateRequest, context: Any
+    ) -> None:
         """Serve one request; see generation_service.proto. What comes while a message leaves goes into the next one."""
         running = await self._router.open(
             request,

@@ -73,8 +73,16 @@ class Ended:
     """True if it is over there because it goes on elsewhere, where it has been placed."""
 
 
+TakePlainly = Callable[[pb.StepEntry, int, float], bool]
+"""Takes an entry that is a plain token below a vocabulary's size, at a time; returns False, and took nothing, if it is
+anything else."""
+
+
 class StepSink(Protocol):
     """Takes what happens to one sequence. Called on the event loop; must not block."""
+
+    take_plainly: TakePlainly | None
+    """Asked before `on_entry`, whose every entry is checked first."""
 
     def on_entry(self, entry: pb.StepEntry, event: str, now_s: float) -> bool:
         """Take what happened, an `event` of that name; return whether it was news.
@@ -228,7 +236,7 @@ class StepSession:
             step_s = message.step_us / 1e6
             self.step_s += _NEWEST * (step_s - self.step_s) if self.step_s else step_s
         num_idle = 0
-        listeners, info, layout = self._listeners, self._info, self._layout
+        listeners, info, layout, vocab_size = self._listeners, self._info, self._layout, self._info.vocab_size
         for entry in message.entries:
             number = entry.sequence_number
             listener = listeners.get(number)
@@ -237,6 +245,8 @@ class StepSession:
                 continue
             sink = listener.sink
             try:
+                if (take := sink.take_plainly) is not None and take(entry, vocab_size, now_s):
+                    continue
                 event = check_entry(entry, info, layout)
                 num_idle += not sink.on_entry(entry, event, now_s)
             except Exception as error:  # noqa: BLE001 - the boundary: what one sequence's entry does costs that sequence

@@ -122,7 +122,7 @@ class FairQueue(Generic[E]):
         """Take an entry out that starts now, be it out of order; its client has had its cost, once."""
         turn, place = entry.turn, None
         if not turn.is_paid:
-            place = self._tree.pay(turn)
+            place = self._tree.pay(turn, settles=turn.place is not None)  # else it is taken out there, which settles
             turn.is_paid = True
         self.remove(entry)
         if turn.place is None:
@@ -219,11 +219,15 @@ class _Level(Generic[E]):
             ahead += sum(min(child.cost, ahead + turn.cost) for other, child in level.children.items() if other != name)
         return ahead
 
-    def pay(self, turn: Turn) -> float:
-        """Count what is served to all who it is served to; return when it started at the outermost level."""
+    def pay(self, turn: Turn, *, settles: bool) -> float:
+        """Count what is served to all who it is served to; return when it started at the outermost level.
+
+        Who does not let it settle takes the turn's entry out next.
+        """
         path = list(self._path(turn))
         starts = [level._pay(name, turn.cost) for level, name in path]
-        self._settle(path)
+        if settles:
+            self._settle(path)
         return starts[0]
 
     def before(self, turn: Turn) -> list[E]:

@@ -6,6 +6,7 @@ An explicit `max_tokens` past the context window is no error: the sample ends wi
 
 from __future__ import annotations
 
+import random
 import secrets
 import sys
 from collections.abc import Mapping
@@ -31,11 +32,15 @@ from headrace_router.text.prompts import Prompt, PromptLimits, Prompts
 from headrace_router.text.tokenizer import check_num_tokens
 
 _ID_BYTES = 12
+_ids = random.Random(secrets.randbits(256))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestSpec:
-    """A request that can succeed, as far as the router can tell."""
+    """A request that can succeed, as far as the router can tell.
+
+    Not mutated; not frozen, as all that is made once a request, because that costs a microsecond for a few fields.
+    """
 
     request_id: str
     """The client's name for it, or ours if it gave none: for the client and for logs; others may use the same."""
@@ -75,7 +80,7 @@ class RequestSpec:
         return len(self.prompt_ids) + self.num_samples * self.params.max_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """What the message alone says, checked."""
 
@@ -223,7 +228,7 @@ def _sent_id(request_id: str) -> str:
 
     Workers know a sequence by this name and let a later attempt end an earlier one.
     """
-    unique = secrets.token_hex(_ID_BYTES)
+    unique = f"{_ids.getrandbits(8 * _ID_BYTES):0{2 * _ID_BYTES}x}"
     if not request_id:
         return unique
     return f"{request_id[: MAX_REQUEST_ID_CHARS - len(unique) - 1]}-{unique}"

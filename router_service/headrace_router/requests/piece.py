@@ -9,7 +9,7 @@ from headrace.v1 import generation_service_pb2, types_pb2
 from headrace_core.request import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ending:
     """What is known of a sample when it has ended."""
 

@@ -39,9 +39,6 @@ _DEADLINE_SLACK_S = 0.02
 _MOST_UNREAD_LOGPROBS = 65_536
 """Tokens of a request whose log-probabilities may wait for its client: with 20 each, about 100 MB."""
 
-_LONG_PROMPT = 1024
-"""Tokens; a longer one is not kept for a request that is over, though its client may not know."""
-
 _OUTCOMES = {
     "INVALID_ARGUMENT": "invalid",
     "NOT_FOUND": "invalid",
@@ -229,7 +226,7 @@ class RunningRequest:
         end_request(self._span, self.spec, self.samples, outcome=outcome, error=self._error)
         self.samples, self._tasks = [], []
         self._news.clear()
-        if len(self.spec.prompt_ids) > _LONG_PROMPT:
+        if self._error is not None:  # its client may not know yet, and not for long
             self.spec = replace(self.spec, prompt_ids=[])
 
     def _sample(self, index: int, prefix: Prefix, tokenizer: Tokenizer) -> Sample:
@@ -243,7 +240,7 @@ class RunningRequest:
             prefix=prefix,
             tokens=self._metrics.tokens.traced(self._span.trace_id),
             on_news=self._on_news,
-            on_cached=self._on_first_cached if index == 0 else _ignore,
+            on_cached=self._on_first_cached if index == 0 and spec.num_samples > 1 else None,
         )
 
     async def _run(self, sample: Sample) -> None:
@@ -355,10 +352,6 @@ class RunningRequest:
         if self._span.is_recorded:
             extra["trace_id"] = self._span.trace_id
         log.info("request ended", extra=extra)
-
-
-def _ignore(_: Cached) -> None:
-    pass
 
 
 def _nothing() -> None:

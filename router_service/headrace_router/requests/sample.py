@@ -19,7 +19,7 @@ from headrace_core.request import FinishReason
 from headrace_core.wire import decode_failure, decode_finish
 
 from headrace_router.fleet.answers import check_tokens_computed
-from headrace_router.fleet.session import Ended, LastTransfer, Progress, Side, Whose
+from headrace_router.fleet.session import Ended, LastTransfer, Progress, Side, TakePlainly, Whose
 from headrace_router.fleet.worker import Worker
 from headrace_router.metrics import TokenMetrics, TracedTokens
 from headrace_router.placement.capacity import Waiting
@@ -64,7 +64,7 @@ class Sample:
         prefix: Prefix,
         tokens: TokenMetrics | TracedTokens,
         on_news: Callable[[Sample], None],
-        on_cached: Callable[[Cached], None],
+        on_cached: Callable[[Cached], None] | None,
     ) -> None:
         """Args: `on_cached` hears where prompt pages can be found as soon as they can, once an attempt or twice."""
         self.spec = spec
@@ -116,8 +116,8 @@ class Sample:
         self._is_first_step = False
         self.on_text: OnText | None = None
         """Tells the client of plain tokens at once, if it can."""
-        self._push: Callable[[int], str] | None = None
-        """Makes text of a token, while a step's tokens need nothing else: see `_take_plainly`."""
+        self.take_plainly: TakePlainly | None = None
+        """`_take_plainly`, while that may do. See `session.StepSink`."""
         self.has_logprobs = spec.params.top_logprobs is not None
         self.unsent = Unsent(sample_index, self.output_ids)
         self.prompt_scores = PromptScores(spec, self.unsent)
@@ -133,6 +133,7 @@ class Sample:
         """Go on to another state."""
         assert to in EDGES[self._state], f"{self._state.value} is not followed by {to.value}"
         self._state = to
+        self.take_plainly = None
 
     @property
     def num_tokens(self) -> int:
@@ -183,15 +184,12 @@ class Sample:
         self.attempt_over = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._is_first_step = False
-        self._push = None
         self.waterfall.mark("queue", now_s)
-        if not cached_at(decode, len(self.spec.prompt_ids)).num_tokens:
+        if self._on_cached is not None and not cached_at(decode, len(self.spec.prompt_ids)).num_tokens:
             self._tell_cached()  # there will be none
 
     def on_entry(self, entry: decode_service_pb2.StepEntry, event: str, now_s: float) -> bool:
         """Take what happened at the decode worker. See `session.StepSink`."""
-        if self._push is not None and event == "tokens" and self._take_plainly(entry, self._push, now_s):
-            return True
         if self.is_over:
             return False
         if event == "failure":
@@ -309,33 +307,33 @@ class Sample:
             self._progress.on_stepped(self._num_computed())
         self._append(token_ids, logprobs, finish, now_s)
         if self.state is SampleState.DECODING and not self.has_logprobs:
-            self._push = self._assembler.plain_push
+            self.take_plainly = self._take_plainly if self._assembler.plain_push is not None else None
 
-    def _take_plainly(self, entry: decode_service_pb2.StepEntry, push: Callable[[int], str], now_s: float) -> bool:
-        """Take a step's tokens as `_on_tokens` does, if nothing but text comes of them; return whether so.
+    def _take_plainly(self, entry: decode_service_pb2.StepEntry, vocab_size: int, now_s: float) -> bool:
+        """Take a step's token as `on_entry` does, if nothing but its text comes of it; return whether so.
 
-        Nearly every token of all comes this way, and what it costs is what the router costs.
+        Nearly every token of all comes this way, and what it costs is what the router costs: each attribute of a
+        message is read once, and what can't be is looked for in the long way.
         """
         tokens = entry.tokens
         token_ids, output_ids = tokens.token_ids, self.output_ids
         num_output = len(output_ids)
-        num_after = num_output + len(token_ids)
         if (
-            tokens.finish_reason
+            len(token_ids) != 1
+            or tokens.finish_reason
             or entry.position != self._num_prompt + num_output
-            or num_after >= self._most_output
-            or self._state is not SampleState.DECODING
+            or num_output + 1 >= self._most_output
+            or (token_id := token_ids[0]) >= vocab_size
+            or (push := self._assembler.plain_push) is None
         ):
             return False
         unsent, on_text = self.unsent, self.on_text
         has_told_all = on_text is not None and unsent.is_empty
-        text = ""
-        for token_id in token_ids:
-            output_ids.append(token_id)
-            text += push(token_id)
-        self._tokens.more(now_s - self.last_token_s, num_after - num_output)
+        output_ids.append(token_id)
+        text = push(token_id)
+        self._tokens.more(now_s - self.last_token_s, 1)
         self.last_token_s = now_s
-        if has_told_all and on_text is not None and on_text(self.sample_index, text, num_after - num_output):
+        if has_told_all and on_text is not None and on_text(self.sample_index, text, 1):
             unsent.skip()
         else:
             unsent.text += text
@@ -347,7 +345,8 @@ class Sample:
 
     def _tell_cached(self) -> None:
         assert self._decode is not None, "an attempt runs"
-        self._on_cached(cached_at(self._decode, len(self.spec.prompt_ids)))
+        if self._on_cached is not None:
+            self._on_cached(cached_at(self._decode, len(self.spec.prompt_ids)))
 
     def _append(
         self,

@@ -20,7 +20,7 @@ _MOST_KEPT_BYTES = 512
 """Of one request's parameters; longer ones, which have texts in them or grammars, are worked out each time."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampling:
     """What one request gets. Shared with others: not to be mutated, but for `message`."""
 

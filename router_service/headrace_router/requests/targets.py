@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from headrace.v1 import generation_service_pb2
 from headrace_core.errors import InvalidRequestError
-from headrace_core.slo import Targets, class_of
+from headrace_core.slo import NO_TARGETS, Targets, class_of
 
 
 def targets_of(
@@ -17,6 +17,8 @@ def targets_of(
     Raises:
         InvalidRequestError: BAD_REQUEST, it names a class that there is not.
     """
+    if not key_class and not message.HasField("service_level"):
+        return NO_TARGETS
     level = message.service_level
     targets = class_of(classes, level.slo_class or key_class)
     if targets is None:

@@ -37,7 +37,7 @@ _SLICE_IDS = 16384
 """Token ids are looked at so many at once, in about half a millisecond; the event loop does other work in between."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PromptLimits:
     """What bounds one prompt: `max_tokens` is one less than the context of the fleet's model."""
 
@@ -48,7 +48,7 @@ class PromptLimits:
     max_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prompt:
     """What a request's prompt came to; `largest_id` is of `token_ids`, which are never empty."""
 

@@ -113,7 +113,7 @@ async def measure(num_streams: int, num_steps: int, profile: cProfile.Profile | 
         seat = room.take(caller, evict=lambda _: True)
         running = RunningRequest(spec, flow, tokenizer, metrics, seat, on_failed=lambda _: None)
         wanted = Wanted("cmpl", False, True, StreamOptions(include_usage=True), False, False, False)
-        about = About(wanted, f"cmpl-{number:024}", 1, "tiny", [_PROMPT], [""], 1, tokenizer.token_bytes)
+        about = About(wanted, f"cmpl-{number:024}", 1, "tiny", [_PROMPT], [""], 1, tokenizer.token_bytes, bool)
         wires.append(_Wire())
         exchange = Exchange(wires[-1], "POST", "/v1/completions", [], is_http_1_0=False)
         tasks.append(asyncio.create_task(_stream(exchange, running, Events(about))))

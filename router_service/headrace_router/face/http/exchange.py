@@ -63,7 +63,7 @@ class Exchange:
         """Called when the client reads again."""
         self.on_stalled: Callable[[], None] | None = None
         """Called when the client does not; None: the connection ends."""
-        self._wire = wire
+        self.wire = wire
         self._is_http_1_0 = is_http_1_0
         self._body: list[bytes] = []
         self._num_bytes = 0
@@ -76,11 +76,11 @@ class Exchange:
 
     def peer(self) -> str:
         """Return where the request comes from."""
-        return self._wire.peer
+        return self.wire.peer
 
     def auth_context(self) -> dict[str, Sequence[bytes]]:
         """Return whom the client's certificate names, as grpc says it."""
-        return {"peer_spiffe_id": self._wire.uris} if self._wire.uris else {}
+        return {"peer_spiffe_id": self.wire.uris} if self.wire.uris else {}
 
     def invocation_metadata(self) -> list[tuple[str, str]]:
         """Return the headers."""
@@ -104,8 +104,8 @@ class Exchange:
             self.spoil(_too_large())
         if not self.is_received and self._problem is None:
             if self.headers.get("expect", "").lower() == "100-continue" and not self._is_http_1_0:
-                self._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._wire.read_on()
+                self.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wire.read_on()
             self._more = asyncio.get_running_loop().create_future()
             await self._more
         if self._problem is not None:
@@ -153,7 +153,7 @@ class Exchange:
     @property
     def is_blocked(self) -> bool:
         """True while the client reads so slowly that nothing more should be written."""
-        return self._wire.is_blocked
+        return self.wire.is_blocked
 
     def answer(
         self,
@@ -169,26 +169,26 @@ class Exchange:
         if not self.is_received:
             self.keeps_alive = False
         self.has_begun = self.is_answered = True
-        self._wire.write(self._head(status, named) + (b"" if self.method == "HEAD" else content))
+        self.wire.write(self._head(status, named) + (b"" if self.method == "HEAD" else content))
 
-    def begin_stream(self) -> None:
-        """Begin an answer of server-sent events."""
+    def begin_stream(self, text: str = "") -> None:
+        """Begin an answer of server-sent events, the first of which are `text`: ASCII; empty: they follow."""
         named = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache")]
         if self._is_http_1_0:
             self.keeps_alive = False  # its end is the connection's
         else:
             named.append(("transfer-encoding", "chunked"))
         self.has_begun = True
-        self._wire.write(self._head(HTTPStatus.OK, named))
+        self.wire.write(self._head(HTTPStatus.OK, named) + (self._chunk(text) if text else b""))
 
     def send(self, text: str) -> None:
         """Send more of a stream: ASCII, not empty."""
-        self._wire.write((text if self._is_http_1_0 else f"{len(text):x}\r\n{text}\r\n").encode())
+        self.wire.write((text if self._is_http_1_0 else f"{len(text):x}\r\n{text}\r\n").encode())
 
     def end_stream(self, text: str) -> None:
         """Send the last of a stream: ASCII, not empty."""
         self.is_answered = True
-        self._wire.write(self._chunk(text) + (b"" if self._is_http_1_0 else _LAST_CHUNK))
+        self.wire.write(self._chunk(text) + (b"" if self._is_http_1_0 else _LAST_CHUNK))
 
     def _chunk(self, text: str) -> bytes:
         return (text if self._is_http_1_0 else f"{len(text):x}\r\n{text}\r\n").encode("ascii")

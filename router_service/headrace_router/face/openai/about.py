@@ -10,7 +10,7 @@ from headrace_router.face.openai.request import Wanted
 from headrace_router.face.openai.said import MakeReader
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class About:
     """Known before the first token."""
 

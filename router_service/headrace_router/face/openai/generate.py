@@ -133,6 +133,7 @@ async def _collect(exchange: Exchange, running: Pieces, whole: Whole | WholeResp
 
 async def _stream(exchange: Exchange, running: Pieces, events: Events | ResponseEvents) -> None:
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    wire = exchange.wire
     plain = events.plain if isinstance(events, Events) and events.is_short else None
 
     def on_news() -> None:
@@ -144,7 +145,8 @@ async def _stream(exchange: Exchange, running: Pieces, events: Events | Response
             done.set_exception(error)
             return
         if text and not exchange.has_begun:
-            exchange.begin_stream()
+            exchange.begin_stream(text)
+            text = ""
         if running.is_told:
             exchange.end_stream(text + events.last())
             done.set_result(None)
@@ -152,7 +154,7 @@ async def _stream(exchange: Exchange, running: Pieces, events: Events | Response
             exchange.send(text)
 
     def on_text(index: int, text: str, num_tokens: int) -> bool:
-        if plain is None or exchange.is_blocked or not exchange.has_begun or done.done():
+        if plain is None or wire.is_blocked or not exchange.has_begun or done.done():
             return False
         if event := plain(index, text, num_tokens):
             exchange.send(event)

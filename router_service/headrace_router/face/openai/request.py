@@ -56,7 +56,7 @@ class Wanted:
     """Fields that the answer repeats."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """A body, understood."""
 
