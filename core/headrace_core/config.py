@@ -116,8 +116,8 @@ class WorkerSettings(ProcessSettings):
     weights_dtype: Literal["auto", "int8", "fp8_e4m3"] = Field(
         "auto",
         description="how weights are held; auto: as values of --dtype; int8: in 8 bits, on a CPU, which is faster and "
-        "gives other tokens; fp8_e4m3: experts as block-FP8 checkpoints store them, in half of the memory, which is "
-        "slower on a CPU; all workers of a fleet alike",
+        "gives other tokens; fp8_e4m3: in blocks of FP8 as the checkpoint stores them, in half of bfloat16's memory; "
+        "all workers of a fleet alike",
     )
     dispatch_dtype: Literal["auto", "fp8_e4m3"] = Field(
         "auto",

@@ -145,7 +145,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "NO_FP8_CACHE": "the cache of this network can't be kept in 8 bits",
         "NO_FP8_DISPATCH": "experts can't be given their tokens in 8 bits; says why",
         "NO_INT8": "weights can't be multiplied in 8 bits there",
-        "NO_FP8_WEIGHTS": "the checkpoint's experts can't be held in 8 bits as they are stored; says why",
+        "NO_FP8_WEIGHTS": "the checkpoint's weights can't be held in 8 bits as they are stored; says why",
         "NO_GPU": "torch sees no GPU",
         "NO_MATPLOTLIB": "plots need matplotlib",
         "NO_MTP": "the module that --speculate mtp asks for can't be had; says why",

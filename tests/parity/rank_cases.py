@@ -13,6 +13,7 @@ from headrace_core.model.group_results import gather_failures, not_finite
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
 from headrace_core.model.self_check import check_kernels
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import ALONE, RankGroup, Ranks, ranks_of
 from headrace_core.ranks.layout import ParallelLayout
@@ -81,6 +82,7 @@ class Options(NamedTuple):
     dtype: str = "auto"
     kernels: Backend | None = None
     dispatch: DispatchDtype = DispatchDtype.AUTO
+    weights: WeightsDtype = WeightsDtype.AUTO
 
 
 def steps(folder: Path, options: Options, ranks: Ranks = ALONE) -> Bits:
@@ -95,6 +97,7 @@ def steps(folder: Path, options: Options, ranks: Ranks = ALONE) -> Bits:
             dtype=options.dtype,
             numerics=options.numerics,
             dispatch_dtype=options.dispatch,
+            weights_dtype=options.weights,
         )
         sequences = PagedSequences(model, page_size=16, num_pages=16)
         logits: list[torch.Tensor] = []

@@ -9,7 +9,6 @@ from headrace_core.families.config_json import parse_config
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
 from headrace_core.model.travelling_tokens import RoundedTokens, check_fp8_dispatch, from_bytes, to_bytes
-from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.ranks.dispatch_dtype import GROUP, DispatchDtype
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.testing.paged_sequences import PagedSequences
@@ -106,9 +105,9 @@ def test_exact_numerics_hold_with_it(tmp_path):
     assert exact.fingerprint in others
 
 
-def _refused(folder, layout, weights_dtype=WeightsDtype.AUTO):
+def _refused(folder, layout):
     with pytest.raises(StartupError) as told:
-        check_fp8_dispatch(parse_config(folder), layout, weights_dtype)
+        check_fp8_dispatch(parse_config(folder), layout)
     assert told.value.reason == "NO_FP8_DISPATCH"
     return str(told.value).removeprefix("--dispatch-dtype fp8_e4m3: ")
 
@@ -118,6 +117,5 @@ def test_where_no_token_can_travel_so_it_is_refused(tmp_path):
     for attention in ("tp2", "dp2"):
         columns = ParallelLayout.parse(attention, "tp2")
         assert _refused(tmp_path, columns).endswith("use --experts ep, or auto")
-    assert "--weights-dtype fp8_e4m3" in _refused(tmp_path, ParallelLayout(), WeightsDtype.FP8)
-    check_fp8_dispatch(parse_config(tmp_path), ParallelLayout.parse("dp2", "ep2"), WeightsDtype.AUTO)
-    check_fp8_dispatch(parse_config(tmp_path), ParallelLayout(), WeightsDtype.INT8)
+    check_fp8_dispatch(parse_config(tmp_path), ParallelLayout.parse("dp2", "ep2"))
+    check_fp8_dispatch(parse_config(tmp_path), ParallelLayout())

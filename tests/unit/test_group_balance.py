@@ -19,7 +19,7 @@ from headrace_core.expert_moves import Slots
 from headrace_core.expert_placement import in_order
 from headrace_core.families.config_json import parse_config
 from headrace_core.model.expert_store import GivenUpError, Prepared, num_slots, spare_bytes, with_replicas
-from headrace_core.model.weights_dtype import WeightsDtype
+from headrace_core.model.weights_dtype import AS_NUMBERS
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.testing.async_test import WAIT_S
 from headrace_core.testing.rank_threads import OnThread, RankThreads, ThreadRank
@@ -260,7 +260,7 @@ def test_the_room_beside_the_layers_takes_the_bytes_that_are_counted(tmp_path):
     config, like = parse_config(tmp_path), torch.empty(0, dtype=torch.bfloat16)
     count = num_slots(ParallelLayout.parse("tp2", "ep2"), config, 4)
     assert count == (config.moe.num_experts + 4) // 2
-    counted = spare_bytes(config, count, torch.bfloat16, WeightsDtype.AUTO)
+    counted = spare_bytes(config, count, torch.bfloat16, AS_NUMBERS)
     assert counted == count * 3 * config.hidden_size * config.moe.intermediate_size * 2
     held = empty_experts(count, config.hidden_size, config.moe.intermediate_size, like)
     tensors = [value for value in vars(held).values() if isinstance(value, torch.Tensor)]

@@ -8,7 +8,7 @@ from headrace_core.errors import StartupError
 from headrace_core.model.build import num_weight_bytes
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
-from headrace_core.model.weights_dtype import WeightsDtype, check_int8
+from headrace_core.model.weights_dtype import Holding, WeightsDtype, check_int8
 from headrace_core.testing.paged_sequences import PagedSequences
 from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
 from headrace_kernels import backend, use_backend
@@ -46,7 +46,7 @@ def test_its_bytes_are_those_that_it_takes(name, tmp_path, monkeypatch):
     multiplied = []
     take = Linear.__init__
 
-    def note(layer, weight, bias=None, *, is_packed=True, is_int8=False):
+    def note(layer, weight, bias=None, *, is_packed=True, is_int8=False, dtype=None):
         take(layer, weight, bias, is_packed=is_packed, is_int8=is_int8)
         multiplied.append(is_int8 == is_packed)
 
@@ -54,7 +54,7 @@ def test_its_bytes_are_those_that_it_takes(name, tmp_path, monkeypatch):
     narrow = load_model(tmp_path, dtype="bfloat16", weights_dtype=WeightsDtype.INT8)
     assert multiplied
     assert all(multiplied)
-    assert narrow.weight_bytes == num_weight_bytes(model.config, torch.bfloat16, WeightsDtype.INT8)
+    assert narrow.weight_bytes == num_weight_bytes(model.config, torch.bfloat16, Holding(WeightsDtype.INT8))
     assert narrow.weight_bytes < model.weight_bytes
 
 

@@ -69,8 +69,8 @@ class WeightReader:
             _refuse(name, stored, scale, tensor)
         return tensor
 
-    def take_block_fp8(self, name: str) -> BlockFp8:
-        """Return tensor `name`, which is stored in block-FP8, as it is, on the device.
+    def take_block_fp8(self, name: str, shard: Shard | None = None) -> BlockFp8:
+        """Return tensor `name`, which is stored in block-FP8, as it is, on the device; of a `shard` no more than that.
 
         Raises:
             CheckpointError: DAMAGED_FILE; NON_FINITE_WEIGHT.
@@ -80,6 +80,8 @@ class WeightReader:
         # A float8 knows no infinity: not finite is one value, NaN, with either sign.
         if not (is_finite(found.scales) and bool((stored.view(torch.uint8) & 0x7F != 0x7F).all())):
             _refuse(name, stored, scale, found.scales)
+        if shard is not None:
+            found = found.narrow(shard.axis, shard.start, shard.stop - shard.start)
         return found._replace(values=found.values.to(self._device), scales=found.scales.to(self._device))
 
     def is_block_fp8(self, name: str) -> bool:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from headrace_kernels.block_fp8 import BlockFp8
+from headrace_kernels.block_fp8 import BlockFp8, stacked
 from headrace_kernels.experts import Experts, empty_experts
-from headrace_kernels.fp8_experts import Fp8Experts, empty_fp8_experts
 from headrace_kernels.linear import Linear
 from headrace_kernels.routing_rule import Router, RoutingRule
 from torch import Tensor
@@ -31,7 +30,7 @@ from headrace_core.model.mtp import MtpWeights
 from headrace_core.model.rope_angles import softmax_scale
 from headrace_core.model.sparse_mla import SparseLatentAttentionLayer
 from headrace_core.model.travelling_tokens import RoundedTokens
-from headrace_core.model.weights_dtype import WeightsDtype, num_bytes
+from headrace_core.model.weights_dtype import AS_NUMBERS, Holding, WeightsDtype, fp8_blocks, is_experts
 from headrace_core.process import release_freed_memory
 from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.group import ALONE, Ranks
@@ -46,8 +45,8 @@ class WeightSource(Protocol):
         """Return weight `name`, None: all of it, as `dtype`, None: the compute type, on the device."""
         ...
 
-    def take_block_fp8(self, name: str) -> BlockFp8:
-        """Return weight `name`, which is stored in blocks of FP8, as it is, on the device."""
+    def take_block_fp8(self, name: str, shard: Shard | None = None) -> BlockFp8:
+        """Return weight `name`, None: all of it, which is stored in blocks of FP8, as it is, on the device."""
         ...
 
     def empty(self, *shape: int) -> Tensor:
@@ -58,31 +57,33 @@ class WeightSource(Protocol):
 def build_network(
     config: ModelConfig,
     source: WeightSource,
-    weights_dtype: WeightsDtype = WeightsDtype.AUTO,
+    holding: Holding = AS_NUMBERS,
     ranks: Ranks = ALONE,
     sharding: Sharding | None = None,
     dispatch_dtype: DispatchDtype = DispatchDtype.AUTO,
 ) -> ModelWeights:
     """Return the network of `config`; each weight of its tree is taken once, and held only as packed.
 
+    They are held as `holding` says.
+
     In a group, `ranks`, it is this rank's: `sharding` says which weights are taken, and of which a part. Tokens reach
     routed experts as `dispatch_dtype`.
     """
     with torch.inference_mode():
         sharding = sharding or Sharding(ranks.layout, ranks.rank)
-        return _Builder(config, source, weights_dtype, ranks, sharding, dispatch_dtype).build()
+        return _Builder(config, source, holding, ranks, sharding, dispatch_dtype).build()
 
 
 def num_weight_bytes(
     config: ModelConfig,
     dtype: torch.dtype,
-    weights_dtype: WeightsDtype = WeightsDtype.AUTO,
+    holding: Holding = AS_NUMBERS,
     sharding: Sharding | None = None,
 ) -> int:
     """Return the bytes that the weights of `config` take in compute type `dtype`; of a rank, what it keeps of them."""
     kept = sharding or Sharding(ParallelLayout(), 0)
     return sum(
-        num_bytes(replace(weight, shape=kept.shape(weight)), config, dtype, weights_dtype)
+        holding.num_bytes(replace(weight, shape=kept.shape(weight)), config, dtype)
         for weight in kept.weights(weight_tree(config))
     )
 
@@ -94,19 +95,19 @@ class _Builder:
         self,
         config: ModelConfig,
         source: WeightSource,
-        weights_dtype: WeightsDtype,
+        holding: Holding,
         ranks: Ranks,
         sharding: Sharding,
         dispatch_dtype: DispatchDtype,
     ) -> None:
         self._config = config
         self._source = source
-        self._is_int8 = weights_dtype is WeightsDtype.INT8
+        self._fp8_names = holding.fp8_names
+        self._is_int8 = holding.dtype is WeightsDtype.INT8
         self._ranks = ranks
         self._sharding = sharding
         self._dispatch_dtype = dispatch_dtype
         self._lanes = LaneCounts(ranks.layout.num_lanes)
-        self._is_fp8 = weights_dtype is WeightsDtype.FP8
         self._tree = weight_tree(config)
         self._places: dict[Place, Weight] = {}
         """Of what is being built: the weights outside of layers, or those of one layer."""
@@ -150,19 +151,33 @@ class _Builder:
             norm=self._take(Part.MTP_NORM),
         )
 
+    def _held(self, part: Part, expert: int | None = None) -> Tensor | BlockFp8:
+        """Take a weight that is multiplied: in FP8 if it stays so."""
+        weight = self._places[Place(part, expert)]
+        if weight.name in self._fp8_names:
+            return self._source.take_block_fp8(weight.name, self._sharding.part(weight))
+        return self._take(part, expert)
+
+    def _joined(self, *parts: Part) -> Tensor | BlockFp8:
+        """Take weights whose rows are computed as one weight's, one after another: all stay in FP8, or none."""
+        weights = [self._held(part) for part in parts]
+        if len(weights) == 1:
+            return weights[0]
+        in_fp8 = [weight for weight in weights if isinstance(weight, BlockFp8)]
+        return stacked(in_fp8) if in_fp8 else torch.cat([each for each in weights if isinstance(each, Tensor)])
+
     def _linear(self, *parts: Part) -> Linear:
         """Return one linear layer whose outputs are those of the weights named, one after another."""
-        weights = [self._take(part) for part in parts]
-        return self._packed(weights[0] if len(weights) == 1 else torch.cat(weights))
+        return self._packed(self._joined(*parts))
 
-    def _packed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return Linear(weight, bias, is_int8=self._is_int8)
+    def _packed(self, weight: Tensor | BlockFp8, bias: Tensor | None = None) -> Linear:
+        return Linear(weight, bias, is_int8=self._is_int8, dtype=self._source.empty(0).dtype)
 
     def _onto_residual(self, part: Part, bias: Part | None = None) -> OntoResidual:
         """Return a linear layer whose inputs the lane's ranks divide; the first has the bias."""
         lane = self._ranks.lane
         added = self._take_if_there(bias) if bias else None
-        linear = self._packed(self._take(part), added if lane.rank == 0 else None)
+        linear = self._packed(self._held(part), added if lane.rank == 0 else None)
         return linear if lane.size == 1 else SummedLinear(linear, lane)
 
     def _attention(self) -> Attention:
@@ -183,10 +198,10 @@ class _Builder:
     def _mla(self, shape: MlaShape, num_heads: int) -> Attention:
         has_lora = shape.q_lora_rank is not None
         parts = [Part.QUERY_DOWN if has_lora else Part.QUERY, Part.LATENT]
-        weight = torch.cat([self._take(part) for part in (*parts, *([Part.INDEX_KEY] if shape.indexer else []))])
+        weight = self._joined(*parts, *([Part.INDEX_KEY] if shape.indexer else []))
         latent_up = self._take(Part.LATENT_UP).view(num_heads, -1, shape.kv_lora_rank)
         weights = MlaWeights(
-            input_proj=self._packed(weight, self._mla_input_bias(len(weight))),
+            input_proj=self._packed(weight, self._mla_input_bias(weight.shape[0])),
             query_norm=self._take_if_there(Part.QUERY_NORM),
             query_b=self._linear(Part.QUERY_UP) if has_lora else None,
             kv_norm=self._take(Part.LATENT_NORM),
@@ -233,10 +248,7 @@ class _Builder:
             scaling_factor=shape.scaling_factor,
         )
         router, bias = self._take(Part.ROUTER), self._take_if_there(Part.ROUTER_BIAS)
-        return MoeMlp(
-            Router(router, bias, rule, shape.num_shared_experts),
-            self._fp8_experts() if self._is_fp8 else self._experts(layer),
-        )
+        return MoeMlp(Router(router, bias, rule, shape.num_shared_experts), self._experts(layer))
 
     def _experts(self, layer: int) -> LayerExperts:
         """Return the experts of a layer: here all of them, in a group what its form is."""
@@ -267,9 +279,11 @@ class _Builder:
         width = self._config.moe.intermediate_size
         if self._ranks.layout.experts_by is ExpertsBy.COLUMNS:
             width //= self._ranks.layout.size
-        experts = self._empty(len(held) + num_shared, width)
+        first = self._first_column(Place(Part.GATE, held[0])) if held else 0
+        starts = [first, *(self._shared_starts(width, num_shared) if num_shared else ())]
+        experts = self._empty(len(held) + num_shared, width, starts)
         for number, expert in enumerate(held):
-            experts.put(number, *(self._take(part, expert) for part in (Part.GATE, Part.UP, Part.DOWN)))
+            experts.put(number, *(self._held(part, expert) for part in (Part.GATE, Part.UP, Part.DOWN)))
         if num_shared:
             self._put_shared(experts, len(held), num_shared)
         return experts
@@ -280,36 +294,37 @@ class _Builder:
             return None
         part = self._sharding.part(self._places[Place(Part.SHARED_GATE)])
         columns = self._places[Place(Part.SHARED_GATE)].shape[0] if part is None else part.stop - part.start
-        experts = self._empty(count, columns // count)
+        experts = self._empty(count, columns // count, self._shared_starts(columns // count, count))
         self._put_shared(experts, 0, count)
         return experts
 
-    def _empty(self, count: int, width: int) -> Experts:
-        return empty_experts(count, self._config.hidden_size, width, self._source.empty(0), is_int8=self._is_int8)
+    def _empty(self, count: int, width: int, starts: Sequence[int]) -> Experts:
+        """Return memory for experts that begin at columns `starts` of what is stored."""
+        some_expert = next(weight for weight in self._places.values() if is_experts(weight))
+        blocks = fp8_blocks(self._config, starts) if some_expert.name in self._fp8_names else None
+        like = self._source.empty(0)
+        return empty_experts(count, self._config.hidden_size, width, like, is_int8=self._is_int8, fp8_blocks=blocks)
+
+    def _first_column(self, place: Place) -> int:
+        part = self._sharding.part(self._places[place])
+        return 0 if part is None else part.start
+
+    def _shared_starts(self, width: int, count: int) -> list[int]:
+        first = self._first_column(Place(Part.SHARED_GATE))
+        return [first + width * number for number in range(count)]
 
     def _put_shared(self, experts: Experts, first: int, count: int) -> None:
         # Columns of a network's hidden layer do not meet before its sum: a wide one is several narrow ones.
-        gates, ups, downs = map(self._take, (Part.SHARED_GATE, Part.SHARED_UP, Part.SHARED_DOWN))
-        width = len(gates) // count
-        pieces = zip(gates.split(width), ups.split(width), downs.split(width, dim=1), strict=True)
+        gates, ups, downs = map(self._held, (Part.SHARED_GATE, Part.SHARED_UP, Part.SHARED_DOWN))
+        width = gates.shape[0] // count
+        pieces = zip(*(_pieces(each, width, axis) for each, axis in ((gates, 0), (ups, 0), (downs, 1))), strict=True)
         for number, (gate, up, down) in enumerate(pieces, first):
-            experts.put(number, gate, up, down.contiguous())
+            experts.put(number, gate, up, down)
 
-    def _fp8_experts(self) -> Fp8Experts:
-        """Return all experts as they are stored, shared ones last."""
-        shape, config = self._config.moe, self._config
-        count, width = shape.num_experts + shape.num_shared_experts, shape.intermediate_size
-        assert config.fp8_block is not None, "check_fp8 has passed"
-        experts = empty_fp8_experts(count, config.hidden_size, width, self._source.empty(0), config.fp8_block)
 
-        def take(part: Part, expert: int | None = None) -> BlockFp8:
-            return self._source.take_block_fp8(self._places[Place(part, expert)].name)
-
-        for expert in range(shape.num_experts):
-            experts.put(expert, take(Part.GATE, expert), take(Part.UP, expert), take(Part.DOWN, expert))
-        if shape.num_shared_experts:
-            gates, ups = (take(part).split(width, 0) for part in (Part.SHARED_GATE, Part.SHARED_UP))
-            pieces = zip(gates, ups, take(Part.SHARED_DOWN).split(width, 1), strict=True)
-            for expert, (gate, up, down) in enumerate(pieces, shape.num_experts):
-                experts.put(expert, gate, up, down)
-        return experts
+def _pieces(weight: Tensor | BlockFp8, width: int, axis: int) -> list[Tensor] | list[BlockFp8]:
+    """Return the parts of `weight`, `width` wide along `axis`, each by itself."""
+    starts = range(0, weight.shape[axis], width)
+    if isinstance(weight, BlockFp8):
+        return [weight.narrow(axis, start, width) for start in starts]
+    return [weight.narrow(axis, start, width).contiguous() for start in starts]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.experts import Experts, empty_experts
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from headrace_core.families.table import weights as weight_tree
 from headrace_core.families.weights import Part, Place
 from headrace_core.model.feed_forward import FeedForward, MoeMlp
 from headrace_core.model.group_experts import DispatchedExperts
-from headrace_core.model.weights_dtype import WeightsDtype, num_bytes
+from headrace_core.model.weights_dtype import Holding, WeightsDtype, fp8_blocks
 from headrace_core.ranks.layout import ParallelLayout
 from headrace_core.ranks.sharding import Owners, Sharding
 
@@ -46,20 +47,23 @@ class ExpertReader:
 
     reader: WeightReader
     config: ModelConfig
+    holding: Holding
 
     def names(self, layer: int) -> dict[Place, str]:
         """Return the names of the weights of a layer's experts."""
         weights = weight_tree(self.config).layer(layer)
         return {weight.place: weight.name for weight in weights if weight.place.expert is not None}
 
-    def read(self, names: Mapping[Place, str], expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, names: Mapping[Place, str], expert: int) -> Sequence[Tensor | BlockFp8]:
         """Return an expert's gate, up and down, as `Experts.put` takes them.
 
         Raises:
             CheckpointError: DAMAGED_FILE, NON_FINITE_WEIGHT.
         """
-        gate, up, down = (names[Place(part, expert)] for part in (Part.GATE, Part.UP, Part.DOWN))
-        return self.reader.take(gate), self.reader.take(up), self.reader.take(down)
+        wanted = [names[Place(part, expert)] for part in (Part.GATE, Part.UP, Part.DOWN)]
+        if self.holding.fp8_names.issuperset(wanted):
+            return [self.reader.take_block_fp8(name) for name in wanted]
+        return [self.reader.take(name) for name in wanted]
 
 
 class ExpertStore:
@@ -116,9 +120,7 @@ class ExpertStore:
         self.slots[layer] = after
 
 
-def open_store(
-    reader: ExpertReader, layers: Sequence[FeedForward], sharding: Sharding, weights_dtype: WeightsDtype
-) -> ExpertStore:
+def open_store(reader: ExpertReader, layers: Sequence[FeedForward], sharding: Sharding) -> ExpertStore:
     """Return what moves the experts of a network's `layers`, which `sharding` placed; takes `spare_bytes`."""
     config, moe = reader.config, reader.config.moe
     held = {index: layer.experts for index, layer in enumerate(layers) if isinstance(layer, MoeMlp)}
@@ -128,8 +130,14 @@ def open_store(
     count = len(slots[min(slots)][sharding.rank])
     with torch.inference_mode():
         like = reader.reader.empty(0)
-        is_int8 = weights_dtype is WeightsDtype.INT8
-        spare = empty_experts(count, config.hidden_size, moe.intermediate_size, like, is_int8=is_int8)
+        spare = empty_experts(
+            count,
+            config.hidden_size,
+            moe.intermediate_size,
+            like,
+            is_int8=reader.holding.dtype is WeightsDtype.INT8,
+            fp8_blocks=fp8_blocks(config, [0]) if reader.holding.fp8_names else None,
+        )
     return ExpertStore(dispatched, slots, sharding.rank, spare, reader)
 
 
@@ -153,8 +161,8 @@ def num_slots(layout: ParallelLayout, config: ModelConfig, redundant: int) -> in
     return (config.moe.num_experts + redundant) // layout.size
 
 
-def spare_bytes(config: ModelConfig, num_experts: int, dtype: torch.dtype, weights_dtype: WeightsDtype) -> int:
+def spare_bytes(config: ModelConfig, num_experts: int, dtype: torch.dtype, holding: Holding) -> int:
     """Return the bytes of the room beside the layers, for `num_experts` of compute type `dtype`."""
     mixture = next(layer for layer in range(config.num_layers) if config.is_moe_layer(layer))
     weights = (each for each in weight_tree(config).layer(mixture) if each.place.expert == 0)
-    return num_experts * sum(num_bytes(weight, config, dtype, weights_dtype) for weight in weights)
+    return num_experts * sum(holding.num_bytes(weight, config, dtype) for weight in weights)

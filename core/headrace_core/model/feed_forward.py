@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from headrace_kernels.fp8_experts import Fp8Experts
 from headrace_kernels.linear import Linear
 from headrace_kernels.moe_router import route_and_sort
 from headrace_kernels.routing_rule import RoutedTokens, Router
@@ -67,7 +66,7 @@ class DenseMlp:
 class MoeMlp:
     """Routed experts and, for some networks, shared ones that every token passes."""
 
-    def __init__(self, router: Router, experts: LayerExperts | Fp8Experts) -> None:
+    def __init__(self, router: Router, experts: LayerExperts) -> None:
         self.router = router
         self.experts = experts
         shared = ["shared_experts"] if router.num_shared else []

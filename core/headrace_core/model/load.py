@@ -27,7 +27,7 @@ from headrace_core.model.model import Model, ModelIdentity
 from headrace_core.model.numerics import Numerics, check_exact, exact_fingerprint
 from headrace_core.model.rope_angles import check_angles
 from headrace_core.model.travelling_tokens import check_fp8_dispatch, dispatch_fingerprint
-from headrace_core.model.weights_dtype import WeightsDtype, check_fp8, check_int8, held_fingerprint
+from headrace_core.model.weights_dtype import WeightsDtype, check_int8, held_fingerprint, holding
 from headrace_core.model.working_memory import StepLimits, gpu_working_bytes
 from headrace_core.process import release_freed_memory
 from headrace_core.ranks.dispatch_dtype import DispatchDtype
@@ -96,7 +96,7 @@ def load_model(
     if weights_dtype is WeightsDtype.INT8:
         check_int8(device)
     if dispatch_dtype is DispatchDtype.FP8:
-        check_fp8_dispatch(config, ranks.layout, weights_dtype)
+        check_fp8_dispatch(config, ranks.layout)
     layout = _layout_of_a_token(config, cache_dtype)
     stored = read_headers(directory)
     check_mtp_is_stored(config, stored)
@@ -109,23 +109,20 @@ def load_model(
     names = [name for name in names if name.removesuffix(SCALE_SUFFIX) in is_read]
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
-    if weights_dtype is WeightsDtype.FP8:
-        check_fp8(config, reader.is_block_fp8, reader.empty(0), ranks.layout.size)
-    weight_bytes = num_weight_bytes(config, compute_dtype, weights_dtype, sharding)
-    held = dtype if weights_dtype is WeightsDtype.AUTO else weights_dtype.value
-    log.info("weights", extra={"dtype": held, "compute_dtype": dtype, "bytes": weight_bytes})
+    held = holding(weights_dtype, config, reader.is_block_fp8, sharding, reader.empty(0))
+    weight_bytes = num_weight_bytes(config, compute_dtype, held, sharding)
+    held_dtype = dtype if weights_dtype is WeightsDtype.AUTO else weights_dtype.value
+    log.info("weights", extra={"dtype": held_dtype, "compute_dtype": dtype, "bytes": weight_bytes})
     room_bytes = 0
     if redundant_experts is not None:
-        room_bytes = spare_bytes(
-            config, num_slots(ranks.layout, config, redundant_experts), compute_dtype, weights_dtype
-        )
+        room_bytes = spare_bytes(config, num_slots(ranks.layout, config, redundant_experts), compute_dtype, held)
         log.info("room to move experts, beside the weights", extra={"bytes": room_bytes})
     working_bytes = WORKING_BYTES
     if device == "cuda":
         limits = step_limits or StepLimits()
         working_bytes = gpu_working_bytes(config, layout, limits, kv_pool_bytes, itemsize=compute_dtype.itemsize)
     check_fits(weight_bytes + room_bytes, kv_pool_bytes, available_bytes(device), working_bytes)
-    weights = build_network(config, reader, weights_dtype, ranks, sharding, dispatch_dtype)
+    weights = build_network(config, reader, held, ranks, sharding, dispatch_dtype)
     _check_tied_head(config, stored, reader)
     release_freed_memory()
     if ranks.layout.size > 1:
@@ -138,9 +135,7 @@ def load_model(
     store = None
     if redundant_experts is not None:
         again = WeightReader(stored, config, dtype=compute_dtype, device=device, expected=dict(reader.digests))
-        store = open_store(
-            ExpertReader(again, config), [each.feed_forward for each in weights.layers], sharding, weights_dtype
-        )
+        store = open_store(ExpertReader(again, config, held), [each.feed_forward for each in weights.layers], sharding)
     return Model(config, identity, weights, ranks, store)
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from headrace_core.errors import StartupError
 from headrace_core.families.config import ModelConfig
-from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.ranks.dispatch_dtype import DispatchDtype
 from headrace_core.ranks.layout import ExpertsBy, ParallelLayout
 
@@ -61,7 +60,7 @@ class RoundedTokens:
         return self._experts(routed._replace(x=x), residual)
 
 
-def check_fp8_dispatch(config: ModelConfig, layout: ParallelLayout, weights_dtype: WeightsDtype) -> None:
+def check_fp8_dispatch(config: ModelConfig, layout: ParallelLayout) -> None:
     """Refuse a worker whose experts can't be given their tokens so.
 
     Raises:
@@ -72,8 +71,6 @@ def check_fp8_dispatch(config: ModelConfig, layout: ParallelLayout, weights_dtyp
         problem = "the network has no experts"
     elif layout.size > 1 and layout.experts_by is ExpertsBy.COLUMNS:
         problem = "experts divided by columns are no place that tokens travel to; use --experts ep, or auto"
-    elif weights_dtype is WeightsDtype.FP8:
-        problem = "not with --weights-dtype fp8_e4m3, whose workers dispatch nothing; use auto for one of the two"
     if problem:
         raise StartupError("NO_FP8_DISPATCH", f"--dispatch-dtype fp8_e4m3: {problem}")
 

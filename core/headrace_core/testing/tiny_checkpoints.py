@@ -290,6 +290,21 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], num_shards: int =
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_fp8_checkpoint(
+    directory: Path, config: Config, block: tuple[int, int] = (128, 128), variation: Variation | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Write a checkpoint in blocks of FP8; return what `quantise_fp8` does, of which the first is written."""
+    variation = variation or Variation()
+    quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
+    config = {**config, "quantization_config": quantisation}
+    if variation.num_mtp_layers:
+        config = {**config, "num_nextn_predict_layers": variation.num_mtp_layers}
+    write_config(directory, config)
+    stored, plain = quantise_fp8(random_tensors(parse_config(directory), variation), block)
+    write_tensors(directory, stored, variation.num_shards)
+    return stored, plain
+
+
 def quantise_fp8(tensors: dict[str, Tensor], block: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return (block-FP8 tensors with their scales, the float32 weights they stand for).
 

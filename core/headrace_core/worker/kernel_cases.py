@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.draws import Draws
 from headrace_kernels.experts import empty_experts
 from headrace_kernels.gqa_decode import gqa_decode
@@ -34,6 +35,7 @@ _H, _D, _R, _NOPE, _DV = 16, 512, 64, 64, 64
 _QUERY_HEADS, _KV_HEADS, _HEAD = 32, 8, 128
 _VOCABULARY = 32_000
 _EPS = 1e-6
+_BLOCK, _FP8_MOST = 128, 448.0
 
 Call = Callable[[], object]
 
@@ -71,6 +73,10 @@ def kernel_cases() -> list[KernelCase]:
                    lambda: _linear(_B, is_int8=True)),
         KernelCase("int8_experts", f"{_B} tokens, {_K} of {_E} experts of {_N} × {_WIDTH}", 1.0 * active * expert,
                    2.0 * _B * _K * expert, lambda: _experts(is_int8=True)),
+        KernelCase("fp8_linear", f"{_B} × {_N}, {_N} outputs", 1.0 * weights, 2.0 * _B * weights,
+                   lambda: _linear(_B, is_fp8=True)),
+        KernelCase("fp8_experts", f"{_B} tokens, {_K} of {_E} experts of {_N} × {_WIDTH}", 1.0 * active * expert,
+                   2.0 * _B * _K * expert, lambda: _experts(is_fp8=True)),
         KernelCase("moe_router", f"{_B} tokens, {_E} experts", 4.0 * _E * _N + 4.0 * _B * _N, 2.0 * _B * _E * _N,
                    _router),
         KernelCase("mla_decode", f"{decode}, {heads}", 2.0 * rows * latents, 2.0 * _H * rows * (2 * _D + _R),
@@ -96,15 +102,23 @@ def _random(*shape: int) -> Tensor:
     return (torch.randn(shape) * shape[-1] ** -0.5).bfloat16()
 
 
-def _linear(rows: int, *, is_int8: bool = False) -> Call:
-    layer, x = Linear(_random(_N, _N), is_int8=is_int8), _random(rows, _N)
+def _random_fp8(rows: int, columns: int) -> BlockFp8:
+    values = (torch.randn(rows, columns) * 60).clamp(-_FP8_MOST, _FP8_MOST).to(torch.float8_e4m3fn)
+    scales = torch.full((rows // _BLOCK, columns // _BLOCK), columns**-0.5 / 60)
+    return BlockFp8(values, scales, (_BLOCK, _BLOCK))
+
+
+def _linear(rows: int, *, is_int8: bool = False, is_fp8: bool = False) -> Call:
+    weight, x = _random_fp8(_N, _N) if is_fp8 else _random(_N, _N), _random(rows, _N)
+    layer = Linear(weight, is_int8=is_int8, dtype=x.dtype)
     return lambda: layer(x)
 
 
-def _experts(*, is_int8: bool = False) -> Call:
-    layer = empty_experts(_E, _N, _WIDTH, _random(1), is_int8=is_int8)
+def _experts(*, is_int8: bool = False, is_fp8: bool = False) -> Call:
+    blocks, make = ((_BLOCK, _BLOCK), (_BLOCK, _BLOCK)), _random_fp8 if is_fp8 else _random
+    layer = empty_experts(_E, _N, _WIDTH, _random(1), is_int8=is_int8, fp8_blocks=blocks if is_fp8 else None)
     for number in range(_E):
-        layer.put(number, _random(_WIDTH, _N), _random(_WIDTH, _N), _random(_N, _WIDTH))
+        layer.put(number, make(_WIDTH, _N), make(_WIDTH, _N), make(_N, _WIDTH))
     chosen = torch.stack([torch.randperm(_E)[:_K] for _ in range(_B)])
     routed = RoutedTokens(_random(_B, _N), chosen, torch.full((_B, _K), 1 / _K), None)
     return lambda: layer(routed, routed.x)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.cpu import library
 from headrace_kernels.routing_rule import RoutedTokens, Router, RoutingRule
 
@@ -44,6 +45,8 @@ def do_agree(first: str, second: str) -> bool:
 def _results(dtype: torch.dtype) -> Iterator[Tensor]:
     from headrace_kernels.cpu import (
         experts,
+        fp8_experts,
+        fp8_linear,
         gqa_decode,
         gqa_prefill,
         int8_experts,
@@ -83,6 +86,20 @@ def _results(dtype: torch.dtype) -> Iterator[Tensor]:
     held = int8_experts.empty(_EXPERTS, _HIDDEN, _WIDTH, x)
     for expert in range(_EXPERTS):
         held.put(expert, random(_WIDTH, _HIDDEN), random(_WIDTH, _HIDDEN), random(_HIDDEN, _WIDTH))
+    yield held(routed, x)
+    block = (16, 32)
+
+    def in_blocks(rows: int, columns: int) -> BlockFp8:
+        scales = random(-(-rows // block[0]), -(-columns // block[1])).float()
+        return BlockFp8(random(rows, columns).to(torch.float8_e4m3fn), scales, block)
+
+    in_fp8 = fp8_linear.pack(in_blocks(_WIDTH, _HIDDEN), dtype)
+    assert in_fp8 is not None, "kernels take both types"
+    yield fp8_linear.packed_norm_linear(x, norm, in_fp8, 1e-6, None, _WIDTH)
+    yield fp8_linear.packed_linear(x[:3], in_fp8, None, _WIDTH)
+    held = fp8_experts.empty(_EXPERTS, _HIDDEN, _WIDTH, x, (block, block))
+    for expert in range(_EXPERTS):
+        held.put(expert, in_blocks(_WIDTH, _HIDDEN), in_blocks(_WIDTH, _HIDDEN), in_blocks(_HIDDEN, _WIDTH))
     yield held(routed, x)
     table = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]], dtype=torch.int32)
     lens = torch.tensor([90, 17], dtype=torch.int32)

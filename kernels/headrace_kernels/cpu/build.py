@@ -33,7 +33,7 @@ _PLAIN = ("pool", "tape")
 """Sources that are no kernels: compiled once."""
 _ISAS = {
     "x86_64": {
-        "avx2": ("-mavx2", "-mfma"),
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
         "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     },
     "aarch64": {"neon": ()},

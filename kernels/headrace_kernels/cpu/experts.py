@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu import panels
-from headrace_kernels.cpu.arguments import ADDRESS, INT, address, check, structure
+from headrace_kernels.cpu.arguments import ADDRESS, INT, check, structure
 from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.cpu.panels import NO_SCALES, PanelScales
 from headrace_kernels.reference import experts as reference
 from headrace_kernels.routing_rule import RoutedTokens
 
@@ -27,13 +28,18 @@ _MoeExperts = structure(
     gate_up=ADDRESS,
     down=ADDRESS,
     gate_up_scales=ADDRESS,
+    gate_up_scale_columns=INT,
+    gate_up_scale_lanes=INT,
     down_scales=ADDRESS,
+    down_scale_columns=INT,
+    down_scale_lanes=INT,
     width=INT,
     residual=ADDRESS,
     residual_stride=INT,
     y=ADDRESS,
     y_stride=INT,
 )
+_ENTRIES = {torch.int8: "int8_moe_experts", torch.uint8: "fp8_moe_experts"}
 _packed_shape = cache(panels.packed_shape)
 
 
@@ -74,9 +80,9 @@ def run(
     down: Tensor,
     width: int,
     *,
-    scales: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[PanelScales, PanelScales] | None = None,
 ) -> Tensor:
-    """Return [T, N] for experts of `width`, packed, as `PackedExperts` keeps them; `scales` of both if they are int8.
+    """Return [T, N] for experts of `width`, packed, as `PackedExperts` keeps them; in 8 bits with `scales` of both.
 
     Raises:
         ValueError: a shape, dtype or stride does not fit.
@@ -87,7 +93,7 @@ def run(
     check("residual", residual, (num_tokens, x.shape[1]), x.dtype)
     check("experts", experts, (num_tokens, num_per_token), torch.int64)
     check("weights", weights, (num_tokens, num_per_token), torch.float32)
-    dtype = x.dtype if scales is None else torch.int8
+    dtype = x.dtype if scales is None else down.dtype
     check("down", down, (len(down), *_packed_shape(x.shape[1], width, dtype)), dtype)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments = _MoeExperts(
@@ -101,14 +107,15 @@ def run(
         len(down),
         gate_up.data_ptr(),
         down.data_ptr(),
-        *map(address, scales or (None, None)),
+        *(field for each in scales or () for field in each.fields()),
+        *(() if scales else 2 * NO_SCALES),
         width,
         residual.data_ptr(),
         residual.stride(0),
         y.data_ptr(),
         x.shape[1],
     )
-    call("moe_experts" if scales is None else "int8_moe_experts", arguments, x.dtype)
+    call(_ENTRIES.get(down.dtype, "moe_experts"), arguments, x.dtype)
     return y
 
 

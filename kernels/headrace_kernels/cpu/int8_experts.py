@@ -8,6 +8,7 @@ from torch import Tensor
 from headrace_kernels.cpu import int8_linear, panels
 from headrace_kernels.cpu.experts import run, side_by_side
 from headrace_kernels.cpu.library import takes
+from headrace_kernels.cpu.panels import PanelScales
 from headrace_kernels.reference import int8_experts as reference
 from headrace_kernels.routing_rule import RoutedTokens
 
@@ -20,9 +21,9 @@ class PackedInt8Experts:
         self._width = width
         self._gate_up = like.new_empty(count, *panels.packed_shape(outputs, hidden, torch.int8), dtype=torch.int8)
         self._down = like.new_empty(count, *panels.packed_shape(hidden, width, torch.int8), dtype=torch.int8)
-        self._scales = (
-            like.new_empty(count, outputs, dtype=torch.float32),
-            like.new_empty(count, panels.padded(hidden), dtype=torch.float32),
+        self._scales = tuple(
+            PanelScales(like.new_empty(count, padded // panels.LANES, 1, panels.LANES, dtype=torch.float32), inputs)
+            for padded, inputs in ((outputs, hidden), (panels.padded(hidden), width))
         )
 
     def put(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
@@ -30,21 +31,23 @@ class PackedInt8Experts:
         gates, ups, downs = map(int8_linear.pack, (gate, up, down))
         self._gate_up[expert] = side_by_side(gates.values, ups.values)
         self._down[expert] = downs.values
-        scales = side_by_side(gates.scales.view(-1, panels.LANES), ups.scales.view(-1, panels.LANES))
-        self._scales[0][expert], self._scales[1][expert] = scales.flatten(), downs.scales
+        gate_up_scales = side_by_side(*(each.scales.view(-1, 1, panels.LANES) for each in (gates, ups)))
+        self._scales[0].values[expert] = gate_up_scales
+        self._scales[1].values[expert] = downs.scales.view(-1, 1, panels.LANES)
 
     def copy(self, expert: int, other: PackedInt8Experts, its: int) -> None:
         """See `headrace_kernels.experts.Experts`."""
         self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
         for mine, theirs in zip(self._scales, other._scales, strict=True):
-            mine[expert] = theirs[its]
+            mine.values[expert] = theirs.values[its]
 
     def block_size(self, num_assignments: int) -> None:
         """See `headrace_kernels.experts.Experts`."""
 
     def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
         """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
-        return run(routed, residual, self._gate_up, self._down, self._width, scales=self._scales)
+        gate_up_scales, down_scales = self._scales
+        return run(routed, residual, self._gate_up, self._down, self._width, scales=(gate_up_scales, down_scales))
 
 
 def empty(count: int, hidden: int, width: int, like: Tensor) -> PackedInt8Experts | reference.Int8Experts:

@@ -8,6 +8,7 @@ from torch import Tensor
 from headrace_kernels.cpu import panels
 from headrace_kernels.cpu.library import takes
 from headrace_kernels.cpu.linear import run
+from headrace_kernels.cpu.panels import PanelScales
 from headrace_kernels.int8_weights import Int8Weight
 from headrace_kernels.reference import int8_linear as reference
 
@@ -26,7 +27,7 @@ def packed_linear(x: Tensor, packed: Int8Weight, bias: Tensor | None, num_output
     """See `headrace_kernels.linear.Linear.__call__`."""
     if not takes(x.dtype):
         return reference.packed_linear(x, packed, bias, num_outputs)
-    return run(x, packed.values, bias, num_outputs, scales=packed.scales)
+    return run(x, packed.values, bias, num_outputs, scales=_of_outputs(packed, x))
 
 
 def packed_norm_linear(
@@ -35,11 +36,15 @@ def packed_norm_linear(
     """See `headrace_kernels.linear.Linear.after_norm`; what the norm gives is not rounded before it is quantised."""
     if not takes(x.dtype):
         return reference.packed_norm_linear(x, norm_weight, packed, eps, bias, num_outputs)
-    return run(x, packed.values, bias, num_outputs, norm=(norm_weight, eps), scales=packed.scales)
+    return run(x, packed.values, bias, num_outputs, norm=(norm_weight, eps), scales=_of_outputs(packed, x))
 
 
 def packed_linear_add(x: Tensor, packed: Int8Weight, residual: Tensor, bias: Tensor | None) -> Tensor:
     """See `headrace_kernels.linear.Linear.added_to`; rounded once."""
     if not takes(x.dtype):
         return reference.packed_linear_add(x, packed, residual, bias)
-    return run(x, packed.values, bias, residual.shape[1], residual=residual, scales=packed.scales)
+    return run(x, packed.values, bias, residual.shape[1], residual=residual, scales=_of_outputs(packed, x))
+
+
+def _of_outputs(packed: Int8Weight, x: Tensor) -> PanelScales:
+    return PanelScales(packed.scales.view(-1, 1, panels.LANES), x.shape[1])

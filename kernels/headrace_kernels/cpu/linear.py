@@ -10,6 +10,7 @@ from torch import Tensor
 from headrace_kernels.cpu import panels
 from headrace_kernels.cpu.arguments import ADDRESS, FLOAT, INT, address, check, structure
 from headrace_kernels.cpu.library import call, takes
+from headrace_kernels.cpu.panels import NO_SCALES, PanelScales
 from headrace_kernels.reference import linear as reference
 
 _Linear = structure(
@@ -23,6 +24,8 @@ _Linear = structure(
     eps=FLOAT,
     weight=ADDRESS,
     scales=ADDRESS,
+    scale_columns=INT,
+    scale_lanes=INT,
     num_outputs=INT,
     bias=ADDRESS,
     residual=ADDRESS,
@@ -42,6 +45,7 @@ _PlainLinear = structure(
     bias=ADDRESS,
     y=ADDRESS,
 )
+_ENTRIES = {torch.int8: "int8_linear", torch.uint8: "fp8_linear"}
 # Asked at every call, as all that is checked there; a bias fits the weight that it came with.
 _packed_shape = cache(panels.packed_shape)
 
@@ -99,21 +103,21 @@ def run(
     *,
     norm: tuple[Tensor | None, float] | None = None,
     residual: Tensor | None = None,
-    scales: Tensor | None = None,
+    scales: PanelScales | None = None,
 ) -> Tensor:
     """Return `norm(x) @ weight.T + bias + residual`, [T, O], dtype of `x`, summed in float32 and rounded once.
 
-    With `scales`, float32 and one for every output of the panels, `packed` is int8 (`int8_linear`).
+    With `scales` `packed` is int8 (`int8_linear`), or uint8, bytes of FP8 (`fp8_linear`).
 
     Raises:
         ValueError: a shape, dtype or stride does not fit.
     """
     x = _with_rows(x)
     y = x.new_empty(len(x), num_outputs)
-    dtype = x.dtype if scales is None else torch.int8
+    dtype = x.dtype if scales is None else packed.dtype
     check("weight, packed,", packed, _packed_shape(num_outputs, x.shape[1], dtype), dtype)
-    if scales is not None:
-        check("scales", scales, (panels.padded(num_outputs),), torch.float32)
+    if scales is not None and not scales.do_fit(len(packed), x.shape[1]):
+        raise ValueError(f"scales {tuple(scales.values.shape)} do not fit {len(packed)} panels of {x.shape[1]} terms")
     if residual is not None:
         check("residual", residual, (len(x), num_outputs), x.dtype)
     if norm is not None and norm[0] is not None:
@@ -127,7 +131,7 @@ def run(
         norm is not None,
         eps,
         packed.data_ptr(),
-        address(scales),
+        *(NO_SCALES if scales is None else scales.fields()),
         num_outputs,
         address(bias),
         address(residual),
@@ -135,7 +139,7 @@ def run(
         y.data_ptr(),
         num_outputs,
     )
-    call("linear" if scales is None else "int8_linear", arguments, x.dtype)
+    call(_ENTRIES.get(packed.dtype, "linear"), arguments, x.dtype)
     return y
 
 

@@ -1,10 +1,12 @@
 """Weights as compiled kernels read them: panels of 16 outputs, each from start to end (src/panel.h, src/bytes.h).
 
 A weight [O, I] becomes ceil(O / 16) panels: in bfloat16 [I / 2][16][2], in float32 [I][16], in int8 [I / 4][16][4];
-zeros fill what is left.
+zeros fill what is left. Bytes of FP8 are uint8, [I][16].
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,26 @@ from torch import Tensor
 LANES = 16
 _TOGETHER = {torch.bfloat16: 2, torch.int8: 4}
 """Terms of one output that lie side by side."""
+
+
+class PanelScales(NamedTuple):
+    """`values` [..., panels, groups, lanes] float32: for each `columns` terms one of a panel, or one of each output."""
+
+    values: Tensor
+    columns: int
+
+    def fields(self) -> tuple[int, int, int]:
+        """Return what `struct Scales` of src/panel.h is."""
+        return self.values.data_ptr(), self.columns, self.values.shape[-1]
+
+    def do_fit(self, num_panels: int, num_inputs: int) -> bool:
+        """Return whether they are those of so many panels."""
+        values, groups = self.values, -(-num_inputs // self.columns)
+        is_shaped = values.shape[-3:-1] == (num_panels, groups) and values.shape[-1] in (1, LANES)
+        return is_shaped and values.dtype == torch.float32 and values.is_contiguous()
+
+
+NO_SCALES: tuple[Any, int, int] = (None, 1, 0)
 
 
 def padded(count: int) -> int:

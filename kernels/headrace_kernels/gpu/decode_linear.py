@@ -6,11 +6,14 @@ every multiprocessor reads; with fewer than 64 the matrix instruction is mma ins
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace_kernels.block_fp8 import Block
 from headrace_kernels.gpu import configs
 from headrace_kernels.gpu.configs import Config
 from headrace_kernels.gpu.dependent_launch import dependent_launch, prefetch_rows, wait_for_earlier
@@ -28,14 +31,14 @@ def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: floa
     """See `headrace_kernels.decode_linear.norm_linear`."""
     if len(x) > MAX_ROWS:
         return reference.norm_linear(x, norm_weight, weight, eps, bias)
-    return _launch(x, weight, bias, norm_weight, None, eps, is_normalised=True)
+    return run(x, weight, bias, norm_weight, None, eps, is_normalised=True)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     """See `headrace_kernels.decode_linear.linear_add`."""
     if len(x) > MAX_ROWS:
         return reference.linear_add(x, weight, residual, bias)
-    return _launch(x, weight, bias, None, residual, 0.0, is_normalised=False)
+    return run(x, weight, bias, None, residual, 0.0, is_normalised=False)
 
 
 def key(num_rows: int, weight: Tensor) -> str:
@@ -76,7 +79,7 @@ def _most_read(num_rows: int, weight: Tensor, outputs: int, tokens: int) -> int:
     return -(-num_programs // num_sms(weight)) * (outputs + min(rows, tokens))
 
 
-def _launch(
+def run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -85,22 +88,35 @@ def _launch(
     eps: float,
     *,
     is_normalised: bool,
+    scales: Tensor | None = None,
+    block: Block = (1, 1),
 ) -> Tensor:
+    """Return `norm(x) @ weight.T + bias + residual`, [T, O], dtype of `x`.
+
+    With `scales` the weight is float8_e4m3fn, in such blocks; activations are multiplied as they are. The columns of a
+    block must be a multiple of 16, or all columns.
+    """
     num_rows, in_features = x.shape
     out_features = len(weight)
     out = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
-    config = configs.config("decode_linear", key(num_rows, weight), default_config(num_rows, weight), x)
+    config = dict(configs.config("decode_linear", key(num_rows, weight), default_config(num_rows, weight), x))
+    if scales is not None and block[1] < in_features:
+        # What is multiplied at once has one scale for each output.
+        config["BLOCK_I"] = math.gcd(config["BLOCK_I"], block[1])
     launch(
         _linear_kernel,
         (triton.cdiv(out_features, config["BLOCK_O"]), triton.cdiv(num_rows, config["BLOCK_T"])),
-        *(x, x.stride(0), norm_weight, weight, weight.stride(0), bias),
+        *(x, x.stride(0), norm_weight, weight, weight.stride(0), scales, bias),
         *(residual, 0 if residual is None else residual.stride(0), out),
         *(num_rows, in_features, out_features, eps),
         IS_NORMALISED=is_normalised,
         HAS_NORM_WEIGHT=norm_weight is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        OPERAND=operand_dtype(weight),
+        IS_SCALED=scales is not None,
+        BLOCK_ROWS=block[0],
+        BLOCK_COLUMNS=block[1],
+        OPERAND=operand_dtype(x),
         **dependent_launch(x),
         **config,
     )
@@ -114,6 +130,7 @@ def _linear_kernel(
     norm_weight_ptr,
     weight_ptr,
     weight_stride,
+    scale_ptr,
     bias_ptr,
     residual_ptr,
     residual_stride,
@@ -126,6 +143,9 @@ def _linear_kernel(
     HAS_NORM_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
     OPERAND: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -155,7 +175,12 @@ def _linear_kernel(
             if HAS_NORM_WEIGHT:
                 norm_weight = tl.load(norm_weight_ptr + start + i, mask=is_input, other=0.0).to(tl.float32)
                 x = (wide * norm_weight[:, None]).to(OPERAND)
-        sums = tl.dot(weight, x, sums, input_precision="ieee")
+        if IS_SCALED:
+            scale_row = o // BLOCK_ROWS * tl.cdiv(in_features, BLOCK_COLUMNS)
+            scale = tl.load(scale_ptr + scale_row + start // BLOCK_COLUMNS, mask=is_output, other=0.0)
+            sums += tl.dot(weight, x, input_precision="ieee") * scale[:, None]
+        else:
+            sums = tl.dot(weight, x, sums, input_precision="ieee")
     if IS_NORMALISED:
         sums *= inverse_root(tl.sum(squares, axis=0) / in_features, eps)[None, :]
     if HAS_BIAS:

@@ -1,29 +1,28 @@
-"""`headrace_kernels.fp8_experts` in plain torch: an expert's weights are dequantised when a token chose it.
-
-A few milliseconds an expert and layer, whatever the number of its rows: slow in decoding, little beside a long prompt.
-"""
+"""`headrace_kernels.experts` over weights in blocks of FP8 (`block_fp8`), in plain torch: the specification."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace_kernels.block_fp8 import BlockFp8
+from headrace_kernels.block_fp8 import Block, BlockFp8
+from headrace_kernels.reference import fp8_linear
 from headrace_kernels.routing_rule import RoutedTokens
-from headrace_kernels.silu_mul import silu_mul
 
 
 class HeldExperts:
-    """See `headrace_kernels.fp8_experts.Fp8Experts`."""
+    """See `headrace_kernels.experts.Experts`; an expert's weights are dequantised where a token chose it."""
 
-    def __init__(self, count: int, dtype: torch.dtype) -> None:
+    def __init__(self, count: int) -> None:
         self._held: list[tuple[BlockFp8, BlockFp8, BlockFp8] | None] = [None] * count
-        self._dtype = dtype
 
     def put(self, expert: int, gate: BlockFp8, up: BlockFp8, down: BlockFp8) -> None:
-        """See `headrace_kernels.fp8_experts.Fp8Experts`."""
+        """See `headrace_kernels.experts.Experts`."""
         self._held[expert] = (gate, up, down)
+
+    def copy(self, expert: int, other: HeldExperts, its: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._held[expert] = other._held[its]
 
     def block_size(self, num_assignments: int) -> None:
         """See `headrace_kernels.experts.Experts`."""
@@ -38,12 +37,14 @@ class HeldExperts:
             assert held is not None, "every expert was put"
             gate, up, down = held
             tokens, places = (routed.experts == expert).nonzero(as_tuple=True)
-            rows = F.linear(routed.x[tokens], torch.cat((gate.to(self._dtype), up.to(self._dtype))))
-            rows = F.linear(silu_mul(rows), down.to(self._dtype)).float()
+            rows = routed.x[tokens].float()
+            hidden = F.silu(fp8_linear.packed_linear(rows, gate, None, gate.shape[0]))
+            hidden = hidden * fp8_linear.packed_linear(rows, up, None, up.shape[0])
+            rows = fp8_linear.packed_linear(hidden, down, None, down.shape[0])
             out = out.index_add(0, tokens, rows * routed.weights[tokens, places, None])
         return out.to(residual.dtype)
 
 
-def empty(count: int, hidden: int, width: int, like: Tensor, block: tuple[int, int]) -> HeldExperts:
-    """See `headrace_kernels.fp8_experts.empty_fp8_experts`; any block will do."""
-    return HeldExperts(count, like.dtype)
+def empty(count: int, hidden: int, width: int, like: Tensor, blocks: tuple[Block, Block]) -> HeldExperts:
+    """See `headrace_kernels.experts.empty_experts`; any blocks will do."""
+    return HeldExperts(count)

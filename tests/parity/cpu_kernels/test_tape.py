@@ -10,7 +10,7 @@ from headrace_core.model.load import load_model
 from headrace_core.model.op_timer import RunningOpTimer
 from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.testing.paged_sequences import PagedSequences
-from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
+from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint, write_fp8_checkpoint
 from headrace_kernels.cpu.arena import Arena
 from headrace_kernels.cpu.tape import record
 from headrace_kernels.linear import Linear
@@ -57,10 +57,15 @@ def test_recorded_steps_give_the_same_bits(model):
     assert counts == expected_counts
 
 
-@pytest.mark.parametrize("name", ["v3", "mixtral"])
-def test_recorded_steps_of_weights_in_8_bits_give_the_same_bits(name, tmp_path, dtype):
-    write_checkpoint(tmp_path, TINY_CONFIGS[name])
-    model = load_model(tmp_path, dtype=str(dtype).removeprefix("torch."), weights_dtype=WeightsDtype.INT8)
+@pytest.mark.parametrize(
+    ("name", "weights_dtype"), [("v3", WeightsDtype.INT8), ("mixtral", WeightsDtype.INT8), ("v3", WeightsDtype.FP8)]
+)
+def test_recorded_steps_of_weights_in_8_bits_give_the_same_bits(name, weights_dtype, tmp_path, dtype):
+    if weights_dtype is WeightsDtype.FP8:
+        write_fp8_checkpoint(tmp_path, TINY_CONFIGS[name])
+    else:
+        write_checkpoint(tmp_path, TINY_CONFIGS[name])
+    model = load_model(tmp_path, dtype=str(dtype).removeprefix("torch."), weights_dtype=weights_dtype)
     expected, expected_cache, _ = logits_of(model, is_recorded=False)
     logits, cache, _ = logits_of(model, is_recorded=True)
     assert model._decode_steps.problem is None

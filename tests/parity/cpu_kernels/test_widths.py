@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.cpu import build, library
 from headrace_kernels.gqa_decode import gqa_decode
 from headrace_kernels.linear import Linear
@@ -44,10 +45,12 @@ def on_library(monkeypatch, other, run):
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 6, 7, 12, 13, 31])
-@pytest.mark.parametrize("is_int8", [False, True], ids=["numbers", "in 8 bits"])
-def test_linear_layers_are_the_same(num_rows, is_int8, wide, monkeypatch, dtype):
+@pytest.mark.parametrize("held", ["as numbers", "in 8 bits", "in blocks of FP8"])
+def test_linear_layers_are_the_same(num_rows, held, wide, monkeypatch, dtype):
     weight, bias, norm = plain(50, 133, dtype=dtype), plain(50, dtype=dtype), plain(133, dtype=dtype)
-    linear = Linear(weight, bias, is_int8=is_int8)
+    if held == "in blocks of FP8":
+        weight = BlockFp8((20 * weight).to(torch.float8_e4m3fn), torch.rand(7, 2), (8, 128))
+    linear = Linear(weight, bias, is_int8=held == "in 8 bits", dtype=dtype)
     x, residual = random(num_rows, 133, dtype=dtype), random(num_rows, 50, dtype=dtype)
     for run in (lambda: linear.after_norm(x, norm, 1e-5), lambda: linear.added_to(residual, x)):
         assert torch.equal(on_library(monkeypatch, wide, run), run())

@@ -19,7 +19,7 @@ struct Linear {
     int64_t is_normed;
     float eps;
     const void *weight;
-    const float *scales;
+    Scales scales;
     int64_t O;
     const void *bias, *residual;
     int64_t residual_stride;
@@ -61,7 +61,8 @@ void linear(const Linear &call) {
                 int width = (int)(call.O - column < LANES ? call.O - column : LANES);
                 const auto *weights = (const typename Weights::Weight *)call.weight + panel * panel_size;
                 Lanes bias = call.bias == nullptr ? all(0.f) : load_some((const T *)call.bias + column, width);
-                Weights::multiply(count, rows + start, weights, call.scales + column, call.K, [&](int64_t row, Lanes sum) {
+                Scales scales = of_panel(call.scales, panel, call.K);
+                Weights::multiply(count, rows + start, weights, scales, call.K, [&](int64_t row, Lanes sum) {
                     int64_t at = first + start + row;
                     sum = sum + bias;
                     T *to = (T *)call.y + at * call.y_stride + column;
@@ -95,5 +96,12 @@ EXPORT int ENTRY(linear)(const Linear *call, int dtype, int num_threads) {
 EXPORT int ENTRY(int8_linear)(const Linear *call, int dtype, int num_threads) {
     return headrace::in_turn(num_threads, [&] {
         dtype == BFLOAT16 ? linear<bf16, ByteWeights>(*call) : linear<float, ByteWeights>(*call);
+    });
+}
+
+// See cpu/fp8_linear.py. 0: done; 1: no memory.
+EXPORT int ENTRY(fp8_linear)(const Linear *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] {
+        dtype == BFLOAT16 ? linear<bf16, Fp8Weights>(*call) : linear<float, Fp8Weights>(*call);
     });
 }

@@ -21,7 +21,7 @@ struct MoeExperts {
     const float *weights;
     int64_t K, first_local, num_local;
     const void *gate_up, *down;
-    const float *gate_up_scales, *down_scales;
+    Scales gate_up_scales, down_scales;
     int64_t I;
     const void *residual;
     int64_t residual_stride;
@@ -108,11 +108,12 @@ void some_tokens(const MoeExperts &call, int64_t first, int64_t count) {
             int64_t num_rows = starts[e + 1] - start < block ? starts[e + 1] - start : block;
             for (int64_t p = first_panel; p < first_panel + panels_a_task && p < hidden_panels; p++) {
                 const Weight *gate = (const Weight *)call.gate_up + (e * hidden_panels + p) * 2 * size;
-                const float *scales = call.gate_up_scales + (e * hidden_panels + p) * 2 * LANES;
+                Scales gate_scales = of_panel(call.gate_up_scales, (e * hidden_panels + p) * 2, call.N);
+                Scales up_scales = of_panel(gate_scales, 1, call.N);
                 float *to = hidden + start * width + p * LANES;
-                Weights::multiply(num_rows, rows + start, gate, scales, call.N,
+                Weights::multiply(num_rows, rows + start, gate, gate_scales, call.N,
                                   [&](int64_t row, const Lanes &sum) { store(to + row * width, sum); });
-                Weights::multiply(num_rows, rows + start, gate + size, scales + LANES, call.N,
+                Weights::multiply(num_rows, rows + start, gate + size, up_scales, call.N,
                                   [&](int64_t row, const Lanes &sum) {
                                       store(to + row * width, silu_times(load(to + row * width), sum));
                                   });
@@ -134,7 +135,8 @@ void some_tokens(const MoeExperts &call, int64_t first, int64_t count) {
             int64_t e = active[a], start = starts[e];
             int64_t at = e * output_panels + panel;
             const Weight *weights = (const Weight *)call.down + at * down_size;
-            Weights::multiply(starts[e + 1] - start, hidden_rows + start, weights, call.down_scales + at * LANES, call.I,
+            Scales scales = of_panel(call.down_scales, at, call.I);
+            Weights::multiply(starts[e + 1] - start, hidden_rows + start, weights, scales, call.I,
                               [&](int64_t row, const Lanes &product) {
                                   Assignment of = sorted[start + row];
                                   float *to = sum + of.token * LANES;
@@ -170,5 +172,12 @@ EXPORT int ENTRY(moe_experts)(const MoeExperts *call, int dtype, int num_threads
 EXPORT int ENTRY(int8_moe_experts)(const MoeExperts *call, int dtype, int num_threads) {
     return headrace::in_turn(num_threads, [&] {
         dtype == BFLOAT16 ? moe_experts<bf16, ByteWeights>(*call) : moe_experts<float, ByteWeights>(*call);
+    });
+}
+
+// See cpu/fp8_experts.py. 0: done; 1: no memory.
+EXPORT int ENTRY(fp8_moe_experts)(const MoeExperts *call, int dtype, int num_threads) {
+    return headrace::in_turn(num_threads, [&] {
+        dtype == BFLOAT16 ? moe_experts<bf16, Fp8Weights>(*call) : moe_experts<float, Fp8Weights>(*call);
     });
 }

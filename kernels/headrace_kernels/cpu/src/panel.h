@@ -14,6 +14,17 @@ INLINE int64_t panel_size(int64_t K, int dtype) { return padded_terms(K, dtype) 
 
 constexpr int PREFETCH_BYTES = 1024;
 
+// Where the scales of panels are: of each panel a row, `lanes` of them (1 or LANES) for every so many `columns` terms.
+struct Scales {
+    const float *at;
+    int64_t columns, lanes;
+};
+
+INLINE Scales of_panel(const Scales &scales, int64_t panel, int64_t K) {
+    if (scales.at == nullptr) return scales;
+    return {scales.at + panel * ((K + scales.columns - 1) / scales.columns) * scales.lanes, scales.columns, scales.lanes};
+}
+
 template <int ROWS>
 INLINE void panel_product(const float *const *rows, const bf16 *panel, int64_t K, Lanes *sums) {
     Lanes sum[ROWS];

@@ -145,8 +145,8 @@ void after_fork_in_child() {
 bool has_avx(bool is_512) {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
-    constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27;
-    if ((c & (FMA | OSXSAVE)) != (FMA | OSXSAVE)) return false;
+    constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27, F16C = 1u << 29;
+    if ((c & (FMA | OSXSAVE | F16C)) != (FMA | OSXSAVE | F16C)) return false;
     unsigned saved, high, registers = is_512 ? 0xe6 : 0x6;
     __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
     if ((saved & registers) != registers) return false;

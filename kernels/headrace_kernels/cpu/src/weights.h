@@ -1,6 +1,7 @@
-// How the weights of a product are held, and the rows that they meet: as numbers, or in 8 bits with scales.
+// How the weights of a product are held, and the rows that they meet: as numbers, as whole numbers, in blocks of FP8.
 #pragma once
 #include "bytes.h"
+#include "fp8.h"
 #include "panel.h"
 #include "rows.h"
 
@@ -23,8 +24,29 @@ struct WideWeights {
 
     // `take(row, sum)` gets each row's 16 outputs.
     template <class Take>
-    INLINE void multiply(int64_t num_rows, const float *const *rows, const T *panel, const float *, int64_t K, Take take) {
+    INLINE void multiply(int64_t num_rows, const float *const *rows, const T *panel, const Scales &, int64_t K, Take take) {
         all_rows(num_rows, rows, panel, terms(K), take);
+    }
+};
+
+// Panels in blocks of FP8; a row is floats.
+struct Fp8Weights {
+    using Weight = uint8_t;
+    using Term = float;
+    static constexpr bool ROWS_ARE_FLOATS = true;
+
+    static int64_t terms(int64_t K) { return K; }
+    static int64_t row_size(int64_t K) { return K; }
+
+    template <class X>
+    INLINE void prepare(const X *x, int64_t K, float scale, const X *norm_weight, float *to) {
+        widen(x, K, K, scale, norm_weight, to);
+    }
+
+    template <class Take>
+    INLINE void multiply(int64_t num_rows, const float *const *rows, const uint8_t *panel, const Scales &scales, int64_t K,
+                         Take take) {
+        all_fp8_rows(num_rows, rows, panel, scales, K, take);
     }
 };
 
@@ -43,12 +65,12 @@ struct ByteWeights {
         quantise(x, K, terms(K), scale, norm_weight, to);
     }
 
-    // `scales`: those of the panel's outputs.
+    // `scales`: those of the panel's outputs, of all terms.
     template <class Take>
-    INLINE void multiply(int64_t num_rows, const int8_t *const *rows, const int8_t *panel, const float *scales, int64_t K,
+    INLINE void multiply(int64_t num_rows, const int8_t *const *rows, const int8_t *panel, const Scales &scales, int64_t K,
                          Take take) {
         int64_t padded = terms(K), num_blocks = (num_rows + MOST - 1) / MOST, first = 0;
-        Lanes outputs = load(scales);
+        Lanes outputs = load(scales.at);
         for (int64_t block = 0; block < num_blocks; block++) {
             int count = (int)((num_rows - first + num_blocks - block - 1) / (num_blocks - block));
             WholeLanes sums[MOST] = {};
