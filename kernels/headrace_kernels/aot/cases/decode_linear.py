@@ -7,10 +7,16 @@ from torch import Tensor
 
 from headrace_kernels import decode_linear as family
 from headrace_kernels.aot.case import AotCase
+from headrace_kernels.block_fp8 import BlockFp8
+from headrace_kernels.fp8_groups import FP8, GROUP, num_groups
+from headrace_kernels.linear import Linear
 
 
 def aot_cases() -> list[AotCase]:
-    """Projections of DeepSeek-V2-Lite, DeepSeek-V3 and Mixtral, for each number of tokens a program can take."""
+    """Projections of DeepSeek-V2-Lite, DeepSeek-V3 and Mixtral, for each number of tokens a program can take.
+
+    Those in blocks of FP8: few rows, many, and the blocks of 64 rows that V3.2's indexer key makes of its neighbours'.
+    """
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -33,7 +39,22 @@ def aot_cases() -> list[AotCase]:
             uses_matrix_units=True,
         )
 
+    def fp8(tokens: int, inputs: int, outputs: int, rows: int = GROUP) -> AotCase:
+        x, norm_weight, residual = meta(tokens, inputs), meta(inputs), meta(tokens, outputs)
+        scales = meta(-(-outputs // rows), num_groups(inputs), dtype=torch.float32)
+
+        def call() -> None:
+            layer = Linear(BlockFp8(meta(outputs, inputs, dtype=FP8), scales, (rows, GROUP)), dtype=x.dtype)
+            layer.after_norm(x, norm_weight, 1e-6)
+            layer.added_to(residual, x)
+
+        return AotCase(f"fp8 blocks of {rows} T={tokens} {inputs} to {outputs}", call, uses_matrix_units=True)
+
     return [
+        fp8(1, 7168, 2112),
+        fp8(64, 1536, 24576),
+        fp8(64, 7168, 2240, rows=64),
+        fp8(512, 16384, 7168),
         norm(8, 2048, 3648, torch.bfloat16, False),
         norm(32, 2048, 3648, torch.bfloat16, False),
         norm(128, 7168, 2112, torch.bfloat16, False),
