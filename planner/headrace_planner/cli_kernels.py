@@ -19,6 +19,8 @@ from headrace_planner.report import si
 
 _PROGRAM = "headrace_core.worker.kernel_speed"
 _BAR_WIDTH = 32
+_BESIDE_BAR = 32
+"""Columns for a backend's name, its share and its time."""
 _STYLES = {"reference": "dim", "cpu": "green"}
 
 
@@ -47,12 +49,13 @@ def show_kernels(console: Console, report: Mapping[str, Any]) -> None:
         f"This CPU, {threads} threads, {isa}: reads {si(report['bytes_per_s'])}B/s, multiplies "
         f"{si(report['flops_per_s'])}FLOP/s. A full bar is the floor; bfloat16."
     )
+    width = max(8, min(_BAR_WIDTH, console.width - _BESIDE_BAR))
     reasons: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for case in report["cases"]:
         floor = f"floor {case['floor_s'] * 1e6:,.0f} µs, {case['bound']}"
         console.print(Text.assemble("\n", (case["family"], "bold"), f"  {case['shape']}  ", (floor, "dim")))
         for name, found in case["backends"].items():
-            console.print(Text.assemble(f"  {name:10} ", *_drawn(name, found)))
+            console.print(Text.assemble(f"  {name:10} ", *_drawn(name, found, width)))
             if "not_measured" in found:
                 reasons[name][found["not_measured"]] = None
     console.print()
@@ -60,10 +63,10 @@ def show_kernels(console: Console, report: Mapping[str, Any]) -> None:
         console.print(f"{name}, where it is not measured: {'; '.join(why)}")
 
 
-def _drawn(name: str, found: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _drawn(name: str, found: Mapping[str, Any], most: int) -> tuple[tuple[str, str], ...]:
     if "share" not in found:
         return (("not measured", "dim"),)
     share: float = found["share"]
-    width = min(_BAR_WIDTH, max(1, round(_BAR_WIDTH * share)))
+    width = min(most, max(1, round(most * share)))
     time = f" {share:4.0%}  {found['s'] * 1e6:,.0f} µs"
-    return ("█" * width, _STYLES.get(name, "cyan")), ("░" * (_BAR_WIDTH - width), "dim"), (time, "")
+    return ("█" * width, _STYLES.get(name, "cyan")), ("░" * (most - width), "dim"), (time, "")

@@ -23,6 +23,10 @@ from headrace_planner.report import si
 _WATCH_INTERVAL_S = 2.0
 # From this ratio of measured to predicted on, an operation is worth a look.
 _SLOW_RATIO = 3.0
+_COLUMNS = ("measured µs", "predicted µs", "ratio", "share", "FLOP", "bytes", "bound")
+_NARROW_COLUMNS = _COLUMNS[:3]
+_LEAST_WIDTH = 96
+"""Columns of a terminal from which all are shown; --json has them all."""
 _NO_ADDRESSES = (
     "--live needs --metrics HOST:PORT, once per worker: `headrace up` prints them, and so does the worker's log line "
     "`serving`; the router does not know them"
@@ -60,10 +64,10 @@ def show_live(console: Console, readings: Sequence[Reading], *, as_json: bool, w
         typer.echo(json.dumps({"workers": [_as_json(reading) for reading in readings]}, indent=2))
         return
     if not watch:
-        console.print(_tables(readings))
+        console.print(_tables(readings, console.width))
         return
     shown, last = list(readings), list(readings)
-    with Live(_tables(shown), console=console, auto_refresh=False) as screen:
+    with Live(_tables(shown, console.width), console=console, auto_refresh=False) as screen:
         try:
             while True:
                 time.sleep(_WATCH_INTERVAL_S)
@@ -71,7 +75,7 @@ def show_live(console: Console, readings: Sequence[Reading], *, as_json: bool, w
                 news = [after.since(before) for after, before in zip(now, last, strict=True)]
                 shown = [new if new.loads else old for new, old in zip(news, shown, strict=True)]
                 last = now
-                screen.update(_tables(shown), refresh=True)
+                screen.update(_tables(shown, console.width), refresh=True)
         except KeyboardInterrupt:
             return
 
@@ -86,11 +90,11 @@ def _as_json(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _tables(readings: Sequence[Reading]) -> Group:
-    return Group(*(part for reading in readings for part in _parts(reading)))
+def _tables(readings: Sequence[Reading], width: int) -> Group:
+    return Group(*(part for reading in readings for part in _parts(reading, width)))
 
 
-def _parts(reading: Reading) -> list[Text | Table]:
+def _parts(reading: Reading, width: int) -> list[Text | Table]:
     parts: list[Text | Table] = [_title(reading.address, reading.machine)]
     if not reading.loads:
         return [*parts, Text("  no step was measured yet; one in --roofline-every-steps is\n", style="dim")]
@@ -106,16 +110,22 @@ def _parts(reading: Reading) -> list[Text | Table]:
             )
         )
         table = Table("operation", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-        for name in ("measured µs", "predicted µs", "ratio", "share", "FLOP", "bytes"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("bound", no_wrap=True)
+        table.columns[0].overflow = "fold"
+        names = _COLUMNS if width >= _LEAST_WIDTH else _NARROW_COLUMNS
+        for name in names:
+            table.add_column(name, justify="left" if name == "bound" else "right", no_wrap=True)
         for row in rows:
             style = "red" if row.ratio and row.ratio >= _SLOW_RATIO and row.share >= 1 / len(rows) else ""
-            table.add_row(
-                row.op, f"{row.measured_us:,.1f}", "" if row.predicted_us is None else f"{row.predicted_us:,.1f}",
-                "" if row.ratio is None else f"{row.ratio:.2f}", f"{row.share:.1%}", si(row.flops), si(row.num_bytes),
-                row.bound, style=style,
-            )  # fmt: skip
+            cells = {
+                "measured µs": f"{row.measured_us:,.1f}",
+                "predicted µs": "" if row.predicted_us is None else f"{row.predicted_us:,.1f}",
+                "ratio": "" if row.ratio is None else f"{row.ratio:.2f}",
+                "share": f"{row.share:.1%}",
+                "FLOP": si(row.flops),
+                "bytes": si(row.num_bytes),
+                "bound": row.bound,
+            }
+            table.add_row(row.op, *(cells[name] for name in names), style=style)
         parts.append(table)
     return parts
 

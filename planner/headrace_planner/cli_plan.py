@@ -14,18 +14,17 @@ from headrace_core.request_trace import Workload, load_trace, prefix_hit_share
 from headrace_core.roofline.communication import Parallelism
 from headrace_core.roofline.hardware import Hardware, find_hardware
 from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import Demand, Plan, make_plan
-from headrace_planner.cli_errors import readable_errors
+from headrace_planner.cli_errors import readable_errors, written
 from headrace_planner.plan_experts import experts_choice
 from headrace_planner.sim_capacity import Attempt, Verified, verify_divisions
 from headrace_planner.sim_result import parse_slo
 from headrace_planner.sim_roofline import Machine
 from headrace_planner.sim_tradeoffs import crossover, decode_speed, kv_memory
+from headrace_planner.tables import print_table
 from headrace_planner.workload import parse_workload, poisson
 
 _SIMULATED = 4000
@@ -68,13 +67,14 @@ def main(
         tried = verify_divisions(plan, requests) if simulate else []
         plan, verified = tried[0] if tried else (plan, None)
         if plot_dir:
-            _plot(shape, machine, dtype, plot_dir)
+            with written(plot_dir):
+                _plot(shape, machine, dtype, plot_dir)
     if as_json:
         typer.echo(json.dumps(as_dict(plan, verified), indent=2))
         return
     _print(plan, verified)
     for other, found in tried[1:]:
-        typer.echo(
+        Console().print(
             f"with prefill workers of {other.prefill.machine.parallel}: "
             f"{_counted(found.config.num_prefill, found.config.num_decode)} ({found.config.num_gpus} GPUs), "
             f"{found.attainment:.1%} of requests met both objectives"
@@ -157,13 +157,12 @@ def _print(plan: Plan, verified: Verified | None) -> None:
     else:
         times = (f"TTFT p99 {prefill.ttft_s:.2f} s", f"ITL {decode.step_s * 1e3:.1f} ms")
     batches = (f"{prefill.step_tokens} tokens", f"{decode.batch} rows")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "workers", "division", "GPUs", "full step", "simulated" if verified else "expected"):
-        table.add_column(name)
-    for name, option, batch, time in zip(("prefill", "decode"), (prefill, decode), batches, times, strict=True):
-        machine = str(option.machine.parallel)
-        table.add_row(name, str(option.num_workers), machine, str(option.num_gpus), batch, time)
-    console.print(table)
+    rows = [
+        [name, str(option.num_workers), str(option.machine.parallel), str(option.num_gpus), batch, time]
+        for name, option, batch, time in zip(("prefill", "decode"), (prefill, decode), batches, times, strict=True)
+    ]
+    columns = ("", "workers", "division", "GPUs", "full step", "simulated" if verified else "expected")
+    print_table(console, columns, rows, left=("division",))
     console.print(f"limit of prefill: {prefill.limit}; of decode: {decode.limit}")
     console.print(
         f"hand-off: {plan.transfer_bytes_per_s / 1e9:.2f} GB/s in all, {plan.link_bytes_per_s / 1e9:.1f} GB/s per "

@@ -19,7 +19,7 @@ from headrace_core.roofline.roofline import Roofline, roofline
 from headrace_core.roofline.routing import Routing
 from rich.console import Console
 
-from headrace_planner.cli_errors import readable_errors
+from headrace_planner.cli_errors import readable_errors, written
 from headrace_planner.cli_kernels import measure_kernels, show_kernels
 from headrace_planner.cli_live import read_workers, save_points, show_live
 from headrace_planner.compat import CompatSetting
@@ -163,7 +163,8 @@ def _readings(metrics: Sequence[str], model: str, save_measured: Path | None) ->
     """Ask the workers; with `save_measured` write what they say to that file."""
     readings = read_workers(metrics)
     if save_measured:
-        save_points(readings, ModelShape.load(model), save_measured)
+        with written(save_measured):
+            save_points(readings, ModelShape.load(model), save_measured)
     return readings
 
 
@@ -246,8 +247,9 @@ def _with_live(content: PageContent, shape: ModelShape, readings: Sequence[Readi
 def _page(console: Console, content: PageContent, address: tuple[str, int] | None, path: Path | None) -> None:
     html = build_page(content)
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(html, encoding="utf-8")
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(html, encoding="utf-8")
         console.print(f"wrote {path} ({len(html) / 1000:.0f} kB); it needs no network and no server")
     if address:
         serve_page(html, *address, on_ready=lambda url: console.print(f"roofline at {url} (Ctrl-C ends)"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +18,14 @@ from headrace_core.roofline.model_shape import MODELS, Dtype, ModelShape
 from headrace_core.roofline.routing import Routing
 from headrace_router.placement.preferences import PREFERENCES
 from rich.console import Console
-from rich.table import Table
 
 from headrace_planner import plots
 from headrace_planner.capacity import kv_tokens
-from headrace_planner.cli_errors import readable_errors
+from headrace_planner.cli_errors import readable_errors, written
 from headrace_planner.divisible import check_divides
 from headrace_planner.measured_times import load_tables, measured_times
 from headrace_planner.plots import Figure, Line
+from headrace_planner.report import seconds
 from headrace_planner.sim_capacity import wire_of
 from headrace_planner.sim_config import Fidelity, SimConfig, WorkerSpec, random_outages
 from headrace_planner.sim_result import SimResult, Slo, parse_slo
@@ -33,6 +34,7 @@ from headrace_planner.sim_studies import Study
 from headrace_planner.simulator import simulate
 from headrace_planner.step_times import LinearStepTimes, StepTimes
 from headrace_planner.studies import STUDIES
+from headrace_planner.tables import print_table
 from headrace_planner.workload import Lengths, closed_loop, parse_workload, poisson
 
 HELP = """Run a cluster in simulated time, with the product's own schedulers.
@@ -121,7 +123,8 @@ def main(
         objective = parse_slo(slo)
         result = simulate(config, load)
         if plot:
-            plots.save(_figures(result), plot)
+            with written(plot):
+                plots.save(_figures(result), plot)
     if as_json:
         typer.echo(json.dumps(result.summary(objective), indent=2))
     else:
@@ -203,12 +206,14 @@ def _fidelity(text: str) -> Fidelity:
 
 def _print(result: SimResult, slo: Slo) -> None:
     console, summary = Console(), result.summary(slo)
-    table = Table("", "p25", "p50", "p99", "mean")
-    for name, scale, unit in (("ttft_s", 1e3, "ms"), ("itl_s", 1e3, "ms"), ("tpot_s", 1e3, "ms"), ("e2e_s", 1, "s")):
+    columns = ("p25", "p50", "p99", "mean")
+    rows: list[list[str]] = []
+    for name in ("ttft_s", "itl_s", "tpot_s", "e2e_s"):
         values: dict[str, float] = summary[name]
-        cells = [f"{values[p] * scale:.1f} {unit}" for p in ("p25", "p50", "p99", "mean")]
-        table.add_row(name.removesuffix("_s").upper(), *cells)
-    console.print(table)
+        # Of a single token there are no gaps.
+        cells = ["-" if isnan(values[column]) else seconds(values[column]) for column in columns]
+        rows.append([name.removesuffix("_s").upper(), *cells])
+    print_table(console, ("", *columns), rows)
     busy = ", ".join(f"{role} {share:.0%}" for role, share in summary["utilisation"].items())
     console.print(
         f"{summary['num_done']} of {summary['num_requests']} requests done, {summary['num_refused']} refused, "
@@ -238,9 +243,7 @@ def _run_study(name: str, trace: Path | None, path: Path | None) -> None:
     if name not in STUDIES:
         raise InvalidRequestError("BAD_STUDY", f"{name!r} is not one of {', '.join(STUDIES)}")
     study: Study = STUDIES[name](trace)
-    table = Table(*study.columns)
-    for row in study.rows:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(Console(), study.columns, study.rows)
     if path:
-        plots.save(study.figures, path)
+        with written(path):
+            plots.save(study.figures, path)

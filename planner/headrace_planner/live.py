@@ -48,6 +48,10 @@ class UnreachableError(LiveError):
     """Nothing answers there with metrics."""
 
 
+class NothingMeasuredError(LiveError):
+    """Workers that measure have measured no step yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What a worker predicts for, as it says."""
@@ -222,7 +226,8 @@ def measured_points(readings: Sequence[Reading], shape: ModelShape) -> MeasuredP
     What was measured as one is split as the roofline splits it, so that its parts all reach the same part of the roof.
 
     Raises:
-        LiveError: A worker runs another model, or none has measured a step.
+        LiveError: A worker runs another model.
+        NothingMeasuredError: None has measured a step.
     """
     points: list[MeasuredPoint] = []
     for phase in PHASES:
@@ -233,7 +238,8 @@ def measured_points(readings: Sequence[Reading], shape: ModelShape) -> MeasuredP
         if having:
             points += _points(_total(having), phase, shape)
     if not points:
-        raise LiveError("no prefill or decode step was measured yet")
+        text = "no prefill or decode step was measured yet; a worker measures one in --roofline-every-steps of them"
+        raise NothingMeasuredError(text)
     source = ", ".join(f"{one.machine.hardware} at {one.address}" for one in readings if one.machine)
     return MeasuredPoints(source=f"mean of measured steps on {source}", points=points)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace_planner.compat import CompatSetting, compat_critical_intensities, compat_operations
+from headrace_planner.tables import print_table
 
 SUMMARY = {
     "tokens_per_s": "tokens/seconds",
@@ -165,22 +166,17 @@ def _totals(result: Roofline, kv_dtype: Dtype | None) -> str:
 def print_compat(console: Console, setting: CompatSetting) -> None:
     """Print the MoE-intensity page's figures by its own formulas."""
     console.print("[bold]The MoE-intensity page's own formulas[/bold]; what they leave out: docs/roofline.md")
-    critical = Table("hardware", box=box.SIMPLE_HEAD, pad_edge=False)
-    critical.add_column("critical FLOP/byte", justify="right")
-    for name, intensity in compat_critical_intensities().items():
-        critical.add_row(name, f"{intensity:.2f}")
-    console.print(critical)
-    table = Table("operation", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("prefill FLOP/byte", "sampling FLOP/byte"):
-        table.add_column(name, justify="right")
-    table.add_column("FLOPs | bytes", style="dim")
+    critical = [[name, f"{intensity:.2f}"] for name, intensity in compat_critical_intensities().items()]
+    print_table(console, ("hardware", "critical FLOP/byte"), critical)
+    rows: list[list[str]] = []
     pairs = zip(compat_operations("prefill", setting), compat_operations("sampling", setting), strict=True)
     for prefill, sampling in pairs:
         formulas = f"{pretty(prefill.flops_formula)} | {pretty(prefill.bytes_formula)}"
         if sampling.flops_formula != prefill.flops_formula:
             formulas += f"; sampling {pretty(sampling.flops_formula)} | {pretty(sampling.bytes_formula)}"
-        table.add_row(prefill.name, f"{prefill.intensity:.2f}", f"{sampling.intensity:.2f}", formulas)
-    console.print(table)
+        rows.append([prefill.name, f"{prefill.intensity:.2f}", f"{sampling.intensity:.2f}", formulas])
+    columns = ("operation", "prefill FLOP/byte", "sampling FLOP/byte", "FLOPs | bytes")
+    print_table(console, columns, rows, left=columns[3:])
 
 
 def si(value: float) -> str:
