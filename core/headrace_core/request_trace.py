@@ -34,6 +34,8 @@ class Workload:
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
     max_in_flight: int = 0
     """Clients that each wait for their answer before they ask again; 0: requests come when they come."""
+    clients: Sequence[int] | None = None
+    """Whose each request is; None: all are one client's, which need share with nobody."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -68,6 +70,7 @@ class Workload:
             self.blocks[part] if self.blocks is not None else None,
             self.block_tokens,
             self.max_in_flight,
+            self.clients[part] if self.clients is not None else None,
         )
 
 

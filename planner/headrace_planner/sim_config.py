@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -82,6 +83,8 @@ class SimConfig:
     """Which prefill worker gets a prompt: one of `headrace_router.placement.preferences`."""
     predicts_local: bool = False
     """Let decode workers compute prompts that are cheaper there (`placement.local_prefill`). Exact fidelity only."""
+    ttft_target_s: float = math.inf
+    """Requests whose first token can't come so soon after them are refused (`placement.early_rejection`)."""
     shortlist: int = 4
     """Fast fidelity: workers of a kind that placement chooses among; see `sim_router`."""
 

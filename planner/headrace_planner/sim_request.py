@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from headrace_core.request_trace import Workload
 from headrace_router.placement.capacity import Waiting
-from headrace_router.placement.fair_queue import Turn
+from headrace_router.placement.fair_queue import Client, Turn
 from headrace_router.placement.policy import EXPECTED_OUTPUT_TOKENS
 from headrace_router.placement.prefix import prefix_key
 
@@ -71,6 +71,8 @@ class SimRequest:
     """Prompt tokens that were found in caches, of all attempts."""
     takes_all_pages: bool = False
     """True where a worker gives a sequence the pages of its whole output at once: fast fidelity."""
+    client: Client = ()
+    """Whose it is; empty: nobody's who shares with others."""
     placed: Placed[SimRequest, Account] | None = None
     """What the attempt under way was promised."""
     has_pages: bool = False
@@ -84,12 +86,12 @@ class SimRequest:
     first_token_s: float = float("nan")
     last_token_s: float = 0.0
     turn: Turn = field(init=False)
-    """Its standing in the queue, for all attempts; all are one client's."""
+    """Its standing in the queue, for all attempts."""
 
     def __post_init__(self) -> None:
         """Take its place."""
         expected = min(self.num_output, EXPECTED_OUTPUT_TOKENS)
-        self.turn = Turn(_CLIENT, (self.index,), self.num_prompt + expected)
+        self.turn = Turn(self.client or _CLIENT, (self.index,), self.num_prompt + expected)
 
     @property
     def promised(self) -> Placed[SimRequest, Account]:
@@ -123,6 +125,7 @@ class SimRequest:
             self.prefix,
             self.avoid,
             has_output=self.num_done > 0,
+            client=self.client,
             prefix=self,
         )
 
@@ -168,8 +171,16 @@ class Arrivals:
             blocks = range(index << 20, (index << 20) + count)
             prefix = index * 0x9E3779B97F4A7C15 & (1 << 64) - 1
         num_output = int(workload.num_output[index])
+        clients = workload.clients
         return SimRequest(
-            index, arrival_s, num_prompt, num_output, blocks, prefix, takes_all_pages=self._takes_all_pages
+            index,
+            arrival_s,
+            num_prompt,
+            num_output,
+            blocks,
+            prefix,
+            takes_all_pages=self._takes_all_pages,
+            client=() if clients is None else (f"client-{clients[index]}",),
         )
 
     def _prefix(self, first_block: int) -> int:

@@ -18,11 +18,13 @@ from typing import Protocol
 import numpy as np
 from headrace_router.placement.book import Book
 from headrace_router.placement.capacity import WorkerView
+from headrace_router.placement.early_rejection import judge
 from headrace_router.placement.local_prefill import Costs, local_below
 from headrace_router.placement.placed import Placed
 from headrace_router.placement.preferences import Preference
 from headrace_router.placement.promises import Promises, Report, WorkerSize
 
+from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import Wire, WorkerSpec
 from headrace_planner.sim_request import SimRequest
 
@@ -154,15 +156,17 @@ class Router:
         on_placed: Callable[[Placed[SimRequest, Account]], None],
         on_refused: Callable[[SimRequest], None],
         *,
-        now: Callable[[], float],
+        clock: Clock,
         shortlist: int,
         preference: Preference,
+        ttft_target_s: float,
     ) -> None:
         self.accounts = accounts
         self.num_rounds = 0
         self._book: Book[SimRequest, Account] = Book(preference)
         self._book.set_fleet(account.view() for account in accounts)
-        self._now = now
+        self._clock = clock
+        self._ttft_target_s = ttft_target_s
         can_decode = [account for account in accounts if account.can_decode]
         self._on_placed = on_placed
         self._on_refused = on_refused
@@ -199,10 +203,25 @@ class Router:
         return len(self._book)
 
     def enqueue(self, request: SimRequest) -> None:
-        """Queue a request at its place: retried ones keep theirs."""
+        """Queue a request at its place: retried ones keep theirs. One whose target is out of reach is refused."""
         request.describe()
-        self._book.add(request)
+        if request.attempt or self._ttft_target_s == math.inf:
+            self._book.add(request)
+        else:
+            now_s, due_s = self._clock.now_s, request.arrival_s + self._ttft_target_s
+            views = [account.view() for account in self.accounts if account.is_up]
+            verdict = judge(self._book, request, views, due_s=due_s, now_s=now_s)
+            if verdict.problem:
+                self._on_refused(request)
+                return
+            self._book.add(request)
+            self._clock.at(max(now_s, verdict.start_by_s), self._give_up, request)
         self.kick()
+
+    def _give_up(self, request: SimRequest) -> None:
+        if not request.attempt and request in self._book:
+            self._book.remove(request)
+            self._on_refused(request)
 
     def on_fleet(self) -> None:
         """Take note that a worker ended or is back."""
@@ -224,7 +243,7 @@ class Router:
         head = next(iter(self._book), None)
         if head is None:
             return False
-        placed = self._book.plan_round(self._now(), self._candidates(head))
+        placed = self._book.plan_round(self._clock.now_s, self._candidates(head))
         for each in placed:
             self._on_placed(each)
         return bool(placed)

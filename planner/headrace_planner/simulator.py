@@ -85,9 +85,10 @@ class _Simulation:
             [self._account(number) for number in range(config.num_workers)],
             self._place,
             self._refuse,
-            now=lambda: self._clock.now_s,
+            clock=self._clock,
             shortlist=0 if self._is_exact else config.shortlist,
             preference=PREFERENCES[config.placement],
+            ttft_target_s=config.ttft_target_s,
         )
 
     def run(self) -> None:

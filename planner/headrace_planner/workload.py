@@ -1,7 +1,8 @@
-"""Synthetic requests: Poisson or closed-loop arrivals, fixed or spread lengths. Deterministic by seed."""
+"""Synthetic requests: Poisson or closed-loop arrivals, fixed or spread lengths, mixes. Deterministic by seed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,42 @@ def closed_loop(lengths: Lengths, *, concurrency: int, num_requests: int, seed: 
         raise InvalidRequestError("BAD_WORKLOAD", text)
     workload = _workload(lengths, np.zeros(num_requests), np.random.default_rng(seed))
     return Workload(workload.arrival_s, workload.num_prompt, workload.num_output, max_in_flight=concurrency)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a mix that changes: so long requests of one kind come, at a rate."""
+
+    seconds: float
+    rate: float
+    """Requests per second."""
+    num_prompt: int
+    num_output: int
+
+
+def changing(phases: Sequence[Phase], *, seed: int = 0, block_tokens: int = 256) -> Workload:
+    """Return the requests of one phase after the other, with exponential gaps.
+
+    Args:
+        phases: in order.
+        seed: of the generator.
+        block_tokens: the unit of fast fidelity's memory.
+    """
+    random = np.random.default_rng(seed)
+    arrivals: list[NDArray[np.float64]] = []
+    prompts: list[NDArray[np.int64]] = []
+    outputs: list[NDArray[np.int64]] = []
+    begin_s = 0.0
+    for phase in phases:
+        count = int(phase.seconds * phase.rate)
+        times_s = np.cumsum(random.exponential(1 / phase.rate, count))
+        times_s = begin_s + times_s[times_s < phase.seconds]
+        arrivals.append(times_s)
+        prompts.append(np.full(len(times_s), phase.num_prompt, dtype=np.int64))
+        outputs.append(np.full(len(times_s), phase.num_output, dtype=np.int64))
+        begin_s += phase.seconds
+    lengths = np.concatenate(prompts), np.concatenate(outputs)
+    return Workload(np.concatenate(arrivals), *lengths, block_tokens=block_tokens)
 
 
 _MOST_TOKENS = 100_000_000

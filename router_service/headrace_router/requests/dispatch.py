@@ -23,8 +23,8 @@ from headrace_router.fleet.session import LastTransfer
 from headrace_router.fleet.worker import Worker
 from headrace_router.placement.book import Book
 from headrace_router.placement.capacity import Waiting
+from headrace_router.placement.early_rejection import judge
 from headrace_router.placement.fair_queue import Turn
-from headrace_router.placement.forecast import shortest_step_s
 from headrace_router.placement.local_prefill import Costs, local_below
 from headrace_router.placement.placed import Placed
 from headrace_router.placement.preferences import Preference, prefix_cache
@@ -196,26 +196,19 @@ class Dispatcher:
         Raises:
             OverloadedError: SLO_UNREACHABLE.
         """
-        due_s, waiting = entry.sample.due_s, entry.waiting
-        if due_s == waiting.most_step_s == math.inf:
-            return
-        now_s = time.monotonic()
+        now_s, due_s = time.monotonic(), entry.sample.due_s
         views = [worker.view(now_s) for worker in self._registry.ready()]
-        step_s = shortest_step_s(views)
-        if step_s > waiting.most_step_s and not waiting.has_output:
-            problem = f"its tokens would come {step_s:.3g} s apart, and {waiting.most_step_s:.3g} s is the target"
-            raise _unreachable(problem, RETRY_AFTER_S)
-        own_s = self._book.prompt_s(entry, views)
-        if (late_s := now_s + self._book.wait_s(now_s, entry) + own_s - due_s) > 0:
-            raise _unreachable(f"its first token would come {late_s:.3g} s too late", late_s)
+        verdict = judge(self._book, entry, views, due_s=due_s, now_s=now_s)
+        if verdict.problem:
+            raise _unreachable(verdict.problem, verdict.late_s)
 
         def on_late() -> None:
             if entry in self._book:
                 self._book.remove(entry)
                 _fail(entry, _unreachable("it has waited until its first token would come too late", RETRY_AFTER_S))
 
-        if due_s < math.inf:
-            entry.late = asyncio.get_running_loop().call_later(due_s - own_s - now_s, on_late)
+        if verdict.start_by_s < math.inf:
+            entry.late = asyncio.get_running_loop().call_later(verdict.start_by_s - now_s, on_late)
 
     def _watch_missing(self) -> None:
         """Keep a timer running while somebody waits."""
