@@ -36,6 +36,8 @@ class Workload:
     """Clients that each wait for their answer before they ask again; 0: requests come when they come."""
     clients: Sequence[int] | None = None
     """Whose each request is; None: all are one client's, which need share with nobody."""
+    priorities: Sequence[int] | None = None
+    """Of each among its client's: lower ones go first; None: in order of arrival."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -71,6 +73,7 @@ class Workload:
             self.block_tokens,
             self.max_in_flight,
             self.clients[part] if self.clients is not None else None,
+            self.priorities[part] if self.priorities is not None else None,
         )
 
 

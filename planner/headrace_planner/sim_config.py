@@ -85,6 +85,8 @@ class SimConfig:
     """Let decode workers compute prompts that are cheaper there (`placement.local_prefill`). Exact fidelity only."""
     ttft_target_s: float = math.inf
     """Requests whose first token can't come so soon after them are refused (`placement.early_rejection`)."""
+    itl_target_s: float = math.inf
+    """Who has it prefers decode workers with steps so short, and is refused where none has. Exact fidelity only."""
     shortlist: int = 4
     """Fast fidelity: workers of a kind that placement chooses among; see `sim_router`."""
 

@@ -31,6 +31,8 @@ from headrace_planner.step_times import StepShape, StepTimes
 _LIMITS = ModelLimits(vocab_size=1 << 60, max_context_tokens=1 << 60, eos_token_ids=())
 _NO_LIMIT = 1 << 30
 _TOKEN = SampledToken(-1)
+_NEWEST = 0.2
+"""As `headrace_router.fleet.session`: weight of the newest step."""
 
 S = TypeVar("S", bound=Scheduler[Any])
 
@@ -93,6 +95,8 @@ class Engine(Generic[S]):
         self.busy_s = 0.0
         self.num_steps = 0
         self.num_tokens = 0
+        self.step_s = 0.0
+        """Of the last steps, a mean, as routers keep it."""
         self._clock = clock
         self._step_s = step_s
         self._publish = publish
@@ -136,6 +140,7 @@ class Engine(Generic[S]):
         plan, self._plan, self._job = self._plan, None, None
         assert plan is not None, "a step ended that never began"
         self.busy_s += duration_s
+        self.step_s += _NEWEST * (duration_s - self.step_s) if self.num_steps else duration_s
         self.num_steps += 1
         self.num_tokens += plan.num_tokens
         tokens = {chunk.key: [_TOKEN] for chunk in plan.chunks if chunk.is_sampled}
@@ -160,6 +165,7 @@ class PrefillWorker:
         block_tokens: int,
     ) -> None:
         self.number = number
+        self.step_s = 0.0  # it generates nothing
         self._times: StepTimes = spec.times
         self._clock = clock
         self._flow = flow
@@ -259,6 +265,11 @@ class ExactDecodeWorker:
         """As a load report has it."""
         return self.engine.scheduler.pages.num_available
 
+    def num_cached_tokens(self, request: SimRequest) -> int:
+        """Return 0: workers that generate do not tell what they have cached."""
+        del request
+        return 0
+
     @property
     def most_free_pages(self) -> int:
         """Of a lane, likewise."""
@@ -270,9 +281,9 @@ class ExactDecodeWorker:
         return self.engine.scheduler.load().num_running
 
     @property
-    def mean_step_s(self) -> float:
-        """How long its steps took; 0 while it runs nothing."""
-        return self.engine.busy_s / self.engine.num_steps if self.engine.num_steps and self.num_running else 0.0
+    def step_s(self) -> float:
+        """How long its last steps took; 0 while it runs nothing."""
+        return self.engine.step_s if self.num_running else 0.0
 
     def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
         """Queue an attempt; with `has_handoff` its pages come by transfer, and one token with them."""

@@ -78,6 +78,7 @@ class FastDecodeWorker:
         self, number: int, spec: WorkerSpec, clock: Clock, flow: DecodeFlow, *, unit_tokens: int, is_colocated: bool
     ) -> None:
         self.number = number
+        self.step_s = 0.0  # nobody asks
         self.busy_s = 0.0
         self.num_steps = 0
         self.num_tokens = 0
@@ -118,6 +119,11 @@ class FastDecodeWorker:
     def most_free_pages(self) -> int:
         """Of a lane, likewise."""
         return self.num_free_pages if self._pages is None else self._pages.most_available
+
+    def num_cached_tokens(self, request: SimRequest) -> int:
+        """Return 0: workers that generate do not tell what they have cached."""
+        del request
+        return 0
 
     def add(self, request: SimRequest, block_tokens: int, *, has_handoff: bool) -> None:
         """Queue an attempt; with `has_handoff` its pages come by transfer, and one token with them."""

@@ -9,6 +9,7 @@ QUEUED ──larger than any worker's memory──► REFUSED
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -71,6 +72,8 @@ class SimRequest:
     """Prompt tokens that were found in caches, of all attempts."""
     takes_all_pages: bool = False
     """True where a worker gives a sequence the pages of its whole output at once: fast fidelity."""
+    priority: int = 0
+    """Its client's lower ones go first."""
     client: Client = ()
     """Whose it is; empty: nobody's who shares with others."""
     placed: Placed[SimRequest, Account] | None = None
@@ -91,7 +94,7 @@ class SimRequest:
     def __post_init__(self) -> None:
         """Take its place."""
         expected = min(self.num_output, EXPECTED_OUTPUT_TOKENS)
-        self.turn = Turn(self.client or _CLIENT, (self.index,), self.num_prompt + expected)
+        self.turn = Turn(self.client or _CLIENT, (self.priority, self.index), self.num_prompt + expected)
 
     @property
     def promised(self) -> Placed[SimRequest, Account]:
@@ -114,7 +117,7 @@ class SimRequest:
         """Output tokens still to come."""
         return self.num_output - self.num_done
 
-    def describe(self) -> None:
+    def describe(self, *, most_step_s: float = math.inf) -> None:
         """Set `waiting` anew, as `headrace_router.requests.sample` does: when queued."""
         num_tokens, expected = self.num_tokens, self.num_left
         if not self.attempt and expected > EXPECTED_OUTPUT_TOKENS:
@@ -126,6 +129,7 @@ class SimRequest:
             self.avoid,
             has_output=self.num_done > 0,
             client=self.client,
+            most_step_s=most_step_s,
             prefix=self,
         )
 
@@ -171,7 +175,7 @@ class Arrivals:
             blocks = range(index << 20, (index << 20) + count)
             prefix = index * 0x9E3779B97F4A7C15 & (1 << 64) - 1
         num_output = int(workload.num_output[index])
-        clients = workload.clients
+        clients, priorities = workload.clients, workload.priorities
         return SimRequest(
             index,
             arrival_s,
@@ -180,6 +184,7 @@ class Arrivals:
             blocks,
             prefix,
             takes_all_pages=self._takes_all_pages,
+            priority=0 if priorities is None else priorities[index],
             client=() if clients is None else (f"client-{clients[index]}",),
         )
 

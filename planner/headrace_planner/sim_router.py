@@ -21,11 +21,11 @@ from headrace_router.placement.capacity import WorkerView
 from headrace_router.placement.early_rejection import judge
 from headrace_router.placement.local_prefill import Costs, local_below
 from headrace_router.placement.placed import Placed
-from headrace_router.placement.preferences import Preference
+from headrace_router.placement.preferences import PREFERENCES
 from headrace_router.placement.promises import Promises, Report, WorkerSize
 
 from headrace_planner.sim_clock import Clock
-from headrace_planner.sim_config import Wire, WorkerSpec
+from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
 from headrace_planner.sim_request import SimRequest
 
 _LOAD_STEPS = 4
@@ -41,6 +41,11 @@ class Reporting(Protocol):
     num_pages: int
     page_tokens: int
     num_lanes: int
+
+    @property
+    def step_s(self) -> float:
+        """How long its last steps took; 0 if it runs nothing, or that is not asked."""
+        ...
 
     @property
     def num_free_pages(self) -> int:
@@ -91,7 +96,7 @@ class Account:
         del now_s  # nothing here is a matter of time
         view = self._view
         if view is None:
-            view = self._view = self.promises.view(cached=self.worker)
+            view = self._view = self.promises.view(cached=self.worker, step_s=self.worker.step_s)
         return view
 
     def report(self) -> None:
@@ -158,15 +163,15 @@ class Router:
         *,
         clock: Clock,
         shortlist: int,
-        preference: Preference,
-        ttft_target_s: float,
+        config: SimConfig,
     ) -> None:
         self.accounts = accounts
         self.num_rounds = 0
-        self._book: Book[SimRequest, Account] = Book(preference)
+        self._book: Book[SimRequest, Account] = Book(PREFERENCES[config.placement])
         self._book.set_fleet(account.view() for account in accounts)
         self._clock = clock
-        self._ttft_target_s = ttft_target_s
+        self._ttft_target_s = config.ttft_target_s
+        self._itl_target_s = config.itl_target_s
         can_decode = [account for account in accounts if account.can_decode]
         self._on_placed = on_placed
         self._on_refused = on_refused
@@ -204,8 +209,8 @@ class Router:
 
     def enqueue(self, request: SimRequest) -> None:
         """Queue a request at its place: retried ones keep theirs. One whose target is out of reach is refused."""
-        request.describe()
-        if request.attempt or self._ttft_target_s == math.inf:
+        request.describe(most_step_s=self._itl_target_s)
+        if request.attempt or self._ttft_target_s == self._itl_target_s == math.inf:
             self._book.add(request)
         else:
             now_s, due_s = self._clock.now_s, request.arrival_s + self._ttft_target_s
@@ -215,7 +220,8 @@ class Router:
                 self._on_refused(request)
                 return
             self._book.add(request)
-            self._clock.at(max(now_s, verdict.start_by_s), self._give_up, request)
+            if verdict.start_by_s < math.inf:
+                self._clock.at(verdict.start_by_s, self._give_up, request)
         self.kick()
 
     def _give_up(self, request: SimRequest) -> None:

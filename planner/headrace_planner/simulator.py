@@ -18,7 +18,6 @@ from typing import Any
 
 from headrace_core.request_trace import Workload
 from headrace_router.placement.placed import Placed
-from headrace_router.placement.preferences import PREFERENCES
 
 from headrace_planner.sim_clock import Clock
 from headrace_planner.sim_config import Outage, SimConfig, WorkerSpec
@@ -87,8 +86,7 @@ class _Simulation:
             self._refuse,
             clock=self._clock,
             shortlist=0 if self._is_exact else config.shortlist,
-            preference=PREFERENCES[config.placement],
-            ttft_target_s=config.ttft_target_s,
+            config=config,
         )
 
     def run(self) -> None:
@@ -189,7 +187,7 @@ class _Simulation:
         worker = self._decodes[placed.decode.number]
         if not (self._config.predicts_local and isinstance(worker, ExactDecodeWorker)):
             return 0
-        return self._router.local_below(placed, worker.num_running, worker.mean_step_s, self._wire)
+        return self._router.local_below(placed, worker.num_running, worker.step_s, self._wire)
 
     def _send(self, key: int) -> None:
         request = self._requests.get(key)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from headrace_planner.sim_attention import attention
+from headrace_planner.sim_roles import roles
 from headrace_planner.sim_studies import Study, disaggregation, dp_attention, experts, ratio
 from headrace_planner.sim_workloads import workloads
 
@@ -16,4 +17,5 @@ STUDIES: Mapping[str, Callable[[Path | None], Study]] = {
     "disaggregation": disaggregation,
     "ratio": ratio,
     "workloads": workloads,
+    "roles": roles,
 }

@@ -61,6 +61,24 @@ def test_without_pressure_nobody_is_refused_for_a_target():
     assert run(replace(PAIR, ttft_target_s=2.0), workload).recorder.num_refused == 0
 
 
+def test_a_clients_urgent_requests_go_before_its_others():
+    arrivals = np.concatenate([np.zeros(40), np.array([1.0])])
+    urgent = replace(Workload(arrivals, np.full(41, 1000), np.full(41, 4)), priorities=[1] * 40 + [0])
+    result = run(PAIR, urgent)
+    assert result.ttft_s[40] < 0.5
+    assert run(PAIR, replace(urgent, priorities=None)).ttft_s[40] > 3.0
+
+
+def test_who_wants_short_gaps_is_refused_where_no_decode_worker_has_such_steps():
+    """Beside long prompts a step of a worker of both roles takes 60 ms, and 11 without."""
+    mixed = SimConfig(None, None, WORKER, num_both=1, wire=Wire(rpc_s=1e-3), fidelity="exact")
+    workload = Workload(np.arange(40) / 10, np.full(40, 1000), np.full(40, 60))
+    refused = run(replace(mixed, itl_target_s=0.03), workload).recorder.num_refused
+    assert 10 <= refused < 40
+    assert run(mixed, workload).recorder.num_refused == 0
+    assert run(replace(PAIR, itl_target_s=0.03), workload).recorder.num_refused == 0, "its steps are short"
+
+
 @pytest.mark.parametrize("name", list(PREFERENCES))
 def test_every_policy_serves_everybody(name):
     blocks = [(number % 5, 100 + number) for number in range(60)]

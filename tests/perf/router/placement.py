@@ -4,7 +4,8 @@
 
 Each policy gets a cluster of its own, with cold caches, and the same requests: the trace's first 500 at 1/16 of their
 length, by its own times or (`--concurrency`) by so many clients in its order. The prefill workers' pools together hold
-a third of the trace's distinct tokens (`--pool-share`). The model is the demo's, told that its context is 8,192. Writes
+a third of the trace's distinct tokens (`--pool-share`). The model is the demo's, told that its context is 8,192; with
+`--paced` it is none, but steps of a pace (`paced_worker`), so that workers do not take each other's time. Writes
 build/bench/placement.json with every request.
 """
 
@@ -30,26 +31,41 @@ from headrace_client.bench.prompts import Session
 from headrace_client.bench.report import Run, encode_report
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_client.connection import ConnectionOptions
+from headrace_core.families.config_json import parse_config
+from headrace_core.kv.layout import CacheDtype
 from headrace_core.request_trace import load_trace, prefix_hits
 from headrace_router.placement.preferences import PREFERENCES
 
 from tests.perf.machine import machine
+from tests.perf.router.paced import Fleet
 
 _REPORT = Path("build/bench/placement.json")
 _CONTEXT = 8192
 _PAGE_TOKENS = 32
 """A block of the trace at a sixteenth of its length."""
-_TOKEN_BYTES = 4 * 4 * (64 + 32)
-"""Of the demo model's cache in float32: four layers, a latent and a rope key each."""
 
 
-async def measure(model: Path, policy: str, sessions: list[Session], arrivals: Arrivals, pool_mib: int) -> Run:
-    """Return what became of the trace's requests under one policy."""
+def computing(model: Path, policy: str, pool_tokens: int) -> LocalCluster:
+    """Return workers that compute the demo model."""
     options = {"page-size": _PAGE_TOKENS, "threads": 1, "max-context-tokens": _CONTEXT, "roofline-every-steps": 0}
-    with LocalCluster(
+    config = parse_config(model)
+    layout = config.kv_layout(_PAGE_TOKENS, CacheDtype(config.checkpoint_dtype))
+    pool_mib = max(1, round(pool_tokens * layout.token_bytes / 2**20))
+    return LocalCluster(
         model, 2, 2, worker_options=options, prefill_options={"kv-pool-mib": pool_mib},
         router_options={"placement": policy},
-    ) as cluster:  # fmt: skip
+    )  # fmt: skip
+
+
+def paced(policy: str, pool_tokens: int) -> LocalCluster:
+    """Return workers of a pace."""
+    fleet = Fleet(2, 2, pool_tokens=1 << 21, context=_CONTEXT, router_options={"placement": policy})
+    return replace(fleet, prefill_pool_tokens=pool_tokens).cluster()
+
+
+async def measure(cluster: LocalCluster, policy: str, sessions: list[Session], arrivals: Arrivals) -> Run:
+    """Return what became of the trace's requests under one policy."""
+    with cluster:
         target = GrpcTarget(cluster.router_address, ConnectionOptions(), model="", timeout_s=3600.0)
         load = Load(target, sessions, arrivals, vocab_size=256)
         watching = asyncio.create_task(_watch(policy, load))
@@ -79,27 +95,32 @@ def main() -> None:
     parser.add_argument(
         "--pool-share", type=float, default=1 / 3, help="of the distinct tokens, in both pools together"
     )
+    parser.add_argument("--paced", action="store_true", help="workers of a pace in place of the demo model")
     parser.add_argument("--json", type=Path, default=_REPORT)
     options = parser.parse_args()
     workload = load_trace(options.trace).head(options.num_requests)
     distinct = (workload.num_prompt.sum() - prefix_hits(workload).sum()) / options.length_scale
     # No less than one prompt of the longest kind takes.
     pool_tokens = max(options.pool_share * distinct / 2, 1.1 * float(workload.num_prompt.max()) / options.length_scale)
-    pool_mib = max(1, round(pool_tokens * _TOKEN_BYTES / 2**20))
     dataset = Dataset(
         "", options.trace, options.num_requests, time_scale=options.time_scale, length_scale=options.length_scale
     )
     sessions = dataset.sessions()
     if options.concurrency is not None:
         sessions = [replace(session, arrival_s=None) for session in sessions]
-    about: dict[str, Any] = {"pool_mib": pool_mib, "infinite_cache_hit_rate": _infinite(workload)}
+    about: dict[str, Any] = {
+        "pool_tokens": pool_tokens,
+        "is_paced": options.paced,
+        "infinite_cache_hit_rate": _infinite(workload),
+    }
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
         model = _model(Path(folder) / "demo")
         for policy in options.policies:
-            runs.append(
-                asyncio.run(measure(model, policy, sessions, Arrivals(None, 1.0, options.concurrency), pool_mib))
+            cluster = (
+                paced(policy, round(pool_tokens)) if options.paced else computing(model, policy, round(pool_tokens))
             )
+            runs.append(asyncio.run(measure(cluster, policy, sessions, Arrivals(None, 1.0, options.concurrency))))
             sys.stdout.write(f"{policy}, load average {os.getloadavg()[0]:.1f}\n{block(runs[-1].figures, {})}\n")
             report = {**encode_report(runs, command=" ".join(sys.argv), target="2 prefill, 2 decode"), **about}
             options.json.parent.mkdir(parents=True, exist_ok=True)
