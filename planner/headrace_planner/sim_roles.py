@@ -34,9 +34,11 @@ def roles(_: Path | None) -> Study:
         met: list[float] = []
         for num_prefill in prefills:
             others = _NODES - num_prefill
-            fixed = SimConfig(worker, worker, None, num_prefill, others, wire=wire, fidelity="fast")
-            follows = SimConfig(worker, None, mixed, num_prefill, 0, others, wire=wire, fidelity="fast")
-            result = simulate(fixed if kind == "decode" else follows, workload)
+            if kind == "decode":
+                config = SimConfig(worker, worker, None, num_prefill, others, wire=wire, fidelity="fast")
+            else:
+                config = SimConfig(worker, None, mixed, num_prefill, 0, others, wire=wire, fidelity="fast")
+            result = simulate(config, workload)
             met.append(result.attainment(_SLO))
             rows.append([f"{num_prefill} prefill + {others} {kind}", f"{met[-1]:.1%}", *_percentiles(result)])
         lines.append(Line(f"prefill + {kind}", list(prefills), met))

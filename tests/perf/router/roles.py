@@ -2,10 +2,10 @@
 
     python -m tests.perf.router.roles --rounds 2
 
-Four workers each time: prefill and decode ones in every ratio, then some prefill ones beside workers of role `both`,
-and those alone. The trace is prompts with short answers, short prompts with long answers, and both again, by Poisson's
-arrivals. Router, wire, workers, pages and hand-offs are the product's; what takes no core is the network
-(`paced_worker`). Writes build/bench/roles.json.
+Four workers each time: prefill and decode ones, two to two or three to one (one to three computes a third of this
+trace's prompts), then some prefill ones beside workers of role `both`, and those alone. The trace is prompts with short
+answers, short prompts with long answers, and both again, by Poisson's arrivals. Router, wire, workers, pages and
+hand-offs are the product's; what takes no core is the network (`paced_worker`). Writes build/bench/roles.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from tests.perf.router.paced import Fleet, ask, seen, sessions_of, simulated
 
 _REPORT = Path("build/bench/roles.json")
 FLEETS = (
-    Fleet(1, 3),
     Fleet(2, 2),
     Fleet(3, 1),
     Fleet(1, num_both=3),
