@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -162,3 +163,36 @@ def test_a_run_that_is_interrupted_says_and_writes_what_was_answered(tmp_path, n
     assert (only["figures"]["completed"], only["figures"]["failed"], len(only["requests"])) == (2, 0, 2)
     assert "interrupted: 1 requests" in html.read_text()
     assert "Traceback" not in stderr
+
+
+async def _bench_with_few_files(num_at_once):
+    """Return what a bench says that may open 64 files at first, of a server that answers when all have come."""
+    everybody = asyncio.Barrier(num_at_once)
+    body = (
+        b'data: {"choices": [{"text": "a"}], "usage": {"prompt_tokens": 4, "completion_tokens": 1}}\n\ndata: [DONE]\n\n'
+    )
+
+    async def serve(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
+        await everybody.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, backlog=num_at_once) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        options = ["--model", "m", "--num-requests", str(num_at_once), "--input-tokens", "4", "--output-tokens", "1"]
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "headrace_client", "bench", "--base-url", url, *options, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, most)),
+        )  # fmt: skip
+        async with asyncio.timeout(WAIT_S):
+            stdout, stderr = await child.communicate()
+    return stdout.decode(), stderr.decode()
+
+
+def test_as_many_connections_are_opened_as_the_system_allows():
+    stdout, stderr = asyncio.run(_bench_with_few_files(150))
+    assert "Successful requests:                     150" in stdout, stderr
