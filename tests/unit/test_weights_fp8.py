@@ -7,15 +7,22 @@ import torch
 from headrace_core.errors import CheckpointError, StartupError
 from headrace_core.families.config_json import parse_config
 from headrace_core.families.table import weights as weight_tree
+from headrace_core.model.build import num_weight_bytes
 from headrace_core.model.load import load_model
 from headrace_core.model.numerics import Numerics
-from headrace_core.model.weights_dtype import WeightsDtype
+from headrace_core.model.weights_dtype import WeightsDtype, holding
+from headrace_core.ranks.layout import ParallelLayout
+from headrace_core.ranks.sharding import Sharding
+from headrace_core.roofline.communication import ONE_GPU
+from headrace_core.roofline.memory import weight_bytes_per_gpu
+from headrace_core.roofline.model_shape import DEEPSEEK_V3, Dtype
 from headrace_core.testing.paged_sequences import PagedSequences, generate_greedy
 from headrace_core.testing.tiny_checkpoints import (
     TINY_CONFIGS,
     Variation,
     random_tensors,
     write_checkpoint,
+    write_config,
     write_fp8_checkpoint,
     write_tensors,
 )
@@ -180,6 +187,19 @@ def test_their_bytes_are_said_before_anything_is_allocated(tmp_path, caplog):
         ("bfloat16", "bfloat16", wide.weight_bytes),
         ("fp8_e4m3", "bfloat16", narrow.weight_bytes),
     ]
+
+
+def test_the_roofline_says_the_same_of_deepseek_v3(tmp_path):
+    """Whose kv_b_proj it counts in FP8: 1.0 GB of 674."""
+    quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    config = {"model_type": "deepseek_v3", "num_attention_heads": 128, "torch_dtype": "bfloat16"}
+    write_config(tmp_path, {**config, "quantization_config": quantisation})
+    parsed, alone = parse_config(tmp_path), Sharding(ParallelLayout(), 0)
+    like = torch.empty(0, dtype=torch.bfloat16)
+    held = holding(FP8, parsed, lambda name: "layers" in name and ".gate." not in name, alone, like)
+    said = num_weight_bytes(parsed, torch.bfloat16, held)
+    assert said == pytest.approx(674.4e9, rel=1e-3)
+    assert weight_bytes_per_gpu(DEEPSEEK_V3, ONE_GPU, Dtype.FP8) == pytest.approx(said, rel=3e-3)
 
 
 def refused(folder, reason="NO_FP8_WEIGHTS", error=StartupError, **options):

@@ -12,6 +12,7 @@ import time
 from functools import partial
 
 import torch
+from headrace_kernels.block_fp8 import BlockFp8
 from headrace_kernels.linear import Linear
 from headrace_kernels.rms_norm import rms_norm
 
@@ -21,6 +22,7 @@ from headrace_core.roofline.hardware_measure import best_of, cpu_hardware, read_
 from headrace_core.roofline.model_shape import Dtype
 
 _SIDE = 768
+_BLOCK = 128
 _REPEATS = 3
 _OVERHEAD_REPEATS = 100
 # Less than this takes as long as starting threads; more takes too long, and tells no more.
@@ -28,10 +30,10 @@ _LEAST_BYTES = 8 << 20
 _MOST_BYTES = 128 << 20
 
 
-def measure_worker_cpu(weights: Dtype, compute: Dtype, model_bytes: int) -> Hardware:
+def measure_worker_cpu(weights: Dtype, compute: Dtype, model_bytes: int, *, is_int8: bool = False) -> Hardware:
     """Return the CPU as hardware named "cpu", as a model of `model_bytes` of such `weights` sees it. Any thread.
 
-    `weights` are of the type that is computed in, or, as FP8, in 8 bits.
+    `weights` are of the type that is computed in, or, as FP8, in 8 bits: whole numbers with `is_int8`, else FP8.
     """
     started = time.perf_counter()
     torch_dtype, num_threads = TORCH_DTYPES[compute.scalar], torch.get_num_threads()
@@ -39,7 +41,9 @@ def measure_worker_cpu(weights: Dtype, compute: Dtype, model_bytes: int) -> Hard
     memory = read_bytes_per_s(num_bytes, num_threads=num_threads, repeats=_REPEATS)
     with torch.inference_mode():
         rows = torch.ones(_SIDE, _SIDE, dtype=torch_dtype)
-        layers = {dtype: Linear(rows.clone(), is_int8=dtype is not compute) for dtype in {weights, compute}}
+        layers = {compute: Linear(rows.clone())}
+        if weights is not compute:
+            layers[weights] = Linear(rows.clone(), is_int8=True) if is_int8 else _fp8_layer(torch_dtype)
         flops = {dtype: 2 * _SIDE**3 / best_of(partial(layer, rows), _REPEATS) for dtype, layer in layers.items()}
         row, weight = rows[:1, :64].contiguous(), rows[0, :64].contiguous()
         overhead_s = best_of(lambda: rms_norm(row, weight, 1e-6), _OVERHEAD_REPEATS)
@@ -51,3 +55,8 @@ def measure_worker_cpu(weights: Dtype, compute: Dtype, model_bytes: int) -> Hard
         source=f"measured in {time.perf_counter() - started:.2f} s with {num_threads} threads: product of {_SIDE}, "
         f"reading {num_bytes >> 20} MiB, norm of a row",
     )
+
+
+def _fp8_layer(dtype: torch.dtype) -> Linear:
+    side, values = _SIDE // _BLOCK, torch.ones(_SIDE, _SIDE).to(torch.float8_e4m3fn)
+    return Linear(BlockFp8(values, torch.ones(side, side), (_BLOCK, _BLOCK)), dtype=dtype)

@@ -237,5 +237,7 @@ def _prediction(settings: WorkerSettings, model: Model, name: str) -> Prediction
     dtype = compute if settings.weights_dtype == WeightsDtype.AUTO.value else Dtype.FP8
     kv_dtype = Dtype.FP8 if cached is CacheDtype.FP8_E4M3 else _ROOFLINE_DTYPES[cached.element]
     if settings.hardware == "cpu":
-        return Prediction(shape, dtype, partial(measure_worker_cpu, dtype, compute, model.weight_bytes), kv_dtype)
+        is_int8 = settings.weights_dtype == WeightsDtype.INT8.value
+        measure = partial(measure_worker_cpu, dtype, compute, model.weight_bytes, is_int8=is_int8)
+        return Prediction(shape, dtype, measure, kv_dtype)
     return Prediction(shape, dtype, partial(find_hardware, settings.hardware), kv_dtype)
