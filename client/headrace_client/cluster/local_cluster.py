@@ -218,6 +218,11 @@ class LocalCluster:
         """Whether clients of the router must show a key."""
         return self._has("keys-file")
 
+    @property
+    def has_certificate(self) -> bool:
+        """Whether the router has one of its own, in place of that in `tls`."""
+        return self._has("tls-cert")
+
     def first_names(self) -> list[str]:
         """Return the names of the processes that `start` starts."""
         counts = {"prefill": self.num_prefill, "decode": self.num_decode, "both": self.num_both}
@@ -341,7 +346,7 @@ class LocalCluster:
 
     def _wait_registered(self) -> None:
         """Wait until the router says that every running worker is ready."""
-        if not self.wait_for_workers or self._has("tls-cert") or (self._has("tls") and not self.tls):
+        if not self.wait_for_workers or self.has_certificate or (self._has("tls") and not self.tls):
             return
         wanted = {process.address for process in self.workers if process.poll() is None}
         deadline = time.monotonic() + self.start_timeout_s

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from headrace_core import __version__
 from headrace_core.errors import HeadraceError
-from typer.core import TyperGroup
 
 from headrace_client.commands import (
     bench,
@@ -25,69 +24,57 @@ from headrace_client.commands import (
     top,
     up,
 )
+from headrace_client.commands.help_page import Group, written_here
+from headrace_client.commands.option_groups import spread
 from headrace_client.commands.terminal import complain, exit_code, report, stderr, stdout
 
 _HELP = """Serve language models with separate prefill and decode workers, and talk to them.
 
-[bold]Start here[/bold]
-  headrace demo          a small model, its time explained
-  headrace doctor        what this machine has, and lacks
-
-[bold]On your own[/bold]
-  headrace up --model DIR              router and workers
-  headrace generate "Once upon a time"        stream text
-  headrace chat          talk
-  headrace status        what serves, and how full it is
-  headrace top           what it does, live
-  headrace experts       how evenly experts are used
-  headrace bench                            load on a server, and what its clients saw
-  headrace dashboards    what Grafana shows of it
-  headrace certs         certificates for development
-  headrace keys          API keys for clients
-
-[bold]Before you buy[/bold]
-  headrace roofline      what each operation takes
-  headrace plan          how many workers, divided how
-  headrace simulate      a cluster in simulated time
-
-[bold]Exit codes[/bold]
-  0 done, 1 it failed, or something is not there,
-  2 wrong input, 130 interrupted
+Exit codes: 0 done; 1 it failed, or something is not there; 2 wrong input; 130 interrupted.
 """
-
-
+_SECTIONS = {
+    "Start here": {
+        "demo": "a small model, its time explained",
+        "doctor": "what this machine has, and lacks",
+    },
+    "On your own": {
+        "up": "a router and its workers: --model DIR",
+        "generate": "text that goes on from yours",
+        "chat": "a conversation",
+        "status": "what serves, and how full it is",
+        "top": "what it does, live",
+        "experts": "how evenly experts are used",
+        "bench": "load on a server, and what its clients saw",
+        "dashboards": "what Grafana shows of it",
+        "certs": "certificates for development",
+        "keys": "API keys for clients",
+    },
+    "Before you buy": {
+        "roofline": "what each operation takes",
+        "plan": "how many workers, divided how",
+        "simulate": "a cluster in simulated time",
+    },
+}
+"""Subcommands in the order of the help."""
 _PLUGINS = "headrace.commands"
 """Entry points of packages above this one, each a Typer app: a subcommand that is loaded when it is used."""
-_ORDER = (
-    "demo",
-    "doctor",
-    "up",
-    "generate",
-    "chat",
-    "status",
-    "top",
-    "experts",
-    "dashboards",
-    "certs",
-    "keys",
-    "roofline",
-    "plan",
-)
-"""Of subcommands in the help, as `_HELP` has them; others follow by their names."""
 _UsageError: Any = typer.BadParameter.__base__
 """What is wrong with a command line; Typer gives no name to it."""
 
 
-class _Group(TyperGroup):
+class _Group(Group):
     """Subcommands, those of other packages included, and where their errors end.
 
     Turns the errors that users can cause into a line and an exit code; anything else is a bug and shows itself.
     """
 
+    sections = _SECTIONS
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all subcommands, always in the same order."""
         names = {*super().list_commands(ctx), *entry_points(group=_PLUGINS).names}
-        return [*(name for name in _ORDER if name in names), *sorted(names - {*_ORDER})]
+        order = [name for commands in _SECTIONS.values() for name in commands]
+        return [*(name for name in order if name in names), *sorted(names - {*order})]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a subcommand, or None."""
@@ -96,6 +83,7 @@ class _Group(TyperGroup):
             for plugin in entry_points(group=_PLUGINS, name=cmd_name):
                 command = typer.main.get_command(plugin.load())
                 command.name = cmd_name
+                written_here(command)
         return command
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
@@ -162,12 +150,12 @@ def root(
     """Hold the options that come before a subcommand; Typer shows `_HELP` instead of this line."""
 
 
-app.command(help=up.HELP)(up.up)
-app.command(help=generate.HELP)(generate.generate)
-app.command(help=chat.HELP)(chat.chat)
-app.command(help=status.HELP)(status.status)
-app.command(help=top.HELP)(top.top)
-app.command(help=experts.HELP)(experts.experts)
+app.command(help=up.HELP)(spread(up.up))
+app.command(help=generate.HELP)(spread(generate.generate))
+app.command(help=chat.HELP)(spread(chat.chat))
+app.command(help=status.HELP)(spread(status.status))
+app.command(help=top.HELP)(spread(top.top))
+app.command(help=experts.HELP)(spread(experts.experts))
 app.add_typer(bench.app, name="bench")
 app.command(help=dashboards.HELP)(dashboards.dashboards)
 app.command(help=certs.HELP)(certs.certs)

@@ -15,7 +15,6 @@ from headrace_client.codec import Collector
 from headrace_client.commands import logprobs, options
 from headrace_client.commands.terminal import exit_code, report, stderr, stdout, write_text
 from headrace_client.commands.waiting import Waiting
-from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage
 from headrace_client.sampling import SamplingParams
 
@@ -33,40 +32,19 @@ _PROMPT = "> "
 
 
 def chat(  # the signature is the command line
+    sampling: options.Answer,
+    router: options.WaitedRouter,
     system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
     model: Annotated[str, typer.Option(help="Model name; default: the one served.", show_default=False)] = "",
     timeout: options.Timeout = None,
-    wait: options.Wait = options.WAIT_S,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    top_logprobs: options.TopLogprobs = None,
-    server: options.Server = DEFAULT_ADDRESS,
-    api_key_file: options.ApiKeyFile = None,
-    tls: options.Tls = False,
-    tls_roots: options.TlsRoots = None,
-    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        top_logprobs=top_logprobs,
-    )
-    sampling_of(sampling)[0].validate()
-    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity, wait_s=wait) as client:
+    params = sampling.params()
+    sampling_of(params)[0].validate()
+    with router.connect() as client:
         info = client.server_info()
-        stdout.print(f"{info.model_name} at {server}; /reset forgets, /exit ends", style="dim", markup=False)
-        conversation = _Conversation(client, system, sampling, model, timeout, wait)
+        stdout.print(f"{info.model_name} at {router.server}; /reset forgets, /exit ends", style="dim", markup=False)
+        conversation = _Conversation(client, system, params, model, timeout, router.wait)
         code = conversation.run()
     if code:
         raise typer.Exit(code)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from headrace_core.address import parse_address
 from headrace_core.errors import InvalidRequestError
 from headrace_core.packages import check_worker_packages
 from rich.text import Text
@@ -16,10 +17,11 @@ from headrace_client.cluster.cluster_process import ClusterProcess
 from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_client.cluster.ports import next_free
 from headrace_client.codec import Collector
-from headrace_client.commands.hints import curl_line
+from headrace_client.commands.hints import Reached, headrace
 from headrace_client.commands.terminal import stdout, write_text
-from headrace_client.commands.up import HTTP_PORT
+from headrace_client.commands.up_options import HTTP_PORT
 from headrace_client.commands.waterfall import waterfall
+from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import Generation
 from headrace_client.sampling import SamplingParams
 
@@ -27,7 +29,7 @@ HELP = """Start a small cluster, stream a story, show where its time went, stop.
 
 Examples:
   headrace demo
-  headrace demo --prompt "Once upon a time there was a brave owl named Quillo."
+  headrace demo --prompt "Once upon a time there was a brave owl."
 
 A prefill worker computes the prompt, hands its pages over gRPC to a decode worker, which writes the story: the \
 same processes as in a real deployment, with a model small enough for any CPU.
@@ -110,13 +112,20 @@ def _show(result: Generation) -> None:
 
 
 def _suggest(folder: Path) -> None:
+    """Print what to do next, with the ports that are free then."""
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    stdout.print(Text("\nNext:", style="bold"))
+    default = parse_address(DEFAULT_ADDRESS)
+    router = Reached(f"{default.host}:{next_free(default.port) or default.port}")
+    http_port = next_free(HTTP_PORT) or HTTP_PORT
+    listen = [] if router.address == DEFAULT_ADDRESS else ["--listen", router.address]
+    http_listen = [] if http_port == HTTP_PORT else ["--http-listen", f"127.0.0.1:{http_port}"]
     for line in (
-        f"  headrace up --model {folder} --prefill 1 --decode 2",
-        '  headrace generate "Once upon a time" --timings      (in another terminal)',
-        f"  {curl_line(f'127.0.0.1:{HTTP_PORT}')}",
-        "  headrace status --watch                             (and kill a worker: the story goes on)",
+        "\nNext:",
+        f"  {headrace('up', '--model', folder, '--prefill', '1', '--decode', '2', *listen, *http_listen)}",
+        "and in another terminal, where a killed worker does not end a story:",
+        f"  {router.headrace('generate', 'Once upon a time', '--timings')}",
+        f"  {router.headrace('status', '--watch')}",
+        f"  {router.curl(f'127.0.0.1:{http_port}')}",
     ):
-        stdout.print(Text(line), soft_wrap=True)
+        stdout.print(Text(line, style="" if line.startswith("  ") else "bold"), soft_wrap=True)

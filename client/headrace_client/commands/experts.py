@@ -14,7 +14,6 @@ from headrace_core.errors import InvalidRequestError, NotFoundError
 from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.terminal import stdout, write_text
-from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.experts.counted import Counted, counted
 from headrace_client.experts.outlook import Outlook, outlook
 from headrace_client.experts.picture import picture
@@ -36,6 +35,7 @@ ways: a quarter of the time lost is a third more time. Counts are read from the 
 
 
 def experts(
+    router: options.Router,
     worker: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Of which worker. Default: the one with the most tokens.")
     ] = None,
@@ -51,17 +51,12 @@ def experts(
     ] = None,
     is_whole: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    server: options.Server = DEFAULT_ADDRESS,
-    api_key_file: options.ApiKeyFile = None,
-    tls: options.Tls = False,
-    tls_roots: options.TlsRoots = None,
-    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
     if page is not None:
         found = _of_page(page)
     else:
-        with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+        with router.connect() as client:
             found = _of_worker(client, worker)
     seen = outlook(found, ranks, redundant)
     if as_json:

@@ -16,7 +16,6 @@ from headrace_client.commands import logprobs, options
 from headrace_client.commands.terminal import read_prompt, stderr, write_text
 from headrace_client.commands.waiting import Waiting
 from headrace_client.commands.waterfall import waterfall
-from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.results import ChatMessage, Generation, Prompt
 from headrace_client.sampling import SamplingParams
 from headrace_client.service_level import ServiceLevel
@@ -38,6 +37,9 @@ error. A prompt from standard input loses one newline at its end.
 
 
 def generate(  # the signature is the command line
+    sampling: options.Sampling,
+    speed: options.Speed,
+    router: options.WaitedRouter,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; `-` reads standard input.")] = None,
     tokens: Annotated[str | None, typer.Option(metavar="IDS", help='Token ids instead of text: "0 17 42".')] = None,
     chat: Annotated[
@@ -53,52 +55,13 @@ def generate(  # the signature is the command line
         str, typer.Option(help="Name for logs; default: the router chooses.", show_default=False)
     ] = "",
     timeout: options.Timeout = None,
-    wait: options.Wait = options.WAIT_S,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = 0.0,
-    frequency_penalty: options.FrequencyPenalty = 0.0,
-    seed: options.Seed = None,
-    min_tokens: options.MinTokens = 0,
-    ignore_eos: options.IgnoreEos = False,
-    stop: options.Stop = None,
-    stop_token_id: options.StopTokenId = None,
-    logit_bias: options.LogitBias = None,
-    top_logprobs: options.TopLogprobs = None,
-    slo_class: options.SloClass = "",
-    slo_ttft_ms: options.SloTtftMs = None,
-    slo_itl_ms: options.SloItlMs = None,
-    server: options.Server = DEFAULT_ADDRESS,
-    api_key_file: options.ApiKeyFile = None,
-    tls: options.Tls = False,
-    tls_roots: options.TlsRoots = None,
-    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.generate` lists; `app` reports it."""
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        min_tokens=min_tokens,
-        ignore_eos=ignore_eos,
-        stop_token_ids=tuple(stop_token_id or ()),
-        stop_strings=tuple(stop or ()),
-        logit_bias=options.parse_logit_bias(logit_bias),
-        top_logprobs=top_logprobs,
-    )
-    level = ServiceLevel(slo_class, slo_ttft_ms, slo_itl_ms)
-    job = _Job(_prompt(prompt, tokens, is_chat=chat), sampling, level, n, model, request_id, timeout, timings, wait)
-    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity, wait_s=wait) as client:
+    job = _Job(
+        _prompt(prompt, tokens, is_chat=chat), sampling.params(), speed.level(), n, model, request_id, timeout, timings,
+        router.wait,
+    )  # fmt: skip
+    with router.connect() as client:
         result = job.run(client, is_streamed=not as_json and n == 1)
     if as_json:
         write_text(json.dumps(to_plain(result), ensure_ascii=False) + "\n")
@@ -106,7 +69,7 @@ def generate(  # the signature is the command line
         for index, sample in enumerate(result.samples):
             write_text(f"--- sample {index} ({sample.finish_reason.value})\n{sample.text}\n")
     if not as_json:
-        _explain(result, has_logprobs=top_logprobs is not None, has_timings=timings)
+        _explain(result, has_logprobs=sampling.top_logprobs is not None, has_timings=timings)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from rich.status import Status
 from rich.text import Text
 
 from headrace_client.cluster.cluster_process import ClusterProcess
+from headrace_client.commands.hints import reachable
 from headrace_client.commands.terminal import stdout
 
 STYLES = {"router": "magenta", "prefill": "cyan", "decode": "green", "both": "blue"}
@@ -69,7 +70,7 @@ class Starting:
             self._waiting.pop(process.name, None)
             self._show()
         took_s = time.monotonic() - self._began_s
-        where = f"{process.address} after {took_s:.1f} s, metrics at {process.metrics_address}"
+        where = f"{reachable(process.address)} after {took_s:.1f} s, metrics at {reachable(process.metrics_address)}"
         stdout.print(Text(f"{process.name} is ready at {where} (pid {process.pid})", style="bold"), soft_wrap=True)
 
     def _show(self) -> None:

@@ -16,7 +16,7 @@ from headrace_client.commands import options
 from headrace_client.commands.generate import to_plain
 from headrace_client.commands.standard_streams import wait
 from headrace_client.commands.terminal import LOST_STATES, STATE_STYLES, format_bytes, stdout, write_text
-from headrace_client.connection import DEFAULT_ADDRESS, cause_of
+from headrace_client.connection import cause_of
 from headrace_client.results import ServerInfo, Worker
 
 HELP = """Show the router's model, its workers, and how full they are.
@@ -33,19 +33,15 @@ has them. With --watch, --json prints one line per look.
 
 
 def status(
+    router: options.Router,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again until Ctrl-C.")] = False,
     interval: Annotated[
         float, typer.Option(min=0.0, callback=options.finite, help="Seconds between looks, with --watch.")
     ] = 1.0,
-    server: options.Server = DEFAULT_ADDRESS,
-    api_key_file: options.ApiKeyFile = None,
-    tls: options.Tls = False,
-    tls_roots: options.TlsRoots = None,
-    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
-    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+    with router.connect() as client:
         if as_json:
             _print_json(client, interval if watch else None)
         elif not watch:

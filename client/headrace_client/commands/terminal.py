@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from headrace_core.errors import HeadraceError, InvalidRequestError, NotFoundError
 from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from rich.console import Console
 from rich.text import Text
+
+from headrace_client.commands import hints
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -22,11 +25,11 @@ LOST_STATES = ("unreachable", "starting", "refused")
 
 _HINTS = {
     "UNREACHABLE": "Start one with `headrace up --model DIR`, or name another with --server HOST:PORT.",
-    "CONNECTION_LOST": "`headrace status` shows whether the router is back.",
+    "CONNECTION_LOST": "`{status}` shows whether the router is back.",
     "BAD_API_KEY": "Give a key of the router in HEADRACE_API_KEY, or its file with --api-key-file.",
-    "NO_WORKERS": "`headrace status` shows the workers and what keeps them from serving.",
+    "NO_WORKERS": "`{status}` shows the workers and what keeps them from serving.",
     "QUEUE_FULL": "Try again later, or add workers.",
-    "UNKNOWN_MODEL": "`headrace status` names the model served.",
+    "UNKNOWN_MODEL": "`{status}` names the model served.",
 }
 
 
@@ -35,7 +38,10 @@ def report(error: HeadraceError) -> None:
     # Where something else answers, the error says what: to start a router is no help.
     is_other = error.reason == "UNREACHABLE" and "refused" not in str(error)
     hint = _HINTS.get(error.reason)
-    complain(f"{error}\n{hint}" if hint and not is_other else str(error))
+    if hint is None or is_other:
+        complain(str(error))
+    else:
+        complain(f"{error}\n{hint.format(status=hints.headrace('status', *hints.same_router.get()))}")
 
 
 def complain(problem: str) -> None:
@@ -52,6 +58,28 @@ def write_text(text: str) -> None:
     """Write generated text to standard output as it is, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that can't be written, before the work that it is for; it stays as it is.
+
+    Raises:
+        InvalidRequestError: BAD_OPTION, naming it.
+    """
+    is_new = not path.exists()
+    write_file(path, "", mode="a")
+    if is_new:
+        path.unlink()
+
+
+def write_file(path: Path, text: str, mode: str = "w") -> None:
+    """Write a file that an option names. Raises InvalidRequestError, BAD_OPTION, naming it."""
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        why = "it is a folder" if path.is_dir() else error.strerror
+        raise InvalidRequestError("BAD_OPTION", f"can't write {path}: {why}") from None
 
 
 def read_prompt(argument: str) -> str:

@@ -15,7 +15,6 @@ from headrace_client.client import Client
 from headrace_client.commands import options
 from headrace_client.commands.standard_streams import wait
 from headrace_client.commands.terminal import stdout
-from headrace_client.connection import DEFAULT_ADDRESS
 from headrace_client.top.frame import render
 from headrace_client.top.history import History, View, take_look
 
@@ -34,20 +33,16 @@ them came while their prompt was still being computed. Ctrl-C ends it.
 
 
 def top(
+    router: options.Router,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end; so does a pipe.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, callback=options.finite, help="Seconds between looks.")] = 2.0,
-    server: options.Server = DEFAULT_ADDRESS,
-    api_key_file: options.ApiKeyFile = None,
-    tls: options.Tls = False,
-    tls_roots: options.TlsRoots = None,
-    identity: options.Identity = None,
 ) -> None:
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
-    with options.connect(server, api_key_file, tls=tls, tls_roots=tls_roots, identity=identity) as client:
+    with router.connect() as client:
         history = History()
         view = history.add(take_look(client, time.monotonic()))
         if once or not stdout.is_terminal:
-            stdout.print(render(view, server, width=stdout.width))
+            stdout.print(render(view, router.server, width=stdout.width))
         else:
             _watch(client, history, view, interval)
 
