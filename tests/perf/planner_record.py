@@ -48,7 +48,8 @@ class Record:
     def load(cls, path: Path = RECORD) -> Self:
         """Read what `save` wrote."""
         value: dict[str, Any] = json.loads(path.read_text())
-        return cls(**value | {"trials": [_unpacked(trial) for trial in value["trials"]]})
+        value["trials"] = [_unpacked(trial) for trial in value["trials"]]
+        return cls(**value)
 
     def save(self, path: Path = RECORD) -> None:
         """Write it, a trial a line."""
@@ -116,5 +117,5 @@ def _unpacked(value: Mapping[str, Any]) -> Trial:
         RequestTimes(first * _UNIT_S, second * _UNIT_S, last * _UNIT_S, num_tokens)
         for first, second, last, num_tokens in zip(*[iter(value["requests"])] * 4, strict=True)
     ]
-    parts = {"cell": Cell(*value["cell"]), "requests": requests}
-    return Trial(**value | parts | {name: StepSums(*value[name]) for name in ("prefill", "decode")})
+    parts: dict[str, Any] = {name: StepSums(*value[name]) for name in ("prefill", "decode")}
+    return Trial(**{**value, **parts, "cell": Cell(*value["cell"]), "requests": requests})
