@@ -1,4 +1,9 @@
+import itertools
+import os
+from types import SimpleNamespace
+
 import pytest
+from headrace_core.roofline import hardware_measure
 from headrace_core.roofline.hardware import HARDWARE, HardwareError, find_hardware, load_hardware
 from headrace_core.roofline.hardware_measure import measure_cpu
 from headrace_core.roofline.model_shape import Dtype
@@ -71,8 +76,12 @@ def test_json_files_are_read_too(tmp_path):
         load_hardware(path)
 
 
-def test_this_cpu_can_be_measured():
-    cpu = measure_cpu(repeats=1, bytes_per_core=8 << 20, matrix_size=256)
+def test_this_cpu_is_measured_by_what_was_done_in_the_time_it_took(monkeypatch):
+    """A clock that takes a second for each call makes every rate the work itself."""
+    ticks = itertools.count()
+    monkeypatch.setattr(hardware_measure, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    cpu = measure_cpu(repeats=2, bytes_per_core=1 << 20, matrix_size=64)
+    num_bytes = len(os.sched_getaffinity(0)) * (1 << 20)
     assert cpu.name == "cpu"
-    assert 1e8 < cpu.memory_bytes_per_s < 1e13
-    assert 1e8 < cpu.flops_per_s(Dtype.BF16) < 1e15
+    assert cpu.memory_bytes_per_s == cpu.link_bytes_per_s == num_bytes
+    assert cpu.flops_per_s(Dtype.FP32) == 2 * 64**3

@@ -1,10 +1,12 @@
-// Mixture-of-experts models over the years, as their authors published them: [name, family, year and month, routed experts,
-// of which a token takes, billions of parameters, of which active (0: not published), source].
+// Mixture-of-experts models over the years, as their authors published them: [name, family, year with the day of first
+// publication as its fraction, routed experts of a layer, of which a token takes, billions of parameters, of which active
+// (0: not published), source]. Each row was held against public descriptions of it: experts and parameters as in the
+// source named, or its model card; the day is that of the paper, or of the weights where they came first.
 
 const FAMILIES = [
   ["GShard", "Google", 2020.5, 2048, 2, 600, 0, "arXiv 2006.16668"],
-  ["Switch-C", "Google", 2021.04, 2048, 1, 1571, 0, "arXiv 2101.03961"],
-  ["GLaM", "Google", 2021.95, 64, 2, 1162, 97, "arXiv 2112.06905"],
+  ["Switch-C", "Google", 2021.03, 2048, 1, 1571, 0, "arXiv 2101.03961"],
+  ["GLaM", "Google", 2021.95, 64, 2, 1200, 96.6, "arXiv 2112.06905"],
   ["Mixtral 8x7B", "Mistral", 2023.94, 8, 2, 47, 13, "arXiv 2401.04088"],
   ["DeepSeekMoE 16B", "DeepSeek", 2024.03, 64, 6, 16.4, 2.8, "arXiv 2401.06066"],
   ["Grok-1", "xAI", 2024.21, 8, 2, 314, 0, "github.com/xai-org/grok-1"],
@@ -14,10 +16,10 @@ const FAMILIES = [
   ["DeepSeek-V3", "DeepSeek", 2024.98, 256, 8, 671, 37, "arXiv 2412.19437"],
   ["Llama 4 Maverick", "Meta", 2025.26, 128, 1, 400, 17, "ai.meta.com/blog, April 2025"],
   ["Qwen3-235B-A22B", "Qwen", 2025.32, 128, 8, 235, 22, "arXiv 2505.09388"],
-  ["Kimi-K2", "Moonshot", 2025.53, 384, 8, 1040, 32, "arXiv 2507.20534"],
+  ["Kimi-K2", "Moonshot", 2025.52, 384, 8, 1040, 32, "arXiv 2507.20534"],
   ["GLM-4.5", "Zhipu", 2025.57, 160, 8, 355, 32, "arXiv 2508.06471"],
-  ["gpt-oss-120b", "OpenAI", 2025.6, 128, 4, 117, 5.1, "arXiv 2508.10925"],
-  ["Qwen3-Next-80B-A3B", "Qwen", 2025.7, 512, 10, 80, 3, "huggingface.co/Qwen, September 2025"],
+  ["gpt-oss-120b", "OpenAI", 2025.59, 128, 4, 116.8, 5.1, "arXiv 2508.10925"],
+  ["Qwen3-Next-80B-A3B", "Qwen", 2025.69, 512, 10, 80, 3, "huggingface.co/Qwen, September 2025"],
 ];
 const YEARS = { width: 1000, height: 380, left: 50, right: 30, top: 16, bottom: 34, from: 2020, to: 2026.5 };
 
