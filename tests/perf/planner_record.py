@@ -48,7 +48,7 @@ class Record:
     def load(cls, path: Path = RECORD) -> Self:
         """Read what `save` wrote."""
         value: dict[str, Any] = json.loads(path.read_text())
-        value["trials"] = [_unpacked(trial) for trial in value["trials"]]
+        value |= {"trials": [_unpacked(trial) for trial in value["trials"]]}
         return cls(**value)
 
     def save(self, path: Path = RECORD) -> None:
@@ -117,5 +117,6 @@ def _unpacked(value: Mapping[str, Any]) -> Trial:
         RequestTimes(first * _UNIT_S, second * _UNIT_S, last * _UNIT_S, num_tokens)
         for first, second, last, num_tokens in zip(*[iter(value["requests"])] * 4, strict=True)
     ]
-    parts: dict[str, Any] = {name: StepSums(*value[name]) for name in ("prefill", "decode")}
-    return Trial(**{**value, **parts, "cell": Cell(*value["cell"]), "requests": requests})
+    parts: dict[str, Any] = {**value, "cell": Cell(*value["cell"]), "requests": requests}
+    parts |= {name: StepSums(*value[name]) for name in ("prefill", "decode")}
+    return Trial(**parts)
