@@ -8,8 +8,9 @@ from headrace_core.errors import StartupError
 from headrace_core.model import self_check
 from headrace_core.model.load import load_model
 from headrace_core.model.self_check import check_kernels
+from headrace_core.model.weights_dtype import WeightsDtype
 from headrace_core.testing.paged_sequences import PagedSequences
-from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint
+from headrace_core.testing.tiny_checkpoints import TINY_CONFIGS, write_checkpoint, write_fp8_checkpoint
 from headrace_kernels import backend, use_backend
 
 # Widths that matrix units take: multiples of 16.
@@ -72,6 +73,13 @@ def test_kernels_over_an_fp8_cache_give_the_networks_logits(tmp_path, device):
 def test_a_worker_with_an_fp8_cache_may_start(tmp_path, device):
     write_checkpoint(tmp_path, ONE_LAYER)
     assert check_kernels(load_model(tmp_path, device=device, kv_cache_dtype="fp8_e4m3"), device) < 0.05
+
+
+def test_a_worker_whose_weights_stay_in_fp8_may_start(tmp_path, device):
+    """All experts are chosen: in bfloat16 two that are nearly tied would be one here and the other there."""
+    write_fp8_checkpoint(tmp_path, {**CONFIGS["v3"], "num_experts_per_tok": 8, "topk_group": 4})
+    model = load_model(tmp_path, device=device, dtype="bfloat16", weights_dtype=WeightsDtype.FP8)
+    assert check_kernels(model, device) < 0.1
 
 
 def test_a_kernel_that_is_wrong_keeps_the_worker_from_starting(tmp_path, monkeypatch, device):
