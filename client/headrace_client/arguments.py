@@ -84,7 +84,10 @@ def service_level_of(level: object) -> ServiceLevel:
     if not isinstance(level, ServiceLevel):
         _refuse("service_level", level, "a ServiceLevel")
     return ServiceLevel(
-        text_of("slo_class", level.slo_class), _ms("ttft_ms", level.ttft_ms), _ms("itl_ms", level.itl_ms)
+        text_of("slo_class", level.slo_class),
+        _ms("ttft_ms", level.ttft_ms),
+        _ms("itl_ms", level.itl_ms),
+        _priority(level.priority),
     )
 
 
@@ -129,6 +132,12 @@ def _ms(name: str, value: object) -> int | None:
     expected = f"whole milliseconds, 0 to {MAX_COUNT}"
     count = whole(name, value, expected)
     return count if 0 <= count <= MAX_COUNT else _refuse(name, value, expected)
+
+
+def _priority(value: object) -> int:
+    expected = f"a whole number, {-MAX_COUNT - 1} to {MAX_COUNT}"
+    count = whole("priority", value, expected)
+    return count if -MAX_COUNT - 1 <= count <= MAX_COUNT else _refuse("priority", value, expected)
 
 
 def _items(values: Iterable[object]) -> list[object]:

@@ -90,6 +90,7 @@ def encode_request(
 
 def _set_level(request: pb.GenerateRequest, service_level: ServiceLevel | None) -> None:
     level = service_level_of(service_level)
+    request.priority = level.priority
     if level.slo_class:
         request.service_level.slo_class = level.slo_class
     if level.ttft_ms is not None:

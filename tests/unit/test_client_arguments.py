@@ -192,6 +192,8 @@ def test_what_else_is_of_no_use_is_refused_by_name(arguments):
         (ServiceLevel(ttft_ms=1 << 32), "ttft_ms is 4294967296"),
         (ServiceLevel(itl_ms=0.5), "itl_ms is 0.5, of type float"),
         (ServiceLevel(itl_ms=True), "itl_ms is True"),
+        (ServiceLevel(priority=1.5), "priority is 1.5"),
+        (ServiceLevel(priority=1 << 31), "priority is 2147483648"),
     ],
 )
 def test_what_is_no_service_level_is_refused_by_name(level, words):

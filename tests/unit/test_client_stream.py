@@ -87,6 +87,13 @@ def test_the_router_is_told_how_soon_tokens_should_come(generate, level, sent):
     assert (request.service_level if request.HasField("service_level") else None) == sent
 
 
+def test_the_router_is_told_which_requests_start_first(generate):
+    with FakeRouter() as router:
+        generate(router, "Tell", service_level=ServiceLevel(priority=-7))
+        generate(router, "Tell")
+    assert [request.priority for request in router.requests] == [-7, 0]
+
+
 def test_timings_keep_every_phase_and_sum_to_the_whole(generate):
     with FakeRouter() as router:
         timings = generate(router, "Tell", include_timings=True).timings

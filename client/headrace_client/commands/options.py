@@ -238,10 +238,11 @@ class Speed:
         int | None,
         typer.Option(min=0, metavar="MS", help="Most milliseconds between two tokens, likewise."),
     ] = None
+    priority: Annotated[int, typer.Option(help="Of your requests that wait, those of lower ones start first.")] = 0
 
     def level(self) -> ServiceLevel:
         """Return what is sent."""
-        return ServiceLevel(self.slo_class, self.slo_ttft_ms, self.slo_itl_ms)
+        return ServiceLevel(self.slo_class, self.slo_ttft_ms, self.slo_itl_ms, self.priority)
 
 
 def _api_key(file: Path | None) -> str:
