@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from headrace.v1 import generation_service_pb2
 from headrace.v1.types_pb2 import WORKER_ROLE_UNSPECIFIED
@@ -164,6 +165,7 @@ class Router:
         *,
         metadata: Metadata = (),
         on_failed: Callable[[], None],
+        shown: Sequence[str] = (),
     ) -> RunningRequest:
         """Check a request and start it; `close` must follow.
 
@@ -173,6 +175,7 @@ class Router:
             remaining_s: until the client's deadline; None if it has none.
             metadata: of the call; it may name a trace.
             on_failed: called when the request has failed and is closed, though its client may not know yet.
+            shown: special tokens that its text shows, if the model has them.
 
         Raises:
             HeadraceError: it is refused.
@@ -189,6 +192,8 @@ class Router:
             wait = EndableWait()
             seat = self._waiting.take(caller, evict=wait.end)
             spec = await self._admit(message, caller, wait, arrival_s=arrival_s, deadline_s=deadline_s)
+            if shown and (shown_ids := self._tokenizer.special_ids(shown)):
+                spec = replace(spec, shown_ids=shown_ids)
             seat.weigh(len(spec.prompt_ids))
             if self._num_prompt_logprobs + spec.num_prompt_logprobs > MOST_PROMPT_LOGPROBS:
                 raise OverloadedError(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from headrace_router.face.openai.said import ForcedCalls, Plain, Said, TaggedCalls, Thinking, joined
-from headrace_router.testing import scripted_worker, write_tokenizer
+from headrace_router.testing import scripted_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,23 +184,3 @@ def test_tools_that_can_not_be_called_are_refused_by_name(tmp_path):
             assert words in answer.error["message"]
 
     run_http(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
-
-
-def test_calls_between_tokens_that_answers_do_not_show_are_refused_by_name(tmp_path):
-    model = write_tokenizer(tmp_path / "tiny")
-    vocabulary = json.loads((model / "tokenizer.json").read_text())
-    last = vocabulary["added_tokens"][-1]
-    mark = {**last, "content": "<tool_call>", "id": last["id"] + 1}
-    vocabulary["added_tokens"].append(mark)
-    (model / "tokenizer.json").write_text(json.dumps(vocabulary))
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": HERMES}))
-
-    async def test(router, address):
-        body = {"messages": [{"role": "user", "content": "u"}], "tools": TOOLS, "max_tokens": 2}
-        answer = await once(address, "POST", PATH, body)
-        assert (answer.status, answer.error["param"]) == (400, "tool_choice")
-        assert "in plain tokens" in answer.error["message"]
-        assert (await once(address, "POST", PATH, {**body, "tool_choice": "required"})).status == 200
-
-    run_http(tmp_path, [scripted_worker(role, vocab_size=300) for role in ("prefill", "decode")], test)

@@ -68,6 +68,8 @@ class RequestSpec:
     """For its speed."""
     priority: int = 0
     """Among those of its client that wait: lower ones first."""
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens whose texts it has."""
     is_prompt_only: bool = False
     """Nothing is to be told but what is asked of the prompt: the one token that is made is nobody's."""
     num_prompt_logprobs: int = 0

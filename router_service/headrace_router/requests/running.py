@@ -231,7 +231,9 @@ class RunningRequest:
 
     def _sample(self, index: int, prefix: Prefix, tokenizer: Tokenizer) -> Sample:
         spec = self.spec
-        detokenizer = tokenizer.detokenizer(silent_ids=spec.silent_ids, is_continuation=spec.is_continuation)
+        detokenizer = tokenizer.detokenizer(
+            silent_ids=spec.silent_ids, is_continuation=spec.is_continuation, shown_ids=spec.shown_ids
+        )
         return Sample(
             spec,
             index,

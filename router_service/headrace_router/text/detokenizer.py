@@ -77,7 +77,15 @@ class Vocabulary:
 class Detokenizer:
     """Decodes one sample. `push` each token in order, then `finish` once; the texts, joined, are the whole."""
 
-    def __init__(self, vocabulary: Vocabulary, *, silent_ids: frozenset[int], is_continuation: bool) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        silent_ids: frozenset[int],
+        is_continuation: bool,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._shown = shown_ids - silent_ids
         self._silent = vocabulary.with_specials(silent_ids)
         self._utf8 = _Utf8(errors="replace")
         self._is_inside = False
@@ -94,7 +102,7 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is now certain; may be empty."""
         if token_id in self._silent:
-            return ""
+            return self._break() + self._vocabulary.bytes_of(token_id).decode() if token_id in self._shown else ""
         if self._table is not None:
             return self._push_bytes(token_id, self._table)
         if self._pieces is not None:
@@ -109,6 +117,14 @@ class Detokenizer:
             return self._strip(self._end_run())
         text = self._vocabulary.decode(self._window)
         return text[len(self._read_text) :]
+
+    def _break(self) -> str:
+        """Return what was held back: a token comes that is no part of any character."""
+        text = self.finish()
+        self._utf8.reset()
+        self._is_inside = False
+        self._window, self._num_read, self._read_text = [], 0, ""
+        return text
 
     def _push_bytes(self, token_id: int, table: dict[int, bytes]) -> str:
         if token_id not in table:

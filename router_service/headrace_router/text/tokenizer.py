@@ -10,6 +10,7 @@ begin token, which its post-processor does not add. A token that the text itself
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from headrace_core.errors import CheckpointError, InvalidRequestError
@@ -107,14 +108,23 @@ class Tokenizer:
                 )
         return [token.content for token in added.values()]
 
-    def detokenizer(self, *, silent_ids: frozenset[int], is_continuation: bool) -> Detokenizer:
+    def special_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """Return the special tokens among these texts."""
+        return frozenset(self.specials[text] for text in texts if text in self.specials)
+
+    def detokenizer(
+        self, *, silent_ids: frozenset[int], is_continuation: bool, shown_ids: frozenset[int] = frozenset()
+    ) -> Detokenizer:
         """Return a fresh decoder for one sample.
 
         Args:
             silent_ids: ids without text, besides the special ones: those that end the sequence.
             is_continuation: the text goes on from the prompt's, so a leading space is kept.
+            shown_ids: special ones that have their text all the same.
         """
-        return Detokenizer(self._vocabulary, silent_ids=silent_ids, is_continuation=is_continuation)
+        return Detokenizer(
+            self._vocabulary, silent_ids=silent_ids, is_continuation=is_continuation, shown_ids=shown_ids
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return what a token stands for, alone; of a special token its text. Empty if there is no such token."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from headrace_core.door import Door
 from headrace_core.errors import HeadraceError, OverloadedError
@@ -19,21 +20,20 @@ from headrace_router.face.http.connection import STALL_TIMEOUT_S
 from headrace_router.face.http.errors import HttpError
 from headrace_router.face.http.exchange import Exchange
 from headrace_router.face.openai.about import About
+from headrace_router.face.openai.call_forms import form_of
 from headrace_router.face.openai.events import Events, error_event
 from headrace_router.face.openai.request import Asked, Wanted
 from headrace_router.face.openai.responses_events import ResponseEvents, WholeResponse
-from headrace_router.face.openai.said import ForcedCalls, MakeReader, Plain, TaggedCalls, Thinking
+from headrace_router.face.openai.said import ForcedCalls, MakeReader, Plain, Thinking
 from headrace_router.face.openai.several import Pieces, Several
 from headrace_router.face.openai.whole import Whole
 from headrace_router.requests.running import RunningRequest
 from headrace_router.router import Router
 
 _NO_CALLS = (
-    "`tool_choice` `auto`: this model's template has no calls in a form that is known here, which is "
-    "`<tool_call>{…}</tool_call>` in plain tokens; `required`, or a named function, holds any model's answer to calls"
+    "`tool_choice` `auto`: this model's template has no calls in a form that is known here: those of Hermes and Qwen, "
+    "DeepSeek-V3 to V3.1, Kimi-K2, Mistral and GLM; `required`, or a named function, holds any model's answer to calls"
 )
-_OTHER_CALLS = ("<arg_key>", "<function=", "<parameter=")
-"""Of templates whose `<tool_call>` is not JSON."""
 _TAIL_TOKENS = 16
 """Of a prompt: what the template wrote last."""
 
@@ -46,8 +46,12 @@ async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door,
     """
     opened: list[RunningRequest] = []
     wanted = asked.wanted
-    if wanted.call_form == "tagged" and not calls_by_tags(router):
+    form = form_of(router.template_knows) if wanted.call_form == "tagged" else None
+    if wanted.call_form == "tagged" and form is None:
         raise HttpError(_NO_CALLS, param="tool_choice")
+    marks = () if form is None else form.marks
+    if _thinks(wanted, router):
+        marks = (*marks, Thinking.BEGIN, Thinking.END)
 
     def end() -> None:
         for each in opened:
@@ -62,7 +66,7 @@ async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door,
     try:
         while asked.messages:
             message = asked.messages.pop(0)
-            opened.append(await router.open(message, caller, None, metadata=metadata, on_failed=on_failed))
+            opened.append(await router.open(message, caller, None, metadata=metadata, on_failed=on_failed, shown=marks))
         about = _about(wanted, opened, router)
         pieces: Pieces = opened[0] if len(opened) == 1 else Several(opened, about.num_samples)
         is_response = wanted.prefix == "resp"
@@ -75,23 +79,22 @@ async def generate(exchange: Exchange, asked: Asked, router: Router, door: Door,
         end()
 
 
-def calls_by_tags(router: Router) -> bool:
-    """Return whether the model's template has calls as `TaggedCalls` reads them."""
-    knows, marks = router.template_knows, (TaggedCalls.BEGIN, TaggedCalls.END)
-    if any(map(router.hides, marks)):
-        return False
-    return all(map(knows, (*marks, "arguments"))) and not any(map(knows, _OTHER_CALLS))
-
-
 def make_reader_of(wanted: Wanted, router: Router, prompt: list[int]) -> MakeReader | None:
     """Return what reads an answer to a conversation; None: nothing in it is marked."""
     if wanted.call_form == "forced":
         return ForcedCalls
-    inner = TaggedCalls if wanted.call_form == "tagged" else Plain
-    if wanted.is_free and router.template_knows(Thinking.END):
-        has_begun = router.text_of(prompt[-_TAIL_TOKENS:]).rstrip().endswith(Thinking.BEGIN)
+    form = form_of(router.template_knows) if wanted.call_form == "tagged" else None
+    inner = Plain if form is None else partial(form.make, wanted.texts)
+    if _thinks(wanted, router):
+        tail = b"".join(map(router.token_bytes, prompt[-_TAIL_TOKENS:]))
+        has_begun = tail.rstrip().endswith(Thinking.BEGIN.encode())
         return lambda: Thinking(inner(), has_begun=has_begun)
-    return inner if inner is TaggedCalls else None
+    return None if form is None else inner
+
+
+def _thinks(wanted: Wanted, router: Router) -> bool:
+    """Return whether what the model thinks stands apart in its answer."""
+    return wanted.is_chat and wanted.is_free and router.template_knows(Thinking.END)
 
 
 def _about(wanted: Wanted, opened: Sequence[RunningRequest], router: Router) -> About:

@@ -5,7 +5,7 @@ What OpenAI leaves out it defines: a completion has 16 tokens at most, a convers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from headrace_router.face.openai.schema import (
     TokenizeRequest,
 )
 from headrace_router.face.openai.structure import grammar_of
-from headrace_router.face.openai.tools import CallForm, call_form, forced_calls, tools_json
+from headrace_router.face.openai.tools import CallForm, call_form, forced_calls, text_parameters, tools_json
 
 _DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 128
@@ -50,6 +50,8 @@ class Wanted:
     has_prompt_logprobs: bool = False
     """As vLLM says them."""
     call_form: CallForm = ""
+    texts: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    """Of each function that may be called the parameters that are texts."""
     is_free: bool = True
     """Not held to a grammar: it may think first."""
     said: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -85,7 +87,7 @@ def read_chat(body: bytes, request_id: str) -> Asked:
     put_messages(message, fields.messages, fields, tools_json(fields))
     wanted = _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False)
     is_free = not message.sampling.HasField("grammar")
-    return Asked([message], replace(wanted, call_form=form, is_free=is_free))
+    return Asked([message], replace(wanted, call_form=form, texts=text_parameters(fields), is_free=is_free))
 
 
 def read_completion(body: bytes, request_id: str) -> Asked:

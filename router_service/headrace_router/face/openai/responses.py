@@ -15,7 +15,7 @@ from headrace_router.face.openai.responses_input import messages_of
 from headrace_router.face.openai.responses_schema import ResponsesRequest
 from headrace_router.face.openai.schema import StreamOptions
 from headrace_router.face.openai.structure import schema_grammar
-from headrace_router.face.openai.tools import call_form, forced_calls, tools_json
+from headrace_router.face.openai.tools import call_form, forced_calls, text_parameters, tools_json
 
 _ECHOED = {"instructions", "max_output_tokens", "temperature", "top_p", "user"}
 
@@ -42,6 +42,7 @@ def read_response(body: bytes, request_id: str) -> Asked:
         has_token_ids=False,
         echo=False,
         call_form=form,
+        texts=text_parameters(tooled),
         is_free=not sampling.HasField("grammar"),
         said=_said(fields),
     )

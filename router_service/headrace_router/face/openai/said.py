@@ -140,6 +140,34 @@ class Thinking:
         return text
 
 
+class Outside:
+    """What stands before a mark, again and again. New lines beside the mark, and behind what it began, are nobody's."""
+
+    def __init__(self, mark: str) -> None:
+        self._mark = mark
+        self._held = ""
+        self._is_fresh = False
+        """No word has come since what the last mark began was over."""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Return what certainly stands before the mark, and what comes behind it; None: it has not come."""
+        held = self._held + text
+        content, rest, is_found = _split(held.lstrip("\n") if self._is_fresh else held, self._mark)
+        shown = content.rstrip("\n")  # new lines at the end may stand before a mark
+        self._is_fresh = self._is_fresh and not shown
+        self._held = "" if is_found else content[len(shown) :] + rest
+        return shown, rest if is_found else None
+
+    def begin_again(self) -> None:
+        """What a mark began is over."""
+        self._is_fresh = True
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
 class TaggedCalls:
     """Calls as Hermes' and Qwen's templates have them, `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
 
@@ -152,35 +180,32 @@ class TaggedCalls:
         self.num_calls = 0
         self._held = ""
         self._is_inside = False
-        self._is_fresh = False
-        """No word has come since a call: new lines are nobody's."""
+        self._outside = Outside(self.BEGIN)
 
     def push(self, text: str) -> Said:
         """See `Reader`."""
-        self._held += text
         said = Said()
         while True:
             if self._is_inside:
-                body, found, after = self._held.partition(self.END)
+                body, found, after = (self._held + text).partition(self.END)
                 if not found:
+                    self._held = body
                     return said
-                self._held, self._is_fresh = after, True
+                self._held, text, self._is_inside = "", after, False
+                self._outside.begin_again()
                 said += self._call(body)
             else:
-                content, rest, is_found = _split(self._held.lstrip("\n") if self._is_fresh else self._held, self.BEGIN)
-                shown = content.rstrip("\n")  # new lines at the end may stand before a call
-                said.content += shown
-                self._is_fresh = self._is_fresh and not shown
-                self._held = rest if is_found else content[len(shown) :] + rest
-                if not is_found:
+                content, rest = self._outside.push(text)
+                said.content += content
+                if rest is None:
                     return said
-            self._is_inside = not self._is_inside
+                text, self._is_inside = rest, True
 
     def finish(self) -> Said:
         """See `Reader`."""
         held, self._held = self._held, ""
         if not self._is_inside:
-            return Said(held)
+            return Said(self._outside.finish())
         said = self._call(held)  # a stop string may have taken the end's mark
         return said if said.calls else Said(self.BEGIN + held)
 
@@ -206,24 +231,24 @@ class ForcedCalls:
         self.num_calls = 0
         self._held = ""
         """Of what is between calls."""
-        self._is_inside = False
-        self._depth = 0
-        self._is_text = self._is_escaped = False
+        self._arguments: JsonLength | None = None
 
     def push(self, text: str) -> Said:
         """See `Reader`."""
         said = Said()
         while text:
-            if self._is_inside:
-                count = self._length(text)
+            if self._arguments is not None:
+                count = self._arguments.push(text)
                 arguments, text = text[:count], text[count:]
                 said.calls.append({"index": self.num_calls - 1, "function": {"arguments": arguments}})
+                if self._arguments.is_over:
+                    self._arguments = None
                 continue
             self._held += text
             head = _FORCED_HEAD.search(self._held)
             if head is None:
                 break
-            text, self._held, self._is_inside = self._held[head.end() :], "", True
+            text, self._held, self._arguments = self._held[head.end() :], "", JsonLength()
             said.calls.append(begin_call(self.num_calls, head[1]))
             self.num_calls += 1
         return said
@@ -232,8 +257,17 @@ class ForcedCalls:
         """See `Reader`."""
         return Said()
 
-    def _length(self, text: str) -> int:
-        """Return how much of `text` are still arguments."""
+
+class JsonLength:
+    """Finds where an object or a list ends that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._depth = 0
+        self._is_text = self._is_escaped = False
+
+    def push(self, text: str) -> int:
+        """Return how much of `text` still belongs to it."""
         for at, char in enumerate(text):
             if self._is_text:
                 self._is_text = self._is_escaped or char != '"'
@@ -245,7 +279,7 @@ class ForcedCalls:
             elif char in "]}":
                 self._depth -= 1
                 if not self._depth:
-                    self._is_inside = False
+                    self.is_over = True
                     return at + 1
         return len(text)
 

@@ -16,7 +16,7 @@ from headrace_router.face.http.errors import HttpError
 from headrace_router.face.openai.body import Body
 from headrace_router.face.openai.structure import schema_grammar
 
-CHOICES = "`none`, `auto` (default; for templates with `<tool_call>`), `required`, or a named function"
+CHOICES = "`none`, `auto` (default; for templates whose calls are known), `required`, or a named function"
 PARALLEL = "default true: an answer may call several times; false not with `auto`"
 _DEFINITIONS = ("$defs", "definitions")
 _NO_WHITE_SPACE = {"whitespace_flexible": False, "whitespace_pattern": None}
@@ -90,6 +90,20 @@ def call_form(fields: Tooled) -> CallForm:
         problem = "`parallel_tool_calls` false is served with `tool_choice` `required` or a named function alone"
         raise HttpError(problem, param="parallel_tool_calls")
     return form
+
+
+def text_parameters(fields: Tooled) -> dict[str, frozenset[str]]:
+    """Return, of each function, the parameters that its schema says are texts."""
+    found: dict[str, frozenset[str]] = {}
+    for tool in fields.tools or []:
+        properties = (tool.function.parameters or {}).get("properties")
+        named = cast("dict[str, Any]", properties) if isinstance(properties, dict) else {}
+        found[tool.function.name] = frozenset(name for name, said in named.items() if _is_text(said))
+    return found
+
+
+def _is_text(schema: object) -> bool:
+    return isinstance(schema, dict) and cast("dict[str, object]", schema).get("type") == "string"
 
 
 def tools_json(fields: Tooled) -> list[str]:
