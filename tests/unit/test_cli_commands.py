@@ -109,13 +109,15 @@ def test_generate_sends_every_sampling_option():
     assert request.request_id == "mine"
 
 
-def test_generate_says_how_soon_tokens_should_come():
+@pytest.mark.parametrize(("command", "said"), [(["generate", "Tell"], ""), (["chat"], "Tell\n")])
+def test_generate_and_chat_say_how_soon_tokens_should_come(command, said):
     with FakeRouter() as router:
-        flags = ["--slo-class", "interactive", "--slo-ttft-ms", "500", "--slo-itl-ms", "0"]
-        result = run("generate", "Tell", *flags, "-s", router.address)
+        flags = ["--slo-class", "interactive", "--slo-ttft-ms", "500", "--slo-itl-ms", "0", "--priority", "-3"]
+        result = run(*command, *flags, "-s", router.address, input=said)
     assert result.exit_code == 0, result.stderr
     level = router.requests[0].service_level
     assert (level.slo_class, level.ttft_ms, level.HasField("itl_ms"), level.itl_ms) == ("interactive", 500, True, 0)
+    assert router.requests[0].priority == -3
 
 
 def test_generate_prints_the_whole_result_as_json():

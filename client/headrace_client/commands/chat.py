@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from headrace_core.errors import HeadraceError, InvalidRequestError
 
-from headrace_client.arguments import sampling_of
+from headrace_client.arguments import sampling_of, service_level_of
 from headrace_client.client import Client
 from headrace_client.codec import Collector
 from headrace_client.commands import logprobs, options
@@ -17,6 +17,7 @@ from headrace_client.commands.terminal import exit_code, report, stderr, stdout,
 from headrace_client.commands.waiting import Waiting
 from headrace_client.results import ChatMessage
 from headrace_client.sampling import SamplingParams
+from headrace_client.service_level import ServiceLevel
 
 HELP = """Talk to the model; it remembers the conversation.
 
@@ -33,6 +34,7 @@ _PROMPT = "> "
 
 def chat(  # the signature is the command line
     sampling: options.Answer,
+    speed: options.Speed,
     router: options.WaitedRouter,
     system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
     model: Annotated[str, typer.Option(help="Model name; default: the one served.", show_default=False)] = "",
@@ -41,10 +43,11 @@ def chat(  # the signature is the command line
     """Run the command. Raises what `Client.server_info` lists; `app` reports it."""
     params = sampling.params()
     sampling_of(params)[0].validate()
+    level = service_level_of(speed.level())
     with router.connect() as client:
         info = client.server_info()
         stdout.print(f"{info.model_name} at {router.server}; /reset forgets, /exit ends", style="dim", markup=False)
-        conversation = _Conversation(client, system, params, model, timeout, router.wait)
+        conversation = _Conversation(client, system, params, level, model, timeout, router.wait)
         code = conversation.run()
     if code:
         raise typer.Exit(code)
@@ -56,6 +59,7 @@ class _Conversation:
         client: Client,
         system: str,
         sampling: SamplingParams,
+        level: ServiceLevel,
         model: str,
         timeout_s: float | None,
         wait_s: float,
@@ -64,6 +68,7 @@ class _Conversation:
         self._opening = [ChatMessage("system", system)] if system else []
         self._messages = list(self._opening)
         self._sampling = sampling
+        self._level = level
         self._model = model
         self._timeout_s = timeout_s
         self._wait_s = wait_s
@@ -105,7 +110,9 @@ class _Conversation:
         has_text, code = False, 0
         try:
             with (
-                self._client.stream(messages, self._sampling, model=self._model, timeout_s=self._timeout_s) as stream,
+                self._client.stream(
+                    messages, self._sampling, service_level=self._level, model=self._model, timeout_s=self._timeout_s
+                ) as stream,
                 Waiting(self._client, stream, limit_s=self._wait_s) as waiting,
             ):
                 for delta in stream:
