@@ -27,7 +27,8 @@ from headrace_core.config import RouterSettings
 from headrace_core.request import hash_tokens
 from headrace_core.testing.fake_worker import FakeWorker
 from headrace_core.wire import decode_layout
-from headrace_router.face.http.connection import Connection, Connections
+from headrace_router.face.http.connection import Connection
+from headrace_router.face.http.connections import Connections
 from headrace_router.face.openai.app import OpenAiApp
 from headrace_router.fleet.link import Link, LinkState
 from headrace_router.fleet.worker import Worker

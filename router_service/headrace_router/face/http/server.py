@@ -10,7 +10,8 @@ from headrace_core.address import parse_address
 from headrace_core.authority import ServerTls
 from headrace_core.errors import StartupError
 
-from headrace_router.face.http.connection import App, Connection, Connections
+from headrace_router.face.http.connection import App, Connection
+from headrace_router.face.http.connections import Connections
 
 log = logging.getLogger(__name__)
 
