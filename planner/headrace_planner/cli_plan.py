@@ -60,6 +60,9 @@ def main(
 ) -> None:
     """Plan a disaggregated cluster: workers, division, batch sizes, bandwidth, cost, and what limits."""
     with readable_errors():
+        if plot_dir:
+            with written(plot_dir):
+                plots.check(plot_dir / "tp-dp.svg")
         shape = ModelShape.load(model)
         machine = find_hardware(hardware, hardware_file)
         requests, demand = _demand(workload, trace, scale)

@@ -100,6 +100,9 @@ def main(
 ) -> None:
     """Simulate, and report goodput, percentiles and utilisation."""
     with readable_errors():
+        if plot:
+            with written(plot):
+                plots.check(plot)
         if study:
             _run_study(study, trace, plot)
             return

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from headrace_core.errors import StartupError
+from headrace_core.errors import InvalidRequestError, StartupError
 
 _COLOURS = ("#0b6e99", "#d9480f", "#5f3dc4", "#2b8a3e", "#868e96", "#c2255c")
 _DASHES = ("-", "--", "-.", ":")
@@ -42,6 +42,27 @@ class Figure:
     """Vertical lines: x and what they mean."""
     legend: Literal["inside", "beside", "none"] = "inside"
     """Where lines are named; of figures with the same lines the last may do it for all."""
+
+
+def check(path: Path) -> None:
+    """Find out whether `save` could write this file, before what it would draw is computed; makes its folder.
+
+    Raises:
+        StartupError: NO_MATPLOTLIB.
+        InvalidRequestError: BAD_OPTION, its ending is no format.
+        OSError: it can't be written.
+    """
+    _pyplot()
+    backends: Any = importlib.import_module("matplotlib.backend_bases")
+    endings = set(backends.FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in endings:
+        text = f"{path}: {path.suffix or 'no ending'} is no format of plots; end it in .svg or .png"
+        raise InvalidRequestError("BAD_OPTION", text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
 
 
 def save(figures: Sequence[Figure], path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from headrace_planner import cli_roofline, cli_simulate
+from headrace_planner import cli_plan, cli_roofline, cli_simulate, plots
 from headrace_planner.__main__ import app
 from headrace_planner.live import Reading
 from headrace_planner.sim_studies import Study
@@ -79,6 +79,49 @@ def test_a_file_that_cannot_be_written_is_named(arguments: tuple[str, ...], tmp_
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert f"{tmp_path}/taken/out.svg can't be written: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("taken/out.svg", "can't be written: "),
+        ("folder.svg", "can't be written: "),
+        ("out.xyz", "end it in .svg or .png"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [SIMULATE, ("simulate", "--study", "made")], ids=["simulate", "study"])
+def test_a_plot_that_cannot_be_written_is_found_before_anything_is_simulated(
+    arguments: tuple[str, ...], file: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated: list[object] = []
+    monkeypatch.setattr(cli_simulate, "simulate", lambda *_: simulated.append(_))
+    monkeypatch.setattr(cli_simulate, "STUDIES", {"made": simulated.append})
+    (tmp_path / "taken").write_text("a file, not a folder")
+    (tmp_path / "folder.svg").mkdir()
+    result = run(*arguments, "--plot", str(tmp_path / file))
+    assert (result.exit_code, result.stdout, simulated) == (2, "", [])
+    assert result.stderr.count("\n") == 1
+    assert f"{tmp_path / file}" in result.stderr
+    assert why in result.stderr
+
+
+def test_a_plan_finds_out_first_that_its_plots_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[object] = []
+    monkeypatch.setattr(cli_plan, "make_plan", lambda *_, **__: planned.append(_))
+    (tmp_path / "taken").write_text("a file, not a folder")
+    result = run(*PLAN, "--plot-dir", str(tmp_path / "taken"))
+    assert (result.exit_code, planned, result.stderr.count("\n")) == (2, [], 1)
+
+
+def test_looking_whether_a_plot_can_be_written_leaves_no_file_and_what_is_there(tmp_path: Path) -> None:
+    new, old = tmp_path / "folder" / "new.svg", tmp_path / "old.png"
+    old.write_text("drawn before")
+    plots.check(new)
+    plots.check(old)
+    assert not new.exists()
+    assert old.read_text() == "drawn before"
 
 
 def test_workers_that_have_measured_nothing_yet_are_no_mistake_of_the_command_line(
