@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,18 +141,21 @@ class _Recorded:
 
 def _requests(path: Path) -> Iterator[_Recorded]:
     with path.open(newline="", errors="replace") as lines:
-        is_json = path.suffix == ".jsonl"
-        rows: Iterator[Any] = iter(lines) if is_json else csv.DictReader(lines)
-        parse: Callable[[Any], _Recorded] = _mooncake if is_json else _azure
-        for number, row in enumerate(rows, 1 if is_json else 2):
-            if is_json and not row.strip():
-                continue
+        for number, parse in _rows(path, lines):
             try:
-                yield parse(row).checked()
+                yield parse().checked()
             except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
                 expected = "JSON lines with timestamp, input_length, output_length, hash_ids; or CSV with TIMESTAMP, "
                 text = f"{path}, line {number}: {error!r}; expected {expected}ContextTokens, GeneratedTokens"
                 raise InvalidRequestError("BAD_TRACE", text) from error
+
+
+def _rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Callable[[], _Recorded]]]:
+    """Yield the number of each line that is not empty, and what reads it."""
+    if path.suffix == ".jsonl":
+        yield from ((number, partial(_mooncake, line)) for number, line in enumerate(lines, 1) if line.strip())
+    else:
+        yield from ((number, partial(_azure, row)) for number, row in enumerate(csv.DictReader(lines), 2))
 
 
 def _mooncake(line: str) -> _Recorded:

@@ -18,8 +18,8 @@ from headrace_client.bench.figures import Figures
 from headrace_client.bench.load import Arrivals
 from headrace_core.request_trace import Workload
 from headrace_core.roofline.communication import Parallelism
-from headrace_core.roofline.operations import StepLoad
 from headrace_core.roofline.roofline import Roofline
+from headrace_core.roofline.step_load import StepLoad
 
 from headrace_planner.plots import Figure, Line
 from headrace_planner.sim_attention import attention_machine
