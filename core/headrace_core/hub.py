@@ -162,7 +162,7 @@ class _Hub:
         cache = folder.parents[1]
         if (free := shutil.disk_usage(cache).free) < left:
             self._refuse_full(f"{_size(left)} are to be downloaded and {_size(free)} are free")
-        names = [file.filename for file in plan if file.will_download]
+        names = sorted(file.filename for file in plan if file.will_download)
         self._download(names, folder.name, _Count(total, total - left, on_progress))
 
     def _download(self, names: Sequence[str], commit: str, count: _Count) -> None:

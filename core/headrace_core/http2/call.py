@@ -18,7 +18,7 @@ import grpc
 
 from headrace_core import __version__
 from headrace_core.address import parse_address
-from headrace_core.errors import HeadraceError, ProtocolError, UnavailableError
+from headrace_core.errors import HeadraceError, ProtocolError
 from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from headrace_core.http2 import frames
 from headrace_core.http2.connection import Connection
@@ -137,7 +137,7 @@ class Call(Connection):
         except ValueError as error:
             self.end(ProtocolError("PROTOCOL", f"it sent {error}"))
         if ends:
-            self.end(UnavailableError("UNAVAILABLE", "the call ended without a status"))
+            self.end(_unavailable("the call ended without a status"))
 
     def on_over(self, code: int | None, problem: str) -> None:
         """The stream is gone."""
@@ -165,7 +165,7 @@ async def open_call(address: str, method: str, on_message: OnMessage, *, tls: Ca
         tls: with whose certificate, and whom to expect; None: in clear text.
 
     Raises:
-        UnavailableError: UNAVAILABLE, nobody is there, or nobody who proves to be who was expected.
+        UnavailableError: nobody is there, or nobody who proves to be who was expected.
     """
     to = parse_address(address)
     call: Call | None = None
@@ -184,13 +184,17 @@ async def open_call(address: str, method: str, on_message: OnMessage, *, tls: Ca
             server_hostname=tls.server_name if tls else None,
         )
     except (OSError, ssl.SSLError) as error:
-        raise UnavailableError("UNAVAILABLE", f"failed to connect to {address}: {error}") from error
+        raise _unavailable(f"failed to connect to {address}: {error}") from error
     assert call is not None, "it was made"
     used: Any = transport.get_extra_info("ssl_object")
     if used is not None and used.selected_alpn_protocol() != "h2":
         call.close()
-        raise UnavailableError("UNAVAILABLE", f"{address} does not speak HTTP/2")
+        raise _unavailable(f"{address} does not speak HTTP/2")
     return call
+
+
+def _unavailable(problem: str) -> HeadraceError:
+    return from_status(grpc.StatusCode.UNAVAILABLE, "", problem)
 
 
 def _error_of(trailers: dict[bytes, bytes]) -> HeadraceError | None:

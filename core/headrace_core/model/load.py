@@ -109,7 +109,7 @@ def load_model(
     names = [name for name in names if name.removesuffix(SCALE_SUFFIX) in is_read]
     progress = _Progress(sum(stored[name].size for name in names), on_progress)
     reader = WeightReader(stored, config, dtype=compute_dtype, device=device, on_progress=progress.add)
-    held = holding(weights_dtype, config, reader.is_block_fp8, sharding, reader.empty(0))
+    held = holding(weights_dtype, config, reader.is_block_fp8, sharding, lambda: reader.empty(0))
     weight_bytes = num_weight_bytes(config, compute_dtype, held, sharding)
     held_dtype = dtype if weights_dtype is WeightsDtype.AUTO else weights_dtype.value
     log.info("weights", extra={"dtype": held_dtype, "compute_dtype": dtype, "bytes": weight_bytes})

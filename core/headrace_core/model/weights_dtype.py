@@ -72,11 +72,11 @@ def holding(
     config: ModelConfig,
     is_block_fp8: Callable[[str], bool],
     sharding: Sharding,
-    like: Tensor,
+    like: Callable[[], Tensor],
 ) -> Holding:
     """Return how a checkpoint's weights are held, of which `is_block_fp8` says by name whether they are stored so.
 
-    `like` has the compute type and device.
+    `like` makes a tensor of the compute type, on the device.
 
     Raises:
         StartupError: NO_INT8, NO_FP8_WEIGHTS.
@@ -87,7 +87,7 @@ def holding(
     names: set[str] = set()
     for weights in (tree.outside, *(tree.layer(index) for index in range(tree.num_layers))):
         names |= _kept_in_fp8(weights, is_block_fp8)
-    problem = _problem(config, names, sharding, like)
+    problem = _problem(config, names, sharding, like())
     if problem:
         raise StartupError("NO_FP8_WEIGHTS", f"--weights-dtype fp8_e4m3: {problem}; use auto")
     return Holding(weights_dtype, frozenset(names))
