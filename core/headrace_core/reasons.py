@@ -102,7 +102,7 @@ REASONS: Mapping[type[HeadraceError], Mapping[str, str]] = {
         "STALE_ATTEMPT": "a later attempt of the same sample exists",
         "STALE_PAGE": "a page was reused since it was sealed",
         "TAKER_LOST": "the worker that was to take the pages is gone",
-        "WORKER_RESTARTED": "the holder is another process now",
+        "WORKER_RESTARTED": "the holder, or the worker of a session, is another process now",
     },
     TransferCorruptError: {
         "CHECKSUM": "bytes differ from the holder's checksums",

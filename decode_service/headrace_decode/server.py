@@ -20,8 +20,8 @@ DECODE_SERVICE = "headrace.v1.DecodeService"
 class Decoder(Protocol):
     """Whom the servicer delegates to; errors are as `decode_service.proto` lists them."""
 
-    def open_session(self, router_id: int) -> Session:
-        """Begin a session; an earlier one of the same router ends."""
+    def open_session(self, router_id: int, *, incarnation: int | None = None) -> Session:
+        """Begin a session, with the process of that `incarnation` alone; an earlier one of the same router ends."""
         ...
 
     def close_session(self, session: Session, error: HeadraceError) -> None:
@@ -45,7 +45,9 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
 
     async def Session(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.SessionResponse]:
         """See `decode_service.proto`."""
-        session = self._decoder.open_session(await _router_id(request_iterator))
+        opening = await _opening(request_iterator)
+        incarnation = opening.worker_incarnation if opening.HasField("worker_incarnation") else None
+        session = self._decoder.open_session(opening.router_id, incarnation=incarnation)
 
         # Also when the call ends while this generator is suspended in a `yield`.
         def close(_: object = None) -> None:
@@ -93,9 +95,9 @@ def add_decode_servicer(decoder: Decoder, server: grpc.aio.Server) -> None:
     decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(decoder), server)
 
 
-async def _router_id(requests: AsyncIterator[pb.SessionRequest]) -> int:
+async def _opening(requests: AsyncIterator[pb.SessionRequest]) -> pb.OpenSession:
     async for request in requests:
         if not request.HasField("open") or not request.open.router_id:
             break
-        return request.open.router_id
+        return request.open
     raise InvalidRequestError("BAD_REQUEST", "a session begins with whose it is")

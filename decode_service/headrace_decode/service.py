@@ -22,7 +22,7 @@ from headrace_core.batch.finish import FinishRule
 from headrace_core.batch.step_book import Failed, FetchReady
 from headrace_core.config import DecodeSettings
 from headrace_core.engine.engine import News
-from headrace_core.errors import HeadraceError, InvalidRequestError, UnavailableError
+from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError, UnavailableError
 from headrace_core.kv.sequence_pages import PageAllocator
 from headrace_core.reasons import label
 from headrace_core.tracing.span import Kind
@@ -161,12 +161,21 @@ class DecodeService:
         await self.host.stop()
         await self.prefixes.close()
 
-    def open_session(self, router_id: int) -> Session:
+    def open_session(self, router_id: int, *, incarnation: int | None = None) -> Session:
         """Begin a session; an earlier one of the same router, whose connection broke, ends.
 
+        Args: `incarnation` is whom the router means; None: whoever answers.
+
         Raises:
+            HandoffLostError: WORKER_RESTARTED, it means another process.
             UnavailableError: STARTING, DRAINING.
         """
+        if incarnation not in (None, self.host.incarnation):
+            raise HandoffLostError(
+                "WORKER_RESTARTED",
+                "the session reached another process than the one that said who it is; it has started again, or several"
+                " are behind its address: list each by an address of its own",
+            )
         self.host.require_ready()
         earlier = self._sessions.get(router_id)
         if earlier is not None:

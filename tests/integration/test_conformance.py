@@ -317,7 +317,14 @@ def _told_twice(patch):
 _UNCHECKED = patched(taker, "check_first")
 _UNREQUIRED = patched(values, "_require")
 
+
+def _takes_anyone(patch):
+    open_session = DecodeService.open_session
+    patch.setattr(DecodeService, "open_session", lambda it, router, **_: open_session(it, router))
+
+
 WRONG_TAKERS = {
+    "a session with another process is refused": _takes_anyone,
     "a hand off is taken and goes on": patched(decode_sequence, "hash_tokens", lambda ids: bytes(32)),
     "what it says it has it has": _says_to_have_more,
     "a page that it has does not come again": patched(taker, "_require"),

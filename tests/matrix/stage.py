@@ -282,8 +282,8 @@ class DecodeStage(_WorkerStage):
         taker.transports = {name: HeldTaker(end, self, taker.mover.memory) for name, end in taker.transports.items()}
         open_session, start_sequence = self.service.open_session, self.service.start_sequence
 
-        def opened(router_id: int) -> Session:
-            session = open_session(router_id)
+        def opened(router_id: int, *, incarnation: int | None = None) -> Session:
+            session = open_session(router_id, incarnation=incarnation)
             session.next = _Told(self, session.next).next
             return session
 

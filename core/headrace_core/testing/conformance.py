@@ -69,7 +69,7 @@ async def check_taker(address: str, *, limit_s: float = LIMIT_S, only: str = "")
         MiniHolder(decode_layout(info.layout), info.model_fingerprint) as holder,
         MiniRouter(decode=address, prefill=holder.address) as router,
     ):
-        taker = TakerUnderTest(router, holder, page_size=info.layout.page_size, vocab_size=info.vocab_size)
+        taker = TakerUnderTest(address, info, router, holder)
         return await TAKER_RULES.check(taker, limit_s=limit_s, only=only)
 
 

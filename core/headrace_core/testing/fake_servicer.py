@@ -14,7 +14,7 @@ from headrace.v1 import (
     worker_service_pb2_grpc,
 )
 
-from headrace_core.errors import HeadraceError, InvalidRequestError
+from headrace_core.errors import HandoffLostError, HeadraceError, InvalidRequestError
 from headrace_core.transfer.hold import add_hold_servicer
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class FakeServicer(
         if not opening.open.router_id:
             raise InvalidRequestError("BAD_REQUEST", "a session begins with whose it is")
         router_id = opening.open.router_id
+        if opening.open.HasField("worker_incarnation") and opening.open.worker_incarnation != self._worker.incarnation:
+            raise HandoffLostError("WORKER_RESTARTED", "the session reached another process")
         outbox = self._worker.open_session(router_id)
         listening = asyncio.create_task(self._listen(router_id, request_iterator))
         try:

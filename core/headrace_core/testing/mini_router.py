@@ -113,10 +113,19 @@ class Collected:
 class MiniRouter:
     """Use as an async context: it opens one session."""
 
-    def __init__(self, *, decode: str, prefill: str = "", router_id: int = 0, is_reading: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        decode: str,
+        prefill: str = "",
+        router_id: int = 0,
+        is_reading: bool = True,
+        worker_incarnation: int | None = None,
+    ) -> None:
         """Sequences are prefilled at `prefill`, if there is one. Without `is_reading` nothing is read until `read`."""
         self.prefill_address = prefill
         self.router_id = router_id or secrets.randbits(63) | 1
+        self._worker_incarnation = worker_incarnation
         self._is_reading = is_reading
         self._channel = channel(decode) if is_reading else grpc.aio.insecure_channel(decode, options=_SMALL_WINDOW)
         self._stub: Any = decode_service_pb2_grpc.DecodeServiceStub(self._channel)
@@ -130,7 +139,8 @@ class MiniRouter:
         self.stream_error: HeadraceError | None = None
 
     async def __aenter__(self) -> Self:
-        self._outbox.put(pb.SessionRequest(open=pb.OpenSession(router_id=self.router_id)))
+        opening = pb.OpenSession(router_id=self.router_id, worker_incarnation=self._worker_incarnation)
+        self._outbox.put(pb.SessionRequest(open=opening))
         self._call = self._stub.Session(aiter(self._outbox))
         try:
             await anext(aiter(self._call))

@@ -9,8 +9,9 @@ from typing import Any
 
 from headrace.v1 import decode_service_pb2
 from headrace.v1 import hold_service_pb2 as pb
+from headrace.v1.worker_service_pb2 import GetInfoResponse
 
-from headrace_core.errors import UnavailableError
+from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.request import SamplingParams, hash_tokens
 from headrace_core.testing.async_test import eventually
 from headrace_core.testing.mini_holder import FIRST_TOKEN, MiniHolder, Rewrite
@@ -28,10 +29,13 @@ DECODE, PREFILL, CHANNEL = (
 class TakerUnderTest:
     """A taker, and the router and holder that speak to it."""
 
-    def __init__(self, router: MiniRouter, holder: MiniHolder, *, page_size: int, vocab_size: int) -> None:
+    def __init__(self, address: str, info: GetInfoResponse, router: MiniRouter, holder: MiniHolder) -> None:
+        self.address = address
+        self.incarnation = info.incarnation
         self.router = router
         self.holder = holder
-        self.vocab_size = vocab_size
+        self.vocab_size = info.vocab_size
+        page_size = info.layout.page_size
         self._num_prompt = 2 * page_size + max(1, page_size // 2)
         self.prompt = self._new_prompt()
         self._num_orders = 0
@@ -103,6 +107,19 @@ async def a_hand_off_is_taken_and_goes_on(taker: TakerUnderTest) -> None:
     order = taker.holder.orders[-1]
     require(order.spec.token_ids == taker.prompt, "it ordered other tokens")
     require(order.tokens_sha256 == hash_tokens(taker.prompt), "its hash is not that of the tokens")
+
+
+@rule
+async def a_session_with_another_process_is_refused(taker: TakerUnderTest) -> None:
+    async with MiniRouter(decode=taker.address, worker_incarnation=taker.incarnation):
+        pass
+    error: HeadraceError | None = None
+    try:
+        async with MiniRouter(decode=taker.address, worker_incarnation=taker.incarnation ^ 1):
+            pass
+    except HeadraceError as refusal:
+        error = refusal
+    require_refusal(error, EXPECTED["WORKER_RESTARTED"], "WORKER_RESTARTED")
 
 
 @rule

@@ -219,6 +219,9 @@ def _messages() -> Sequence[Message]:
         ),
         transfer_service_pb2.PullResponse(payload=bytes(range(200))),
         decode_service_pb2.SessionRequest(open=decode_service_pb2.OpenSession(router_id=0x0102030405060708)),
+        decode_service_pb2.SessionRequest(
+            open=decode_service_pb2.OpenSession(router_id=0x0102030405060708, worker_incarnation=0x1112131415161718)
+        ),
         decode_service_pb2.SessionRequest(start=start),
         decode_service_pb2.SessionRequest(cancel=decode_service_pb2.CancelSequence(sequence_number=9, attempt=2)),
         decode_service_pb2.SessionResponse(entries=entries, step_us=900),

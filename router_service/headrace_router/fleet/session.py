@@ -141,7 +141,7 @@ class StepSession:
         self.opened = asyncio.Event()
         self._info = info
         self._layout = layout
-        self._opening = pb.SessionRequest(open=pb.OpenSession(router_id=router_id))
+        self._opening = pb.SessionRequest(open=pb.OpenSession(router_id=router_id, worker_incarnation=info.incarnation))
         self._call: Call | None = None
         self._beat: Beat | None = None
         self._silence: Silence | None = None

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import types_pb2 as headrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/decode_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xa1\x01\n\x0eSessionRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.headrace.v1.OpenSessionH\x00\x12+\n\x05start\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.StartSequenceH\x00\x12-\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1b.headrace.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\" \n\x0bOpenSession\x12\x11\n\trouter_id\x18\x01 \x01(\x06\"\xfc\x02\n\rStartSequence\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x14\n\x0csample_index\x18\x08 \x01(\r\x12\x17\n\x0fprefill_address\x18\t \x01(\t\x12\x13\n\x0blocal_below\x18\n \x01(\r\x12\x30\n\rcached_prefix\x18\x0b \x01(\x0b\x32\x19.headrace.v1.CachedPrefix\x12\x14\n\x0ctakes_prefix\x18\x0c \x01(\x08\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x1b\n\x13num_prompt_logprobs\x18\x0e \x01(\r\"O\n\x0e\x43\x61ncelSequence\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bkeeps_pages\x18\x03 \x01(\x08\"K\n\x0fSessionResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.headrace.v1.StepEntry\x12\x0f\n\x07step_us\x18\x02 \x01(\x04\"\xac\x02\n\tStepEntry\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12+\n\tprefilled\x18\x04 \x01(\x0b\x32\x16.headrace.v1.PrefilledH\x00\x12%\n\x06joined\x18\x05 \x01(\x0b\x32\x13.headrace.v1.JoinedH\x00\x12%\n\x06tokens\x18\x06 \x01(\x0b\x32\x13.headrace.v1.TokensH\x00\x12\'\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x14.headrace.v1.FailureH\x00\x12\x36\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x1b.headrace.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xf6\x01\n\tPrefilled\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12,\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x15\n\rtokens_sha256\x18\x03 \x01(\x0c\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x64\x65\x63ode_queue_us\x18\x05 \x01(\x04\x12\x18\n\x10prefill_queue_us\x18\x06 \x01(\x04\x12\x12\n\nprefill_us\x18\x07 \x01(\x04\x12\x30\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x19.headrace.v1.FinishReason\"\xcc\x01\n\x06Joined\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x13\n\x0btransfer_us\x18\x03 \x01(\x04\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12num_transfer_pages\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x1a\n\x12hidden_transfer_us\x18\x07 \x01(\x04\x12\x1d\n\x15hidden_transfer_bytes\x18\x08 \x01(\x04\"{\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12,\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.headrace.v1.FinishReason\"`\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12&\n\x04side\x18\x04 \x01(\x0e\x32\x18.headrace.v1.FailureSide*x\n\x0b\x46\x61ilureSide\x12\x1c\n\x18\x46\x41ILURE_SIDE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x41ILURE_SIDE_DECODE\x10\x01\x12\x18\n\x14\x46\x41ILURE_SIDE_PREFILL\x10\x02\x12\x18\n\x14\x46\x41ILURE_SIDE_CHANNEL\x10\x03\x32Y\n\rDecodeService\x12H\n\x07Session\x12\x1b.headrace.v1.SessionRequest\x1a\x1c.headrace.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/decode_service.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/types.proto\"\xa1\x01\n\x0eSessionRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.headrace.v1.OpenSessionH\x00\x12+\n\x05start\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.StartSequenceH\x00\x12-\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1b.headrace.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\"X\n\x0bOpenSession\x12\x11\n\trouter_id\x18\x01 \x01(\x06\x12\x1f\n\x12worker_incarnation\x18\x02 \x01(\x06H\x00\x88\x01\x01\x42\x15\n\x13_worker_incarnation\"\xfc\x02\n\rStartSequence\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x14\n\x0csample_index\x18\x08 \x01(\r\x12\x17\n\x0fprefill_address\x18\t \x01(\t\x12\x13\n\x0blocal_below\x18\n \x01(\r\x12\x30\n\rcached_prefix\x18\x0b \x01(\x0b\x32\x19.headrace.v1.CachedPrefix\x12\x14\n\x0ctakes_prefix\x18\x0c \x01(\x08\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x1b\n\x13num_prompt_logprobs\x18\x0e \x01(\r\"O\n\x0e\x43\x61ncelSequence\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bkeeps_pages\x18\x03 \x01(\x08\"K\n\x0fSessionResponse\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.headrace.v1.StepEntry\x12\x0f\n\x07step_us\x18\x02 \x01(\x04\"\xac\x02\n\tStepEntry\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12+\n\tprefilled\x18\x04 \x01(\x0b\x32\x16.headrace.v1.PrefilledH\x00\x12%\n\x06joined\x18\x05 \x01(\x0b\x32\x13.headrace.v1.JoinedH\x00\x12%\n\x06tokens\x18\x06 \x01(\x0b\x32\x13.headrace.v1.TokensH\x00\x12\'\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x14.headrace.v1.FailureH\x00\x12\x36\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x1b.headrace.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xf6\x01\n\tPrefilled\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12,\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x15\n\rtokens_sha256\x18\x03 \x01(\x0c\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x64\x65\x63ode_queue_us\x18\x05 \x01(\x04\x12\x18\n\x10prefill_queue_us\x18\x06 \x01(\x04\x12\x12\n\nprefill_us\x18\x07 \x01(\x04\x12\x30\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x19.headrace.v1.FinishReason\"\xcc\x01\n\x06Joined\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x13\n\x0btransfer_us\x18\x03 \x01(\x04\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12num_transfer_pages\x18\x05 \x01(\r\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x1a\n\x12hidden_transfer_us\x18\x07 \x01(\x04\x12\x1d\n\x15hidden_transfer_bytes\x18\x08 \x01(\x04\"{\n\x06Tokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12,\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.headrace.v1.FinishReason\"`\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12&\n\x04side\x18\x04 \x01(\x0e\x32\x18.headrace.v1.FailureSide*x\n\x0b\x46\x61ilureSide\x12\x1c\n\x18\x46\x41ILURE_SIDE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x41ILURE_SIDE_DECODE\x10\x01\x12\x18\n\x14\x46\x41ILURE_SIDE_PREFILL\x10\x02\x12\x18\n\x14\x46\x41ILURE_SIDE_CHANNEL\x10\x03\x32Y\n\rDecodeService\x12H\n\x07Session\x12\x1b.headrace.v1.SessionRequest\x1a\x1c.headrace.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.decode_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FAILURESIDE']._serialized_start=1795
-  _globals['_FAILURESIDE']._serialized_end=1915
+  _globals['_FAILURESIDE']._serialized_start=1851
+  _globals['_FAILURESIDE']._serialized_end=1971
   _globals['_SESSIONREQUEST']._serialized_start=75
   _globals['_SESSIONREQUEST']._serialized_end=236
   _globals['_OPENSESSION']._serialized_start=238
-  _globals['_OPENSESSION']._serialized_end=270
-  _globals['_STARTSEQUENCE']._serialized_start=273
-  _globals['_STARTSEQUENCE']._serialized_end=653
-  _globals['_CANCELSEQUENCE']._serialized_start=655
-  _globals['_CANCELSEQUENCE']._serialized_end=734
-  _globals['_SESSIONRESPONSE']._serialized_start=736
-  _globals['_SESSIONRESPONSE']._serialized_end=811
-  _globals['_STEPENTRY']._serialized_start=814
-  _globals['_STEPENTRY']._serialized_end=1114
-  _globals['_PREFILLED']._serialized_start=1117
-  _globals['_PREFILLED']._serialized_end=1363
-  _globals['_JOINED']._serialized_start=1366
-  _globals['_JOINED']._serialized_end=1570
-  _globals['_TOKENS']._serialized_start=1572
-  _globals['_TOKENS']._serialized_end=1695
-  _globals['_FAILURE']._serialized_start=1697
-  _globals['_FAILURE']._serialized_end=1793
-  _globals['_DECODESERVICE']._serialized_start=1917
-  _globals['_DECODESERVICE']._serialized_end=2006
+  _globals['_OPENSESSION']._serialized_end=326
+  _globals['_STARTSEQUENCE']._serialized_start=329
+  _globals['_STARTSEQUENCE']._serialized_end=709
+  _globals['_CANCELSEQUENCE']._serialized_start=711
+  _globals['_CANCELSEQUENCE']._serialized_end=790
+  _globals['_SESSIONRESPONSE']._serialized_start=792
+  _globals['_SESSIONRESPONSE']._serialized_end=867
+  _globals['_STEPENTRY']._serialized_start=870
+  _globals['_STEPENTRY']._serialized_end=1170
+  _globals['_PREFILLED']._serialized_start=1173
+  _globals['_PREFILLED']._serialized_end=1419
+  _globals['_JOINED']._serialized_start=1422
+  _globals['_JOINED']._serialized_end=1626
+  _globals['_TOKENS']._serialized_start=1628
+  _globals['_TOKENS']._serialized_end=1751
+  _globals['_FAILURE']._serialized_start=1753
+  _globals['_FAILURE']._serialized_end=1849
+  _globals['_DECODESERVICE']._serialized_start=1973
+  _globals['_DECODESERVICE']._serialized_end=2062
 # @@protoc_insertion_point(module_scope)

@@ -93,18 +93,26 @@ class OpenSession(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTER_ID_FIELD_NUMBER: _builtins.int
+    WORKER_INCARNATION_FIELD_NUMBER: _builtins.int
     router_id: _builtins.int
     """The router process's random identity, new at each start, not 0. A session that it has here already ends."""
+    worker_incarnation: _builtins.int
+    """Which process the router means: `GetInfoResponse.incarnation`, as it learnt it at this address. Another process
+    refuses the session (ABORTED, WORKER_RESTARTED). Absent: whoever answers.
+    """
     def __init__(
         self,
         *,
         router_id: _builtins.int = ...,
+        worker_incarnation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_worker_incarnation", b"_worker_incarnation", "worker_incarnation", b"worker_incarnation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["router_id", b"router_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_worker_incarnation", b"_worker_incarnation", "router_id", b"router_id", "worker_incarnation", b"worker_incarnation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__worker_incarnation: _TypeAlias = _typing.Literal["worker_incarnation"]  # noqa: Y015
+    _WhichOneofArgType__worker_incarnation: _TypeAlias = _typing.Literal["_worker_incarnation", b"_worker_incarnation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__worker_incarnation) -> _WhichOneofReturnType__worker_incarnation | None: ...
 
 Global___OpenSession: _TypeAlias = OpenSession  # noqa: Y015
 

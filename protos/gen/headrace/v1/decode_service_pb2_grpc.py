@@ -54,7 +54,8 @@ class DecodeServiceServicer:
         session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
         empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
         Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
-        UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
+        ABORTED (WORKER_RESTARTED: the router means another process), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the
+        router opened another one, or fell silent).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

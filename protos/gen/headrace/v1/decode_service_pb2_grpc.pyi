@@ -41,7 +41,8 @@ class DecodeServiceStub:
     session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
     empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
     Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
-    UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
+    ABORTED (WORKER_RESTARTED: the router means another process), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the
+    router opened another one, or fell silent).
     """
 
 @_typing.type_check_only
@@ -57,7 +58,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
     empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
     Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
-    UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
+    ABORTED (WORKER_RESTARTED: the router means another process), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the
+    router opened another one, or fell silent).
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -76,7 +78,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         session's sequences and frees their pages. What goes wrong with one sequence is a `Failure` of that sequence. An
         empty message in either direction is a beat, sent at least once a second: who hears nothing for ten ends the call.
         Errors of the call: INVALID_ARGUMENT (BAD_REQUEST), RESOURCE_EXHAUSTED (SLOW_READER: too much waits to be read),
-        UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the router opened another one, or fell silent).
+        ABORTED (WORKER_RESTARTED: the router means another process), UNAVAILABLE (STARTING, DRAINING, SESSION_CLOSED: the
+        router opened another one, or fell silent).
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
