@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from headrace_client import Client
-from headrace_client.cluster.local_cluster import LocalCluster, available_cores
+from headrace_client.cluster.cores import available_cores
+from headrace_client.cluster.local_cluster import LocalCluster
 from headrace_core.request import SamplingParams
 from headrace_router.testing import write_tokenizer
 from rich.console import Console

@@ -11,10 +11,8 @@ their places as torchrun would; the first is the worker for everybody else, and 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +30,7 @@ from headrace_core.packages import check_worker_packages
 from headrace_core.rpc import blocking_channel
 
 from headrace_client.cluster.cluster_process import ClusterProcess, LogSink, Role
+from headrace_client.cluster.cores import available_cores
 from headrace_client.cluster.rank_places import check_ranks, rank_environments
 
 Options = Mapping[str, str | int | float | bool | Path]
@@ -52,18 +51,6 @@ _STATUS_TIMEOUT_S = 2.0
 def no_options() -> Options:
     """Return no options; a default for dataclass fields."""
     return {}
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use: its affinity, or less where a container's quota is lower."""
-    if sys.platform != "linux":
-        return os.cpu_count() or 1
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, int(quota) // int(period))
-    return max(1, cores)
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace_client.cluster.local_cluster import available_cores
+from headrace_client.cluster.cores import available_cores
 
 PACKAGES = ("torch", "psutil", "triton", "nixl")
 """Those that decide what a worker can do."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace_client.cluster.local_cluster import available_cores
+from headrace_client.cluster.cores import available_cores
 from headrace_core.roofline.model_shape import ModelShape
 from headrace_router.testing import write_tokenizer
 
