@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Self, TypeVar
 from headrace_core.config import RouterSettings, WorkerSettings
 from headrace_core.errors import CheckpointError, HeadraceError, InvalidRequestError, StartupError, UnavailableError
 from headrace_core.families.config_json import parse_config
+from headrace_core.folder_name import folder_name
 from headrace_core.json_file import read_object
 
 _S = TypeVar("_S", RouterSettings, WorkerSettings)
@@ -50,6 +51,11 @@ _MOST_WORDS = 300
 def is_hub_name(model: str | Path) -> bool:
     """Return whether `model` is owner/name, and nothing here has that path."""
     return bool(_NAME.fullmatch(str(model))) and not os.path.lexists(model)
+
+
+def name_of(model: str | Path, given: str = "") -> str:
+    """Return what clients call `model`: as is `given`, else by its name on the hub, or as its folder is called."""
+    return given or (str(model) if is_hub_name(model) else folder_name(Path(model)))
 
 
 def find_model(

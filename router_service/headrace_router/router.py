@@ -18,7 +18,7 @@ from headrace_core.endable import EndableWait
 from headrace_core.errors import HeadraceError, OverloadedError, UnavailableError
 from headrace_core.families.generation_config import read_sampling_defaults
 from headrace_core.http2.call import Dial, open_call
-from headrace_core.hub import is_hub_name
+from headrace_core.hub import name_of
 from headrace_core.request import MOST_TIMEOUT_S, SamplingParams
 from headrace_core.rpc import Connect, channel
 from headrace_core.shares import Caller
@@ -79,7 +79,7 @@ class Router:
         self._metrics_port = metrics_port
         self._metrics = metrics
         self._keys = keys
-        self.model_name = model_name_of(settings)
+        self.model_name = name_of(settings.model, settings.model_name)
         """Of the one model that is served."""
         self._tokenizer = Tokenizer(settings.model)
         dispatcher = Dispatcher(
@@ -343,13 +343,6 @@ class Router:
         """Return each worker's (role, circuit). Also called from the metrics thread."""
         now_s = time.monotonic()
         return [(_role_name(link), link.breaker.circuit(now_s).value) for link in self.fleet.links]
-
-
-def model_name_of(settings: RouterSettings) -> str:
-    """Return what the model is called: as it was told, by its name on the hub, or as its folder is."""
-    if settings.model_name:
-        return settings.model_name
-    return str(settings.model) if is_hub_name(settings.model) else settings.model.resolve().name
 
 
 def _role_name(link: Link) -> str:

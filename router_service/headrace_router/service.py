@@ -14,7 +14,7 @@ from headrace_core.door import Call, Door, Guard, MethodLimits
 from headrace_core.errors import HeadraceError, UnavailableError
 from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from headrace_core.http2 import call as http2_call
-from headrace_core.hub import is_hub_name, with_folder
+from headrace_core.hub import is_hub_name, name_of, with_folder
 from headrace_core.identity import Identity, Role
 from headrace_core.outside import call_outside
 from headrace_core.slo import read_classes
@@ -28,7 +28,7 @@ from headrace_router.face.grpc import GenerationServicer
 from headrace_router.face.http.server import HttpServer
 from headrace_router.face.openai.app import OpenAiApp
 from headrace_router.metrics import Gauges, Objectives, RouterMetrics
-from headrace_router.router import Router, model_name_of
+from headrace_router.router import Router
 from headrace_router.vllm_names import VllmNames
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class RouterService:
 
     def __init__(self, settings: RouterSettings) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        names = VllmNames(model_name_of(settings)) if settings.metrics_compat == "vllm" else None
+        names = VllmNames(name_of(settings.model, settings.model_name)) if settings.metrics_compat == "vllm" else None
         self.metrics = RouterMetrics.create(Objectives.of(settings), names)
         self.registry = self.metrics.registry
         self.metrics_port = 0

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from headrace_core.hub import find_model, is_hub_name
+from headrace_core.hub import find_model, is_hub_name, name_of
 from headrace_core.testing.local_hub import Got, LocalHub, commit_of
 
 NAME = "someone/Tiny-Model"
@@ -207,3 +207,25 @@ def test_a_folder_is_a_folder(tmp_path, monkeypatch):
     assert find_model("owner/name") == Path("owner/name")
     assert is_hub_name("owner/other")
     assert not any(map(is_hub_name, ("plain", "/absolute/path", "./owner/other", "a/b/c", "../up", "owner/-x")))
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "called"),
+    [
+        ("deepseek-ai/DeepSeek-V2-Lite", "", "deepseek-ai/DeepSeek-V2-Lite"),
+        ("deepseek-ai/DeepSeek-V2-Lite", "mine", "mine"),
+        ("stories/checkpoint-9000", "", "checkpoint-9000"),
+        ("stories/latest", "", "latest"),
+        ("stories/latest/", "", "latest"),
+        ("stories/latest/.", "", "latest"),
+        ("stories/latest/..", "", "stories"),
+        ("stories/latest", "mine", "mine"),
+        (".", "", "HERE"),
+    ],
+)
+def test_a_model_is_called_as_it_was_asked_for(tmp_path, monkeypatch, model, given, called):
+    """A link has its own name: clients know it by what was typed, whatever it points at today."""
+    (tmp_path / "stories/checkpoint-9000").mkdir(parents=True)
+    (tmp_path / "stories/latest").symlink_to("checkpoint-9000")
+    monkeypatch.chdir(tmp_path)
+    assert name_of(Path(model), given) == called.replace("HERE", tmp_path.name)

@@ -112,6 +112,20 @@ def test_config_of_a_checkpoint_is_read():
     )
 
 
+def test_a_folder_of_links_is_called_as_it_is(tmp_path):
+    """The hub's cache is such a folder: its files are links to blobs."""
+    blob = tmp_path / "blobs/1f2e"
+    blob.parent.mkdir()
+    blob.write_text(json.dumps(_DEMO))
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "config.json").symlink_to(blob)
+    assert ModelShape.load(snapshot).name == "snapshot"
+    (tmp_path / "latest").symlink_to(snapshot)
+    assert ModelShape.load(tmp_path / "latest").name == "latest"
+    assert ModelShape.load(tmp_path / "latest/config.json").name == "latest"
+
+
 def test_configs_of_other_families_are_read(tmp_path):
     mixtral = {
         "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,

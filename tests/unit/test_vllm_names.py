@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-from headrace_core.config import RouterSettings
-from headrace_router.router import model_name_of
 from headrace_router.testing import scripted_worker
 from headrace_router.vllm_names import table
 from prometheus_client.parser import text_string_to_metric_families
@@ -72,17 +69,3 @@ def test_what_waits_does_not_run(tmp_path):
         assert values == {"vllm:num_requests_waiting": 1, "vllm:num_requests_running": 0}
 
     run_http(tmp_path, [], test, metrics_compat="vllm")
-
-
-@pytest.mark.parametrize(
-    ("told", "called"),
-    [({}, "deepseek-ai/DeepSeek-V2-Lite"), ({"model_name": "mine"}, "mine")],
-)
-def test_a_model_of_the_hub_is_labelled_by_its_whole_name(told, called):
-    """Dashboards of vLLM's metrics, and clients, know it by the name that it was asked for by."""
-    settings = RouterSettings(model=Path("deepseek-ai/DeepSeek-V2-Lite"), **told)
-    assert model_name_of(settings) == called
-
-
-def test_a_model_of_a_folder_is_labelled_by_the_folders_name(tmp_path):
-    assert model_name_of(RouterSettings(model=tmp_path)) == tmp_path.name

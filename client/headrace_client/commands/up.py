@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from headrace_core.hub import find_model, is_hub_name, machine_bytes
+from headrace_core.hub import find_model, is_hub_name, machine_bytes, name_of
 from headrace_core.identity import ROOTS
 from headrace_core.progress import shown
 from rich.text import Text
@@ -69,7 +69,7 @@ def up(
     if cluster.tls and not (cluster.tls / ROOTS).exists():
         certs.make(cluster.tls)
     with _sigterm_as_interrupt():
-        _run(cluster, name or served.model, is_verbose=verbose)
+        _run(cluster, name_of(served.model, name), is_verbose=verbose)
 
 
 def _cluster(

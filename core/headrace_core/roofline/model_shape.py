@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
+from headrace_core.folder_name import folder_name
 from headrace_core.scalar import Scalar
 
 
@@ -166,7 +167,7 @@ class ModelShape:
             raise ModelShapeError(f"{path} can't be read as JSON: {error}") from None
         if not isinstance(config, dict):
             raise ModelShapeError(f"{path} must hold a JSON object")
-        return cls.from_config(config, path.resolve().parent.name)
+        return cls.from_config(config, folder_name(path.parent))
 
 
 def _count(config: dict[str, Any], *names: str, default: int | None = None) -> int:

@@ -18,7 +18,7 @@ from headrace_core.engine.executor import MtpModel, StepModel
 from headrace_core.errors import StartupError
 from headrace_core.families.roofline_shape import shape_of
 from headrace_core.grammar import Grammars
-from headrace_core.hub import machine_bytes, with_folder
+from headrace_core.hub import machine_bytes, name_of, with_folder
 from headrace_core.kv.layout import CacheDtype, KvLayout
 from headrace_core.model.kv_cache import KvCache
 from headrace_core.model.load import load_model
@@ -106,7 +106,7 @@ def load_worker_model(settings: WorkerSettings, place: RankPlace = ALONE_PLACE) 
     with shown(f"downloading {settings.model}") as on_progress:
         settings = with_folder(settings, most_bytes=most_bytes, on_progress=on_progress)
     ranks = join(settings, place)
-    name = settings.model_name or settings.model.resolve().name
+    name = name_of(settings.model, settings.model_name)
     with shown(f"loading {name}") as on_progress:
         model = load_model(
             settings.model,
