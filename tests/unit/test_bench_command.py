@@ -4,8 +4,10 @@ import asyncio
 import json
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from headrace_client.commands.app import app
@@ -196,3 +198,28 @@ async def _bench_with_few_files(num_at_once):
 def test_as_many_connections_are_opened_as_the_system_allows():
     stdout, stderr = asyncio.run(_bench_with_few_files(150))
     assert "Successful requests:                     150" in stdout, stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--base-url", "http://127.0.0.1:1"), "name another with --base-url URL."),
+        (("--server", "127.0.0.1:1"), "name another with --server HOST:PORT."),
+    ],
+)
+def test_a_server_that_is_not_there_is_said_with_the_option_that_named_it(options, names):
+    result = run(*options, "--num-requests", "1")
+    assert result.exit_code == 1
+    assert "no connection to" in result.stderr
+    assert result.stderr.rstrip().endswith(names)
+
+
+def test_a_server_over_http_that_hangs_up_is_not_looked_for_with_headrace_status():
+    """It may be anybody's: `headrace status` asks a router over gRPC."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closer = threading.Thread(target=lambda: server.accept()[0].close())
+        closer.start()
+        result = run("--base-url", f"127.0.0.1:{server.getsockname()[1]}", "--num-requests", "1")
+        closer.join()
+    assert result.exit_code == 1
+    assert result.stderr == "error: the server closed the connection before its answer's end\n"

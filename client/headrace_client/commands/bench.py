@@ -32,7 +32,7 @@ from headrace_client.bench.record import Record
 from headrace_client.bench.report import Run, encode_report, read_report
 from headrace_client.bench.stopping import Stop, stopping
 from headrace_client.bench.target import Target
-from headrace_client.commands import options
+from headrace_client.commands import hints, options
 from headrace_client.commands.bench_options import Asked, Output, Server, When
 from headrace_client.commands.help_page import Group
 from headrace_client.commands.option_groups import spread
@@ -79,6 +79,8 @@ def bench(
     bench_of = _Bench(asked.of_dataset(), when.levels(asked.seed), output.limits(), when.warm_up, asked.vocab_size)
     with router.connect() as client:
         connection = client.options
+    if server.base_url is not None:
+        hints.server_option.set(hints.HTTP_OPTION)
     wants_ids = asked.trace is None and asked.dataset == "multi-turn"
     http = server.over_http(connection.api_key, router.tls_roots, wants_ids=wants_ids)
 

@@ -22,8 +22,13 @@ API_KEY_VARIABLE = "HEADRACE_API_KEY"
 ASK_FOR_KEY = f"read -rs {API_KEY_VARIABLE} && export {API_KEY_VARIABLE}"
 """Takes a key from the keyboard: shown nowhere, and in no shell's history."""
 
+ROUTER_OPTION, HTTP_OPTION = "--server HOST:PORT", "--base-url URL"
+
 same_router: ContextVar[tuple[str, ...]] = ContextVar("same_router", default=())
 """The options by which this command reaches its router, for hints at other commands."""
+
+server_option: ContextVar[str] = ContextVar("server_option", default=ROUTER_OPTION)
+"""The option that named the server which this command asks."""
 
 _ANY_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

@@ -94,6 +94,7 @@ class Router:
             retry=self._retry(),
         )
         hints.same_router.set(self._given())
+        hints.server_option.set(hints.ROUTER_OPTION)
         return Client(self.server, options)
 
     def _retry(self) -> RetryPolicy:

@@ -24,7 +24,7 @@ LOST_STATES = ("unreachable", "starting", "refused")
 """In which what a worker last said of itself holds no longer."""
 
 _HINTS = {
-    "UNREACHABLE": "Start one with `headrace up --model DIR`, or name another with --server HOST:PORT.",
+    "UNREACHABLE": "Start one with `headrace up --model DIR`, or name another with {option}.",
     "CONNECTION_LOST": "`{status}` shows whether the router is back.",
     "BAD_API_KEY": "Give a key of the router in HEADRACE_API_KEY, or its file with --api-key-file.",
     "NO_WORKERS": "`{status}` shows the workers and what keeps them from serving.",
@@ -37,11 +37,13 @@ def report(error: HeadraceError) -> None:
     """Print what is wrong and, where it is known, what to do, to standard error."""
     # Where something else answers, the error says what: to start a router is no help.
     is_other = error.reason == "UNREACHABLE" and "refused" not in str(error)
+    option = hints.server_option.get()
     hint = _HINTS.get(error.reason)
-    if hint is None or is_other:
+    if hint is None or is_other or ("{status}" in hint and option != hints.ROUTER_OPTION):
         complain(str(error))
     else:
-        complain(f"{error}\n{hint.format(status=hints.headrace('status', *hints.same_router.get()))}")
+        status = hints.headrace("status", *hints.same_router.get())
+        complain(f"{error}\n{hint.format(status=status, option=option)}")
 
 
 def complain(problem: str) -> None:
