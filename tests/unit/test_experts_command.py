@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from headrace_client.commands import experts as command
@@ -129,3 +130,22 @@ def test_a_page_that_is_none_is_one_line_and_exit_code_2(tmp_path: Path, what):
     assert result.exit_code == 2
     assert result.stderr.startswith("error: --page")
     assert command.HELP.startswith("Draw how evenly")
+
+
+@pytest.mark.parametrize(
+    ("pages", "chosen"),
+    [
+        ({"a:1": page(is_group=False, tokens={1: [9000, 10]}), "b:1": page()}, "b:1"),
+        ({"a:1": page(is_group=False, tokens={1: [9, 10]}), "b:1": page(is_group=False)}, "b:1"),
+        ({"a:1": page(is_group=False), "b:1": page(tokens={})}, "a:1"),
+    ],
+    ids=["a group before one process", "of processes the busiest", "a group that did nothing yet is passed over"],
+)
+def test_of_several_workers_the_one_that_is_meant_is_shown(monkeypatch, pages, chosen):
+    workers = [SimpleNamespace(address=address) for address in pages]
+    processes = {address: Samples.of(text, 0.0) for address, text in pages.items()}
+    look = SimpleNamespace(info=SimpleNamespace(workers=workers), processes=processes)
+    monkeypatch.setattr(command, "take_look", lambda client, now_s: look)
+    result = CliRunner(env={"COLUMNS": "60", "NO_COLOR": "1"}).invoke(app, ["experts", "--ranks", "2"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == chosen

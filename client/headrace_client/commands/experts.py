@@ -37,7 +37,10 @@ ways: a quarter of the time lost is a third more time. Counts are read from the 
 def experts(
     router: options.Router,
     worker: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of which worker. Default: the one with the most tokens.")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Of which worker. Default: a group of ranks, else the one with the most tokens."
+        ),
     ] = None,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A worker's /metrics in a file, in place of a running one.")
@@ -74,7 +77,7 @@ def _of_page(page: Path) -> Counted:
 
 
 def _of_worker(client: Client, worker: str | None) -> Counted:
-    """Return what the worker says; of several the one that has counted most.
+    """Return what the worker says; of several a group before one process, and then the one that has counted most.
 
     Raises:
         NotFoundError: NO_EXPERTS, none has, or their metrics can't be read.
@@ -87,8 +90,14 @@ def _of_worker(client: Client, worker: str | None) -> Counted:
     wanted = [name for name in names if name in look.processes and worker in (None, name)]
     if not wanted:
         raise NotFoundError("NO_EXPERTS", "no worker's metrics can be read from here; save a page for --page")
-    most = max(wanted, key=lambda name: look.processes[name].total("headrace_expert_tokens_total"))
-    return counted(look.processes[most], most)
+    chosen = max(wanted, key=lambda name: _interest(look.processes[name]))
+    return counted(look.processes[chosen], chosen)
+
+
+def _interest(samples: Samples) -> tuple[bool, float]:
+    """Return what makes a worker the one that is meant: it is a group that has counted, and how many tokens it has."""
+    tokens = samples.total("headrace_expert_tokens_total")
+    return tokens > 0 and samples.total("headrace_ranks") > 1, tokens
 
 
 def _plain(found: Counted, seen: Outlook) -> dict[str, object]:
