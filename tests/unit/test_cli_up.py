@@ -275,6 +275,16 @@ def test_up_downloads_a_model_by_its_name_and_calls_it_so(folder, tmp_path, mode
     assert told == ["decode-0", "prefill-0", "router"]
 
 
+def test_up_says_the_name_by_which_clients_know_a_linked_folder(folder, tmp_path_factory):
+    link = tmp_path_factory.mktemp("models") / "latest"
+    link.symlink_to(folder)
+    with start_up(folder, model=f"{link}/") as up:
+        lines = read_until(up, "Ctrl-C stops everything")
+        up.terminate()
+        up.communicate(timeout=WAIT_S)
+    assert any(line.startswith("latest is served at 127.0.0.1:") for line in lines), lines
+
+
 def test_up_with_only_colocated_workers_starts_no_others(folder):
     with start_up(folder, "--both", "1") as up:
         lines = read_until(up, "Ctrl-C stops everything")
