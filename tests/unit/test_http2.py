@@ -33,7 +33,7 @@ class Transport:
 
     def __init__(self):
         self.parts = []
-        self.closed = False
+        self.closed = self.aborted = False
         self.unread = 0
 
     def write(self, data):
@@ -41,6 +41,9 @@ class Transport:
 
     def close(self):
         self.closed = True
+
+    def abort(self):
+        self.closed = self.aborted = True
 
     def is_closing(self):
         return self.closed
@@ -290,6 +293,8 @@ async def test_answers_that_are_not_grpcs_are_told_by_their_status():
 @async_test
 async def test_whatever_ends_a_call_ends_it_by_name(data, reason):
     call, transport = a_call()
+    now_s = call._pace._seen_s
+    call._pace._clock = lambda: now_s  # a flood is one, however slowly this machine takes it
     call.data_received(data)
     assert call.ended.done()
     error = call.ended.result()
@@ -304,9 +309,49 @@ async def test_whatever_ends_a_call_ends_it_by_name(data, reason):
 @async_test
 async def test_answers_that_the_other_end_does_not_read_do_not_pile_up():
     call, transport = a_call()
-    transport.unread = 1 << 21
+    transport.unread = (64 << 20) + 1
     call.data_received(frame(frames.PING, 0, 0, bytes(8)))
     assert transport.closed
+
+
+@async_test
+async def test_a_ping_is_answered_while_prompts_wait_to_leave():
+    call, transport = a_call()
+    transport.unread = 32 << 20
+    call.data_received(frame(frames.PING, 0, 0, b"01234567"))
+    assert (frames.PING, frames.ACK, 0, b"01234567") in transport.frames()
+    assert not transport.closed
+    call.close()
+
+
+@pytest.mark.parametrize("is_window_open", [True, False])
+@async_test
+async def test_what_an_end_that_reads_nothing_costs_is_bounded(is_window_open):
+    """Whether it lets us send and reads none of it, or lets us send nothing; its call ends, by name, and is dropped."""
+    call, transport = a_call()
+    num_said = 0
+    while not call.ended.done():
+        if is_window_open:
+            transport.unread += 1 << 20
+            call.data_received(window(0, 1 << 20) + window(1, 1 << 20))
+        call.say(bytes((1 << 20) - 5))
+        num_said += 1
+        assert num_said < 100
+    assert 60 < num_said < 70
+    assert call.ended.result().reason == "PROTOCOL"
+    assert "not read" in str(call.ended.result())
+    assert transport.closed
+    assert transport.aborted == is_window_open
+    assert not call.streams
+
+
+@async_test
+async def test_settings_that_make_a_window_too_large_end_a_call():
+    call, transport = a_call()
+    call.data_received(window(1, frames.MOST_WINDOW_BYTES - frames.DEFAULT_WINDOW_BYTES))
+    assert not transport.closed
+    call.data_received(setting(frames.INITIAL_WINDOW_SIZE, frames.DEFAULT_WINDOW_BYTES + 1))
+    assert call.ended.result().reason == "PROTOCOL"
 
 
 @async_test

@@ -22,6 +22,7 @@ from headrace_core.errors import HeadraceError, ProtocolError
 from headrace_core.grpc_options import MAX_MESSAGE_BYTES
 from headrace_core.http2 import frames
 from headrace_core.http2.connection import Connection
+from headrace_core.http2.frames import Http2Error
 from headrace_core.http2.hpack import Fields, encode
 from headrace_core.http2.messages import Messages, prefixed
 from headrace_core.identity import CallTls
@@ -89,6 +90,7 @@ class Call(Connection):
         """Send a message; nothing happens when the call is over."""
         if not self._stream.is_over:
             self._stream.send(prefixed(message))
+            self._check_read()
 
     def end(self, error: HeadraceError | None) -> None:
         """End it with `error`, if it has not ended."""
@@ -98,8 +100,7 @@ class Call(Connection):
     def close(self) -> None:
         """End it, if it has not ended. Idempotent."""
         self._stream.reset()
-        if not self.transport.is_closing():
-            self.transport.close()
+        self.hang_up()
         self._settle(None)
 
     def is_known(self, number: int) -> bool:
@@ -149,6 +150,12 @@ class Call(Connection):
 
     def on_writable(self) -> None:
         """What was said has left: nobody waits for that."""
+
+    def _check_read(self) -> None:
+        try:
+            self.check_read()
+        except Http2Error as error:
+            self.fail(error.code, str(error))
 
     def _settle(self, error: HeadraceError | None) -> None:
         if not self.ended.done():

@@ -4,8 +4,8 @@ gRPC's own library costs a router some 150 µs for each message of a call (threa
 carry what every token passes through are spoken here, in the very turn of the loop that brought their bytes: the same
 protocol, so the other end may use whatever library it likes.
 
-Bounded whatever the other end does: a frame, a block of header fields, frames that carry nothing in a second. Of DATA
-each stream takes its window and no more, until its owner says that it was used.
+Bounded whatever the other end does: a frame, a block of header fields, frames that carry nothing in a second, what
+waits to leave. Of DATA each stream takes its window and no more, until its owner says that it was used.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _WINDOW_BYTES = 1 << 20
 """Of the whole connection, to receive."""
 _MOST_FIELD_BYTES = 8 << 10
 """Of one block's fields; as much as gRPC's library is told to take (`rpc.MAX_METADATA_BYTES`)."""
-_MOST_UNREAD_BYTES = 1 << 20
-"""Of answers to the other end's frames that it does not read."""
+_MOST_UNREAD_BYTES = 64 << 20
+"""Of what the other end does not read or let us send. More than an honest end that is held up for a while has to wait
+for: prompts of many requests, with answers to its pings among them."""
 _CONTROL_PER_S, _CONTROL_AT_ONCE = 10_000.0, 20_000.0
 """Frames that carry nothing: an honest end updates a window for some data of ours, or answers a ping."""
 
@@ -107,6 +108,20 @@ class Connection(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.write(data)
 
+    @property
+    def num_unread(self) -> int:
+        """Bytes that were to be sent and have not left."""
+        return self.transport.get_write_buffer_size() + sum(stream.num_unsent for stream in self.streams.values())
+
+    def hang_up(self) -> None:
+        """Close the connection; what is not read by now is dropped, since nobody may ever read it. Idempotent."""
+        if self.transport.is_closing():
+            return
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
     def open(self, number: int, owner: Owner) -> Stream:
         """Return a new stream."""
         stream = Stream(self, number, owner, window=self._peer_window, room=self._stream_window)
@@ -117,6 +132,7 @@ class Connection(asyncio.Protocol):
         """Let nothing more come of a stream to its owner. Idempotent."""
         stream.is_over = True
         stream.unsent.clear()
+        stream.num_unsent = 0
         self._held.pop(stream, None)
         self.streams.pop(stream.number, None)
 
@@ -135,6 +151,7 @@ class Connection(asyncio.Protocol):
                 unsent.popleft()
             stream.window -= size
             self.window -= size
+            stream.num_unsent -= size
             parts += frames.HEAD.pack(size >> 8, size & 0xFF, frames.DATA, flags, stream.number), data
         if parts:
             self.send(b"".join(parts))
@@ -152,7 +169,7 @@ class Connection(asyncio.Protocol):
             last = max(self.streams, default=0)
             told = frames.NUMBER.pack(last) + frames.NUMBER.pack(code) + problem.encode()[:200]
             self.send(frame(frames.GOAWAY, 0, 0, told))
-            self.transport.close()
+            self.hang_up()
         self._end(code, problem)
 
     def on_new_stream(self, number: int, fields: Fields, *, ends: bool) -> None:
@@ -283,6 +300,8 @@ class Connection(asyncio.Protocol):
                 more, self._peer_window = value - self._peer_window, value
                 for stream in self.streams.values():
                     stream.window += more
+                    if stream.window > frames.MOST_WINDOW_BYTES:
+                        raise Http2Error(frames.FLOW_CONTROL_ERROR, "settings that make a window too large")
         self._answer(frame(frames.SETTINGS, frames.ACK, 0))
         self._push_all()
 
@@ -315,9 +334,17 @@ class Connection(asyncio.Protocol):
             stream.owner.on_over(frames.REFUSED_STREAM, "the other end takes no calls any more")
 
     def _answer(self, data: bytes) -> None:
-        if self.transport.get_write_buffer_size() > _MOST_UNREAD_BYTES:
-            raise Http2Error(frames.ENHANCE_YOUR_CALM, "answers are not read")
+        self.check_read()
         self.send(data)
+
+    def check_read(self) -> None:
+        """Check that the other end reads what it is sent.
+
+        Raises:
+            Http2Error: ENHANCE_YOUR_CALM.
+        """
+        if (num_unread := self.num_unread) > _MOST_UNREAD_BYTES:
+            raise Http2Error(frames.ENHANCE_YOUR_CALM, f"no sign that it reads: {num_unread} bytes are not read")
 
     def _push_all(self) -> None:
         for stream in list(self._held):

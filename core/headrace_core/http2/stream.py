@@ -39,7 +39,7 @@ class Owner(Protocol):
 class Stream:
     """One stream of a connection."""
 
-    __slots__ = ("_used", "connection", "is_over", "number", "owner", "room", "unsent", "window")
+    __slots__ = ("_used", "connection", "is_over", "num_unsent", "number", "owner", "room", "unsent", "window")
 
     def __init__(self, connection: Connection, number: int, owner: Owner, *, window: int, room: int) -> None:
         self.connection = connection
@@ -51,6 +51,8 @@ class Stream:
         """Bytes that may come."""
         self.unsent: deque[tuple[memoryview, int]] = deque()
         """What the window held back, with flags."""
+        self.num_unsent = 0
+        """Bytes of it."""
         self.is_over = False
         self._used = 0
 
@@ -65,6 +67,7 @@ class Stream:
         flags = frames.END_STREAM if ends else 0
         if self.unsent or size > self.window or size > connection.window or size > frames.FRAME_BYTES:
             self.unsent.append((memoryview(data), flags))
+            self.num_unsent += size
             connection.push(self)
         else:
             self.window -= size
