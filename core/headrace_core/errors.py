@@ -35,9 +35,11 @@ class HeadraceError(Exception):
     status: ClassVar[str] = "INTERNAL"
     """Name of the gRPC status code that it becomes."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.param = param
+        """The request's field that is wrong, as its sender calls it; None: none is, or it is not known which."""
 
 
 class InvalidRequestError(HeadraceError):

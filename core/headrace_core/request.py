@@ -170,6 +170,7 @@ class SamplingParams:
                 "BAD_SAMPLING",
                 f"min_tokens is {self.min_tokens}, but stop_token_ids and the model's end-of-sequence tokens, which it "
                 f"forbids, are the whole vocabulary of {vocab_size} tokens; name fewer stop_token_ids",
+                param="min_tokens",
             )
 
 
@@ -241,7 +242,7 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, name: str) -> Non
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
-                "BAD_TOKEN", f"{name}: {token_id} is outside the vocabulary of {vocab_size} tokens"
+                "BAD_TOKEN", f"{name}: {token_id} is outside the vocabulary of {vocab_size} tokens", param=name
             )
 
 
@@ -280,4 +281,5 @@ def token_words(token_ids: Sequence[int]) -> array[int]:
 
 def _require(is_met: bool, name: str, value: object, range_text: str) -> None:
     if not is_met:
-        raise InvalidRequestError("BAD_SAMPLING", f"{name} is {value}; it must be {range_text}")
+        problem = f"{name} is {value}; it must be {range_text}"
+        raise InvalidRequestError("BAD_SAMPLING", problem, param=name.partition("[")[0])

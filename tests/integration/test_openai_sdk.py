@@ -105,9 +105,9 @@ def test_models(client):
 @pytest.mark.parametrize(
     ("fields", "error", "param"),
     [
-        ({"model": "gpt-5"}, openai.NotFoundError, None),
+        ({"model": "gpt-5"}, openai.NotFoundError, "model"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tool_choice"),
-        ({"temperature": -1}, openai.UnprocessableEntityError, None),
+        ({"temperature": -1}, openai.UnprocessableEntityError, "temperature"),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "colour"),
         ({"timeout": 0.001}, openai.APITimeoutError, None),
     ],

@@ -23,7 +23,7 @@ PROMPTS = {
     "/v1/completions": {"prompt": "Hi", "prompt_token_ids": None, **NO_CLASS},
     "/v1/chat/completions": {"messages": HI, **NO_CLASS},
     "/v1/responses": {"input": "Hi", **NO_CLASS},
-    "/tokenize": {"prompt": "Hi", "messages": None},
+    "/tokenize": {"prompt": None, "messages": HI},
 }
 """What the document can't say that a body must have: half of the bodies have it."""
 SEEN = {path: collections.Counter() for path in POSTS}

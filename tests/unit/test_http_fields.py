@@ -2,8 +2,13 @@
 
 import json
 import re
+import typing
 from pathlib import Path
 
+import openai.types.chat.chat_completion_stream_options_param as stream_options
+import openai.types.chat.completion_create_params as chat
+import openai.types.completion_create_params as completions
+import openai.types.responses.response_create_params as responses
 import pytest
 from headrace_core.errors import InvalidRequestError
 from headrace_core.reasons import REASONS
@@ -11,7 +16,8 @@ from headrace_router.face.http.errors import HttpError, status_of
 from headrace_router.face.openai.openapi import document, table
 from headrace_router.face.openai.parse import parse_body
 from headrace_router.face.openai.request import read_chat, read_completion
-from headrace_router.face.openai.schema import ChatRequest, CompletionRequest, Refused
+from headrace_router.face.openai.responses_schema import NoStreamOptions, ResponsesRequest
+from headrace_router.face.openai.schema import ChatRequest, CompletionRequest, Refused, StreamOptions
 
 ROOT = Path(__file__).parents[2]
 BASE = {CompletionRequest: {"prompt": "x"}, ChatRequest: {"messages": [{"role": "user", "content": "x"}]}}
@@ -29,6 +35,21 @@ def test_the_table_of_fields_is_the_schemas():
     page = (ROOT / "docs/http.md").read_text()
     told = page[page.index("| field |") :]
     assert told == table(), "python -m headrace_router.face.openai.openapi writes it"
+
+
+@pytest.mark.parametrize(
+    ("schema", "theirs"),
+    [
+        (CompletionRequest, completions.CompletionCreateParamsBase),
+        (ChatRequest, chat.CompletionCreateParamsBase),
+        (ResponsesRequest, responses.ResponseCreateParamsBase),
+        (StreamOptions, stream_options.ChatCompletionStreamOptionsParam),
+        (NoStreamOptions, responses.StreamOptions),
+    ],
+)
+def test_every_field_of_openais_client_is_accepted_or_refused_with_what_to_do(schema, theirs):
+    unknown = set(typing.get_type_hints(theirs)) - set(schema.model_fields)
+    assert not unknown, "say in the schema whether they are served, and else what to do"
 
 
 def test_the_table_of_statuses_is_the_codes():

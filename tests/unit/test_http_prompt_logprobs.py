@@ -108,8 +108,9 @@ def test_vllms_prompt_logprobs_of_completions_and_conversations(tmp_path):
         ({"prompt_logprobs": 1, "n": 2}, "n", "must be 1"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
         ({"prompt_logprobs": 1, "echo": True, "logprobs": 1}, "prompt_logprobs", "echo"),
-        ({"prompt_logprobs": 21}, None, "prompt_logprobs is 21"),
-        ({"echo": True, "max_tokens": 0}, None, "max_tokens is 0"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs is 21"),
+        ({"echo": True, "max_tokens": 0}, "max_tokens", "max_tokens is 0"),
+        ({"echo": True, "logprobs": 21, "max_tokens": 0}, "logprobs", "logprobs is 21"),
         ({"prompt_logprobs": -1}, "prompt_logprobs", "prompt_logprobs"),
     ],
 )

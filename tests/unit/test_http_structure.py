@@ -73,10 +73,10 @@ REFUSED = [
     ({"guided_choice": []}, "guided_choice", "BAD_REQUEST", "at least one"),
     ({"guided_regex": "a", "guided_json": {}}, "guided_regex", "BAD_REQUEST", "one of"),
     ({"structured_outputs": {"regex": "a", "colour": 1}}, "structured_outputs.colour", "BAD_REQUEST", "colour"),
-    ({"guided_json": {"type": "wizard"}}, None, "BAD_GRAMMAR", "wizard"),
-    ({"guided_regex": "(a"}, None, "BAD_GRAMMAR", "unclosed"),
-    ({"guided_grammar": "start: x"}, None, "BAD_GRAMMAR", "x"),
-    ({"guided_regex": "a" * (MAX_GRAMMAR_BYTES + 1)}, None, "BAD_GRAMMAR", "at most 65536"),
+    ({"guided_json": {"type": "wizard"}}, "guided_json", "BAD_GRAMMAR", "wizard"),
+    ({"guided_regex": "(a"}, "guided_regex", "BAD_GRAMMAR", "unclosed"),
+    ({"guided_grammar": "start: x"}, "guided_grammar", "BAD_GRAMMAR", "x"),
+    ({"guided_regex": "a" * (MAX_GRAMMAR_BYTES + 1)}, "guided_regex", "BAD_GRAMMAR", "at most 65536"),
 ]
 
 
@@ -89,6 +89,7 @@ def test_what_is_no_grammar_is_refused_by_name(tmp_path):
         for fields in ({"ignore_eos": True}, {"min_tokens": 2}):
             answer = await once(address, "POST", CHAT, {"messages": HI, "guided_regex": "a", **fields})
             assert (answer.status, answer.error["code"]) == (422, "BAD_SAMPLING")
+            assert answer.error["param"] in fields
 
     run_http(tmp_path, [scripted_worker("prefill"), scripted_worker("decode")], test)
 

@@ -129,11 +129,11 @@ class Admission:
             check_request_id(message.request_id)
         self.check_model(message.model)
         if message.HasField("n") and not 1 <= message.n <= MAX_SAMPLES:
-            raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}")
+            raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 to {MAX_SAMPLES}", param="n")
         targets = targets_of(message, self._classes, key_class)
         sampling, seed = self._samplings.check(message.sampling)
         if message.n > 1 and sampling.params.prompt_logprobs is not None:
-            raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 with prompt_logprobs")
+            raise InvalidRequestError("BAD_REQUEST", f"n is {message.n}; it must be 1 with prompt_logprobs", param="n")
         return Asked(message, sampling, secrets.randbits(63) if seed is None else seed, targets)
 
     def check_model(self, name: str) -> None:

@@ -99,6 +99,7 @@ class Checked:
                         "BAD_SAMPLING",
                         f"stop_strings: {text[:32]!r} has the special token {special[:32]!r} in it, which answers do "
                         "not show, so it would never be found; name the token alone",
+                        param="stop_strings",
                     )
         return found
 

@@ -23,7 +23,8 @@ def targets_of(
     targets = class_of(classes, level.slo_class or key_class)
     if targets is None:
         known = ", ".join(sorted(classes)) or "none: see --slo-classes"
-        raise InvalidRequestError("BAD_REQUEST", f"slo_class is {level.slo_class[:40]!r}; this router has {known}")
+        problem = f"slo_class is {level.slo_class[:40]!r}; this router has {known}"
+        raise InvalidRequestError("BAD_REQUEST", problem, param="slo_class")
     own = Targets.of_ms(level.ttft_ms, level.itl_ms)
     return Targets(
         own.ttft_s if level.HasField("ttft_ms") else targets.ttft_s,

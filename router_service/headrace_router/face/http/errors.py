@@ -51,10 +51,8 @@ class HttpError(InvalidRequestError):
         param: str | None = None,
         headers: Headers | None = None,
     ) -> None:
-        super().__init__("BAD_REQUEST", message)
+        super().__init__("BAD_REQUEST", message, param=param)
         self.http_status = http_status
-        self.param = param
-        """The field that is wrong."""
         self.headers = headers or []
 
 
@@ -73,7 +71,7 @@ def body_of(error: HeadraceError) -> str:
     said = {
         "message": str(error),
         "type": kind,
-        "param": error.param if isinstance(error, HttpError) else None,
+        "param": error.param,
         "code": _CODES.get(error.reason, error.reason),
     }
     return json.dumps({"error": said}, separators=(",", ":"))

@@ -22,6 +22,7 @@ from headrace_router.callers.keys import Keys
 from headrace_router.face.http.errors import HttpError, body_of, headers_of, status_of
 from headrace_router.face.http.exchange import JSON, Exchange
 from headrace_router.face.openai.generate import generate
+from headrace_router.face.openai.names import CHAT_NAMES, COMPLETION_NAMES, RESPONSE_NAMES, Names, name_field
 from headrace_router.face.openai.openapi import document
 from headrace_router.face.openai.request import Asked, read_chat, read_completion, read_tokenize
 from headrace_router.face.openai.responses import read_response
@@ -61,9 +62,9 @@ class OpenAiApp:
         """Metrics are shown to one at a time: to make the page competes with the event loop."""
         self._created_s = int(time.time())
         self._routes: dict[str, tuple[str, _Handler]] = {
-            "/v1/completions": ("POST", self._generating(read_completion)),
-            "/v1/chat/completions": ("POST", self._generating(read_chat)),
-            "/v1/responses": ("POST", self._generating(read_response)),
+            "/v1/completions": ("POST", self._generating(read_completion, COMPLETION_NAMES)),
+            "/v1/chat/completions": ("POST", self._generating(read_chat, CHAT_NAMES)),
+            "/v1/responses": ("POST", self._generating(read_response, RESPONSE_NAMES)),
             "/v1/models": ("GET", self._models),
             "/tokenize": ("POST", self._tokenize),
             "/health": ("GET", self._health),
@@ -104,19 +105,29 @@ class OpenAiApp:
             raise HttpError(f"send content-type: {JSON}", http_status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         return handler
 
-    def _generating(self, read: _Read) -> _Handler:
+    def _generating(self, read: _Read, names: Names) -> _Handler:
         async def answer(exchange: Exchange) -> None:
             request_id = dict(exchange.extra)["x-request-id"]
-            asked = await self._door.receive(_GENERATE, exchange, lambda body: read(body, request_id))
-            if self._keys is not None and len(asked.messages) > 1:  # one was counted before the body was read
-                self._keys.take_request(exchange, len(asked.messages) - 1)
-            await generate(exchange, asked, self._router, self._door, self._caller_of(exchange))
+            own: Names = {}
+            try:
+                asked = await self._door.receive(_GENERATE, exchange, lambda body: read(body, request_id))
+                own = asked.names
+                if self._keys is not None and len(asked.messages) > 1:  # one was counted before the body was read
+                    self._keys.take_request(exchange, len(asked.messages) - 1)
+                await generate(exchange, asked, self._router, self._door, self._caller_of(exchange))
+            except HeadraceError as error:
+                name_field(error, {**names, **own})
+                raise
 
         return answer
 
     async def _tokenize(self, exchange: Exchange) -> None:
         message = await self._door.receive(_GENERATE, exchange, read_tokenize)
-        token_ids = await self._router.tokenize(message, self._caller_of(exchange))
+        try:
+            token_ids = await self._router.tokenize(message, self._caller_of(exchange))
+        except HeadraceError as error:
+            name_field(error, CHAT_NAMES if message.HasField("chat") else COMPLETION_NAMES)
+            raise
         max_tokens = self._router.info().max_context_tokens
         answer = {"count": len(token_ids), "max_model_len": max_tokens, "tokens": token_ids}
         exchange.answer(json.dumps(answer, separators=(",", ":")))

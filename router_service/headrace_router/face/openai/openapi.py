@@ -91,6 +91,8 @@ def table() -> str:
     for name in Message.model_fields:
         word, text = _say(Message, name)
         lines.append(f"| `messages[].{name}` | | {word} | {text} |")
+    lines += ["", "`/tokenize`:", "", "| field | | |", "|---|---|---|"]
+    lines += [f"| `{name}` | {' | '.join(_say(TokenizeRequest, name))} |" for name in TokenizeRequest.model_fields]
     lines += ["", "`/v1/responses`:", "", "| field | | |", "|---|---|---|"]
     lines += [f"| `{name}` | {' | '.join(_say(ResponsesRequest, name))} |" for name in ResponsesRequest.model_fields]
     items: dict[str, tuple[str, str]] = {}

@@ -62,7 +62,7 @@ def _named(schema: type[BaseModel], error: ValidationError) -> HttpError:
         return HttpError("the body must be a JSON object")
     path, field, refused = _field_of(schema, place)
     if kind == "extra_forbidden":
-        text = f"`{path}` is no field that this endpoint knows"
+        text = f"`{path}` is no field that this endpoint knows; leave it out, GET /openapi.json has those there are"
     elif kind == "missing":
         text = f"`{path}` is missing"
     elif kind == SAYS_ITSELF:

@@ -13,7 +13,8 @@ from headrace.v1 import generation_service_pb2, types_pb2
 from headrace_core.request import MAX_COUNT, check_num_entries
 
 from headrace_router.face.http.errors import HttpError
-from headrace_router.face.openai.messages import put_messages
+from headrace_router.face.openai.messages import Templated, put_messages
+from headrace_router.face.openai.names import Names
 from headrace_router.face.openai.parse import parse_body
 from headrace_router.face.openai.schema import (
     ChatRequest,
@@ -22,7 +23,7 @@ from headrace_router.face.openai.schema import (
     TokenizeRequest,
 )
 from headrace_router.face.openai.structure import grammar_of
-from headrace_router.face.openai.tools import CallForm, call_form, forced_calls, text_parameters, tools_json
+from headrace_router.face.openai.tools import CallForm, Tooled, call_form, forced_calls, text_parameters, tools_json
 
 _DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 128
@@ -65,6 +66,8 @@ class Asked:
     messages: list[generation_service_pb2.GenerateRequest]
     """One for each prompt."""
     wanted: Wanted
+    names: Names = field(default_factory=dict[str, str])
+    """Of this body's fields, where they are not the endpoint's."""
 
 
 def read_chat(body: bytes, request_id: str) -> Asked:
@@ -77,17 +80,22 @@ def read_chat(body: bytes, request_id: str) -> Asked:
     if fields.top_logprobs is not None and not fields.logprobs:
         raise HttpError("`top_logprobs` needs `logprobs`", param="top_logprobs")
     max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    if fields.max_tokens not in (None, max_tokens):
+        raise HttpError("`max_completion_tokens` is not `max_tokens`; send one of them", param="max_completion_tokens")
     top_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    message = _message(fields, request_id, MAX_COUNT if max_tokens is None else max_tokens, top_logprobs)
+    message, names = _message(fields, request_id, MAX_COUNT if max_tokens is None else max_tokens, top_logprobs)
+    if fields.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
     form = call_form(fields)
     if form == "forced":
         if message.sampling.HasField("grammar"):
             raise HttpError("`tool_choice`: an answer is held to a call or to a format", param="tool_choice")
         message.sampling.grammar.CopyFrom(forced_calls(fields))
+        names["grammar"] = "tools"
     put_messages(message, fields.messages, fields, tools_json(fields))
     wanted = _wanted(fields, is_chat=True, has_logprobs=bool(fields.logprobs), echo=False)
     is_free = not message.sampling.HasField("grammar")
-    return Asked([message], replace(wanted, call_form=form, texts=text_parameters(fields), is_free=is_free))
+    return Asked([message], replace(wanted, call_form=form, texts=text_parameters(fields), is_free=is_free), names)
 
 
 def read_completion(body: bytes, request_id: str) -> Asked:
@@ -97,10 +105,11 @@ def read_completion(body: bytes, request_id: str) -> Asked:
     if echo and has_logprobs and fields.prompt_logprobs is not None:
         raise HttpError("`echo` with `logprobs` has the prompt's, too", param="prompt_logprobs")
     max_tokens = _DEFAULT_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
-    message = _message(fields, request_id, max_tokens, fields.logprobs)
+    message, names = _message(fields, request_id, max_tokens, fields.logprobs)
     if echo and fields.logprobs is not None:
         _check_prompt_logprobs(fields, "echo")
         message.sampling.prompt_logprobs = fields.logprobs
+        names["prompt_logprobs"] = "logprobs"
     prompt = fields.prompt if fields.prompt_token_ids is None else fields.prompt_token_ids
     if fields.prompt is not None and fields.prompt_token_ids is not None:
         raise HttpError("send one of `prompt` and `prompt_token_ids`", param="prompt")
@@ -111,7 +120,7 @@ def read_completion(body: bytes, request_id: str) -> Asked:
     num_choices = len(messages) * (fields.n or 1)
     if num_choices > MAX_CHOICES:
         raise HttpError(f"`prompt`: {num_choices} choices in all; at most {MAX_CHOICES}", param="prompt")
-    return Asked(messages, _wanted(fields, is_chat=False, has_logprobs=has_logprobs, echo=echo))
+    return Asked(messages, _wanted(fields, is_chat=False, has_logprobs=has_logprobs, echo=echo), names)
 
 
 def read_tokenize(body: bytes) -> generation_service_pb2.GenerateRequest:
@@ -121,8 +130,12 @@ def read_tokenize(body: bytes) -> generation_service_pb2.GenerateRequest:
         raise HttpError("send one of `prompt` and `messages`", param="prompt")
     message = generation_service_pb2.GenerateRequest(model=fields.model)
     if fields.messages is not None:
+        call_form(fields)  # tools may contradict themselves
         put_messages(message, fields.messages, fields, tools_json(fields))
     else:
+        for name in (*Templated.model_fields, *Tooled.model_fields):
+            if getattr(fields, name) is not None:
+                raise HttpError(f"`{name}` needs `messages`; a `prompt` has no template", param=name)
         message.text.text = fields.prompt or ""
     return message
 
@@ -144,7 +157,9 @@ def _wanted(fields: ChatRequest | CompletionRequest, *, is_chat: bool, has_logpr
 
 def _message(
     fields: ChatRequest | CompletionRequest, request_id: str, max_tokens: int, top_logprobs: int | None
-) -> generation_service_pb2.GenerateRequest:
+) -> tuple[generation_service_pb2.GenerateRequest, dict[str, str]]:
+    """Return the request, all but its prompt, and what some of its fields are called in the body."""
+    names: dict[str, str] = {}
     sampling = types_pb2.SamplingParams(max_tokens=max_tokens, top_logprobs=top_logprobs)
     if fields.stop is not None:
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop
@@ -156,7 +171,8 @@ def _message(
     if fields.logit_bias:
         check_num_entries("logit_bias", len(fields.logit_bias))
         sampling.logit_bias.extend(_bias(token, bias) for token, bias in fields.logit_bias.items())
-    if (grammar := grammar_of(fields)) is not None:
+    if (named := grammar_of(fields)) is not None:
+        names["grammar"], grammar = named
         sampling.grammar.CopyFrom(grammar)
     for name in _SAME_NAME:
         value = getattr(fields, name)
@@ -174,7 +190,7 @@ def _message(
         message.n = fields.n
     message.priority = fields.priority or 0
     put_level(message, fields.service_tier, fields.slo_ttft_ms, fields.slo_itl_ms)
-    return message
+    return message, names
 
 
 def put_level(

@@ -46,7 +46,7 @@ def read_response(body: bytes, request_id: str) -> Asked:
         is_free=not sampling.HasField("grammar"),
         said=_said(fields),
     )
-    return Asked([message], wanted)
+    return Asked([message], wanted, {"grammar": "tools"} if form == "forced" else {})
 
 
 def _sampling(fields: ResponsesRequest) -> types_pb2.SamplingParams:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Discriminator, Field, Tag
 
 from headrace_router.face.openai.body import SAYS_ITSELF, Body, Refused
-from headrace_router.face.openai.schema import Count
+from headrace_router.face.openai.schema import CACHE, Count
 from headrace_router.face.openai.tools import CHOICES, PARALLEL, Function, NamedFunction, NamedTool, Tool, Tooled
 
 _NOTHING = Annotated[list[Any], Field(max_length=0)]
@@ -148,6 +148,12 @@ class TextOptions(Body):
     verbosity: Annotated[None, Refused("the model's template is used as it is")] = None
 
 
+class NoStreamOptions(Body):
+    """What a stream may be told."""
+
+    include_obfuscation: Annotated[Literal[False] | None, Refused("events are as long as their text is")] = None
+
+
 class ResponsesRequest(Body):
     """`POST /v1/responses`."""
 
@@ -175,9 +181,18 @@ class ResponsesRequest(Body):
     max_tool_calls: Annotated[None, Refused(_OWN_TOOLS)] = None
     reasoning: Annotated[None, Refused("the model's template is used as it is")] = None
     service_tier: str | None = Field(None, max_length=32, description="as of completions")
+    safety_identifier: str | None = Field(None, description="taken, and used for nothing")
+    prompt_cache_key: str | None = Field(None, description="as of completions")
+    prompt_cache_retention: Annotated[Literal["in_memory"] | None, Refused(CACHE)] = None
+    prompt_cache_options: Annotated[None, Refused(CACHE)] = None
+    moderation: Annotated[None, Refused("nothing is moderated; ask whatever does, before and after")] = None
+    background_options: Annotated[None, Refused(_NOTHING_KEPT)] = None
+    context_management: Annotated[None, Refused("what is told is not changed; shorten `input`")] = None
+    access_programs: Annotated[None, Refused("there are none here")] = None
+    image: Annotated[None, Refused("text only")] = None
     truncation: Annotated[Literal["disabled"] | None, Refused("a prompt that is too long is refused")] = None
     top_logprobs: Annotated[Literal[0] | None, Refused("not served here yet")] = None
-    stream_options: Annotated[None, Refused("there are none")] = None
+    stream_options: NoStreamOptions | None = Field(None, description="its `include_obfuscation` may be false")
 
     def tooled(self) -> Tooled:
         """Return what it says of tools, as a conversation's body says it."""

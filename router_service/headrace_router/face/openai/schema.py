@@ -2,7 +2,7 @@
 
 A field is served, or its values are those that ask for nothing (`_neutral`); then anything else is refused by its name,
 as is a field that is not here. Values are checked for their types here and for their ranges where gRPC's are
-(`SamplingParams.validate`). `fields.py` writes the table of docs/http.md from these classes.
+(`SamplingParams.validate`). `openapi.py` writes the table of docs/http.md from these classes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _TEXT_ONLY = "text only"
 _WHOLE_PROMPT = "prompts are not changed; one that is too long is refused"
 _AS_IT_IS = "the model's template and tokenizer are used as they are"
 _BY_KWARGS = "a template that knows it takes it from `chat_template_kwargs`"
+CACHE = "what is cached, and for how long, is the workers' own affair"
 _NOTHING = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -34,6 +35,7 @@ class StreamOptions(Body):
 
     include_usage: bool = Field(default=False, description="a last event with the counts of tokens")
     continuous_usage_stats: bool = Field(default=False, description="the counts so far in every event")
+    include_obfuscation: Annotated[Literal[False] | None, Refused("events are as long as their text is")] = None
 
 
 class _Generating(Structured):
@@ -82,6 +84,21 @@ class _Generating(Structured):
         description="of one client's requests that wait lower ones start first; default 0",
     )
     metadata: Annotated[None, Refused("nothing is kept")] = None
+    safety_identifier: str | None = Field(None, description="as `user`")
+    prompt_cache_key: str | None = Field(
+        None, description="taken, and used for nothing: what prompts begin with alike is found by itself"
+    )
+    prompt_cache_retention: Annotated[Literal["in_memory"] | None, Refused(CACHE)] = None
+    prompt_cache_options: Annotated[None, Refused(CACHE)] = None
+    cache_salt: Annotated[None, Refused("one cache serves all callers")] = None
+    moderation: Annotated[None, Refused("nothing is moderated; ask whatever does, before and after")] = None
+    request_id: Annotated[None, Refused("send it as the header `x-request-id`")] = None
+    allowed_token_ids: Annotated[_NOTHING | None, Refused("send `logit_bias`, or a grammar")] = None
+    bad_words: Annotated[_NOTHING | None, Refused("send `logit_bias`, or a grammar")] = None
+    logprob_token_ids: Annotated[None, Refused("send `logprobs`: the most probable ones are told")] = None
+    return_tokens_as_token_ids: Annotated[Literal[False] | None, Refused("send `return_token_ids`")] = None
+    truncation_side: Annotated[None, Refused(_WHOLE_PROMPT)] = None
+    kv_transfer_params: Annotated[None, Refused("the router says which worker sends to which")] = None
     use_beam_search: Annotated[Literal[False] | None, Refused("answers are sampled")] = None
     length_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, Refused("answers are sampled")] = None
     truncate_prompt_tokens: Annotated[None, Refused(_WHOLE_PROMPT)] = None
@@ -114,13 +131,16 @@ class CompletionRequest(_Generating):
     add_special_tokens: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
     best_of: Annotated[Literal[1] | None, Refused("all `n` choices are returned")] = None
     suffix: Annotated[Literal[""] | None, Refused("text is continued, not filled in")] = None
+    prompt_embeds: Annotated[None, Refused("send `prompt`")] = None
 
 
 class ChatRequest(_Generating, Templated, Tooled):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(description="at least one, at most 4,096")
-    max_completion_tokens: Count | None = Field(None, description="as `max_tokens`, before which it counts")
+    max_completion_tokens: Count | None = Field(
+        None, description="`max_tokens`, as it is called now; one of the two, or both alike"
+    )
     logprobs: bool | None = Field(None, description="of every chosen token")
     top_logprobs: Count | None = Field(None, description="and of so many most probable ones, 0 to 20; needs `logprobs`")
     functions: Annotated[_NOTHING | None, Refused(_NO_FUNCTIONS)] = None
@@ -131,6 +151,10 @@ class ChatRequest(_Generating, Templated, Tooled):
     reasoning_effort: Annotated[None, Refused(_BY_KWARGS)] = None
     verbosity: Annotated[None, Refused(_BY_KWARGS)] = None
     web_search_options: Annotated[None, Refused("nothing is searched")] = None
+    include_reasoning: Annotated[Literal[True] | None, Refused("thoughts stand apart, in `reasoning_content`")] = None
+    thinking_token_budget: Annotated[None, Refused(_BY_KWARGS)] = None
+    mm_processor_kwargs: Annotated[None, Refused(_TEXT_ONLY)] = None
+    media_io_kwargs: Annotated[None, Refused(_TEXT_ONLY)] = None
     add_special_tokens: Annotated[Literal[False] | None, Refused(_AS_IT_IS)] = None
     echo: Annotated[Literal[False] | None, Refused("answers only")] = None
 
@@ -143,3 +167,4 @@ class TokenizeRequest(Templated, Tooled):
     messages: list[Message] | None = Field(None, description="or a conversation, as /v1/chat/completions takes it")
     add_special_tokens: Annotated[Literal[True] | None, Refused(_AS_IT_IS)] = None
     return_token_strs: Annotated[Literal[False] | None, Refused("ids only")] = None
+    mm_processor_kwargs: Annotated[None, Refused(_TEXT_ONLY)] = None

@@ -54,8 +54,8 @@ class Structured(Body):
     guided_grammar: str | None = Field(None, description="a context-free grammar in Lark's syntax")
 
 
-def grammar_of(fields: Structured) -> types_pb2.Grammar | None:
-    """Return what an answer is held to; None: nothing.
+def grammar_of(fields: Structured) -> tuple[str, types_pb2.Grammar] | None:
+    """Return what an answer is held to, and the field that says so; None: nothing.
 
     Raises:
         HttpError: several are named, or one says nothing.
@@ -79,7 +79,7 @@ def grammar_of(fields: Structured) -> types_pb2.Grammar | None:
     if len(named) > 1:
         first, second = named[0][0], named[1][0]
         raise HttpError(f"an answer is held to one of `{first}` and `{second}`", param=second)
-    return named[0][1] if named else None
+    return named[0] if named else None
 
 
 def schema_grammar(schema: dict[str, Any] | str) -> types_pb2.Grammar:
