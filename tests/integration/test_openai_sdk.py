@@ -97,6 +97,29 @@ def test_samples_stop_strings_and_echo(client, over_grpc):
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
 
 
+def test_a_prompts_log_probabilities_alone_are_those_of_its_tokens(client):
+    asked = {"model": "demo", "prompt": PROMPT, "echo": True, "logprobs": 2, "max_tokens": 0}
+    whole = client.completions.create(**asked, extra_body=EXTRA)
+    (choice,) = whole.choices
+    found, num_tokens = choice.logprobs, whole.usage.prompt_tokens
+    assert (choice.text, choice.finish_reason, whole.usage.completion_tokens) == (PROMPT, "length", 0)
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == num_tokens
+    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    assert all(each <= 0 for each in found.token_logprobs[1:])
+    for logprob, top in zip(found.token_logprobs[1:], found.top_logprobs[1:], strict=True):
+        assert len(top) in (2, 3)
+        assert max(top.values()) >= logprob
+    assert all(PROMPT[at:].startswith(text) for at, text in zip(found.text_offset[1:], found.tokens[1:], strict=True))
+    streamed = [each for event in client.completions.create(**asked, stream=True) for each in event.choices]
+    assert "".join(each.text for each in streamed) == PROMPT
+    parts = [each.logprobs for each in streamed if each.logprobs]
+    assert [value for part in parts for value in part.token_logprobs] == found.token_logprobs
+    over = {**asked, "max_tokens": 1, "logprobs": None, "echo": None}
+    with pytest.raises(openai.UnprocessableEntityError) as raised:
+        client.completions.create(**{**over, "max_tokens": 0})
+    assert raised.value.param == "max_tokens"
+
+
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["demo"]
     assert client.models.retrieve("demo").owned_by == "headrace"

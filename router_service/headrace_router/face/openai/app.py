@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -103,6 +104,9 @@ class OpenAiApp:
         kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != JSON:  # a page in a browser can't send this unasked
             raise HttpError(f"send content-type: {JSON}", http_status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        if exchange.headers.get("content-encoding", "identity").lower() != "identity":
+            problem = "a body that is compressed is not taken; send it without content-encoding"
+            raise HttpError(problem, http_status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         return handler
 
     def _generating(self, read: _Read, names: Names) -> _Handler:
@@ -138,7 +142,7 @@ class OpenAiApp:
 
     async def _model(self, exchange: Exchange) -> None:
         await self._enter(_INFO, exchange)
-        name = exchange.path.removeprefix("/v1/models/")
+        name = urllib.parse.unquote(exchange.path.removeprefix("/v1/models/"))
         if name != self._router.model_name:
             problem = f"model {name[:80]!r} is not served; {self._router.model_name!r} is"
             raise HttpError(problem, http_status=HTTPStatus.NOT_FOUND, param="model")

@@ -21,4 +21,4 @@ SAYS_ITSELF = "says_itself"
 class Body(BaseModel):
     """Knows its fields: another one, or one of another type, is an error."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)

@@ -51,7 +51,7 @@ class Message(Body):
     )
     name: str | None = Field(None, description="for templates that know it")
     tool_calls: list[ToolCall] | None = Field(None, description="what the assistant called; `arguments` as JSON")
-    tool_call_id: str | None = Field(None, description="of a tool: which call it answers")
+    tool_call_id: str | None = Field(None, description="of a tool, which must have it: which call it answers")
     reasoning_content: str | None = Field(None, description="what the assistant thought, for templates that show it")
     function_call: Annotated[None, Refused(_NO_FUNCTIONS)] = None
     refusal: Annotated[None, Refused(_TEXT_ONLY)] = None
@@ -113,6 +113,8 @@ def _fields(index: int, message: Message) -> dict[str, Any]:
     """Return what a template is told of a message besides its role and text."""
     path = f"messages.{index}"
     fields = message.model_dump(include={"name", "tool_call_id", "reasoning_content"}, exclude_none=True)
+    if message.role == "tool" and not message.tool_call_id:
+        raise HttpError(f"`{path}.tool_call_id` is missing", param=f"{path}.tool_call_id")
     if message.content is None:
         if not message.tool_calls:
             raise HttpError(f"`{path}.content` is missing", param=f"{path}.content")
