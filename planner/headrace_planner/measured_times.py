@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headrace_core.errors import InvalidRequestError
+from headrace_core.roofline.model_shape import MlaShape
 
 from headrace_planner.sim_roofline import Machine, roofline_times
 from headrace_planner.step_times import Curve, TableStepTimes, chunk_pairs
@@ -92,7 +93,14 @@ def load_tables(folder: Path, *, ep: int, num_heads: int = 128, distribution: st
 def measured_times(
     machine: Machine, tables: KernelTables, *, max_rows: int, max_tokens: int, max_context: int = 131072
 ) -> TableStepTimes:
-    """Return step times of a worker of `machine.parallel.ep` GPUs with data-parallel attention."""
+    """Return step times of a worker of `machine.parallel.ep` GPUs with data-parallel attention.
+
+    Raises:
+        InvalidRequestError: BAD_TABLES, the model's attention is sparse, which is not in them.
+    """
+    if isinstance(machine.shape.attention, MlaShape) and machine.shape.attention.indexer:
+        text = f"tables are of attention over all tokens, {machine.shape.name}'s is over chosen ones; leave them out"
+        raise InvalidRequestError("BAD_TABLES", text)
     gpus = machine.parallel.num_gpus
     layers, moe_layers = machine.shape.num_layers, machine.shape.num_moe_layers
     floor = roofline_times(machine, max_rows=max_rows, max_tokens=max_tokens, max_context=max_context)

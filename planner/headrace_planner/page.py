@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from headrace_core.roofline.formula import pretty
 from headrace_core.roofline.hardware import Hardware
@@ -28,6 +28,7 @@ from headrace_core.roofline.step_load import DECODE_LOAD, PREFILL_LOAD, StepLoad
 from headrace_planner.measured import MeasuredPoints
 from headrace_planner.report import SUMMARY
 
+_T = TypeVar("_T")
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = ("predict.js", "plot.js", "view.js", "layer.js", "families.js", "app.js")
 _EP_DEGREES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -82,10 +83,12 @@ def build_page(content: PageContent) -> str:
 
 def page_data(content: PageContent) -> dict[str, Any]:
     """Return what the script works with, as JSON values."""
-    tables: list[list[dict[str, Any]]] = []
+    rows: list[dict[str, Any]] = []
+    tables: list[list[int]] = []
     routings = {**content.routings, **_ROUTINGS}
     return {
-        "models": {name: _model(shape, routings, tables) for name, shape in content.models.items()},
+        "models": {name: _model(shape, routings, tables, rows) for name, shape in content.models.items()},
+        "rows": rows,
         "tables": tables,
         "hardware": {name: _hardware(hardware) for name, hardware in content.hardware.items()},
         "dtypes": {d.value: {"itemsize": d.itemsize, "activation": d.activation.value} for d in Dtype},
@@ -100,12 +103,14 @@ def page_data(content: PageContent) -> dict[str, Any]:
     }
 
 
-def _model(shape: ModelShape, routings: Mapping[str, Routing], tables: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def _model(
+    shape: ModelShape, routings: Mapping[str, Routing], tables: list[list[int]], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "symbols": shape_symbols(shape),
         "isMla": isinstance(shape.attention, MlaShape),
         "tables": {
-            phase: {path: _table_index(shape, phase, path, tables) for path in ("auto", "naive", "absorbed")}
+            phase: {path: _table_index(shape, phase, path, tables, rows) for path in ("auto", "naive", "absorbed")}
             for phase in ("prefill", "decode")
         },
         "weightBytes": weight_bytes_formula(shape),
@@ -115,14 +120,22 @@ def _model(shape: ModelShape, routings: Mapping[str, Routing], tables: list[list
 
 
 def _table_index(
-    shape: ModelShape, phase: str, path: Literal["auto", "naive", "absorbed"], tables: list[list[dict[str, Any]]]
+    shape: ModelShape,
+    phase: str,
+    path: Literal["auto", "naive", "absorbed"],
+    tables: list[list[int]],
+    rows: list[dict[str, Any]],
 ) -> int:
-    """Return where `tables` has this model's operations; models of a kind share a table."""
-    rows = operation_formulas(shape, has_prefill=phase == "prefill", has_decode=phase == "decode", mla=path)
-    table = [_row(row) for row in rows]
-    if table not in tables:
-        tables.append(table)
-    return tables.index(table)
+    """Return where `tables` has this model's operations, by their places in `rows`; equal ones are shared."""
+    formulas = operation_formulas(shape, has_prefill=phase == "prefill", has_decode=phase == "decode", mla=path)
+    return _place([_place(_row(formula), rows) for formula in formulas], tables)
+
+
+def _place(one: _T, shared: list[_T]) -> int:
+    """Return the index of `one`, which is added if nothing equals it."""
+    if one not in shared:
+        shared.append(one)
+    return shared.index(one)
 
 
 def _row(row: OperationFormula) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class PrefillWorker:
             count = len(chunk.token_ids) * self._unit
             if request is not None and start + count > request.num_to_prefill:
                 count = max(1, request.num_to_prefill - start)
-            shape.add_chunk(start, count, chunk.lane)
+            shape.add_chunk(start, count, chunk.lane, self._times.pairs_of(start, count))
         return self._times.step_s(shape)
 
     def _publish(self) -> None:
@@ -319,7 +319,8 @@ class ExactDecodeWorker:
                 shape.num_rows += 1
                 shape.context_tokens += chunk.start + 1
             else:
-                shape.add_chunk(chunk.start, len(chunk.token_ids), chunk.lane)
+                count = len(chunk.token_ids)
+                shape.add_chunk(chunk.start, count, chunk.lane, self._times.pairs_of(chunk.start, count))
         return self._times.step_s(shape)
 
     def _publish(self) -> None:

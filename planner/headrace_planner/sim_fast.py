@@ -221,7 +221,8 @@ class FastDecodeWorker:
         chunks = self._take_chunks() if self._prompts else []
         shape = StepShape(rows, context)
         for row, count in chunks:
-            shape.add_chunk(row.num_computed, count, row.pages.lane)
+            pairs = self._times.pairs_of(row.num_computed, count)
+            shape.add_chunk(row.num_computed, count, row.pages.lane, pairs)
         first_s = step_s(shape)
         slope_s, steps = 0.0, 1
         if not (chunks or self._ready):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from headrace_planner.sim_config import SimConfig, Wire, WorkerSpec
 from headrace_planner.sim_result import Slo
-from headrace_planner.step_times import StepShape, chunk_pairs
+from headrace_planner.step_times import StepShape
 
 
 def is_out_of_reach(config: SimConfig, workload: Workload, slo: Slo) -> NDArray[np.bool_]:
@@ -35,7 +35,7 @@ def lone_ttft_s(spec: WorkerSpec, wire: Wire, num_prompt: int, num_cached: int =
     while start < num_prompt:
         count = min(spec.max_step_tokens, num_prompt - start)
         seconds += spec.times.step_s(
-            StepShape(prompt_tokens=count, prompt_pairs=chunk_pairs(start, count), num_chunks=1)
+            StepShape(prompt_tokens=count, prompt_pairs=spec.times.pairs_of(start, count), num_chunks=1)
         )
         start += count
     return seconds

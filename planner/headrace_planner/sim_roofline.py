@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from headrace_core.roofline.communication import ONE_GPU, Parallelism
 from headrace_core.roofline.hardware import Hardware
-from headrace_core.roofline.model_shape import Dtype, ModelShape
+from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
 from headrace_core.roofline.roofline import Roofline, predict_step
 from headrace_core.roofline.step_load import StepLoad
 
-from headrace_planner.step_times import TableStepTimes, chunk_pairs, tabulate
+from headrace_planner.step_times import ChosenPairs, TableStepTimes, chunk_pairs, tabulate
 
 _ROUTED = frozenset({"dispatch", "expert_gate", "expert_up", "expert_down", "combine"})
 """Operations that wait for the busiest rank of an expert-parallel group."""
@@ -42,7 +43,19 @@ class Machine:
     def prefill_pairs(self, tokens: float, start: float) -> float:
         """Return the query-key pairs of such a step."""
         groups = self.parallel.dp
-        return groups * chunk_pairs(round(start), max(1, round(tokens / groups)))
+        return groups * self.pairs_of()(round(start), max(1, round(tokens / groups)))
+
+    def pairs_of(self) -> Callable[[float, float], float]:
+        """Return what a chunk's attention counts as, by its start and tokens: query-key pairs."""
+        shape, attention = self.shape, self.shape.attention
+        if not isinstance(attention, MlaShape) or not (indexer := attention.indexer):
+            return chunk_pairs
+        # FLOPs of a pair: scored, of a chosen latent, and of expanded keys and values; the last two at one peak.
+        dtype = self.dtype.activation
+        peaks = self.hardware.flops_per_s(dtype) / self.hardware.flops_per_s(self.kv_dtype or dtype)
+        chosen = shape.num_heads / self.parallel.tp * (2 * attention.kv_lora_rank + attention.rope_dim)
+        expanded = shape.num_heads / self.parallel.tp * (attention.nope_dim + attention.rope_dim + attention.value_dim)
+        return ChosenPairs(indexer.top_k, peaks * indexer.num_heads * indexer.head_dim / chosen, expanded / chosen)
 
     def routed_s(self, tokens: float) -> float:
         """Return the part of a decode step of `tokens` rows that routed experts, dispatch and combine take."""
@@ -72,4 +85,4 @@ def roofline_times(
         max_context=max_context,
         groups=machine.parallel.dp,
     )
-    return table.with_imbalance(imbalance)
+    return replace(table.with_imbalance(imbalance), pairs_of=machine.pairs_of())

@@ -29,7 +29,7 @@ class StepShape:
     prompt_tokens: float = 0
     """Tokens of prompt chunks."""
     prompt_pairs: float = 0.0
-    """Query-key pairs of prompt chunks; see `chunk_pairs`."""
+    """Query-key pairs of prompt chunks; see `StepTimes.pairs_of`."""
     num_chunks: float = 0
     """Prompt chunks."""
     lanes: dict[int, tuple[float, float]] | None = None
@@ -40,9 +40,10 @@ class StepShape:
         """Tokens the step computes."""
         return self.num_rows + self.prompt_tokens
 
-    def add_chunk(self, start: int, num_tokens: int, lane: int = 0) -> None:
-        """Add a prompt's chunk of `num_tokens` at position `start` and on, in a lane."""
-        pairs = chunk_pairs(start, num_tokens)
+    def add_chunk(self, start: int, num_tokens: int, lane: int = 0, pairs: float | None = None) -> None:
+        """Add a prompt's chunk of `num_tokens` at position `start` and on, in a lane; `pairs` None: all causal ones."""
+        if pairs is None:
+            pairs = chunk_pairs(start, num_tokens)
         self.num_chunks += 1
         self.prompt_tokens += num_tokens
         self.prompt_pairs += pairs
@@ -55,13 +56,38 @@ class StepShape:
             self.lanes[lane] = num_tokens, pairs
 
 
-def chunk_pairs(start: int, num_tokens: int) -> float:
+def chunk_pairs(start: float, num_tokens: float) -> float:
     """Return the causal query-key pairs of `num_tokens` queries at positions `start` and on."""
     return num_tokens * (start + (num_tokens + 1) / 2)
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenPairs:
+    """What a chunk's sparse attention costs, in pairs of a query and a token that was chosen for it.
+
+    A query has at most `top_k` of these; what chooses them costs `score` for each pair of the context. A prompt that is
+    no longer than that goes as in attention over all, at `near` a pair, and nothing is scored.
+    """
+
+    top_k: int
+    score: float
+    near: float
+
+    def __call__(self, start: float, num_tokens: float) -> float:
+        """Return what `num_tokens` queries at positions `start` and on cost."""
+        end, pairs = start + num_tokens, chunk_pairs(start, num_tokens)
+        if end <= self.top_k:
+            return self.near * pairs
+        few = max(0.0, self.top_k - start)
+        return self.score * pairs + chunk_pairs(start, few) + self.top_k * (num_tokens - few)
+
+
 class StepTimes(Protocol):
     """Seconds per step. Called once or more per simulated step: microseconds matter."""
+
+    def pairs_of(self, start: float, num_tokens: float, /) -> float:
+        """Return what attention of a prompt's chunk counts as, in query-key pairs."""
+        ...
 
     def step_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of `shape` takes."""
@@ -84,6 +110,10 @@ class LinearStepTimes:
     knee_rows: int = 1 << 30
     row_beyond_s: float = 0.0
     floor_s: float = 0.0
+
+    def pairs_of(self, start: float, num_tokens: float, /) -> float:
+        """Return all of a chunk's causal pairs."""
+        return chunk_pairs(start, num_tokens)
 
     def step_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of `shape` takes."""
@@ -161,6 +191,8 @@ class TableStepTimes:
     """Most loaded rank / mean rank."""
     groups: int = 1
     """Data-parallel groups of attention; curves of `dense` and attention are of evenly filled ones."""
+    pairs_of: Callable[[float, float], float] = chunk_pairs
+    """What `prompt_attention` is by, of a chunk: (start, tokens)."""
 
     def step_s(self, shape: StepShape) -> float:
         """Return the seconds that a step of `shape` takes."""

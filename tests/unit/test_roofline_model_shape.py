@@ -89,7 +89,8 @@ def test_tensor_parallelism_beyond_the_kv_heads_divides_the_cache_no_further():
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
-        ("deepseek-v3", 671.0), ("deepseek-v2", 235.7), ("deepseek-v2-lite", 15.7), ("moonlight-16b", 16.0),
+        ("deepseek-v3", 671.0), ("deepseek-v3.2", 671.9), ("deepseek-v2", 235.7),
+        ("deepseek-v2-lite", 15.7), ("moonlight-16b", 16.0),
         ("kimi-k2", 1026.4), ("mixtral-8x7b", 46.7), ("qwen3-30b-a3b", 30.5), ("llama-3-8b", 8.0),
         ("llama-3-70b", 70.6),
         ("llama-3.1-405b", 405.8),
@@ -144,7 +145,7 @@ def test_configs_of_other_families_are_read(tmp_path):
     assert dense.attention == GqaShape(32, 128)
 
 
-@pytest.mark.parametrize("name", [name for name, config in TINY_CONFIGS.items() if "index_topk" not in config])
+@pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_the_engines_networks_have_the_rooflines_shapes(name, tmp_path):
     """The engine's reading of a config.json, its weights and the roofline's reading are of one network."""
     write_config(tmp_path, TINY_CONFIGS[name])
@@ -153,11 +154,6 @@ def test_the_engines_networks_have_the_rooflines_shapes(name, tmp_path):
     assert shape == ModelShape.from_config(TINY_CONFIGS[name], "tiny")
     # Norms, biases and correction biases are not counted.
     assert parameters(shape) == sum(math.prod(weight.shape) for weight in weights(config) if len(weight.shape) == 2)
-
-
-def test_sparse_attention_is_refused_by_name():
-    with pytest.raises(ModelShapeError, match="index_topk: attention over chosen tokens is not known here"):
-        ModelShape.from_config(TINY_CONFIGS["v32"])
 
 
 def test_unusable_configs_are_refused_by_the_name_of_the_field(tmp_path):

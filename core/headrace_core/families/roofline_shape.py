@@ -10,9 +10,7 @@ def shape_of(config: ModelConfig, name: str) -> roofline.ModelShape:
     """Return what the roofline counts by; `name` is the model's."""
     shape, moe = config.attention, config.moe
     attention = (
-        roofline.MlaShape(shape.q_lora_rank or 0, shape.kv_lora_rank, shape.nope_dim, shape.rope_dim, shape.value_dim)
-        if isinstance(shape, MlaShape)
-        else roofline.GqaShape(shape.num_kv_heads, shape.head_dim)
+        _latents(shape) if isinstance(shape, MlaShape) else roofline.GqaShape(shape.num_kv_heads, shape.head_dim)
     )
     mixture = roofline.MoeShape(
         moe.num_experts,
@@ -31,4 +29,13 @@ def shape_of(config: ModelConfig, name: str) -> roofline.ModelShape:
         attention,
         mixture,
         config.is_embedding_tied,
+    )
+
+
+def _latents(shape: MlaShape) -> roofline.MlaShape:
+    chooser = shape.indexer and roofline.IndexerShape(
+        shape.indexer.num_heads, shape.indexer.head_dim, shape.indexer.top_k
+    )
+    return roofline.MlaShape(
+        shape.q_lora_rank or 0, shape.kv_lora_rank, shape.nope_dim, shape.rope_dim, shape.value_dim, chooser
     )

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -50,20 +50,32 @@ class ModelShapeError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class IndexerShape:
+    """What chooses the `top_k` tokens that a query attends to: `num_heads` queries of `head_dim`, one key a token."""
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
 class MlaShape:
-    """Multi-head latent attention. `q_lora_rank` 0: queries are projected in one step."""
+    """Multi-head latent attention. `q_lora_rank` 0: queries are projected in one step. `indexer` None: over all."""
 
     q_lora_rank: int
     kv_lora_rank: int
     nope_dim: int
     rope_dim: int
     value_dim: int
+    indexer: IndexerShape | None = None
 
     def cached_bytes_per_token(self, dtype: Dtype) -> int:
         """Return the bytes a token caches per layer, shared by all heads; in FP8 with scales, and rope in BF16."""
+        index_dim = self.indexer.head_dim if self.indexer else 0
         if dtype is Dtype.FP8:
-            return self.kv_lora_rank + 4 * -(-self.kv_lora_rank // 128) + 2 * self.rope_dim
-        return (self.kv_lora_rank + self.rope_dim) * dtype.itemsize
+            scales = -(-self.kv_lora_rank // 128) + -(-index_dim // 128)
+            return self.kv_lora_rank + index_dim + 4 * scales + 2 * self.rope_dim
+        return (self.kv_lora_rank + self.rope_dim + index_dim) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +138,9 @@ class ModelShape:
         """
         if isinstance(text := config.get("text_config"), dict):
             return cls.from_config(cast("dict[str, Any]", text), name)
-        if config.get("index_topk"):
-            raise ModelShapeError("config.json: index_topk: attention over chosen tokens is not known here")
         hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+        if config.get("index_topk") and not config.get("kv_lora_rank"):
+            raise ModelShapeError("config.json: index_topk is known here with latents alone: kv_lora_rank is missing")
         attention = _latent_attention(config) if config.get("kv_lora_rank") else _grouped_attention(config)
         moe = _moe(config)
         dense = config.get("intermediate_size") or (moe.intermediate_size if moe else 0)
@@ -184,7 +196,16 @@ def _latent_attention(config: dict[str, Any]) -> MlaShape:
         nope_dim=_count(config, "qk_nope_head_dim"),
         rope_dim=_count(config, "qk_rope_head_dim"),
         value_dim=_count(config, "v_head_dim"),
+        indexer=_indexer(config),
     )
+
+
+def _indexer(config: dict[str, Any]) -> IndexerShape | None:
+    if not config.get("index_topk"):
+        return None
+    if not config.get("q_lora_rank"):
+        raise ModelShapeError("config.json: q_lora_rank must not be 0 with index_topk: index queries are made of it")
+    return IndexerShape(*(_count(config, name) for name in ("index_n_heads", "index_head_dim", "index_topk")))
 
 
 def _grouped_attention(config: dict[str, Any]) -> GqaShape:
@@ -230,6 +251,9 @@ def _num_dense_layers(config: dict[str, Any]) -> int:
 DEEPSEEK_V3 = ModelShape(
     "deepseek-v3", 61, 7168, 128, 129_280, 18_432, MlaShape(1536, 512, 128, 64, 128), MoeShape(256, 8, 2048, 2048, 3)
 )
+DEEPSEEK_V32 = replace(
+    DEEPSEEK_V3, name="deepseek-v3.2", attention=MlaShape(1536, 512, 128, 64, 128, IndexerShape(64, 128, 2048))
+)
 DEEPSEEK_V2 = ModelShape(
     "deepseek-v2", 60, 5120, 128, 102_400, 12_288, MlaShape(1536, 512, 128, 64, 128), MoeShape(160, 6, 1536, 3072, 1)
 )
@@ -253,8 +277,8 @@ LLAMA_3_1_405B = ModelShape("llama-3.1-405b", 126, 16_384, 128, 128_256, 53_248,
 MODELS = {
     shape.name: shape
     for shape in (
-        DEEPSEEK_V3, DEEPSEEK_V2, DEEPSEEK_V2_LITE, MOONLIGHT, KIMI_K2, MIXTRAL_8X7B, QWEN3_30B_A3B, LLAMA_3_8B,
-        LLAMA_3_70B, LLAMA_3_1_405B,
+        DEEPSEEK_V3, DEEPSEEK_V32, DEEPSEEK_V2, DEEPSEEK_V2_LITE, MOONLIGHT, KIMI_K2, MIXTRAL_8X7B, QWEN3_30B_A3B,
+        LLAMA_3_8B, LLAMA_3_70B, LLAMA_3_1_405B,
     )
 }  # fmt: skip
 """Published models by name; sizes from their config.json on Hugging Face."""

@@ -12,12 +12,13 @@ Symbols (`operation_symbols` has their values; sizes that TP or EP divide are a 
     N hidden · H heads · G KV heads · h head size · Q query rank · D latent · R rope · nope, v dims of a head
     E experts · K per token · X distinct experts read · rows tokens x experts of this GPU · F, Fs, Fd widths
     V vocabulary · w bytes of a weight · a of an activation, q on its way to experts · c of a cached value
-    kv bytes of what a token caches in a layer
+    kv bytes of what a token caches in a layer, key those of them that are the indexer's key
+    J heads of an indexer · I width of one · topk tokens it chooses · S pairs chosen · M rows of cache taken (`sparse`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -41,6 +42,7 @@ from headrace_core.roofline.communication import (
 from headrace_core.roofline.formula import Symbols, evaluate
 from headrace_core.roofline.model_shape import Dtype, MlaShape, ModelShape
 from headrace_core.roofline.routing import UNIFORM, Routing, expected_distinct
+from headrace_core.roofline.sparse import SCORE_BYTES, SCORE_FLOPS, SPARSE_SYMBOLS
 from headrace_core.roofline.step_load import StepLoad
 
 Phase = Literal["prefill", "decode"]
@@ -55,7 +57,8 @@ class OperationFormula:
     `runs` is a symbol, how often it runs in a step. `span` is a symbol, the GPUs that `sent` goes to; "0" another
     worker. `choices`, of an exchange, how many of them a token may choose (`communication.ONCE_A_NODE`); `hops`, of a
     collective, how many follow each other (`communication.LINK_LATENCY`). `math` says which peak counts: "weights" that
-    of the weights' type, "activations" that of activations. `is_overlapped`: it runs beside the others, at no time.
+    of the weights' type, "activations" that of activations, "cache" that of cached values. `is_overlapped`: it runs
+    beside the others, at no time.
     """
 
     name: str
@@ -67,7 +70,7 @@ class OperationFormula:
     span: str = "1"
     choices: str = "0"
     hops: str = "0"
-    math: Literal["weights", "activations"] = "activations"
+    math: Literal["weights", "activations", "cache"] = "activations"
     is_overlapped: bool = False
 
 
@@ -125,15 +128,23 @@ _LATENT = (
 )  # fmt: skip
 
 
-def _absorbed(part: str) -> tuple[OperationFormula, ...]:
-    tokens, context, pairs = f"T{part}", f"C{part}", f"P{part}"
+_INDEX = (
+    _matmul("index_key", "projection", "layers", "T", "N", "I"),
+    _matmul("index_queries", "projection", "layers", "T", "Q", "(J*I)"),
+    _matmul("index_weights", "projection", "layers", "T", "N", "J", weight="a"),
+    OperationFormula("index_scores", "attention", "layers", SCORE_FLOPS, SCORE_BYTES, math="cache"),
+)
+
+
+def _absorbed(part: str, *, is_sparse: bool = False) -> tuple[OperationFormula, ...]:
+    tokens, rows, pairs = (f"{symbol}{part}" for symbol in ("TMS" if is_sparse else "TCP"))
     return (
         OperationFormula(
             "absorb_query", "projection", "layers", f"2*{tokens}*H*nope*D", f"a*H*nope*D + a*{tokens}*H*(nope+D)"
         ),
         OperationFormula(
             "attention_absorbed", "attention", "layers", f"2*H*{pairs}*(2*D+R)",
-            f"kv*{context} + a*{tokens}*H*(2*D+R)",
+            f"{'(kv-key)' if is_sparse else 'kv'}*{rows} + a*{tokens}*H*(2*D+R)",
         ),
         OperationFormula(
             "absorb_value", "projection", "layers", f"2*{tokens}*H*D*v", f"a*H*D*v + a*{tokens}*H*(D+v)"
@@ -141,8 +152,8 @@ def _absorbed(part: str) -> tuple[OperationFormula, ...]:
     )  # fmt: skip
 
 
-def _naive(part: str) -> tuple[OperationFormula, ...]:
-    tokens, context, pairs = f"T{part}", f"C{part}", f"P{part}"
+def _naive(part: str, *, is_sparse: bool = False) -> tuple[OperationFormula, ...]:
+    tokens, context, pairs = (f"{symbol}{part}" for symbol in ("TCS" if is_sparse else "TCP"))
     return (
         OperationFormula(
             "kv_up_proj", "projection", "layers", f"2*{context}*D*H*(nope+v)",
@@ -224,12 +235,7 @@ def operation_formulas(
              (("p", "naive", has_prefill), ("d", "absorbed", has_decode)) if is_there]  # fmt: skip
     table = [OperationFormula("embedding", "vocabulary", "1", "0", "2*a*T*N"), _norm("attention_norm", "layers")]
     if isinstance(shape.attention, MlaShape):
-        table += [*_QUERY[shape.attention.q_lora_rank > 0], *_LATENT]
-        # A mixed step that runs both parts the same way has each operation twice; names must tell them apart.
-        suffixes = {"p": "_prefill", "d": "_decode"} if len({path for _, path in parts}) < len(parts) else {}
-        for part, path in parts:
-            rows = _naive(part) if path == "naive" else _absorbed(part)
-            table += [replace(row, name=row.name + suffixes.get(part, "")) for row in rows]
+        table += [*_QUERY[shape.attention.q_lora_rank > 0], *_LATENT, *_latent_attention(shape.attention, parts, mla)]
         table += _attention_output("v")
     else:
         table += [*_GROUPED_PROJECTION, *(_grouped(part) for part, _ in parts), *_attention_output("h")]
@@ -242,6 +248,24 @@ def operation_formulas(
     if has_prefill:
         table.append(_HANDOFF)
     return tuple(table)
+
+
+def _latent_attention(shape: MlaShape, parts: Sequence[tuple[str, str]], mla: MlaPath) -> Iterator[OperationFormula]:
+    """Yield the operations between projections, each part's in its own way."""
+    is_sparse = shape.indexer is not None
+    if is_sparse:
+        yield from _INDEX
+    ways = [(part, path, "") for part, path in parts]
+    if is_sparse and mla == "auto" and list(parts[:1]) == [("p", "naive")]:
+        # Which of the two a prompt goes depends on its length; the other costs nothing.
+        ways[:1] = [("p", "naive", "(1-far)"), ("p", "absorbed", "far")]
+    for part, path, factor in ways:
+        # A mixed step that runs both parts the same way has each operation twice; names must tell them apart.
+        is_twice = sum(path == other for _, other, _ in ways) > 1
+        suffix = {"p": "_prefill", "d": "_decode"}[part] if is_twice else ""
+        for row in (_naive if path == "naive" else _absorbed)(part, is_sparse=is_sparse):
+            flops, moved = (f"{factor}*({text})" if factor else text for text in (row.flops, row.bytes))
+            yield replace(row, name=row.name + suffix, flops=flops, bytes=moved)
 
 
 # Each is computed from those above it and from those of the model, the load, the parallelism and the routing.
@@ -262,8 +286,9 @@ DERIVED_SYMBOLS = {
     "Pd": "share*decode_pairs",
     "H": "heads/tp",
     "G": "max(1, kv_heads/tp)",
+    **SPARSE_SYMBOLS,
     # One of G*h and D is 0. A latent of one byte a value has a scale for each 128, and rope columns of two bytes.
-    "kv": "c*(2*G*h+D) + max(0, 2-c)*4*ceil(D/128) + max(c, 2)*R",
+    "kv": "c*(2*G*h+D) + max(0, 2-c)*4*ceil(D/128) + max(c, 2)*R + key",
     "V": "vocabulary/tp",
     "Fd": "dense_width/tp",
     "Fs": "shared_width/tp",
@@ -300,6 +325,7 @@ def shape_symbols(shape: ModelShape) -> dict[str, float]:
     """Return the symbols that are the model's alone; 0 for what it does not have."""
     attention, moe = shape.attention, shape.moe
     is_mla = isinstance(attention, MlaShape)
+    indexer = attention.indexer if is_mla else None
     return {
         "layers": shape.num_layers, "moe_layers": shape.num_moe_layers, "dense_layers": shape.num_dense_layers,
         "N": shape.hidden_size, "heads": shape.num_heads, "vocabulary": shape.vocab_size,
@@ -310,6 +336,8 @@ def shape_symbols(shape: ModelShape) -> dict[str, float]:
         "v": attention.value_dim if is_mla else 0, "E": moe.num_experts if moe else 0,
         "K": moe.num_experts_per_token if moe else 0, "expert_width": moe.intermediate_size if moe else 0,
         "shared_width": moe.shared_intermediate_size if moe else 0,
+        "J": indexer.num_heads if indexer else 0, "I": indexer.head_dim if indexer else 0,
+        "topk": indexer.top_k if indexer else 0,
     }  # fmt: skip
 
 
@@ -339,7 +367,7 @@ def step_operations(
     for index, row in enumerate(table):
         runs, flops, moved, sent, span, choices, hops = values[7 * index : 7 * index + 7]
         if flops or moved or sent:
-            math = dtype if row.math == "weights" else dtype.activation
+            math = {"weights": dtype, "activations": dtype.activation, "cache": kv_dtype or dtype.activation}[row.math]
             operations.append(
                 Operation(row.name, row.group, int(runs), runs * flops, runs * moved, runs * sent, int(span), math,
                           row.is_overlapped, row, int(choices), hops)

@@ -9,6 +9,7 @@ from headrace_core.roofline.formula import evaluate
 PREFILL_LOAD = {
     "num_sequences": "batch",
     "num_logits": "batch",
+    "prefill_sequences": "batch",
     "prefill_tokens": "batch*new",
     "prefill_context": "batch*(cached+new)",
     "prefill_pairs": "batch*(new*cached + new*(new+1)/2)",
@@ -34,6 +35,7 @@ class StepLoad:
 
     num_sequences: float = 0
     num_logits: float = 0
+    prefill_sequences: float = 0
     prefill_tokens: float = 0
     prefill_context: float = 0
     prefill_pairs: float = 0

@@ -229,7 +229,8 @@ def _prediction(settings: WorkerSettings, model: Model, name: str) -> Prediction
         log.info("operations are not timed on a GPU")
         return None
     if model.config.is_attention_sparse:
-        log.info("no operation's floor is known here: the roofline does not know sparse attention")
+        # What one of its marks takes is several of the roofline's operations, and others where prompts are short.
+        log.info("operations are not timed: those of sparse attention are not marked one by one")
         return None
     shape = shape_of(model.config, name)
     compute, cached = _ROOFLINE_DTYPES[scalar_of(model.dtype)], model.cache_dtype

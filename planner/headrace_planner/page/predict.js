@@ -60,7 +60,8 @@ function symbolsOf(phase, setting) {
 
 function operationOf(row, symbols, setting, hardware) {
   const runs = evaluate(row.runs, symbols);
-  const dtype = row.math === "weights" ? setting.dtype : CONTENT.dtypes[setting.dtype].activation;
+  const activations = CONTENT.dtypes[setting.dtype].activation;
+  const dtype = { weights: setting.dtype, activations, cache: setting.kv === "auto" ? activations : setting.kv }[row.math];
   const total = {
     flops: runs * evaluate(row.flops, symbols), bytes: runs * evaluate(row.bytes, symbols),
     sent: runs * evaluate(row.sent, symbols), span: evaluate(row.span, symbols),
@@ -83,7 +84,7 @@ function predict(phase, setting) {
   const hardware = CONTENT.hardware[setting.hardware];
   const symbols = symbolsOf(phase, setting);
   const operations = CONTENT.tables[model.tables[phase][setting.mla]]
-    .map((row) => operationOf(row, symbols, setting, hardware))
+    .map((row) => operationOf(CONTENT.rows[row], symbols, setting, hardware))
     .filter((operation) => operation.flops || operation.bytes || operation.sent);
   const sum = (list) => list.reduce((total, operation) => total + operation.seconds, 0);
   const seconds = sum(operations.filter((operation) => !operation.isOverlapped));
