@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.perf.planner_figures import MOST_ERROR, judge, row_of, text_of, too_f
 from tests.perf.planner_record import MOST_DAYS, ROOT, Record, digest_of, last_change, report_of, rounded
 
 RENEW = "`make planner-report` on a quiet machine measures again and writes the record and the docs"
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 RECORD = Record.load()
 CELLS = default_grid()
 
@@ -48,7 +50,12 @@ def test_docs_show_the_record(judged: tuple[dict[str, Any], list[Row]]) -> None:
     report, rows = judged
     begin, end = "<!-- validation: begin -->\n", "\n<!-- validation: end -->"
     shown = (ROOT / "docs/planner.md").read_text().partition(begin)[2].partition(end)[0]
-    assert shown == text_of(report, table(rows)), "python -m tests.perf.planner_report --skip-simulation writes it"
+    wanted = text_of(report, table(rows))
+    problem = "python -m tests.perf.planner_report --skip-simulation writes it"
+    assert NUMBER.sub("#", shown) == NUMBER.sub("#", wanted), problem
+    now, then = ([float(number) for number in NUMBER.findall(text)] for text in (wanted, shown))
+    # Another processor's sums end in other digits, and simulated events that fall together then change places.
+    assert then == pytest.approx(now, rel=0.03, abs=1.0), problem
 
 
 def test_every_cell_was_measured_as_today_s_workloads_ask() -> None:
