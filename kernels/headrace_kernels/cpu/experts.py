@@ -68,6 +68,27 @@ class PackedExperts:
         return run(routed, residual, self._gate_up, self._down, self._width)
 
 
+class ScaledExperts:
+    """See `headrace_kernels.experts.Experts`: what packed experts in 8 bits do however they were brought there."""
+
+    def __init__(self, width: int, gate_up: Tensor, down: Tensor, scales: tuple[PanelScales, PanelScales]) -> None:
+        """Args: `scales` of gate and up, and of down."""
+        self._width, self._gate_up, self._down, self._scales = width, gate_up, down, scales
+
+    def copy(self, expert: int, other: ScaledExperts, its: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+        self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
+        for mine, theirs in zip(self._scales, other._scales, strict=True):
+            mine.values[expert] = theirs.values[its]
+
+    def block_size(self, num_assignments: int) -> None:
+        """See `headrace_kernels.experts.Experts`."""
+
+    def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
+        """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
+        return run(routed, residual, self._gate_up, self._down, self._width, scales=self._scales)
+
+
 def side_by_side(gate: Tensor, up: Tensor) -> Tensor:
     """Return the panels of `gate`, each with that of `up` behind it."""
     return torch.stack((gate, up), dim=1).flatten(0, 1)

@@ -7,26 +7,25 @@ from torch import Tensor
 
 from headrace_kernels.block_fp8 import Block, BlockFp8
 from headrace_kernels.cpu import panels
-from headrace_kernels.cpu.experts import run, side_by_side
+from headrace_kernels.cpu.experts import ScaledExperts, side_by_side
 from headrace_kernels.cpu.fp8_linear import num_lanes, panel_scales
 from headrace_kernels.cpu.library import takes
 from headrace_kernels.cpu.panels import PanelScales
 from headrace_kernels.reference import fp8_experts as reference
-from headrace_kernels.routing_rule import RoutedTokens
 
 
-class PackedFp8Experts:
+class PackedFp8Experts(ScaledExperts):
     """See `headrace_kernels.experts.Experts`."""
 
     def __init__(self, count: int, hidden: int, width: int, like: Tensor, blocks: tuple[Block, Block]) -> None:
-        self._width, self._blocks = width, blocks
+        self._blocks = blocks
         shapes = (2 * panels.padded(width), hidden), (hidden, width)
-        self._gate_up, self._down = (
+        gate_up, down = (
             like.new_empty(count, *panels.packed_shape(*shape, torch.uint8), dtype=torch.uint8) for shape in shapes
         )
         # Gate and up each have their own panels: what the last one of a half is filled with is no row of the other.
         lanes = num_lanes(width, blocks[0][0]), num_lanes(hidden, blocks[1][0])
-        self._scales = [
+        gate_up_scales, down_scales = (
             PanelScales(
                 like.new_empty(
                     count, panels.padded(outputs) // panels.LANES, -(-inputs // columns), each, dtype=torch.float32
@@ -34,7 +33,8 @@ class PackedFp8Experts:
                 columns,
             )
             for (outputs, inputs), (_, columns), each in zip(shapes, blocks, lanes, strict=True)
-        ]
+        )
+        super().__init__(width, gate_up, down, (gate_up_scales, down_scales))
 
     def put(self, expert: int, gate: BlockFp8, up: BlockFp8, down: BlockFp8) -> None:
         """See `headrace_kernels.experts.Experts`."""
@@ -46,20 +46,6 @@ class PackedFp8Experts:
         self._down[expert] = downs
         self._scales[0].values[expert] = side_by_side(panel_scales(gate).values, panel_scales(up).values)
         self._scales[1].values[expert] = panel_scales(down).values
-
-    def copy(self, expert: int, other: PackedFp8Experts, its: int) -> None:
-        """See `headrace_kernels.experts.Experts`."""
-        self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
-        for mine, theirs in zip(self._scales, other._scales, strict=True):
-            mine.values[expert] = theirs.values[its]
-
-    def block_size(self, num_assignments: int) -> None:
-        """See `headrace_kernels.experts.Experts`."""
-
-    def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
-        """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
-        gate_up_scales, down_scales = self._scales
-        return run(routed, residual, self._gate_up, self._down, self._width, scales=(gate_up_scales, down_scales))
 
 
 def empty(

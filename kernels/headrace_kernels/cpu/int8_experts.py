@@ -6,25 +6,26 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu import int8_linear, panels
-from headrace_kernels.cpu.experts import run, side_by_side
+from headrace_kernels.cpu.experts import ScaledExperts, side_by_side
 from headrace_kernels.cpu.library import takes
 from headrace_kernels.cpu.panels import PanelScales
 from headrace_kernels.reference import int8_experts as reference
-from headrace_kernels.routing_rule import RoutedTokens
 
 
-class PackedInt8Experts:
+class PackedInt8Experts(ScaledExperts):
     """See `headrace_kernels.experts.Experts`; what an expert's SiLU gives is quantised again."""
 
     def __init__(self, count: int, hidden: int, width: int, like: Tensor) -> None:
         outputs = 2 * panels.padded(width)
-        self._width = width
-        self._gate_up = like.new_empty(count, *panels.packed_shape(outputs, hidden, torch.int8), dtype=torch.int8)
-        self._down = like.new_empty(count, *panels.packed_shape(hidden, width, torch.int8), dtype=torch.int8)
-        self._scales = tuple(
+        gate_up, down = (
+            like.new_empty(count, *panels.packed_shape(*shape, torch.int8), dtype=torch.int8)
+            for shape in ((outputs, hidden), (hidden, width))
+        )
+        gate_up_scales, down_scales = (
             PanelScales(like.new_empty(count, padded // panels.LANES, 1, panels.LANES, dtype=torch.float32), inputs)
             for padded, inputs in ((outputs, hidden), (panels.padded(hidden), width))
         )
+        super().__init__(width, gate_up, down, (gate_up_scales, down_scales))
 
     def put(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """See `headrace_kernels.experts.Experts`."""
@@ -34,20 +35,6 @@ class PackedInt8Experts:
         gate_up_scales = side_by_side(*(each.scales.view(-1, 1, panels.LANES) for each in (gates, ups)))
         self._scales[0].values[expert] = gate_up_scales
         self._scales[1].values[expert] = downs.scales.view(-1, 1, panels.LANES)
-
-    def copy(self, expert: int, other: PackedInt8Experts, its: int) -> None:
-        """See `headrace_kernels.experts.Experts`."""
-        self._gate_up[expert], self._down[expert] = other._gate_up[its], other._down[its]
-        for mine, theirs in zip(self._scales, other._scales, strict=True):
-            mine.values[expert] = theirs.values[its]
-
-    def block_size(self, num_assignments: int) -> None:
-        """See `headrace_kernels.experts.Experts`."""
-
-    def __call__(self, routed: RoutedTokens, residual: Tensor) -> Tensor:
-        """See `headrace_kernels.experts.Experts`; a token's experts are added up in their order, rounded once."""
-        gate_up_scales, down_scales = self._scales
-        return run(routed, residual, self._gate_up, self._down, self._width, scales=(gate_up_scales, down_scales))
 
 
 def empty(count: int, hidden: int, width: int, like: Tensor) -> PackedInt8Experts | reference.Int8Experts:
