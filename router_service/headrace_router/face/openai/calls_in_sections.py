@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from headrace_router.face.openai.said import JsonLength, Outside, Said, begin_call
+from headrace_router.face.openai.said import Arguments, Outside, Said, begin_call
 
 MOST_HEAD = 1024
 
@@ -47,20 +47,16 @@ class SectionCalls:
         self._outside = Outside(form.begin)
         self._is_inside = False
         self._held = ""
-        self._arguments: JsonLength | None = None
+        self._arguments: Arguments | None = None
 
     def push(self, text: str) -> Said:
         """See `Reader`."""
         said = Said()
         while text:
             if self._arguments is not None:
-                count = self._arguments.push(text)
-                if count:
-                    said.calls.append({"index": self.num_calls - 1, "function": {"arguments": text[:count]}})
-                text = text[count:]
-                if not self._arguments.is_over:
-                    break
-                self._arguments = None
+                text = self._arguments.push(text, said)
+                if self._arguments.is_over:
+                    self._arguments = None
             elif not self._is_inside:
                 content, rest = self._outside.push(text)
                 said.content += content
@@ -92,8 +88,8 @@ class SectionCalls:
             groups = head.groupdict()
             call = begin_call(self.num_calls, groups["name"] or groups["alone"])
             said.calls.append(call | {"id": groups["id"]} if groups.get("id") else call)
+            self._arguments = Arguments(self.num_calls)
             self.num_calls += 1
-            self._arguments = JsonLength()
             return text[head.end() :]
         if ended >= 0:
             said.content += self._words(text[:ended])

@@ -231,16 +231,14 @@ class ForcedCalls:
         self.num_calls = 0
         self._held = ""
         """Of what is between calls."""
-        self._arguments: JsonLength | None = None
+        self._arguments: Arguments | None = None
 
     def push(self, text: str) -> Said:
         """See `Reader`."""
         said = Said()
         while text:
             if self._arguments is not None:
-                count = self._arguments.push(text)
-                arguments, text = text[:count], text[count:]
-                said.calls.append({"index": self.num_calls - 1, "function": {"arguments": arguments}})
+                text = self._arguments.push(text, said)
                 if self._arguments.is_over:
                     self._arguments = None
                 continue
@@ -248,7 +246,7 @@ class ForcedCalls:
             head = _FORCED_HEAD.search(self._held)
             if head is None:
                 break
-            text, self._held, self._arguments = self._held[head.end() :], "", JsonLength()
+            text, self._held, self._arguments = self._held[head.end() :], "", Arguments(self.num_calls)
             said.calls.append(begin_call(self.num_calls, head[1]))
             self.num_calls += 1
         return said
@@ -258,16 +256,22 @@ class ForcedCalls:
         return Said()
 
 
-class JsonLength:
-    """Finds where an object or a list ends that comes in pieces."""
+class Arguments:
+    """Of one call: an object or a list that comes in pieces, and ends where it is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int) -> None:
         self.is_over = False
+        self._index = index
         self._depth = 0
         self._is_text = self._is_escaped = False
 
-    def push(self, text: str) -> int:
-        """Return how much of `text` still belongs to it."""
+    def push(self, text: str, said: Said) -> str:
+        """Say what of `text`, which is not empty, still belongs to them; return the rest."""
+        count = self._count(text)
+        said.calls.append({"index": self._index, "function": {"arguments": text[:count]}})
+        return text[count:]
+
+    def _count(self, text: str) -> int:
         for at, char in enumerate(text):
             if self._is_text:
                 self._is_text = self._is_escaped or char != '"'
